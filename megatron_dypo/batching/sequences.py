@@ -1,0 +1,34 @@
+"""Graded groups -> the sequences to train on: what a regime's route keeps, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from megatron_dypo.objectives.routing import RECIPES
+from megatron_dypo.records import Group, Kind, Sequence
+from megatron_dypo.runtime.seeding import choose
+
+
+def draw_teachers(group: Group, usable: list[int], seed: int, step: int, draws: int) -> None:
+    """Draw among the ``usable`` teachers of a group: a hash of (seed, step, prompt id), nothing else. A replayed draw stays."""
+    if group.teacher_indices is None:
+        drawn = choose((seed, "teacher", step, group.prompt.id), len(usable), draws)
+        group.teacher_indices = tuple(usable[i] for i in drawn)
+
+
+def training_sequences(groups: list[Group], method: str, encode_trace: Callable[[Group, int], np.ndarray]) -> list[Sequence]:
+    """All sequences of a (mini-)batch in order of group and sample. ``encode_trace(group, i)``: ids of teacher i's trace."""
+    sequences = []
+    for g, group in enumerate(groups):
+        route = RECIPES[method].route(group.regime)
+        if route == "group":
+            tails = [(Kind.ROLLOUT, i, response.ids) for i, response in enumerate(group.responses)]
+        elif route == "teacher":
+            tails = [(Kind.TEACHER, i, encode_trace(group, i)) for i in group.teacher_indices or ()]
+        else:
+            tails = []
+        for kind, sample, ids in tails:
+            sequences.append(Sequence(np.concatenate([group.prompt_ids, ids]), len(group.prompt_ids), kind, g, sample))
+    return sequences

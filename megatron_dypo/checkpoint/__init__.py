@@ -1,0 +1,1 @@
+"""Training checkpoints: mcore's distributed format, written atomically, read back exactly."""

@@ -1,0 +1,100 @@
+"""Save and load a run's state: weights, optimizer, reference weights, and the few counters that are not hashes.
+
+``checkpoints/step_N/`` holds mcore's files, ``state.json`` and, last, ``manifest.json`` with every file's size. It is
+written under another name and renamed when complete, so a folder called ``step_N`` with a manifest is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+from megatron_dypo.checkpoint.folders import complete_steps, step_folder
+from megatron_dypo.checkpoint.writer import in_process_writer
+from megatron_dypo.policy.policy import Policy
+from megatron_dypo.runtime import cpu_shim
+
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}  # moments load at any layout, not over DP alone
+
+
+@dataclass
+class Counters:
+    """What a run counts; everything else it draws is a hash of seed, step and prompt."""
+
+    step: int = 0
+    weight_version: int = 0
+    skipped_steps: int = 0
+    empty_steps: int = 0
+    skipped_in_a_row: int = 0
+
+
+def save(run_dir: Path, policy: Policy, counters: Counters, fingerprint: dict, keep: int) -> Path:
+    """Write ``step_N`` and drop the oldest beyond ``keep``; collective. Returns the folder."""
+    final = step_folder(run_dir, counters.step)
+    partial = final.with_name(f".partial-{final.name}")
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    with in_process_writer(), cpu_shim.cuda_type_names():
+        strategy = TorchDistSaveShardedStrategy("torch_dist", 1)
+        dist_checkpointing.save(_state(policy, is_loading=False), str(partial), sharded_strategy=strategy)
+    if dist.get_rank() == 0:
+        _write_json(partial / "state.json", {"counters": asdict(counters), "fingerprint": fingerprint})
+        sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+        _write_json(partial / "manifest.json", sizes)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        for step in complete_steps(run_dir)[:-keep]:
+            shutil.rmtree(step_folder(run_dir, step))
+    dist.barrier()
+    return final
+
+
+def load(folder: Path, policy: Policy) -> Counters:
+    """Restore weights, optimizer and reference exactly; collective."""
+    with cpu_shim.cuda_type_names():
+        loaded = dist_checkpointing.load(_state(policy, is_loading=True), str(folder))
+        policy.gpt.load_state_dict(loaded["model"])
+        policy.optimizer.load_state_dict(loaded["optimizer"])
+    if policy.reference is not None:
+        for kept, tensor in zip(policy.reference, loaded["reference"].values(), strict=True):
+            kept.copy_(tensor)
+    counters = Counters(**json.loads((folder / "state.json").read_text())["counters"])
+    policy.version = counters.weight_version
+    return counters
+
+
+def _state(policy: Policy, is_loading: bool) -> dict:
+    model = policy.gpt.sharded_state_dict(metadata=_METADATA)
+    state = {"optimizer": policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA), "model": model}
+    if policy.reference is not None:
+        state["reference"] = _reference_state(policy)
+    return state
+
+
+def _reference_state(policy: Policy) -> dict[str, ShardedTensor]:
+    """The kept reference, cut as the model's parameters are, under its own keys."""
+    layout, state = policy.layout, {}
+    for (name, parameter), kept in zip(policy.gpt.named_parameters(), policy.reference, strict=True):
+        axis = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+        offsets = [] if axis is None else [(axis, layout.tp_rank, layout.tp)]
+        replica = (0, layout.tp_rank if axis is None else 0, layout.dp_rank)
+        key = f"reference.stage{layout.pp_rank}.{name}"
+        state[name] = ShardedTensor.from_rank_offsets(key, kept, *offsets, replica_id=replica)
+    return state
+
+
+def _write_json(path: Path, value: object) -> None:
+    with path.open("w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=2)
+        stream.flush()
+        os.fsync(stream.fileno())

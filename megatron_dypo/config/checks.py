@@ -1,0 +1,85 @@
+"""Rules that span several keys: what can be refused before any file is opened or process group built."""
+
+from __future__ import annotations
+
+from megatron_dypo.config.schema import Config
+from megatron_dypo.errors import UserError
+
+
+def check(config: Config, source: str) -> None:
+    """Raise UserError (one line, naming the keys) for combinations that cannot work."""
+    for broken, message in _rules(config):
+        if broken:
+            raise UserError(f"{source}: {message}")
+
+
+def _rules(config: Config):
+    model, rollout, objective, optimizer = config.model, config.rollout, config.objective, config.optimizer
+    yield (model.hf is None) == (model.preset is None), "model.hf, model.preset: give exactly one of the two"
+    yield rollout.engine == "replay" and rollout.replay is None, "rollout.replay: engine `replay` needs the folder of recorded rollouts"
+    yield rollout.engine != "replay" and rollout.replay is not None, "rollout.replay: only read with rollout.engine: replay"
+    yield (
+        rollout.replay is not None and rollout.replay == rollout.record,
+        "rollout.record, rollout.replay: recording into the folder being replayed would overwrite it",
+    )
+    yield (
+        objective.hard_max_solved >= rollout.samples_per_prompt,
+        f"objective.hard_max_solved: {objective.hard_max_solved} leaves no Mid group with rollout.samples_per_prompt: {rollout.samples_per_prompt}",
+    )
+    yield (
+        objective.updates_per_rollout > config.data.prompts_per_step,
+        f"objective.updates_per_rollout: {objective.updates_per_rollout} mini-batches cannot be cut from data.prompts_per_step: {config.data.prompts_per_step}",
+    )
+    yield (
+        objective.method == "grpo" and rollout.samples_per_prompt == 1,
+        "rollout.samples_per_prompt: GRPO compares the responses of one prompt and needs at least 2",
+    )
+    decays = optimizer.schedule != "constant"
+    yield decays and optimizer.schedule_steps is None, f"optimizer.schedule_steps: needed by optimizer.schedule: {optimizer.schedule}"
+    yield (
+        decays and optimizer.schedule_steps is not None and optimizer.schedule_steps <= optimizer.warmup_steps,
+        f"optimizer.schedule_steps: {optimizer.schedule_steps} must exceed optimizer.warmup_steps: {optimizer.warmup_steps}",
+    )
+    yield optimizer.min_lr > optimizer.lr, f"optimizer.min_lr: {optimizer.min_lr} exceeds optimizer.lr: {optimizer.lr}"
+    yield not all(0 <= beta < 1 for beta in optimizer.betas), f"optimizer.betas: {optimizer.betas} must lie in [0, 1)"
+    yield config.trainer.eval_every > 0 and config.data.valid is None, "data.valid: needed by trainer.eval_every"
+    yield (
+        config.parallel.sequence_parallel and config.parallel.tensor == 1,
+        "parallel.sequence_parallel: needs parallel.tensor > 1",
+    )
+
+
+def warnings(config: Config) -> list[str]:
+    """What works but surprises; said once at the start of a run."""
+    objective, found = config.objective, []
+    token = objective.scale == "token"
+    units = {
+        "GRPO": token if objective.aggregation == "scale" else True,
+        "GAL": token if objective.gal_length_normalize is None else objective.gal_length_normalize,
+        "SFT": token if objective.sft_length_normalize is None else objective.sft_length_normalize,
+    }
+    if len(set(units.values())) > 1:
+        listed = ", ".join(f"{term} per {'token' if per_token else 'trajectory'}" for term, per_token in units.items())
+        found.append(f"the terms have different units ({listed}): alpha and gamma then depend on the response length")
+    if config.rollout.top_p < 1:
+        found.append("rollout.top_p < 1: the behaviour policy is truncated; the training log-probs are of the full softmax")
+    return found
+
+
+def check_layout(config: Config, world_size: int, heads: int, query_groups: int, layers: int, ffn: int, source: str) -> int:
+    """Data-parallel size of the layout, or UserError where it does not divide the world size or the model."""
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    for broken, message in (
+        (
+            world_size % (tensor * pipeline),
+            f"parallel.tensor x parallel.pipeline = {tensor} x {pipeline} does not divide the {world_size} ranks started",
+        ),
+        (heads % tensor, f"parallel.tensor: {tensor} does not divide the model's {heads} attention heads"),
+        (query_groups % tensor, f"parallel.tensor: {tensor} does not divide the model's {query_groups} key/value heads"),
+        (ffn % tensor, f"parallel.tensor: {tensor} does not divide the model's MLP width {ffn}"),
+        (layers % pipeline, f"parallel.pipeline: {pipeline} does not divide the model's {layers} layers"),
+        (8 % tensor, f"parallel.tensor: {tensor} must divide 8 (the vocabulary is padded to a multiple of 1024 and cut in 8)"),
+    ):
+        if broken:
+            raise UserError(f"{source}: {message}")
+    return world_size // (tensor * pipeline)

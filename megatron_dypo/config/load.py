@@ -1,0 +1,103 @@
+"""YAML file + dotted overrides -> validated ``Config``; every complaint is one line that names file and key."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from megatron_dypo.config.checks import check
+from megatron_dypo.config.schema import Config, walk
+from megatron_dypo.errors import UserError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats: PyYAML reads ``1e-6`` as a string, which every learning rate trips over."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?$"),
+    list("-+.0123456789"),
+)
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read ``path``, apply ``section.key=value`` overrides (a later one wins), validate.
+
+    Raises UserError: unreadable file, bad YAML, unknown key (names the nearest known one), wrong type or value, or a
+    combination of values that cannot work.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: the configuration must be a mapping of sections")
+    for override in overrides or []:
+        _apply(tree, override)
+    config = _validate(tree, str(path))
+    check(config, str(path))
+    return config
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise UserError(f"override {override!r}: expected section.key=value")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        value = text
+    *parents, last = dotted.split(".")
+    node = tree
+    for parent in parents:
+        child = node.get(parent)
+        node[parent] = child if isinstance(child, dict) else {}
+        node = node[parent]
+    node[last] = value
+
+
+def _validate(tree: dict[str, Any], source: str) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_one_line(error)}") from None
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    dotted = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = [name for name, _ in walk()]
+        sections = sorted({name.rsplit(".", 1)[0] for name in known})
+        near = difflib.get_close_matches(dotted, known + sections, n=1, cutoff=0.0)
+        return f"{dotted}: unknown key; the nearest known key is {near[0]}"
+    if first["type"] == "missing":
+        return f"{dotted}: required key is missing"
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{dotted}: {message} (got {first['input']!r})"
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML, every key with its value."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def fingerprint(config: Config) -> dict[str, Any]:
+    """The keys a run folder belongs to: all but those marked ``resumable``. Flat: dotted key -> value."""
+
+    def lookup(dotted: str) -> Any:
+        node: Any = config
+        for part in dotted.split("."):
+            node = getattr(node, part)
+        return node
+
+    return {name: lookup(name) for name, info in walk() if not info.json_schema_extra["resumable"]}

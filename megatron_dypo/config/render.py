@@ -1,0 +1,53 @@
+"""The schema as text: the key reference of ``train --help`` and of docs/configuration.md, from the one place that defines it."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Literal, get_args, get_origin
+
+from megatron_dypo.config.schema import Config, walk
+
+
+def _type(annotation: object) -> str:
+    if get_origin(annotation) is Literal:
+        return " \\| ".join(map(str, get_args(annotation)))
+    arms = get_args(annotation)
+    if type(None) in arms:
+        return _type(next(arm for arm in arms if arm is not type(None)))
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def _default(info) -> str:
+    if info.is_required():
+        return "required"
+    return "unset" if info.default is None else str(info.default).lower() if isinstance(info.default, bool) else str(info.default)
+
+
+def key_reference() -> str:
+    """Every key with type, default and meaning, for a terminal."""
+    lines = ["configuration keys:"]
+    for dotted, info in walk():
+        lines.append(f"  {dotted}  ({_type(info.annotation).replace(chr(92), '')}; {_default(info)})")
+        lines.extend(textwrap.wrap(info.description, 100, initial_indent="      ", subsequent_indent="      "))
+    return "\n".join(lines).replace("%", "%%")
+
+
+def markdown() -> str:
+    """docs/configuration.md's tables, one a section."""
+    lines, section = [], None
+    for dotted, info in walk():
+        name, _, leaf = dotted.partition(".")
+        if name != section:
+            section = name
+            lines += [
+                "",
+                f"## `{name}`",
+                "",
+                Config.model_fields[name].description,
+                "",
+                "| key | type | default | meaning |",
+                "|---|---|---|---|",
+            ]
+        resumable = " *(may change on resume)*" if info.json_schema_extra["resumable"] else ""
+        lines.append(f"| `{leaf}` | {_type(info.annotation)} | {_default(info)} | {info.description}{resumable} |")
+    return "\n".join(lines) + "\n"

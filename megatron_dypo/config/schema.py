@@ -1,0 +1,206 @@
+"""Every configuration key: type, default, bounds and documentation, in one place.
+
+``key(default, doc)`` declares a key. ``resumable=True`` marks those that may change when a run is resumed (layout,
+logging, paths, number of steps, engine, micro-batch budget); all others make up the run's fingerprint.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+def key(default: Any = ..., doc: str = "", *, resumable: bool = False, **bounds: Any) -> Any:
+    return Field(default, description=doc, json_schema_extra={"resumable": resumable}, **bounds)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
+
+
+class Shape(Section):
+    """Overrides of the model's shape; unset keys come from `model.hf` or `model.preset`."""
+
+    family: Literal["llama", "qwen2", "qwen3"] | None = key(None, "Architecture family.")
+    num_layers: int | None = key(None, "Transformer layers.", ge=1)
+    hidden_size: int | None = key(None, "Width of the residual stream.", ge=1)
+    ffn_hidden_size: int | None = key(None, "Width of the gated MLP.", ge=1)
+    num_attention_heads: int | None = key(None, "Query heads.", ge=1)
+    num_query_groups: int | None = key(None, "Key/value heads (grouped-query attention).", ge=1)
+    head_dim: int | None = key(None, "Width of one attention head.", ge=2)
+    vocab_size: int | None = key(None, "Vocabulary size before padding; must hold every id of the tokenizer.", ge=1)
+    max_position: int | None = key(None, "Longest sequence, in tokens.", ge=2)
+    rope_base: float | None = key(None, "RoPE base.", gt=0)
+    norm_eps: float | None = key(None, "RMSNorm epsilon.", gt=0)
+    tied_embeddings: bool | None = key(None, "Share the input embedding with the output head.")
+    init_std: float | None = key(None, "Standard deviation of the random initial weights.", gt=0)
+
+
+class Model(Section):
+    """The policy network."""
+
+    hf: str | None = key(None, "Hugging Face folder or hub name to start from. Give this or `preset`.")
+    preset: str | None = key(None, "Built-in shape with random initial weights (`tiny`). Give this or `hf`.")
+    shape: Shape = key(Shape(), "Overrides of single shape values.")
+    tokenizer: str | None = key(None, "Tokenizer folder; default: `model.hf`, or the built-in arithmetic tokenizer for a preset.")
+    dtype: Literal["auto", "fp32", "bf16"] = key("auto", "Training dtype; `auto` is bf16 on CUDA and fp32 on CPU.")
+    attention_backend: Literal["auto", "sdpa"] = key(
+        "auto", "Core attention; `sdpa` is torch's, which picks flash kernels on CUDA.", resumable=True
+    )
+    layer_spec: Literal["auto", "local"] = key(
+        "auto", "Megatron-Core layer spec; `local` needs neither Transformer Engine nor Apex.", resumable=True
+    )
+    recompute: Literal["none", "selective", "full"] = key("none", "Activation recomputation in the backward pass.", resumable=True)
+
+
+class Parallel(Section):
+    """The layout. Data parallel is what is left of the world size."""
+
+    tensor: int = key(1, "Tensor-parallel ranks.", ge=1, resumable=True)
+    pipeline: int = key(1, "Pipeline-parallel ranks.", ge=1, resumable=True)
+    sequence_parallel: bool = key(False, "Shard activations between the tensor-parallel regions along the sequence.", resumable=True)
+    timeout: float = key(1800.0, "Deadline of every collective, in seconds.", gt=0, resumable=True)
+
+
+class Data(Section):
+    """Prompts, answers and teacher traces."""
+
+    train: str = key(..., "JSON Lines or Parquet file, or `reasoning_gym:TASK?key=value&...&size=N`.")
+    valid: str | None = key(None, "Held-out set of the same forms, for the evaluation inside training.")
+    prompts_per_step: int = key(64, "Prompts in a global batch (Q).", ge=1)
+    max_prompt_tokens: int = key(1024, "A longer prompt is an error that names it.", ge=1)
+    max_teacher_tokens: int | None = key(
+        None, "A longer teacher trace (its end token included) is left out and counted; default: `rollout.max_response_tokens`.", ge=1
+    )
+    seed: int = key(0, "Seed of the order in which prompts are visited.")
+    max_tokens_per_microbatch: int = key(16384, "Token budget of one packed micro-batch on one data-parallel rank.", ge=1, resumable=True)
+    skip_bad_rows: bool = key(False, "Leave out malformed rows (and count them) instead of stopping.")
+
+
+class Rollout(Section):
+    """Sampling from the policy."""
+
+    engine: Literal["auto", "vllm", "transformers", "replay"] = key(
+        "auto",
+        "Who samples. `vllm` runs in process; `transformers` is the slow fallback; `replay` reads recorded steps; `auto` is vllm where it is installed, else transformers.",
+        resumable=True,
+    )
+    samples_per_prompt: int = key(8, "Responses per prompt (k).", ge=1)
+    temperature: float = key(1.0, "Sampling temperature; on-policy log-probs are of softmax(z / temperature).", gt=0)
+    top_p: float = key(1.0, "Nucleus sampling; below 1 the behaviour policy is a truncated one.", gt=0, le=1)
+    max_response_tokens: int = key(8192, "Longest response, end token included.", ge=1)
+    record: str | None = key(None, "Folder to write each step's rollouts to (`step_000001.jsonl`).", resumable=True)
+    replay: str | None = key(None, "Folder to read recorded rollouts from (with `engine: replay`).", resumable=True)
+    correction: Literal["none", "truncate", "mask"] = key(
+        "none", "Weight of a token's GRPO term by exp(old - rollout): capped, or dropped outside [1/cap, cap]."
+    )
+    correction_cap: float = key(2.0, "Cap of the rollout correction.", gt=1)
+    sync_timeout: float = key(600.0, "Deadline of one weight sync, in seconds.", gt=0, resumable=True)
+    engine_memory: float = key(0.25, "vLLM's share of the GPU's memory; on CPU, GiB of key/value cache.", gt=0, resumable=True)
+
+
+class Objective(Section):
+    """What is optimised (docs/objective.md)."""
+
+    method: Literal["dypo", "grpo", "sft"] = key(
+        "dypo", "Recipe: which regime trains which term. `grpo` and `sft` are the comparisons' single-term recipes."
+    )
+    scale: Literal["token", "trajectory"] = key(
+        "token", "One unit for all three terms: means over a response's tokens, or sums (the paper's literal form)."
+    )
+    alpha: float = key(0.5, "Mid: weight of GRPO; GAL has 1 - alpha.", ge=0, le=1)
+    beta_gal: float = key(1.0, "GAL's inverse temperature.", gt=0)
+    gamma: float = key(1.0, "Hard: weight of SFT on a teacher's trace.", ge=0)
+    clip_low: float = key(0.2, "GRPO: lower clip distance of the ratio.", ge=0, le=1)
+    clip_high: float = key(0.2, "GRPO: upper clip distance of the ratio.", ge=0)
+    kl_coef: float = key(0.0, "GRPO: weight of the k3 estimate of KL(policy || reference).", ge=0)
+    hard_max_solved: int = key(0, "Hard if at most so many of the k responses are right.", ge=0)
+    reward_threshold: float = key(0.5, "A response is right from this reward on.")
+    teachers_per_prompt: int = key(1, "Hard: teacher traces drawn without replacement; their losses are averaged.", ge=1)
+    aggregation: Literal["scale", "token_mean", "constant"] = key(
+        "scale", "GRPO over tokens: as `scale` says; one mean over all Mid tokens of the batch; or sums divided by `aggregation_constant`."
+    )
+    aggregation_constant: int | None = key(None, "Fixed length of `aggregation: constant`; default: `rollout.max_response_tokens`.", ge=1)
+    gal_length_normalize: bool | None = key(
+        None, "GAL's log-ratio as a mean over tokens (true) or a sum (false); default: as `scale` says."
+    )
+    sft_length_normalize: bool | None = key(None, "SFT as a mean over tokens (true) or a sum (false); default: as `scale` says.")
+    normalize: Literal["all", "active"] = key("all", "Q counts all prompts of the batch, or those that contribute.")
+    ratio_base: Literal["old", "reference"] = key(
+        "old", "GRPO's ratio is against the behaviour policy, or against the reference (the paper's literal form)."
+    )
+    ratio_level: Literal["token", "sequence"] = key("token", "GRPO's ratio per token, or one per response.")
+    reference: str = key(
+        "initial",
+        "Frozen reference: `initial` weights, `previous` (at the last rollout), or `every:N` steps.",
+        pattern=r"^(initial|previous|every:[1-9][0-9]*)$",
+    )
+    advantage_std: Literal["population", "sample", "none"] = key("population", "Divisor of the group advantage; `none` is Dr. GRPO's.")
+    updates_per_rollout: int = key(1, "Optimizer updates per rollout: mini-batches of whole prompts.", ge=1)
+    refresh_pair_weights: bool = key(True, "Several updates: recompute the trajectory coefficients before each.")
+
+
+class Optimizer(Section):
+    """Adam, as Megatron-Core runs it."""
+
+    lr: float = key(1e-6, "Peak learning rate.", gt=0)
+    min_lr: float = key(0.0, "Final learning rate of a decaying schedule.", ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = key("constant", "Decay after the warm-up.")
+    schedule_steps: int | None = key(None, "Steps over which the schedule decays; needed by `linear` and `cosine`.", ge=1)
+    warmup_steps: int = key(0, "Linear warm-up.", ge=0)
+    betas: list[float] = key([0.9, 0.95], "Adam's betas.", min_length=2, max_length=2)
+    eps: float = key(1e-8, "Adam's epsilon.", gt=0)
+    weight_decay: float = key(0.0, "Decoupled weight decay (not on norms and biases).", ge=0)
+    clip_grad: float = key(1.0, "Largest global gradient norm; 0 is off.", ge=0)
+    distributed: bool = key(
+        False,
+        "Shard the optimizer's state over data-parallel ranks (on CPU its checkpoints do not resume yet: refused there).",
+        resumable=True,
+    )
+
+
+class Trainer(Section):
+    """The loop."""
+
+    steps: int = key(..., "Training steps (rollouts).", ge=1, resumable=True)
+    seed: int = key(0, "Seed of initial weights, sampling and teacher draws.")
+    eval_every: int = key(
+        0, "Greedy evaluation on `data.valid` every so many steps, and before and after training; 0: never.", ge=0, resumable=True
+    )
+    save_every: int = key(0, "Checkpoint every so many steps, and at the end; 0: never.", ge=0, resumable=True)
+    keep_checkpoints: int = key(2, "Newest checkpoints kept.", ge=1, resumable=True)
+    max_skipped_steps: int = key(5, "Non-finite steps in a row before the run stops.", ge=1, resumable=True)
+    run_dir: str = key(..., "Run folder.", resumable=True)
+
+
+class Logging(Section):
+    """Who is told."""
+
+    wandb: Literal["off", "offline", "online"] = key("off", "Weights & Biases.", resumable=True)
+    wandb_project: str = key("megatron_dypo", "Weights & Biases project.", resumable=True)
+    tensorboard: bool = key(False, "TensorBoard event files in the run folder.", resumable=True)
+
+
+class Config(Section):
+    """A whole run."""
+
+    model: Model = Field(description="The policy network.")
+    parallel: Parallel = Field(Parallel(), description="The layout.")
+    data: Data = Field(description="Prompts, answers and teacher traces.")
+    rollout: Rollout = Field(Rollout(), description="Sampling from the policy.")
+    objective: Objective = Field(Objective(), description="What is optimised.")
+    optimizer: Optimizer = Field(Optimizer(), description="Adam.")
+    trainer: Trainer = Field(description="The loop.")
+    logging: Logging = Field(Logging(), description="Who is told.")
+
+
+def walk(section: type[BaseModel] = Config, prefix: str = ""):
+    """Yield (dotted key, field) for every leaf key, in the order of declaration."""
+    for name, info in section.model_fields.items():
+        dotted = f"{prefix}{name}"
+        nested = info.annotation
+        if isinstance(nested, type) and issubclass(nested, BaseModel):
+            yield from walk(nested, dotted + ".")
+        else:
+            yield dotted, info

@@ -1,0 +1,107 @@
+"""Weights in and out of a sharded policy, one Hugging Face tensor at a time.
+
+``load_weights`` reads full tensors by name and keeps this rank's shard; ``hf_tensors`` gathers them back. Initial
+weights, checkpoint import, export and the sync to the rollout engine all pass through here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from torch import Tensor
+
+from megatron_dypo.convert.mapping import HEAD, TIED_HEAD_RULE, Rule, hf_shapes, rules
+from megatron_dypo.errors import UserError
+from megatron_dypo.policy.shape import ModelShape
+from megatron_dypo.runtime.distributed import Layout, device
+from megatron_dypo.runtime.seeding import generator
+
+
+def random_weights(shape: ModelShape, seed: int) -> Callable[[str], Tensor]:
+    """Initial weights by Hugging Face name: norms 1, biases 0, the rest N(0, init_std), each drawn from hash(seed, name)."""
+    shapes = hf_shapes(shape)
+
+    def read(name: str) -> Tensor:
+        if name.endswith("norm.weight"):
+            return torch.ones(shapes[name])
+        if name.endswith(".bias"):
+            return torch.zeros(shapes[name])
+        return torch.randn(shapes[name], generator=generator(seed, "weights", name)) * shape.init_std
+
+    return read
+
+
+@torch.no_grad()
+def load_weights(gpt: torch.nn.Module, shape: ModelShape, layout: Layout, read: Callable[[str], Tensor]) -> None:
+    """Fill this rank's shard of the model. ``read(name)`` returns a full Hugging Face tensor.
+
+    Raises UserError naming the tensor when its shape is not the model's.
+    """
+    shapes, local = hf_shapes(shape), _local_parameters(gpt, shape, layout)
+    for rule in rules(shape) + [TIED_HEAD_RULE]:
+        if rule.mcore not in local:
+            continue
+        parts = [read(name) for name in rule.hf]
+        for name, part in zip(rule.hf, parts, strict=True):
+            if tuple(part.shape) != shapes[name]:
+                raise UserError(f"{name}: shape {list(part.shape)} in the file, {list(shapes[name])} in the model")
+        folded = rule.fold(parts, shape)
+        if rule.axis is not None:
+            folded = folded.chunk(layout.tp, dim=rule.axis)[layout.tp_rank]
+        weight = local[rule.mcore]
+        weight.copy_(folded.reshape(weight.shape))
+
+
+@torch.no_grad()
+def hf_tensors(gpt: torch.nn.Module, shape: ModelShape, layout: Layout, with_tied_head: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Yield (Hugging Face name, full tensor) for the whole model on every rank; all ranks must iterate together.
+
+    ``with_tied_head`` repeats a tied embedding as ``lm_head.weight``: vLLM keeps the old head otherwise, in silence.
+    """
+    local = _local_parameters(gpt, shape, layout)
+    for rule in rules(shape):
+        folded = _gather(rule, local.get(rule.mcore), shape, layout)
+        for name, part in zip(rule.hf, rule.unfold(folded, shape), strict=True):
+            yield name, part
+            if with_tied_head and shape.tied_embeddings and rule.mcore.startswith("embedding"):
+                yield HEAD, part
+
+
+def _local_parameters(gpt: torch.nn.Module, shape: ModelShape, layout: Layout) -> dict[str, Tensor]:
+    """This stage's parameters by the name they have in the whole model (mcore numbers layers per stage)."""
+    first = layout.pp_rank * (shape.num_layers // layout.pp)
+    found = {}
+    for name, parameter in gpt.named_parameters():
+        if name.startswith("decoder.layers."):
+            _, _, index, rest = name.split(".", 3)
+            name = f"decoder.layers.{int(index) + first}.{rest}"
+        found[name] = parameter
+    return found
+
+
+def _gather(rule: Rule, weight: Tensor | None, shape: ModelShape, layout: Layout) -> Tensor:
+    """The folded full tensor on every rank: all-gather over TP on the owning stage, then broadcast over PP."""
+    full = None
+    if weight is not None:
+        shard = rule.folded_shard(weight.detach(), shape, layout.tp)
+        if rule.axis is None or layout.tp == 1:
+            full = shard
+        else:
+            shards = [torch.empty_like(shard) for _ in range(layout.tp)]
+            dist.all_gather(shards, shard.contiguous(), group=mpu.get_tensor_model_parallel_group())
+            full = torch.cat(shards, dim=rule.axis)
+    if layout.pp == 1:
+        return full
+    group = mpu.get_pipeline_model_parallel_group()
+    descriptions: list = [None] * layout.pp
+    dist.all_gather_object(descriptions, None if full is None else (tuple(full.shape), full.dtype), group=group)
+    owner = next(stage for stage, description in enumerate(descriptions) if description is not None)
+    if full is None:
+        size, dtype = descriptions[owner]
+        full = torch.empty(size, dtype=dtype, device=device())
+    full = full.contiguous()
+    dist.broadcast(full, dist.get_global_rank(group, owner), group=group)
+    return full

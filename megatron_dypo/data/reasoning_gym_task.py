@@ -1,0 +1,73 @@
+r"""Generated tasks: ``reasoning_gym:TASK?option=value&...`` -> prompts, with two algorithmic teachers where we have them.
+
+The teachers solve a sum in different orders, so their traces differ in every intermediate result:
+
+    left   7 - 2 + 8:  first 7-2=5 then 5+8=13 \boxed{13}
+    last   7 - 2 + 8:  last 7+8=15 back 15-2=13 \boxed{13}
+
+reasoning-gym seeds item i with seed + i: use distant seeds for training and held-out sets. Overlaps are removed anyway.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from urllib.parse import parse_qsl
+
+import yaml
+
+from megatron_dypo.errors import UserError
+from megatron_dypo.records import Prompt, Teacher
+
+log = logging.getLogger(__name__)
+PREFIX = "reasoning_gym:"
+
+
+def _worked_sum(expression: str, backwards: bool, words: tuple[str, str]) -> str:
+    """Add up ``a + b - c ...`` term by term after the first, from the left or from the last term back."""
+    first, *rest = expression.split()
+    steps = list(zip(rest[::2], map(int, rest[1::2]), strict=True))
+    total, lines = int(first), []
+    for i, (sign, term) in enumerate(reversed(steps) if backwards else steps):
+        after = total + term if sign == "+" else total - term
+        lines.append(f"{words[min(i, 1)]} {total}{sign}{term}={after}")
+        total = after
+    return " ".join(lines) + f" \\boxed{{{total}}}"
+
+
+def _left(item: dict) -> str:
+    return _worked_sum(item["metadata"]["expression"], False, ("first", "then"))
+
+
+def _last(item: dict) -> str:
+    return _worked_sum(item["metadata"]["expression"], True, ("last", "back"))
+
+
+TEACHERS: dict[str, dict[str, Callable[[dict], str]]] = {"chain_sum": {"left": _left, "last": _last}}
+
+
+def generate(source: str) -> list[Prompt]:
+    """All items of the task. Raises UserError for an unknown task or option."""
+    name, _, query = source.removeprefix(PREFIX).partition("?")
+    options = {option: yaml.safe_load(value) for option, value in parse_qsl(query)}
+    import reasoning_gym
+
+    if name not in reasoning_gym.factory.DATASETS:
+        raise UserError(f"{source}: reasoning-gym has no task {name!r}")
+    try:
+        items = reasoning_gym.create_dataset(name, **options)
+    except (TypeError, AssertionError, ValueError) as error:
+        raise UserError(f"{source}: {error}") from None
+    teachers = TEACHERS.get(name, {})
+    if not teachers:
+        log.warning("%s: no built-in teacher for this task; its Hard prompts have nothing to learn from", source)
+    return [
+        Prompt(
+            id=f"{name}-{i}",
+            ground_truth=str(item["answer"]),
+            teachers=tuple(Teacher(teacher, write(item)) for teacher, write in teachers.items()),
+            source=PREFIX + name,
+            text=item["question"],
+        )
+        for i, item in enumerate(items)
+    ]

@@ -1,0 +1,125 @@
+"""JSON Lines and Parquet rows -> ``Prompt``. Ours, and the LUFFY/verl layout, read as they are.
+
+ours       prompt (string or chat), ground_truth, teachers [{name, trace}], optional id, data_source
+LUFFY/verl prompt (chat), reward_model {ground_truth}, target or target_lst (traces), data_source
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_dypo.errors import UserError
+from megatron_dypo.records import Prompt, Teacher
+
+log = logging.getLogger(__name__)
+
+
+class BadRow(ValueError):
+    """A field of one row is missing or has the wrong type."""
+
+
+def read(path: str, skip_bad_rows: bool = False) -> list[Prompt]:
+    """All rows of a ``.jsonl`` or ``.parquet`` file.
+
+    Raises UserError naming file, line and field of the first malformed row; with ``skip_bad_rows`` they are left out
+    and counted in the log. Ids must be unique; a row without one is called by its line.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"data: {path}: no such file")
+    prompts, seen, skipped = [], set(), 0
+    for line, row in _raw_rows(file):
+        try:
+            prompt = _prompt(row, line)
+            if prompt.id in seen:
+                raise BadRow(f"id: {prompt.id!r} occurs twice")
+        except BadRow as error:
+            if not skip_bad_rows:
+                raise UserError(f"{path}:{line}: {error}") from None
+            skipped += 1
+            continue
+        seen.add(prompt.id)
+        prompts.append(prompt)
+    if skipped:
+        log.warning("%s: %d malformed rows skipped, %d read", path, skipped, len(prompts))
+    return prompts
+
+
+def _raw_rows(file: Path) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, row); an unparsable JSON line comes as the exception, to be reported with its line."""
+    if file.suffix == ".parquet":
+        import pyarrow.parquet as parquet
+
+        try:
+            batches = parquet.ParquetFile(file).iter_batches()
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file}: not a readable Parquet file: {error}") from None
+        return
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except ValueError as error:
+                    yield number, error
+
+
+def _prompt(row: Any, line: int) -> Prompt:
+    if isinstance(row, ValueError):
+        raise BadRow(f"not valid JSON: {row}")
+    if not isinstance(row, dict):
+        raise BadRow("expected an object")
+    text, messages = _prompt_field(row.get("prompt"))
+    nested = row.get("reward_model")
+    truth = row.get("ground_truth", nested.get("ground_truth") if isinstance(nested, dict) else None)
+    if isinstance(truth, (int, float)) and not isinstance(truth, bool):
+        truth = str(truth)
+    if not isinstance(truth, str) or not truth.strip():
+        raise BadRow(f"ground_truth: expected a non-empty string, got {_short(truth)}")
+    identity = row.get("id", f"row-{line}")
+    if not isinstance(identity, (str, int)):
+        raise BadRow(f"id: expected a string, got {_short(identity)}")
+    return Prompt(str(identity), truth, _teachers(row), str(row.get("data_source") or ""), messages, text)
+
+
+def _prompt_field(value: Any) -> tuple[str, tuple[dict[str, str], ...]]:
+    if isinstance(value, str) and value.strip():
+        return value, ()
+    if not isinstance(value, list) or not value:
+        raise BadRow(f"prompt: expected a string or a list of chat messages, got {_short(value)}")
+    for message in value:
+        if not isinstance(message, dict) or not all(isinstance(message.get(name), str) for name in ("role", "content")):
+            raise BadRow(f"prompt: a chat message needs string role and content, got {_short(message)}")
+    return "", tuple({"role": message["role"], "content": message["content"]} for message in value)
+
+
+def _teachers(row: dict) -> tuple[Teacher, ...]:
+    if "teachers" in row:
+        entries = row["teachers"] if row["teachers"] is not None else []
+        if not isinstance(entries, list):
+            raise BadRow(f"teachers: expected a list, got {_short(entries)}")
+        for entry in entries:
+            if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) and entry[name] for name in ("name", "trace")):
+                raise BadRow(f"teachers: an entry needs non-empty string name and trace, got {_short(entry)}")
+        return tuple(Teacher(entry["name"], entry["trace"]) for entry in entries)
+    targets = row.get("target_lst") or ([row["target"]] if row.get("target") else [])
+    return tuple(Teacher(f"target-{i}", _target_text(target)) for i, target in enumerate(targets))
+
+
+def _target_text(target: Any) -> str:
+    """A LUFFY target: a string, one chat message, or a list of them (the assistant's turns)."""
+    messages = target if isinstance(target, list) else [target]
+    texts = [message.get("content") if isinstance(message, dict) else message for message in messages]
+    if not texts or not all(isinstance(text, str) and text for text in texts):
+        raise BadRow(f"target: expected text or chat messages with content, got {_short(target)}")
+    return "\n".join(texts)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

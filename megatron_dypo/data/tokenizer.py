@@ -1,0 +1,73 @@
+"""Text <-> token ids. A Hugging Face tokenizer, or the built-in one for generated arithmetic; ids are never re-tokenised."""
+
+from __future__ import annotations
+
+import string
+
+import numpy as np
+
+from megatron_dypo.config.schema import Config
+from megatron_dypo.errors import UserError
+from megatron_dypo.policy.shape import ModelShape, hf_folder
+from megatron_dypo.records import Prompt
+
+# One token each, so that a generated problem is its numbers and a few words; every other character is its own token.
+WORDS = ("State the final answer to the following arithmetic problem: ", " \\boxed{", "first ", " then ", "last ", " back ")
+
+
+class Tokenizer:
+    """Prompts, traces and responses as int32 ids; ``eos_id`` ends every trace and every finished response."""
+
+    def __init__(self, backend, eos_id: int):
+        self._backend, self.eos_id = backend, eos_id
+        self.size = len(backend)
+
+    def encode_prompt(self, prompt: Prompt) -> np.ndarray:
+        """The ids the policy is asked with: through the chat template where messages and a template exist."""
+        if prompt.messages and self._backend.chat_template:
+            ids = self._backend.apply_chat_template(list(prompt.messages), add_generation_prompt=True, return_dict=False)
+        else:
+            text = prompt.text or "\n".join(message["content"] for message in prompt.messages)
+            ids = self._backend(text)["input_ids"]
+        return np.asarray(ids, dtype=np.int32)
+
+    def encode_trace(self, trace: str) -> np.ndarray:
+        """A teacher's trace and the end token."""
+        return np.asarray([*self._backend(trace, add_special_tokens=False)["input_ids"], self.eos_id], dtype=np.int32)
+
+    def decode(self, ids: np.ndarray) -> str:
+        """Text of a response, special tokens left out."""
+        return self._backend.decode(ids.tolist(), skip_special_tokens=True)
+
+
+def load_tokenizer(config: Config, shape: ModelShape) -> Tokenizer:
+    """The run's tokenizer. Raises UserError where it has no end token or its ids do not fit the model's vocabulary."""
+    folder = config.model.tokenizer or config.model.hf
+    if folder is None:
+        backend, name = arithmetic_backend(), "the built-in tokenizer"
+    else:
+        from transformers import AutoTokenizer
+
+        name = f"model.tokenizer: {folder}"
+        try:
+            backend = AutoTokenizer.from_pretrained(hf_folder(folder))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{name}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    if backend.eos_token_id is None:
+        raise UserError(f"{name}: has no end-of-sequence token")
+    if len(backend) > shape.vocab_size:
+        raise UserError(f"{name}: has {len(backend)} tokens, more than the model's vocabulary of {shape.vocab_size}")
+    return Tokenizer(backend, backend.eos_token_id)
+
+
+def arithmetic_backend():
+    """Printable ASCII, one token a character, plus ``WORDS``: 104 tokens in all."""
+    from tokenizers import AddedToken, decoders, models
+    from tokenizers import Tokenizer as Backend
+    from transformers import PreTrainedTokenizerFast
+
+    characters = ["<pad>", "<eos>", "<unk>", *string.printable[:95], "\n"]
+    backend = Backend(models.BPE({token: i for i, token in enumerate(characters)}, [], unk_token="<unk>"))
+    backend.add_tokens([AddedToken(word, normalized=False) for word in WORDS])
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")

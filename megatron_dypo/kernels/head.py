@@ -1,0 +1,98 @@
+"""The output head: log-prob, entropy and log-normaliser of each token's target, and losses local to a token.
+
+Legend: T tokens, H hidden size, V_local this tensor-parallel rank's padded vocabulary rows, t tokens of one chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_dypo.kernels import chunked, reference
+from megatron_dypo.kernels.vocab import VocabShard
+
+TokenLoss = Callable[[Tensor, Tensor | None, slice], tuple[Tensor, Tensor]]
+_BACKENDS = {"auto": chunked, "chunked": chunked, "reference": reference}
+
+
+class LogProbs(NamedTuple):
+    """fp32, nats, of softmax(z / temperature): ``logp`` [T], ``entropy`` [T] or None, ``lse`` [T] = logsumexp(z / temperature)."""
+
+    logp: Tensor
+    entropy: Tensor | None
+    lse: Tensor
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    tp_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    vocab_size: int | None = None,
+    entropy: bool = False,
+    backend: str = "auto",
+) -> LogProbs:
+    """log softmax(hidden @ weight.T / temperature)[target], differentiable in ``hidden`` and ``weight``.
+
+    hidden [T, H] (with ``sequence_parallel`` this rank's T / TP rows; the results always cover all T); weight
+    [V_local, H]; targets [T] global ids; temperature a number or [T]. Columns from ``vocab_size`` on are padding and
+    take no part. Under ``tp_group`` each rank holds one shard of the vocabulary and every rank gets the same result;
+    the gradient of ``hidden`` is complete on every rank.
+
+    Raises ValueError naming the argument for shapes or dtypes that do not fit, and for a target outside the vocabulary.
+    """
+    shard, temperature_T = _check(hidden, weight, targets, temperature, tp_group, sequence_parallel, vocab_size, backend)
+    results = _BACKENDS[backend].logprob(hidden, weight, targets, temperature_T, shard, sequence_parallel)
+    logp_T, entropy_T, lse_T = results
+    return LogProbs(logp_T, entropy_T if entropy else None, lse_T)
+
+
+def linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_loss: TokenLoss,
+    *,
+    temperature: float | Tensor = 1.0,
+    tp_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    vocab_size: int | None = None,
+    entropy: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, LogProbs]:
+    """sum_t token_loss(logp_t), its gradients formed in the forward pass: three matrix products, no recomputation.
+
+    ``token_loss(logp[t], entropy[t] | None, slice) -> (summands[t], dloss/dlogp[t])`` is called once per chunk with the
+    chunk's place in the batch; it must be local to each token. Other arguments as ``linear_logprob``. Returns the
+    scalar loss (differentiable in ``hidden`` and ``weight``) and the detached LogProbs.
+    """
+    shard, temperature_T = _check(hidden, weight, targets, temperature, tp_group, sequence_parallel, vocab_size, backend)
+    results = _BACKENDS[backend].loss(hidden, weight, targets, token_loss, temperature_T, shard, sequence_parallel, entropy)
+    loss, logp_T, entropy_T, lse_T = results
+    return loss, LogProbs(logp_T, entropy_T if entropy else None, lse_T)
+
+
+def _check(hidden, weight, targets, temperature, tp_group, sequence_parallel, vocab_size, backend) -> tuple[VocabShard, Tensor]:
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend: {backend!r} is unknown; known: {', '.join(_BACKENDS)}")
+    if hidden.dim() != 2 or weight.dim() != 2 or targets.dim() != 1:
+        raise ValueError(f"hidden, weight, targets: expected 2, 2 and 1 dimensions, got {hidden.dim()}, {weight.dim()}, {targets.dim()}")
+    if hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"weight: {weight.shape[1]} columns for hidden states of width {hidden.shape[1]}")
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets: expected int64, got {targets.dtype}")
+    shard = VocabShard.of(weight.shape[0], tp_group, vocab_size)
+    tokens = hidden.shape[0] * (shard.ranks if sequence_parallel else 1)
+    if targets.shape[0] != tokens:
+        raise ValueError(f"targets: {targets.shape[0]} ids for {tokens} tokens")
+    if tokens and not (0 <= int(targets.min()) and int(targets.max()) < shard.vocab_size):
+        raise ValueError(f"targets: ids from {int(targets.min())} to {int(targets.max())} for a vocabulary of {shard.vocab_size}")
+    temperature_T = torch.as_tensor(temperature, dtype=torch.float32, device=hidden.device).expand(tokens)
+    return shard, temperature_T

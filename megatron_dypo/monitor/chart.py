@@ -1,0 +1,246 @@
+"""Line and stacked-area charts as inline SVG.
+
+Drawn by hand rather than by a plotting library because the report must be one tiny file that opens anywhere, with no
+script or font to fetch: an SVG path is all it takes. Colours are CSS classes, so the page decides on light and dark.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from html import escape
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from megatron_dypo.monitor.axis import Scale, linear_axis, log_axis, round_step
+
+WIDTH, HEIGHT = 440, 236
+LEFT, RIGHT, TOP, BOTTOM = 46, 424, 22, 202  # the plot area
+MAX_POINTS = 600  # of a line; 10,000 steps must stay a page that a phone opens
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve: ``values[n]`` float64, NaN where there is none; ``color`` is a CSS class that sets ``color``."""
+
+    label: str
+    color: str
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over ``steps[n]``. ``layers`` are stacked areas from the bottom up; ``lines`` go on top of them."""
+
+    steps: np.ndarray
+    lines: list[Series] = field(default_factory=list)
+    layers: list[Series] = field(default_factory=list)
+    unit: str = ""
+    percent: bool = False
+    log: bool = False
+    band: bool = False  # one standard deviation of the rolling window to both sides of a line
+    points: bool = False  # few, separate measurements: marked, joined over the steps between, not smoothed
+    exact: bool = False  # settings and counts: drawn as they are, not smoothed
+    extent: tuple[int, int] = (0, 1)  # first and last step of the axis
+
+
+def draw(chart: Chart, title: str) -> tuple[str, dict[str, Any]]:
+    """The SVG, and the JSON-ready data for the value under the pointer.
+
+    The data is ``{x: [lo, hi], y: [lo, hi], log, percent, series: [{x: [...], y: [...], top: [...]?}]}``, layers
+    first; ``top`` is where a layer's upper edge lies.
+    """
+    first, last = chart.extent
+    across = Scale(first, last, LEFT, RIGHT) if last > first else Scale(first - 1, first + 1, LEFT, RIGHT)
+    curves = [_prepare(chart, series) for series in chart.lines]
+    layers = _stack(chart)
+    heights = [part for curve in curves for part in (curve["raw"], curve["low"], curve["high"])]
+    heights += [part for layer in layers for part in (layer["low"], layer["high"])]
+    heights = np.concatenate([*heights, np.empty(0)])
+    heights = heights[np.isfinite(heights)]
+    if not len(heights):
+        note = f'<text class="none" x="{(LEFT + RIGHT) / 2}" y="{(TOP + BOTTOM) / 2}">no values</text>'
+        return _frame(chart, title, _x_ticks(across) + note), {}
+    lo, hi, ticks = log_axis(heights) if chart.log else linear_axis(heights, chart.percent)
+    up = Scale(lo, hi, BOTTOM, TOP)
+
+    areas = [f'<path class="layer {s["color"]}" d="{_area(across, up, s["x"], s["low"], s["high"])}"/>' for s in layers]
+    light, strong = [], []
+    unsmoothed = chart.points or chart.exact
+    for curve in curves:
+        color = curve["color"]
+        x, raw = across(curve["x"]), up(curve["raw"])
+        if chart.band:
+            light.append(f'<path class="band {color}" d="{_area(across, up, curve["at"], curve["low"], curve["high"])}"/>')
+        if not (unsmoothed or layers):
+            light.append(f'<path class="raw {color}" d="{_path(x, raw)}"/>')
+        line = _path(x, raw) if unsmoothed else _path(across(curve["at"]), up(curve["mean"]))
+        strong.append(f'<path class="line {color}" d="{line}"/>')
+        if chart.points:
+            strong.append(f'<path class="points {color}" d="{_dots(x, raw)}"/>')
+    body = _y_ticks(up, ticks) + _x_ticks(across) + "".join([*areas, *light, *strong])
+    data = {
+        "x": [across.lo, across.hi],
+        "y": [_short(lo), _short(hi)],
+        "log": chart.log,
+        "percent": chart.percent,
+        "series": [_hover(chart, item) for item in (*layers, *curves)],
+    }
+    return _frame(chart, title, body), data
+
+
+def rolling(values: np.ndarray, at: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation ([len(at)] each) of the ``window`` values centred on each index in ``at``.
+
+    NaN is left out; a window of nothing else gives NaN.
+    """
+    half = window // 2
+    view = np.lib.stride_tricks.sliding_window_view(np.pad(values, (half, half + 1), constant_values=np.nan), 2 * half + 1)[at]
+    present = np.isfinite(view)
+    count = np.where(present.any(1), present.sum(1), np.nan)
+    mean = np.where(present, view, 0.0).sum(1) / count
+    spread = np.where(present, view - mean[:, None], 0.0)
+    return mean, np.sqrt((spread**2).sum(1) / count)
+
+
+def thin(values: np.ndarray, limit: int = MAX_POINTS) -> np.ndarray:
+    """At most ``limit`` indices of ``values``, in order: each bucket's lowest and highest, so that no spike is lost.
+
+    A bucket of NaN keeps one, hence the gap; the last index is always kept.
+    """
+    if len(values) <= limit:
+        return np.arange(len(values))
+    edges = np.linspace(0, len(values), (limit - 1) // 2 + 1).astype(int)
+    kept = {len(values) - 1}
+    for begin, end in pairwise(edges):
+        bucket = values[begin:end]
+        if np.isnan(bucket).all():
+            kept.add(int(begin))
+        else:
+            kept.update((int(begin + np.nanargmin(bucket)), int(begin + np.nanargmax(bucket))))
+    return np.array(sorted(kept))
+
+
+def _prepare(chart: Chart, series: Series) -> dict[str, Any]:
+    """Thinned raw values and rolling statistics of a line, in the axis' unit (log10 on a log axis)."""
+    values = np.clip(series.values, -1e30, 1e30)  # keeps squares and differences finite
+    steps = chart.steps
+    if chart.log:
+        values = np.log10(np.where(values > 0, values, np.nan))
+    if chart.points:
+        steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
+    kept = thin(values)
+    at = np.unique(np.linspace(0, len(values) - 1, MAX_POINTS // 2).round().astype(int)) if len(values) else kept
+    known = np.flatnonzero(np.isfinite(values))
+    at = at[(at >= known[0]) & (at <= known[-1])] if len(known) else at  # a mean bridges gaps but invents no ends
+    mean, std = rolling(values, at, max(5, len(values) // 25))
+    wide = std if chart.band else np.full_like(std, np.nan)
+    lowest = np.nanmin(values, initial=np.inf)  # a band below it would show, say, negative norms
+    return {
+        "color": series.color,
+        "x": steps[kept],
+        "raw": values[kept],
+        "at": steps[at],
+        "mean": mean,
+        "low": np.maximum(mean - wide, lowest),
+        "high": mean + wide,
+    }
+
+
+def _stack(chart: Chart) -> list[dict[str, Any]]:
+    """Lower and upper edge of each layer; steps where no layer has a value are gaps."""
+    if not chart.layers:
+        return []
+    count = len(chart.steps)
+    at = np.unique(np.linspace(0, count - 1, min(count, MAX_POINTS)).round().astype(int))
+    window = round(count / len(at))  # means of what lies between the kept steps; 1 in all but long runs
+    values = np.array([rolling(np.clip(layer.values, 0.0, 1e30), at, window)[0] for layer in chart.layers])
+    nothing = np.isnan(values).all(0)
+    tops = np.cumsum(np.nan_to_num(values), axis=0)
+    tops[:, nothing] = np.nan
+    bottoms = np.vstack([np.where(nothing, np.nan, 0.0), tops[:-1]])
+    return [
+        {"color": layer.color, "x": chart.steps[at], "raw": value, "low": low, "high": high}
+        for layer, value, low, high in zip(chart.layers, values, bottoms, tops, strict=True)
+    ]
+
+
+def _hover(chart: Chart, item: dict[str, Any]) -> dict[str, list[Any]]:
+    values = 10.0 ** item["raw"] if chart.log else item["raw"]
+    series = {"x": item["x"].tolist(), "y": [_short(value) for value in values]}
+    if "at" not in item:
+        series["top"] = [_short(value) for value in item["high"]]
+    return series
+
+
+def _short(value: float) -> float | None:
+    if not math.isfinite(value):
+        return None
+    short = float(f"{value:.5g}")
+    return int(short) if short == int(short) and abs(short) < 1e6 else short
+
+
+def _y_ticks(up: Scale, ticks: list[tuple[float, str]]) -> str:
+    rows = [
+        f'<path class="rule" d="M{LEFT} {up(value):.1f}H{RIGHT}"/>'
+        f'<text class="tick y" x="{LEFT - 6}" y="{up(value) + 3.5:.1f}">{label}</text>'
+        for value, label in ticks
+    ]
+    return "".join(rows)
+
+
+def _x_ticks(across: Scale) -> str:
+    size = max(1, round(round_step((across.hi - across.lo) / 5)))
+    marks = range(math.ceil(across.lo / size) * size, math.floor(across.hi) + 1, size)
+    texts = [
+        f'<path class="notch" d="M{across(mark):.1f} {BOTTOM}v4"/>'
+        f'<text class="tick x" x="{across(mark):.1f}" y="{BOTTOM + 16}">{mark:,}</text>'
+        for mark in marks
+    ]
+    return "".join(texts)
+
+
+def _frame(chart: Chart, title: str, body: str) -> str:
+    dots = "".join(f'<path class="dot {series.color}" d="M0 0h0"/>' for series in (*chart.layers, *chart.lines))
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+        f'<text class="axis" x="2" y="11">{escape(chart.unit)}</text>{body}'
+        f'<path class="base" d="M{LEFT} {BOTTOM}H{RIGHT}"/>'
+        f'<text class="axis end" x="{RIGHT}" y="{HEIGHT - 3}">step</text>'
+        f'<path class="cursor" d="M0 {TOP}V{BOTTOM}"/>{dots}</svg>'
+    )
+
+
+def _path(x: np.ndarray, y: np.ndarray) -> str:
+    """A line with a gap at each NaN; ``h0`` after a move shows a lone point as a dot (round line caps)."""
+    parts, pen_down = [], False
+    for across, up in zip(x.tolist(), y.tolist(), strict=True):
+        if math.isnan(up):
+            pen_down = False
+            continue
+        parts.append(f"L{across:.1f} {up:.1f}" if pen_down else f"M{across:.1f} {up:.1f}h0")
+        pen_down = True
+    return "".join(parts)
+
+
+def _dots(x: np.ndarray, y: np.ndarray) -> str:
+    return "".join(f"M{across:.1f} {up:.1f}h0" for across, up in zip(x.tolist(), y.tolist(), strict=True))
+
+
+def _area(across: Scale, up: Scale, steps: np.ndarray, low: np.ndarray, high: np.ndarray) -> str:
+    """Closed outlines between ``low`` and ``high``, one for each stretch without NaN; a lone step is a step wide."""
+    known = np.flatnonzero(np.isfinite(low) & np.isfinite(high))
+    if not len(known):
+        return ""
+    parts = []
+    for run in np.split(known, np.flatnonzero(np.diff(known) > 1) + 1):
+        x = np.clip(across(steps[run]), LEFT, RIGHT)
+        bottom, top = up(low[run]), up(high[run])
+        if len(run) == 1:
+            x = np.clip(across(steps[run[0]] + np.array([-0.5, 0.5])), LEFT, RIGHT)
+            bottom, top = bottom.repeat(2), top.repeat(2)
+        edge = zip([*x, *x[::-1]], [*top, *bottom[::-1]], strict=True)
+        parts.append("M" + "L".join(f"{px:.1f} {py:.1f}" for px, py in edge) + "Z")
+    return "".join(parts)

@@ -1,0 +1,119 @@
+"""Rank 0's record of a run: metrics file, loggers, progress, final summary and report. Silent on the other ranks."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Self
+
+from megatron_dypo.config.schema import Config
+from megatron_dypo.monitor.metrics import MetricsFile, read_metrics
+from megatron_dypo.monitor.progress import Progress, summary
+from megatron_dypo.monitor.report import write_report
+from megatron_dypo.monitor.stopwatch import Stopwatch
+from megatron_dypo.monitor.writers import Writers
+from megatron_dypo.runtime.distributed import Layout
+from megatron_dypo.runtime.run_folder import describe
+
+log = logging.getLogger(__name__)
+SATURATION_WARNING = 0.5
+
+
+class Monitor:
+    """A context manager around the loop. Every method may be called on every rank; only rank 0 writes."""
+
+    def __init__(self, config: Config, layout: Layout, start_step: int):
+        self.config, self.run_dir = config, Path(config.trainer.run_dir)
+        self._active, self._start_step, self._began = layout.is_main, start_step, time.monotonic()
+        self._warned = False
+
+    def __enter__(self) -> Self:
+        if self._active:
+            describe(self.config, self.run_dir)
+            self._file = MetricsFile(self.run_dir / "metrics.jsonl", self._start_step)
+            self._writers = Writers(self.config, self.run_dir, self._start_step)
+            self._progress = Progress(self.config.trainer.steps, self._start_step)
+            if self._start_step:
+                self._progress.log(f"resuming {self.run_dir} after step {self._start_step}")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._active:
+            self._progress.close()
+            self._writers.close()
+            self._file.close()
+
+    def notice(self, lines: list[str]) -> None:
+        if self._active:
+            for line in lines:
+                self._progress.log(f"warning: {line}")
+
+    def write(self, step: int, metrics: dict) -> None:
+        """One line of metrics; ``step`` 0 is the evaluation before training."""
+        if self._active:
+            self._file.write(step, metrics)
+            self._writers.write(step, metrics)
+
+    def step(self, step: int, metrics: dict, clock: Stopwatch) -> None:
+        """A finished step: adds its times and shows it."""
+        times = {f"time/{name}": clock.seconds.get(name, 0.0) for name in ("rollout", "reward", "logprob", "update", "sync")}
+        seconds = clock.total
+        metrics = metrics | times | {"time/step": seconds, "perf/tokens_per_second": metrics["tokens"] / seconds}
+        del metrics["tokens"]
+        self.write(step, metrics)
+        if self._active:
+            self._progress.update(step, metrics)
+            if (metrics.get("gal/saturated_frac") or 0) > SATURATION_WARNING and not self._warned:
+                self._warned = True
+                self.notice(
+                    [
+                        f"step {step}: {metrics['gal/saturated_frac']:.0%} of GAL's pairs are saturated (spread of d {metrics['gal/spread']:.1f} nats): "
+                        "lower objective.beta_gal, or use objective.reference: previous"
+                    ]
+                )
+
+    def finish(self) -> None:
+        """The report, and the final summary on the terminal."""
+        if not self._active:
+            return
+        self._progress.close()
+        report = write_report(self.run_dir)
+        rows = summary_rows(read_metrics(self.run_dir / "metrics.jsonl"))
+        minutes, seconds = divmod(round(time.monotonic() - self._began), 60)
+        summary([*rows, ("wall time", f"{minutes} min {seconds:02d} s"), ("report", str(report))], f"{self.run_dir} finished")
+
+
+def summary_rows(metrics: list[dict]) -> list[tuple[str, str]]:
+    """What a run came to: first against last, from its metrics file."""
+    steps = [line for line in metrics if line["step"] > 0]
+    tail = steps[-max(1, len(steps) // 10) :]
+
+    def mean(lines: list[dict], name: str) -> float | None:
+        values = [line[name] for line in lines if line.get(name) is not None]
+        return sum(values) / len(values) if values else None
+
+    def change(label: str, name: str, form: str = "{:.2f}") -> tuple[str, str] | None:
+        first, last = mean(steps[:5], name), mean(tail, name)
+        if first is None and last is None:
+            return None
+        shown = ["-" if value is None else form.format(value) for value in (first, last)]
+        return label, f"{shown[0]} (first 5 steps) -> {shown[1]} (last tenth)"
+
+    rows = [
+        ("steps", str(steps[-1]["step"])),
+        change("mean reward", "reward/mean"),
+        change("offline ratio", "dypo/offline_ratio"),
+        *(change(f"{name} groups", f"dypo/{name}_frac", "{:.0%}") for name in ("easy", "mid", "hard")),
+        change("response tokens", "rollout/response_tokens", "{:.1f}"),
+        change("tokens per second", "perf/tokens_per_second", "{:.0f}"),
+    ]
+    evaluations = [line for line in metrics if line.get("eval/valid/greedy_accuracy") is not None]
+    if evaluations:
+        first, last = evaluations[0], evaluations[-1]
+        text = f"{first['eval/valid/greedy_accuracy']:.1%} (step {first['step']}) -> {last['eval/valid/greedy_accuracy']:.1%} (step {last['step']})"
+        rows.append(("held-out greedy accuracy", f"{text}, {last['eval/valid/problems']} problems"))
+    skipped = steps[-1].get("train/skipped_steps")
+    if skipped:
+        rows.append(("skipped steps", str(skipped)))
+    return [row for row in rows if row is not None]

@@ -1,0 +1,215 @@
+"""Which charts the report has: one table from metric keys to panels, in reading order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import cycle
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One metric in a panel, under ``label`` (may hold markup characters), in the colour class ``color``."""
+
+    key: str
+    label: str
+    color: str
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart: ``layers`` are stacked areas, ``lines`` go on top. ``unit`` names the vertical axis."""
+
+    title: str
+    note: str
+    unit: str
+    lines: tuple[Curve, ...] = ()
+    layers: tuple[Curve, ...] = ()
+    percent: bool = False
+    log: bool = False
+    band: bool = False
+    points: bool = False
+    exact: bool = False
+    relative: bool = False  # layers as parts of their sum
+
+    @property
+    def curves(self) -> tuple[Curve, ...]:
+        return (*self.layers, *self.lines)
+
+
+PALETTE = ("c1", "c2", "c3", "c4", "c5", "c6")  # Okabe and Ito's, which colour-blind readers can tell apart
+
+LEARNING = (
+    Panel(
+        "Regimes",
+        "Share of the batch's prompts by how their k responses did. Line: trained Hard / trained prompts.",
+        "share of prompts",
+        layers=(
+            Curve("dypo/easy_frac", "easy", "easy"),
+            Curve("dypo/mid_frac", "mid", "mid"),
+            Curve("dypo/hard_frac", "hard", "hard"),
+        ),
+        lines=(Curve("dypo/offline_ratio", "offline ratio", "ink"),),
+        percent=True,
+    ),
+    Panel("Reward", "Mean over all sampled responses.", "mean reward", (Curve("reward/mean", "reward", "c1"),)),
+)
+
+OPTIMISATION = (
+    Panel(
+        "Losses",
+        "Each term unweighted, and the total with its weights: gamma SFT + alpha GRPO + (1 - alpha) GAL.",
+        "loss",
+        (
+            Curve("loss/grpo", "GRPO", "c1"),
+            Curve("loss/gal", "GAL", "c4"),
+            Curve("loss/sft", "SFT", "c2"),
+            Curve("loss/kl", "KL", "c6"),
+            Curve("loss/total", "total", "ink"),
+        ),
+    ),
+    Panel(
+        "Gradient shares",
+        "Each term's part of the sum of |dL/dlogp|: a term near 0% does not train.",
+        "share of gradient",
+        percent=True,
+        relative=True,
+        layers=(
+            Curve("grad_share/grpo", "GRPO", "c1"),
+            Curve("grad_share/gal", "GAL", "c4"),
+            Curve("grad_share/sft", "SFT", "c2"),
+        ),
+    ),
+    Panel(
+        "Gradient norm",
+        "Before clipping. Rolling mean and one standard deviation to both sides.",
+        "global norm",
+        (Curve("train/grad_norm", "gradient norm", "c1"),),
+        band=True,
+    ),
+    Panel(
+        "Policy entropy",
+        "A quick fall to 0 is a collapse of exploration.",
+        "nats per token",
+        (Curve("policy/entropy", "entropy", "c3"),),
+    ),
+    Panel(
+        "Clip fraction",
+        "Tokens whose GRPO ratio left the clip range.",
+        "share of tokens",
+        (Curve("policy/clip_frac", "clipped", "c5"),),
+        percent=True,
+    ),
+    Panel(
+        "GAL pairs",
+        "eta: mean squared pair weight (discrimination difficulty). Saturated: weight below 0.01 or above 0.99.",
+        "share, mean",
+        (Curve("gal/eta", "eta", "c4"), Curve("gal/saturated_frac", "saturated", "c2")),
+    ),
+    Panel(
+        "GAL spread",
+        "Spread of the log-ratio difference between right and wrong responses.",
+        "nats",
+        (Curve("gal/spread", "spread", "c4"),),
+    ),
+    Panel("Learning rate", "", "learning rate", (Curve("train/lr", "learning rate", "c3"),), exact=True),
+    Panel(
+        "Left out",
+        "Steps skipped (not finite) or empty (nothing to train on), and Hard prompts without a teacher's trace.",
+        "count",
+        (
+            Curve("train/skipped_steps", "skipped steps", "c2"),
+            Curve("train/empty_steps", "empty steps", "c1"),
+            Curve("dypo/hard_without_teacher", "Hard, no teacher", "c5"),
+        ),
+        exact=True,
+    ),
+)
+
+ROLLOUT = (
+    Panel(
+        "Trainer / rollout mismatch",
+        "|log-prob| difference between trainer and engine on the sampled tokens, and the KL estimate.",
+        "nats per token, log scale",
+        (
+            Curve("rollout/mismatch_max", "max", "c2"),
+            Curve("rollout/mismatch_mean", "mean", "c1"),
+            Curve("rollout/mismatch_kl", "KL", "c6"),
+        ),
+        log=True,
+    ),
+    Panel(
+        "Response length",
+        "Mean over all sampled responses, end token included.",
+        "tokens",
+        (Curve("rollout/response_tokens", "response", "c1"),),
+    ),
+    Panel(
+        "Truncated responses",
+        "Cut off at the longest allowed response.",
+        "share of responses",
+        (Curve("rollout/truncated_frac", "truncated", "c2"),),
+        percent=True,
+    ),
+)
+
+SPEED = (
+    Panel(
+        "Time per phase",
+        "Line: the whole step.",
+        "seconds per step",
+        layers=(
+            Curve("time/rollout", "rollout", "c1"),
+            Curve("time/reward", "reward", "c6"),
+            Curve("time/logprob", "log-prob", "c3"),
+            Curve("time/update", "update", "c5"),
+            Curve("time/sync", "sync", "c4"),
+        ),
+        lines=(Curve("time/step", "step", "ink"),),
+    ),
+    Panel("Throughput", "", "tokens per second", (Curve("perf/tokens_per_second", "tokens/s", "c3"),)),
+    Panel("Model FLOP utilisation", "", "share of peak", (Curve("perf/mfu", "MFU", "c1"),), percent=True),
+)
+
+
+def sections(keys: Iterable[str], shares: set[str]) -> list[tuple[str, list[Panel]]]:
+    """(heading, panels) for a run that has metrics ``keys``; panels and sections without any of them are left out.
+
+    ``shares``: the keys whose values all lie in [0, 1]; it decides how evaluations are drawn. A key that the table
+    does not know gets a panel of its own in the last section.
+    """
+    keys = set(keys)
+    known = {curve.key for panel in (*LEARNING, *OPTIMISATION, *ROLLOUT, *SPEED) for curve in panel.curves}
+    evals = {key for key in keys if key.startswith("eval/")}
+    table = {
+        "Learning": [*LEARNING, *_eval_panels(evals, shares)],
+        "Optimisation": OPTIMISATION,
+        "Rollout": ROLLOUT,
+        "Speed": SPEED,
+        "Further metrics": [Panel(key, "", "", (Curve(key, key, "c1"),)) for key in sorted(keys - known - evals)],
+    }
+    present = {
+        heading: [panel for panel in panels if any(curve.key in keys for curve in panel.curves)] for heading, panels in table.items()
+    }
+    return [(heading, panels) for heading, panels in present.items() if panels]
+
+
+def _eval_panels(keys: set[str], shares: set[str]) -> list[Panel]:
+    """All shares (accuracies) in one panel; any other metric, with its own unit, in a panel for all suites."""
+    together = _eval_panel("Held-out evaluation", "share of problems", sorted(keys & shares), percent=True)
+    others = sorted({key.rsplit("/", 1)[-1] for key in keys - shares})
+    apart = [
+        _eval_panel(f"Evaluation: {_words(name)}", _words(name), sorted(k for k in keys - shares if k.endswith(f"/{name}")))
+        for name in others
+    ]
+    return [together, *apart]
+
+
+def _eval_panel(title: str, unit: str, keys: list[str], percent: bool = False) -> Panel:
+    colors = cycle(PALETTE)
+    curves = tuple(Curve(key, _words(key.removeprefix("eval/")), next(colors)) for key in keys)
+    return Panel(title, "On problems that are not trained on.", unit, curves, percent=percent, points=True)
+
+
+def _words(name: str) -> str:
+    return name.replace("/", " ").replace("_", " ")

@@ -1,0 +1,116 @@
+"""Fan-out of a step's metrics to the loggers that the configuration switches on. Rank 0 only.
+
+``metrics.jsonl`` is the record (``metrics.py``); these are copies of it for the tools people already have open.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_dypo.config.schema import Config, Logging
+from megatron_dypo.errors import UserError
+
+
+class Writer(Protocol):
+    """Takes one step's metrics (numbers, by the names of docs) and shows them somewhere."""
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class WandbWriter:
+    """Weights & Biases. The run's id is kept in ``run_dir/wandb_id``, so a resumed run goes on in the same curves.
+
+    Never prompts, and offline never touches the network. Raises UserError if ``online`` has no credentials or no
+    connection.
+    """
+
+    def __init__(self, config: Config, run_dir: Path, resume_step: int) -> None:
+        offline = config.logging.wandb == "offline"
+        if offline:
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb's own crash reports go over the network
+        import wandb
+
+        if not offline and not wandb.login(prompt=False, verify=False):
+            raise UserError("logging.wandb: online needs WANDB_API_KEY or `wandb login`; or use logging.wandb=offline")
+        try:
+            self._run = wandb.init(
+                project=config.logging.wandb_project,
+                dir=str(run_dir),
+                name=run_dir.resolve().name,
+                id=_wandb_id(run_dir / "wandb_id"),
+                mode=config.logging.wandb,
+                resume=None if offline else "allow",  # offline, the same id joins the parts at `wandb sync`
+                config=config.model_dump(),
+                settings=wandb.Settings(console="off", quiet=True, disable_git=True, silent=offline),
+            )
+        except wandb.Error as error:
+            raise UserError(f"logging.wandb: {' '.join(str(error).split())}") from None
+        # Not wandb's own step counter: it refuses the steps that a resume from an older checkpoint runs again.
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._run.log({**_finite(metrics), "step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TensorBoardWriter:
+    """Event files in ``run_dir/tensorboard``; on resume, later steps of the stopped run are hidden."""
+
+    def __init__(self, config: Config, run_dir: Path, resume_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge_step = resume_step + 1 if resume_step > 0 else None
+        self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        for name, value in _finite(metrics).items():
+            self._events.add_scalar(name, value, step)
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
+
+
+WRITERS: tuple[tuple[Callable[[Logging], bool], type[Writer]], ...] = (
+    (lambda logging: logging.wandb != "off", WandbWriter),
+    (lambda logging: logging.tensorboard, TensorBoardWriter),
+)
+
+
+class Writers:
+    """All writers that ``config.logging`` asks for, as one; none of them is imported otherwise."""
+
+    def __init__(self, config: Config, run_dir: str | Path, resume_step: int = 0) -> None:
+        run_dir = Path(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._writers = [writer(config, run_dir, resume_step) for wanted, writer in WRITERS if wanted(config.logging)]
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        for writer in self._writers:
+            writer.write(step, metrics)
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.close()
+
+
+def _finite(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The values that a curve can show: not the step itself, nor null, infinite or NaN."""
+    numbers = {name: float(value) for name, value in metrics.items() if value is not None and name != "step"}
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
+
+
+def _wandb_id(path: Path) -> str:
+    """The run's id: read from ``path``, or made up and written there."""
+    if not path.exists():
+        path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()

@@ -1,0 +1,95 @@
+"""The part of the loss that is local to a token: summands and analytic dL/dlogp, over packed per-token streams.
+
+    GRPO  w (-min(rho A, clip(rho) A) + kl (exp(ref - logp) - (ref - logp) - 1))     rho = exp(logp - base)   (Eq. 21)
+    GAL   C (constant slope; its value is the coefficient pass's)                                             (Eq. 16)
+    SFT   -v logp                                                                                             (Eq. 20)
+
+Legend: N loss tokens of a micro-batch, packed without prompt or padding; t a slice of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megatron_dypo.config.schema import Objective
+from megatron_dypo.objectives.correction import Correction
+
+SUMS = ("loss/grpo", "loss/kl", "loss/sft", "grad_share/grpo", "grad_share/gal", "grad_share/sft", "clipped", "entropy", "rollout_tokens")
+
+
+@dataclass
+class TokenStreams:
+    """One micro-batch's per-token inputs, each [N] fp32: coefficients of the token's sequence (``SequenceTerms``), and
+    log-probs in nats of the old policy, the reference (None where no term reads it) and the rollout engine.
+
+    ``totals`` gathers, in float64, the sums that metrics are made of (``SUMS``), unweighted by alpha and gamma.
+    """
+
+    advantage_N: Tensor
+    grpo_N: Tensor
+    grpo_slope_N: Tensor
+    gal_slope_N: Tensor
+    sft_N: Tensor
+    old_N: Tensor
+    rollout_N: Tensor
+    is_rollout_N: Tensor
+    reference_N: Tensor | None
+    objective: Objective
+    correction: Correction = Correction()
+    alpha: float = 0.5
+    totals: dict[str, Tensor] = field(default_factory=dict)
+
+    def terms(self, logp_t: Tensor, entropy_t: Tensor | None, t: slice) -> tuple[Tensor, Tensor]:
+        """(loss summands [t], dL/dlogp [t]) of the tokens ``t``, given their log-probs under the current policy."""
+        objective, advantage_t, old_t = self.objective, self.advantage_N[t], self.old_N[t]
+        reference_t = None if self.reference_N is None else self.reference_N[t]
+        weight_t = self.grpo_N[t] * self.correction.weight(old_t - self.rollout_N[t])
+
+        if objective.ratio_level == "token":
+            base_t = old_t if objective.ratio_base == "old" else reference_t
+            ratio_t = (logp_t - base_t).clamp(max=60.0).exp()
+            clipped_t = ratio_t.clamp(1 - objective.clip_low, 1 + objective.clip_high)
+            surrogate_t = torch.minimum(ratio_t * advantage_t, clipped_t * advantage_t)
+            inside_t = torch.where(advantage_t >= 0, ratio_t <= 1 + objective.clip_high, ratio_t >= 1 - objective.clip_low)
+            slope_t = torch.where(inside_t, -ratio_t * advantage_t, 0.0)
+        else:  # the response's ratio is known from the coefficient pass and its slope is constant
+            surrogate_t, slope_t, inside_t = torch.zeros_like(logp_t), torch.zeros_like(logp_t), torch.ones_like(logp_t, dtype=torch.bool)
+
+        grpo_t, grpo_slope_t = weight_t * -surrogate_t, weight_t * slope_t + self.grpo_slope_N[t]
+        if reference_t is not None:
+            gap_t = reference_t - logp_t
+            kl_t = weight_t * (gap_t.exp() - gap_t - 1)  # k3: unbiased, never negative
+            grpo_t = grpo_t + objective.kl_coef * kl_t
+            grpo_slope_t = grpo_slope_t + weight_t * objective.kl_coef * (1 - gap_t.exp())
+            self._add("loss/kl", kl_t / (self.alpha or 1.0))
+        summands_t = grpo_t - self.sft_N[t] * logp_t
+        slopes_t = grpo_slope_t + self.gal_slope_N[t] - self.sft_N[t]
+
+        rollout_t = self.is_rollout_N[t]
+        self._add("loss/grpo", grpo_t / (self.alpha or 1.0))
+        self._add("loss/sft", -self.sft_N[t] * logp_t / (objective.gamma or 1.0))
+        self._add("grad_share/grpo", grpo_slope_t.abs())
+        self._add("grad_share/gal", self.gal_slope_N[t].abs())
+        self._add("grad_share/sft", self.sft_N[t].abs())
+        self._add("clipped", (~inside_t & (self.grpo_N[t] > 0)).float())
+        self._add("rollout_tokens", rollout_t)
+        if entropy_t is not None:
+            self._add("entropy", entropy_t * rollout_t)
+        return summands_t, slopes_t
+
+    def _add(self, name: str, values_t: Tensor) -> None:
+        self.totals[name] = self.totals.get(name, 0.0) + values_t.detach().double().sum()
+
+
+def dypo_loss(logp_N: Tensor, streams: TokenStreams, entropy_N: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """The token-local loss of one micro-batch, differentiable in ``logp_N`` [N], and its metric sums.
+
+    The value leaves out what is not local to a token (``BatchTerms.gal_loss``, ``grpo_sequence_loss``); the gradient is
+    complete.
+    """
+    summands_N, slopes_N = streams.terms(logp_N.detach(), entropy_N, slice(0, len(logp_N)))
+    loss = summands_N.double().sum() + (slopes_N.detach().double() * (logp_N - logp_N.detach()).double()).sum()
+    return loss, streams.totals

@@ -1,0 +1,129 @@
+"""Build the policy's Megatron-Core parts: GPT stage, DDP wrapper, optimizer."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_dypo.config.schema import Config, Optimizer
+from megatron_dypo.policy.layers import layer_spec
+from megatron_dypo.policy.shape import FAMILIES, ModelShape
+from megatron_dypo.runtime import cpu_shim
+from megatron_dypo.runtime.distributed import Layout, device
+
+_SHARDED_DIMENSION = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
+_RECOMPUTE = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective"},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+def training_dtype(name: str) -> torch.dtype:
+    """bf16 matmuls are 6 to 90 times slower than fp32 on CPUs, hence ``auto``."""
+    if name == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
+    """mcore's configuration of ``shape`` under this layout."""
+    dtype, cuda, family = training_dtype(config.model.dtype), torch.cuda.is_available(), FAMILIES[shape.family]
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_dim,
+        layernorm_epsilon=shape.norm_eps,
+        normalization="RMSNorm",
+        qk_layernorm=family.qk_norm,
+        add_qkv_bias=family.qkv_bias,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=config.parallel.tensor,
+        pipeline_model_parallel_size=config.parallel.pipeline,
+        sequence_parallel=config.parallel.sequence_parallel,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # mcore demands it of variable lengths, dense models included
+        perform_initialization=False,  # weights come from convert/, the same at every layout
+        use_cpu_initialization=not cuda,
+        calculate_per_token_loss=True,  # mcore divides nothing: the objective carries its own global normalisers
+        bias_activation_fusion=cuda,
+        bias_dropout_fusion=cuda,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        **_RECOMPUTE[config.model.recompute],
+    )
+
+
+def build_model(config: Config, shape: ModelShape, layout: Layout) -> DistributedDataParallel:
+    """This rank's pipeline stage in mcore's DDP. The head returns hidden states: kernels/ turns them into log-probs."""
+    transformer = transformer_config(config, shape)
+    gpt = GPTModel(
+        config=transformer,
+        transformer_layer_spec=layer_spec(shape.num_layers // layout.pp, FAMILIES[shape.family].qk_norm),
+        vocab_size=shape.padded_vocab,
+        max_sequence_length=shape.max_position,
+        pre_process=layout.pp_rank == 0,
+        post_process=layout.is_last_stage,
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=shape.rope_base,
+    ).to(device())
+    _mark_sharded(gpt)
+    if layout.is_last_stage:
+        gpt.output_layer.forward = lambda hidden, weight=None, runtime_gather_output=None: (hidden, None)
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=config.optimizer.distributed,
+        check_for_nan_in_grad=False,  # a non-finite gradient skips the step on all ranks instead of ending the job
+    )
+    return DistributedDataParallel(config=transformer, ddp_config=ddp, module=gpt)
+
+
+def _mark_sharded(gpt: GPTModel) -> None:
+    """mcore marks its sharded weights while initialising them, which we leave out; unmarked ones would be taken for
+    copies and left out of the gradient norm on every tensor-parallel rank but the first."""
+    for module in gpt.modules():
+        dimension = _SHARDED_DIMENSION.get(type(module))
+        if dimension is not None and module.weight is not None:
+            set_tensor_model_parallel_attributes(module.weight, True, dimension, 1)
+
+
+def head_weight(gpt: GPTModel) -> torch.Tensor:
+    """The output head's weight on the last stage [V_padded / TP, H]: the embedding's, if tied and on one stage."""
+    return gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else gpt.output_layer.weight
+
+
+def build_optimizer(optimizer: Optimizer, dtype: torch.dtype, model: DistributedDataParallel):
+    """mcore's Adam (fp32 master weights under bf16)."""
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.lr,
+        adam_beta1=optimizer.betas[0],
+        adam_beta2=optimizer.betas[1],
+        adam_eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        clip_grad=optimizer.clip_grad,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=optimizer.distributed,
+    )
+    with cpu_shim.cuda_type_names():
+        return get_megatron_optimizer(settings, [model], use_gloo_process_groups=torch.cuda.is_available())

@@ -1,0 +1,151 @@
+"""The trainable policy on this rank: log-prob pass, training pass, optimizer step, reference weights.
+
+Legend: T packed tokens, N loss tokens of a micro-batch, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from megatron_dypo.batching.micro_batch import MicroBatch
+from megatron_dypo.config.schema import Config
+from megatron_dypo.convert.stream import hf_tensors, load_weights
+from megatron_dypo.kernels import LogProbs, linear_logprob, linear_loss
+from megatron_dypo.objectives import TokenStreams
+from megatron_dypo.policy.attention import Segments
+from megatron_dypo.policy.model import build_model, build_optimizer, head_weight, training_dtype
+from megatron_dypo.policy.shape import ModelShape
+from megatron_dypo.runtime import cpu_shim
+from megatron_dypo.runtime.distributed import Layout, device
+
+
+class Policy:
+    """A Megatron-Core GPT with its optimizer. ``version`` counts optimizer updates since the initial weights."""
+
+    def __init__(self, config: Config, shape: ModelShape, layout: Layout, read_weights: Callable[[str], Tensor]):
+        self.config, self.shape, self.layout = config, shape, layout
+        self.model = build_model(config, shape, layout)
+        load_weights(self.gpt, shape, layout, read_weights)
+        self.optimizer = build_optimizer(config.optimizer, training_dtype(config.model.dtype), self.model)
+        # The one place where mcore's own normalisation is switched off: every coefficient is already global.
+        self.model.config.finalize_model_grads_func = lambda models, num_tokens=None, **keywords: finalize_model_grads(
+            models, None, **keywords
+        )
+        self.reference: list[Tensor] | None = None
+        self.version = 0
+
+    @property
+    def gpt(self) -> torch.nn.Module:
+        return self.model.module
+
+    def logprobs(self, batches: list[MicroBatch]) -> list[Tensor]:
+        """Log-probs [N] (nats) of each micro-batch's targets; an empty list except on the last pipeline stage."""
+
+        def collect(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, ...]:
+            return (linear_logprob(*self._head_inputs(hidden, batch), **self._head_options(batch)).logp,)
+
+        with torch.no_grad():
+            return [logp for (logp,) in self._run(batches, collect, forward_only=True)]
+
+    def accumulate(self, batches: list[MicroBatch], streams: list[TokenStreams]) -> None:
+        """Forward and backward over the micro-batches; gradients end up summed over all ranks in ``main_grad``."""
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        by_batch = {id(batch): stream for batch, stream in zip(batches, streams, strict=True)}
+
+        def loss(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, LogProbs]:
+            inputs = self._head_inputs(hidden, batch)
+            value, logprobs = linear_loss(*inputs, by_batch[id(batch)].terms, entropy=True, **self._head_options(batch))
+            return value, torch.zeros((), dtype=torch.int), logprobs
+
+        self._run(batches, loss, forward_only=False)
+
+    def step(self, lr: float) -> tuple[bool, float]:
+        """One optimizer step at this learning rate: (applied, global gradient norm before clipping).
+
+        A non-finite norm is the same on all ranks and applies nothing.
+        """
+        with cpu_shim.cuda_type_names():
+            self.optimizer.prepare_grads()
+            norm = float(self.optimizer.get_grad_norm())
+            finite = norm - norm == 0.0
+            if finite:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = lr
+                self.optimizer.step()
+                self.version += 1
+        return finite, norm
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The current weights as (Hugging Face name, full tensor), a tied head sent twice; collective."""
+        return hf_tensors(self.gpt, self.shape, self.layout, with_tied_head=True)
+
+    def keep_reference(self) -> None:
+        """Freeze the current weights as the reference (host memory; pinned where there is CUDA)."""
+        weights = [parameter.detach().to("cpu", copy=True) for parameter in self.gpt.parameters()]
+        self.reference = [weight.pin_memory() for weight in weights] if torch.cuda.is_available() else weights
+
+    @contextmanager
+    def reference_weights(self) -> Iterator[None]:
+        """Swap the reference into the modules, and the policy back, bit for bit."""
+        assert self.reference is not None
+        current = [parameter.detach().clone() for parameter in self.gpt.parameters()]
+        self._fill(self.reference)
+        yield
+        self._fill(current)
+
+    @torch.no_grad()
+    def _fill(self, weights: list[Tensor]) -> None:
+        for parameter, weight in zip(self.gpt.parameters(), weights, strict=True):
+            parameter.copy_(weight, non_blocking=True)
+
+    def _run(self, batches: list[MicroBatch], finish: Callable[[Tensor, MicroBatch], tuple], forward_only: bool) -> list:
+        """mcore's schedule over the micro-batches. ``finish(hidden, batch)`` runs on the last stage, on each output."""
+
+        def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module):
+            batch = next(iterator)
+            ids, positions = batch.ids_T.to(device()), batch.positions_T.to(device())
+            output = model(ids.unsqueeze(0), positions.unsqueeze(0), None, packed_seq_params=_packed_params(batch))
+            return output, lambda hidden, **_: finish(hidden, batch)
+
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=[self.model],
+            num_microbatches=len(batches),
+            seq_length=self.shape.max_position,  # not read with variable lengths
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+    def _head_inputs(self, hidden_1TH: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states of the loss tokens only, the head's weight, and the targets."""
+        hidden_TH = hidden_1TH.squeeze(0)
+        if self.config.parallel.sequence_parallel:
+            hidden_TH = gather_from_sequence_parallel_region(hidden_TH, tensor_parallel_output_grad=False)
+        hidden_NH = hidden_TH.index_select(0, batch.loss_index_N.to(hidden_TH.device))
+        return hidden_NH, head_weight(self.gpt), batch.targets_N.to(hidden_TH.device)
+
+    def _head_options(self, batch: MicroBatch) -> dict:
+        group = mpu.get_tensor_model_parallel_group() if self.layout.tp > 1 else None
+        return {"temperature": batch.temperature_N.to(device()), "tp_group": group, "vocab_size": self.shape.vocab_size}
+
+
+def _packed_params(batch: MicroBatch) -> PackedSeqParams:
+    cu_seqlens = torch.tensor(batch.cu_seqlens, dtype=torch.int32, device=device())
+    longest = max(end - start for start, end in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False))
+    params = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
+    params.segments = Segments.of(batch.cu_seqlens, device())  # for our core attention; mcore passes the object through
+    return params

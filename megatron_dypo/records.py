@@ -1,0 +1,100 @@
+"""The record that flows down the data path, one dataclass per stage of its life.
+
+    Prompt --rollout--> Group(responses) --reward--> rewards --grade--> regime, teacher draw --pack--> Sequence
+
+Token ids are int32 and log-probs float32 numpy arrays: every rank holds the whole global batch in host memory
+(8 bytes a response token), so each plans the same step by itself and no step depends on the layout.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+class Regime(enum.IntEnum):
+    """How a group did (paper 3.1): all right, mixed, all wrong."""
+
+    EASY = 0
+    MID = 1
+    HARD = 2
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """One teacher's reasoning trace for one prompt, as text."""
+
+    name: str
+    trace: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of the data set. ``messages`` is a chat (list of role/content); a plain string is kept as ``text``."""
+
+    id: str
+    ground_truth: str
+    teachers: tuple[Teacher, ...]
+    source: str = ""
+    messages: tuple[dict[str, str], ...] = ()
+    text: str = ""
+
+
+@dataclass
+class Response:
+    """One sampled response: ``ids`` includes the end token when one was sampled (``finish_reason == "stop"``).
+
+    ``logprobs[t]`` is the engine's log-prob of ``ids[t]`` under the distribution it sampled from (nats).
+    """
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+    finish_reason: str
+    reward: float = float("nan")
+
+
+@dataclass
+class Group:
+    """A prompt and its k responses; ``teacher_indices`` is the draw for this step (Hard groups only)."""
+
+    prompt: Prompt
+    prompt_ids: np.ndarray
+    responses: list[Response] = field(default_factory=list)
+    regime: Regime | None = None
+    teacher_indices: tuple[int, ...] | None = None
+    weight_version: int = 0
+
+    @property
+    def rewards(self) -> list[float]:
+        return [response.reward for response in self.responses]
+
+
+class Kind(enum.IntEnum):
+    """Which term a training sequence feeds."""
+
+    ROLLOUT = 0
+    TEACHER = 1
+
+
+@dataclass
+class Sequence:
+    """One row to train on: ``ids`` = prompt + response (or teacher trace); only the tail carries loss.
+
+    ``group`` and ``sample`` index the global batch (``sample`` is the response's, or the draw's, place in its group).
+    """
+
+    ids: np.ndarray
+    prompt_length: int
+    kind: Kind
+    group: int
+    sample: int
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+    @property
+    def loss_tokens(self) -> int:
+        return len(self.ids) - self.prompt_length

@@ -1,0 +1,1 @@
+"""Sampling from the policy: engines behind one interface, recorded and replayed rollouts."""

@@ -1,0 +1,62 @@
+"""A batch of prompts -> graded-ready groups on every rank: each rank samples and scores its share, all share the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megatron_dypo.config.schema import Config
+from megatron_dypo.data.tokenizer import Tokenizer
+from megatron_dypo.errors import UserError
+from megatron_dypo.records import Group, Prompt
+from megatron_dypo.rollout.engine import Engine, Request, Sampling
+from megatron_dypo.runtime.distributed import Layout, all_gather_objects
+from megatron_dypo.runtime.seeding import stable_hash
+
+Reward = Callable[[list[str], list[str], list[str]], list[float]]
+
+
+def encode_prompts(prompts: list[Prompt], tokenizer: Tokenizer, longest: int) -> list[Group]:
+    """Groups without responses. Raises UserError naming a prompt of more than ``longest`` tokens, or of none."""
+    groups = [Group(prompt, tokenizer.encode_prompt(prompt)) for prompt in prompts]
+    for group in groups:
+        if not 0 < len(group.prompt_ids) <= longest:
+            raise UserError(f"data: prompt {group.prompt.id} has {len(group.prompt_ids)} tokens; data.max_prompt_tokens is {longest}")
+    return groups
+
+
+def sampling(config: Config, eos_id: int) -> Sampling:
+    rollout = config.rollout
+    return Sampling(rollout.temperature, rollout.top_p, rollout.max_response_tokens, eos_id)
+
+
+def sample(groups: list[Group], engine: Engine, config: Config, eos_id: int, step: int, layout: Layout) -> list[Group]:
+    """Fill in this rank's share of the responses (every world-th group, so that lengths even out); returns that share.
+
+    Each sample's seed is a hash of (seed, step, prompt, sample): neither layout nor order changes what is drawn.
+    """
+    mine = groups[layout.rank :: layout.world]
+    k = config.rollout.samples_per_prompt
+    requests = [
+        Request(group.prompt_ids, stable_hash(config.trainer.seed, "sample", step, group.prompt.id, i)) for group in mine for i in range(k)
+    ]
+    responses = engine.generate(requests, sampling(config, eos_id))
+    for i, group in enumerate(mine):
+        group.responses = responses[i * k : (i + 1) * k]
+    return mine
+
+
+def score(groups: list[Group], tokenizer: Tokenizer, reward: Reward) -> None:
+    """Set every response's reward."""
+    pairs = [(group.prompt, response) for group in groups for response in group.responses]
+    texts = [tokenizer.decode(response.ids) for _, response in pairs]
+    rewards = reward(texts, [prompt.ground_truth for prompt, _ in pairs], [prompt.id for prompt, _ in pairs])
+    for (_, response), value in zip(pairs, rewards, strict=True):
+        response.reward = value
+
+
+def share(groups: list[Group], mine: list[Group], layout: Layout) -> None:
+    """Give all ranks all responses: ``groups`` is completed in place from every rank's ``mine``."""
+    gathered = all_gather_objects([group.responses for group in mine])
+    for rank, responses in enumerate(gathered):
+        for group, filled in zip(groups[rank :: layout.world], responses, strict=True):
+            group.responses = filled

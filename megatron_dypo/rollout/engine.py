@@ -1,0 +1,73 @@
+"""What a rollout engine is: token ids in, token ids and log-probs out, weights replaced in place.
+
+Every rank runs one engine on its own share of the prompts; ``sync`` is called by all ranks together.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from megatron_dypo.config.schema import Config
+from megatron_dypo.errors import UserError
+from megatron_dypo.policy.shape import ModelShape
+from megatron_dypo.records import Response
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to sample. ``seed`` None is greedy decoding."""
+
+    prompt_ids: np.ndarray
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample: lengths in tokens; ``eos_id`` ends a response and is part of it."""
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+    eos_id: int
+
+
+class Engine(Protocol):
+    """``generate`` keeps the order of the requests; log-probs are those of the distribution sampled from."""
+
+    def generate(self, requests: list[Request], sampling: Sampling) -> list[Response]: ...
+
+    def sync(self, tensors: Iterator[tuple[str, Tensor]]) -> None: ...
+
+
+def engine_name(config: Config) -> str:
+    """``rollout.engine`` with ``auto`` resolved: vLLM where it is installed, transformers (said in the log) elsewhere."""
+    wanted, installed = config.rollout.engine, importlib.util.find_spec("vllm") is not None
+    if wanted == "vllm" and not installed:
+        raise UserError("rollout.engine: vllm is not installed here (pip install 'megatron_dypo[vllm]', or engine: transformers)")
+    if wanted == "auto" and not installed:
+        log.warning("vLLM is not installed: sampling with transformers, many times slower")
+    return wanted if wanted != "auto" else "vllm" if installed else "transformers"
+
+
+def build_engine(config: Config, shape: ModelShape, eos_id: int, folder: Path) -> Engine | None:
+    """This rank's engine (None when rollouts are replayed); ``folder`` receives the model's config. Dummy weights until ``sync``."""
+    name = engine_name(config)
+    if name == "vllm":
+        from megatron_dypo.rollout.vllm_engine import VllmEngine
+
+        return VllmEngine(config, shape, eos_id, folder)
+    if name == "transformers":
+        from megatron_dypo.rollout.transformers_engine import TransformersEngine
+
+        return TransformersEngine(shape)
+    return None

@@ -1,0 +1,86 @@
+"""Recorded rollouts: one JSON Lines file a step, one line a prompt, independent of layout (docs/data.md)."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from megatron_dypo.errors import UserError
+from megatron_dypo.records import Group, Prompt, Response
+
+
+def step_file(folder: str | Path, step: int) -> Path:
+    return Path(folder) / f"step_{step:06d}.jsonl"
+
+
+def record(folder: str | Path, step: int, groups: list[Group]) -> None:
+    """Write the step's groups, atomically; recording a step again overwrites it."""
+    path = step_file(folder, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(_line(group)) for group in groups]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def replay(folder: str | Path, step: int, prompts: dict[str, Prompt], samples: int) -> list[Group]:
+    """The recorded groups of a step, rewards as they are; ``prompts`` by id supply ground truths and teachers.
+
+    Raises UserError naming file and line: missing step, malformed line, unknown prompt, another number of responses.
+    """
+    path = step_file(folder, step)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        raise UserError(f"rollout.replay: {path}: no recorded step {step}") from None
+    groups = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            groups.append(_group(json.loads(line), prompts))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}:{number}: not a recorded rollout: {error}") from None
+        if len(groups[-1].responses) != samples:
+            raise UserError(f"{path}:{number}: {len(groups[-1].responses)} responses, but rollout.samples_per_prompt is {samples}")
+    return groups
+
+
+def _line(group: Group) -> dict:
+    responses = [
+        {
+            "ids": response.ids.tolist(),
+            "logprobs": [float(value) for value in response.logprobs],
+            "reward": response.reward,
+            "finish_reason": response.finish_reason,
+        }
+        for response in group.responses
+    ]
+    return {
+        "id": group.prompt.id,
+        "prompt_ids": group.prompt_ids.tolist(),
+        "teacher_indices": None if group.teacher_indices is None else list(group.teacher_indices),
+        "responses": responses,
+        "weight_version": group.weight_version,
+    }
+
+
+def _group(line: dict, prompts: dict[str, Prompt]) -> Group:
+    if line["id"] not in prompts:
+        raise ValueError(f"prompt {line['id']!r} is not in data.train")
+    indices = line["teacher_indices"]
+    responses = [
+        Response(np.asarray(r["ids"], np.int32), np.asarray(r["logprobs"], np.float32), r["finish_reason"], float(r["reward"]))
+        for r in line["responses"]
+    ]
+    for response in responses:
+        if len(response.ids) != len(response.logprobs) or not len(response.ids):
+            raise ValueError(f"prompt {line['id']!r}: {len(response.ids)} ids and {len(response.logprobs)} logprobs")
+    return Group(
+        prompt=prompts[line["id"]],
+        prompt_ids=np.asarray(line["prompt_ids"], np.int32),
+        responses=responses,
+        teacher_indices=None if indices is None else tuple(indices),
+        weight_version=line["weight_version"],
+    )

@@ -1,0 +1,102 @@
+"""vLLM in this process: one tensor-parallel-1 engine per rank, beside Megatron-Core, weights replaced in place."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_dypo.config.schema import Config
+from megatron_dypo.convert.hf_folder import write_config
+from megatron_dypo.errors import UserError
+from megatron_dypo.policy.model import training_dtype
+from megatron_dypo.policy.shape import ModelShape
+from megatron_dypo.records import Response
+from megatron_dypo.rollout.engine import Request, Sampling
+
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process, so weights need no transport
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # every rank would bind its threads to the same first core
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+}
+
+
+def check_head_size(shape: ModelShape) -> None:
+    """Raises UserError where vLLM has no attention kernel for the head size (CPU only: known before it is loaded)."""
+    if not torch.cuda.is_available() and shape.head_dim not in CPU_HEAD_SIZES:
+        sizes = ", ".join(map(str, CPU_HEAD_SIZES))
+        raise UserError(f"model.shape.head_dim: vLLM on CPU serves head sizes {sizes}, not {shape.head_dim}")
+
+
+class VllmEngine:
+    """See ``Engine``. Greedy and sampled requests may share a batch; seeds are per request."""
+
+    def __init__(self, config: Config, shape: ModelShape, eos_id: int, folder: Path):
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        logging.getLogger("vllm").setLevel(logging.ERROR)
+        import vllm
+
+        self._vllm = vllm
+        write_config(shape, folder, eos_id)
+        cuda = torch.cuda.is_available()
+        gigabytes = config.rollout.engine_memory
+        memory = {"gpu_memory_utilization": gigabytes} if cuda else {"kv_cache_memory_bytes": int(gigabytes * 2**30)}
+        threads = torch.get_num_threads()
+        self._llm = vllm.LLM(
+            model=str(folder),
+            skip_tokenizer_init=True,
+            load_format="dummy",
+            dtype=str(training_dtype(config.model.dtype)).removeprefix("torch."),
+            max_model_len=min(shape.max_position, config.data.max_prompt_tokens + config.rollout.max_response_tokens),
+            max_num_seqs=512 if not cuda else 1024,
+            logprobs_mode="processed_logprobs",  # of the distribution sampled from: temperature and top-p applied
+            enable_chunked_prefill=cuda,  # on CPU a seeded request in a chunk crashes ("Generator does not use offset")
+            max_num_batched_tokens=None if cuda else max(8192, shape.max_position),
+            enforce_eager=not cuda,
+            enable_prefix_caching=True,
+            disable_log_stats=True,
+            seed=config.trainer.seed,
+            **memory,
+        )
+        assert torch.get_num_threads() == threads
+
+    def generate(self, requests: list[Request], sampling: Sampling) -> list[Response]:
+        """One response per request, in order; ``ids`` ends with ``eos_id`` unless cut at ``max_tokens``."""
+        prompts = [{"prompt_token_ids": request.prompt_ids.tolist()} for request in requests]
+        parameters = [self._parameters(request.seed, sampling) for request in requests]
+        outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+        return [_response(output.outputs[0]) for output in outputs]
+
+    def sync(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        """Replace all weights by (Hugging Face name, full tensor) and forget what was cached under the old ones."""
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache after a weight sync")
+
+    def _parameters(self, seed: int | None, sampling: Sampling):
+        greedy = seed is None
+        return self._vllm.SamplingParams(
+            temperature=0.0 if greedy else sampling.temperature,
+            top_p=1.0 if greedy else sampling.top_p,
+            seed=seed,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=[sampling.eos_id],
+            ignore_eos=True,  # stop_token_ids alone decide
+            detokenize=False,
+            logprobs=0,
+        )
+
+
+def _response(output) -> Response:
+    ids = list(output.token_ids)
+    logprobs = [step[token].logprob for step, token in zip(output.logprobs, ids, strict=True)]
+    return Response(np.array(ids, np.int32), np.array(logprobs, np.float32), output.finish_reason)

@@ -1,0 +1,125 @@
+"""Megatron-Core on CPU ranks: the one place that knows mcore assumes CUDA.
+
+mcore asks ``torch.cuda`` for the current device, RNG state and streams. Without CUDA, ``install()`` replaces the *name*
+``torch`` inside the imported ``megatron.core`` modules by a proxy that answers for the CPU; torch itself, vLLM and
+transformers see nothing of it. Where CUDA exists, ``install()`` does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import sys
+import types
+
+import torch
+
+# mcore modules that are imported lazily would keep the real torch: import them before the names are replaced.
+_LAZY_MODULES = (
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "megatron.core.dist_checkpointing.strategies.fully_parallel",
+    "megatron.core.distributed",
+    "megatron.core.models.gpt.gpt_model",
+    "megatron.core.optimizer",
+    "megatron.core.optimizer.distrib_optimizer",
+    "megatron.core.optimizer_param_scheduler",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.transformer.transformer_layer",
+)
+_FACTORIES = "arange empty empty_like eye full full_like linspace ones ones_like rand randn tensor zeros zeros_like".split()
+_CUDA_NAMES = {torch.float32: "torch.cuda.FloatTensor", torch.float16: "torch.cuda.HalfTensor", torch.bfloat16: "torch.cuda.BFloat16Tensor"}
+_TESTED = ("0.16", "0.17", "0.18", "0.19")
+_real_type = torch.Tensor.type
+
+
+def on_cpu(device: object) -> object:
+    """cuda in any spelling (``"cuda"``, ``"cuda:0"``, index, device) -> cpu; anything else as it is."""
+    is_cuda = isinstance(device, int) or str(device).startswith("cuda")
+    return torch.device("cpu") if is_cuda else device
+
+
+def _on_cpu_factory(factory):
+    @functools.wraps(factory)
+    def build(*args, **kwargs):
+        if kwargs.get("device") is not None:
+            kwargs["device"] = on_cpu(kwargs["device"])
+        return factory(*args, **kwargs)
+
+    return build
+
+
+class _Proxy(types.ModuleType):
+    """A module whose own attributes win over those of the module behind it."""
+
+    def __init__(self, behind: types.ModuleType, **own: object):
+        super().__init__(behind.__name__)
+        self.__dict__.update(own, _behind=behind)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._behind, name)
+
+
+class _Stream:
+    """The only stream a CPU has."""
+
+    def wait_stream(self, other: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def _cuda_proxy() -> _Proxy:
+    nothing = lambda *args, **kwargs: None  # noqa: E731
+    return _Proxy(
+        torch.cuda,
+        current_device=lambda: torch.device("cpu"),
+        current_stream=lambda *args: _Stream(),
+        default_stream=lambda *args: _Stream(),
+        stream=lambda stream: contextlib.nullcontext(),
+        Stream=lambda *args, **kwargs: _Stream(),
+        synchronize=nothing,
+        empty_cache=nothing,
+        get_rng_state=lambda *args: torch.get_rng_state(),
+        set_rng_state=lambda state, *args: torch.set_rng_state(state),
+        manual_seed=torch.manual_seed,
+    )
+
+
+def install() -> bool:
+    """Make the imported Megatron-Core run without CUDA. Idempotent; returns whether the shim is in force."""
+    if torch.cuda.is_available():
+        return False
+    import megatron.core
+
+    if not megatron.core.__version__.startswith(_TESTED):
+        raise RuntimeError(f"the CPU shim is written for megatron-core {_TESTED[0]} to {_TESTED[-1]}, found {megatron.core.__version__}")
+    for name in _LAZY_MODULES:
+        importlib.import_module(name)
+    proxy = _Proxy(torch, cuda=_cuda_proxy(), **{name: _on_cpu_factory(getattr(torch, name)) for name in _FACTORIES})
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
+            module.torch = proxy
+    from megatron.core.tensor_parallel import random as mcore_random
+
+    mcore_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    mcore_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    return True
+
+
+@contextlib.contextmanager
+def cuda_type_names():
+    """Round optimizer construction and steps: mcore recognises dtypes by ``tensor.type()`` names of CUDA tensors."""
+    if torch.cuda.is_available():
+        yield
+        return
+
+    def named(self, *args, **kwargs):
+        return _real_type(self, *args, **kwargs) if args or kwargs else _CUDA_NAMES.get(self.dtype, _real_type(self))
+
+    torch.Tensor.type = named
+    try:
+        yield
+    finally:
+        torch.Tensor.type = _real_type

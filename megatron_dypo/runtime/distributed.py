@@ -1,0 +1,151 @@
+"""Process groups, and how a job of many ranks ends: one clear error first, nobody left waiting.
+
+Every collective has a deadline. The rank that fails first says so in the rendezvous store, so that the ranks it takes
+down name it instead of printing their own broken-connection traces. Ranks end when their launcher dies.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import os
+import signal
+import sys
+import time
+import traceback
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_dypo.runtime import cpu_shim
+
+_phase = "start"
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """This rank's place. ``dp`` counts data-parallel replicas; replica = tensor x pipeline ranks."""
+
+    rank: int
+    world: int
+    tp: int
+    pp: int
+    dp: int
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_replica_head(self) -> bool:
+        """The rank of each data-parallel replica that runs its rollout engine."""
+        return self.tp_rank == 0 and self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp - 1
+
+
+def world_size() -> int:
+    """Ranks started by the launcher (1 under plain python)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launch_rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def die_with_parent() -> None:
+    """Linux: SIGTERM to this process when its launcher dies, so no rank outlives a killed torchrun agent."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def init(tensor: int = 1, pipeline: int = 1, timeout: float = 1800.0) -> Layout:
+    """Join the job and build mcore's process groups; under plain python a group of one.
+
+    ``timeout`` (seconds) is the deadline of every collective. Installs the CPU shim where there is no CUDA.
+    """
+    cpu_shim.install()
+    from megatron.core import parallel_state as mpu
+    from megatron.core import tensor_parallel
+
+    deadline = datetime.timedelta(seconds=timeout)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=deadline)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=deadline)
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        distributed_timeout_minutes=max(1, round(timeout / 60)),
+        create_gloo_process_groups=backend == "nccl",
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(0)
+    return Layout(
+        rank=dist.get_rank(),
+        world=dist.get_world_size(),
+        tp=tensor,
+        pp=pipeline,
+        dp=mpu.get_data_parallel_world_size(),
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        pp_rank=mpu.get_pipeline_model_parallel_rank(),
+        dp_rank=mpu.get_data_parallel_rank(),
+    )
+
+
+def all_gather_objects(value: object, group: dist.ProcessGroup | None = None) -> list:
+    """Python objects of all ranks of ``group``, in rank order."""
+    gathered: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
+@contextmanager
+def phase(name: str):
+    """Name what this rank is doing, for the error message if it fails there."""
+    global _phase
+    previous, _phase = _phase, name
+    yield
+    _phase = previous
+
+
+def report_failure(error: BaseException) -> None:
+    """Print this rank's error, unless another rank failed first: then one line that names it.
+
+    Called once, by the command line, on the way out.
+    """
+    rank = launch_rank()
+    headline = f"[rank {rank}] failed in phase {_phase!r}: {type(error).__name__}: {error}"
+    first = _first_failure(headline)
+    if first == headline:
+        print("".join(traceback.format_exception(error)) + headline, file=sys.stderr, flush=True)
+    else:
+        print(f"[rank {rank}] stops in phase {_phase!r} because of: {first}", file=sys.stderr, flush=True)
+
+
+def _first_failure(headline: str) -> str:
+    """The headline of the rank that failed first, as the rendezvous store has it (ours, if we are first)."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return headline
+    lost_a_peer = any(sign in headline for sign in ("Connection closed", "Connection reset", "Socket", "DistBackendError", "NCCL"))
+    if lost_a_peer:
+        time.sleep(1.0)  # let the rank that really failed speak first
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        return store.compare_set("megatron_dypo/first_failure", "", headline).decode()
+    except (RuntimeError, ValueError, dist.DistError):  # the store went down with rank 0
+        return "a rank that ended without a message (killed, or out of memory)" if lost_a_peer else headline

@@ -1,0 +1,14 @@
+"""One weight sync: the policy's tensors, in Hugging Face names, into the running engine, before its deadline."""
+
+from __future__ import annotations
+
+from megatron_dypo.policy.policy import Policy
+from megatron_dypo.rollout.engine import Engine
+from megatron_dypo.runtime.deadline import deadline
+
+
+def sync_weights(policy: Policy, engine: Engine, seconds: float) -> int:
+    """Collective over all ranks; returns the weight version the engine now serves."""
+    with deadline(seconds, "rollout.sync_timeout: weight sync"):
+        engine.sync(policy.named_tensors())
+    return policy.version
