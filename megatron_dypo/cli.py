@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"megatron_dypo: {error}", file=sys.stderr, flush=True)
+            print("megatron_dypo:", *str(error).split(), file=sys.stderr, flush=True)
         return 2
     except Exception as error:  # the last line of defence: name rank and phase, then end the process
         from megatron_dypo.runtime.distributed import report_failure

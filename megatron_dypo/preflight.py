@@ -8,12 +8,14 @@ from typing import IO
 
 from megatron_dypo.config.checks import check_layout
 from megatron_dypo.config.schema import Config
+from megatron_dypo.convert.hf_folder import folder_weights
 from megatron_dypo.data import load_data
 from megatron_dypo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dypo.errors import UserError
-from megatron_dypo.policy.shape import ModelShape, model_shape
+from megatron_dypo.policy.shape import ModelShape, hf_folder, model_shape
 from megatron_dypo.records import Prompt
-from megatron_dypo.rollout.engine import engine_name
+from megatron_dypo.rollout.collect import encode_prompts
+from megatron_dypo.rollout.engine import check_head_size, engine_name
 from megatron_dypo.runtime import distributed, run_folder
 
 
@@ -30,7 +32,7 @@ class Inputs:
 
 
 def prepare(config: Config, source: str) -> Inputs:
-    """Read and check model shape, layout, tokenizer, data and run folder. Raises UserError, one line."""
+    """Read and check model shape, layout, weights, tokenizer, data and run folder. Raises UserError, one line."""
     shape = model_shape(config.model)
     check_layout(
         config,
@@ -47,8 +49,6 @@ def prepare(config: Config, source: str) -> Inputs:
             f"{source}: data.max_prompt_tokens + rollout.max_response_tokens = {longest} exceeds the model's limit of {shape.max_position}"
         )
     if engine_name(config) == "vllm":
-        from megatron_dypo.rollout.vllm_engine import check_head_size
-
         check_head_size(shape)
     if config.optimizer.distributed:
         import torch
@@ -57,7 +57,10 @@ def prepare(config: Config, source: str) -> Inputs:
             raise UserError(
                 f"{source}: optimizer.distributed: its checkpoints do not resume on CPU; set trainer.save_every: 0 or leave it off"
             )
+    if config.model.hf:
+        folder_weights(hf_folder(config.model.hf))
     tokenizer = load_tokenizer(config, shape)
     train, valid = load_data(config.data)
+    encode_prompts(train + valid, tokenizer, config.data.max_prompt_tokens)
     lock = run_folder.claim(Path(config.trainer.run_dir)) if distributed.launch_rank() == 0 else None
     return Inputs(shape, tokenizer, train, valid, run_folder.resume_step(config), lock)

@@ -95,7 +95,11 @@ def train(config: Config, source: str = "config") -> None:
                     sync_weights(policy, engine, config.rollout.sync_timeout)
 
             metrics = batch_metrics(groups, works, config) | mismatch | (outcome.metrics if outcome else {})
-            metrics |= {"train/lr": lr, "train/skipped_steps": counters.skipped_steps, "train/empty_steps": counters.empty_steps}
+            metrics |= {
+                "train/lr": lr,
+                "train/skipped_steps": counters.skipped_steps,
+                "train/empty_steps": counters.empty_steps,
+            }
             last = step == trainer.steps
             if evaluating and (step % trainer.eval_every == 0 or last):
                 with phase("evaluation"):
@@ -104,7 +108,9 @@ def train(config: Config, source: str = "config") -> None:
             if skipped:
                 log.warning("step %d skipped: %s", step, skipped)
                 if counters.skipped_in_a_row > trainer.max_skipped_steps:
-                    raise TrainingError(f"{counters.skipped_in_a_row} steps in a row were not finite; the last: {skipped}")
+                    raise TrainingError(
+                        f"{counters.skipped_in_a_row} steps in a row were not finite; the last: {skipped}"
+                    )
             if trainer.save_every and (step % trainer.save_every == 0 or last):
                 with phase("checkpoint save"):
                     checkpoint.save(run_dir, policy, counters, fingerprint(config), trainer.keep_checkpoints)

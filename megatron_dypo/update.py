@@ -52,7 +52,9 @@ class Outcome:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def make_work(policy: Policy, groups: list[Group], config: Config, encode_trace: Callable[[Group, int], np.ndarray]) -> list[Work]:
+def make_work(
+    policy: Policy, groups: list[Group], config: Config, encode_trace: Callable[[Group, int], np.ndarray]
+) -> list[Work]:
     """Cut the groups into mini-batches of whole prompts and plan each; the same on every rank but for the micro-batches."""
     updates, layout = config.objective.updates_per_rollout, policy.layout
     works = []
@@ -63,9 +65,14 @@ def make_work(policy: Policy, groups: list[Group], config: Config, encode_trace:
         for kind in Kind:
             places = [place for place, sequence in enumerate(sequences) if sequence.kind == kind]
             lengths = [sequences[place].length for place in places]
-            plan = plan_micro_batches(lengths, layout.dp, config.data.max_tokens_per_microbatch)[layout.dp_rank] if places else []
+            plan = (
+                plan_micro_batches(lengths, layout.dp, config.data.max_tokens_per_microbatch)[layout.dp_rank]
+                if places
+                else []
+            )
             packed[kind] = [
-                MicroBatch.pack(sequences, [places[i] for i in members], config.rollout.temperature, multiple=layout.tp) for members in plan
+                MicroBatch.pack(sequences, [places[i] for i in members], config.rollout.temperature, multiple=layout.tp)
+                for members in plan
             ]
         works.append(Work(chosen, sequences, packed[Kind.ROLLOUT], packed[Kind.TEACHER]))
     return works
@@ -113,11 +120,15 @@ def share_sums(policy: Policy, work: Work) -> None:
     local: dict[int, dict[str, float]] = {}
     if policy.layout.is_last_stage and policy.layout.tp_rank == 0:
         for b, batch in enumerate(work.rollouts):
-            streams = {name: batch.split(work.logp[name][b].double().cpu()) for name in PER_TOKEN if work.logp.get(name)}
+            streams = {
+                name: batch.split(work.logp[name][b].double().cpu()) for name in PER_TOKEN if work.logp.get(name)
+            }
             for i, place in enumerate(batch.places):
                 local[place] = {name: streams[name][i].sum().item() if name in streams else 0.0 for name in PER_TOKEN}
     everything = {place: sums for part in all_gather_objects(local) for place, sums in part.items()}
-    work.sums = [SequenceSums(**everything[place]) if place in everything else None for place in range(len(work.sequences))]
+    work.sums = [
+        SequenceSums(**everything[place]) if place in everything else None for place in range(len(work.sequences))
+    ]
 
 
 def run_updates(policy: Policy, works: list[Work], config: Config, lr: float) -> Outcome:
@@ -131,7 +142,9 @@ def run_updates(policy: Policy, works: list[Work], config: Config, lr: float) ->
         if u > 0 and objective.refresh_pair_weights and work.rollouts:
             work.logp["now"] = policy.logprobs(work.rollouts)
             share_sums(policy, work)
-        terms = sequence_terms(work.groups, work.sequences, work.sums, objective, correction, config.rollout.max_response_tokens)
+        terms = sequence_terms(
+            work.groups, work.sequences, work.sums, objective, correction, config.rollout.max_response_tokens
+        )
         batches = work.rollouts + work.teachers
         streams = [_streams(policy, work, terms, b, config, correction) for b in range(len(batches))]
         with phase("training pass"):
@@ -143,7 +156,9 @@ def run_updates(policy: Policy, works: list[Work], config: Config, lr: float) ->
         norms.append(norm)
         reports.append(_report(policy, terms, streams, objective))
     outcome.empty = not reports
-    outcome.metrics = {name: _mean([report[name] for report in reports if name in report]) for report in reports for name in report}
+    outcome.metrics = {
+        name: _mean([report[name] for report in reports if name in report]) for report in reports for name in report
+    }
     if norms:
         outcome.metrics["train/grad_norm"] = _mean(norms)
     return outcome
@@ -156,7 +171,9 @@ def _rollout_stream(work: Work, batch: MicroBatch) -> Tensor:
     return torch.from_numpy(np.concatenate(values)) if values else torch.zeros(0)
 
 
-def _streams(policy: Policy, work: Work, terms: BatchTerms, b: int, config: Config, correction: Correction) -> TokenStreams:
+def _streams(
+    policy: Policy, work: Work, terms: BatchTerms, b: int, config: Config, correction: Correction
+) -> TokenStreams:
     """Spread the coefficients of micro-batch ``b`` (rollouts first, then teacher traces) over its tokens."""
     is_rollout = b < len(work.rollouts)
     batch = (work.rollouts + work.teachers)[b]
@@ -168,7 +185,8 @@ def _streams(policy: Policy, work: Work, terms: BatchTerms, b: int, config: Conf
     }
     nothing_N = torch.zeros(len(batch.targets_N), device=device)
     known = {
-        name: work.logp[name][b].to(device) if is_rollout and work.logp.get(name) else nothing_N for name in ("old", "rollout", "reference")
+        name: work.logp[name][b].to(device) if is_rollout and work.logp.get(name) else nothing_N
+        for name in ("old", "rollout", "reference")
     }
     return TokenStreams(
         advantage_N=column["advantage"],

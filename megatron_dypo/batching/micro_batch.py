@@ -39,7 +39,10 @@ class MicroBatch:
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(int)
         ids = np.concatenate([sequence.ids for sequence in chosen] + [np.zeros(filler, np.int32)])
         positions = np.concatenate([np.arange(n) for n in [*lengths, filler]])
-        index = [np.arange(start + s.prompt_length - 1, start + s.length - 1) for start, s in zip(offsets, chosen, strict=False)]
+        index = [
+            np.arange(start + s.prompt_length - 1, start + s.length - 1)
+            for start, s in zip(offsets, chosen, strict=False)
+        ]
         loss_index = np.concatenate(index).astype(np.int64) if index else np.zeros(0, np.int64)
         counts = [sequence.loss_tokens for sequence in chosen]
         temperatures = [temperature if sequence.kind == Kind.ROLLOUT else 1.0 for sequence in chosen]

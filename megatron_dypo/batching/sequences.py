@@ -18,7 +18,9 @@ def draw_teachers(group: Group, usable: list[int], seed: int, step: int, draws: 
         group.teacher_indices = tuple(usable[i] for i in drawn)
 
 
-def training_sequences(groups: list[Group], method: str, encode_trace: Callable[[Group, int], np.ndarray]) -> list[Sequence]:
+def training_sequences(
+    groups: list[Group], method: str, encode_trace: Callable[[Group, int], np.ndarray]
+) -> list[Sequence]:
     """All sequences of a (mini-)batch in order of group and sample. ``encode_trace(group, i)``: ids of teacher i's trace."""
     sequences = []
     for g, group in enumerate(groups):

@@ -75,7 +75,10 @@ def load(folder: Path, policy: Policy) -> Counters:
 
 def _state(policy: Policy, is_loading: bool) -> dict:
     model = policy.gpt.sharded_state_dict(metadata=_METADATA)
-    state = {"optimizer": policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA), "model": model}
+    state = {
+        "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA),
+        "model": model,
+    }
     if policy.reference is not None:
         state["reference"] = _reference_state(policy)
     return state

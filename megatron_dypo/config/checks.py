@@ -16,8 +16,14 @@ def check(config: Config, source: str) -> None:
 def _rules(config: Config):
     model, rollout, objective, optimizer = config.model, config.rollout, config.objective, config.optimizer
     yield (model.hf is None) == (model.preset is None), "model.hf, model.preset: give exactly one of the two"
-    yield rollout.engine == "replay" and rollout.replay is None, "rollout.replay: engine `replay` needs the folder of recorded rollouts"
-    yield rollout.engine != "replay" and rollout.replay is not None, "rollout.replay: only read with rollout.engine: replay"
+    yield (
+        rollout.engine == "replay" and rollout.replay is None,
+        "rollout.replay: engine `replay` needs the folder of recorded rollouts",
+    )
+    yield (
+        rollout.engine != "replay" and rollout.replay is not None,
+        "rollout.replay: only read with rollout.engine: replay",
+    )
     yield (
         rollout.replay is not None and rollout.replay == rollout.record,
         "rollout.record, rollout.replay: recording into the folder being replayed would overwrite it",
@@ -35,7 +41,10 @@ def _rules(config: Config):
         "rollout.samples_per_prompt: GRPO compares the responses of one prompt and needs at least 2",
     )
     decays = optimizer.schedule != "constant"
-    yield decays and optimizer.schedule_steps is None, f"optimizer.schedule_steps: needed by optimizer.schedule: {optimizer.schedule}"
+    yield (
+        decays and optimizer.schedule_steps is None,
+        f"optimizer.schedule_steps: needed by optimizer.schedule: {optimizer.schedule}",
+    )
     yield (
         decays and optimizer.schedule_steps is not None and optimizer.schedule_steps <= optimizer.warmup_steps,
         f"optimizer.schedule_steps: {optimizer.schedule_steps} must exceed optimizer.warmup_steps: {optimizer.warmup_steps}",
@@ -62,11 +71,15 @@ def warnings(config: Config) -> list[str]:
         listed = ", ".join(f"{term} per {'token' if per_token else 'trajectory'}" for term, per_token in units.items())
         found.append(f"the terms have different units ({listed}): alpha and gamma then depend on the response length")
     if config.rollout.top_p < 1:
-        found.append("rollout.top_p < 1: the behaviour policy is truncated; the training log-probs are of the full softmax")
+        found.append(
+            "rollout.top_p < 1: the behaviour policy is truncated; the training log-probs are of the full softmax"
+        )
     return found
 
 
-def check_layout(config: Config, world_size: int, heads: int, query_groups: int, layers: int, ffn: int, source: str) -> int:
+def check_layout(
+    config: Config, world_size: int, heads: int, query_groups: int, layers: int, ffn: int, source: str
+) -> int:
     """Data-parallel size of the layout, or UserError where it does not divide the world size or the model."""
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     for broken, message in (
@@ -75,10 +88,16 @@ def check_layout(config: Config, world_size: int, heads: int, query_groups: int,
             f"parallel.tensor x parallel.pipeline = {tensor} x {pipeline} does not divide the {world_size} ranks started",
         ),
         (heads % tensor, f"parallel.tensor: {tensor} does not divide the model's {heads} attention heads"),
-        (query_groups % tensor, f"parallel.tensor: {tensor} does not divide the model's {query_groups} key/value heads"),
+        (
+            query_groups % tensor,
+            f"parallel.tensor: {tensor} does not divide the model's {query_groups} key/value heads",
+        ),
         (ffn % tensor, f"parallel.tensor: {tensor} does not divide the model's MLP width {ffn}"),
         (layers % pipeline, f"parallel.pipeline: {pipeline} does not divide the model's {layers} layers"),
-        (8 % tensor, f"parallel.tensor: {tensor} must divide 8 (the vocabulary is padded to a multiple of 1024 and cut in 8)"),
+        (
+            8 % tensor,
+            f"parallel.tensor: {tensor} must divide 8 (the vocabulary is padded to a multiple of 1024 and cut in 8)",
+        ),
     ):
         if broken:
             raise UserError(f"{source}: {message}")

@@ -20,7 +20,13 @@ def _type(annotation: object) -> str:
 def _default(info) -> str:
     if info.is_required():
         return "required"
-    return "unset" if info.default is None else str(info.default).lower() if isinstance(info.default, bool) else str(info.default)
+    return (
+        "unset"
+        if info.default is None
+        else str(info.default).lower()
+        if isinstance(info.default, bool)
+        else str(info.default)
+    )
 
 
 def key_reference() -> str:
@@ -29,7 +35,7 @@ def key_reference() -> str:
     for dotted, info in walk():
         lines.append(f"  {dotted}  ({_type(info.annotation).replace(chr(92), '')}; {_default(info)})")
         lines.extend(textwrap.wrap(info.description, 100, initial_indent="      ", subsequent_indent="      "))
-    return "\n".join(lines).replace("%", "%%")
+    return "\n".join(lines)
 
 
 def markdown() -> str:

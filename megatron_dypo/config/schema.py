@@ -16,7 +16,7 @@ def key(default: Any = ..., doc: str = "", *, resumable: bool = False, **bounds:
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
 
 
 class Shape(Section):
@@ -43,7 +43,9 @@ class Model(Section):
     hf: str | None = key(None, "Hugging Face folder or hub name to start from. Give this or `preset`.")
     preset: str | None = key(None, "Built-in shape with random initial weights (`tiny`). Give this or `hf`.")
     shape: Shape = key(Shape(), "Overrides of single shape values.")
-    tokenizer: str | None = key(None, "Tokenizer folder; default: `model.hf`, or the built-in arithmetic tokenizer for a preset.")
+    tokenizer: str | None = key(
+        None, "Tokenizer folder; default: `model.hf`, or the built-in arithmetic tokenizer for a preset."
+    )
     dtype: Literal["auto", "fp32", "bf16"] = key("auto", "Training dtype; `auto` is bf16 on CUDA and fp32 on CPU.")
     attention_backend: Literal["auto", "sdpa"] = key(
         "auto", "Core attention; `sdpa` is torch's, which picks flash kernels on CUDA.", resumable=True
@@ -51,7 +53,9 @@ class Model(Section):
     layer_spec: Literal["auto", "local"] = key(
         "auto", "Megatron-Core layer spec; `local` needs neither Transformer Engine nor Apex.", resumable=True
     )
-    recompute: Literal["none", "selective", "full"] = key("none", "Activation recomputation in the backward pass.", resumable=True)
+    recompute: Literal["none", "selective", "full"] = key(
+        "none", "Activation recomputation in the backward pass.", resumable=True
+    )
 
 
 class Parallel(Section):
@@ -59,7 +63,9 @@ class Parallel(Section):
 
     tensor: int = key(1, "Tensor-parallel ranks.", ge=1, resumable=True)
     pipeline: int = key(1, "Pipeline-parallel ranks.", ge=1, resumable=True)
-    sequence_parallel: bool = key(False, "Shard activations between the tensor-parallel regions along the sequence.", resumable=True)
+    sequence_parallel: bool = key(
+        False, "Shard activations between the tensor-parallel regions along the sequence.", resumable=True
+    )
     timeout: float = key(1800.0, "Deadline of every collective, in seconds.", gt=0, resumable=True)
 
 
@@ -71,10 +77,14 @@ class Data(Section):
     prompts_per_step: int = key(64, "Prompts in a global batch (Q).", ge=1)
     max_prompt_tokens: int = key(1024, "A longer prompt is an error that names it.", ge=1)
     max_teacher_tokens: int | None = key(
-        None, "A longer teacher trace (its end token included) is left out and counted; default: `rollout.max_response_tokens`.", ge=1
+        None,
+        "A longer teacher trace (its end token included) is left out and counted; default: `rollout.max_response_tokens`.",
+        ge=1,
     )
     seed: int = key(0, "Seed of the order in which prompts are visited.")
-    max_tokens_per_microbatch: int = key(16384, "Token budget of one packed micro-batch on one data-parallel rank.", ge=1, resumable=True)
+    max_tokens_per_microbatch: int = key(
+        16384, "Token budget of one packed micro-batch on one data-parallel rank.", ge=1, resumable=True
+    )
     skip_bad_rows: bool = key(False, "Leave out malformed rows (and count them) instead of stopping.")
 
 
@@ -97,7 +107,9 @@ class Rollout(Section):
     )
     correction_cap: float = key(2.0, "Cap of the rollout correction.", gt=1)
     sync_timeout: float = key(600.0, "Deadline of one weight sync, in seconds.", gt=0, resumable=True)
-    engine_memory: float = key(0.25, "vLLM's share of the GPU's memory; on CPU, GiB of key/value cache.", gt=0, resumable=True)
+    engine_memory: float = key(
+        0.25, "vLLM's share of the GPU's memory; on CPU, GiB of key/value cache.", gt=0, resumable=True
+    )
 
 
 class Objective(Section):
@@ -117,15 +129,22 @@ class Objective(Section):
     kl_coef: float = key(0.0, "GRPO: weight of the k3 estimate of KL(policy || reference).", ge=0)
     hard_max_solved: int = key(0, "Hard if at most so many of the k responses are right.", ge=0)
     reward_threshold: float = key(0.5, "A response is right from this reward on.")
-    teachers_per_prompt: int = key(1, "Hard: teacher traces drawn without replacement; their losses are averaged.", ge=1)
-    aggregation: Literal["scale", "token_mean", "constant"] = key(
-        "scale", "GRPO over tokens: as `scale` says; one mean over all Mid tokens of the batch; or sums divided by `aggregation_constant`."
+    teachers_per_prompt: int = key(
+        1, "Hard: teacher traces drawn without replacement; their losses are averaged.", ge=1
     )
-    aggregation_constant: int | None = key(None, "Fixed length of `aggregation: constant`; default: `rollout.max_response_tokens`.", ge=1)
+    aggregation: Literal["scale", "token_mean", "constant"] = key(
+        "scale",
+        "GRPO over tokens: as `scale` says; one mean over all Mid tokens of the batch; or sums divided by `aggregation_constant`.",
+    )
+    aggregation_constant: int | None = key(
+        None, "Fixed length of `aggregation: constant`; default: `rollout.max_response_tokens`.", ge=1
+    )
     gal_length_normalize: bool | None = key(
         None, "GAL's log-ratio as a mean over tokens (true) or a sum (false); default: as `scale` says."
     )
-    sft_length_normalize: bool | None = key(None, "SFT as a mean over tokens (true) or a sum (false); default: as `scale` says.")
+    sft_length_normalize: bool | None = key(
+        None, "SFT as a mean over tokens (true) or a sum (false); default: as `scale` says."
+    )
     normalize: Literal["all", "active"] = key("all", "Q counts all prompts of the batch, or those that contribute.")
     ratio_base: Literal["old", "reference"] = key(
         "old", "GRPO's ratio is against the behaviour policy, or against the reference (the paper's literal form)."
@@ -136,7 +155,9 @@ class Objective(Section):
         "Frozen reference: `initial` weights, `previous` (at the last rollout), or `every:N` steps.",
         pattern=r"^(initial|previous|every:[1-9][0-9]*)$",
     )
-    advantage_std: Literal["population", "sample", "none"] = key("population", "Divisor of the group advantage; `none` is Dr. GRPO's.")
+    advantage_std: Literal["population", "sample", "none"] = key(
+        "population", "Divisor of the group advantage; `none` is Dr. GRPO's."
+    )
     updates_per_rollout: int = key(1, "Optimizer updates per rollout: mini-batches of whole prompts.", ge=1)
     refresh_pair_weights: bool = key(True, "Several updates: recompute the trajectory coefficients before each.")
 
@@ -147,7 +168,9 @@ class Optimizer(Section):
     lr: float = key(1e-6, "Peak learning rate.", gt=0)
     min_lr: float = key(0.0, "Final learning rate of a decaying schedule.", ge=0)
     schedule: Literal["constant", "linear", "cosine"] = key("constant", "Decay after the warm-up.")
-    schedule_steps: int | None = key(None, "Steps over which the schedule decays; needed by `linear` and `cosine`.", ge=1)
+    schedule_steps: int | None = key(
+        None, "Steps over which the schedule decays; needed by `linear` and `cosine`.", ge=1
+    )
     warmup_steps: int = key(0, "Linear warm-up.", ge=0)
     betas: list[float] = key([0.9, 0.95], "Adam's betas.", min_length=2, max_length=2)
     eps: float = key(1e-8, "Adam's epsilon.", gt=0)
@@ -166,7 +189,10 @@ class Trainer(Section):
     steps: int = key(..., "Training steps (rollouts).", ge=1, resumable=True)
     seed: int = key(0, "Seed of initial weights, sampling and teacher draws.")
     eval_every: int = key(
-        0, "Greedy evaluation on `data.valid` every so many steps, and before and after training; 0: never.", ge=0, resumable=True
+        0,
+        "Greedy evaluation on `data.valid` every so many steps, and before and after training; 0: never.",
+        ge=0,
+        resumable=True,
     )
     save_every: int = key(0, "Checkpoint every so many steps, and at the end; 0: never.", ge=0, resumable=True)
     keep_checkpoints: int = key(2, "Newest checkpoints kept.", ge=1, resumable=True)

@@ -21,7 +21,12 @@ def folder_weights(folder: str | Path) -> Callable[[str], Tensor]:
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        where = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        try:
+            where = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index}: not an index of safetensors: {error!r}") from None
+        for shard in set(where.values()):
+            _open(shard)
     elif (folder / "model.safetensors").exists():
         single = folder / "model.safetensors"
         where = dict.fromkeys(_open(single).keys(), single)

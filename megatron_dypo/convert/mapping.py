@@ -71,7 +71,14 @@ class Rule:
     leading: Callable[[ModelShape, int], tuple[int, ...]] | None = None
 
     def at_layer(self, i: int) -> Rule:
-        return Rule(self.mcore.format(i=i), tuple(name.format(i=i) for name in self.hf), self.axis, self.fold, self.unfold, self.leading)
+        return Rule(
+            self.mcore.format(i=i),
+            tuple(name.format(i=i) for name in self.hf),
+            self.axis,
+            self.fold,
+            self.unfold,
+            self.leading,
+        )
 
     def folded_shard(self, weight: Tensor, shape: ModelShape, tp: int) -> Tensor:
         """A rank's Megatron weight in the folded layout."""
@@ -81,7 +88,12 @@ class Rule:
 def _qkv(kind: str) -> Rule:
     parts = tuple(f"{HF_LAYER}self_attn.{x}_proj.{kind}" for x in "qkv")
     return Rule(
-        f"{LAYER}self_attention.linear_qkv.{kind}", parts, 0, _group_qkv, _ungroup_qkv, lambda shape, tp: (shape.num_query_groups // tp,)
+        f"{LAYER}self_attention.linear_qkv.{kind}",
+        parts,
+        0,
+        _group_qkv,
+        _ungroup_qkv,
+        lambda shape, tp: (shape.num_query_groups // tp,),
     )
 
 
@@ -101,7 +113,9 @@ LAYER_RULES = (
     Rule(f"{LAYER}mlp.linear_fc2.weight", (f"{HF_LAYER}mlp.down_proj.weight",), 1),
 )
 QKV_BIAS_RULES = (_qkv("bias"),)
-QK_NORM_RULES = tuple(Rule(f"{LAYER}self_attention.{x}_layernorm.weight", (f"{HF_LAYER}self_attn.{x}_norm.weight",), None) for x in "qk")
+QK_NORM_RULES = tuple(
+    Rule(f"{LAYER}self_attention.{x}_layernorm.weight", (f"{HF_LAYER}self_attn.{x}_norm.weight",), None) for x in "qk"
+)
 EMBEDDING_RULE = Rule("embedding.word_embeddings.weight", (EMBEDDING,), 0, _pad_vocab, _unpad_vocab)
 HEAD_RULE = Rule("output_layer.weight", (HEAD,), 0, _pad_vocab, _unpad_vocab)
 TIED_HEAD_RULE = Rule("output_layer.weight", (EMBEDDING,), 0, _pad_vocab, _unpad_vocab)
@@ -136,4 +150,6 @@ def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
         "k_norm.weight": (width,),
     }
     names = [name for rule in rules(shape) for name in rule.hf]
-    return {name: next((size for suffix, size in by_suffix.items() if name.endswith(suffix)), (hidden,)) for name in names}
+    return {
+        name: next((size for suffix, size in by_suffix.items() if name.endswith(suffix)), (hidden,)) for name in names
+    }

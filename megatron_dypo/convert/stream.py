@@ -41,7 +41,7 @@ def load_weights(gpt: torch.nn.Module, shape: ModelShape, layout: Layout, read: 
     Raises UserError naming the tensor when its shape is not the model's.
     """
     shapes, local = hf_shapes(shape), _local_parameters(gpt, shape, layout)
-    for rule in rules(shape) + [TIED_HEAD_RULE]:
+    for rule in [*rules(shape), TIED_HEAD_RULE]:
         if rule.mcore not in local:
             continue
         parts = [read(name) for name in rule.hf]
@@ -56,12 +56,19 @@ def load_weights(gpt: torch.nn.Module, shape: ModelShape, layout: Layout, read: 
 
 
 @torch.no_grad()
-def hf_tensors(gpt: torch.nn.Module, shape: ModelShape, layout: Layout, with_tied_head: bool = False) -> Iterator[tuple[str, Tensor]]:
+def hf_tensors(
+    gpt: torch.nn.Module,
+    shape: ModelShape,
+    layout: Layout,
+    with_tied_head: bool = False,
+    select: Callable[[torch.nn.Parameter], Tensor] = torch.nn.Parameter.detach,
+) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, full tensor) for the whole model on every rank; all ranks must iterate together.
 
     ``with_tied_head`` repeats a tied embedding as ``lm_head.weight``: vLLM keeps the old head otherwise, in silence.
+    ``select`` picks what is gathered of each parameter, such as its gradient.
     """
-    local = _local_parameters(gpt, shape, layout)
+    local = {name: select(parameter) for name, parameter in _local_parameters(gpt, shape, layout).items()}
     for rule in rules(shape):
         folded = _gather(rule, local.get(rule.mcore), shape, layout)
         for name, part in zip(rule.hf, rule.unfold(folded, shape), strict=True):
@@ -70,7 +77,7 @@ def hf_tensors(gpt: torch.nn.Module, shape: ModelShape, layout: Layout, with_tie
                 yield HEAD, part
 
 
-def _local_parameters(gpt: torch.nn.Module, shape: ModelShape, layout: Layout) -> dict[str, Tensor]:
+def _local_parameters(gpt: torch.nn.Module, shape: ModelShape, layout: Layout) -> dict[str, torch.nn.Parameter]:
     """This stage's parameters by the name they have in the whole model (mcore numbers layers per stage)."""
     first = layout.pp_rank * (shape.num_layers // layout.pp)
     found = {}
@@ -86,7 +93,7 @@ def _gather(rule: Rule, weight: Tensor | None, shape: ModelShape, layout: Layout
     """The folded full tensor on every rank: all-gather over TP on the owning stage, then broadcast over PP."""
     full = None
     if weight is not None:
-        shard = rule.folded_shard(weight.detach(), shape, layout.tp)
+        shard = rule.folded_shard(weight, shape, layout.tp)
         if rule.axis is None or layout.tp == 1:
             full = shard
         else:

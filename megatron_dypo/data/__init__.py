@@ -14,11 +14,15 @@ log = logging.getLogger(__name__)
 
 def load_prompts(source: str, skip_bad_rows: bool) -> list[Prompt]:
     """All prompts of a file or a ``reasoning_gym:`` task, duplicates (same prompt text) dropped."""
-    if source.startswith(reasoning_gym_task.PREFIX):
-        prompts = reasoning_gym_task.generate(source)
-    else:
-        prompts = rows.read(source, skip_bad_rows)
-    unique = list({prompt_key(prompt): prompt for prompt in reversed(prompts)}.values())[::-1]
+    prompts = (
+        reasoning_gym_task.generate(source)
+        if source.startswith(reasoning_gym_task.PREFIX)
+        else rows.read(source, skip_bad_rows)
+    )
+    first: dict[str, Prompt] = {}
+    for prompt in prompts:
+        first.setdefault(prompt_key(prompt), prompt)
+    unique = list(first.values())
     if len(unique) < len(prompts):
         log.info("%s: %d duplicate prompts dropped, %d left", source, len(prompts) - len(unique), len(unique))
     if not unique:
@@ -36,9 +40,13 @@ def load_data(data: Data) -> tuple[list[Prompt], list[Prompt]]:
     everything = load_prompts(data.train, data.skip_bad_rows)
     train = [prompt for prompt in everything if prompt_key(prompt) not in held_out]
     if len(train) < len(everything):
-        log.info("data.train: %d prompts also held out in data.valid: removed from training", len(everything) - len(train))
+        log.info(
+            "data.train: %d prompts also held out in data.valid: removed from training", len(everything) - len(train)
+        )
     if len(train) < data.prompts_per_step:
-        raise UserError(f"data.train: {data.train} has {len(train)} prompts, fewer than data.prompts_per_step: {data.prompts_per_step}")
+        raise UserError(
+            f"data.train: {data.train} has {len(train)} prompts, fewer than data.prompts_per_step: {data.prompts_per_step}"
+        )
     return train, valid
 
 

@@ -17,4 +17,6 @@ def _permutation(count: int, seed: int, epoch: int) -> list[int]:
 def batch_indices(step: int, per_step: int, count: int, seed: int) -> list[int]:
     """Row indices of step ``step`` (first is 1) among ``count`` rows: each epoch visits every row once, in its own order."""
     first = (step - 1) * per_step
-    return [_permutation(count, seed, position // count)[position % count] for position in range(first, first + per_step)]
+    return [
+        _permutation(count, seed, position // count)[position % count] for position in range(first, first + per_step)
+    ]

@@ -49,14 +49,14 @@ TEACHERS: dict[str, dict[str, Callable[[dict], str]]] = {"chain_sum": {"left": _
 def generate(source: str) -> list[Prompt]:
     """All items of the task. Raises UserError for an unknown task or option."""
     name, _, query = source.removeprefix(PREFIX).partition("?")
-    options = {option: yaml.safe_load(value) for option, value in parse_qsl(query)}
     import reasoning_gym
 
     if name not in reasoning_gym.factory.DATASETS:
         raise UserError(f"{source}: reasoning-gym has no task {name!r}")
     try:
-        items = reasoning_gym.create_dataset(name, **options)
-    except (TypeError, AssertionError, ValueError) as error:
+        options = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+        items = list(reasoning_gym.create_dataset(name, **{option: yaml.safe_load(value) for option, value in options}))
+    except (TypeError, AssertionError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{source}: {error}") from None
     teachers = TEACHERS.get(name, {})
     if not teachers:

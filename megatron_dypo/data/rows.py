@@ -50,38 +50,40 @@ def read(path: str, skip_bad_rows: bool = False) -> list[Prompt]:
 
 
 def _raw_rows(file: Path) -> Iterator[tuple[int, Any]]:
-    """(line number from 1, row); an unparsable JSON line comes as the exception, to be reported with its line."""
+    """(line number from 1, row); an unparsable JSON line comes as the ``BadRow`` to raise, with its line."""
     if file.suffix == ".parquet":
         import pyarrow.parquet as parquet
 
         try:
             batches = parquet.ParquetFile(file).iter_batches()
             yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, NotImplementedError) as error:
             raise UserError(f"{file}: not a readable Parquet file: {error}") from None
         return
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
                     yield number, json.loads(line)
-                except ValueError as error:
-                    yield number, error
+                except (ValueError, RecursionError) as error:
+                    yield number, BadRow(f"not valid JSON: {error}")
 
 
 def _prompt(row: Any, line: int) -> Prompt:
-    if isinstance(row, ValueError):
-        raise BadRow(f"not valid JSON: {row}")
+    if isinstance(row, BadRow):
+        raise row
     if not isinstance(row, dict):
         raise BadRow("expected an object")
     text, messages = _prompt_field(row.get("prompt"))
     nested = row.get("reward_model")
-    truth = row.get("ground_truth", nested.get("ground_truth") if isinstance(nested, dict) else None)
+    truth = row.get("ground_truth")
+    if truth is None and isinstance(nested, dict):
+        truth = nested.get("ground_truth")
     if isinstance(truth, (int, float)) and not isinstance(truth, bool):
         truth = str(truth)
     if not isinstance(truth, str) or not truth.strip():
         raise BadRow(f"ground_truth: expected a non-empty string, got {_short(truth)}")
-    identity = row.get("id", f"row-{line}")
+    identity = f"row-{line}" if row.get("id") is None else row["id"]
     if not isinstance(identity, (str, int)):
         raise BadRow(f"id: expected a string, got {_short(identity)}")
     return Prompt(str(identity), truth, _teachers(row), str(row.get("data_source") or ""), messages, text)
@@ -99,15 +101,19 @@ def _prompt_field(value: Any) -> tuple[str, tuple[dict[str, str], ...]]:
 
 
 def _teachers(row: dict) -> tuple[Teacher, ...]:
-    if "teachers" in row:
-        entries = row["teachers"] if row["teachers"] is not None else []
+    entries = row.get("teachers")
+    if entries is not None:
         if not isinstance(entries, list):
             raise BadRow(f"teachers: expected a list, got {_short(entries)}")
         for entry in entries:
-            if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) and entry[name] for name in ("name", "trace")):
+            if not isinstance(entry, dict) or not all(
+                isinstance(entry.get(name), str) and entry[name] for name in ("name", "trace")
+            ):
                 raise BadRow(f"teachers: an entry needs non-empty string name and trace, got {_short(entry)}")
         return tuple(Teacher(entry["name"], entry["trace"]) for entry in entries)
     targets = row.get("target_lst") or ([row["target"]] if row.get("target") else [])
+    if not isinstance(targets, list):
+        raise BadRow(f"target_lst: expected a list of targets, got {_short(targets)}")
     return tuple(Teacher(f"target-{i}", _target_text(target)) for i, target in enumerate(targets))
 
 

@@ -12,7 +12,14 @@ from megatron_dypo.policy.shape import ModelShape, hf_folder
 from megatron_dypo.records import Prompt
 
 # One token each, so that a generated problem is its numbers and a few words; every other character is its own token.
-WORDS = ("State the final answer to the following arithmetic problem: ", " \\boxed{", "first ", " then ", "last ", " back ")
+WORDS = (
+    "State the final answer to the following arithmetic problem: ",
+    " \\boxed{",
+    "first ",
+    " then ",
+    "last ",
+    " back ",
+)
 
 
 class Tokenizer:
@@ -25,7 +32,9 @@ class Tokenizer:
     def encode_prompt(self, prompt: Prompt) -> np.ndarray:
         """The ids the policy is asked with: through the chat template where messages and a template exist."""
         if prompt.messages and self._backend.chat_template:
-            ids = self._backend.apply_chat_template(list(prompt.messages), add_generation_prompt=True, return_dict=False)
+            ids = self._backend.apply_chat_template(
+                list(prompt.messages), add_generation_prompt=True, return_dict=False
+            )
         else:
             text = prompt.text or "\n".join(message["content"] for message in prompt.messages)
             ids = self._backend(text)["input_ids"]
@@ -44,15 +53,15 @@ def load_tokenizer(config: Config, shape: ModelShape) -> Tokenizer:
     """The run's tokenizer. Raises UserError where it has no end token or its ids do not fit the model's vocabulary."""
     folder = config.model.tokenizer or config.model.hf
     if folder is None:
-        backend, name = arithmetic_backend(), "the built-in tokenizer"
+        backend, name = arithmetic_backend(), "model.tokenizer: the built-in tokenizer"
     else:
         from transformers import AutoTokenizer
 
         name = f"model.tokenizer: {folder}"
         try:
             backend = AutoTokenizer.from_pretrained(hf_folder(folder))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{name}: cannot be loaded: {str(error).splitlines()[0]}") from None
+        except Exception as error:  # whatever transformers and tokenizers raise on files that are not theirs
+            raise UserError(f"{name}: cannot be loaded: {type(error).__name__}: {error}") from None
     if backend.eos_token_id is None:
         raise UserError(f"{name}: has no end-of-sequence token")
     if len(backend) > shape.vocab_size:
@@ -61,7 +70,7 @@ def load_tokenizer(config: Config, shape: ModelShape) -> Tokenizer:
 
 
 def arithmetic_backend():
-    """Printable ASCII, one token a character, plus ``WORDS``: 104 tokens in all."""
+    """Printable ASCII, one token a character, plus ``WORDS``: 105 tokens in all."""
     from tokenizers import AddedToken, decoders, models
     from tokenizers import Tokenizer as Backend
     from transformers import PreTrainedTokenizerFast

@@ -10,7 +10,9 @@ from megatron_dypo.rollout.engine import Engine, Request
 from megatron_dypo.runtime.distributed import Layout, all_gather_objects
 
 
-def greedy_accuracy(groups: list[Group], engine: Engine, config: Config, tokenizer: Tokenizer, reward: Reward, layout: Layout) -> dict:
+def greedy_accuracy(
+    groups: list[Group], engine: Engine, config: Config, tokenizer: Tokenizer, reward: Reward, layout: Layout
+) -> dict:
     """``eval/valid/*``: share of right answers, their mean length (tokens) and count. Each rank takes its share of the prompts."""
     mine = [Group(group.prompt, group.prompt_ids) for group in groups[layout.rank :: layout.world]]
     responses = engine.generate([Request(group.prompt_ids, None) for group in mine], sampling(config, tokenizer.eos_id))

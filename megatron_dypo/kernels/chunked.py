@@ -17,7 +17,9 @@ from megatron_dypo.kernels.vocab import VocabShard, softmax_statistics
 CHUNK = 512
 
 
-def logprob(hidden, weight, targets, temperature_T, shard: VocabShard, sequence_parallel: bool) -> tuple[Tensor, Tensor, Tensor]:
+def logprob(
+    hidden, weight, targets, temperature_T, shard: VocabShard, sequence_parallel: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     return _LogProb.apply(hidden, weight, targets, temperature_T, shard, sequence_parallel)
 
 
@@ -94,7 +96,9 @@ class _LogProb(Function):
         for chunk in _chunks(targets.shape[0]):
             z_tV = _logits(hidden_TH[chunk], weight_VH, temperature_T[chunk], shard)
             p_tV = (z_tV - lse_T[chunk].unsqueeze(1)).exp()
-            surprise_tV = (z_tV - (lse_T - entropy_T)[chunk].unsqueeze(1)).masked_fill_(p_tV == 0, 0.0)  # padding is -inf
+            surprise_tV = (z_tV - (lse_T - entropy_T)[chunk].unsqueeze(1)).masked_fill_(
+                p_tV == 0, 0.0
+            )  # padding is -inf
             extra_tV = p_tV * (dlse_T[chunk].unsqueeze(1) - dentropy_T[chunk].unsqueeze(1) * surprise_tV)
             dz_tV = _dlogp_dz(p_tV, dlogp_T[chunk], targets[chunk], shard).add_(extra_tV)
             gradients.add(chunk, dz_tV, hidden_TH[chunk], temperature_T[chunk])
@@ -121,8 +125,9 @@ class _Loss(Function):
             total += summands_t.double().sum()
         dhidden = _sum_over_ranks(gradients.dhidden_TH, shard, sequence_parallel)
         ctx.save_for_backward(dhidden.to(hidden.dtype), gradients.dweight_VH.to(weight.dtype))
-        ctx.mark_non_differentiable(results)
-        return total.float(), *results
+        logprobs = results.unbind()
+        ctx.mark_non_differentiable(*logprobs)
+        return total.float(), *logprobs
 
     @staticmethod
     def backward(ctx, dloss, *_):

@@ -48,7 +48,9 @@ def linear_logprob(
 
     Raises ValueError naming the argument for shapes or dtypes that do not fit, and for a target outside the vocabulary.
     """
-    shard, temperature_T = _check(hidden, weight, targets, temperature, tp_group, sequence_parallel, vocab_size, backend)
+    shard, temperature_T = _check(
+        hidden, weight, targets, temperature, tp_group, sequence_parallel, vocab_size, backend
+    )
     results = _BACKENDS[backend].logprob(hidden, weight, targets, temperature_T, shard, sequence_parallel)
     logp_T, entropy_T, lse_T = results
     return LogProbs(logp_T, entropy_T if entropy else None, lse_T)
@@ -73,17 +75,25 @@ def linear_loss(
     chunk's place in the batch; it must be local to each token. Other arguments as ``linear_logprob``. Returns the
     scalar loss (differentiable in ``hidden`` and ``weight``) and the detached LogProbs.
     """
-    shard, temperature_T = _check(hidden, weight, targets, temperature, tp_group, sequence_parallel, vocab_size, backend)
-    results = _BACKENDS[backend].loss(hidden, weight, targets, token_loss, temperature_T, shard, sequence_parallel, entropy)
+    shard, temperature_T = _check(
+        hidden, weight, targets, temperature, tp_group, sequence_parallel, vocab_size, backend
+    )
+    results = _BACKENDS[backend].loss(
+        hidden, weight, targets, token_loss, temperature_T, shard, sequence_parallel, entropy
+    )
     loss, logp_T, entropy_T, lse_T = results
     return loss, LogProbs(logp_T, entropy_T if entropy else None, lse_T)
 
 
-def _check(hidden, weight, targets, temperature, tp_group, sequence_parallel, vocab_size, backend) -> tuple[VocabShard, Tensor]:
+def _check(
+    hidden, weight, targets, temperature, tp_group, sequence_parallel, vocab_size, backend
+) -> tuple[VocabShard, Tensor]:
     if backend not in _BACKENDS:
         raise ValueError(f"backend: {backend!r} is unknown; known: {', '.join(_BACKENDS)}")
     if hidden.dim() != 2 or weight.dim() != 2 or targets.dim() != 1:
-        raise ValueError(f"hidden, weight, targets: expected 2, 2 and 1 dimensions, got {hidden.dim()}, {weight.dim()}, {targets.dim()}")
+        raise ValueError(
+            f"hidden, weight, targets: expected 2, 2 and 1 dimensions, got {hidden.dim()}, {weight.dim()}, {targets.dim()}"
+        )
     if hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"weight: {weight.shape[1]} columns for hidden states of width {hidden.shape[1]}")
     if targets.dtype != torch.int64:
@@ -92,7 +102,11 @@ def _check(hidden, weight, targets, temperature, tp_group, sequence_parallel, vo
     tokens = hidden.shape[0] * (shard.ranks if sequence_parallel else 1)
     if targets.shape[0] != tokens:
         raise ValueError(f"targets: {targets.shape[0]} ids for {tokens} tokens")
-    if tokens and not (0 <= int(targets.min()) and int(targets.max()) < shard.vocab_size):
-        raise ValueError(f"targets: ids from {int(targets.min())} to {int(targets.max())} for a vocabulary of {shard.vocab_size}")
-    temperature_T = torch.as_tensor(temperature, dtype=torch.float32, device=hidden.device).expand(tokens)
-    return shard, temperature_T
+    if tokens and not (int(targets.min()) >= 0 and int(targets.max()) < shard.vocab_size):
+        raise ValueError(
+            f"targets: ids from {int(targets.min())} to {int(targets.max())} for a vocabulary of {shard.vocab_size}"
+        )
+    temperature_T = torch.as_tensor(temperature, dtype=torch.float32, device=hidden.device)
+    if temperature_T.shape not in ((), (tokens,)):
+        raise ValueError(f"temperature: expected a number or [{tokens}], got {list(temperature_T.shape)}")
+    return shard, temperature_T.expand(tokens)

@@ -8,7 +8,9 @@ from torch import Tensor
 from megatron_dypo.kernels.vocab import VocabShard
 
 
-def logprob(hidden, weight, targets, temperature_T, shard: VocabShard, sequence_parallel: bool) -> tuple[Tensor, Tensor, Tensor]:
+def logprob(
+    hidden, weight, targets, temperature_T, shard: VocabShard, sequence_parallel: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     if shard.ranks > 1:
         raise ValueError("backend: 'reference' is for one rank")
     dtype = torch.promote_types(hidden.dtype, torch.float32)

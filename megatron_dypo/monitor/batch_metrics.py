@@ -27,9 +27,11 @@ def batch_metrics(groups: list[Group], works: list[Work], config: Config) -> dic
         metrics |= {
             "reward/mean": sum(response.reward for response in responses) / len(responses),
             "rollout/response_tokens": tokens / len(responses),
-            "rollout/truncated_frac": sum(response.finish_reason == "length" for response in responses) / len(responses),
+            "rollout/truncated_frac": sum(response.finish_reason == "length" for response in responses)
+            / len(responses),
             "rollout/entropy": -sum(float(response.logprobs.sum()) for response in responses) / tokens,
         }
     return metrics | {
-        "tokens": sum(len(r.ids) for r in responses) + sum(s.loss_tokens for w in works for s in w.sequences if s.kind == Kind.TEACHER)
+        "tokens": sum(len(r.ids) for r in responses)
+        + sum(s.loss_tokens for w in works for s in w.sequences if s.kind == Kind.TEACHER)
     }

@@ -73,7 +73,9 @@ def draw(chart: Chart, title: str) -> tuple[str, dict[str, Any]]:
         color = curve["color"]
         x, raw = across(curve["x"]), up(curve["raw"])
         if chart.band:
-            light.append(f'<path class="band {color}" d="{_area(across, up, curve["at"], curve["low"], curve["high"])}"/>')
+            light.append(
+                f'<path class="band {color}" d="{_area(across, up, curve["at"], curve["low"], curve["high"])}"/>'
+            )
         if not (unsmoothed or layers):
             light.append(f'<path class="raw {color}" d="{_path(x, raw)}"/>')
         line = _path(x, raw) if unsmoothed else _path(across(curve["at"]), up(curve["mean"]))
@@ -97,7 +99,9 @@ def rolling(values: np.ndarray, at: np.ndarray, window: int) -> tuple[np.ndarray
     NaN is left out; a window of nothing else gives NaN.
     """
     half = window // 2
-    view = np.lib.stride_tricks.sliding_window_view(np.pad(values, (half, half + 1), constant_values=np.nan), 2 * half + 1)[at]
+    view = np.lib.stride_tricks.sliding_window_view(
+        np.pad(values, (half, half + 1), constant_values=np.nan), 2 * half + 1
+    )[at]
     present = np.isfinite(view)
     count = np.where(present.any(1), present.sum(1), np.nan)
     mean = np.where(present, view, 0.0).sum(1) / count

@@ -57,7 +57,9 @@ class Monitor:
 
     def step(self, step: int, metrics: dict, clock: Stopwatch) -> None:
         """A finished step: adds its times and shows it."""
-        times = {f"time/{name}": clock.seconds.get(name, 0.0) for name in ("rollout", "reward", "logprob", "update", "sync")}
+        times = {
+            f"time/{name}": clock.seconds.get(name, 0.0) for name in ("rollout", "reward", "logprob", "update", "sync")
+        }
         seconds = clock.total
         metrics = metrics | times | {"time/step": seconds, "perf/tokens_per_second": metrics["tokens"] / seconds}
         del metrics["tokens"]
@@ -81,7 +83,10 @@ class Monitor:
         report = write_report(self.run_dir)
         rows = summary_rows(read_metrics(self.run_dir / "metrics.jsonl"))
         minutes, seconds = divmod(round(time.monotonic() - self._began), 60)
-        summary([*rows, ("wall time", f"{minutes} min {seconds:02d} s"), ("report", str(report))], f"{self.run_dir} finished")
+        summary(
+            [*rows, ("wall time", f"{minutes} min {seconds:02d} s"), ("report", str(report))],
+            f"{self.run_dir} finished",
+        )
 
 
 def summary_rows(metrics: list[dict]) -> list[tuple[str, str]]:

@@ -113,7 +113,11 @@ def page(
         f'<div class="tile"><dt>{escape(label)}</dt><dd>{escape(value)}<small>{escape(small)}</small></dd></div>'
         for label, value, small in tiles
     )
-    folds = "".join(f"<details><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>" for name, text in details if text)
+    folds = "".join(
+        f"<details><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>"
+        for name, text in details
+        if text
+    )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">'

@@ -189,7 +189,8 @@ def sections(keys: Iterable[str], shares: set[str]) -> list[tuple[str, list[Pane
         "Further metrics": [Panel(key, "", "", (Curve(key, key, "c1"),)) for key in sorted(keys - known - evals)],
     }
     present = {
-        heading: [panel for panel in panels if any(curve.key in keys for curve in panel.curves)] for heading, panels in table.items()
+        heading: [panel for panel in panels if any(curve.key in keys for curve in panel.curves)]
+        for heading, panels in table.items()
     }
     return [(heading, panels) for heading, panels in present.items() if panels]
 
@@ -199,7 +200,9 @@ def _eval_panels(keys: set[str], shares: set[str]) -> list[Panel]:
     together = _eval_panel("Held-out evaluation", "share of problems", sorted(keys & shares), percent=True)
     others = sorted({key.rsplit("/", 1)[-1] for key in keys - shares})
     apart = [
-        _eval_panel(f"Evaluation: {_words(name)}", _words(name), sorted(k for k in keys - shares if k.endswith(f"/{name}")))
+        _eval_panel(
+            f"Evaluation: {_words(name)}", _words(name), sorted(k for k in keys - shares if k.endswith(f"/{name}"))
+        )
         for name in others
     ]
     return [together, *apart]

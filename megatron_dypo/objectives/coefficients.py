@@ -105,7 +105,9 @@ def sequence_terms(
                 terms[place] = SequenceTerms(sft=objective.gamma / (prompts * len(places) * length))
             continue
         k = len(places)
-        rewards = torch.tensor([group.responses[sequences[place].sample].reward for place in places], dtype=torch.float64)
+        rewards = torch.tensor(
+            [group.responses[sequences[place].sample].reward for place in places], dtype=torch.float64
+        )
         advantages = group_advantages(rewards.unsqueeze(0), objective.advantage_std)[0].tolist()
         lengths = [sequences[place].loss_tokens for place in places]
         slopes = [0.0] * k
@@ -113,7 +115,8 @@ def sequence_terms(
             by_mean = _per_token(objective, objective.gal_length_normalize)
             units = [1 / n if by_mean else 1.0 for n in lengths]
             log_ratios = torch.tensor(
-                [(sums[place].now - sums[place].reference) * unit for place, unit in zip(places, units, strict=True)], dtype=torch.float64
+                [(sums[place].now - sums[place].reference) * unit for place, unit in zip(places, units, strict=True)],
+                dtype=torch.float64,
             )
             loss, coefficients, difficulty = gal_coefficients(log_ratios, rewards, objective.beta_gal)
             batch.gal_loss += loss.item() / prompts
@@ -124,7 +127,10 @@ def sequence_terms(
         for place, advantage, n, slope in zip(places, advantages, lengths, slopes, strict=True):
             weight = {
                 "scale": share / (prompts * k * (n if objective.scale == "token" else 1)),
-                "token_mean": share * len(mid) / prompts / mid_tokens,  # equals `scale: token` where all lengths are equal
+                "token_mean": share
+                * len(mid)
+                / prompts
+                / mid_tokens,  # equals `scale: token` where all lengths are equal
                 "constant": share / (prompts * k * (objective.aggregation_constant or max_response_tokens)),
             }[objective.aggregation]
             sequence_slope = 0.0
@@ -151,5 +157,5 @@ def _sequence_surrogate(
     low, high = 1 - objective.clip_low, 1 + objective.clip_high
     surrogate = min(ratio * advantage, min(max(ratio, low), high) * advantage)
     unclipped = ratio <= high if advantage >= 0 else ratio >= low
-    weight = correction.weight(torch.tensor((sums.old - sums.rollout) * unit)).item()
+    weight = correction.weight(torch.tensor((sums.old - sums.rollout) * unit, dtype=torch.float64)).item()
     return weight * surrogate, weight * (ratio * advantage if unclipped else 0.0)

@@ -17,7 +17,17 @@ from torch import Tensor
 from megatron_dypo.config.schema import Objective
 from megatron_dypo.objectives.correction import Correction
 
-SUMS = ("loss/grpo", "loss/kl", "loss/sft", "grad_share/grpo", "grad_share/gal", "grad_share/sft", "clipped", "entropy", "rollout_tokens")
+SUMS = (
+    "loss/grpo",
+    "loss/kl",
+    "loss/sft",
+    "grad_share/grpo",
+    "grad_share/gal",
+    "grad_share/sft",
+    "clipped",
+    "entropy",
+    "rollout_tokens",
+)
 
 
 @dataclass
@@ -49,21 +59,25 @@ class TokenStreams:
         weight_t = self.grpo_N[t] * self.correction.weight(old_t - self.rollout_N[t])
 
         if objective.ratio_level == "token":
-            base_t = old_t if objective.ratio_base == "old" else reference_t
+            # a teacher micro-batch has no reference: any base serves, its GRPO weight is 0
+            base_t = old_t if objective.ratio_base == "old" or reference_t is None else reference_t
             ratio_t = (logp_t - base_t).clamp(max=60.0).exp()
-            clipped_t = ratio_t.clamp(1 - objective.clip_low, 1 + objective.clip_high)
-            surrogate_t = torch.minimum(ratio_t * advantage_t, clipped_t * advantage_t)
-            inside_t = torch.where(advantage_t >= 0, ratio_t <= 1 + objective.clip_high, ratio_t >= 1 - objective.clip_low)
-            slope_t = torch.where(inside_t, -ratio_t * advantage_t, 0.0)
+            free_t = ratio_t * advantage_t
+            bounded_t = ratio_t.clamp(1 - objective.clip_low, 1 + objective.clip_high) * advantage_t
+            clipped_t = bounded_t < free_t
+            surrogate_t = torch.where(clipped_t, bounded_t, free_t)
+            slope_t = torch.where(clipped_t, 0.0, -free_t)
         else:  # the response's ratio is known from the coefficient pass and its slope is constant
-            surrogate_t, slope_t, inside_t = torch.zeros_like(logp_t), torch.zeros_like(logp_t), torch.ones_like(logp_t, dtype=torch.bool)
+            surrogate_t = slope_t = torch.zeros_like(logp_t)
+            clipped_t = torch.zeros_like(logp_t, dtype=torch.bool)
 
         grpo_t, grpo_slope_t = weight_t * -surrogate_t, weight_t * slope_t + self.grpo_slope_N[t]
         if reference_t is not None:
             gap_t = reference_t - logp_t
-            kl_t = weight_t * (gap_t.exp() - gap_t - 1)  # k3: unbiased, never negative
+            growth_t = gap_t.clamp(max=60.0).expm1()  # finite in fp32, and exact where the policies are close
+            kl_t = weight_t * (growth_t - gap_t)  # k3: unbiased, never negative
             grpo_t = grpo_t + objective.kl_coef * kl_t
-            grpo_slope_t = grpo_slope_t + weight_t * objective.kl_coef * (1 - gap_t.exp())
+            grpo_slope_t = grpo_slope_t + weight_t * objective.kl_coef * -growth_t
             self._add("loss/kl", kl_t / (self.alpha or 1.0))
         summands_t = grpo_t - self.sft_N[t] * logp_t
         slopes_t = grpo_slope_t + self.gal_slope_N[t] - self.sft_N[t]
@@ -74,7 +88,7 @@ class TokenStreams:
         self._add("grad_share/grpo", grpo_slope_t.abs())
         self._add("grad_share/gal", self.gal_slope_N[t].abs())
         self._add("grad_share/sft", self.sft_N[t].abs())
-        self._add("clipped", (~inside_t & (self.grpo_N[t] > 0)).float())
+        self._add("clipped", (clipped_t & (self.grpo_N[t] > 0)).float())
         self._add("rollout_tokens", rollout_t)
         if entropy_t is not None:
             self._add("entropy", entropy_t * rollout_t)
@@ -84,7 +98,9 @@ class TokenStreams:
         self.totals[name] = self.totals.get(name, 0.0) + values_t.detach().double().sum()
 
 
-def dypo_loss(logp_N: Tensor, streams: TokenStreams, entropy_N: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+def dypo_loss(
+    logp_N: Tensor, streams: TokenStreams, entropy_N: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The token-local loss of one micro-batch, differentiable in ``logp_N`` [N], and its metric sums.
 
     The value leaves out what is not local to a token (``BatchTerms.gal_loss``, ``grpo_sequence_loss``); the gradient is

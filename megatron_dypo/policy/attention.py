@@ -7,6 +7,7 @@ length, A heads, D head width.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Segments:
     @classmethod
     def of(cls, cu_seqlens: list[int], device: torch.device) -> Segments:
         members = defaultdict(list)
-        for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False):
+        for start, end in itertools.pairwise(cu_seqlens):
             if end > start:
                 members[padded_length(end - start)].append((start, end - start))
         buckets, tokens = [], []
@@ -45,7 +46,9 @@ class Segments:
             slots = torch.arange(length).unsqueeze(0)
             real_BL = slots < sizes
             gather_BL = torch.where(real_BL, starts + slots, starts)
-            buckets.append((gather_BL.flatten().to(device), len(segments), real_BL.flatten().nonzero().squeeze(1).to(device)))
+            buckets.append(
+                (gather_BL.flatten().to(device), len(segments), real_BL.flatten().nonzero().squeeze(1).to(device))
+            )
             tokens.append(gather_BL[real_BL])
         return cls(buckets, torch.cat(tokens).argsort().to(device))
 
@@ -53,11 +56,15 @@ class Segments:
 class PackedAttention(torch.nn.Module):
     """mcore core attention: causal softmax attention within each packed segment. No weights."""
 
-    def __init__(self, config, layer_number: int, attn_mask_type, attention_type: str, softmax_scale: float | None = None, **_):
+    def __init__(
+        self, config, layer_number: int, attn_mask_type, attention_type: str, softmax_scale: float | None = None, **_
+    ):
         super().__init__()
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, *, packed_seq_params, **_) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, *, packed_seq_params, **_
+    ) -> Tensor:
         """query [T, A, D], key and value [T, A_kv, D] -> [T, A * D]; ``packed_seq_params.segments`` says how T is cut."""
         segments, outputs = packed_seq_params.segments, []
         for gather, rows, kept in segments.buckets:

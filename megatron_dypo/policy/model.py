@@ -108,7 +108,9 @@ def _mark_sharded(gpt: GPTModel) -> None:
 
 def head_weight(gpt: GPTModel) -> torch.Tensor:
     """The output head's weight on the last stage [V_padded / TP, H]: the embedding's, if tied and on one stage."""
-    return gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else gpt.output_layer.weight
+    return (
+        gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else gpt.output_layer.weight
+    )
 
 
 def build_optimizer(optimizer: Optimizer, dtype: torch.dtype, model: DistributedDataParallel):

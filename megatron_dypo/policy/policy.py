@@ -108,7 +108,9 @@ class Policy:
         for parameter, weight in zip(self.gpt.parameters(), weights, strict=True):
             parameter.copy_(weight, non_blocking=True)
 
-    def _run(self, batches: list[MicroBatch], finish: Callable[[Tensor, MicroBatch], tuple], forward_only: bool) -> list:
+    def _run(
+        self, batches: list[MicroBatch], finish: Callable[[Tensor, MicroBatch], tuple], forward_only: bool
+    ) -> list:
         """mcore's schedule over the micro-batches. ``finish(hidden, batch)`` runs on the last stage, on each output."""
 
         def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module):

@@ -97,7 +97,7 @@ PRESETS = {
         head_dim=32,
         vocab_size=128,
         max_position=256,
-        rope_base=100.0,
+        rope_base=10.0,
         norm_eps=1e-5,
         init_std=0.06,
     ),
@@ -136,7 +136,9 @@ def hf_folder(name: str) -> str:
     try:
         return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
     except Exception as error:
-        raise UserError(f"model.hf: {name!r} is no folder here and cannot be had from the hub ({type(error).__name__})") from None
+        raise UserError(
+            f"model.hf: {name!r} is no folder here and cannot be had from the hub ({type(error).__name__})"
+        ) from None
 
 
 def _from_hf(path: Path) -> ModelShape:
@@ -144,6 +146,8 @@ def _from_hf(path: Path) -> ModelShape:
         raw = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"model.hf: cannot read {path}: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"model.hf: {path} holds no configuration")
     kinds = {family.model_type: name for name, family in FAMILIES.items()}
     if raw.get("model_type") not in kinds:
         raise UserError(f"{path}: model_type {raw.get('model_type')!r} is not supported; known: {', '.join(kinds)}")
@@ -153,6 +157,10 @@ def _from_hf(path: Path) -> ModelShape:
         raise UserError(f"{path}: rope type {rope_type!r} is not supported yet")
     if raw.get("attention_bias") or raw.get("mlp_bias") or raw.get("use_sliding_window"):
         raise UserError(f"{path}: attention_bias, mlp_bias and use_sliding_window are not supported")
+    required = ["num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"]
+    wrong = [name for name in required if not isinstance(raw.get(name), int)]
+    if wrong:
+        raise UserError(f"model.hf: {path}: {wrong[0]} must be an integer, got {raw.get(wrong[0])!r}")
     heads = raw["num_attention_heads"]
     return ModelShape(
         family=kinds[raw["model_type"]],

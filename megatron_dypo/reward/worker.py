@@ -25,7 +25,9 @@ _EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConf
 
 def equivalent(answer: str, truth: str) -> bool:
     """Math-verify's opinion, with its own time limits (SIGALRM) off; what it cannot parse is equal as text only."""
-    gold, given = (parse(f"\\boxed{{{text}}}", extraction_config=_EXTRACTION, parsing_timeout=None) for text in (truth, answer))
+    gold, given = (
+        parse(f"\\boxed{{{text}}}", extraction_config=_EXTRACTION, parsing_timeout=None) for text in (truth, answer)
+    )
     return bool(verify(gold, given, timeout_seconds=None))
 
 

@@ -20,7 +20,9 @@ def encode_prompts(prompts: list[Prompt], tokenizer: Tokenizer, longest: int) ->
     groups = [Group(prompt, tokenizer.encode_prompt(prompt)) for prompt in prompts]
     for group in groups:
         if not 0 < len(group.prompt_ids) <= longest:
-            raise UserError(f"data: prompt {group.prompt.id} has {len(group.prompt_ids)} tokens; data.max_prompt_tokens is {longest}")
+            raise UserError(
+                f"data: prompt {group.prompt.id} has {len(group.prompt_ids)} tokens; data.max_prompt_tokens is {longest}"
+            )
     return groups
 
 
@@ -37,7 +39,9 @@ def sample(groups: list[Group], engine: Engine, config: Config, eos_id: int, ste
     mine = groups[layout.rank :: layout.world]
     k = config.rollout.samples_per_prompt
     requests = [
-        Request(group.prompt_ids, stable_hash(config.trainer.seed, "sample", step, group.prompt.id, i)) for group in mine for i in range(k)
+        Request(group.prompt_ids, stable_hash(config.trainer.seed, "sample", step, group.prompt.id, i))
+        for group in mine
+        for i in range(k)
     ]
     responses = engine.generate(requests, sampling(config, eos_id))
     for i, group in enumerate(mine):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from megatron_dypo.config.schema import Config
@@ -21,6 +22,7 @@ from megatron_dypo.policy.shape import ModelShape
 from megatron_dypo.records import Response
 
 log = logging.getLogger(__name__)
+VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,19 @@ def engine_name(config: Config) -> str:
     """``rollout.engine`` with ``auto`` resolved: vLLM where it is installed, transformers (said in the log) elsewhere."""
     wanted, installed = config.rollout.engine, importlib.util.find_spec("vllm") is not None
     if wanted == "vllm" and not installed:
-        raise UserError("rollout.engine: vllm is not installed here (pip install 'megatron_dypo[vllm]', or engine: transformers)")
+        raise UserError(
+            "rollout.engine: vllm is not installed here (pip install 'megatron_dypo[vllm]', or engine: transformers)"
+        )
     if wanted == "auto" and not installed:
         log.warning("vLLM is not installed: sampling with transformers, many times slower")
     return wanted if wanted != "auto" else "vllm" if installed else "transformers"
+
+
+def check_head_size(shape: ModelShape) -> None:
+    """Raises UserError where vLLM has no attention kernel for the head size (CPU only: known before it is loaded)."""
+    if not torch.cuda.is_available() and shape.head_dim not in VLLM_CPU_HEAD_SIZES:
+        sizes = ", ".join(map(str, VLLM_CPU_HEAD_SIZES))
+        raise UserError(f"model.shape.head_dim: vLLM on CPU serves head sizes {sizes}, not {shape.head_dim}")
 
 
 def build_engine(config: Config, shape: ModelShape, eos_id: int, folder: Path) -> Engine | None:

@@ -33,7 +33,7 @@ def replay(folder: str | Path, step: int, prompts: dict[str, Prompt], samples: i
     """
     path = step_file(folder, step)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().splitlines()
     except OSError:
         raise UserError(f"rollout.replay: {path}: no recorded step {step}") from None
     groups = []
@@ -43,7 +43,9 @@ def replay(folder: str | Path, step: int, prompts: dict[str, Prompt], samples: i
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}:{number}: not a recorded rollout: {error}") from None
         if len(groups[-1].responses) != samples:
-            raise UserError(f"{path}:{number}: {len(groups[-1].responses)} responses, but rollout.samples_per_prompt is {samples}")
+            raise UserError(
+                f"{path}:{number}: {len(groups[-1].responses)} responses, but rollout.samples_per_prompt is {samples}"
+            )
     return groups
 
 
@@ -71,7 +73,12 @@ def _group(line: dict, prompts: dict[str, Prompt]) -> Group:
         raise ValueError(f"prompt {line['id']!r} is not in data.train")
     indices = line["teacher_indices"]
     responses = [
-        Response(np.asarray(r["ids"], np.int32), np.asarray(r["logprobs"], np.float32), r["finish_reason"], float(r["reward"]))
+        Response(
+            np.asarray(r["ids"], np.int32),
+            np.asarray(r["logprobs"], np.float32),
+            r["finish_reason"],
+            float(r["reward"]),
+        )
         for r in line["responses"]
     ]
     for response in responses:

@@ -65,7 +65,9 @@ class RolloutSource:
         objective = self.config.objective
         recipe = RECIPES[objective.method]
         if recipe.samples:
-            regimes = grade(torch.tensor([group.rewards for group in groups]), objective.reward_threshold, objective.hard_max_solved)
+            regimes = grade(
+                torch.tensor([group.rewards for group in groups]), objective.reward_threshold, objective.hard_max_solved
+            )
             for group, regime in zip(groups, regimes, strict=True):
                 group.regime = regime
         limit = self.config.data.max_teacher_tokens or self.config.rollout.max_response_tokens

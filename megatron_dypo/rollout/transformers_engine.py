@@ -33,7 +33,11 @@ class TransformersEngine:
 
     @torch.no_grad()
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Response]:
-        return [response for start in range(0, len(requests), BATCH) for response in self._batch(requests[start : start + BATCH], sampling)]
+        return [
+            response
+            for start in range(0, len(requests), BATCH)
+            for response in self._batch(requests[start : start + BATCH], sampling)
+        ]
 
     def _batch(self, requests: list[Request], sampling: Sampling) -> list[Response]:
         width = max(len(request.prompt_ids) for request in requests)
@@ -49,10 +53,15 @@ class TransformersEngine:
         cache, fresh = None, ids
         for _ in range(sampling.max_tokens):
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -fresh.shape[1] :]
-            output = self._model(fresh, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+            output = self._model(
+                fresh, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            )
             cache = output.past_key_values
             logits = output.logits[:, -1].float().cpu()
-            picked = [self._pick(logits[row], generators[row], sampling) if running[row] else (0, 0.0) for row in range(len(requests))]
+            picked = [
+                self._pick(logits[row], generators[row], sampling) if running[row] else (0, 0.0)
+                for row in range(len(requests))
+            ]
             for row, (token, logprob) in enumerate(picked):
                 if running[row]:
                     tokens[row].append(token)

@@ -13,13 +13,11 @@ from torch import Tensor
 
 from megatron_dypo.config.schema import Config
 from megatron_dypo.convert.hf_folder import write_config
-from megatron_dypo.errors import UserError
 from megatron_dypo.policy.model import training_dtype
 from megatron_dypo.policy.shape import ModelShape
 from megatron_dypo.records import Response
 from megatron_dypo.rollout.engine import Request, Sampling
 
-CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process, so weights need no transport
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # every rank would bind its threads to the same first core
@@ -27,13 +25,6 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "TORCHDYNAMO_DISABLE": "1",
 }
-
-
-def check_head_size(shape: ModelShape) -> None:
-    """Raises UserError where vLLM has no attention kernel for the head size (CPU only: known before it is loaded)."""
-    if not torch.cuda.is_available() and shape.head_dim not in CPU_HEAD_SIZES:
-        sizes = ", ".join(map(str, CPU_HEAD_SIZES))
-        raise UserError(f"model.shape.head_dim: vLLM on CPU serves head sizes {sizes}, not {shape.head_dim}")
 
 
 class VllmEngine:

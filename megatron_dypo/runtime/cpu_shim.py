@@ -28,8 +28,27 @@ _LAZY_MODULES = (
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.transformer.transformer_layer",
 )
-_FACTORIES = "arange empty empty_like eye full full_like linspace ones ones_like rand randn tensor zeros zeros_like".split()
-_CUDA_NAMES = {torch.float32: "torch.cuda.FloatTensor", torch.float16: "torch.cuda.HalfTensor", torch.bfloat16: "torch.cuda.BFloat16Tensor"}
+_FACTORIES = [
+    "arange",
+    "empty",
+    "empty_like",
+    "eye",
+    "full",
+    "full_like",
+    "linspace",
+    "ones",
+    "ones_like",
+    "rand",
+    "randn",
+    "tensor",
+    "zeros",
+    "zeros_like",
+]
+_CUDA_NAMES = {
+    torch.float32: "torch.cuda.FloatTensor",
+    torch.float16: "torch.cuda.HalfTensor",
+    torch.bfloat16: "torch.cuda.BFloat16Tensor",
+}
 _TESTED = ("0.16", "0.17", "0.18", "0.19")
 _real_type = torch.Tensor.type
 
@@ -93,7 +112,9 @@ def install() -> bool:
     import megatron.core
 
     if not megatron.core.__version__.startswith(_TESTED):
-        raise RuntimeError(f"the CPU shim is written for megatron-core {_TESTED[0]} to {_TESTED[-1]}, found {megatron.core.__version__}")
+        raise RuntimeError(
+            f"the CPU shim is written for megatron-core {_TESTED[0]} to {_TESTED[-1]}, found {megatron.core.__version__}"
+        )
     for name in _LAZY_MODULES:
         importlib.import_module(name)
     proxy = _Proxy(torch, cuda=_cuda_proxy(), **{name: _on_cpu_factory(getattr(torch, name)) for name in _FACTORIES})

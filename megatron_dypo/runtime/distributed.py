@@ -141,7 +141,9 @@ def _first_failure(headline: str) -> str:
     """The headline of the rank that failed first, as the rendezvous store has it (ours, if we are first)."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return headline
-    lost_a_peer = any(sign in headline for sign in ("Connection closed", "Connection reset", "Socket", "DistBackendError", "NCCL"))
+    lost_a_peer = any(
+        sign in headline for sign in ("Connection closed", "Connection reset", "Socket", "DistBackendError", "NCCL")
+    )
     if lost_a_peer:
         time.sleep(1.0)  # let the rank that really failed speak first
     store = dist.distributed_c10d._get_default_store()

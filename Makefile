@@ -1,0 +1,30 @@
+# make quickstart | test | lint | venv | bench | test-gpu
+# PYTHON       the interpreter that .venv is made from (3.11 or later)
+# TORCH_INDEX  on a CPU machine where pip finds no CPU build of torch: the address of PyTorch's CPU wheel index
+PYTHON ?= python3
+VENV ?= .venv
+export PYTHON VENV TORCH_INDEX
+BIN = $(VENV)/bin
+# One OpenMP thread a rank: two ranks share two cores, and vLLM's samples are then bit-reproducible.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: venv quickstart test lint bench test-gpu
+
+venv:
+	@tools/make_venv.sh
+
+quickstart: venv
+	$(BIN)/torchrun --standalone --nproc-per-node 2 -m megatron_dypo train examples/quickstart/config.yaml
+
+test: venv
+	$(BIN)/python -m pytest tests -m "not gpu"
+
+test-gpu:
+	$(BIN)/python -m pytest tests -m gpu
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: venv
+	$(BIN)/python -m benchmarks.recipes

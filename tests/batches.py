@@ -1,0 +1,60 @@
+"""Made-up graded batches and small configurations, the same in every process."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_dypo.config.schema import Config, Data, Model, Objective, Optimizer, Parallel, Rollout, Shape, Trainer
+from megatron_dypo.records import Group, Prompt, Regime, Response, Teacher
+
+SHAPES = {
+    "llama": Shape(num_query_groups=2),
+    "llama-tied": Shape(tied_embeddings=True),
+    "qwen2-tied": Shape(family="qwen2", tied_embeddings=True, num_query_groups=2),
+    "qwen3": Shape(family="qwen3", num_query_groups=2),
+}
+
+
+def make_config(shape: str = "llama", budget: int = 200, **sections) -> Config:
+    """A tiny model; ``sections`` are dicts of overrides by section name."""
+    objective = {"kl_coef": 0.1, "teachers_per_prompt": 2, "clip_low": 0.1, "clip_high": 0.15}
+    return Config(
+        model=Model(preset="tiny", shape=SHAPES[shape], **sections.get("model", {})),
+        data=Data(train="none", prompts_per_step=12, max_tokens_per_microbatch=budget),
+        parallel=Parallel(**sections.get("parallel", {})),
+        rollout=Rollout(
+            samples_per_prompt=4, max_response_tokens=40, temperature=0.8, **sections.get("rollout", {})
+        ),
+        objective=Objective(**objective | sections.get("objective", {})),
+        optimizer=Optimizer(lr=1e-3, clip_grad=0.0, eps=1e-4, **sections.get("optimizer", {})),
+        trainer=Trainer(steps=1, run_dir="none"),
+    )
+
+
+def make_groups(prompts: int = 12, k: int = 4, seed: int = 0, vocabulary: int = 128) -> list[Group]:
+    """Groups of mixed lengths in all three regimes, several Mid ones among them; log-probs of the engine made up."""
+    random = np.random.default_rng(seed)
+    groups = []
+    for q in range(prompts):
+        regime = (Regime.MID, Regime.HARD, Regime.MID, Regime.EASY)[q % 4]
+        solved = {Regime.EASY: k, Regime.HARD: 0, Regime.MID: 1 + q % (k - 1)}[regime]
+        prompt_ids = random.integers(3, vocabulary, random.integers(2, 12)).astype(np.int32)
+        responses = [
+            Response(
+                ids := random.integers(3, vocabulary, random.integers(1, 40)).astype(np.int32),
+                random.normal(-4.8, 0.3, len(ids)).astype(np.float32),
+                "stop",
+                float(i < solved),
+            )
+            for i in range(k)
+        ]
+        draw = (0, 1) if regime == Regime.HARD else None
+        teachers = (Teacher("a", "first"), Teacher("b", "second trace"))
+        groups.append(Group(Prompt(f"p{q}", "1", teachers), prompt_ids, responses, regime, draw))
+    return groups
+
+
+def trace_ids(group: Group, teacher: int) -> np.ndarray:
+    """Ids of a made-up teacher trace."""
+    seed = sum(map(ord, group.prompt.id)) + 1000 * teacher
+    return np.random.default_rng(seed).integers(3, 128, 5 + seed % 20).astype(np.int32)

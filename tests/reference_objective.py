@@ -1,0 +1,151 @@
+"""The objective as the page states it, to test the package against: whole batch, float64, torch's autograd.
+
+Written from docs/objective.md and the paper (Eq. 14, 15, 20-24) and importing nothing of megatron_dypo: neither its
+coefficients and slopes nor its two passes are used here. ``c`` is anything with the keys of the configuration's
+``objective`` section. Legend: n tokens of one response or trace.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+@dataclass
+class Rollout:
+    """A sampled response: its reward, and each token's log-prob [n] under the four policies, in nats."""
+
+    reward: float
+    logp_n: Tensor
+    old_n: Tensor
+    reference_n: Tensor
+    engine_n: Tensor
+
+
+@dataclass
+class Question:
+    """A prompt's k rollouts, and the log-probs [n] of each teacher trace drawn for it (none: no teacher)."""
+
+    rollouts: list[Rollout]
+    traces: list[Tensor]
+
+
+@dataclass
+class Terms:
+    """Summands of each term, every normaliser applied, alpha and gamma not. ``kl`` is part of ``grpo``."""
+
+    alpha: float
+    gamma: float
+    grpo: list[Tensor] = field(default_factory=list)
+    kl: list[Tensor] = field(default_factory=list)
+    gal: list[Tensor] = field(default_factory=list)
+    sft: list[Tensor] = field(default_factory=list)
+
+    def summands(self) -> Tensor:
+        """All of L's summands (Eq. 24), one per token or pair."""
+        weighted = [(self.alpha, self.grpo), (1 - self.alpha, self.gal), (self.gamma, self.sft)]
+        return torch.cat([torch.zeros(1).double(), *(w * x.flatten() for w, term in weighted for x in term)])
+
+
+def regime(rewards: list[float], threshold: float, hard_max_solved: int) -> str:
+    """Paper 3.1."""
+    solved = sum(reward >= threshold for reward in rewards)
+    if solved == len(rewards):
+        return "easy"
+    return "hard" if solved <= hard_max_solved else "mid"
+
+
+def advantages(rewards: list[float], std: str, xi: float = 1e-6) -> list[float]:
+    """Eq. 22."""
+    k = len(rewards)
+    mean = sum(rewards) / k
+    if std == "none" or len(set(rewards)) == 1:
+        return [0.0 if len(set(rewards)) == 1 else reward - mean for reward in rewards]
+    variance = sum((reward - mean) ** 2 for reward in rewards) / (k if std == "population" else k - 1)
+    return [(reward - mean) / (variance**0.5 + xi) for reward in rewards]
+
+
+def gal_pairs(scores: list[Tensor], rewards: list[float], beta: float) -> list[Tensor]:
+    """-log sigmoid(beta d) of every pair (s, f) with r_s > r_f (Eq. 14, 15)."""
+    k = range(len(rewards))
+    return [-logsigmoid(beta * (scores[s] - scores[f])) for s in k for f in k if rewards[s] > rewards[f]]
+
+
+def surrogate(log_ratio: Tensor, advantage: float, low: float, high: float) -> Tensor:
+    """CLIP of Eq. 21."""
+    ratio = log_ratio.exp()
+    return torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+
+
+def trust(log_ratio: Tensor, correction: str, cap: float) -> Tensor:
+    """The rollout correction's weight, of log(old / engine)."""
+    ratio = log_ratio.exp()
+    if correction == "truncate":
+        return ratio.clamp(max=cap)
+    return ((1 / cap <= ratio) & (ratio <= cap)).double() if correction == "mask" else torch.ones_like(ratio)
+
+
+def grpo(rollout: Rollout, advantage: float, c, correction: str, cap: float) -> tuple[Tensor, Tensor]:
+    """(surrogate [n], KL [n]) of a response's tokens, the correction's weight included.
+
+    One ratio per response: each of its tokens carries that surrogate. Over `scale: trajectory` it counts once.
+    """
+    n = len(rollout.logp_n)
+    base_n = rollout.old_n if c.ratio_base == "old" else rollout.reference_n
+    trust_n = trust(rollout.old_n - rollout.engine_n, correction, cap)
+    gap_n = rollout.reference_n - rollout.logp_n
+    kl_n = trust_n * (gap_n.exp() - gap_n - 1)
+    if c.ratio_level == "token":
+        return trust_n * surrogate(rollout.logp_n - base_n, advantage, c.clip_low, c.clip_high), kl_n
+    unit = 1 / n if c.scale == "token" else 1.0
+    weight = trust(unit * (rollout.old_n - rollout.engine_n).sum(), correction, cap)
+    value = weight * surrogate(unit * (rollout.logp_n - base_n).sum(), advantage, c.clip_low, c.clip_high)
+    once = c.aggregation == "scale" and c.scale == "trajectory"
+    return value.expand(n) / (n if once else 1), kl_n
+
+
+def dypo(questions: list[Question], c, correction: str = "none", cap: float = 2.0, longest: int = 8192) -> Terms:
+    """L = (1/Q) sum_q [Hard: gamma SFT | Mid: alpha (1/k) sum_i GRPO_i + (1 - alpha) GAL | Easy: 0]  (Eq. 24)."""
+    terms = Terms(alpha=1.0 if c.method == "grpo" else c.alpha, gamma=c.gamma)
+    groups, taught = [], []
+    for question in questions:
+        rewards = [rollout.reward for rollout in question.rollouts]
+        kind = "hard" if c.method == "sft" else regime(rewards, c.reward_threshold, c.hard_max_solved)
+        if kind == "mid":
+            groups.append(question.rollouts)
+        elif kind == "hard" and c.method != "grpo" and question.traces:
+            taught.append(question.traces)
+    Q = len(questions) if c.normalize == "all" else len(groups) + len(taught)
+    mid_tokens = sum(len(rollout.logp_n) for group in groups for rollout in group)
+
+    def per_token(override: bool | None) -> bool:
+        return c.scale == "token" if override is None else override
+
+    for traces in taught:
+        for logp_n in traces:
+            unit = 1 / len(logp_n) if per_token(c.sft_length_normalize) else 1.0
+            terms.sft.append(-logp_n * unit / len(traces) / Q)
+
+    for group in groups:
+        k, rewards = len(group), [rollout.reward for rollout in group]
+        for rollout, advantage in zip(group, advantages(rewards, c.advantage_std), strict=True):
+            n = len(rollout.logp_n)
+            surrogate_n, kl_n = grpo(rollout, advantage, c, correction, cap)
+            if c.aggregation == "scale":
+                weight = 1 / (Q * k * n) if c.scale == "token" else 1 / (Q * k)
+            elif c.aggregation == "token_mean":  # Mid's share of the prompts, times one mean over all Mid tokens
+                weight = len(groups) / Q / mid_tokens
+            else:
+                weight = 1 / (Q * k * (c.aggregation_constant or longest))
+            terms.grpo.append(weight * (-surrogate_n + c.kl_coef * kl_n))
+            terms.kl.append(weight * kl_n)
+        scores = []
+        for rollout in group:
+            unit = 1 / len(rollout.logp_n) if per_token(c.gal_length_normalize) else 1.0
+            scores.append(unit * (rollout.logp_n - rollout.reference_n).sum())
+        pairs = gal_pairs(scores, rewards, c.beta_gal)
+        terms.gal += [value / len(pairs) / Q for value in pairs]
+    return terms
