@@ -14,6 +14,7 @@ from megatron_dypo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dypo.errors import UserError
 from megatron_dypo.policy.shape import ModelShape, hf_folder, model_shape
 from megatron_dypo.records import Prompt
+from megatron_dypo.rollout import recorded
 from megatron_dypo.rollout.collect import encode_prompts
 from megatron_dypo.rollout.engine import check_head_size, engine_name
 from megatron_dypo.runtime import distributed, run_folder
@@ -63,4 +64,7 @@ def prepare(config: Config, source: str) -> Inputs:
     train, valid = load_data(config.data)
     encode_prompts(train + valid, tokenizer, config.data.max_prompt_tokens)
     lock = run_folder.claim(Path(config.trainer.run_dir)) if distributed.launch_rank() == 0 else None
-    return Inputs(shape, tokenizer, train, valid, run_folder.resume_step(config), lock)
+    resume_step = run_folder.resume_step(config)
+    if config.rollout.replay:
+        recorded.require_steps(config.rollout.replay, range(resume_step + 1, config.trainer.steps + 1))
+    return Inputs(shape, tokenizer, train, valid, resume_step, lock)

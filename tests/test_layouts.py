@@ -97,6 +97,31 @@ def test_several_updates_per_rollout_layout_invariance():
         assert_same(result, single_rank("llama", True))
 
 
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2, "sequence_parallel": True}, {"pipeline": 2}], ids=str)
+def test_first_ratio_is_exactly_one_and_first_kl_exactly_zero(parallel):
+    """One packing plan serves the old, reference and training passes, so nothing differs in the last bit."""
+    for result in run_ranks(2, first_step_log_ratios, parallel):
+        assert result["largest"] == 0.0
+        assert result["metrics"]["policy/clip_frac"] == 0.0
+        assert result["metrics"]["loss/kl"] == 0.0
+
+
+def first_step_log_ratios(parallel: dict) -> dict:
+    """Largest |logp - old| and |logp - reference| seen by the training pass, and the step's metrics."""
+    from megatron_dypo.objectives import TokenStreams
+
+    largest, plain = [0.0], TokenStreams.terms
+
+    def watched(self, logp_t, entropy_t, t):
+        if self.reference_N is not None:
+            largest.extend((logp_t - other[t]).abs().max().item() for other in (self.old_N, self.reference_N))
+        return plain(self, logp_t, entropy_t, t)
+
+    TokenStreams.terms = watched
+    result = train_steps("llama", 150, 1, {"parallel": parallel})
+    return {"largest": max(largest), "metrics": result["history"][0]}
+
+
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recompute_changes_nothing(recompute):
     result = run_ranks(1, train_steps, "llama", 100_000, 3, {"model": {"recompute": recompute}})[0]

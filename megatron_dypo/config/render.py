@@ -10,7 +10,7 @@ from megatron_dypo.config.schema import Config, walk
 
 def _type(annotation: object) -> str:
     if get_origin(annotation) is Literal:
-        return " \\| ".join(map(str, get_args(annotation)))
+        return " | ".join(map(str, get_args(annotation)))
     arms = get_args(annotation)
     if type(None) in arms:
         return _type(next(arm for arm in arms if arm is not type(None)))
@@ -33,9 +33,23 @@ def key_reference() -> str:
     """Every key with type, default and meaning, for a terminal."""
     lines = ["configuration keys:"]
     for dotted, info in walk():
-        lines.append(f"  {dotted}  ({_type(info.annotation).replace(chr(92), '')}; {_default(info)})")
+        lines.append(f"  {dotted}  ({_type(info.annotation)}; {_default(info)})")
         lines.extend(textwrap.wrap(info.description, 100, initial_indent="      ", subsequent_indent="      "))
     return "\n".join(lines)
+
+
+def page() -> str:
+    """docs/configuration.md; ``python -m megatron_dypo.config`` prints it."""
+    return textwrap.dedent("""\
+        # Configuration
+
+        <!-- Written by `python -m megatron_dypo.config > docs/configuration.md` from megatron_dypo/config/schema.py. -->
+
+        One YAML file, checked as a whole before anything is built: `python -m megatron_dypo train CONFIG [section.key=value ...]`.
+        An override on the command line replaces the file's value, and a later one an earlier. An unknown key is an error that
+        names the nearest known one. Relative paths are relative to the working directory. Four keys have to be given:
+        `model.preset` (or `model.hf`), `data.train`, `trainer.steps` and `trainer.run_dir`.
+        """) + markdown()
 
 
 def markdown() -> str:
@@ -55,5 +69,6 @@ def markdown() -> str:
                 "|---|---|---|---|",
             ]
         resumable = " *(may change on resume)*" if info.json_schema_extra["resumable"] else ""
-        lines.append(f"| `{leaf}` | {_type(info.annotation)} | {_default(info)} | {info.description}{resumable} |")
+        cells = [f"`{leaf}`", _type(info.annotation), _default(info), info.description + resumable]
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines) + "\n"

@@ -24,7 +24,7 @@ def gal_coefficients(log_ratios: Tensor, rewards: Tensor, beta: float) -> tuple[
         return zero, torch.zeros_like(d_kk[0]), zero
     weight_kk = torch.where(pairs_kk, torch.sigmoid(-beta * d_kk), 0.0)
     loss = torch.where(pairs_kk, -logsigmoid(beta * d_kk), 0.0).sum() / count
-    coefficients = beta / count * (weight_kk.sum(0) - weight_kk.sum(1))
+    coefficients = beta * (weight_kk.sum(0) - weight_kk.sum(1)) / count
     return loss, coefficients, weight_kk.square().sum() / count
 
 

@@ -26,18 +26,21 @@ def record(folder: str | Path, step: int, groups: list[Group]) -> None:
     os.replace(temporary, path)
 
 
+def require_steps(folder: str | Path, steps: range) -> None:
+    """Raises UserError naming the first of ``steps`` that was never recorded in ``folder``."""
+    for step in steps:
+        if not step_file(folder, step).is_file():
+            raise UserError(f"rollout.replay: {step_file(folder, step)}: no recorded step {step}")
+
+
 def replay(folder: str | Path, step: int, prompts: dict[str, Prompt], samples: int) -> list[Group]:
     """The recorded groups of a step, rewards as they are; ``prompts`` by id supply ground truths and teachers.
 
     Raises UserError naming file and line: missing step, malformed line, unknown prompt, another number of responses.
     """
-    path = step_file(folder, step)
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError:
-        raise UserError(f"rollout.replay: {path}: no recorded step {step}") from None
-    groups = []
-    for number, line in enumerate(lines, start=1):
+    require_steps(folder, range(step, step + 1))
+    path, groups = step_file(folder, step), []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             groups.append(_group(json.loads(line), prompts))
         except (ValueError, KeyError, TypeError) as error:
@@ -71,7 +74,12 @@ def _line(group: Group) -> dict:
 def _group(line: dict, prompts: dict[str, Prompt]) -> Group:
     if line["id"] not in prompts:
         raise ValueError(f"prompt {line['id']!r} is not in data.train")
+    if not line["prompt_ids"]:
+        raise ValueError(f"prompt {line['id']!r}: prompt_ids is empty")
     indices = line["teacher_indices"]
+    teachers = len(prompts[line["id"]].teachers)
+    if indices is not None and not all(0 <= index < teachers for index in indices):
+        raise ValueError(f"prompt {line['id']!r}: teacher_indices {indices}, but it has {teachers} teachers")
     responses = [
         Response(
             np.asarray(r["ids"], np.int32),

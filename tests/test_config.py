@@ -1,0 +1,298 @@
+"""Configuration: every complaint is one line that names file and key; what is said once is what --help and docs say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_dypo.cli import main
+from megatron_dypo.config import load_config, render
+from megatron_dypo.config.checks import check_layout
+from megatron_dypo.config.load import dump, fingerprint
+from megatron_dypo.config.schema import walk
+from megatron_dypo.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SMALLEST = {"model": {"preset": "tiny"}, "data": {"train": "rows.jsonl"}, "trainer": {"steps": 1, "run_dir": "runs/x"}}
+KEYS = dict(walk())
+
+# "layout, logging, paths, number of steps, rollout engine and micro-batch budget may change on resume" (the contract);
+# an operational key (a deadline, how often to save) is none of model, objective, data, optimizer and seed either.
+LAYOUT = {"parallel.tensor", "parallel.pipeline", "parallel.sequence_parallel", "optimizer.distributed"}
+LOGGING = {"logging.wandb", "logging.wandb_project", "logging.tensorboard"}
+PATHS = {"rollout.record", "rollout.replay", "trainer.run_dir"}
+STEPS = {"trainer.steps"}
+ENGINE = {"rollout.engine", "rollout.engine_memory"}
+BUDGET = {"data.max_tokens_per_microbatch", "model.recompute", "model.attention_backend", "model.layer_spec"}
+OPERATION = {
+    *("parallel.timeout", "rollout.sync_timeout", "trainer.max_skipped_steps"),
+    *("trainer.eval_every", "trainer.save_every", "trainer.keep_checkpoints"),
+}
+MAY_CHANGE = LAYOUT | LOGGING | PATHS | STEPS | ENGINE | BUDGET | OPERATION
+
+
+@pytest.fixture
+def smallest(tmp_path: Path) -> Path:
+    """A file of the four required keys."""
+    return write(tmp_path, yaml.safe_dump(SMALLEST))
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def complaint(path: Path, *overrides: str) -> str:
+    """The one line that refuses the configuration, without the file's name in front."""
+    with pytest.raises(UserError) as caught:
+        load_config(path, list(overrides))
+    line = str(caught.value)
+    assert "\n" not in line
+    assert line.startswith(f"{path}: ")
+    return line.removeprefix(f"{path}: ")
+
+
+def value(config: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        config = getattr(config, part)
+    return config
+
+
+# --- what loads
+
+
+def test_four_keys_are_a_whole_configuration(smallest):
+    config = load_config(smallest)
+    given_values = {"model.preset": "tiny", "data.train": "rows.jsonl", "trainer.steps": 1, "trainer.run_dir": "runs/x"}
+    for name, info in KEYS.items():
+        if name in given_values:
+            assert value(config, name) == given_values[name]
+        else:
+            assert not info.is_required()
+            assert value(config, name) == info.default
+
+
+def test_the_quickstart_configuration_loads():
+    assert load_config(REPOSITORY / "examples/quickstart/config.yaml").trainer.run_dir == "runs/quickstart"
+
+
+@pytest.mark.parametrize("text", ["1e-6", "1E-6", "1.0e-6", "0.000001", ".1e-5", "+1e-6"])
+def test_every_spelling_of_a_small_number_is_a_float(tmp_path, smallest, text):
+    assert load_config(smallest, [f"optimizer.lr={text}"]).optimizer.lr == 1e-6
+    path = write(tmp_path, yaml.safe_dump(SMALLEST) + f"optimizer: {{lr: {text}}}\n")
+    assert load_config(path).optimizer.lr == 1e-6
+
+
+@given(st.floats(min_value=1e-30, max_value=1e30))
+def test_a_float_written_by_python_is_read_back(tmp_path_factory, number):
+    path = write(tmp_path_factory.getbasetemp(), yaml.safe_dump(SMALLEST))
+    assert load_config(path, [f"optimizer.lr={number!r}"]).optimizer.lr == number
+
+
+@pytest.mark.parametrize("text, flag", [("true", True), ("false", False), ("True", True)])
+def test_only_true_and_false_are_booleans(smallest, text, flag):
+    assert load_config(smallest, [f"logging.tensorboard={text}"]).logging.tensorboard is flag
+    for other in ("yes", "no", "on", "off", "1"):
+        assert complaint(smallest, f"logging.tensorboard={other}").startswith("logging.tensorboard: ")
+
+
+def test_off_is_the_logging_mode_and_not_false(tmp_path):
+    assert load_config(write(tmp_path, yaml.safe_dump(SMALLEST) + "logging: {wandb: off}\n")).logging.wandb == "off"
+
+
+def test_a_later_override_wins(smallest):
+    config = load_config(smallest, ["trainer.steps=5", "data.seed=3", "trainer.steps=7", "rollout.record=a=b"])
+    assert (config.trainer.steps, config.data.seed, config.rollout.record) == (7, 3, "a=b")
+
+
+def test_an_override_can_unset_and_reach_a_nested_section(smallest):
+    config = load_config(smallest, ["data.valid=held_out.jsonl", "data.valid=null", "model.shape.num_layers=4"])
+    assert (config.data.valid, config.model.shape.num_layers) == (None, 4)
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    "section, key, nearest",
+    [
+        ("trainr", None, "trainer"),
+        ("data", "prompt_per_step", "data.prompts_per_step"),
+        ("objective", "beta_gl", "objective.beta_gal"),
+        ("optimizer", "lrr", "optimizer.lr"),
+        ("rollout", "temprature", "rollout.temperature"),
+        ("model", "shap", "model.shape"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_known_one(tmp_path, smallest, section, key, nearest):
+    dotted = section if key is None else f"{section}.{key}"
+    expected = f"{dotted}: unknown key; the nearest known key is {nearest}"
+    assert complaint(smallest, f"{dotted}=1") == expected
+    tree = SMALLEST | {section: 1 if key is None else SMALLEST.get(section, {}) | {key: 1}}
+    assert complaint(write(tmp_path, yaml.safe_dump(tree))) == expected
+
+
+@pytest.mark.parametrize("dotted", KEYS)
+def test_every_key_misspelt_in_its_last_letter_is_named(smallest, dotted):
+    assert complaint(smallest, f"{dotted}_=1") == f"{dotted}_: unknown key; the nearest known key is {dotted}"
+
+
+@pytest.mark.parametrize("dotted", ["data.train", "trainer.steps", "trainer.run_dir"])
+def test_a_missing_required_key_is_named(tmp_path, dotted):
+    section, leaf = dotted.split(".")
+    tree = SMALLEST | {section: {name: kept for name, kept in SMALLEST[section].items() if name != leaf}}
+    assert complaint(write(tmp_path, yaml.safe_dump(tree))) == f"{dotted}: required key is missing"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("trainer.steps=many", "trainer.steps=1.5", "trainer.steps=true", "trainer.steps=", "trainer.steps=[1]"),
+        *("optimizer.lr=fast", "optimizer.lr=true", "optimizer.betas=0.9", "optimizer.betas=[0.9]", "data.train=3"),
+        *("logging.wandb=maybe", "objective.method=ppo", "objective.reference=every:0", "data.skip_bad_rows=1"),
+        *("trainer.steps=0", "trainer.steps=-1", "optimizer.lr=0", "optimizer.lr=.inf", "optimizer.lr=.nan"),
+        *("objective.alpha=1.1", "objective.alpha=-0.1", "rollout.temperature=0", "rollout.top_p=1.01"),
+        *("rollout.correction_cap=1", "objective.teachers_per_prompt=0", "trainer.keep_checkpoints=0", "model=tiny"),
+        *("parallel.tensor=0", "data.max_tokens_per_microbatch=0", "optimizer.betas=[0.9, x]", "objective=null"),
+    ],
+)
+def test_a_wrong_type_or_value_is_refused_by_key_and_shows_what_was_given(smallest, override):
+    dotted, _, text = override.partition("=")
+    line = complaint(smallest, override)
+    assert line.startswith(dotted)
+    shown = {"": "None", "true": "True", "null": "None", ".inf": "inf", ".nan": "nan", "[0.9, x]": "x"}.get(text, text)
+    assert shown in line
+
+
+RULES = [  # of checks.py: (overrides that break it, what the line starts with)
+    (["model.hf=folder"], "model.hf, model.preset: "),
+    (["model.preset=null"], "model.hf, model.preset: "),
+    (["rollout.engine=replay"], "rollout.replay: "),
+    (["rollout.replay=folder"], "rollout.replay: "),
+    (["rollout.engine=replay", "rollout.replay=a", "rollout.record=a"], "rollout.record, rollout.replay: "),
+    (["objective.hard_max_solved=8"], "objective.hard_max_solved: "),
+    (["objective.updates_per_rollout=65"], "objective.updates_per_rollout: "),
+    (["objective.method=grpo", "rollout.samples_per_prompt=1"], "rollout.samples_per_prompt: "),
+    (["optimizer.schedule=cosine"], "optimizer.schedule_steps: "),
+    (["optimizer.schedule=linear", "optimizer.schedule_steps=5", "optimizer.warmup_steps=5"], "optimizer.schedule_steps: "),
+    (["optimizer.min_lr=1"], "optimizer.min_lr: "),
+    (["optimizer.betas=[0.9, 1.0]"], "optimizer.betas: "),
+    (["optimizer.betas=[-0.1, 0.9]"], "optimizer.betas: "),
+    (["trainer.eval_every=1"], "data.valid: "),
+    (["parallel.sequence_parallel=true"], "parallel.sequence_parallel: "),
+]
+
+
+@pytest.mark.parametrize("overrides, start", RULES)
+def test_keys_that_cannot_work_together_are_refused(smallest, overrides, start):
+    assert complaint(smallest, *overrides).startswith(start)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.preset=null", "model.hf=folder"],
+        ["rollout.engine=replay", "rollout.replay=a", "rollout.record=b"],
+        ["objective.hard_max_solved=7"],
+        ["objective.updates_per_rollout=64"],
+        ["objective.method=grpo", "rollout.samples_per_prompt=2"],
+        ["optimizer.schedule=linear", "optimizer.schedule_steps=6", "optimizer.warmup_steps=5"],
+        ["optimizer.min_lr=1e-6"],
+        ["optimizer.betas=[0, 0.999]"],
+        ["trainer.eval_every=1", "data.valid=rows.jsonl"],
+        ["parallel.sequence_parallel=true", "parallel.tensor=2"],
+    ],
+)
+def test_at_the_edge_of_each_rule_a_configuration_loads(smallest, overrides):
+    load_config(smallest, overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides, world, model, start",
+    [
+        (["parallel.tensor=2"], 3, {}, "parallel.tensor x parallel.pipeline"),
+        (["parallel.pipeline=2"], 1, {}, "parallel.tensor x parallel.pipeline"),
+        (["parallel.tensor=2"], 2, {"heads": 3}, "parallel.tensor"),
+        (["parallel.tensor=4"], 4, {"query_groups": 2}, "parallel.tensor"),
+        (["parallel.tensor=2"], 2, {"ffn": 33}, "parallel.tensor"),
+        (["parallel.pipeline=2"], 2, {"layers": 3}, "parallel.pipeline"),
+        (["parallel.tensor=3"], 3, {"heads": 6, "query_groups": 6, "ffn": 36}, "parallel.tensor"),
+    ],
+)
+def test_a_layout_that_divides_neither_ranks_nor_model_is_refused(smallest, overrides, world, model, start):
+    sizes = {"heads": 4, "query_groups": 4, "layers": 4, "ffn": 32} | model
+    with pytest.raises(UserError, match=f"^file: {start}"):
+        check_layout(load_config(smallest, overrides), world, **sizes, source="file")
+
+
+@pytest.mark.parametrize("text, about", [("- 1", "mapping"), ("", "mapping"), ("a: [", "YAML"), ("\tb: 1", "YAML")])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, text, about):
+    assert about in complaint(write(tmp_path, text))
+
+
+def test_an_unreadable_file_is_named(tmp_path):
+    assert "cannot read" in complaint(tmp_path / "absent.yaml")
+    assert "cannot read" in complaint(tmp_path)
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("model: é".encode("latin-1"))
+    assert "YAML" in complaint(path)
+
+
+@pytest.mark.parametrize("override", ["trainer.steps", "=3", "steps 3"])
+def test_an_override_without_key_and_equals_sign_is_refused(smallest, override):
+    with pytest.raises(UserError, match=r"expected section\.key=value"):
+        load_config(smallest, [override])
+
+
+# --- fingerprint, dump, documentation
+
+
+def test_the_fingerprint_leaves_out_exactly_what_may_change_on_resume(smallest):
+    assert set(KEYS) >= MAY_CHANGE
+    assert set(fingerprint(load_config(smallest))) == set(KEYS) - MAY_CHANGE
+
+
+def test_whatever_is_in_the_fingerprint_changes_it(smallest):
+    """One changed value a section: the fingerprints differ in that key alone."""
+    ours = fingerprint(load_config(smallest))
+    for override in ("model.shape.num_layers=3", "data.seed=1", "rollout.temperature=0.9", "objective.gamma=2", "trainer.seed=1"):
+        theirs = fingerprint(load_config(smallest, [override]))
+        assert [name for name in ours if ours[name] != theirs[name]] == [override.partition("=")[0]]
+
+
+@pytest.mark.parametrize("overrides", [[], ["logging.wandb=off", "optimizer.lr=3e-7", "data.valid='é: x.jsonl'", "model.shape.head_dim=64"]])
+def test_the_resolved_configuration_is_a_configuration_that_says_the_same(tmp_path, smallest, overrides):
+    config = load_config(smallest, overrides)
+    text = dump(config)
+    assert load_config(write(tmp_path, text)) == config
+    assert all(f"{name.rpartition('.')[2]}:" in text for name in KEYS)
+
+
+def test_every_key_is_documented_in_a_sentence():
+    for name, info in KEYS.items():
+        assert info.description, name
+        assert info.description[0].isupper() or info.description.startswith("vLLM"), name
+        assert info.description.endswith((".", "never.")), name
+
+
+def test_the_help_of_train_names_every_key_with_its_default(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    for name in KEYS:
+        assert f"  {name}  (" in shown
+
+
+def test_the_reference_page_is_what_the_schema_renders():
+    page = (REPOSITORY / "docs/configuration.md").read_text(encoding="utf-8")
+    assert page == render.page(), "run: python -m megatron_dypo.config > docs/configuration.md"
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    assert len(rows) == len(KEYS)
+    assert all(line.replace(r"\|", "").count("|") == 5 for line in rows)

@@ -1,0 +1,632 @@
+"""The objective against an independent float64 reference (reference_objective.py), and its parts' invariants.
+
+Ours is what update.py does: coefficients of the whole batch, then token-local losses over micro-batches, here cut at
+random. Inputs are representable in float32, so both precisions see the same numbers. Legend: N tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_dypo.batching.micro_batch import spread
+from megatron_dypo.batching.sequences import training_sequences
+from megatron_dypo.config.schema import Objective
+from megatron_dypo.objectives import (
+    Regime,
+    SequenceSums,
+    TokenStreams,
+    dypo_loss,
+    gal_coefficients,
+    grade,
+    group_advantages,
+    pair_statistics,
+    sequence_terms,
+)
+from megatron_dypo.objectives.coefficients import BatchTerms, alpha, needs_reference
+from megatron_dypo.objectives.correction import Correction
+from megatron_dypo.records import Group, Kind, Prompt, Response, Sequence
+from tests import reference_objective as page
+
+LONGEST = 9  # tokens of a response; the default of aggregation_constant
+EXACT, SINGLE = 1e-11, 1e-6  # of the norm, or of the sum of absolute summands: float64 and float32 streams
+MIXED = [[1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1], [1, 0, 0, 0], [0.9, 0.5, 0.5, 0.1]]
+Key = tuple[int, Kind, int]  # group, kind, sample
+
+
+@dataclass
+class Batch:
+    """Graded groups, and every sequence's log-probs [n] (now, old, reference, rollout), drawn for training or not."""
+
+    groups: list[Group]
+    logp: dict[Key, dict[str, Tensor]]
+
+    def trace(self, group: Group, i: int) -> np.ndarray:
+        return np.zeros(len(self.logp[self.groups.index(group), Kind.TEACHER, i]["now"]), np.int32)
+
+
+def make_batch(
+    rewards: list[list[float]],
+    objective: Objective,
+    *,
+    seed: int = 0,
+    traces: list[int] | None = None,
+    longest: int = LONGEST,
+    drift: float = 0.3,
+) -> Batch:
+    """One group per row of rewards, with ``traces[g]`` teacher traces (one each by default); drift 0: a first step."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def values() -> dict[str, Tensor]:
+        n = int(torch.randint(1, longest + 1, (), generator=generator))
+        old_n = -2 * torch.empty(n).exponential_(generator=generator)
+        noise = {name: drift * torch.randn(n, generator=generator) for name in ("now", "reference", "rollout")}
+        return {"old": old_n.double()} | {name: (old_n + noise_n).double() for name, noise_n in noise.items()}
+
+    groups, logp = [], {}
+    for g, row in enumerate(rewards):
+        draws = min(1 if traces is None else traces[g], objective.teachers_per_prompt)
+        logp |= {(g, Kind.ROLLOUT, i): values() for i in range(len(row))}
+        logp |= {(g, Kind.TEACHER, i): values() for i in range(draws)}
+        responses = []
+        for i, reward in enumerate(row):
+            engine_n = logp[g, Kind.ROLLOUT, i]["rollout"]
+            responses.append(Response(np.zeros(len(engine_n), np.int32), engine_n.float().numpy(), "stop", reward))
+        prompt_ids = np.zeros(int(torch.randint(1, 4, (), generator=generator)), np.int32)
+        regime = grade(torch.tensor([row]), objective.reward_threshold, objective.hard_max_solved)[0]
+        groups.append(Group(Prompt(f"prompt-{g}", "", ()), prompt_ids, responses, regime, tuple(range(draws))))
+    return Batch(groups, logp)
+
+
+@dataclass
+class Ours:
+    """What the package computes: loss, dL/dlogp of every trained sequence, and the metrics' sums."""
+
+    loss: float = 0.0
+    gradient: dict[Key, Tensor] = field(default_factory=dict)
+    totals: dict[str, float] = field(default_factory=dict)
+    terms: BatchTerms = field(default_factory=lambda: BatchTerms([]))
+
+
+def coefficients(batch: Batch, objective: Objective, correction: Correction) -> tuple[list[Sequence], BatchTerms]:
+    sequences = training_sequences(batch.groups, objective.method, batch.trace)
+    sums: list[SequenceSums | None] = []
+    for sequence in sequences:
+        logp = {name: x_n.sum().item() for name, x_n in batch.logp[key(sequence)].items()}
+        if not needs_reference(objective):
+            logp["reference"] = 0.0  # as update.py leaves it: nobody may read it
+        sums.append(SequenceSums(**logp) if sequence.kind == Kind.ROLLOUT else None)
+    return sequences, sequence_terms(batch.groups, sequences, sums, objective, correction, LONGEST)
+
+
+def key(sequence: Sequence) -> Key:
+    return sequence.group, sequence.kind, sequence.sample
+
+
+def streams(
+    batch: Batch, chosen: list[Sequence], terms: list, objective: Objective, correction: Correction, dtype: torch.dtype
+) -> tuple[Tensor, TokenStreams]:
+    """(logp [N], streams) of one micro-batch, as update.py makes them: teacher traces have no other policy."""
+    counts = [sequence.loss_tokens for sequence in chosen]
+    is_rollout = bool(chosen) and chosen[0].kind == Kind.ROLLOUT
+
+    def column(name: str) -> Tensor:
+        values = [getattr(term, name) for term in terms]
+        if dtype == torch.float32:
+            return spread(values, counts)
+        return torch.tensor(values, dtype=dtype).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+
+    def known(name: str) -> Tensor:
+        return torch.cat([torch.zeros(0), *(batch.logp[key(sequence)][name] for sequence in chosen)]).to(dtype)
+
+    logp_N = known("now").requires_grad_()
+    nothing_N = torch.zeros(len(logp_N), dtype=dtype)
+    return logp_N, TokenStreams(
+        **{f"{name}_N": column(name) for name in ("advantage", "grpo", "grpo_slope", "gal_slope", "sft")},
+        old_N=known("old") if is_rollout else nothing_N,
+        rollout_N=known("rollout") if is_rollout else nothing_N,
+        is_rollout_N=nothing_N + float(is_rollout),
+        reference_N=known("reference") if is_rollout and needs_reference(objective) else None,
+        objective=objective,
+        correction=correction,
+        alpha=alpha(objective),
+    )
+
+
+def cut(places: list[int], seed: int) -> list[list[int]]:
+    """Micro-batches of the places in random order, one of them empty."""
+    order = random.Random(seed)
+    places = order.sample(places, len(places))
+    edges = sorted(order.randint(0, len(places)) for _ in range(3))
+    return [[]] + [
+        places[start:end] for start, end in zip([0, *edges], [*edges, len(places)], strict=True) if start < end
+    ]
+
+
+def ours(
+    batch: Batch,
+    objective: Objective,
+    correction: Correction = Correction(),
+    *,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> Ours:
+    sequences, terms = coefficients(batch, objective, correction)
+    result = Ours(terms=terms)
+    local = 0.0
+    for kind in Kind:
+        for places in cut([p for p, sequence in enumerate(sequences) if sequence.kind == kind], seed):
+            chosen = [sequences[place] for place in places]
+            logp_N, stream = streams(
+                batch, chosen, [terms.sequences[p] for p in places], objective, correction, dtype
+            )
+            loss, totals = dypo_loss(logp_N, stream)
+            (gradient_N,) = torch.autograd.grad(loss, logp_N)
+            pieces = gradient_N.double().split([sequence.loss_tokens for sequence in chosen]) if chosen else []
+            result.gradient |= {key(sequence): piece for sequence, piece in zip(chosen, pieces, strict=True)}
+            local += loss.item()
+            for name, value in totals.items():
+                result.totals[name] = result.totals.get(name, 0.0) + float(value)
+    share = alpha(objective)
+    result.loss = local + share * terms.grpo_sequence_loss + (1 - share) * terms.gal_loss
+    return result
+
+
+def reference(
+    batch: Batch, objective: Objective, correction: Correction = Correction()
+) -> tuple[page.Terms, dict[Key, Tensor]]:
+    """The page's terms, and the log-probs they can be differentiated in."""
+    leaves = {place: logp["now"].clone().requires_grad_() for place, logp in batch.logp.items()}
+    questions = []
+    for g, group in enumerate(batch.groups):
+        rollouts = []
+        for i, response in enumerate(group.responses):
+            place = (g, Kind.ROLLOUT, i)
+            logp = batch.logp[place]
+            rollouts.append(
+                page.Rollout(response.reward, leaves[place], logp["old"], logp["reference"], logp["rollout"])
+            )
+        traces = [leaves[g, Kind.TEACHER, i] for i in group.teacher_indices or ()]
+        questions.append(page.Question(rollouts, traces))
+    return page.dypo(questions, objective, correction.kind, correction.cap, LONGEST), leaves
+
+
+def gradient(loss: Tensor, leaves: dict[Key, Tensor]) -> dict[Key, Tensor]:
+    """dloss/dlogp of every sequence, zero where it takes no part."""
+    if not loss.requires_grad:
+        return {place: torch.zeros_like(leaf) for place, leaf in leaves.items()}
+    parts = torch.autograd.grad(loss, list(leaves.values()), retain_graph=True, allow_unused=True)
+    return {
+        place: torch.zeros_like(leaf) if part is None else part
+        for (place, leaf), part in zip(leaves.items(), parts, strict=True)
+    }
+
+
+def flat(values: dict[Key, Tensor], places: dict[Key, Tensor]) -> Tensor:
+    """One vector over all tokens of the batch, those of dropped sequences included."""
+    assert values.keys() <= places.keys()
+    return torch.cat([values.get(place, torch.zeros_like(like)) for place, like in sorted(places.items())]).detach()
+
+
+def assert_agrees(batch: Batch, objective: Objective, correction: Correction = Correction(), seed: int = 0) -> None:
+    """Value and gradient equal the reference's, with float64 streams and with the float32 ones of a run."""
+    terms, leaves = reference(batch, objective, correction)
+    summands = terms.summands()
+    expected = flat(gradient(summands.sum(), leaves), leaves)
+    for dtype, tolerance in ((torch.float64, EXACT), (torch.float32, SINGLE)):
+        result = ours(batch, objective, correction, dtype=dtype, seed=seed)
+        assert abs(result.loss - summands.sum().item()) <= tolerance * summands.abs().sum().item()
+        assert (flat(result.gradient, leaves) - expected).norm() <= tolerance * expected.norm()
+
+
+# --- the whole objective
+
+TABLE = list(
+    itertools.product(
+        ["token", "trajectory"],
+        ["scale", "token_mean", "constant"],
+        ["token", "sequence"],
+        ["old", "reference"],
+        [0.0, 0.3],
+        ["none", "truncate", "mask"],
+    )
+)
+ASYMMETRIC = {"clip_low": 0.15, "clip_high": 0.28}
+
+
+@pytest.mark.parametrize("row", range(len(TABLE)), ids=["-".join(map(str, row)) for row in TABLE])
+def test_value_and_gradient_equal_the_reference_for_any_configuration_and_cut(row: int) -> None:
+    scale, aggregation, ratio_level, ratio_base, kl_coef, kind = TABLE[row]
+    draw = random.Random(row)
+    objective = Objective(
+        scale=scale,
+        aggregation=aggregation,
+        aggregation_constant=draw.choice([None, 5]),
+        ratio_level=ratio_level,
+        ratio_base=ratio_base,
+        kl_coef=kl_coef,
+        alpha=draw.choice([0.5, 0.3]),
+        gamma=draw.choice([1.0, 0.7]),
+        beta_gal=draw.choice([1.0, 0.4]),
+        advantage_std=draw.choice(["population", "sample", "none"]),
+        normalize=draw.choice(["all", "active"]),
+        gal_length_normalize=draw.choice([None, True, False]),
+        sft_length_normalize=draw.choice([None, True, False]),
+        hard_max_solved=draw.choice([0, 1]),
+        teachers_per_prompt=draw.choice([1, 2]),
+        **ASYMMETRIC,
+    )
+    batch = make_batch(MIXED, objective, seed=row, traces=[1, 2, 2, 0, 1, 1, 2])
+    assert_agrees(batch, objective, Correction(kind, 1.4), seed=row)
+
+
+def test_the_mixed_batch_reaches_every_branch() -> None:
+    objective = Objective(teachers_per_prompt=2, **ASYMMETRIC)
+    batch = make_batch(MIXED, objective, traces=[1, 2, 2, 0, 1, 1, 2])
+    assert {group.regime for group in batch.groups} == set(Regime)
+    hard = [len(group.teacher_indices) for group in batch.groups if group.regime == Regime.HARD]
+    assert sorted(hard) == [0, 2]
+    ratio, old_ratio = [
+        torch.cat([(x[over] - x[under]).exp() for (_, kind, _), x in batch.logp.items() if kind == Kind.ROLLOUT])
+        for over, under in (("now", "old"), ("old", "rollout"))
+    ]
+    assert (ratio < 0.85).any() and (ratio > 1.28).any() and ((ratio > 0.85) & (ratio < 1.28)).any()
+    assert (old_ratio < 1 / 1.4).any() and (old_ratio > 1.4).any()
+
+
+SHAPES = {
+    "one_response_each": dict(rewards=[[1], [0], [0]]),
+    "one_token_each": dict(rewards=MIXED, longest=1),
+    "all_ties": dict(rewards=[[1, 1, 1], [0, 0, 0], [0.7, 0.7, 0.7]]),
+    "no_hard": dict(rewards=[[1, 1], [1, 0], [0, 1]]),
+    "no_mid": dict(rewards=[[1, 1], [0, 0], [0, 0]]),
+    "hard_without_any_teacher": dict(rewards=[[0, 0], [0, 0]], traces=[0, 0]),
+    "real_valued_rewards": dict(rewards=[[0.2, 0.9, 0.9, -3.5], [0.4, 0.6, 0.5, 0.1]]),
+    "on_policy": dict(rewards=MIXED, drift=0.0),
+    "far_off_policy": dict(rewards=MIXED, drift=3.0),
+}
+
+
+@pytest.mark.parametrize("method", ["dypo", "grpo", "sft"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_value_and_gradient_equal_the_reference_for_degenerate_batches(shape: str, method: str) -> None:
+    for extra in ({}, {"kl_coef": 0.2, "normalize": "active", "ratio_base": "reference", "aggregation": "token_mean"}):
+        objective = Objective(method=method, teachers_per_prompt=2, **extra)
+        assert_agrees(make_batch(objective=objective, **SHAPES[shape]), objective)
+
+
+OBJECTIVES = st.builds(
+    Objective,
+    method=st.sampled_from(["dypo", "dypo", "grpo", "sft"]),
+    scale=st.sampled_from(["token", "trajectory"]),
+    alpha=st.sampled_from([0.0, 0.2, 0.5, 1.0]),
+    beta_gal=st.sampled_from([0.1, 1.0, 3.0]),
+    gamma=st.sampled_from([0.0, 1.0, 2.5]),
+    clip_low=st.sampled_from([0.0, 0.2, 1.0]),
+    clip_high=st.sampled_from([0.0, 0.2, 0.5]),
+    kl_coef=st.sampled_from([0.0, 0.1]),
+    hard_max_solved=st.integers(0, 2),
+    teachers_per_prompt=st.integers(1, 3),
+    aggregation=st.sampled_from(["scale", "token_mean", "constant"]),
+    aggregation_constant=st.sampled_from([None, 1, 20]),
+    gal_length_normalize=st.sampled_from([None, True, False]),
+    sft_length_normalize=st.sampled_from([None, True, False]),
+    normalize=st.sampled_from(["all", "active"]),
+    ratio_base=st.sampled_from(["old", "reference"]),
+    ratio_level=st.sampled_from(["token", "sequence"]),
+    advantage_std=st.sampled_from(["population", "sample", "none"]),
+)
+REWARDS = st.integers(1, 5).flatmap(
+    lambda k: st.lists(
+        st.lists(st.sampled_from([0, 0, 1, 1, 0.3, 0.5, -2.0]), min_size=k, max_size=k), min_size=1, max_size=5
+    )
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    objective=OBJECTIVES,
+    rewards=REWARDS,
+    traces=st.lists(st.integers(0, 3), min_size=5, max_size=5),
+    kind=st.sampled_from(["none", "truncate", "mask"]),
+    seed=st.integers(0, 2**31),
+)
+def test_the_gradient_equals_the_reference_whatever_the_configuration_and_batch(
+    objective: Objective, rewards: list[list[float]], traces: list[int], kind: str, seed: int
+) -> None:
+    batch, correction = make_batch(rewards, objective, seed=seed, traces=traces), Correction(kind)
+    terms, leaves = reference(batch, objective, correction)
+    summands, result = terms.summands(), ours(batch, objective, correction, seed=seed)
+    expected = flat(gradient(summands.sum(), leaves), leaves)
+    assert abs(result.loss - summands.sum().item()) <= EXACT * summands.abs().sum().item()
+    assert (flat(result.gradient, leaves) - expected).norm() <= EXACT * expected.norm()
+
+
+def test_all_easy_is_exactly_nothing() -> None:
+    objective = Objective()
+    result = ours(make_batch([[1, 1], [1, 1]], objective), objective)
+    assert result.loss == 0.0 and not result.gradient and not result.terms.sequences
+
+
+def test_the_cut_into_micro_batches_changes_neither_loss_nor_gradient() -> None:
+    objective = Objective(aggregation="token_mean", kl_coef=0.1)
+    batch = make_batch(MIXED, objective)
+    first, *others = [ours(batch, objective, Correction("truncate"), seed=seed) for seed in range(5)]
+    for other in others:
+        assert other.loss == pytest.approx(first.loss, rel=EXACT)
+        assert (flat(other.gradient, first.gradient) - flat(first.gradient, first.gradient)).abs().max() < 1e-15
+
+
+@pytest.mark.parametrize("ratio_level", ["token", "sequence"])
+def test_every_aggregation_is_the_default_at_equal_lengths(ratio_level: str) -> None:
+    """token_mean is Mid's share of the prompts times one mean over Mid's tokens; constant is exact at that length."""
+    batch = make_batch(MIXED, Objective(), longest=1)
+    default, *others = [
+        ours(batch, Objective(ratio_level=ratio_level, aggregation=aggregation, aggregation_constant=1))
+        for aggregation in ("scale", "token_mean", "constant")
+    ]
+    for other in others:
+        assert other.loss == pytest.approx(default.loss, rel=EXACT)
+        assert (flat(other.gradient, default.gradient) - flat(default.gradient, default.gradient)).abs().max() < 1e-15
+
+
+def test_terms_over_any_slices_are_terms_over_all() -> None:
+    """The fused head asks for one chunk at a time."""
+    objective = Objective(kl_coef=0.1)
+    batch = make_batch(MIXED, objective)
+    sequences, terms = coefficients(batch, objective, Correction())
+    chosen = [p for p, sequence in enumerate(sequences) if sequence.kind == Kind.ROLLOUT]
+    arguments = batch, [sequences[p] for p in chosen], [terms.sequences[p] for p in chosen], objective, Correction()
+    logp_N, whole = streams(*arguments, torch.float64)
+    _, sliced = streams(*arguments, torch.float64)
+    entropy_N = torch.rand(len(logp_N), dtype=torch.float64)
+    expected = whole.terms(logp_N.detach(), entropy_N, slice(0, len(logp_N)))
+    slices = [slice(start, min(start + 7, len(logp_N))) for start in range(0, len(logp_N), 7)]
+    parts = [sliced.terms(logp_N.detach()[t], entropy_N[t], t) for t in slices]
+    for value, pieces in zip(expected, zip(*parts, strict=True), strict=True):
+        torch.testing.assert_close(torch.cat(pieces), value, rtol=1e-14, atol=0)
+    assert {name: float(x) for name, x in sliced.totals.items()} == pytest.approx(
+        {name: float(x) for name, x in whole.totals.items()}, rel=1e-12
+    )
+    assert float(whole.totals["entropy"]) == pytest.approx(entropy_N.sum().item())
+    assert float(whole.totals["rollout_tokens"]) == len(logp_N)
+
+
+# --- the first step, extremes and nothing at all
+
+
+@pytest.mark.parametrize("ratio_base", ["old", "reference"])
+def test_on_the_first_step_every_ratio_is_exactly_one(ratio_base: str) -> None:
+    objective = Objective(kl_coef=0.5, ratio_base=ratio_base)
+    batch = make_batch(MIXED, objective, drift=0.0)
+    sequences, terms = coefficients(batch, objective, Correction("truncate"))
+    chosen = [p for p, sequence in enumerate(sequences) if sequence.kind == Kind.ROLLOUT]
+    logp_N, stream = streams(
+        batch,
+        [sequences[p] for p in chosen],
+        [terms.sequences[p] for p in chosen],
+        objective,
+        Correction("truncate"),
+        torch.float32,
+    )
+    summands_N, slopes_N = stream.terms(logp_N.detach(), None, slice(0, len(logp_N)))
+    surrogate_N = -stream.grpo_N * stream.advantage_N
+    assert torch.equal(summands_N, surrogate_N)
+    assert torch.equal(slopes_N, surrogate_N + stream.gal_slope_N)
+    assert stream.totals["clipped"] == 0 and stream.totals["loss/kl"] == 0
+    assert terms.eta == 0.25 and terms.spread == 0.0 and terms.saturated == 0.0
+
+
+@pytest.mark.parametrize("gap", [-300.0, 300.0])
+def test_distant_policies_stay_finite_in_float32(gap: float) -> None:
+    """Also where no term weighs the KL: zero times an overflow would be NaN."""
+    for kl_coef in (0.0, 0.1):
+        objective = Objective(kl_coef=kl_coef)
+        batch = make_batch([[1, 0]], objective)
+        for logp in batch.logp.values():
+            logp["now"] += gap
+        result = ours(batch, objective, Correction("mask"), dtype=torch.float32)
+        assert math.isfinite(result.loss) and all(math.isfinite(x) for x in result.totals.values())
+        assert all(piece.isfinite().all() for piece in result.gradient.values())
+
+
+def test_a_not_a_number_is_never_swallowed() -> None:
+    for objective in (Objective(), Objective(ratio_base="reference", kl_coef=0.1)):
+        batch = make_batch([[1, 0]], objective)
+        batch.logp[0, Kind.ROLLOUT, 1]["now"][0] = math.nan
+        assert math.isnan(ours(batch, objective).loss)
+
+
+def test_an_empty_micro_batch_is_zero() -> None:
+    for objective in (Objective(), Objective(ratio_level="sequence", kl_coef=1.0)):
+        logp_N, stream = streams(make_batch([[1, 0]], objective), [], [], objective, Correction(), torch.float32)
+        loss, totals = dypo_loss(logp_N, stream, torch.zeros(0))
+        loss.backward()
+        assert loss == 0 and logp_N.grad.shape == (0,) and all(value == 0 for value in totals.values())
+
+
+# --- what the metrics are made of
+
+METRICS = {
+    "default": dict(),
+    "kl": dict(kl_coef=0.3, alpha=0.3, gamma=2.0),
+    "sequence": dict(ratio_level="sequence", ratio_base="reference", kl_coef=0.1),
+    "trajectory": dict(scale="trajectory", normalize="active"),
+}
+
+
+@pytest.mark.parametrize("method", ["dypo", "grpo", "sft"])
+@pytest.mark.parametrize("name", METRICS)
+def test_totals_are_the_terms_and_the_share_of_the_gradient_of_each(name: str, method: str) -> None:
+    objective, correction = Objective(method=method, **METRICS[name]), Correction("truncate")
+    batch = make_batch(MIXED, objective)
+    result, (terms, leaves) = ours(batch, objective, correction), reference(batch, objective, correction)
+    share = alpha(objective)
+
+    def total(summands: list[Tensor]) -> Tensor:
+        return sum((x.sum() for x in summands), torch.zeros(()).double())
+
+    losses = {
+        "grpo": result.totals["loss/grpo"] + result.terms.grpo_sequence_loss,
+        "gal": result.terms.gal_loss,
+        "sft": result.totals["loss/sft"],
+    }
+    for term, weight in (("grpo", share), ("gal", 1 - share), ("sft", objective.gamma)):
+        summands = getattr(terms, term)
+        if term == "gal" and weight == 0:
+            assert losses[term] == 0  # not computed where it has no weight
+            continue
+        assert losses[term] == pytest.approx(total(summands).item(), rel=1e-10, abs=1e-15)
+        slopes = flat(gradient(weight * total(summands), leaves), leaves)
+        assert result.totals[f"grad_share/{term}"] == pytest.approx(slopes.abs().sum().item(), rel=1e-10)
+    if needs_reference(objective):
+        assert result.totals.get("loss/kl", 0.0) == pytest.approx(total(terms.kl).item(), rel=1e-10)
+    composed = objective.gamma * losses["sft"] + share * losses["grpo"] + (1 - share) * losses["gal"]
+    assert composed == pytest.approx(result.loss, rel=1e-10)
+
+
+def test_clipped_counts_the_tokens_whose_slope_the_clip_takes() -> None:
+    objective = Objective(**ASYMMETRIC)
+    batch = make_batch([*MIXED, [1.0, 0.5, 0.0, 0.5]], objective)  # two responses without advantage
+    expected = tokens = 0
+    for g, group in enumerate(batch.groups):
+        if group.regime != Regime.MID:
+            continue
+        advantages = page.advantages(group.rewards, "population")
+        for i, advantage in enumerate(advantages):
+            logp = batch.logp[g, Kind.ROLLOUT, i]
+            ratio_n = (logp["now"] - logp["old"]).exp()
+            outside_n = ratio_n > 1.28 if advantage > 0 else ratio_n < 0.85
+            expected += int(outside_n.sum()) if advantage else 0
+            tokens += len(ratio_n)
+    totals = ours(batch, objective).totals
+    assert 0 < expected == totals["clipped"] and totals["rollout_tokens"] == tokens
+
+
+def test_pair_metrics_are_means_over_all_pairs_of_the_batch() -> None:
+    objective = Objective(beta_gal=8.0)
+    batch = make_batch(MIXED, objective, drift=1.5)
+    differences = []
+    for g, group in enumerate(batch.groups):
+        if group.regime == Regime.MID:
+            logp = [batch.logp[g, Kind.ROLLOUT, i] for i in range(len(group.responses))]
+            s = [(x["now"] - x["reference"]).mean().item() for x in logp]
+            r = group.rewards
+            differences += [s[a] - s[b] for a, b in itertools.permutations(range(len(s)), 2) if r[a] > r[b]]
+    d_P = torch.tensor(differences, dtype=torch.float64)
+    weight_P = 1 - torch.sigmoid(8.0 * d_P)
+    terms = ours(batch, objective).terms
+    assert terms.eta == pytest.approx(weight_P.square().mean().item())
+    assert terms.spread == pytest.approx(d_P.square().mean().sqrt().item())
+    saturated = ((weight_P < 0.01) | (weight_P > 0.99)).double().mean().item()
+    assert 0 < saturated == pytest.approx(terms.saturated)
+
+
+# --- GAL's coefficients
+
+SCORES = st.integers(1, 7).flatmap(
+    lambda k: st.tuples(
+        st.lists(st.floats(-8, 8), min_size=k, max_size=k),
+        st.lists(st.sampled_from([0.0, 1.0, 0.25, 0.3, -1.5]), min_size=k, max_size=k),
+    )
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(SCORES, st.sampled_from([0.1, 1.0, 5.0]))
+def test_gal_coefficients_are_the_gradient_of_the_pairwise_loss(case: tuple[list[float], list[float]], beta: float):
+    scores, rewards = case
+    s_k = torch.tensor(scores, dtype=torch.float64, requires_grad=True)
+    pairs = page.gal_pairs(list(s_k), rewards, beta)
+    loss, C_k, eta = gal_coefficients(s_k.detach(), torch.tensor(rewards), beta)
+    assert len(pairs) == pair_statistics(s_k.detach(), torch.tensor(rewards), beta)[2]
+    assert abs(C_k.sum().item()) <= 1e-14 * beta * len(scores)
+    if not pairs:
+        assert loss == 0 and eta == 0 and not C_k.any()
+        return
+    expected = sum(pairs) / len(pairs)
+    (gradient_k,) = torch.autograd.grad(expected, s_k)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
+    assert (C_k - gradient_k).norm() <= 1e-12 * gradient_k.norm() + 1e-15
+    difficulty = [(1 - value.neg().exp().item()) ** 2 for value in pairs]  # sigmoid(beta d) = exp(-loss of the pair)
+    assert eta.item() == pytest.approx(sum(difficulty) / len(pairs), rel=1e-9, abs=1e-15)
+
+
+@given(SCORES, st.floats(-1e3, 1e3))
+def test_gal_does_not_see_a_common_shift_of_the_group(case: tuple[list[float], list[float]], shift: float) -> None:
+    s_k, r_k = torch.tensor(case[0], dtype=torch.float64), torch.tensor(case[1])
+    for shifted, plain in zip(gal_coefficients(s_k + shift, r_k, 1.0), gal_coefficients(s_k, r_k, 1.0), strict=True):
+        torch.testing.assert_close(shifted, plain, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("d", [1e4, -1e4])
+def test_gal_is_finite_and_bounded_at_extreme_differences(d: float) -> None:
+    loss, C_k, eta = gal_coefficients(torch.tensor([d, 0.0]), torch.tensor([1.0, 0.0]), 1.0)
+    assert loss.item() == max(-d, 0.0) and eta.item() == float(d < 0)
+    assert C_k.tolist() == [-float(d < 0), float(d < 0)]
+
+
+def test_gal_weighs_every_pair_one_half_at_the_reference() -> None:
+    loss, C_k, eta = gal_coefficients(torch.zeros(4), torch.tensor([1.0, 1.0, 0.0, 1.0]), 2.0)
+    assert loss.item() == pytest.approx(math.log(2)) and eta == 0.25
+    assert torch.equal(C_k, 2.0 * torch.tensor([-0.5, -0.5, 1.5, -0.5], dtype=torch.float64) / 3)
+
+
+def test_only_strictly_better_rewards_make_a_pair() -> None:
+    _, C_k, _ = gal_coefficients(torch.tensor([0.4, -0.3, 2.0]), torch.tensor([0.5, 0.5, 0.5]), 1.0)
+    assert not C_k.any()
+    _, C_k, _ = gal_coefficients(torch.tensor([0.0, 5.0, 0.0]), torch.tensor([0.5, 0.5 - 1e-9, 0.5]).double(), 1.0)
+    assert C_k[0] == C_k[2] < 0 < C_k[1]
+
+
+# --- grading and advantages
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, 0.49, 0.5, 0.51, math.nan]), min_size=1, max_size=9), st.integers(0, 9))
+def test_grading_is_exclusive_and_exhaustive(rewards: list[float], hard_max_solved: int) -> None:
+    (regime,) = grade(torch.tensor([rewards], dtype=torch.float64), 0.5, hard_max_solved)
+    solved, k = sum(reward >= 0.5 for reward in rewards), len(rewards)
+    assert (regime == Regime.EASY) == (solved == k)
+    assert (regime == Regime.HARD) == (solved < k and solved <= hard_max_solved)
+    assert (regime == Regime.MID) == (hard_max_solved < solved < k)
+    assert k > 1 or regime != Regime.MID
+
+
+def test_grading_goes_row_by_row() -> None:
+    assert grade(torch.tensor([[1, 1], [0, 1], [0, 0]])) == [Regime.EASY, Regime.MID, Regime.HARD]
+
+
+@given(
+    st.lists(st.floats(-100, 100), min_size=1, max_size=9), st.sampled_from(["population", "sample", "none", True, False])
+)
+def test_advantages_have_zero_mean_and_the_chosen_scale(rewards: list[float], kind: str | bool) -> None:
+    A_k = group_advantages(torch.tensor([rewards], dtype=torch.float64), kind)[0]
+    k, r_k = len(rewards), torch.tensor(rewards, dtype=torch.float64)
+    name = {True: "population", False: "none"}.get(kind, kind)
+    expected_k = torch.tensor(page.advantages(rewards, name), dtype=torch.float64)
+    torch.testing.assert_close(A_k, expected_k, rtol=1e-6, atol=1e-7)
+    assert abs(A_k.sum().item()) <= 1e-13 * k * (1 + 1e6 * r_k.abs().max().item())
+    if len(set(rewards)) == 1:
+        assert not A_k.any()
+
+
+def test_advantages_of_ties_are_exactly_zero() -> None:
+    for kind in ("population", "sample", "none"):
+        assert not group_advantages(torch.full((2, 7), 0.1), kind).any()
+        assert not group_advantages(torch.tensor([[0.3], [1.0]]), kind).any()
+
+
+def test_advantages_divide_by_the_standard_deviation_asked_for() -> None:
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    for kind, std in (("population", math.sqrt(3) / 4), ("sample", 0.5)):
+        assert group_advantages(rewards, kind)[0, 0].item() == pytest.approx(0.75 / (std + 1e-6), rel=1e-12)
+    assert group_advantages(rewards, "none")[0].tolist() == [0.75, -0.25, -0.25, -0.25]
