@@ -50,7 +50,8 @@ def on_disk(folder: Path, form: str, *records: dict) -> str:
     if form == "jsonl":
         return jsonl(folder, *records)
     path = folder / "rows.parquet"
-    parquet.write_table(pa.Table.from_pylist(list(records)), path)
+    columns = {name: None for record in records for name in record}
+    parquet.write_table(pa.Table.from_pylist([columns | record for record in records]), path)
     return str(path)
 
 

@@ -14,24 +14,23 @@ def batch_metrics(groups: list[Group], works: list[Work], config: Config) -> dic
     ``policy/entropy`` is exact but covers the trained ones only.
     """
     responses = [response for group in groups for response in group.responses]
+    traces = [sequence for work in works for sequence in work.sequences if sequence.kind == Kind.TEACHER]
     trained = {(w, sequence.group): sequence.kind for w, work in enumerate(works) for sequence in work.sequences}
     offline = sum(kind == Kind.TEACHER for kind in trained.values())
+    sampled = sum(len(response.ids) for response in responses)
     metrics: dict[str, float | None] = {
+        "tokens": sampled + sum(sequence.loss_tokens for sequence in traces),
         "dypo/offline_ratio": offline / len(trained) if trained else None,
         "dypo/hard_without_teacher": sum(group.teacher_indices == () for group in groups),
     }
-    for regime in Regime:
-        metrics[f"dypo/{regime.name.lower()}_frac"] = sum(group.regime == regime for group in groups) / len(groups)
     if responses:
-        tokens = sum(len(response.ids) for response in responses)
+        truncated = sum(response.finish_reason == "length" for response in responses)
         metrics |= {
             "reward/mean": sum(response.reward for response in responses) / len(responses),
-            "rollout/response_tokens": tokens / len(responses),
-            "rollout/truncated_frac": sum(response.finish_reason == "length" for response in responses)
-            / len(responses),
-            "rollout/entropy": -sum(float(response.logprobs.sum()) for response in responses) / tokens,
+            "rollout/response_tokens": sampled / len(responses),
+            "rollout/truncated_frac": truncated / len(responses),
+            "rollout/entropy": -sum(float(response.logprobs.sum()) for response in responses) / sampled,
         }
-    return metrics | {
-        "tokens": sum(len(r.ids) for r in responses)
-        + sum(s.loss_tokens for w in works for s in w.sequences if s.kind == Kind.TEACHER)
-    }
+        for regime in Regime:
+            metrics[f"dypo/{regime.name.lower()}_frac"] = sum(g.regime == regime for g in groups) / len(groups)
+    return metrics

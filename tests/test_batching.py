@@ -1,0 +1,226 @@
+"""Batching: who trains on what, in which micro-batch, and where its loss lies."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import numpy as np
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from megatron_dypo.batching.micro_batch import MicroBatch, spread
+from megatron_dypo.batching.plan import cost, plan_micro_batches
+from megatron_dypo.batching.sequences import draw_teachers, training_sequences
+from megatron_dypo.records import Group, Kind, Prompt, Regime, Response, Sequence, Teacher
+
+BUDGET = 8192
+
+lengths_of_sequences = st.lists(st.integers(1, 300), max_size=80)
+
+
+def lognormal_lengths(count: int, seed: int) -> list[int]:
+    """Response lengths as they come: most short, a few many times the median, none over the budget."""
+    generator = random.Random(seed)
+    return [min(BUDGET, max(8, round(generator.lognormvariate(6.5, 0.8)))) for _ in range(count)]
+
+
+def loads(plan: list[list[list[int]]], lengths: list[int]) -> list[float]:
+    """Cost of each rank's share."""
+    return [sum(cost(lengths[i]) for members in share for i in members) for share in plan]
+
+
+# --- the plan
+
+
+@given(lengths_of_sequences, st.integers(1, 5), st.integers(1, 400))
+@example([], 3, 10)
+@example([500], 4, 10)
+@example([10] * 7, 3, 10)
+def test_a_plan_holds_every_sequence_once_within_budget_and_as_many_micro_batches_a_rank(lengths, ranks, budget):
+    plan = plan_micro_batches(lengths, ranks, budget)
+    assert len(plan) == ranks
+    assert len({len(share) for share in plan}) == 1
+    batches = [members for share in plan for members in share]
+    assert sorted(i for members in batches for i in members) == list(range(len(lengths)))
+    for members in batches:
+        assert sum(lengths[i] for i in members) <= budget or len(members) == 1
+    assert plan == plan_micro_batches(list(lengths), ranks, budget)
+
+
+@given(lengths_of_sequences, st.integers(1, 5), st.integers(300, 1000))
+def test_a_plan_needs_at_most_the_half_full_bound_of_micro_batches(lengths, ranks, budget):
+    """First fit leaves at most one micro-batch half empty; ranks add at most one each."""
+    count = sum(len(share) for share in plan_micro_batches(lengths, ranks, budget))
+    assert count <= 2 * sum(lengths) // budget + 1 + ranks
+
+
+def test_ranks_have_the_same_to_do():
+    """64 prompts x 8 responses over 8 ranks: the busiest rank has at most 5% more than the mean."""
+    for seed in range(5):
+        lengths = lognormal_lengths(512, seed)
+        shares = loads(plan_micro_batches(lengths, 8, BUDGET), lengths)
+        assert max(shares) <= 1.05 * sum(shares) / len(shares)
+
+
+def test_micro_batches_are_full():
+    """One rank, nothing rounded up: at least 95% of the budget is used on the mean."""
+    for seed in range(5):
+        lengths = lognormal_lengths(512, seed)
+        (share,) = plan_micro_batches(lengths, 1, BUDGET)
+        assert sum(lengths) >= 0.95 * BUDGET * len(share)
+
+
+def test_more_ranks_than_sequences_leave_empty_micro_batches_and_no_rank_without_one():
+    assert sorted(plan_micro_batches([5, 7], 4, 100)) == [[[]], [[]], [[0]], [[1]]]
+
+
+# --- packing
+
+
+def sequences_of(shapes: list[tuple[int, int, bool]]) -> list[Sequence]:
+    """Sequences of (prompt length, tail length, is a teacher's) whose ids are all different."""
+    sequences, first = [], 1
+    for prompt, tail, teacher in shapes:
+        ids = np.arange(first, first + prompt + tail, dtype=np.int32)
+        sequences.append(Sequence(ids, prompt, Kind.TEACHER if teacher else Kind.ROLLOUT, 0, 0))
+        first += prompt + tail
+    return sequences
+
+
+shapes = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.booleans()), max_size=8)
+
+
+@given(shapes, st.integers(1, 8), st.randoms(use_true_random=False))
+def test_a_packed_micro_batch_predicts_each_tail_and_nothing_else(shapes, multiple, shuffled):
+    sequences = sequences_of(shapes)
+    places = list(range(len(sequences)))
+    shuffled.shuffle(places)
+    batch = MicroBatch.pack(sequences, places, temperature=0.7, multiple=multiple)
+
+    assert len(batch.ids_T) == len(batch.positions_T) == batch.cu_seqlens[-1]
+    assert len(batch.ids_T) % multiple == 0 < len(batch.ids_T) or not sequences
+    assert len(batch.ids_T) - sum(sequence.length for sequence in sequences) < multiple or not sequences
+    ids, positions = batch.ids_T.tolist(), batch.positions_T.tolist()
+    for place, start, end in zip(places, batch.cu_seqlens, batch.cu_seqlens[1:], strict=False):
+        assert ids[start:end] == sequences[place].ids.tolist()
+        assert positions[start:end] == list(range(end - start))
+
+    index = batch.loss_index_N.tolist()
+    assert batch.targets_N.tolist() == [ids[i + 1] for i in index] == [i for place in places for i in tail(sequences[place])]
+    assert batch.counts == [sequences[place].loss_tokens for place in places]
+    wanted = [1.0 if sequences[place].kind == Kind.TEACHER else 0.7 for place in places for _ in tail(sequences[place])]
+    torch.testing.assert_close(batch.temperature_N, torch.tensor(wanted))
+
+
+def tail(sequence: Sequence) -> list[int]:
+    return sequence.ids[sequence.prompt_length :].tolist()
+
+
+@given(st.integers(1, 8))
+def test_an_empty_micro_batch_is_filler_without_loss(multiple):
+    """A rank without data still runs forward and backward, on as many tokens as its tensor-parallel ranks need."""
+    batch = MicroBatch.pack([], [], temperature=1.0, multiple=multiple)
+    assert batch.cu_seqlens == [0, multiple]
+    assert batch.positions_T.tolist() == list(range(multiple))
+    assert len(batch.loss_index_N) == len(batch.targets_N) == len(batch.temperature_N) == 0
+    assert batch.split(torch.zeros(0)) == []
+
+
+@given(shapes.filter(bool))
+def test_split_gives_each_sequence_its_own_and_spread_inverts_it(shapes):
+    batch = MicroBatch.pack(sequences_of(shapes), list(range(len(shapes))), temperature=1.0)
+    streams = batch.split(batch.targets_N)
+    assert [stream.tolist() for stream in streams] == [tail(sequence) for sequence in sequences_of(shapes)]
+    values = [float(i) for i in range(len(shapes))]
+    assert [set(stream.tolist()) for stream in batch.split(spread(values, batch.counts))] == [{value} for value in values]
+
+
+# --- what a regime trains on
+
+
+def group_of(name: str, regime: Regime | None, teachers: int = 3, responses: int = 2) -> Group:
+    prompt = Prompt(name, "1", tuple(Teacher(f"t{i}", f"{name}/{i}") for i in range(teachers)))
+    answers = [Response(np.array([10 + i, 1], np.int32), np.zeros(2, np.float32), "stop") for i in range(responses)]
+    return Group(prompt, np.array([7, 8, 9], np.int32), answers, regime)
+
+
+def encode_trace(group: Group, teacher: int) -> np.ndarray:
+    return np.array([20 + teacher, 21 + teacher, 1], np.int32)
+
+
+def drawn(group: Group, step: int = 1, draws: int = 1, seed: int = 0) -> tuple[int, ...]:
+    draw_teachers(group, list(range(len(group.prompt.teachers))), seed, step, draws)
+    return group.teacher_indices
+
+
+def contents(sequences: list[Sequence]) -> list[tuple]:
+    return [(s.group, s.sample, s.kind, s.ids.tolist(), s.prompt_length) for s in sequences]
+
+
+def test_easy_is_dropped_mid_trains_on_its_responses_and_hard_on_its_drawn_teachers():
+    groups = [group_of(name, regime) for name, regime in zip("emh", (Regime.EASY, Regime.MID, Regime.HARD), strict=True)]
+    groups[2].teacher_indices = (2, 0)
+    assert contents(training_sequences(groups, "dypo", encode_trace)) == [
+        (1, 0, Kind.ROLLOUT, [7, 8, 9, 10, 1], 3),
+        (1, 1, Kind.ROLLOUT, [7, 8, 9, 11, 1], 3),
+        (2, 2, Kind.TEACHER, [7, 8, 9, 22, 23, 1], 3),
+        (2, 0, Kind.TEACHER, [7, 8, 9, 20, 21, 1], 3),
+    ]
+
+
+def test_a_single_term_recipe_trains_on_its_term_alone():
+    groups = [group_of(name, regime) for name, regime in zip("emh", (Regime.EASY, Regime.MID, Regime.HARD), strict=True)]
+    for group in groups:
+        drawn(group)
+    assert {(s.group, s.kind) for s in training_sequences(groups, "grpo", encode_trace)} == {(1, Kind.ROLLOUT)}
+    ungraded = [group_of(name, None, responses=0) for name in "abc"]
+    for group in ungraded:
+        drawn(group)
+    assert [(s.group, s.kind) for s in training_sequences(ungraded, "sft", encode_trace)] == [(g, Kind.TEACHER) for g in range(3)]
+
+
+def test_a_hard_group_without_a_usable_teacher_trains_on_nothing():
+    without, unusable = group_of("without", Regime.HARD, teachers=0), group_of("unusable", Regime.HARD)
+    assert drawn(without) == ()
+    draw_teachers(unusable, [], 0, 1, 2)
+    assert unusable.teacher_indices == ()
+    assert training_sequences([without, unusable, group_of("undrawn", Regime.HARD)], "dypo", encode_trace) == []
+
+
+@given(st.integers(1, 6), st.integers(1, 8), st.integers(1, 50))
+def test_draws_are_different_usable_teachers_and_all_of_them_where_too_few(teachers, draws, step):
+    indices = drawn(group_of("p", Regime.HARD, teachers), step, draws)
+    assert len(set(indices)) == len(indices) == min(teachers, draws)
+    usable = list(range(0, teachers, 2))
+    group = group_of("p", Regime.HARD, teachers)
+    draw_teachers(group, usable, 0, step, draws)
+    assert set(group.teacher_indices) <= set(usable)
+
+
+def test_draws_are_uniform_over_prompts_and_over_steps():
+    """Chi-square with 3 degrees of freedom exceeds 21.1 once in 10 000 times."""
+    samples = 4000
+    over_prompts = Counter(drawn(group_of(f"prompt-{i}", Regime.HARD, 4))[0] for i in range(samples))
+    over_steps = Counter(drawn(group_of("p", Regime.HARD, 4), step)[0] for step in range(samples))
+    pairs = Counter(drawn(group_of(f"prompt-{i}", Regime.HARD, 4), draws=2)[1] for i in range(samples))
+    for counts in (over_prompts, over_steps, pairs):
+        assert sum((counts[i] - samples / 4) ** 2 / (samples / 4) for i in range(4)) < 21.1
+
+
+@given(st.permutations(range(20)), st.integers(1, 1000))
+def test_a_draw_depends_on_seed_step_and_prompt_and_nothing_else(order, step):
+    groups = [group_of(f"prompt-{i}", Regime.HARD, 5) for i in range(20)]
+    expected = [drawn(group_of(f"prompt-{i}", Regime.HARD, 5), step, 2) for i in range(20)]
+    for i in order:
+        drawn(groups[i], step, 2)
+    assert [group.teacher_indices for group in groups] == expected
+    assert [drawn(group_of(f"prompt-{i}", Regime.HARD, 5), step + 1, 2) for i in range(20)] != expected
+    assert [drawn(group_of(f"prompt-{i}", Regime.HARD, 5), step, 2, seed=1) for i in range(20)] != expected
+
+
+def test_a_replayed_draw_stays():
+    group = group_of("p", Regime.HARD)
+    group.teacher_indices = (1,)
+    assert drawn(group, draws=3) == (1,)

@@ -1,0 +1,165 @@
+"""Recorded rollouts: what is written is read back bit for bit, whole or not at all, in the format others rely on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_dypo.errors import UserError
+from megatron_dypo.records import Group, Prompt, Response, Teacher
+from megatron_dypo.rollout.recorded import record, replay, require_steps
+
+PROMPT = Prompt("p-1", "5", (Teacher("left", "a"), Teacher("last", "b")), text="2+3=")
+PROMPTS = {"p-1": PROMPT, "é\u2028": Prompt("é\u2028", "6", (), text="3+3=")}
+
+log_prob = st.floats(-1e4, 0, width=32)
+response = st.builds(
+    lambda tokens, reward, reason: Response(
+        np.array([token for token, _ in tokens], np.int32), np.array([logp for _, logp in tokens], np.float32), reason, reward
+    ),
+    st.lists(st.tuples(st.integers(0, 2**31 - 1), log_prob), min_size=1, max_size=8),
+    st.floats(-1, 1),
+    st.sampled_from(["stop", "length"]),
+)
+group = st.builds(
+    lambda prompt, ids, responses, version, draw: Group(
+        prompt, np.array(ids, np.int32), responses, None, draw if prompt is PROMPT else None, version
+    ),
+    st.sampled_from(list(PROMPTS.values())),
+    st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=8),
+    st.lists(response, min_size=2, max_size=2),
+    st.integers(0, 10**6),
+    st.none() | st.permutations([0, 1]).map(tuple) | st.just(()),
+)
+
+
+def one_group() -> Group:
+    answers = [Response(np.array([5, 1], np.int32), np.array([-0.1, -0.2], np.float32), "stop", reward) for reward in (1.0, 0.0)]
+    return Group(PROMPT, np.array([2, 3], np.int32), answers, teacher_indices=(1,), weight_version=7)
+
+
+def same(ours: Group, theirs: Group) -> bool:
+    """Equal to the last bit: ids, log-probs and everything else."""
+    for mine, other in zip(ours.responses, theirs.responses, strict=True):
+        assert (mine.ids.dtype, mine.logprobs.dtype) == (other.ids.dtype, other.logprobs.dtype) == (np.int32, np.float32)
+        assert mine.logprobs.tobytes() == other.logprobs.tobytes()
+    return str(asdict(ours)) == str(asdict(theirs))
+
+
+@given(st.lists(group, min_size=1, max_size=4))
+def test_what_is_recorded_is_replayed_bit_for_bit(tmp_path_factory, groups):
+    folder = tmp_path_factory.getbasetemp() / "rollouts"
+    record(folder, 3, groups)
+    replayed = replay(folder, 3, PROMPTS, 2)
+    assert all(same(ours, theirs) for ours, theirs in zip(groups, replayed, strict=True))
+
+
+def test_a_line_has_exactly_the_keys_that_others_read(tmp_path):
+    record(tmp_path, 1, [one_group()])
+    (line,) = (tmp_path / "step_000001.jsonl").read_text().splitlines()
+    assert json.loads(line) == {
+        "id": "p-1",
+        "prompt_ids": [2, 3],
+        "teacher_indices": [1],
+        "responses": [
+            {"ids": [5, 1], "logprobs": [float(np.float32(-0.1)), float(np.float32(-0.2))], "reward": 1.0, "finish_reason": "stop"},
+            {"ids": [5, 1], "logprobs": [float(np.float32(-0.1)), float(np.float32(-0.2))], "reward": 0.0, "finish_reason": "stop"},
+        ],
+        "weight_version": 7,
+    }
+
+
+def test_ground_truth_and_teachers_come_from_the_data_and_the_regime_is_graded_anew(tmp_path):
+    record(tmp_path, 1, [one_group()])
+    (replayed,) = replay(tmp_path, 1, PROMPTS, 2)
+    assert replayed.prompt is PROMPT
+    assert replayed.regime is None
+
+
+def test_recording_a_step_again_overwrites_it_and_no_other(tmp_path):
+    first, second = one_group(), one_group()
+    second.weight_version = 8
+    for step, written in ((1, first), (2, first), (2, second)):
+        record(tmp_path, step, [written])
+    assert [replay(tmp_path, step, PROMPTS, 2)[0].weight_version for step in (1, 2)] == [7, 8]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["step_000001.jsonl", "step_000002.jsonl"]
+
+
+def test_a_recording_that_fails_leaves_what_was_there(tmp_path):
+    bad = one_group()
+    bad.responses[1].reward = object()
+    with pytest.raises(TypeError):
+        record(tmp_path / "new", 1, [one_group(), bad])
+    assert not (tmp_path / "new" / "step_000001.jsonl").exists()
+    record(tmp_path, 1, [one_group()])
+    (tmp_path / "step_000001.tmp").mkdir()  # the temporary file cannot be written
+    with pytest.raises(IsADirectoryError):
+        record(tmp_path, 1, [one_group(), one_group()])
+    assert len(replay(tmp_path, 1, PROMPTS, 2)) == 1
+
+
+# --- what cannot be replayed
+
+
+def edited(folder: Path, **changes: object) -> Path:
+    """A recording whose second line differs in these keys (``...``: left out)."""
+    record(folder, 1, [one_group(), one_group()])
+    path = folder / "step_000001.jsonl"
+    first, second = path.read_text().splitlines()
+    line = {name: kept for name, kept in (json.loads(second) | changes).items() if kept is not ...}
+    path.write_text(f"{first}\n{json.dumps(line)}\n")
+    return path
+
+
+RESPONSE = {"ids": [5, 1], "logprobs": [-0.1, -0.2], "reward": 1.0, "finish_reason": "stop"}
+
+
+@pytest.mark.parametrize(
+    "changes, about",
+    [
+        ({"id": "stranger"}, "'stranger' is not in data.train"),
+        ({"id": ...}, "id"),
+        ({"weight_version": ...}, "weight_version"),
+        ({"prompt_ids": []}, "prompt_ids"),
+        ({"prompt_ids": ["x"]}, "x"),
+        ({"teacher_indices": [2]}, "teacher_indices"),
+        ({"teacher_indices": [-1]}, "teacher_indices"),
+        ({"responses": 3}, "int"),
+        ({"responses": []}, "0 responses, but rollout.samples_per_prompt is 2"),
+        ({"responses": [RESPONSE] * 3}, "3 responses, but rollout.samples_per_prompt is 2"),
+        ({"responses": [RESPONSE, RESPONSE | {"logprobs": [-0.1]}]}, "2 ids and 1 logprobs"),
+        ({"responses": [RESPONSE, RESPONSE | {"ids": [], "logprobs": []}]}, "0 ids and 0 logprobs"),
+        ({"responses": [RESPONSE, RESPONSE | {"reward": None}]}, "NoneType"),
+        ({"responses": [RESPONSE, {"ids": [1], "logprobs": [0.0], "reward": 0.0}]}, "finish_reason"),
+    ],
+)
+def test_an_unusable_line_is_named_by_file_and_number(tmp_path, changes, about):
+    path = edited(tmp_path, **changes)
+    with pytest.raises(UserError) as caught:
+        replay(tmp_path, 1, PROMPTS, 2)
+    assert str(caught.value).startswith(f"{path}:2: ")
+    assert about in str(caught.value)
+
+
+@pytest.mark.parametrize("line", [b"{cut", b"null", b"[]", b"5", b'"text"', b"\xff\xfe", b""])
+def test_a_garbage_line_is_named_by_file_and_number(tmp_path, line):
+    record(tmp_path, 1, [one_group()])
+    path = tmp_path / "step_000001.jsonl"
+    path.write_bytes(path.read_bytes() + line + b"\n")
+    with pytest.raises(UserError) as caught:
+        replay(tmp_path, 1, PROMPTS, 2)
+    assert str(caught.value).startswith(f"{path}:2: not a recorded rollout")
+
+
+def test_the_first_step_that_was_never_recorded_is_named(tmp_path):
+    record(tmp_path, 1, [one_group()])
+    require_steps(tmp_path, range(1, 2))
+    for ask in (lambda: replay(tmp_path, 2, PROMPTS, 2), lambda: require_steps(tmp_path, range(1, 4))):
+        with pytest.raises(UserError, match=r"rollout\.replay: .*step_000002\.jsonl: no recorded step 2"):
+            ask()
