@@ -6,9 +6,12 @@ import argparse
 import logging
 import os
 import sys
+import time
 import warnings
 
 from megatron_dypo.errors import UserError
+
+_PATIENCE = 30.0  # seconds that the other ranks leave rank 0 to say what the user got wrong
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,8 +22,9 @@ def main(arguments: list[str] | None = None) -> int:
         options.run(options)
         return 0
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print("megatron_dypo:", *str(error).split(), file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(_PATIENCE)  # rank 0's end ends this rank; still here after it, only this rank knows
+        print("megatron_dypo:", *str(error).split(), file=sys.stderr, flush=True)
         return 2
     except Exception as error:  # the last line of defence: name rank and phase, then end the process
         from megatron_dypo.runtime.distributed import report_failure
@@ -53,11 +57,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace) -> None:
     from megatron_dypo.config import load_config
+
+    config = load_config(options.config, options.overrides)  # before torch is imported: a typing error is seen at once
+
     from megatron_dypo.runtime.distributed import die_with_parent
     from megatron_dypo.train import train
 
     die_with_parent()
-    train(load_config(options.config, options.overrides), options.config)
+    train(config, options.config)
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -68,6 +75,7 @@ def _report(options: argparse.Namespace) -> None:
 
 def _quiet() -> None:
     """Our own log lines from rank 0, warnings from all; the libraries' notices about what is not installed are doctor's business."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM announces its NUMA binding on every rank
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("megatron_dypo").setLevel(level)

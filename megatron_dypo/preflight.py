@@ -60,8 +60,8 @@ def prepare(config: Config, source: str) -> Inputs:
             )
     if config.model.hf:
         folder_weights(hf_folder(config.model.hf))
-    tokenizer = load_tokenizer(config, shape)
     train, valid = load_data(config.data)
+    tokenizer = load_tokenizer(config, shape)
     encode_prompts(train + valid, tokenizer, config.data.max_prompt_tokens)
     lock = run_folder.claim(Path(config.trainer.run_dir)) if distributed.launch_rank() == 0 else None
     resume_step = run_folder.resume_step(config)

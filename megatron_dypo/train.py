@@ -114,4 +114,4 @@ def train(config: Config, source: str = "config") -> None:
             if trainer.save_every and (step % trainer.save_every == 0 or last):
                 with phase("checkpoint save"):
                     checkpoint.save(run_dir, policy, counters, fingerprint(config), trainer.keep_checkpoints)
-        monitor.finish()
+        monitor.finish(len(held_out))

@@ -1,4 +1,4 @@
-"""Data: four layouts on disk are one record, whatever is malformed is named, and the order is a function of seed and step."""
+"""Data: every layout gives the same record, what is malformed is named, the order is a function of seed and step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dypo.config.schema import Data
@@ -29,7 +29,12 @@ SUMS = "reasoning_gym:chain_sum?min_terms=2&max_terms=4&min_digits=1&max_digits=
 
 CHAT = [{"role": "user", "content": "What is 2 + 3?"}]
 TRACES = ["2+3=5 \\boxed{5}", "3+2=5 \\boxed{5}"]
-OURS = {"prompt": CHAT, "ground_truth": "5", "data_source": "sums", "teachers": [{"name": f"target-{i}", "trace": trace} for i, trace in enumerate(TRACES)]}
+OURS = {
+    "prompt": CHAT,
+    "ground_truth": "5",
+    "data_source": "sums",
+    "teachers": [{"name": f"target-{i}", "trace": trace} for i, trace in enumerate(TRACES)],
+}
 LUFFY = {"prompt": CHAT, "reward_model": {"ground_truth": "5", "style": "rule"}, "data_source": "sums"}
 
 
@@ -105,7 +110,15 @@ def test_blank_lines_and_byte_order_marks_are_no_rows(tmp_path):
     assert [prompt.id for prompt in rows.read(path)] == ["row-1", "row-4"]
 
 
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip), unique=True, min_size=1, max_size=5))
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip),
+        unique=True,
+        min_size=1,
+        max_size=5,
+    )
+)
 def test_any_text_survives_both_forms_exactly(tmp_path_factory, texts):
     folder = tmp_path_factory.getbasetemp()
     records = [problem(text, ground_truth=text, teachers=[{"name": text, "trace": text}]) for text in texts]
@@ -155,7 +168,9 @@ MALFORMED = [  # (row, the field that the error names)
 
 @pytest.mark.parametrize("row, field", MALFORMED)
 def test_a_malformed_row_is_named_by_file_line_and_field_or_skipped_and_counted(tmp_path, caplog, row, field):
-    path = jsonl(tmp_path, problem("good", id="taken"), "", row if isinstance(row, str) else json.dumps(row), problem("better"))
+    path = jsonl(
+        tmp_path, problem("good", id="taken"), "", row if isinstance(row, str) else json.dumps(row), problem("better")
+    )
     with pytest.raises(UserError) as caught:
         rows.read(path)
     assert str(caught.value).startswith(f"{path}:3: {field}")
@@ -183,7 +198,12 @@ def test_a_missing_an_empty_or_a_damaged_file_is_named(tmp_path):
     damaged = tmp_path / "rows.parquet"
     damaged.write_bytes(b"PAR1 but not for long")
     absent, empty = str(tmp_path / "absent.jsonl"), jsonl(tmp_path)
-    for path, about in ((absent, "no such file"), (str(tmp_path), "no such file"), (empty, "no prompt"), (str(damaged), "Parquet")):
+    for path, about in (
+        (absent, "no such file"),
+        (str(tmp_path), "no such file"),
+        (empty, "no prompt"),
+        (str(damaged), "Parquet"),
+    ):
         with pytest.raises(UserError, match=about) as caught:
             load_prompts(path, skip_bad_rows=True)
         assert path in str(caught.value)
@@ -194,7 +214,11 @@ def test_a_missing_an_empty_or_a_damaged_file_is_named(tmp_path):
 
 def test_duplicate_prompts_are_dropped_and_the_first_keeps_its_place(tmp_path):
     path = jsonl(tmp_path, *(problem(text) for text in "abacb"))
-    assert [(prompt.text, prompt.id) for prompt in load_prompts(path, False)] == [("a", "row-1"), ("b", "row-2"), ("c", "row-4")]
+    assert [(prompt.text, prompt.id) for prompt in load_prompts(path, False)] == [
+        ("a", "row-1"),
+        ("b", "row-2"),
+        ("c", "row-4"),
+    ]
 
 
 def test_a_chat_is_a_duplicate_only_if_every_message_is_the_same(tmp_path):
@@ -227,12 +251,21 @@ def test_real_problems_load_from_both_forms_with_their_answers(tmp_path):
     for item in real:
         trace, _, answer = item["answer"].rpartition("\n#### ")
         solution = f"{trace}\n\\boxed{{{answer}}}"
-        records.append({"prompt": [{"role": "user", "content": item["question"]}], "ground_truth": answer, "teachers": [{"name": "gsm8k", "trace": solution}]})
+        records.append(
+            {
+                "prompt": [{"role": "user", "content": item["question"]}],
+                "ground_truth": answer,
+                "teachers": [{"name": "gsm8k", "trace": solution}],
+            }
+        )
     loaded = [load_prompts(on_disk(tmp_path, form, *records), False) for form in ("jsonl", "parquet")]
     assert loaded[0] == loaded[1]
     assert [prompt.messages[0]["content"] for prompt in loaded[0]] == [item["question"] for item in real]
     with MathReward() as reward:
-        traces, truths = [prompt.teachers[0].trace for prompt in loaded[0]], [prompt.ground_truth for prompt in loaded[0]]
+        traces, truths = (
+            [prompt.teachers[0].trace for prompt in loaded[0]],
+            [prompt.ground_truth for prompt in loaded[0]],
+        )
         assert reward(traces, truths, [prompt.id for prompt in loaded[0]]) == [1.0] * len(real)
 
 
@@ -277,7 +310,10 @@ def test_teachers_end_in_the_right_answer_by_different_ways(tokenizer, options):
     with MathReward() as reward:
         for teacher in range(2):
             texts = [pair[teacher] for pair in traces]
-            assert reward(texts, [prompt.ground_truth for prompt in prompts], [prompt.id for prompt in prompts]) == [1.0] * 100
+            assert (
+                reward(texts, [prompt.ground_truth for prompt in prompts], [prompt.id for prompt in prompts])
+                == [1.0] * 100
+            )
     for prompt, pair in zip(prompts, traces, strict=True):
         assert pair[0] != pair[1]
         assert all(trace.endswith(f" \\boxed{{{prompt.ground_truth}}}") for trace in pair)
@@ -300,6 +336,7 @@ def test_whatever_is_generated_round_trips_through_the_built_in_tokenizer(tokeni
             assert tokenizer.decode(ids) == teacher.trace
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(min_codepoint=32, max_codepoint=126) | st.just("\n")).filter(lambda text: "<" not in text))
 def test_printable_text_round_trips_through_the_built_in_tokenizer(tokenizer, text):
     ids = tokenizer.encode_trace(text)
@@ -310,6 +347,7 @@ def test_printable_text_round_trips_through_the_built_in_tokenizer(tokenizer, te
 # --- order
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 3))
 def test_every_epoch_visits_every_row_once(count, per_step, seed):
     epochs = 3
@@ -319,6 +357,7 @@ def test_every_epoch_visits_every_row_once(count, per_step, seed):
         assert sorted(visited[epoch * count : (epoch + 1) * count]) == list(range(count))
 
 
+@settings(deadline=None)
 @given(st.permutations(range(1, 9)), st.integers(0, 2**40))
 def test_a_step_visits_the_same_rows_whatever_was_visited_before(steps, seed):
     in_order = {step: batch_indices(step, 5, 13, seed) for step in range(1, 9)}

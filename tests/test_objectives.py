@@ -166,9 +166,7 @@ def ours(
     for kind in Kind:
         for places in cut([p for p, sequence in enumerate(sequences) if sequence.kind == kind], seed):
             chosen = [sequences[place] for place in places]
-            logp_N, stream = streams(
-                batch, chosen, [terms.sequences[p] for p in places], objective, correction, dtype
-            )
+            logp_N, stream = streams(batch, chosen, [terms.sequences[p] for p in places], objective, correction, dtype)
             loss, totals = dypo_loss(logp_N, stream)
             (gradient_N,) = torch.autograd.grad(loss, logp_N)
             pieces = gradient_N.double().split([sequence.loss_tokens for sequence in chosen]) if chosen else []
@@ -284,15 +282,15 @@ def test_the_mixed_batch_reaches_every_branch() -> None:
 
 
 SHAPES = {
-    "one_response_each": dict(rewards=[[1], [0], [0]]),
-    "one_token_each": dict(rewards=MIXED, longest=1),
-    "all_ties": dict(rewards=[[1, 1, 1], [0, 0, 0], [0.7, 0.7, 0.7]]),
-    "no_hard": dict(rewards=[[1, 1], [1, 0], [0, 1]]),
-    "no_mid": dict(rewards=[[1, 1], [0, 0], [0, 0]]),
-    "hard_without_any_teacher": dict(rewards=[[0, 0], [0, 0]], traces=[0, 0]),
-    "real_valued_rewards": dict(rewards=[[0.2, 0.9, 0.9, -3.5], [0.4, 0.6, 0.5, 0.1]]),
-    "on_policy": dict(rewards=MIXED, drift=0.0),
-    "far_off_policy": dict(rewards=MIXED, drift=3.0),
+    "one_response_each": {"rewards": [[1], [0], [0]]},
+    "one_token_each": {"rewards": MIXED, "longest": 1},
+    "all_ties": {"rewards": [[1, 1, 1], [0, 0, 0], [0.7, 0.7, 0.7]]},
+    "no_hard": {"rewards": [[1, 1], [1, 0], [0, 1]]},
+    "no_mid": {"rewards": [[1, 1], [0, 0], [0, 0]]},
+    "hard_without_any_teacher": {"rewards": [[0, 0], [0, 0]], "traces": [0, 0]},
+    "real_valued_rewards": {"rewards": [[0.2, 0.9, 0.9, -3.5], [0.4, 0.6, 0.5, 0.1]]},
+    "on_policy": {"rewards": MIXED, "drift": 0.0},
+    "far_off_policy": {"rewards": MIXED, "drift": 3.0},
 }
 
 
@@ -457,10 +455,10 @@ def test_an_empty_micro_batch_is_zero() -> None:
 # --- what the metrics are made of
 
 METRICS = {
-    "default": dict(),
-    "kl": dict(kl_coef=0.3, alpha=0.3, gamma=2.0),
-    "sequence": dict(ratio_level="sequence", ratio_base="reference", kl_coef=0.1),
-    "trajectory": dict(scale="trajectory", normalize="active"),
+    "default": {},
+    "kl": {"kl_coef": 0.3, "alpha": 0.3, "gamma": 2.0},
+    "sequence": {"ratio_level": "sequence", "ratio_base": "reference", "kl_coef": 0.1},
+    "trajectory": {"scale": "trajectory", "normalize": "active"},
 }
 
 
@@ -561,6 +559,7 @@ def test_gal_coefficients_are_the_gradient_of_the_pairwise_loss(case: tuple[list
     assert eta.item() == pytest.approx(sum(difficulty) / len(pairs), rel=1e-9, abs=1e-15)
 
 
+@settings(deadline=None)
 @given(SCORES, st.floats(-1e3, 1e3))
 def test_gal_does_not_see_a_common_shift_of_the_group(case: tuple[list[float], list[float]], shift: float) -> None:
     s_k, r_k = torch.tensor(case[0], dtype=torch.float64), torch.tensor(case[1])
@@ -584,13 +583,16 @@ def test_gal_weighs_every_pair_one_half_at_the_reference() -> None:
 def test_only_strictly_better_rewards_make_a_pair() -> None:
     _, C_k, _ = gal_coefficients(torch.tensor([0.4, -0.3, 2.0]), torch.tensor([0.5, 0.5, 0.5]), 1.0)
     assert not C_k.any()
-    _, C_k, _ = gal_coefficients(torch.tensor([0.0, 5.0, 0.0]), torch.tensor([0.5, 0.5 - 1e-9, 0.5]).double(), 1.0)
+    _, C_k, _ = gal_coefficients(
+        torch.tensor([0.0, 5.0, 0.0]), torch.tensor([0.5, 0.5 - 1e-9, 0.5], dtype=torch.float64), 1.0
+    )
     assert C_k[0] == C_k[2] < 0 < C_k[1]
 
 
 # --- grading and advantages
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([0.0, 1.0, 0.49, 0.5, 0.51, math.nan]), min_size=1, max_size=9), st.integers(0, 9))
 def test_grading_is_exclusive_and_exhaustive(rewards: list[float], hard_max_solved: int) -> None:
     (regime,) = grade(torch.tensor([rewards], dtype=torch.float64), 0.5, hard_max_solved)
@@ -605,8 +607,10 @@ def test_grading_goes_row_by_row() -> None:
     assert grade(torch.tensor([[1, 1], [0, 1], [0, 0]])) == [Regime.EASY, Regime.MID, Regime.HARD]
 
 
+@settings(deadline=None)
 @given(
-    st.lists(st.floats(-100, 100), min_size=1, max_size=9), st.sampled_from(["population", "sample", "none", True, False])
+    st.lists(st.floats(-100, 100), min_size=1, max_size=9),
+    st.sampled_from(["population", "sample", "none", True, False]),
 )
 def test_advantages_have_zero_mean_and_the_chosen_scale(rewards: list[float], kind: str | bool) -> None:
     A_k = group_advantages(torch.tensor([rewards], dtype=torch.float64), kind)[0]

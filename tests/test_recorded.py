@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dypo.errors import UserError
@@ -21,7 +21,10 @@ PROMPTS = {"p-1": PROMPT, "é\u2028": Prompt("é\u2028", "6", (), text="3+3=")}
 log_prob = st.floats(-1e4, 0, width=32)
 response = st.builds(
     lambda tokens, reward, reason: Response(
-        np.array([token for token, _ in tokens], np.int32), np.array([logp for _, logp in tokens], np.float32), reason, reward
+        np.array([token for token, _ in tokens], np.int32),
+        np.array([logp for _, logp in tokens], np.float32),
+        reason,
+        reward,
     ),
     st.lists(st.tuples(st.integers(0, 2**31 - 1), log_prob), min_size=1, max_size=8),
     st.floats(-1, 1),
@@ -40,18 +43,24 @@ group = st.builds(
 
 
 def one_group() -> Group:
-    answers = [Response(np.array([5, 1], np.int32), np.array([-0.1, -0.2], np.float32), "stop", reward) for reward in (1.0, 0.0)]
+    answers = [
+        Response(np.array([5, 1], np.int32), np.array([-0.1, -0.2], np.float32), "stop", reward)
+        for reward in (1.0, 0.0)
+    ]
     return Group(PROMPT, np.array([2, 3], np.int32), answers, teacher_indices=(1,), weight_version=7)
 
 
 def same(ours: Group, theirs: Group) -> bool:
     """Equal to the last bit: ids, log-probs and everything else."""
     for mine, other in zip(ours.responses, theirs.responses, strict=True):
-        assert (mine.ids.dtype, mine.logprobs.dtype) == (other.ids.dtype, other.logprobs.dtype) == (np.int32, np.float32)
+        assert (
+            (mine.ids.dtype, mine.logprobs.dtype) == (other.ids.dtype, other.logprobs.dtype) == (np.int32, np.float32)
+        )
         assert mine.logprobs.tobytes() == other.logprobs.tobytes()
     return str(asdict(ours)) == str(asdict(theirs))
 
 
+@settings(deadline=None)
 @given(st.lists(group, min_size=1, max_size=4))
 def test_what_is_recorded_is_replayed_bit_for_bit(tmp_path_factory, groups):
     folder = tmp_path_factory.getbasetemp() / "rollouts"
@@ -68,8 +77,18 @@ def test_a_line_has_exactly_the_keys_that_others_read(tmp_path):
         "prompt_ids": [2, 3],
         "teacher_indices": [1],
         "responses": [
-            {"ids": [5, 1], "logprobs": [float(np.float32(-0.1)), float(np.float32(-0.2))], "reward": 1.0, "finish_reason": "stop"},
-            {"ids": [5, 1], "logprobs": [float(np.float32(-0.1)), float(np.float32(-0.2))], "reward": 0.0, "finish_reason": "stop"},
+            {
+                "ids": [5, 1],
+                "logprobs": [float(np.float32(-0.1)), float(np.float32(-0.2))],
+                "reward": 1.0,
+                "finish_reason": "stop",
+            },
+            {
+                "ids": [5, 1],
+                "logprobs": [float(np.float32(-0.1)), float(np.float32(-0.2))],
+                "reward": 0.0,
+                "finish_reason": "stop",
+            },
         ],
         "weight_version": 7,
     }

@@ -21,7 +21,8 @@ class _Loader(yaml.SafeLoader):
 
 _BOOLEAN = "tag:yaml.org,2002:bool"
 _Loader.yaml_implicit_resolvers = {
-    first: [pair for pair in pairs if pair[0] != _BOOLEAN] for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    first: [pair for pair in pairs if pair[0] != _BOOLEAN]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(_BOOLEAN, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(

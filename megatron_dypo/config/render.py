@@ -7,6 +7,18 @@ from typing import Literal, get_args, get_origin
 
 from megatron_dypo.config.schema import Config, walk
 
+_INTRODUCTION = """\
+# Configuration
+
+<!-- Written by `python -m megatron_dypo.config > docs/configuration.md` from megatron_dypo/config/schema.py. -->
+
+One YAML file, checked as a whole before anything is built:
+`python -m megatron_dypo train CONFIG [section.key=value ...]`.
+An override on the command line replaces the file's value, and a later one an earlier. An unknown key is an error
+that names the nearest known one. Relative paths are relative to the working directory. Four keys have to be given:
+`model.preset` (or `model.hf`), `data.train`, `trainer.steps` and `trainer.run_dir`.
+"""
+
 
 def _type(annotation: object) -> str:
     if get_origin(annotation) is Literal:
@@ -40,16 +52,7 @@ def key_reference() -> str:
 
 def page() -> str:
     """docs/configuration.md; ``python -m megatron_dypo.config`` prints it."""
-    return textwrap.dedent("""\
-        # Configuration
-
-        <!-- Written by `python -m megatron_dypo.config > docs/configuration.md` from megatron_dypo/config/schema.py. -->
-
-        One YAML file, checked as a whole before anything is built: `python -m megatron_dypo train CONFIG [section.key=value ...]`.
-        An override on the command line replaces the file's value, and a later one an earlier. An unknown key is an error that
-        names the nearest known one. Relative paths are relative to the working directory. Four keys have to be given:
-        `model.preset` (or `model.hf`), `data.train`, `trainer.steps` and `trainer.run_dir`.
-        """) + markdown()
+    return _INTRODUCTION + markdown()
 
 
 def markdown() -> str:

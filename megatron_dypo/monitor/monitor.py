@@ -68,20 +68,17 @@ class Monitor:
             self._progress.update(step, metrics)
             if (metrics.get("gal/saturated_frac") or 0) > SATURATION_WARNING and not self._warned:
                 self._warned = True
-                self.notice(
-                    [
-                        f"step {step}: {metrics['gal/saturated_frac']:.0%} of GAL's pairs are saturated (spread of d {metrics['gal/spread']:.1f} nats): "
-                        "lower objective.beta_gal, or use objective.reference: previous"
-                    ]
-                )
+                pairs, spread = metrics["gal/saturated_frac"], metrics["gal/spread"]
+                said = f"step {step}: {pairs:.0%} of GAL's pairs are saturated (spread of d {spread:.1f} nats)"
+                self.notice([f"{said}: lower objective.beta_gal, or use objective.reference: previous"])
 
-    def finish(self) -> None:
-        """The report, and the final summary on the terminal."""
+    def finish(self, held_out: int) -> None:
+        """The report, and the final summary on the terminal. ``held_out``: problems evaluated on."""
         if not self._active:
             return
         self._progress.close()
         report = write_report(self.run_dir)
-        rows = summary_rows(read_metrics(self.run_dir / "metrics.jsonl"))
+        rows = summary_rows(read_metrics(self.run_dir / "metrics.jsonl"), held_out)
         minutes, seconds = divmod(round(time.monotonic() - self._began), 60)
         summary(
             [*rows, ("wall time", f"{minutes} min {seconds:02d} s"), ("report", str(report))],
@@ -89,7 +86,7 @@ class Monitor:
         )
 
 
-def summary_rows(metrics: list[dict]) -> list[tuple[str, str]]:
+def summary_rows(metrics: list[dict], held_out: int) -> list[tuple[str, str]]:
     """What a run came to: first against last, from its metrics file."""
     steps = [line for line in metrics if line["step"] > 0]
     tail = steps[-max(1, len(steps) // 10) :]
@@ -113,11 +110,11 @@ def summary_rows(metrics: list[dict]) -> list[tuple[str, str]]:
         change("response tokens", "rollout/response_tokens", "{:.1f}"),
         change("tokens per second", "perf/tokens_per_second", "{:.0f}"),
     ]
-    evaluations = [line for line in metrics if line.get("eval/valid/greedy_accuracy") is not None]
+    name = "eval/valid/greedy_accuracy"
+    evaluations = [line for line in metrics if line.get(name) is not None]
     if evaluations:
-        first, last = evaluations[0], evaluations[-1]
-        text = f"{first['eval/valid/greedy_accuracy']:.1%} (step {first['step']}) -> {last['eval/valid/greedy_accuracy']:.1%} (step {last['step']})"
-        rows.append(("held-out greedy accuracy", f"{text}, {last['eval/valid/problems']} problems"))
+        first, last = (f"{line[name]:.1%} (step {line['step']})" for line in (evaluations[0], evaluations[-1]))
+        rows.append(("held-out greedy accuracy", f"{first} -> {last}, {held_out} problems"))
     skipped = steps[-1].get("train/skipped_steps")
     if skipped:
         rows.append(("skipped steps", str(skipped)))

@@ -48,7 +48,7 @@ class TokenStreams:
     is_rollout_N: Tensor
     reference_N: Tensor | None
     objective: Objective
-    correction: Correction = Correction()
+    correction: Correction
     alpha: float = 0.5
     totals: dict[str, Tensor] = field(default_factory=dict)
 

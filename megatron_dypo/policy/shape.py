@@ -157,21 +157,23 @@ def _from_hf(path: Path) -> ModelShape:
         raise UserError(f"{path}: rope type {rope_type!r} is not supported yet")
     if raw.get("attention_bias") or raw.get("mlp_bias") or raw.get("use_sliding_window"):
         raise UserError(f"{path}: attention_bias, mlp_bias and use_sliding_window are not supported")
-    required = ["num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"]
-    wrong = [name for name in required if not isinstance(raw.get(name), int)]
-    if wrong:
-        raise UserError(f"model.hf: {path}: {wrong[0]} must be an integer, got {raw.get(wrong[0])!r}")
-    heads = raw["num_attention_heads"]
+
+    def size(name: str) -> int:
+        if not isinstance(raw.get(name), int):
+            raise UserError(f"model.hf: {path}: {name} must be an integer, got {raw.get(name)!r}")
+        return raw[name]
+
+    heads = size("num_attention_heads")
     return ModelShape(
         family=kinds[raw["model_type"]],
-        num_layers=raw["num_hidden_layers"],
-        hidden_size=raw["hidden_size"],
-        ffn_hidden_size=raw["intermediate_size"],
+        num_layers=size("num_hidden_layers"),
+        hidden_size=size("hidden_size"),
+        ffn_hidden_size=size("intermediate_size"),
         num_attention_heads=heads,
         num_query_groups=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        vocab_size=raw["vocab_size"],
-        max_position=raw["max_position_embeddings"],
+        head_dim=raw.get("head_dim") or size("hidden_size") // heads,
+        vocab_size=size("vocab_size"),
+        max_position=size("max_position_embeddings"),
         rope_base=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
         norm_eps=raw.get("rms_norm_eps", 1e-6),
         tied_embeddings=raw.get("tie_word_embeddings", False),

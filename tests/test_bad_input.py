@@ -1,0 +1,320 @@
+"""What a user can get wrong: exit code 2 and one line that names file or key, before anything is built."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from safetensors.torch import save_file
+
+from megatron_dypo.cli import main
+from megatron_dypo.config import load_config
+from megatron_dypo.config.load import fingerprint
+from megatron_dypo.data.tokenizer import arithmetic_backend
+from megatron_dypo.policy.shape import PRESETS
+from megatron_dypo.preflight import prepare
+from tests.launch import torchrun
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+WITHOUT_VLLM = """
+import sys
+from importlib.machinery import PathFinder
+
+class WithoutVllm(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name == "vllm" else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutVllm
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A usable configuration, for the cases to spoil."""
+    rows = [{"id": f"row-{i}", "prompt": f"{i}+1=", "ground_truth": str(i + 1), "teachers": []} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    tree = {
+        "model": {"preset": "tiny"},
+        "data": {"train": str(tmp_path / "rows.jsonl"), "prompts_per_step": 2, "max_prompt_tokens": 8},
+        "rollout": {"engine": "transformers", "max_response_tokens": 8},
+        "trainer": {"steps": 1, "run_dir": str(tmp_path / "run")},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.fixture(scope="session")
+def hf_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a small Hugging Face folder (one tensor is enough before the model is built)."""
+    folder = tmp_path_factory.mktemp("hf")
+    arithmetic_backend().save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(PRESETS["tiny"].to_hf_config()))
+    save_file({"lm_head.weight": torch.zeros(2, 2)}, folder / "model.safetensors")
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.fixture
+def hf(tmp_path: Path, hf_files: dict[str, bytes]) -> Path:
+    """That folder, for the cases to spoil."""
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    for name, content in hf_files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def the_line(stderr: str) -> str:
+    """What the user is told: one line, and no traceback of ours (torchrun's agent adds its own)."""
+    assert f'File "{REPOSITORY / "megatron_dypo"}' not in stderr
+    (line,) = [line for line in stderr.splitlines() if line.startswith("megatron_dypo:")]
+    return line.removeprefix("megatron_dypo: ")
+
+
+def refusal(capsys: pytest.CaptureFixture[str], config: Path, *overrides: str) -> str:
+    """The line with which ``train`` refuses; nothing else is printed and no process group built."""
+    assert main(["train", str(config), *overrides]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert not dist.is_initialized()
+    line = the_line(printed.err)
+    assert printed.err == f"megatron_dypo: {line}\n"
+    return line
+
+
+# --- in this process
+
+
+def test_the_configurations_that_the_cases_spoil_are_usable(config, hf):
+    assert len(prepare(load_config(config), "config").train) == 4
+    assert prepare(load_config(config, ["model.preset=null", f"model.hf={hf}"]), "config").shape == PRESETS["tiny"]
+
+
+@pytest.mark.parametrize(
+    "overrides, start",
+    [
+        (["trainer.stepps=1"], "{config}: trainer.stepps: unknown key; the nearest known key is trainer.steps"),
+        (["trainer.steps=many"], "{config}: trainer.steps: "),
+        (["trainer.run_dir=null"], "{config}: trainer.run_dir: "),
+        (["trainer.eval_every=1"], "{config}: data.valid: "),
+        (["parallel.tensor=2"], "{config}: parallel.tensor x parallel.pipeline = 2 x 1 "),
+        (["model.preset=huge"], "model.preset: unknown preset 'huge'"),
+        (["model.shape.num_query_groups=3"], "model.shape.num_query_groups: 3 "),
+        (["model.shape.max_position=15"], "{config}: data.max_prompt_tokens + rollout.max_response_tokens = 16 "),
+        (["model.shape.vocab_size=50"], "model.tokenizer: "),
+        (["model.tokenizer=/no/such/folder"], "model.tokenizer: "),
+        (["model.preset=null", "model.hf=/no/such/folder"], "model.hf: '/no/such/folder' "),
+        (["rollout.engine=vllm", "model.shape.hidden_size=160", "model.shape.head_dim=40"], "model.shape.head_dim: "),
+        (
+            ["rollout.engine=replay", "rollout.replay={folder}/rollouts"],
+            "rollout.replay: {folder}/rollouts/step_000001.jsonl: ",
+        ),
+        (["data.train={folder}/absent.jsonl"], "data: {folder}/absent.jsonl: no such file"),
+        (["data.valid={folder}/absent.parquet"], "data: {folder}/absent.parquet: no such file"),
+        (["data.train=reasoning_gym:chain_sum?sise=3"], "reasoning_gym:chain_sum?sise=3: "),
+        (
+            ["data.train='reasoning_gym:chain_sum?size=['"],
+            "reasoning_gym:chain_sum?size=[: while parsing a flow node expected ",
+        ),
+        (
+            ["data.prompts_per_step=5"],
+            "data.train: {folder}/rows.jsonl has 4 prompts, fewer than data.prompts_per_step: 5",
+        ),
+        (["data.max_prompt_tokens=3"], "data: prompt row-0 has 4 tokens; data.max_prompt_tokens is 3"),
+        (["trainer.run_dir={folder}/rows.jsonl"], "trainer.run_dir: {folder}/rows.jsonl "),
+        (["trainer.run_dir={folder}/rows.jsonl/run"], "trainer.run_dir: {folder}/rows.jsonl/run "),
+    ],
+)
+def test_an_unusable_value_is_refused_in_one_line(config, capsys, overrides, start):
+    folder = config.parent
+    if "rollout.engine=vllm" in overrides and torch.cuda.is_available():
+        pytest.skip("vLLM's list of head sizes is for the CPU")
+    line = refusal(capsys, config, *(override.replace("{folder}", str(folder)) for override in overrides))
+    assert line.startswith(start.replace("{config}", str(config)).replace("{folder}", str(folder)))
+
+
+@pytest.mark.parametrize(
+    "world, override, start", [(3, "parallel.tensor=3", "4 attention heads"), (2, "parallel.pipeline=2", "3 layers")]
+)
+def test_a_layout_that_does_not_divide_the_model_is_refused(config, capsys, monkeypatch, world, override, start):
+    monkeypatch.setenv("WORLD_SIZE", str(world))  # as a launcher says it
+    line = refusal(capsys, config, override, "model.shape.num_layers=3")
+    assert line.startswith(f"{config}: {override.partition('=')[0]}: ")
+    assert start in line
+
+
+@pytest.mark.parametrize(
+    "row, field", [("{cut", "not valid JSON"), ('{"prompt": "a"}', "ground_truth"), ("[1]", "expected an object")]
+)
+def test_a_malformed_row_is_refused_by_file_line_and_field(config, capsys, row, field):
+    path = config.parent / "rows.jsonl"
+    path.write_text(path.read_text() + "\n" + row)
+    assert refusal(capsys, config).startswith(f"{path}:6: {field}")
+    assert len(prepare(load_config(config, ["data.skip_bad_rows=true"]), "config").train) == 4
+
+
+def json_changed(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+SPOILT_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "config.json absent": (lambda hf: (hf / "config.json").unlink(), "model.hf: cannot read {hf}/config.json: "),
+    "config.json cut": (
+        lambda hf: (hf / "config.json").write_text('{"model'),
+        "model.hf: cannot read {hf}/config.json: ",
+    ),
+    "config.json a list": (lambda hf: (hf / "config.json").write_text("[]"), "model.hf: {hf}/config.json "),
+    "no layer count": (
+        lambda hf: json_changed(hf / "config.json", num_hidden_layers=None),
+        "model.hf: {hf}/config.json: num_hidden_layers ",
+    ),
+    "other family": (
+        lambda hf: json_changed(hf / "config.json", model_type="gpt2"),
+        "{hf}/config.json: model_type 'gpt2' ",
+    ),
+    "other rope": (
+        lambda hf: json_changed(hf / "config.json", rope_scaling={"rope_type": "yarn"}),
+        "{hf}/config.json: rope type 'yarn' ",
+    ),
+    "few embeddings": (
+        lambda hf: json_changed(hf / "config.json", vocab_size=50),
+        "model.tokenizer: {hf}: has 105 tokens",
+    ),
+    "no weights": (lambda hf: (hf / "model.safetensors").unlink(), "{hf}: no model.safetensors"),
+    "weights cut": (
+        lambda hf: (hf / "model.safetensors").write_bytes(b"\x80"),
+        "{hf}/model.safetensors: cannot be read: ",
+    ),
+    "index cut": (
+        lambda hf: (hf / "model.safetensors.index.json").write_text("{}"),
+        "{hf}/model.safetensors.index.json: ",
+    ),
+    "shard absent": (
+        lambda hf: (hf / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model-1.safetensors"}}'),
+        "{hf}/model-1.safetensors: cannot be read: ",
+    ),
+    "tokenizer cut": (
+        lambda hf: (hf / "tokenizer.json").write_text('{"model": {}}'),
+        "model.tokenizer: {hf}: cannot be loaded: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT_FOLDERS)
+def test_a_spoilt_hugging_face_folder_is_refused_by_its_file(config, hf, capsys, case):
+    spoil, start = SPOILT_FOLDERS[case]
+    spoil(hf)
+    line = refusal(capsys, config, "model.preset=null", f"model.hf={hf}")
+    assert line.startswith(start.replace("{hf}", str(hf)))
+
+
+def test_a_shape_that_the_weights_do_not_have_is_refused(config, hf, capsys):
+    line = refusal(capsys, config, "model.preset=null", f"model.hf={hf}", "model.shape.num_layers=3")
+    assert line.startswith("model.shape.num_layers: ")
+
+
+def checkpointed(config: Path, *overrides: str) -> Path:
+    """A run folder with a complete checkpoint of step 1 of the configuration with these overrides."""
+    folder = config.parent / "run" / "checkpoints" / "step_1"
+    folder.mkdir(parents=True)
+    state = json.dumps({"counters": {}, "fingerprint": fingerprint(load_config(config, list(overrides)))})
+    (folder / "state.json").write_text(state)
+    (folder / "manifest.json").write_text(json.dumps({"state.json": len(state)}))
+    return config.parent / "run"
+
+
+def test_a_run_folder_of_another_run_is_refused_with_the_differing_keys(config, capsys):
+    run_dir = checkpointed(config, "objective.gamma=2", "trainer.seed=5", "trainer.steps=9", "parallel.tensor=2")
+    assert refusal(capsys, config) == (
+        f"trainer.run_dir: {run_dir} belongs to another run; differing: "
+        "objective.gamma (was 2.0, now 1.0), trainer.seed (was 5, now 0)"
+    )
+
+
+def test_a_run_folder_of_this_run_is_resumed_whatever_may_change(config):
+    checkpointed(config, "trainer.steps=9", "parallel.tensor=2", "logging.wandb=offline", "trainer.run_dir=elsewhere")
+    assert prepare(load_config(config), "config").resume_step == 1
+
+
+def test_an_incomplete_checkpoint_is_none(config):
+    run_dir = checkpointed(config, "objective.gamma=2")
+    (run_dir / "checkpoints/step_1/state.json").write_text("{")
+    assert prepare(load_config(config), "config").resume_step == 0
+
+
+@pytest.fixture
+def held(config: Path) -> Iterator[Path]:
+    """The run folder, while another holder (here: an open file of ours) has its lock."""
+    run_dir = config.parent / "run"
+    run_dir.mkdir()
+    with open(run_dir / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("4711")
+        lock.flush()
+        yield run_dir
+
+
+def test_a_run_folder_in_use_is_refused_and_named(config, capsys, held):
+    assert refusal(capsys, config) == f"trainer.run_dir: {held} is in use by process 4711"
+
+
+def test_a_run_folder_whose_holder_ended_is_free(config):
+    first = prepare(load_config(config), "config")
+    first.lock.close()
+    assert int((config.parent / "run/.lock").read_text()) == os.getpid()
+    prepare(load_config(config), "config").lock.close()
+
+
+# --- as a user starts it
+
+
+def start(config: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess:
+    """``python -m megatron_dypo train``, a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_dypo", "train", str(config), *overrides],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_process_ends_with_code_2_and_its_one_line(config):
+    ended = start(config, "data.prompt_per_step=3")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    line = f"{config}: data.prompt_per_step: unknown key; the nearest known key is data.prompts_per_step"
+    assert ended.stderr == f"megatron_dypo: {line}\n"
+
+
+def test_vllm_asked_for_where_it_is_not_installed_is_refused(config):
+    (config.parent / "sitecustomize.py").write_text(WITHOUT_VLLM)
+    path = os.pathsep.join([str(config.parent), str(REPOSITORY)])
+    ended = start(config, "rollout.engine=vllm", PYTHONPATH=path)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("megatron_dypo: rollout.engine: vllm is not installed")
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("case", ["row", "layout"])
+def test_under_torchrun_rank_0_says_it_once(config, case):
+    if case == "row":
+        path = config.parent / "rows.jsonl"
+        path.write_text(path.read_text() + '{"prompt": "a"}\n')
+        ended, start = torchrun(2, "train", str(config)), f"{path}:5: ground_truth: "
+    else:
+        ended, start = (
+            torchrun(2, "train", str(config), "parallel.tensor=3"),
+            f"{config}: parallel.tensor x parallel.pipeline",
+        )
+    assert ended.returncode == 1
+    assert the_line(ended.stderr).startswith(start)

@@ -1,0 +1,184 @@
+"""Whole runs as a user starts them: torchrun, real vLLM, real Megatron-Core, two ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import yaml
+
+from tests.launch import copy_task, metrics, torchrun, without_times
+from tests.ranks import run_ranks
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """An uninterrupted run with recorded rollouts: (folder, torchrun's result)."""
+    folder = tmp_path_factory.mktemp("straight")
+    config = copy_task(folder, rollout__record=str(folder / "rollouts"), logging__wandb="offline")
+    result = torchrun(2, "train", str(config), WANDB_SILENT="true")
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def test_run_visits_all_regimes_and_learns(straight):
+    folder, _ = straight
+    lines = metrics(folder / "run")
+    assert [line["step"] for line in lines] == list(range(STEPS + 1))
+    assert lines[1]["dypo/hard_frac"] == 1.0 and lines[1]["dypo/offline_ratio"] == 1.0
+    for regime in ("easy", "mid", "hard"):
+        assert any(line[f"dypo/{regime}_frac"] > 0 for line in lines[1:])
+    assert lines[-1]["reward/mean"] > 0.3 > lines[1]["reward/mean"]
+    assert max(line["rollout/mismatch_max"] or 0 for line in lines[1:] if "rollout/mismatch_max" in line) < 1e-4
+    assert all(line["train/skipped_steps"] == 0 for line in lines[1:])
+
+
+def test_run_folder_holds_what_the_contract_names(straight):
+    folder, result = straight
+    names = {path.name for path in (folder / "run").iterdir()}
+    assert {"config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "report.html", "wandb"} <= names
+    assert "held-out greedy accuracy" in result.stdout and str(folder / "run" / "report.html") in result.stdout
+    assert "Traceback" not in result.stderr
+    resolved = yaml.safe_load((folder / "run" / "config.yaml").read_text())
+    assert resolved["objective"]["beta_gal"] == 1.0, "defaults are written out"
+
+
+def test_stop_and_resume_is_bit_equal(straight, tmp_path):
+    """Stopped after half the steps and started again, a run is the uninterrupted one: metrics, rollouts, weights."""
+    folder, _ = straight
+    config = str(copy_task(tmp_path, rollout__record=str(tmp_path / "rollouts")))
+    for steps in (STEPS // 2, STEPS):
+        result = torchrun(2, "train", config, f"trainer.steps={steps}")
+        assert result.returncode == 0, result.stderr
+    assert f"resuming {tmp_path / 'run'} after step {STEPS // 2}" in result.stdout
+    assert without_times(metrics(tmp_path / "run")) == without_times(metrics(folder / "run"))
+    for step in range(1, STEPS + 1):
+        name = f"rollouts/step_{step:06d}.jsonl"
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
+    ours, theirs = (run_ranks(1, final_weights, str(path / "run")) for path in (tmp_path, folder))
+    assert ours == theirs
+
+
+def final_weights(run_dir: str) -> dict[str, str]:
+    """Digest of every tensor in the run's last checkpoint, optimizer moments and reference included."""
+    import hashlib
+
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    folder = f"{run_dir}/checkpoints/step_{STEPS}"
+    import torch
+
+    reader = dcp.FileSystemReader(folder)
+    wanted = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(wanted, storage_reader=reader, no_dist=True)
+    assert any("exp_avg" in name for name in wanted) and any("reference" in name for name in wanted)
+    return {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in wanted.items()}
+
+
+def train_here(config: str, overrides: list[str]) -> None:
+    """``train`` on a forked rank."""
+    from megatron_dypo.config import load_config
+    from megatron_dypo.train import train
+
+    train(load_config(config, overrides), config)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [(1, []), (2, ["parallel.tensor=2", "parallel.sequence_parallel=true"]), (2, ["parallel.pipeline=2"])],
+    ids=["one", "tensor", "pipeline"],
+)
+def test_replayed_rollouts_train_alike_at_any_layout(straight, tmp_path, ranks, layout):
+    folder, _ = straight
+    overrides = [f"rollout.replay={folder / 'rollouts'}", "rollout.engine=replay", f"trainer.run_dir={tmp_path / 'run'}"]
+    config = str(copy_task(tmp_path))
+    shutil.copy(folder / "train.jsonl", tmp_path / "train.jsonl")
+    run_ranks(ranks, train_here, config, [*overrides, *layout, "trainer.steps=10", "trainer.save_every=0"])
+    for ours, theirs in zip(metrics(tmp_path / "run"), metrics(folder / "run")[1:11], strict=True):
+        for name in ("reward/mean", "dypo/offline_ratio", "dypo/mid_frac"):
+            assert ours[name] == theirs[name]
+        for name in ("loss/total", "train/grad_norm", "grad_share/sft"):
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-6), (name, ours["step"])
+
+
+def spoil(folder, target, steps: dict[int, float]) -> None:
+    """Copy recorded rollouts, with the first reward of some steps replaced."""
+    shutil.copytree(folder / "rollouts", target)
+    for step, reward in steps.items():
+        path = target / f"step_{step:06d}.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines[0]["responses"][0]["reward"] = reward
+        path.write_text("\n".join(map(json.dumps, lines)))
+
+
+def test_non_finite_reward_skips_the_step_and_many_in_a_row_stop_the_run(straight, tmp_path):
+    folder, _ = straight
+    spoil(folder, tmp_path / "spoilt", {2: float("nan"), 4: float("inf"), 5: float("nan"), 6: float("nan")})
+    config = str(copy_task(tmp_path))
+    overrides = ["rollout.engine=replay", f"rollout.replay={tmp_path / 'spoilt'}", "trainer.max_skipped_steps=2"]
+    with pytest.raises(AssertionError, match=r"TrainingError: 3 steps in a row were not finite; the last: prompt .*non-finite"):
+        run_ranks(2, train_here, config, [*overrides, "trainer.save_every=0"])
+    lines = metrics(tmp_path / "run")
+    assert [line["train/skipped_steps"] for line in lines] == [0, 1, 1, 2, 3, 4]
+    assert "train/grad_norm" not in lines[1] and lines[2]["train/grad_norm"] > 0
+
+
+def test_a_failing_rank_speaks_first_and_takes_the_job_down(tmp_path):
+    """Rank 0 cannot write its recording; rank 1, which waits for it, names rank 0's error instead of its own."""
+    (tmp_path / "taken").write_text("a file where a folder is wanted")
+    config = copy_task(tmp_path, rollout__record=str(tmp_path / "taken"), rollout__engine="transformers")
+    began = time.monotonic()
+    result = torchrun(2, "train", str(config))
+    assert result.returncode != 0 and time.monotonic() - began < 120
+    assert "[rank 0] failed in phase" in result.stderr and "FileExistsError" in result.stderr
+    first_error = result.stderr.index("FileExistsError")
+    assert "[rank 1]" not in result.stderr[:first_error]
+    assert result.stderr.count("Traceback (most recent call last)") <= 2, "rank 1 adds no trace of its own"
+
+
+def test_a_killed_rank_takes_the_job_down(tmp_path):
+    config = copy_task(tmp_path, rollout__engine="transformers", trainer__steps=100_000)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.Popen(
+        [*launcher, "-m", "megatron_dypo", "train", str(config)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    ranks = []
+    try:
+        wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(metrics(tmp_path / "run")) > 2, 120)
+        ranks = [child for child in psutil.Process(process.pid).children() if "megatron_dypo" in " ".join(child.cmdline())]
+        assert len(ranks) == 2
+        ranks[1].kill()
+        killed = time.monotonic()
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode != 0 and time.monotonic() - killed < 60
+        assert "SIGKILL" in errors
+        wait_for(lambda: not any(rank.is_running() and rank.status() != "zombie" for rank in ranks), 10)
+    finally:
+        for rank in ranks:
+            if rank.is_running():
+                rank.kill()
+        process.kill()
+
+
+def wait_for(condition, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.2)

@@ -1,0 +1,287 @@
+"""The output head: both backends against float64 softmax and autograd, and what one call promises bit for bit.
+
+Tensor parallelism is tested with several ranks elsewhere. Legend: T tokens, H hidden size, V rows of the weight.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_dypo.kernels import linear_logprob, linear_loss
+from megatron_dypo.kernels.chunked import CHUNK
+
+BACKENDS = ["reference", "chunked"]
+VALUE, GRADIENT = 3e-6, 2e-6  # fp32: of the largest logit, of the gradient's norm
+H = 32
+
+
+def make_head(tokens: int, rows: int = 96, scale: float = 1.0, dtype=torch.float32, seed: int = 0) -> tuple:
+    """(hidden [T, H], weight [V, H], targets [T], temperature [T]); the logits' spread is about ``scale``."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden_TH = torch.randn(tokens, H, generator=generator).to(dtype)
+    weight_VH = (scale / H**0.5 * torch.randn(rows, H, generator=generator)).to(dtype)
+    targets_T = torch.randint(0, rows, (tokens,), generator=generator)
+    return hidden_TH, weight_VH, targets_T, 0.5 + torch.rand(tokens, generator=generator)
+
+
+def plain(
+    hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, temperature_T: Tensor, vocab_size: int | None = None
+):
+    """(logp [T], entropy [T], lse [T]) as the definition says, and the largest |logit|; float64."""
+    z_TV = (hidden_TH.double() @ weight_VH[:vocab_size].double().t()) / temperature_T.double().unsqueeze(-1)
+    log_p_TV = z_TV.log_softmax(1)
+    logp_T = log_p_TV.gather(1, targets_T.unsqueeze(1)).squeeze(1)
+    largest = torch.cat([z_TV.detach().abs().flatten(), torch.ones(1)]).max().item()
+    return logp_T, -(log_p_TV.exp() * log_p_TV).sum(1), z_TV.logsumexp(1), largest
+
+
+def directions(tokens: int, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Upstream gradients of logp, entropy and lse; some tokens have none."""
+    generator = torch.Generator().manual_seed(seed)
+    grad_3T = torch.randn(3, tokens, generator=generator)
+    return (grad_3T * (torch.rand(3, tokens, generator=generator) < 0.8)).unbind()
+
+
+def gradients(outputs, grads, *inputs: Tensor) -> list[Tensor]:
+    total = sum((x * g).sum() for x, g in zip(outputs, grads, strict=True))
+    return [x.double() for x in torch.autograd.grad(total, inputs)]
+
+
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert actual.shape == expected.shape
+    assert (actual.double() - expected.double()).norm() <= tolerance * expected.double().norm()
+
+
+def assert_same_head(head: tuple, backend: str, tolerance: float = GRADIENT, vocab_size: int | None = None) -> None:
+    """Values and gradients (through logp, entropy and lse at once) equal the definition's."""
+    hidden_TH, weight_VH, targets_T, temperature_T = head
+    inputs = hidden_TH.clone().requires_grad_(), weight_VH.clone().requires_grad_()
+    grads = directions(len(targets_T))
+    options = {"temperature": temperature_T, "vocab_size": vocab_size, "entropy": True, "backend": backend}
+    result = linear_logprob(*inputs, targets_T, **options)
+    *expected, largest = plain(*inputs, targets_T, temperature_T, vocab_size)
+    exact = backend == "reference" and hidden_TH.dtype == torch.float64
+    for value, correct in zip(result, expected, strict=True):
+        assert value.shape == targets_T.shape and value.dtype == (torch.float64 if exact else torch.float32)
+        assert torch.all((value.double() - correct).abs() <= (1e-13 if exact else VALUE) * largest)
+    for ours, correct in zip(gradients(result, grads, *inputs), gradients(expected, grads, *inputs), strict=True):
+        assert_near(ours, correct, 1e-12 if exact else tolerance)
+
+
+# --- log-probs
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 100])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_values_and_gradients_equal_the_definition_for_any_number_of_tokens(backend: str, tokens: int) -> None:
+    assert_same_head(make_head(tokens), backend)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 96, 1000])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_vocabulary_size_works(backend: str, rows: int) -> None:
+    """Also one that does not divide into the tiles."""
+    assert_same_head(make_head(20, rows), backend)
+
+
+def test_the_reference_backend_is_exact_in_float64() -> None:
+    hidden_TH, weight_VH, targets_T, temperature_T = make_head(40, scale=4.0, dtype=torch.float64)
+    assert_same_head((hidden_TH, weight_VH, targets_T % 90, temperature_T), "reference", vocab_size=90)
+
+
+@pytest.mark.parametrize("scale", [0.01, 10.0, 60.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_flat_and_confident_distributions(backend: str, scale: float) -> None:
+    """At the largest scale most tokens have p ~ 1 for one id: targets are that id for half of them."""
+    hidden_TH, weight_VH, targets_T, temperature_T = make_head(64, scale=scale)
+    top_T = (hidden_TH @ weight_VH.t()).argmax(1)
+    targets_T = torch.where(torch.arange(64) % 2 == 0, top_T, targets_T)
+    head = hidden_TH, weight_VH, targets_T, temperature_T
+    assert_same_head(head, backend, tolerance=1e-5)
+    logp_T = linear_logprob(*head[:3], temperature=temperature_T, backend=backend).logp
+    assert (logp_T <= 0).all()
+    if scale == 60.0:
+        assert (logp_T[::2] > -1e-3).any() and (logp_T[1::2] < -100).any()
+
+
+def test_bf16_inputs_lose_nothing_but_the_rounding_of_the_gradient() -> None:
+    """Products and sums are fp32: values are as good as from fp32 inputs; float64 gradients round to the same bf16."""
+    for backend in BACKENDS:
+        assert_same_head(make_head(CHUNK + 3, dtype=torch.bfloat16), backend, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_temperature_is_per_token_or_one_number(backend: str) -> None:
+    hidden_TH, weight_VH, targets_T, _ = make_head(9)
+    number = linear_logprob(hidden_TH, weight_VH, targets_T, temperature=0.7, backend=backend).logp
+    tensor = linear_logprob(hidden_TH, weight_VH, targets_T, temperature=torch.full((9,), 0.7), backend=backend).logp
+    scaled = linear_logprob(hidden_TH / 0.7, weight_VH, targets_T, backend=backend).logp
+    assert torch.equal(number, tensor)
+    torch.testing.assert_close(number, scaled, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 13, 77, 95, 96])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padded_rows_take_no_part_and_get_exactly_no_gradient(backend: str, vocab_size: int) -> None:
+    """Whole tiles of padding included, and whatever is in the padded rows."""
+    hidden_TH, weight_VH, targets_T, temperature_T = make_head(33)
+    targets_T = targets_T % vocab_size
+    weight_VH[vocab_size:] = 1e30
+    assert_same_head((hidden_TH, weight_VH, targets_T, temperature_T), backend, vocab_size=vocab_size)
+    results = []
+    for padding in (1e30, 0.0):
+        weight_VH = weight_VH.clone()
+        weight_VH[vocab_size:] = padding
+        inputs = hidden_TH.clone().requires_grad_(), weight_VH.requires_grad_()
+        result = linear_logprob(
+            *inputs, targets_T, temperature=temperature_T, vocab_size=vocab_size, entropy=True, backend=backend
+        )
+        dhidden_TH, dweight_VH = gradients(result, directions(33), *inputs)
+        assert not dweight_VH[vocab_size:].any() and dweight_VH.isfinite().all()
+        results.append(torch.cat([x.detach() for x in result] + [dhidden_TH.flatten()]))
+        weight_VH = weight_VH.detach()
+    assert torch.equal(*results)
+
+
+def test_entropy_is_given_only_when_asked_for() -> None:
+    head = make_head(4)
+    for backend in BACKENDS:
+        assert linear_logprob(*head[:3], backend=backend).entropy is None
+        assert linear_loss(*head[:3], negative_log_likelihood, backend=backend)[1].entropy is None
+
+
+# --- losses local to a token
+
+
+def negative_log_likelihood(logp_t: Tensor, entropy_t: Tensor | None, t: slice) -> tuple[Tensor, Tensor]:
+    return -logp_t, -torch.ones_like(logp_t)
+
+
+def weighted_square(weights_T: Tensor):
+    """sum_t w_t logp_t^2 / 2: a loss whose slope depends on the token, its place and its log-prob."""
+
+    def token_loss(logp_t: Tensor, entropy_t: Tensor | None, t: slice) -> tuple[Tensor, Tensor]:
+        assert entropy_t is None or entropy_t.shape == logp_t.shape
+        return weights_T[t] * logp_t.square() / 2, weights_T[t] * logp_t
+
+    return token_loss
+
+
+@pytest.mark.parametrize("tokens", [0, 1, CHUNK, CHUNK + 77])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_local_loss_equals_autograd_through_the_log_probs(backend: str, tokens: int) -> None:
+    hidden_TH, weight_VH, targets_T, temperature_T = make_head(tokens)
+    targets_T, weights_T = targets_T % 90, directions(tokens)[0]
+    inputs = hidden_TH.requires_grad_(), weight_VH.requires_grad_()
+    loss, logprobs = linear_loss(
+        *inputs,
+        targets_T,
+        weighted_square(weights_T),
+        temperature=temperature_T,
+        vocab_size=90,
+        entropy=True,
+        backend=backend,
+    )
+    *expected, largest = plain(*inputs, targets_T, temperature_T, 90)
+    summands_T = weights_T.double() * expected[0].square() / 2
+    assert loss.shape == () and abs(loss.item() - summands_T.sum()) <= 1e-6 * summands_T.abs().sum()
+    for value, correct in zip(logprobs, expected, strict=True):
+        assert not value.requires_grad
+        assert torch.all((value - correct).abs() <= VALUE * largest)
+    ours = torch.autograd.grad(3 * loss, inputs)  # an upstream factor scales the gradients formed in the forward
+    for actual, correct in zip(ours, torch.autograd.grad(3 * summands_T.sum(), inputs), strict=True):
+        assert_near(actual, correct, 5e-6)
+    assert not ours[1][90:].any()
+
+
+def test_tokens_without_slope_give_no_gradient() -> None:
+    hidden_TH, weight_VH, targets_T, _ = make_head(10)
+    weights_T = torch.tensor([1.0] * 5 + [0.0] * 5)
+    hidden_TH.requires_grad_()
+    linear_loss(hidden_TH, weight_VH, targets_T, weighted_square(weights_T))[0].backward()
+    assert hidden_TH.grad[:5].abs().sum(1).min() > 0 and not hidden_TH.grad[5:].any()
+
+
+# --- bit for bit
+
+
+@pytest.mark.parametrize("tokens", [1, 37, CHUNK + 5])
+def test_both_functions_and_every_run_give_the_same_bits(tokens: int) -> None:
+    """What makes the first ratio exactly 1: the old pass is linear_logprob, the training pass linear_loss."""
+    hidden_TH, weight_VH, targets_T, temperature_T = make_head(tokens)
+    runs = []
+    for _ in range(2):
+        inputs = hidden_TH.clone().requires_grad_(), weight_VH.clone().requires_grad_()
+        with torch.no_grad():
+            old = linear_logprob(*inputs, targets_T, temperature=temperature_T, entropy=True)
+        loss, now = linear_loss(*inputs, targets_T, negative_log_likelihood, temperature=temperature_T, entropy=True)
+        assert all(torch.equal(a, b) for a, b in zip(old, now, strict=True))
+        runs.append([*now, loss.detach(), *torch.autograd.grad(loss, inputs)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_a_token_s_result_does_not_depend_on_its_place_in_the_pack() -> None:
+    """To rounding, not to the bit: the matrix product may sum another row of the same call in another order."""
+    hidden_TH, weight_VH, targets_T, temperature_T = make_head(CHUNK + 37)
+    order_T = torch.randperm(CHUNK + 37, generator=torch.Generator().manual_seed(0))
+    results = []
+    for place_T in (torch.arange(CHUNK + 37), order_T):
+        inputs = hidden_TH[place_T].requires_grad_(), weight_VH.clone().requires_grad_()
+        loss, logprobs = linear_loss(
+            *inputs, targets_T[place_T], negative_log_likelihood, temperature=temperature_T[place_T]
+        )
+        dhidden_TH, dweight_VH = torch.autograd.grad(loss, inputs)
+        back_T = place_T.argsort()
+        results.append((logprobs.logp[back_T], logprobs.lse[back_T], dhidden_TH[back_T], dweight_VH))
+    for first, second in zip(*results, strict=True):
+        assert_near(second, first, 1e-6)
+
+
+# --- bad input
+
+BAD = {
+    "backend": ({"backend": "fast"}, "backend: 'fast'"),
+    "hidden_dimensions": ({"hidden": torch.zeros(1, 4, H)}, "hidden, weight, targets: expected 2, 2 and 1"),
+    "weight_dimensions": ({"weight": torch.zeros(96)}, "hidden, weight, targets: expected 2, 2 and 1"),
+    "targets_dimensions": ({"targets": torch.zeros(4, 1).long()}, "hidden, weight, targets: expected 2, 2 and 1"),
+    "width": ({"weight": torch.zeros(96, H + 1)}, "weight: 33 columns"),
+    "targets_dtype": ({"targets": torch.zeros(4, dtype=torch.int32)}, "targets: expected int64"),
+    "too_few_targets": ({"targets": torch.zeros(3).long()}, "targets: 3 ids for 4 tokens"),
+    "negative_target": ({"targets": torch.tensor([0, 1, 2, -1])}, "targets: ids from -1 to 2"),
+    "target_beyond": ({"targets": torch.tensor([0, 1, 2, 96])}, "targets: ids from 0 to 96"),
+    "target_in_the_padding": ({"vocab_size": 90, "targets": torch.tensor([0, 1, 2, 90])}, "vocabulary of 90"),
+    "no_vocabulary": ({"vocab_size": 0}, "vocab_size: 0 does not fit 96"),
+    "vocabulary_too_large": ({"vocab_size": 97}, "vocab_size: 97 does not fit 96"),
+    "temperature_length": ({"temperature": torch.ones(3)}, r"temperature: expected a number or \[4\], got \[3\]"),
+    "temperature_dimensions": ({"temperature": torch.ones(4, 1)}, r"temperature: expected a number or \[4\]"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_input_is_refused_by_name(bad: str) -> None:
+    changes, message = BAD[bad]
+    hidden_TH, weight_VH, _, _ = make_head(4)
+    arguments = {"hidden": hidden_TH, "weight": weight_VH, "targets": torch.arange(4)} | changes
+    with pytest.raises(ValueError, match=message):
+        linear_logprob(**arguments)
+    with pytest.raises(ValueError, match=message):
+        linear_loss(**arguments, token_loss=negative_log_likelihood)
+
+
+# --- imports
+
+
+def test_the_mathematics_imports_neither_megatron_nor_vllm() -> None:
+    modules = ["kernels", "objectives", "batching.micro_batch", "batching.plan", "batching.sequences"]
+    program = (
+        "import sys\n"
+        + "".join(f"import megatron_dypo.{name}\n" for name in modules)
+        + "print([name for name in sys.modules if name.split('.')[0] in ('megatron', 'vllm')])"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert found.stdout.strip() == "[]"
