@@ -22,7 +22,10 @@ def copy_task(folder: Path, **overrides: object) -> Path:
             "id": f"{i}-{digit}",
             "prompt": f"{word}{digit}=",
             "ground_truth": str(digit),
-            "teachers": [{"name": "a", "trace": f" \\boxed{{{digit}}}"}, {"name": "b", "trace": f"{digit} \\boxed{{{digit}}}"}],
+            "teachers": [
+                {"name": "a", "trace": f" \\boxed{{{digit}}}"},
+                {"name": "b", "trace": f"{digit} \\boxed{{{digit}}}"},
+            ],
         }
         for i, word in enumerate(WORDS)
         for digit in range(10)

@@ -39,6 +39,7 @@ def loads(plan: list[list[list[int]]], lengths: list[int]) -> list[float]:
 @example([], 3, 10)
 @example([500], 4, 10)
 @example([10] * 7, 3, 10)
+@example([46, 22, 36, 52, 51, 45, 39], 1, 100)  # fits first-fit, but not evenly
 def test_a_plan_holds_every_sequence_once_within_budget_and_as_many_micro_batches_a_rank(lengths, ranks, budget):
     plan = plan_micro_batches(lengths, ranks, budget)
     assert len(plan) == ranks

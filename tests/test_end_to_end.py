@@ -103,7 +103,11 @@ def train_here(config: str, overrides: list[str]) -> None:
 )
 def test_replayed_rollouts_train_alike_at_any_layout(straight, tmp_path, ranks, layout):
     folder, _ = straight
-    overrides = [f"rollout.replay={folder / 'rollouts'}", "rollout.engine=replay", f"trainer.run_dir={tmp_path / 'run'}"]
+    overrides = [
+        f"rollout.replay={folder / 'rollouts'}",
+        "rollout.engine=replay",
+        f"trainer.run_dir={tmp_path / 'run'}",
+    ]
     config = str(copy_task(tmp_path))
     shutil.copy(folder / "train.jsonl", tmp_path / "train.jsonl")
     run_ranks(ranks, train_here, config, [*overrides, *layout, "trainer.steps=10", "trainer.save_every=0"])
@@ -129,7 +133,9 @@ def test_non_finite_reward_skips_the_step_and_many_in_a_row_stop_the_run(straigh
     spoil(folder, tmp_path / "spoilt", {2: float("nan"), 4: float("inf"), 5: float("nan"), 6: float("nan")})
     config = str(copy_task(tmp_path))
     overrides = ["rollout.engine=replay", f"rollout.replay={tmp_path / 'spoilt'}", "trainer.max_skipped_steps=2"]
-    with pytest.raises(AssertionError, match=r"TrainingError: 3 steps in a row were not finite; the last: prompt .*non-finite"):
+    with pytest.raises(
+        AssertionError, match=r"TrainingError: 3 steps in a row were not finite; the last: prompt .*non-finite"
+    ):
         run_ranks(2, train_here, config, [*overrides, "trainer.save_every=0"])
     lines = metrics(tmp_path / "run")
     assert [line["train/skipped_steps"] for line in lines] == [0, 1, 1, 2, 3, 4]
@@ -162,7 +168,9 @@ def test_a_killed_rank_takes_the_job_down(tmp_path):
     ranks = []
     try:
         wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(metrics(tmp_path / "run")) > 2, 120)
-        ranks = [child for child in psutil.Process(process.pid).children() if "megatron_dypo" in " ".join(child.cmdline())]
+        ranks = [
+            child for child in psutil.Process(process.pid).children() if "megatron_dypo" in " ".join(child.cmdline())
+        ]
         assert len(ranks) == 2
         ranks[1].kill()
         killed = time.monotonic()

@@ -140,7 +140,9 @@ def test_time_to_find_the_box_is_linear(text: str) -> None:
         ("x" * 5_000, "x" * 5_000),
     ],
 )
-def test_text_that_agrees_earns_the_reward_without_any_process(truth: str, answer: str, new_children: Callable[[], list[int]]) -> None:
+def test_text_that_agrees_earns_the_reward_without_any_process(
+    truth: str, answer: str, new_children: Callable[[], list[int]]
+) -> None:
     with MathReward() as function:
         assert score(function, (truth, answer)) == [1.0]
         assert not new_children()
@@ -158,7 +160,9 @@ def test_text_that_agrees_earns_the_reward_without_any_process(truth: str, answe
         ("9" * (MAX_CHARACTERS + 1), "+" + "9" * (MAX_CHARACTERS + 1)),
     ],
 )
-def test_text_that_cannot_agree_earns_nothing_without_any_process(truth: str, answer: str, new_children: Callable[[], list[int]]) -> None:
+def test_text_that_cannot_agree_earns_nothing_without_any_process(
+    truth: str, answer: str, new_children: Callable[[], list[int]]
+) -> None:
     with MathReward() as function:
         assert score(function, (truth, answer)) == [0.0]
         assert not new_children()
@@ -283,7 +287,9 @@ def test_close_leaves_no_process_even_in_the_middle_of_a_start(new_children: Cal
     assert not new_children()
 
 
-def test_workers_that_cannot_start_stop_the_run(monkeypatch: pytest.MonkeyPatch, new_children: Callable[[], list[int]]) -> None:
+def test_workers_that_cannot_start_stop_the_run(
+    monkeypatch: pytest.MonkeyPatch, new_children: Callable[[], list[int]]
+) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with MathReward() as function, pytest.raises(TrainingError, match="did not start"):
         score(function, ("5", "5.0"))
@@ -291,7 +297,9 @@ def test_workers_that_cannot_start_stop_the_run(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_workers_end_with_a_killed_trainer() -> None:
-    trainer = subprocess.Popen([sys.executable, "-c", _TRAINER, HANGS_IN_PYTHON], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", _TRAINER, HANGS_IN_PYTHON], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    )
     assert trainer.stdout.readline() == "[1.0]\n"
     [worker] = psutil.Process(trainer.pid).children()
     spent = sum(worker.cpu_times()[:2])
@@ -314,7 +322,8 @@ reward([r"\boxed{%s}" % sys.argv[1]], ["5"], ["b"])
 def test_neither_trainer_nor_worker_imports_what_it_must_not() -> None:
     listing = "import sys, megatron_dypo.reward{}; print(*sorted(sys.modules))"
     trainer, worker = (
-        subprocess.check_output([sys.executable, "-c", listing.format(part)], cwd=REPOSITORY, text=True).split() for part in ("", ".worker")
+        subprocess.check_output([sys.executable, "-c", listing.format(part)], cwd=REPOSITORY, text=True).split()
+        for part in ("", ".worker")
     )
     heavy = {"torch", "megatron", "vllm", "numpy"}
     assert "megatron_dypo.reward.function" in trainer

@@ -81,7 +81,9 @@ def test_engine_logprobs_agree_after_a_sync_of_different_weights(engine, tied, t
         assert again["ids"] == compared[3]["ids"][::-1][:20], "a request's seed alone decides its sample"
         assert greedy["ids"][0] == greedy["ids"][1]
         for ids, finish in zip(compared[0]["ids"], compared[0]["finish"], strict=True):
-            assert (ids[-1] == 1) == (finish == "stop") and 1 not in ids[:-1], "the end token ends a response and is part of it"
+            assert (ids[-1] == 1) == (finish == "stop") and 1 not in ids[:-1], (
+                "the end token ends a response and is part of it"
+            )
     assert ranks[0][0]["ids"] == ranks[1][0]["ids"]
 
 

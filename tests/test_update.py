@@ -54,7 +54,13 @@ def one_step(parallel: dict, kind: str) -> dict:
     outcome = run_updates(policy, works, config, lr=1e-3)
     changed = any((tensor != before[name]).any().item() for name, tensor in policy.named_tensors())
     batches = len(works[0].rollouts) + len(works[0].teachers)
-    return {"metrics": outcome.metrics, "empty": outcome.empty, "changed": changed, "batches": batches, "offender": offender}
+    return {
+        "metrics": outcome.metrics,
+        "empty": outcome.empty,
+        "changed": changed,
+        "batches": batches,
+        "offender": offender,
+    }
 
 
 @pytest.mark.parametrize("kind", ["easy", "hard-without-teacher"])

@@ -41,7 +41,7 @@ def load_weights(gpt: torch.nn.Module, shape: ModelShape, layout: Layout, read: 
     Raises UserError naming the tensor when its shape is not the model's.
     """
     shapes, local = hf_shapes(shape), _local_parameters(gpt, shape, layout)
-    for rule in [*rules(shape), TIED_HEAD_RULE]:
+    for rule in [*rules(shape), *([TIED_HEAD_RULE] if shape.tied_embeddings else [])]:
         if rule.mcore not in local:
             continue
         parts = [read(name) for name in rule.hf]

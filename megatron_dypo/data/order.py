@@ -15,8 +15,11 @@ def _permutation(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def batch_indices(step: int, per_step: int, count: int, seed: int) -> list[int]:
-    """Row indices of step ``step`` (first is 1) among ``count`` rows: each epoch visits every row once, in its own order."""
-    first = (step - 1) * per_step
-    return [
-        _permutation(count, seed, position // count)[position % count] for position in range(first, first + per_step)
-    ]
+    """Row indices of step ``step`` (first is 1) among ``count`` rows, all different.
+
+    An epoch is as many whole batches as the rows give; the rest sits out until the next epoch's shuffle, so that no
+    batch holds a prompt twice.
+    """
+    batches = count // per_step
+    epoch, batch = divmod(step - 1, batches)
+    return _permutation(count, seed, epoch)[batch * per_step : (batch + 1) * per_step]

@@ -1,0 +1,119 @@
+"""Hugging Face folders in and out of a sharded policy: log-probs equal transformers', tensors come back bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_dypo.convert.hf_folder import folder_weights
+from megatron_dypo.convert.mapping import hf_shapes, rules
+from megatron_dypo.errors import UserError
+from megatron_dypo.policy.shape import FAMILIES, PRESETS, ModelShape
+from tests.ranks import run_ranks
+
+# head_dim differs from hidden / heads, groups from heads, and the vocabulary from any multiple of 1024
+SHAPE = dataclasses.replace(
+    PRESETS["tiny"],
+    hidden_size=48,
+    ffn_hidden_size=80,
+    num_query_groups=2,
+    head_dim=16,
+    vocab_size=131,
+    rope_base=500.0,
+)
+
+
+def hf_model(shape: ModelShape):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = shape.to_hf_config()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(fields.pop("model_type"), **fields), dtype=torch.float32
+    )
+    for name, parameter in model.named_parameters():
+        if "norm" in name or name.endswith("bias"):  # ones and zeros would hide a mix-up
+            torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.2)
+    return model.eval()
+
+
+def round_trip(folder: str, parallel: dict) -> dict:
+    """Load the folder at a layout; log-probs of two sequences (last stage), and the tensors gathered back."""
+    import numpy as np
+
+    from megatron_dypo.batching.micro_batch import MicroBatch
+    from megatron_dypo.config.schema import Model
+    from megatron_dypo.convert.hf_folder import folder_weights
+    from megatron_dypo.convert.stream import hf_tensors
+    from megatron_dypo.policy.policy import Policy
+    from megatron_dypo.policy.shape import model_shape
+    from megatron_dypo.records import Kind, Sequence
+    from megatron_dypo.runtime import distributed
+    from tests.batches import make_config
+
+    config = make_config(parallel=parallel)
+    config.model = Model(hf=folder)
+    layout = distributed.init(config.parallel.tensor, config.parallel.pipeline, 60)
+    shape = model_shape(config.model)
+    policy = Policy(config, shape, layout, folder_weights(folder))
+    sequences = [
+        Sequence(np.arange(2, 2 + n, dtype=np.int32) % 131, 1, Kind.TEACHER, i, 0) for i, n in enumerate((9, 40))
+    ]
+    logp = policy.logprobs([MicroBatch.pack(sequences, [0, 1], 1.0, multiple=2)])
+    tensors = {name: tensor.numpy().copy() for name, tensor in hf_tensors(policy.gpt, shape, layout)}
+    return {"logp": [values.numpy() for values in logp], "tensors": tensors}
+
+
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2, "sequence_parallel": True}, {"pipeline": 2}], ids=str)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hf_folder_round_trip(family, tied, parallel, tmp_path):
+    model = hf_model(dataclasses.replace(SHAPE, family=family, tied_embeddings=tied))
+    model.save_pretrained(tmp_path, max_shard_size="60KB")  # several shards and an index
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    expected = []
+    for n in (9, 40):
+        ids = torch.arange(2, 2 + n)[None] % 131
+        with torch.no_grad():
+            logp = model(ids).logits[0, :-1].log_softmax(-1)
+        expected.append(logp.gather(1, ids[0, 1:, None]).squeeze(1))
+    expected = torch.cat(expected)
+    saved = {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+    for result in run_ranks(max([1, *parallel.values()]), round_trip, str(tmp_path), parallel):
+        for values in result["logp"]:
+            assert (torch.from_numpy(values) - expected).abs().max() < 1e-5
+        assert result["tensors"].keys() == saved.keys()
+        for name, tensor in saved.items():
+            assert torch.equal(torch.from_numpy(result["tensors"][name]), tensor), name
+
+
+def test_fold_and_unfold_are_inverse_for_every_rule():
+    shape = dataclasses.replace(SHAPE, family="qwen2")
+    shapes = hf_shapes(shape)
+    for rule in rules(shape):
+        parts = [torch.randn(shapes[name]) for name in rule.hf]
+        back = rule.unfold(rule.fold(parts, shape), shape)
+        assert all(torch.equal(a, b) for a, b in zip(parts, back, strict=True)), rule.mcore
+
+
+def test_number_of_parameters_is_the_sum_of_all_tensors():
+    shape = SHAPE
+    assert shape.parameters == sum(torch.Size(size).numel() for size in hf_shapes(shape).values())
+
+
+def test_damaged_folders_are_named(tmp_path):
+    model = hf_model(SHAPE)
+    model.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    with pytest.raises(UserError, match="tensor model.nonsense is missing"):
+        folder_weights(tmp_path)("model.nonsense")
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"model\.safetensors: cannot be read"):
+        folder_weights(tmp_path)
+    weights.unlink()
+    with pytest.raises(UserError, match=r"no model\.safetensors"):
+        folder_weights(Path(tmp_path))
