@@ -1,4 +1,4 @@
-"""``python -m megatron_dypo`` and ``torchrun -m megatron_dypo``. Helper processes that re-run ``__main__`` find it guarded."""
+"""``python -m megatron_dypo`` and ``torchrun -m megatron_dypo``, guarded: helper processes re-run ``__main__``."""
 
 from megatron_dypo.cli import main
 

@@ -74,7 +74,7 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _quiet() -> None:
-    """Our own log lines from rank 0, warnings from all; the libraries' notices about what is not installed are doctor's business."""
+    """Our own log lines from rank 0, warnings from all; not the libraries' notices about what is not installed."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM announces its NUMA binding on every rank
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")

@@ -47,7 +47,8 @@ def prepare(config: Config, source: str) -> Inputs:
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if longest > shape.max_position:
         raise UserError(
-            f"{source}: data.max_prompt_tokens + rollout.max_response_tokens = {longest} exceeds the model's limit of {shape.max_position}"
+            f"{source}: data.max_prompt_tokens + rollout.max_response_tokens = {longest} "
+            f"exceeds the model's limit of {shape.max_position}"
         )
     if engine_name(config) == "vllm":
         check_head_size(shape)
@@ -56,7 +57,8 @@ def prepare(config: Config, source: str) -> Inputs:
 
         if not torch.cuda.is_available() and config.trainer.save_every:
             raise UserError(
-                f"{source}: optimizer.distributed: its checkpoints do not resume on CPU; set trainer.save_every: 0 or leave it off"
+                f"{source}: optimizer.distributed: its checkpoints do not resume on CPU; "
+                "set trainer.save_every: 0 or leave it off"
             )
     if config.model.hf:
         folder_weights(hf_folder(config.model.hf))

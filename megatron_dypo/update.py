@@ -55,7 +55,7 @@ class Outcome:
 def make_work(
     policy: Policy, groups: list[Group], config: Config, encode_trace: Callable[[Group, int], np.ndarray]
 ) -> list[Work]:
-    """Cut the groups into mini-batches of whole prompts and plan each; the same on every rank but for the micro-batches."""
+    """Cut the groups into mini-batches of whole prompts and plan each; only the micro-batches differ between ranks."""
     updates, layout = config.objective.updates_per_rollout, policy.layout
     works = []
     for part in np.array_split(np.arange(len(groups)), updates):
@@ -132,7 +132,7 @@ def share_sums(policy: Policy, work: Work) -> None:
 
 
 def run_updates(policy: Policy, works: list[Work], config: Config, lr: float) -> Outcome:
-    """One optimizer update per mini-batch. Mini-batches with nothing to train on are left out, the same on every rank."""
+    """One optimizer update per mini-batch; those with nothing to train on are left out, the same on every rank."""
     objective, outcome = config.objective, Outcome()
     correction = Correction(config.rollout.correction, config.rollout.correction_cap)
     reports, norms = [], []

@@ -15,7 +15,7 @@ IGNORED = ("time/", "perf/")
 
 
 def copy_task(folder: Path, **overrides: object) -> Path:
-    """A configuration whose policy learns to box the digit it is shown; ``overrides`` are dotted keys (``__`` for the dot)."""
+    """A configuration whose policy learns to box the digit it is shown; ``overrides``: keys with ``__`` for the dot."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
         {

@@ -1,4 +1,4 @@
-"""Run a function on several real ranks (gloo, megatron-core) in a second or two each: forked from a preloaded server."""
+"""Run a function on several real ranks (gloo, megatron-core), forked in a second from a preloaded server."""
 
 from __future__ import annotations
 

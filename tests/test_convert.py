@@ -108,7 +108,7 @@ def test_damaged_folders_are_named(tmp_path):
     model = hf_model(SHAPE)
     model.save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
-    with pytest.raises(UserError, match="tensor model.nonsense is missing"):
+    with pytest.raises(UserError, match=r"tensor model\.nonsense is missing"):
         folder_weights(tmp_path)("model.nonsense")
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])

@@ -1,4 +1,4 @@
-"""One update at its edges: nothing to train on, ranks without data, non-finite values, the reference, the learning rate."""
+"""One update at its edges: nothing to train on, ranks without data, non-finite values, reference, checkpoints."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def one_step(parallel: dict, kind: str) -> dict:
         groups = [group for group in groups if group.regime == Regime.MID][:1]
     before = weights_of(policy)
     works = make_work(policy, groups, config, trace_ids)
-    mismatch, offender = logprob_passes(policy, works, config)
+    _, offender = logprob_passes(policy, works, config)
     outcome = run_updates(policy, works, config, lr=1e-3)
     changed = any((tensor != before[name]).any().item() for name, tensor in policy.named_tensors())
     batches = len(works[0].rollouts) + len(works[0].teachers)

@@ -12,7 +12,7 @@ from megatron_dypo.runtime.seeding import choose
 
 
 def draw_teachers(group: Group, usable: list[int], seed: int, step: int, draws: int) -> None:
-    """Draw among the ``usable`` teachers of a group: a hash of (seed, step, prompt id), nothing else. A replayed draw stays."""
+    """Draw among a group's ``usable`` teachers: a hash of (seed, step, prompt id). A replay's draw stays."""
     if group.teacher_indices is None:
         drawn = choose((seed, "teacher", step, group.prompt.id), len(usable), draws)
         group.teacher_indices = tuple(usable[i] for i in drawn)
@@ -21,7 +21,7 @@ def draw_teachers(group: Group, usable: list[int], seed: int, step: int, draws: 
 def training_sequences(
     groups: list[Group], method: str, encode_trace: Callable[[Group, int], np.ndarray]
 ) -> list[Sequence]:
-    """All sequences of a (mini-)batch in order of group and sample. ``encode_trace(group, i)``: ids of teacher i's trace."""
+    """All sequences of a (mini-)batch, by group and sample. ``encode_trace(group, i)``: ids of teacher i's trace."""
     sequences = []
     for g, group in enumerate(groups):
         route = RECIPES[method].route(group.regime)

@@ -30,11 +30,13 @@ def _rules(config: Config):
     )
     yield (
         objective.hard_max_solved >= rollout.samples_per_prompt,
-        f"objective.hard_max_solved: {objective.hard_max_solved} leaves no Mid group with rollout.samples_per_prompt: {rollout.samples_per_prompt}",
+        f"objective.hard_max_solved: {objective.hard_max_solved} leaves no Mid group with "
+        f"rollout.samples_per_prompt: {rollout.samples_per_prompt}",
     )
     yield (
         objective.updates_per_rollout > config.data.prompts_per_step,
-        f"objective.updates_per_rollout: {objective.updates_per_rollout} mini-batches cannot be cut from data.prompts_per_step: {config.data.prompts_per_step}",
+        f"objective.updates_per_rollout: {objective.updates_per_rollout} mini-batches cannot be cut from "
+        f"data.prompts_per_step: {config.data.prompts_per_step}",
     )
     yield (
         objective.method == "grpo" and rollout.samples_per_prompt == 1,
@@ -47,7 +49,8 @@ def _rules(config: Config):
     )
     yield (
         decays and optimizer.schedule_steps is not None and optimizer.schedule_steps <= optimizer.warmup_steps,
-        f"optimizer.schedule_steps: {optimizer.schedule_steps} must exceed optimizer.warmup_steps: {optimizer.warmup_steps}",
+        f"optimizer.schedule_steps: {optimizer.schedule_steps} must exceed "
+        f"optimizer.warmup_steps: {optimizer.warmup_steps}",
     )
     yield optimizer.min_lr > optimizer.lr, f"optimizer.min_lr: {optimizer.min_lr} exceeds optimizer.lr: {optimizer.lr}"
     yield not all(0 <= beta < 1 for beta in optimizer.betas), f"optimizer.betas: {optimizer.betas} must lie in [0, 1)"
@@ -85,7 +88,7 @@ def check_layout(
     for broken, message in (
         (
             world_size % (tensor * pipeline),
-            f"parallel.tensor x parallel.pipeline = {tensor} x {pipeline} does not divide the {world_size} ranks started",
+            f"parallel.tensor x parallel.pipeline = {tensor} x {pipeline} does not divide the {world_size} ranks",
         ),
         (heads % tensor, f"parallel.tensor: {tensor} does not divide the model's {heads} attention heads"),
         (

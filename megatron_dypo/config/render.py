@@ -1,4 +1,4 @@
-"""The schema as text: the key reference of ``train --help`` and of docs/configuration.md, from the one place that defines it."""
+"""The schema as text: the key reference of ``train --help`` and of docs/configuration.md."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from megatron_dypo.runtime.seeding import generator
 
 
 def random_weights(shape: ModelShape, seed: int) -> Callable[[str], Tensor]:
-    """Initial weights by Hugging Face name: norms 1, biases 0, the rest N(0, init_std), each drawn from hash(seed, name)."""
+    """Initial weights by Hugging Face name: norms 1, biases 0, others N(0, init_std) drawn from hash(seed, name)."""
     shapes = hf_shapes(shape)
 
     def read(name: str) -> Tensor:

@@ -45,7 +45,8 @@ def load_data(data: Data) -> tuple[list[Prompt], list[Prompt]]:
         )
     if len(train) < data.prompts_per_step:
         raise UserError(
-            f"data.train: {data.train} has {len(train)} prompts, fewer than data.prompts_per_step: {data.prompts_per_step}"
+            f"data.train: {data.train} has {len(train)} prompts, "
+            f"fewer than data.prompts_per_step: {data.prompts_per_step}"
         )
     return train, valid
 

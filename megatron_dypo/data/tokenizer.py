@@ -1,4 +1,4 @@
-"""Text <-> token ids. A Hugging Face tokenizer, or the built-in one for generated arithmetic; ids are never re-tokenised."""
+"""Text <-> token ids: a Hugging Face tokenizer, or the built-in one for arithmetic. Ids are never re-tokenised."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from megatron_dypo.runtime.distributed import Layout, all_gather_objects
 def greedy_accuracy(
     groups: list[Group], engine: Engine, config: Config, tokenizer: Tokenizer, reward: Reward, layout: Layout
 ) -> dict:
-    """``eval/valid/*``: share of right answers and their mean length (tokens). Each rank takes its share of the prompts."""
+    """``eval/valid/*``: share of right answers, mean length (tokens). Each rank takes its share of the prompts."""
     mine = [Group(group.prompt, group.prompt_ids) for group in groups[layout.rank :: layout.world]]
     responses = engine.generate([Request(group.prompt_ids, None) for group in mine], sampling(config, tokenizer.eos_id))
     for group, response in zip(mine, responses, strict=True):

@@ -1,6 +1,6 @@
 """The head in plain torch, a chunk of tokens at a time: at most CHUNK x V_local logits exist, in fp32.
 
-z = hidden @ weight.T / temperature. Gradients: dlogp/dz = onehot - p, dlse/dz = p, dentropy/dz = -p (z - lse + entropy).
+z = hidden @ weight.T / temperature; dlogp/dz = onehot - p, dlse/dz = p, dentropy/dz = -p (z - lse + entropy).
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ _BACKENDS = {"auto": chunked, "chunked": chunked, "reference": reference}
 
 
 class LogProbs(NamedTuple):
-    """fp32, nats, of softmax(z / temperature): ``logp`` [T], ``entropy`` [T] or None, ``lse`` [T] = logsumexp(z / temperature)."""
+    """fp32, nats, of softmax(z / temperature): ``logp`` [T], ``entropy`` [T] or None, ``lse`` [T] the normaliser."""
 
     logp: Tensor
     entropy: Tensor | None
@@ -92,7 +92,8 @@ def _check(
         raise ValueError(f"backend: {backend!r} is unknown; known: {', '.join(_BACKENDS)}")
     if hidden.dim() != 2 or weight.dim() != 2 or targets.dim() != 1:
         raise ValueError(
-            f"hidden, weight, targets: expected 2, 2 and 1 dimensions, got {hidden.dim()}, {weight.dim()}, {targets.dim()}"
+            f"hidden, weight, targets: expected 2, 2 and 1 dimensions, "
+            f"got {hidden.dim()}, {weight.dim()}, {targets.dim()}"
         )
     if hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"weight: {weight.shape[1]} columns for hidden states of width {hidden.shape[1]}")

@@ -1,4 +1,4 @@
-"""The head with materialised logits and torch's own autograd: the plain statement that the others are tested against."""
+"""The head with materialised logits and torch's own autograd: the statement that the others are tested against."""
 
 from __future__ import annotations
 

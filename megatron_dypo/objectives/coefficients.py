@@ -151,7 +151,7 @@ def sequence_terms(
 def _sequence_surrogate(
     sums: SequenceSums, advantage: float, unit: float, objective: Objective, correction: Correction
 ) -> tuple[float, float]:
-    """(surrogate, its derivative in the response's log-ratio) of a sequence-level ratio, the rollout correction included."""
+    """(surrogate, its derivative in the response's log-ratio) of a sequence-level ratio, correction included."""
     base = sums.old if objective.ratio_base == "old" else sums.reference
     ratio = math.exp(min((sums.now - base) * unit, 60.0))
     low, high = 1 - objective.clip_low, 1 + objective.clip_high

@@ -1,6 +1,6 @@
 """Group Alignment Loss (Eq. 14-16, 23) as per-trajectory coefficients.
 
-Pairs P = {(s, f): r_s > r_f}, d_sf = s_s - s_f, L = mean_P -log sigmoid(beta d). Its gradient is sum_i C_i grad s_i with
+Pairs P = {(s, f): r_s > r_f}, d_sf = s_s - s_f, L = mean_P -log sigmoid(beta d). Its gradient: sum_i C_i grad s_i,
 C_s = -(beta/|P|) sum_f (1 - sigmoid(beta d_sf)) and C_f = +(beta/|P|) sum_s (1 - sigmoid(beta d_sf)): once the k
 numbers s_i are known, every token's gradient is local, so a group may be cut anywhere. Legend: k responses.
 """

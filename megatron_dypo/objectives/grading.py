@@ -11,7 +11,7 @@ _CORRECTION = {"population": 0, "sample": 1}
 
 
 def grade(rewards: Tensor, reward_threshold: float = 0.5, hard_max_solved: int = 0) -> list[Regime]:
-    """Regime of each row of ``rewards`` [Q, k]: Easy if all reach the threshold, Hard if at most ``hard_max_solved`` do, else Mid.
+    """Regime of each row of ``rewards`` [Q, k]: Easy if all are right, Hard if at most ``hard_max_solved``, else Mid.
 
     Exclusive and exhaustive for every k >= 1; Easy wins where both would hold, and k = 1 has no Mid.
     """

@@ -65,7 +65,7 @@ class PackedAttention(torch.nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, *, packed_seq_params, **_
     ) -> Tensor:
-        """query [T, A, D], key and value [T, A_kv, D] -> [T, A * D]; ``packed_seq_params.segments`` says how T is cut."""
+        """query [T, A, D], key and value [T, A_kv, D] -> [T, A * D]; ``packed_seq_params.segments``: how T is cut."""
         segments, outputs = packed_seq_params.segments, []
         for gather, rows, kept in segments.buckets:
             q, k, v = (x.index_select(0, gather).unflatten(0, (rows, -1)).transpose(1, 2) for x in (query, key, value))

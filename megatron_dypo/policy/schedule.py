@@ -8,7 +8,7 @@ from megatron_dypo.config.schema import Optimizer
 
 
 def learning_rate(step: int, optimizer: Optimizer) -> float:
-    """Rate of step ``step`` (first is 1): linear warm-up to ``lr``, then constant, or decay to ``min_lr`` at ``schedule_steps``."""
+    """Rate of a step (first is 1): warm-up to ``lr``, then constant, or decay to ``min_lr`` at ``schedule_steps``."""
     if step <= optimizer.warmup_steps:
         return optimizer.lr * step / optimizer.warmup_steps
     if optimizer.schedule == "constant":

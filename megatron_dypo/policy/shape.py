@@ -1,4 +1,4 @@
-"""What a model looks like, independent of who runs it: one ``ModelShape`` from a preset, an HF folder, and overrides."""
+"""What a model looks like, whoever runs it: one ``ModelShape`` from a preset, an HF folder, and overrides."""
 
 from __future__ import annotations
 
@@ -122,7 +122,8 @@ def model_shape(config: Model) -> ModelShape:
                 raise UserError(f"model.shape.{changed[0]}: the weights in model.hf: {config.hf} have another shape")
     if shape.num_attention_heads % shape.num_query_groups:
         raise UserError(
-            f"model.shape.num_query_groups: {shape.num_query_groups} does not divide num_attention_heads: {shape.num_attention_heads}"
+            f"model.shape.num_query_groups: {shape.num_query_groups} does not divide "
+            f"num_attention_heads: {shape.num_attention_heads}"
         )
     return shape
 

@@ -1,4 +1,4 @@
-"""A batch of prompts -> graded-ready groups on every rank: each rank samples and scores its share, all share the result."""
+"""A batch of prompts -> scored groups on every rank: each rank samples and scores its share, all get the result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def encode_prompts(prompts: list[Prompt], tokenizer: Tokenizer, longest: int) ->
     for group in groups:
         if not 0 < len(group.prompt_ids) <= longest:
             raise UserError(
-                f"data: prompt {group.prompt.id} has {len(group.prompt_ids)} tokens; data.max_prompt_tokens is {longest}"
+                f"data: prompt {group.prompt.id} has {len(group.prompt_ids)} tokens; "
+                f"data.max_prompt_tokens is {longest}"
             )
     return groups
 

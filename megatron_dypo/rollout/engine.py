@@ -52,7 +52,7 @@ class Engine(Protocol):
 
 
 def engine_name(config: Config) -> str:
-    """``rollout.engine`` with ``auto`` resolved: vLLM where it is installed, transformers (said in the log) elsewhere."""
+    """``rollout.engine`` with ``auto`` resolved: vLLM where installed, transformers (said in the log) elsewhere."""
     wanted, installed = config.rollout.engine, importlib.util.find_spec("vllm") is not None
     if wanted == "vllm" and not installed:
         raise UserError(
@@ -71,7 +71,7 @@ def check_head_size(shape: ModelShape) -> None:
 
 
 def build_engine(config: Config, shape: ModelShape, eos_id: int, folder: Path) -> Engine | None:
-    """This rank's engine (None when rollouts are replayed); ``folder`` receives the model's config. Dummy weights until ``sync``."""
+    """This rank's engine, with dummy weights until ``sync``; None when rollouts are replayed."""
     name = engine_name(config)
     if name == "vllm":
         from megatron_dypo.rollout.vllm_engine import VllmEngine

@@ -113,7 +113,7 @@ def install() -> bool:
 
     if not megatron.core.__version__.startswith(_TESTED):
         raise RuntimeError(
-            f"the CPU shim is written for megatron-core {_TESTED[0]} to {_TESTED[-1]}, found {megatron.core.__version__}"
+            f"the CPU shim is for megatron-core {_TESTED[0]} to {_TESTED[-1]}, found {megatron.core.__version__}"
         )
     for name in _LAZY_MODULES:
         importlib.import_module(name)

@@ -18,7 +18,7 @@ def stable_hash(*parts: object) -> int:
 
 
 def choose(seed_parts: tuple[object, ...], population: int, count: int) -> tuple[int, ...]:
-    """``count`` different indices below ``population``, uniformly, in the order drawn (all of them if count is larger)."""
+    """``count`` different indices below ``population``, uniformly, in the order drawn; at most all of them."""
     return tuple(random.Random(stable_hash(*seed_parts)).sample(range(population), min(count, population)))
 
 
