@@ -60,11 +60,15 @@ def _train(options: argparse.Namespace) -> None:
 
     config = load_config(options.config, options.overrides)  # before torch is imported: a typing error is seen at once
 
+    from megatron_dypo.preflight import prepare
     from megatron_dypo.runtime.distributed import die_with_parent
-    from megatron_dypo.train import train
 
     die_with_parent()
-    train(config, options.config)
+    inputs = prepare(config, options.config)  # before megatron-core is imported
+
+    from megatron_dypo.train import train
+
+    train(config, inputs)
 
 
 def _report(options: argparse.Namespace) -> None:

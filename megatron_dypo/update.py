@@ -20,6 +20,7 @@ from megatron_dypo.batching.micro_batch import MicroBatch, spread
 from megatron_dypo.batching.plan import plan_micro_batches
 from megatron_dypo.batching.sequences import training_sequences
 from megatron_dypo.config.schema import Config
+from megatron_dypo.monitor.stopwatch import Stopwatch
 from megatron_dypo.objectives.coefficients import BatchTerms, SequenceSums, alpha, needs_reference, sequence_terms
 from megatron_dypo.objectives.correction import Correction
 from megatron_dypo.objectives.token_loss import TokenStreams
@@ -44,12 +45,32 @@ class Work:
 
 @dataclass
 class Outcome:
-    """What a step's updates did. ``skipped`` names the first offender of a non-finite step."""
+    """What a step did. ``skipped`` names the first offender of a non-finite step; ``empty``: nothing to train on."""
 
+    works: list[Work] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     skipped: str | None = None
     empty: bool = False
-    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def update_policy(
+    policy: Policy,
+    groups: list[Group],
+    config: Config,
+    encode_trace: Callable[[Group, int], np.ndarray],
+    lr: float,
+    clock: Stopwatch,
+) -> Outcome:
+    """All updates of one step on its graded groups. A non-finite reward or log-prob leaves the whole step out."""
+    works = make_work(policy, groups, config, encode_trace)
+    with clock("logprob"), phase("log-prob passes"):
+        mismatch, offender = logprob_passes(policy, works, config)
+    if offender is not None:
+        return Outcome(works, mismatch, skipped=offender)
+    with clock("update"), phase("update"):
+        outcome = run_updates(policy, works, config, lr)
+    outcome.works, outcome.metrics = works, mismatch | outcome.metrics
+    return outcome
 
 
 def make_work(

@@ -58,7 +58,7 @@ def test_stop_and_resume_is_bit_equal(straight, tmp_path):
     for steps in (STEPS // 2, STEPS):
         result = torchrun(2, "train", config, f"trainer.steps={steps}")
         assert result.returncode == 0, result.stderr
-    assert f"resuming {tmp_path / 'run'} after step {STEPS // 2}" in result.stdout
+    assert f"{tmp_path / 'run'} resumes after step {STEPS // 2}" in result.stdout
     assert without_times(metrics(tmp_path / "run")) == without_times(metrics(folder / "run"))
     for step in range(1, STEPS + 1):
         name = f"rollouts/step_{step:06d}.jsonl"
@@ -91,9 +91,11 @@ def final_weights(run_dir: str) -> dict[str, str]:
 def train_here(config: str, overrides: list[str]) -> None:
     """``train`` on a forked rank."""
     from megatron_dypo.config import load_config
+    from megatron_dypo.preflight import prepare
     from megatron_dypo.train import train
 
-    train(load_config(config, overrides), config)
+    loaded = load_config(config, overrides)
+    train(loaded, prepare(loaded, config))
 
 
 @pytest.mark.parametrize(

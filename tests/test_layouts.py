@@ -23,7 +23,6 @@ def train_steps(shape: str, budget: int, steps: int, sections: dict) -> dict:
     layout = distributed.init(config.parallel.tensor, config.parallel.pipeline, 60)
     model = model_shape(config.model)
     policy = Policy(config, model, layout, random_weights(model, seed=1))
-    policy.keep_reference()
     history, gradients = [], {}
     for step in range(steps):
         works = make_work(policy, make_groups(seed=step), config, trace_ids)

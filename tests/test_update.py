@@ -35,7 +35,6 @@ def one_step(parallel: dict, kind: str) -> dict:
     from megatron_dypo.update import logprob_passes, make_work, run_updates
 
     config, policy = build(parallel)
-    policy.keep_reference()
     groups = make_groups()
     if kind == "easy":
         groups = [group for group in groups if group.regime == Regime.EASY]
@@ -83,7 +82,6 @@ def non_finite_gradient() -> dict:
     from megatron_dypo.update import logprob_passes, make_work, run_updates
 
     config, policy = build({}, rollout={"correction": "truncate"})
-    policy.keep_reference()
     groups = make_groups()
     before = weights_of(policy)
     works = make_work(policy, groups, config, trace_ids)
@@ -106,7 +104,6 @@ def reference_swap() -> bool:
     from megatron_dypo.update import logprob_passes, make_work, run_updates
 
     config, policy = build({"tensor": 2})
-    policy.keep_reference()
     groups = make_groups()
     works = make_work(policy, groups, config, trace_ids)
     logprob_passes(policy, works, config)
@@ -146,7 +143,6 @@ def checkpoint_round_trip(folder: str, parallel: dict) -> dict:
 
     run_dir = Path(folder)
     config, policy = build(parallel)
-    policy.keep_reference()
 
     def steps(policy, numbers) -> dict:
         for number in numbers:
@@ -161,7 +157,6 @@ def checkpoint_round_trip(folder: str, parallel: dict) -> dict:
         checkpoint.save(run_dir, policy, counters, {"a": 1}, keep=2)
     metrics = steps(policy, [1, 2])
     other = Policy(config, policy.shape, policy.layout, random_weights(policy.shape, seed=99))
-    other.keep_reference()
     loaded = checkpoint.load(step_folder(run_dir, 3), other)
     again = steps(other, [1, 2])
     weights, others = weights_of(policy), weights_of(other)

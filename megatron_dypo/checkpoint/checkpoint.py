@@ -35,6 +35,17 @@ class Counters:
     empty_steps: int = 0
     skipped_in_a_row: int = 0
 
+    def count(self, step: int, weight_version: int, skipped: bool, empty: bool) -> None:
+        """A finished step. An empty one neither adds to nor ends a row of skipped ones."""
+        self.step, self.weight_version = step, weight_version
+        self.skipped_steps += skipped
+        self.empty_steps += empty
+        if not empty:
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+
+    def metrics(self) -> dict[str, int]:
+        return {"train/skipped_steps": self.skipped_steps, "train/empty_steps": self.empty_steps}
+
 
 def save(run_dir: Path, policy: Policy, counters: Counters, fingerprint: dict, keep: int) -> Path:
     """Write ``step_N`` and drop the oldest beyond ``keep``; collective. Returns the folder."""

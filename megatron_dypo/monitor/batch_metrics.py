@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from megatron_dypo.config.schema import Config
 from megatron_dypo.records import Group, Kind, Regime
 from megatron_dypo.update import Work
 
 
-def batch_metrics(groups: list[Group], works: list[Work], config: Config) -> dict[str, float | None]:
+def batch_metrics(groups: list[Group], works: list[Work]) -> dict[str, float | None]:
     """Rewards, regime shares, offline ratio (trained Hard prompts / trained prompts), lengths in tokens.
 
     ``rollout/entropy`` is the mean surprise of the sampled tokens: an estimate over all responses, where

@@ -35,7 +35,9 @@ class Monitor:
             self._writers = Writers(self.config, self.run_dir, self._start_step)
             self._progress = Progress(self.config.trainer.steps, self._start_step)
             if self._start_step:
-                self._progress.log(f"resuming {self.run_dir} after step {self._start_step}")
+                done = self._start_step >= self.config.trainer.steps
+                what = "is complete; nothing left to train" if done else f"resumes after step {self._start_step}"
+                self._progress.log(f"{self.run_dir} {what}")
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -21,6 +21,7 @@ from megatron_dypo.config.schema import Config
 from megatron_dypo.convert.stream import hf_tensors, load_weights
 from megatron_dypo.kernels import LogProbs, linear_logprob, linear_loss
 from megatron_dypo.objectives import TokenStreams
+from megatron_dypo.objectives.coefficients import needs_reference
 from megatron_dypo.policy.attention import Segments
 from megatron_dypo.policy.model import build_model, build_optimizer, head_weight, training_dtype
 from megatron_dypo.policy.shape import ModelShape
@@ -40,8 +41,10 @@ class Policy:
         self.model.config.finalize_model_grads_func = lambda models, num_tokens=None, **keywords: finalize_model_grads(
             models, None, **keywords
         )
-        self.reference: list[Tensor] | None = None
         self.version = 0
+        self.reference: list[Tensor] | None = None
+        if needs_reference(config.objective) and config.objective.reference != "previous":
+            self.keep_reference()
 
     @property
     def gpt(self) -> torch.nn.Module:
@@ -93,6 +96,12 @@ class Policy:
         """Freeze the current weights as the reference (host memory; pinned where there is CUDA)."""
         weights = [parameter.detach().to("cpu", copy=True) for parameter in self.gpt.parameters()]
         self.reference = [weight.pin_memory() for weight in weights] if torch.cuda.is_available() else weights
+
+    def refresh_reference(self, step: int) -> None:
+        """Before step ``step`` (first is 1): with ``reference: every:N``, freeze anew at steps 1, N + 1, ..."""
+        every = self.config.objective.reference.partition("every:")[2]
+        if self.reference is not None and every and (step - 1) % int(every) == 0:
+            self.keep_reference()
 
     @contextmanager
     def reference_weights(self) -> Iterator[None]:

@@ -38,14 +38,12 @@ class Layout:
     pp_rank: int
     dp_rank: int
 
+    def __str__(self) -> str:
+        return f"{self.world} ranks: tensor {self.tp} x pipeline {self.pp} x data {self.dp}"
+
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-    @property
-    def is_replica_head(self) -> bool:
-        """The rank of each data-parallel replica that runs its rollout engine."""
-        return self.tp_rank == 0 and self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
