@@ -25,7 +25,7 @@ def train_steps(shape: str, budget: int, steps: int, sections: dict) -> dict:
     policy = Policy(config, model, layout, random_weights(model, seed=1))
     history, gradients = [], {}
     for step in range(steps):
-        works = make_work(policy, make_groups(seed=step), config, trace_ids)
+        works = make_work(policy.layout, make_groups(seed=step), config, trace_ids)
         mismatch, offender = logprob_passes(policy, works, config)
         assert offender is None
         outcome = run_updates(policy, works, config, lr=1e-3)

@@ -48,7 +48,7 @@ def one_step(parallel: dict, kind: str) -> dict:
     elif kind == "one-mid":
         groups = [group for group in groups if group.regime == Regime.MID][:1]
     before = weights_of(policy)
-    works = make_work(policy, groups, config, trace_ids)
+    works = make_work(policy.layout, groups, config, trace_ids)
     _, offender = logprob_passes(policy, works, config)
     outcome = run_updates(policy, works, config, lr=1e-3)
     changed = any((tensor != before[name]).any().item() for name, tensor in policy.named_tensors())
@@ -84,7 +84,7 @@ def non_finite_gradient() -> dict:
     config, policy = build({}, rollout={"correction": "truncate"})
     groups = make_groups()
     before = weights_of(policy)
-    works = make_work(policy, groups, config, trace_ids)
+    works = make_work(policy.layout, groups, config, trace_ids)
     logprob_passes(policy, works, config)
     if policy.layout.rank == 1:  # one rank's engine log-probs go bad: the truncated correction weighs by them
         works[0].logp["rollout"][0][0] = float("nan")
@@ -105,7 +105,7 @@ def reference_swap() -> bool:
 
     config, policy = build({"tensor": 2})
     groups = make_groups()
-    works = make_work(policy, groups, config, trace_ids)
+    works = make_work(policy.layout, groups, config, trace_ids)
     logprob_passes(policy, works, config)
     first = [logp.clone() for logp in works[0].logp["old"]]
     run_updates(policy, works, config, lr=1e-2)
@@ -146,7 +146,7 @@ def checkpoint_round_trip(folder: str, parallel: dict) -> dict:
 
     def steps(policy, numbers) -> dict:
         for number in numbers:
-            works = make_work(policy, make_groups(seed=number), config, trace_ids)
+            works = make_work(policy.layout, make_groups(seed=number), config, trace_ids)
             logprob_passes(policy, works, config)
             metrics = run_updates(policy, works, config, lr=1e-3).metrics
         return metrics

@@ -1,0 +1,90 @@
+"""The log-prob passes: old policy and reference over every rollout sequence, and each response's sums on all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_dypo.batching.micro_batch import MicroBatch
+from megatron_dypo.config.schema import Config
+from megatron_dypo.objectives.coefficients import SequenceSums, needs_reference
+from megatron_dypo.policy.policy import Policy
+from megatron_dypo.runtime.distributed import all_gather_objects
+from megatron_dypo.update.work import Work
+
+PER_TOKEN = ("now", "old", "reference", "rollout")
+
+
+def logprob_passes(policy: Policy, works: list[Work], config: Config) -> tuple[dict[str, float], str | None]:
+    """Old and reference log-probs of every rollout sequence, and their sums on all ranks.
+
+    Returns (rollout/mismatch metrics, the first prompt with a non-finite reward or log-prob).
+    """
+    for work in works:
+        work.logp["old"] = policy.logprobs(work.rollouts) if work.rollouts else []
+        work.logp["rollout"] = [_rollout_stream(work, batch) for batch in work.rollouts]
+    if needs_reference(config.objective) and any(work.rollouts for work in works):
+        if config.objective.reference == "previous":  # the weights of this rollout
+            for work in works:
+                work.logp["reference"] = work.logp["old"]
+        else:
+            with policy.reference_weights():
+                for work in works:
+                    work.logp["reference"] = policy.logprobs(work.rollouts) if work.rollouts else []
+    mismatch: dict[str, list[float]] = defaultdict(list)
+    for work in works:
+        work.logp["now"] = work.logp["old"]
+        share_sums(policy, work)
+        if policy.layout.is_last_stage and policy.layout.tp_rank == 0:
+            for old_N, rollout_N in zip(work.logp["old"], work.logp["rollout"], strict=True):
+                gap_N = (old_N.cpu() - rollout_N).double()
+                mismatch["count"].append(len(gap_N))
+                mismatch["sum"].append(gap_N.abs().sum().item())
+                mismatch["max"].append(gap_N.abs().max().item() if len(gap_N) else 0.0)
+                mismatch["kl"].append((gap_N.exp() - gap_N - 1).sum().item())
+    every = [part for part in all_gather_objects(dict(mismatch)) if part]
+    count = sum(sum(part["count"]) for part in every)
+    metrics = {}
+    if count:
+        metrics["rollout/mismatch_mean"] = sum(sum(part["sum"]) for part in every) / count
+        metrics["rollout/mismatch_max"] = max(max(part["max"]) for part in every)
+        metrics["rollout/mismatch_kl"] = sum(sum(part["kl"]) for part in every) / count
+    return metrics, _first_offender(works)
+
+
+def share_sums(policy: Policy, work: Work) -> None:
+    """Every rank learns every response's sums (float64) over its tokens: k numbers a prompt, not k x n."""
+    local: dict[int, dict[str, float]] = {}
+    if policy.layout.is_last_stage and policy.layout.tp_rank == 0:
+        for b, batch in enumerate(work.rollouts):
+            streams = {
+                name: batch.split(work.logp[name][b].double().cpu()) for name in PER_TOKEN if work.logp.get(name)
+            }
+            for i, place in enumerate(batch.places):
+                local[place] = {name: streams[name][i].sum().item() if name in streams else 0.0 for name in PER_TOKEN}
+    everything = {place: sums for part in all_gather_objects(local) for place, sums in part.items()}
+    work.sums = [
+        SequenceSums(**everything[place]) if place in everything else None for place in range(len(work.sequences))
+    ]
+
+
+def _rollout_stream(work: Work, batch: MicroBatch) -> Tensor:
+    """The engine's log-probs of the micro-batch's tokens [N]."""
+    chosen = [work.sequences[place] for place in batch.places]
+    values = [work.groups[sequence.group].responses[sequence.sample].logprobs for sequence in chosen]
+    return torch.from_numpy(np.concatenate(values)) if values else torch.zeros(0)
+
+
+def _first_offender(works: list[Work]) -> str | None:
+    for work in works:
+        for group in work.groups:
+            if not all(math.isfinite(reward) for reward in group.rewards):
+                return f"prompt {group.prompt.id}: non-finite reward"
+        for sequence, sums in zip(work.sequences, work.sums, strict=True):
+            if sums is not None and not all(math.isfinite(getattr(sums, name)) for name in PER_TOKEN):
+                return f"prompt {work.groups[sequence.group].prompt.id}: non-finite log-prob"
+    return None
