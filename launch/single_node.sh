@@ -4,4 +4,4 @@ set -euo pipefail
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c GPU || true)
 export CUDA_DEVICE_MAX_CONNECTIONS=1 # lets tensor-parallel communication overlap as Megatron schedules it
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # ranks share the cores
-exec torchrun --standalone --nproc-per-node "${NPROC:-${gpus:-1}}" -m megatron_dypo train "$@"
+exec torchrun --standalone --nproc-per-node "${NPROC:-$((gpus > 0 ? gpus : 1))}" -m megatron_dypo train "$@"

@@ -5,30 +5,30 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from megatron_dypo.batching.grade import grade_groups
 from megatron_dypo.checkpoint import checkpoint
 from megatron_dypo.checkpoint.folders import step_folder
 from megatron_dypo.config.checks import warnings
-from megatron_dypo.config.load import fingerprint
 from megatron_dypo.config.schema import Config
 from megatron_dypo.convert.hf_folder import folder_weights
 from megatron_dypo.convert.stream import random_weights
 from megatron_dypo.errors import TrainingError
 from megatron_dypo.evaluate.greedy import greedy_accuracy
-from megatron_dypo.monitor.batch_metrics import batch_metrics
 from megatron_dypo.monitor.monitor import Monitor
-from megatron_dypo.monitor.stopwatch import Stopwatch
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.policy.schedule import learning_rate
 from megatron_dypo.policy.shape import hf_folder
-from megatron_dypo.preflight import Inputs
+from megatron_dypo.preflight import Inputs, check_agreement
 from megatron_dypo.reward import MathReward
 from megatron_dypo.rollout.collect import encode_prompts
 from megatron_dypo.rollout.engine import build_engine, engine_name
 from megatron_dypo.rollout.source import RolloutSource
 from megatron_dypo.runtime import distributed
 from megatron_dypo.runtime.distributed import phase
+from megatron_dypo.runtime.stopwatch import Stopwatch
 from megatron_dypo.sync.sync import sync_weights
 from megatron_dypo.update import update_policy
+from megatron_dypo.update.metrics import batch_metrics
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +40,12 @@ def train(config: Config, inputs: Inputs) -> None:
     """
     trainer, run_dir, tokenizer = config.trainer, Path(config.trainer.run_dir), inputs.tokenizer
     layout = distributed.init(config.parallel.tensor, config.parallel.pipeline, config.parallel.timeout)
+    check_agreement(config, inputs)
     log.info("%s; %s parameters; starting %s", layout, f"{inputs.shape.parameters:,}", engine_name(config))
     with phase("rollout engine start"):
         folder = run_dir / "engine" / f"rank_{layout.rank}"
         engine = build_engine(config, inputs.shape, tokenizer.eos_id, folder)
+        distributed.claim_device()  # an engine may have chosen another
     with phase("policy start"):
         hf = config.model.hf
         read = folder_weights(hf_folder(hf)) if hf else random_weights(inputs.shape, trainer.seed)
@@ -78,6 +80,8 @@ def train(config: Config, inputs: Inputs) -> None:
         for step in range(counters.step + 1, trainer.steps + 1):
             clock = Stopwatch()
             groups = rollouts.batch(step, policy.version, clock)
+            grade_groups(groups, config.objective, trainer.seed, step, rollouts.usable_teachers)
+            rollouts.record(step, groups)
             policy.refresh_reference(step)
             lr = learning_rate(step, config.optimizer)
             outcome = update_policy(policy, groups, config, rollouts.encode_trace, lr, clock)
@@ -85,8 +89,8 @@ def train(config: Config, inputs: Inputs) -> None:
                 sync()
 
             counters.count(step, policy.version, skipped=outcome.skipped is not None, empty=outcome.empty)
-            metrics = batch_metrics(groups, outcome.works) | outcome.metrics | counters.metrics() | {"train/lr": lr}
-            monitor.step(step, metrics | evaluate(step), clock)
+            metrics = clock.metrics() | batch_metrics(groups, outcome.works) | outcome.metrics | counters.metrics()
+            monitor.step(step, metrics | {"train/lr": lr} | evaluate(step))
             if outcome.skipped:
                 log.warning("step %d skipped: %s", step, outcome.skipped)
             if counters.skipped_in_a_row > trainer.max_skipped_steps:
@@ -94,5 +98,5 @@ def train(config: Config, inputs: Inputs) -> None:
                 raise TrainingError(f"{in_a_row}; the last: {outcome.skipped}")
             if trainer.save_every and (step % trainer.save_every == 0 or step == trainer.steps):
                 with phase("checkpoint save"):
-                    checkpoint.save(run_dir, policy, counters, fingerprint(config), trainer.keep_checkpoints)
+                    checkpoint.save(run_dir, policy, counters, trainer.keep_checkpoints)
         monitor.finish(len(held_out))

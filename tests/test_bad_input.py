@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -19,8 +20,10 @@ from safetensors.torch import save_file
 from megatron_dypo.cli import main
 from megatron_dypo.config import load_config
 from megatron_dypo.config.load import fingerprint
+from megatron_dypo.convert.hf_folder import check_folder
+from megatron_dypo.convert.mapping import hf_shapes
 from megatron_dypo.data.tokenizer import arithmetic_backend
-from megatron_dypo.policy.shape import PRESETS
+from megatron_dypo.policy.shape import PRESETS, model_shape
 from megatron_dypo.preflight import prepare
 from tests.launch import torchrun
 
@@ -54,13 +57,20 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
+def zeros(**sizes: tuple[int, ...] | None) -> dict[str, torch.Tensor]:
+    """Tensors of the tiny model, or with other sizes by name (None: left out)."""
+    named = {name.replace("__", "."): size for name, size in sizes.items()}
+    wanted = hf_shapes(PRESETS["tiny"]) | named
+    return {name: torch.zeros(size) for name, size in wanted.items() if size is not None}
+
+
 @pytest.fixture(scope="session")
 def hf_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of a small Hugging Face folder (one tensor is enough before the model is built)."""
+    """The files of a small Hugging Face folder."""
     folder = tmp_path_factory.mktemp("hf")
     arithmetic_backend().save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(PRESETS["tiny"].to_hf_config()))
-    save_file({"lm_head.weight": torch.zeros(2, 2)}, folder / "model.safetensors")
+    save_file(zeros(), folder / "model.safetensors")
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
@@ -167,6 +177,18 @@ def json_changed(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def sharded(hf: Path, missing: str = "") -> None:
+    """The weights as two shards with an index; ``missing`` is in the index and not in its shard."""
+    (hf / "model.safetensors").unlink()
+    tensors, shards = zeros(), {}
+    for i, (name, tensor) in enumerate(tensors.items()):
+        shards.setdefault(f"model-{i % 2 + 1}.safetensors", {})[name] = tensor
+    where = {name: file for file, shard in shards.items() for name in shard}
+    (hf / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    for file, shard in shards.items():
+        save_file({name: tensor for name, tensor in shard.items() if name != missing}, hf / file)
+
+
 SPOILT_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "config.json absent": (lambda hf: (hf / "config.json").unlink(), "model.hf: cannot read {hf}/config.json: "),
     "config.json cut": (
@@ -180,15 +202,36 @@ SPOILT_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "other family": (
         lambda hf: json_changed(hf / "config.json", model_type="gpt2"),
-        "{hf}/config.json: model_type 'gpt2' ",
+        "model.hf: {hf}/config.json: model_type 'gpt2' ",
     ),
     "other rope": (
         lambda hf: json_changed(hf / "config.json", rope_scaling={"rope_type": "yarn"}),
-        "{hf}/config.json: rope type 'yarn' ",
+        "model.hf: {hf}/config.json: rope type 'yarn' ",
     ),
     "few embeddings": (
         lambda hf: json_changed(hf / "config.json", vocab_size=50),
-        "model.tokenizer: {hf}: has 105 tokens",
+        "{hf}/model.safetensors: tensor model.embed_tokens.weight has shape [128, 128], but config.json "
+        "makes it [50, 128]",
+    ),
+    "tensor absent": (
+        lambda hf: save_file(zeros(model__norm__weight=None), hf / "model.safetensors"),
+        "{hf}/model.safetensors: tensor model.norm.weight is missing",
+    ),
+    "tensor of another shape": (
+        lambda hf: save_file(zeros(model__norm__weight=(128, 1)), hf / "model.safetensors"),
+        "{hf}/model.safetensors: tensor model.norm.weight has shape [128, 1], but config.json makes it [128]",
+    ),
+    "tensor of another model": (
+        lambda hf: save_file(zeros(model__norm__bias=(128,)), hf / "model.safetensors"),
+        "{hf}/model.safetensors: tensor model.norm.bias has no place in a model of family llama",
+    ),
+    "tensor absent from its shard": (
+        lambda hf: sharded(hf, missing="model.norm.weight"),
+        "{hf}/model-2.safetensors: tensor model.norm.weight is missing",
+    ),
+    "head of an untied model absent": (
+        lambda hf: save_file(zeros(lm_head__weight=None), hf / "model.safetensors"),
+        "{hf}/model.safetensors: tensor lm_head.weight is missing",
     ),
     "no weights": (lambda hf: (hf / "model.safetensors").unlink(), "{hf}: no model.safetensors"),
     "weights cut": (
@@ -216,6 +259,58 @@ def test_a_spoilt_hugging_face_folder_is_refused_by_its_file(config, hf, capsys,
     spoil(hf)
     line = refusal(capsys, config, "model.preset=null", f"model.hf={hf}")
     assert line.startswith(start.replace("{hf}", str(hf)))
+
+
+@pytest.mark.parametrize(
+    "name, value, about",
+    [
+        ("hidden_act", "gelu", "hidden_act 'gelu' is not supported; known: silu"),
+        ("hidden_act", 3, "hidden_act must be a string, got 3"),
+        ("rope_scaling", "linear", "rope_scaling must be a mapping, got 'linear'"),
+        ("rope_parameters", [1], "rope_parameters must be a mapping, got [1]"),
+        ("rope_parameters", {"rope_theta": "x"}, "rope_theta must be a positive number, got 'x'"),
+        ("rope_scaling", {"type": ["linear"]}, "rope type ['linear'] is not supported; known: default"),
+        ("rope_theta", "x", "rope_theta must be a positive number, got 'x'"),
+        ("rope_theta", float("nan"), "rope_theta must be a positive number, got nan"),
+        ("num_attention_heads", 0, "num_attention_heads must be an integer from 1 on, got 0"),
+        ("num_attention_heads", True, "num_attention_heads must be an integer from 1 on, got True"),
+        ("num_key_value_heads", "2", "num_key_value_heads must be an integer from 1 on, got '2'"),
+        ("rms_norm_eps", "1e-5", "rms_norm_eps must be a positive number, got '1e-5'"),
+        ("initializer_range", 10**400, "initializer_range must be a positive number, got 1000"),
+        ("tie_word_embeddings", "no", "tie_word_embeddings must be true or false, got 'no'"),
+        ("attention_bias", True, "attention_bias True is not supported; known: False"),
+        ("model_type", ["llama"], "model_type must be a string, got ['llama']"),
+        ("hidden_size", None, "hidden_size must be an integer from 1 on, got None"),
+    ],
+)
+def test_a_value_of_config_json_is_refused_by_file_and_key(config, hf, capsys, name, value, about):
+    json_changed(hf / "config.json", **{name: value})
+    line = refusal(capsys, config, "model.preset=null", f"model.hf={hf}")
+    assert line.startswith(f"model.hf: {hf}/config.json: {about}")
+
+
+def test_heads_that_do_not_group_are_refused_by_the_folder_that_says_so(config, hf, capsys):
+    json_changed(hf / "config.json", num_key_value_heads=3)
+    line = refusal(capsys, config, "model.preset=null", f"model.hf={hf}")
+    assert line == f"model.hf: {hf}: num_key_value_heads: 3 does not divide num_attention_heads: 4"
+
+
+def test_what_config_json_leaves_out_has_its_default(config, hf):
+    left_out = dict.fromkeys(
+        ["num_key_value_heads", "head_dim", "rope_theta", "hidden_act", "tie_word_embeddings", "attention_bias"]
+    )
+    json_changed(hf / "config.json", **left_out, rms_norm_eps=1, rope_parameters={"rope_theta": 7})
+    shape = model_shape(load_config(config, ["model.preset=null", f"model.hf={hf}"]).model)
+    assert shape == dataclasses.replace(PRESETS["tiny"], norm_eps=1.0, rope_base=7.0)
+
+
+def test_the_tensors_that_a_checkpoint_may_hold_besides_are_let_be(hf):
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(16)}
+    save_file(zeros() | frequencies, hf / "model.safetensors")
+    check_folder(hf, PRESETS["tiny"])
+    check_folder(hf, dataclasses.replace(PRESETS["tiny"], tied_embeddings=True))
+    sharded(hf)
+    check_folder(hf, PRESETS["tiny"])
 
 
 def test_a_shape_that_the_weights_do_not_have_is_refused(config, hf, capsys):
@@ -318,3 +413,61 @@ def test_under_torchrun_rank_0_says_it_once(config, case):
         )
     assert ended.returncode == 1
     assert the_line(ended.stderr).startswith(start)
+
+
+# --- the scripts
+
+
+@pytest.fixture
+def stubs(tmp_path: Path) -> Path:
+    """A folder of commands to put first in PATH: a ``torchrun`` that prints its arguments, and no GPU."""
+    folder = tmp_path / "stubs"
+    folder.mkdir()
+    stub(folder / "torchrun", 'echo "$@"')
+    stub(folder / "nvidia-smi", "exit 9")
+    return folder
+
+
+def stub(path: Path, script: str) -> None:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def shell(script: str, stubs: Path, **environment: str) -> subprocess.CompletedProcess:
+    path = os.pathsep.join([str(stubs), "/usr/bin", "/bin"])
+    kept = {name: kept for name, kept in os.environ.items() if name != "NPROC"}
+    command = [str(REPOSITORY / script), "config.yaml"]
+    return subprocess.run(command, env=kept | {"PATH": path} | environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("script", ["launch/single_node.sh", "launch/multi_node.sh"])
+def test_a_launcher_starts_one_rank_a_gpu_and_one_without(stubs, script):
+    nodes = {"NNODES": "2", "HEAD": "host0:29500"}
+    assert "--nproc-per-node 1 " in shell(script, stubs, **nodes).stdout
+    stub(stubs / "nvidia-smi", "echo GPU 0: H100; echo GPU 1: H100")
+    assert "--nproc-per-node 2 " in shell(script, stubs, **nodes).stdout
+    assert "--nproc-per-node 3 " in shell(script, stubs, **nodes, NPROC="3").stdout
+
+
+def test_an_environment_is_made_only_where_nothing_else_is(tmp_path, stubs):
+    stub(stubs / "python", 'if [ "$2" = venv ]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; fi; exit ${FAIL:-0}')
+    made, foreign = tmp_path / "venv", tmp_path / "home"
+    foreign.mkdir()
+    (foreign / "thesis.txt").touch()
+
+    def make(folder: Path, **environment: str) -> subprocess.CompletedProcess:
+        python = str(stubs / "python")
+        return shell("tools/make_venv.sh", stubs, PYTHON=python, VENV=str(folder), **environment)
+
+    for taken in (foreign, foreign / "thesis.txt"):
+        refused = make(taken)
+        assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+        assert refused.stderr.startswith(f"make_venv: {taken} was not made by this script")
+    assert [file.name for file in foreign.iterdir()] == ["thesis.txt"]
+    (foreign / "thesis.txt").unlink()
+    assert make(foreign).returncode == 0  # empty
+    assert make(made, FAIL="1").returncode == 1  # absent; python fails
+    (made / "half").touch()
+    assert make(made).returncode == 0  # half-built by this script: anew
+    assert not (made / "half").exists()
+    assert make(made).stdout == ""  # nothing to do

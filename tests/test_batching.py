@@ -10,9 +10,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from megatron_dypo.batching.grade import draw_teachers, grade_groups
 from megatron_dypo.batching.micro_batch import MicroBatch, spread
 from megatron_dypo.batching.plan import cost, plan_micro_batches
-from megatron_dypo.batching.sequences import draw_teachers, training_sequences
+from megatron_dypo.batching.sequences import training_sequences
+from megatron_dypo.config.schema import Objective
 from megatron_dypo.records import Group, Kind, Prompt, Regime, Response, Sequence, Teacher
 
 BUDGET = 8192
@@ -240,7 +242,15 @@ def test_a_draw_depends_on_seed_step_and_prompt_and_nothing_else(order, step):
     assert [drawn(group_of(f"prompt-{i}", Regime.HARD, 5), step, 2, seed=1) for i in range(20)] != expected
 
 
-def test_a_replayed_draw_stays():
-    group = group_of("p", Regime.HARD)
-    group.teacher_indices = (1,)
-    assert drawn(group, draws=3) == (1,)
+def test_grading_sets_regimes_and_draws_and_leaves_a_replayed_draw():
+    solved = {"easy": (1.0, 1.0), "mid": (0.0, 1.0), "hard": (0.0, 0.0), "replayed": (0.0, 0.0)}
+    groups = {name: group_of(name, None) for name in solved}
+    for name, rewards in solved.items():
+        for response, reward in zip(groups[name].responses, rewards, strict=True):
+            response.reward = reward
+    groups["replayed"].teacher_indices = (1,)
+    grade_groups(list(groups.values()), Objective(teachers_per_prompt=2), 0, 1, lambda group: [0, 2])
+    regimes = {name: group.regime for name, group in groups.items()}
+    assert regimes == {"easy": Regime.EASY, "mid": Regime.MID, "hard": Regime.HARD, "replayed": Regime.HARD}
+    assert groups["easy"].teacher_indices is None and groups["mid"].teacher_indices is None
+    assert set(groups["hard"].teacher_indices) == {0, 2} and groups["replayed"].teacher_indices == (1,)

@@ -144,6 +144,35 @@ def test_every_key_misspelt_in_its_last_letter_is_named(smallest, dotted):
     assert complaint(smallest, f"{dotted}_=1") == f"{dotted}_: unknown key; the nearest known key is {dotted}"
 
 
+@pytest.mark.parametrize(
+    "dotted, text",
+    [
+        *(("parallel." + leaf, "1") for leaf in ("virtual_pipeline", "context", "expert", "expert_tensor")),
+        *(("rollout." + leaf, "1") for leaf in ("verify_sync", "overlap", "max_staleness", "refill")),
+        *(("model.attention_backend", text) for text in ("flash", "te")),
+        *(("rollout.engine", "server"), ("model.layer_spec", "te")),
+    ],
+)
+def test_a_name_that_is_reserved_says_that_it_is_not_built_yet(smallest, dotted, text):
+    named = f"{dotted}: {text}" if dotted in KEYS else dotted
+    assert complaint(smallest, f"{dotted}={text}") == f"{named}: not built yet"
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("optimizer: {lr: 1.0, lr: 2.0}", 7),
+        ("optimizer:\n  lr: 1.0\n  eps: 1.0\n  'lr': 2.0", 10),
+        ("data: {}", 7),
+    ],
+)
+def test_a_key_given_twice_is_named_with_its_line(tmp_path, text, line):
+    given_keys = "model: {preset: tiny}\ndata:\n  train: rows.jsonl\ntrainer:\n  steps: 1\n  run_dir: x\n"
+    told = complaint(write(tmp_path, given_keys + text))
+    assert f"key '{'data' if 'data' in text else 'lr'}' occurs twice" in told
+    assert f"line {line}," in told
+
+
 @pytest.mark.parametrize("dotted", ["data.train", "trainer.steps", "trainer.run_dir"])
 def test_a_missing_required_key_is_named(tmp_path, dotted):
     section, leaf = dotted.split(".")
@@ -160,6 +189,14 @@ def test_a_missing_required_key_is_named(tmp_path, dotted):
         *("trainer.steps=0", "trainer.steps=-1", "optimizer.lr=0", "optimizer.lr=.inf", "optimizer.lr=.nan"),
         *("objective.alpha=1.1", "objective.alpha=-0.1", "rollout.temperature=0", "rollout.top_p=1.01"),
         *("rollout.correction_cap=1", "objective.teachers_per_prompt=0", "trainer.keep_checkpoints=0", "model=tiny"),
+        *("trainer.seed=-1", f"trainer.seed={2**63}", "data.seed=-1", f"data.seed={2**63}"),
+        *(
+            "optimizer.lr=0x_",
+            "trainer.seed=2020-13-45",
+            "trainer.steps=0x10",
+            "trainer.steps=1_0",
+            "trainer.steps=1:30",
+        ),
         *("parallel.tensor=0", "data.max_tokens_per_microbatch=0", "optimizer.betas=[0.9, x]", "objective=null"),
     ],
 )
@@ -169,6 +206,19 @@ def test_a_wrong_type_or_value_is_refused_by_key_and_shows_what_was_given(smalle
     assert line.startswith(dotted)
     shown = {"": "None", "true": "True", "null": "None", ".inf": "inf", ".nan": "nan", "[0.9, x]": "x"}.get(text, text)
     assert shown in line
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "[" * 5000, '"\\Uffffffff"', "{a: 1, a: 2}"])
+def test_what_yaml_cannot_read_is_refused_in_a_short_line(tmp_path, smallest, text):
+    told = complaint(smallest, f"trainer.seed={text}")
+    assert told.startswith("trainer.seed: ")
+    assert len(told) < 200
+    assert complaint(write(tmp_path, f"trainer: {{seed: {text}}}")).startswith("not valid YAML: ")
+
+
+def test_seeds_reach_up_to_63_bits_and_a_date_is_a_name(smallest):
+    config = load_config(smallest, [f"trainer.seed={2**63 - 1}", "data.seed=+7", "trainer.run_dir=2020-01-01"])
+    assert (config.trainer.seed, config.data.seed, config.trainer.run_dir) == (2**63 - 1, 7, "2020-01-01")
 
 
 RULES = [  # of checks.py: (overrides that break it, what the line starts with)

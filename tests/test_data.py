@@ -149,6 +149,11 @@ MALFORMED = [  # (row, the field that the error names)
     (problem("a", ground_truth=" "), "ground_truth"),
     (problem("a", ground_truth=True), "ground_truth"),
     (problem("a", ground_truth=["1"]), "ground_truth"),
+    (problem("a", ground_truth=float("nan")), "ground_truth"),
+    (problem("a", ground_truth=float("-inf")), "ground_truth"),
+    (problem("a", ground_truth="\ud800"), "ground_truth"),
+    (problem("a\udc00"), "prompt"),
+    (problem("a", teachers=[{"name": "x", "trace": "\ud83d alone"}]), "teachers"),
     ({"prompt": "a", "reward_model": {"style": "rule"}}, "ground_truth"),
     ({"prompt": "a", "reward_model": "1"}, "ground_truth"),
     (problem("a", teachers={"name": "x", "trace": "y"}), "teachers"),
@@ -226,6 +231,15 @@ def test_a_chat_is_a_duplicate_only_if_every_message_is_the_same(tmp_path):
     assert len(load_prompts(jsonl(tmp_path, problem(CHAT), problem(other), problem(CHAT)), False)) == 2
 
 
+def test_a_string_is_the_same_prompt_as_a_chat_of_that_one_user_message(tmp_path):
+    train = jsonl(tmp_path, *(problem([{"role": "user", "content": text}]) for text in "abcd"), problem("a"))
+    assert len(load_prompts(train, False)) == 4
+    other = problem([{"role": "system", "content": "c"}])
+    valid = jsonl(tmp_path, problem("b"), other, name="valid.jsonl")
+    training, _ = load_data(Data(train=train, valid=valid, prompts_per_step=2))
+    assert [prompt.messages[0]["content"] for prompt in training] == ["a", "c", "d"]
+
+
 def test_held_out_prompts_are_never_trained_on(tmp_path):
     train = jsonl(tmp_path, *(problem(text) for text in "abcd"))
     valid = jsonl(tmp_path, *(problem(text) for text in "cxa"), name="valid.jsonl")
@@ -241,6 +255,27 @@ def test_too_long_a_prompt_is_named(tokenizer):
     with pytest.raises(UserError, match=r"the-long-one has 20 tokens; data\.max_prompt_tokens is 19"):
         encode_prompts(prompts, tokenizer, 19)
     assert [len(group.prompt_ids) for group in encode_prompts(prompts, tokenizer, 20)] == [3, 20]
+
+
+@pytest.mark.parametrize(
+    "template, text, about",
+    [
+        ("{{ raise_exception('no system\nmessage, please') }}", "1+1", "no system message, please"),
+        ("{{ messages[0].absent.field }}", "1+1", "absent"),
+        ("{% if %}", "1+1", "TemplateSyntaxError"),
+        ("{{ 1 + messages[0].content }}", "1+1", "TypeError"),
+        ("{{ messages[0].content }}", "\ud800", "TypeError"),
+        (None, "\ud800", "TypeError"),
+    ],
+)
+def test_a_prompt_that_template_or_tokenizer_refuse_is_named_in_one_line(template, text, about):
+    backend = arithmetic_backend()
+    backend.chat_template = template
+    prompt = Prompt("the-odd-one", "1", (), messages=({"role": "user", "content": text},))
+    with pytest.raises(UserError, match=r"^data: prompt the-odd-one cannot be tokenized: ") as caught:
+        Tokenizer(backend, backend.eos_token_id).encode_prompt(prompt)
+    assert about in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="needs shared/data/gsm8k beside the repository")

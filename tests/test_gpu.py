@@ -26,10 +26,10 @@ def test_head_on_cuda_equals_cpu():
 def test_training_step_on_cuda_is_finite_and_repeatable():
     """Megatron-Core with NCCL and one rank, our layer spec, bf16: two policies from one seed take the same step."""
     from megatron_dypo.convert.stream import random_weights
-    from megatron_dypo.monitor.stopwatch import Stopwatch
     from megatron_dypo.policy.policy import Policy
     from megatron_dypo.policy.shape import model_shape
     from megatron_dypo.runtime import distributed
+    from megatron_dypo.runtime.stopwatch import Stopwatch
     from megatron_dypo.update import update_policy
     from tests.batches import make_config
 

@@ -50,6 +50,10 @@ def one_group() -> Group:
     return Group(PROMPT, np.array([2, 3], np.int32), answers, teacher_indices=(1,), weight_version=7)
 
 
+def replayed_from(folder: Path, step: int, vocab_size: int = 2**31, longest: int = 16) -> list[Group]:
+    return replay(folder, step, PROMPTS, 2, vocab_size=vocab_size, longest=longest)
+
+
 def same(ours: Group, theirs: Group) -> bool:
     """Equal to the last bit: ids, log-probs and everything else."""
     for mine, other in zip(ours.responses, theirs.responses, strict=True):
@@ -65,7 +69,7 @@ def same(ours: Group, theirs: Group) -> bool:
 def test_what_is_recorded_is_replayed_bit_for_bit(tmp_path_factory, groups):
     folder = tmp_path_factory.getbasetemp() / "rollouts"
     record(folder, 3, groups)
-    replayed = replay(folder, 3, PROMPTS, 2)
+    replayed = replayed_from(folder, 3)
     assert all(same(ours, theirs) for ours, theirs in zip(groups, replayed, strict=True))
 
 
@@ -96,7 +100,7 @@ def test_a_line_has_exactly_the_keys_that_others_read(tmp_path):
 
 def test_ground_truth_and_teachers_come_from_the_data_and_the_regime_is_graded_anew(tmp_path):
     record(tmp_path, 1, [one_group()])
-    (replayed,) = replay(tmp_path, 1, PROMPTS, 2)
+    (replayed,) = replayed_from(tmp_path, 1)
     assert replayed.prompt is PROMPT
     assert replayed.regime is None
 
@@ -106,7 +110,7 @@ def test_recording_a_step_again_overwrites_it_and_no_other(tmp_path):
     second.weight_version = 8
     for step, written in ((1, first), (2, first), (2, second)):
         record(tmp_path, step, [written])
-    assert [replay(tmp_path, step, PROMPTS, 2)[0].weight_version for step in (1, 2)] == [7, 8]
+    assert [replayed_from(tmp_path, step)[0].weight_version for step in (1, 2)] == [7, 8]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["step_000001.jsonl", "step_000002.jsonl"]
 
 
@@ -120,7 +124,7 @@ def test_a_recording_that_fails_leaves_what_was_there(tmp_path):
     (tmp_path / "step_000001.tmp").mkdir()  # the temporary file cannot be written
     with pytest.raises(IsADirectoryError):
         record(tmp_path, 1, [one_group(), one_group()])
-    assert len(replay(tmp_path, 1, PROMPTS, 2)) == 1
+    assert len(replayed_from(tmp_path, 1)) == 1
 
 
 # --- what cannot be replayed
@@ -146,7 +150,16 @@ RESPONSE = {"ids": [5, 1], "logprobs": [-0.1, -0.2], "reward": 1.0, "finish_reas
         ({"id": ...}, "id"),
         ({"weight_version": ...}, "weight_version"),
         ({"prompt_ids": []}, "prompt_ids"),
-        ({"prompt_ids": ["x"]}, "x"),
+        ({"prompt_ids": ["x"]}, "'x' is no token id"),
+        ({"prompt_ids": [2, -1]}, "-1 is no token id"),
+        ({"prompt_ids": [True]}, "True is no token id"),
+        ({"prompt_ids": 2}, "int"),
+        (
+            {"responses": [RESPONSE, RESPONSE | {"ids": [5, 2**31]}]},
+            f"{2**31} is no token id of a vocabulary of {2**31}",
+        ),
+        ({"responses": [RESPONSE, RESPONSE | {"ids": [5, 1.5]}]}, "1.5 is no token id"),
+        ({"responses": [RESPONSE, RESPONSE | {"reward": 10**400}]}, "too large"),
         ({"teacher_indices": [2]}, "teacher_indices"),
         ({"teacher_indices": [-1]}, "teacher_indices"),
         ({"responses": 3}, "int"),
@@ -161,24 +174,46 @@ RESPONSE = {"ids": [5, 1], "logprobs": [-0.1, -0.2], "reward": 1.0, "finish_reas
 def test_an_unusable_line_is_named_by_file_and_number(tmp_path, changes, about):
     path = edited(tmp_path, **changes)
     with pytest.raises(UserError) as caught:
-        replay(tmp_path, 1, PROMPTS, 2)
+        replayed_from(tmp_path, 1)
     assert str(caught.value).startswith(f"{path}:2: ")
     assert about in str(caught.value)
 
 
-@pytest.mark.parametrize("line", [b"{cut", b"null", b"[]", b"5", b'"text"', b"\xff\xfe", b""])
+@pytest.mark.parametrize(
+    "limits, about",
+    [
+        ({"vocab_size": 5}, "5 is no token id of a vocabulary of 5"),
+        ({"longest": 3}, "2 + 2 tokens of prompt and response, more than the model's 3"),
+    ],
+)
+def test_what_the_model_cannot_take_is_named_by_file_and_number(tmp_path, limits, about):
+    record(tmp_path, 1, [one_group()])
+    assert len(replayed_from(tmp_path, 1, vocab_size=6, longest=4)) == 1
+    with pytest.raises(UserError) as caught:
+        replayed_from(tmp_path, 1, **limits)
+    assert str(caught.value).startswith(f"{tmp_path}/step_000001.jsonl:1: ")
+    assert about in str(caught.value)
+
+
+def test_an_empty_step_is_named(tmp_path):
+    (tmp_path / "step_000001.jsonl").touch()
+    with pytest.raises(UserError, match=r"step_000001\.jsonl: holds no group"):
+        replayed_from(tmp_path, 1)
+
+
+@pytest.mark.parametrize("line", [b"[" * 100_000, b"{cut", b"null", b"[]", b"5", b'"text"', b"\xff\xfe", b""])
 def test_a_garbage_line_is_named_by_file_and_number(tmp_path, line):
     record(tmp_path, 1, [one_group()])
     path = tmp_path / "step_000001.jsonl"
     path.write_bytes(path.read_bytes() + line + b"\n")
     with pytest.raises(UserError) as caught:
-        replay(tmp_path, 1, PROMPTS, 2)
+        replayed_from(tmp_path, 1)
     assert str(caught.value).startswith(f"{path}:2: not a recorded rollout")
 
 
 def test_the_first_step_that_was_never_recorded_is_named(tmp_path):
     record(tmp_path, 1, [one_group()])
     require_steps(tmp_path, range(1, 2))
-    for ask in (lambda: replay(tmp_path, 2, PROMPTS, 2), lambda: require_steps(tmp_path, range(1, 4))):
+    for ask in (lambda: replayed_from(tmp_path, 2), lambda: require_steps(tmp_path, range(1, 4))):
         with pytest.raises(UserError, match=r"rollout\.replay: .*step_000002\.jsonl: no recorded step 2"):
             ask()

@@ -154,7 +154,7 @@ def checkpoint_round_trip(folder: str, parallel: dict) -> dict:
     steps(policy, [0])
     for number in (1, 2, 3):
         counters = checkpoint.Counters(step=number, weight_version=policy.version, skipped_steps=7)
-        checkpoint.save(run_dir, policy, counters, {"a": 1}, keep=2)
+        checkpoint.save(run_dir, policy, counters, keep=2)
     metrics = steps(policy, [1, 2])
     other = Policy(config, policy.shape, policy.layout, random_weights(policy.shape, seed=99))
     loaded = checkpoint.load(step_folder(run_dir, 3), other)
@@ -185,3 +185,91 @@ def test_incomplete_checkpoints_are_ignored(tmp_path):
     assert complete_steps(tmp_path) == [2], "a truncated file"
     (tmp_path / "checkpoints" / "step_2" / "manifest.json").unlink()
     assert complete_steps(tmp_path) == [], "no manifest"
+
+
+def reshard_reference(folder: str, parallel: dict, saving: bool) -> dict | bool:
+    """Save at one layout; at another, load and return the reference's and the policy's full tensors."""
+    from pathlib import Path
+
+    from megatron_dypo.checkpoint import checkpoint
+    from megatron_dypo.checkpoint.folders import step_folder
+    from megatron_dypo.convert.stream import load_weights, random_weights
+    from megatron_dypo.update import logprob_passes, make_work, run_updates
+
+    config, policy = build(parallel)
+    if saving:
+        works = make_work(policy.layout, make_groups(), config, trace_ids)
+        logprob_passes(policy, works, config)
+        run_updates(policy, works, config, lr=1e-2)
+        checkpoint.save(Path(folder), policy, checkpoint.Counters(step=1, weight_version=1), keep=1)
+        return True
+    load_weights(policy.gpt, policy.shape, policy.layout, random_weights(policy.shape, seed=99))
+    policy.keep_reference()
+    checkpoint.load(step_folder(Path(folder), 1), policy)
+    with policy.reference_weights():
+        reference = weights_of(policy)
+    both = {"reference": reference, "policy": weights_of(policy)}
+    return {kind: {name: tensor.numpy() for name, tensor in tensors.items()} for kind, tensors in both.items()}
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [({"tensor": 2}, {}), ({"pipeline": 2}, {}), ({}, {"tensor": 2, "sequence_parallel": True})],
+    ids=str,
+)
+def test_weights_and_reference_load_at_another_layout(saved, loaded, tmp_path):
+    run_ranks(max([1, *saved.values()]), reshard_reference, str(tmp_path), saved, True)
+    same = run_ranks(max([1, *saved.values()]), reshard_reference, str(tmp_path), saved, False)[0]
+    other = run_ranks(max([1, *loaded.values()]), reshard_reference, str(tmp_path), loaded, False)[0]
+    for kind in ("reference", "policy"):
+        for name, tensor in same[kind].items():
+            assert (other[kind][name] == tensor).all(), (kind, name)
+    assert any((same["reference"][name] != tensor).any() for name, tensor in same["policy"].items())
+
+
+def save_before_any_update(folder: str) -> bool:
+    from pathlib import Path
+
+    from megatron_dypo.checkpoint import checkpoint
+    from megatron_dypo.checkpoint.folders import step_folder
+
+    _, policy = build({})
+    counters = checkpoint.Counters(step=1, empty_steps=1)
+    checkpoint.save(Path(folder), policy, counters, keep=1)
+    before = weights_of(policy)
+    return checkpoint.load(step_folder(Path(folder), 1), policy) == counters and all(
+        (tensor == before[name]).all() for name, tensor in policy.named_tensors()
+    )
+
+
+def test_checkpoint_before_the_first_applied_update_loads(tmp_path):
+    assert run_ranks(2, save_before_any_update, str(tmp_path)) == [True, True]
+
+
+def decayed_by(steps: int) -> dict[str, float]:
+    """Ratio of each weight to its start after updates with zero gradients and weight decay alone."""
+    config, policy = build({})
+    config.optimizer.weight_decay = 0.5
+    before = weights_of(policy)
+    for _ in range(steps):
+        policy.model.zero_grad_buffer()
+        policy.optimizer.zero_grad()
+        assert policy.step(lr=0.1)[0]
+    return {name: float(tensor.norm() / before[name].norm()) for name, tensor in policy.named_tensors()}
+
+
+def test_weight_decay_spares_norms():
+    for name, ratio in run_ranks(1, decayed_by, 2)[0].items():
+        expected = 1.0 if "norm" in name else (1 - 0.1 * 0.5) ** 2
+        assert ratio == pytest.approx(expected, rel=1e-5), name
+
+
+def test_a_row_of_skipped_steps_is_not_ended_by_empty_ones():
+    from megatron_dypo.checkpoint.checkpoint import Counters
+
+    counters = Counters()
+    for step, (skipped, empty) in enumerate([(True, False), (False, True), (True, False)], start=1):
+        counters.count(step, 0, skipped, empty)
+    assert (counters.skipped_in_a_row, counters.skipped_steps, counters.empty_steps) == (2, 2, 1)
+    counters.count(4, 1, skipped=False, empty=False)
+    assert counters.skipped_in_a_row == 0

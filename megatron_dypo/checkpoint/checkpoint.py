@@ -9,16 +9,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dypo.checkpoint.folders import complete_steps, step_folder
 from megatron_dypo.checkpoint.writer import in_process_writer
+from megatron_dypo.errors import TrainingError
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.runtime import cpu_shim
 
@@ -47,19 +51,22 @@ class Counters:
         return {"train/skipped_steps": self.skipped_steps, "train/empty_steps": self.empty_steps}
 
 
-def save(run_dir: Path, policy: Policy, counters: Counters, fingerprint: dict, keep: int) -> Path:
-    """Write ``step_N`` and drop the oldest beyond ``keep``; collective. Returns the folder."""
+def save(run_dir: Path, policy: Policy, counters: Counters, keep: int) -> Path:
+    """Write ``step_N`` and drop the oldest beyond ``keep``; collective. Returns the folder.
+
+    Raises TrainingError where mcore cannot write.
+    """
     final = step_folder(run_dir, counters.step)
     partial = final.with_name(f".partial-{final.name}")
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    with in_process_writer(), cpu_shim.cuda_type_names():
+    with in_process_writer(), cpu_shim.cuda_type_names(), _as_training_error(partial):
         strategy = TorchDistSaveShardedStrategy("torch_dist", 1)
         dist_checkpointing.save(_state(policy, is_loading=False), str(partial), sharded_strategy=strategy)
     if dist.get_rank() == 0:
-        _write_json(partial / "state.json", {"counters": asdict(counters), "fingerprint": fingerprint})
+        _write_json(partial / "state.json", asdict(counters))
         sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
         _write_json(partial / "manifest.json", sizes)
         shutil.rmtree(final, ignore_errors=True)
@@ -71,40 +78,46 @@ def save(run_dir: Path, policy: Policy, counters: Counters, fingerprint: dict, k
 
 
 def load(folder: Path, policy: Policy) -> Counters:
-    """Restore weights, optimizer and reference exactly; collective."""
-    with cpu_shim.cuda_type_names():
+    """Restore weights, optimizer and reference exactly; collective. Raises TrainingError where mcore cannot read."""
+    counters = Counters(**json.loads((folder / "state.json").read_text()))
+    policy.version = counters.weight_version
+    with cpu_shim.cuda_type_names(), _as_training_error(folder):
         loaded = dist_checkpointing.load(_state(policy, is_loading=True), str(folder))
         policy.gpt.load_state_dict(loaded["model"])
-        policy.optimizer.load_state_dict(loaded["optimizer"])
-    if policy.reference is not None:
-        for kept, tensor in zip(policy.reference, loaded["reference"].values(), strict=True):
-            kept.copy_(tensor)
-    counters = Counters(**json.loads((folder / "state.json").read_text())["counters"])
-    policy.version = counters.weight_version
+        if "optimizer" in loaded:
+            policy.optimizer.load_state_dict(loaded["optimizer"])
+    for name, kept in (policy.reference or {}).items():
+        kept.copy_(loaded["reference"][name])
     return counters
 
 
 def _state(policy: Policy, is_loading: bool) -> dict:
+    """What mcore is to save or load. Adam has no state before the first applied update."""
     model = policy.gpt.sharded_state_dict(metadata=_METADATA)
-    state = {
-        "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA),
-        "model": model,
-    }
+    state = {"model": model}
+    if policy.version > 0:
+        state["optimizer"] = policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA)
     if policy.reference is not None:
         state["reference"] = _reference_state(policy)
     return state
 
 
-def _reference_state(policy: Policy) -> dict[str, ShardedTensor]:
-    """The kept reference, cut as the model's parameters are, under its own keys."""
-    layout, state = policy.layout, {}
-    for (name, parameter), kept in zip(policy.gpt.named_parameters(), policy.reference, strict=True):
-        axis = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
-        offsets = [] if axis is None else [(axis, layout.tp_rank, layout.tp)]
-        replica = (0, layout.tp_rank if axis is None else 0, layout.dp_rank)
-        key = f"reference.stage{layout.pp_rank}.{name}"
-        state[name] = ShardedTensor.from_rank_offsets(key, kept, *offsets, replica_id=replica)
+def _reference_state(policy: Policy) -> dict:
+    """The kept reference, cut and keyed as mcore cuts the model's weights, under a prefix: it loads at any layout."""
+    state = policy.gpt.sharded_state_dict(metadata=_METADATA)
+    for name, kept in policy.reference.items():
+        state[name].data = kept
+    add_prefix_for_sharding(state, "reference.")
     return state
+
+
+@contextmanager
+def _as_training_error(folder: Path) -> Iterator[None]:
+    """torch's CheckpointException is no Exception: it would pass by everything that reports errors."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise TrainingError(f"{folder}: {error}") from error
 
 
 def _write_json(path: Path, value: object) -> None:

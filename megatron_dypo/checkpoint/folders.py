@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -12,15 +16,15 @@ def step_folder(run_dir: Path, step: int) -> Path:
 
 def complete_steps(run_dir: Path) -> list[int]:
     """Steps of the complete checkpoints, oldest first: those whose manifest's files are all there in full."""
-    found = []
-    for folder in (run_dir / "checkpoints").glob("step_*"):
-        manifest = folder / "manifest.json"
-        if manifest.exists():
-            sizes = json.loads(manifest.read_text())
-            if all((folder / name).exists() and (folder / name).stat().st_size == size for name, size in sizes.items()):
-                found.append(int(folder.name.removeprefix("step_")))
-    return sorted(found)
+    folders = (run_dir / "checkpoints").glob("step_*")
+    steps = [int(found[1]) for folder in folders if (found := re.fullmatch(r"step_([0-9]+)", folder.name))]
+    return sorted(step for step in steps if _is_complete(step_folder(run_dir, step)))
 
 
-def saved_fingerprint(run_dir: Path, step: int) -> dict:
-    return json.loads((step_folder(run_dir, step) / "state.json").read_text())["fingerprint"]
+def _is_complete(folder: Path) -> bool:
+    try:
+        sizes = json.loads((folder / "manifest.json").read_text())
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError) as error:
+        log.warning("%s: not a complete checkpoint, left aside (%s)", folder, error)
+        return False

@@ -78,10 +78,10 @@ class Data(Section):
     max_prompt_tokens: int = key(1024, "A longer prompt is an error that names it.", ge=1)
     max_teacher_tokens: int | None = key(
         None,
-        "A longer teacher trace (its end token included) is left out and counted; default: `rollout.max_response_tokens`.",
+        "A longer teacher trace (its end token included) is never drawn; default: `rollout.max_response_tokens`.",
         ge=1,
     )
-    seed: int = key(0, "Seed of the order in which prompts are visited.")
+    seed: int = key(0, "Seed of the order in which prompts are visited.", ge=0, lt=2**63)
     max_tokens_per_microbatch: int = key(
         16384, "Token budget of one packed micro-batch on one data-parallel rank.", ge=1, resumable=True
     )
@@ -187,7 +187,7 @@ class Trainer(Section):
     """The loop."""
 
     steps: int = key(..., "Training steps (rollouts).", ge=1, resumable=True)
-    seed: int = key(0, "Seed of initial weights, sampling and teacher draws.")
+    seed: int = key(0, "Seed of initial weights, sampling and teacher draws.", ge=0, lt=2**63)
     eval_every: int = key(
         0,
         "Greedy evaluation on `data.valid` every so many steps, and before and after training; 0: never.",

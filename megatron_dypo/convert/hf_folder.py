@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_dypo.convert.mapping import HEAD, hf_shapes
 from megatron_dypo.errors import UserError
 from megatron_dypo.policy.shape import ModelShape
 
@@ -19,6 +20,40 @@ def folder_weights(folder: str | Path) -> Callable[[str], Tensor]:
     Raises UserError naming file and tensor: no safetensors, missing shard, damaged file, absent tensor.
     """
     folder = Path(folder)
+    _, where = _contents(folder)
+
+    def read(name: str) -> Tensor:
+        if name not in where:
+            raise UserError(f"{folder}: tensor {name} is missing")
+        return _open(where[name]).get_tensor(name)
+
+    return read
+
+
+def check_folder(folder: str | Path, shape: ModelShape) -> None:
+    """Raise UserError naming file and tensor unless the folder holds exactly the model's tensors, in their shapes.
+
+    Only the files' headers are read. What a checkpoint may hold besides: a tied model's head, and rotary frequencies.
+    """
+    listing, where = _contents(Path(folder))
+    expected = hf_shapes(shape)
+    opened = {file: _open(file) for file in set(where.values())}
+    held = {file: set(shard.keys()) for file, shard in opened.items()}
+    for name, size in expected.items():
+        file = where.get(name, listing)
+        if name not in held.get(file, ()):
+            raise UserError(f"{file}: tensor {name} is missing")
+        found = opened[file].get_slice(name).get_shape()
+        if tuple(found) != size:
+            raise UserError(f"{file}: tensor {name} has shape {found}, but config.json makes it {list(size)}")
+    for name, file in where.items():
+        spare = name.endswith(".rotary_emb.inv_freq") or (shape.tied_embeddings and name == HEAD)
+        if name not in expected and not spare:
+            raise UserError(f"{file}: tensor {name} has no place in a model of family {shape.family}")
+
+
+def _contents(folder: Path) -> tuple[Path, dict[str, Path]]:
+    """The file that lists the folder's tensors, and which file holds each; every file can be opened."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
@@ -27,18 +62,11 @@ def folder_weights(folder: str | Path) -> Callable[[str], Tensor]:
             raise UserError(f"{index}: not an index of safetensors: {error!r}") from None
         for shard in set(where.values()):
             _open(shard)
-    elif (folder / "model.safetensors").exists():
-        single = folder / "model.safetensors"
-        where = dict.fromkeys(_open(single).keys(), single)
-    else:
-        raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
-
-    def read(name: str) -> Tensor:
-        if name not in where:
-            raise UserError(f"{folder}: tensor {name} is missing")
-        return _open(where[name]).get_tensor(name)
-
-    return read
+        return index, where
+    single = folder / "model.safetensors"
+    if single.exists():
+        return single, dict.fromkeys(_open(single).keys(), single)
+    raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
 
 
 def _open(path: Path):

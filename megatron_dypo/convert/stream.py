@@ -69,8 +69,9 @@ def hf_tensors(
     ``select`` picks what is gathered of each parameter, such as its gradient.
     """
     local = {name: select(parameter) for name, parameter in _local_parameters(gpt, shape, layout).items()}
+    dtype = next(iter(local.values())).dtype
     for rule in rules(shape):
-        folded = _gather(rule, local.get(rule.mcore), shape, layout)
+        folded = _gather(rule, local.get(rule.mcore), dtype, shape, layout)
         for name, part in zip(rule.hf, rule.unfold(folded, shape), strict=True):
             yield name, part
             if with_tied_head and shape.tied_embeddings and rule.mcore.startswith("embedding"):
@@ -89,7 +90,7 @@ def _local_parameters(gpt: torch.nn.Module, shape: ModelShape, layout: Layout) -
     return found
 
 
-def _gather(rule: Rule, weight: Tensor | None, shape: ModelShape, layout: Layout) -> Tensor:
+def _gather(rule: Rule, weight: Tensor | None, dtype: torch.dtype, shape: ModelShape, layout: Layout) -> Tensor:
     """The folded full tensor on every rank: all-gather over TP on the owning stage, then broadcast over PP."""
     full = None
     if weight is not None:
@@ -103,12 +104,16 @@ def _gather(rule: Rule, weight: Tensor | None, shape: ModelShape, layout: Layout
     if layout.pp == 1:
         return full
     group = mpu.get_pipeline_model_parallel_group()
-    descriptions: list = [None] * layout.pp
-    dist.all_gather_object(descriptions, None if full is None else (tuple(full.shape), full.dtype), group=group)
-    owner = next(stage for stage, description in enumerate(descriptions) if description is not None)
     if full is None:
-        size, dtype = descriptions[owner]
-        full = torch.empty(size, dtype=dtype, device=device())
+        parts = [torch.empty(hf_shapes(shape)[name], device="meta") for name in rule.hf]
+        full = torch.empty(rule.fold(parts, shape).shape, dtype=dtype, device=device())
     full = full.contiguous()
-    dist.broadcast(full, dist.get_global_rank(group, owner), group=group)
+    dist.broadcast(full, dist.get_global_rank(group, _stage(rule, shape, layout)), group=group)
     return full
+
+
+def _stage(rule: Rule, shape: ModelShape, layout: Layout) -> int:
+    """The pipeline stage that owns a weight."""
+    if rule.mcore.startswith("decoder.layers."):
+        return int(rule.mcore.split(".")[2]) // (shape.num_layers // layout.pp)
+    return 0 if rule.mcore.startswith("embedding") else layout.pp - 1

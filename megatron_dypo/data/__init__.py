@@ -19,7 +19,7 @@ def load_prompts(source: str, skip_bad_rows: bool) -> list[Prompt]:
         if source.startswith(reasoning_gym_task.PREFIX)
         else rows.read(source, skip_bad_rows)
     )
-    first: dict[str, Prompt] = {}
+    first: dict[tuple, Prompt] = {}
     for prompt in prompts:
         first.setdefault(prompt_key(prompt), prompt)
     unique = list(first.values())
@@ -51,6 +51,8 @@ def load_data(data: Data) -> tuple[list[Prompt], list[Prompt]]:
     return train, valid
 
 
-def prompt_key(prompt: Prompt) -> str:
-    """The prompt's text, by which duplicates and overlaps are found."""
-    return prompt.text or "\n".join(f"{message['role']}: {message['content']}" for message in prompt.messages)
+def prompt_key(prompt: Prompt) -> tuple[tuple[str, str], ...]:
+    """What duplicates and overlaps are found by: (role, text) of every message; a plain string is the user's one."""
+    if prompt.text:
+        return (("user", prompt.text),)
+    return tuple((message["role"], message["content"]) for message in prompt.messages)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from megatron_dypo.errors import UserError
 from megatron_dypo.records import Prompt, Teacher
 
 log = logging.getLogger(__name__)
+_SURROGATE = re.compile("[\ud800-\udfff]")  # what JSON can escape one by one, and no tokenizer or file takes
 
 
 class BadRow(ValueError):
@@ -79,6 +82,8 @@ def _prompt(row: Any, line: int) -> Prompt:
     truth = row.get("ground_truth")
     if truth is None and isinstance(nested, dict):
         truth = nested.get("ground_truth")
+    if isinstance(truth, float) and not math.isfinite(truth):
+        raise BadRow(f"ground_truth: expected a finite number, got {truth}")
     if isinstance(truth, (int, float)) and not isinstance(truth, bool):
         truth = str(truth)
     if not isinstance(truth, str) or not truth.strip():
@@ -86,7 +91,16 @@ def _prompt(row: Any, line: int) -> Prompt:
     identity = f"row-{line}" if row.get("id") is None else row["id"]
     if not isinstance(identity, (str, int)):
         raise BadRow(f"id: expected a string, got {_short(identity)}")
-    return Prompt(str(identity), truth, _teachers(row), str(row.get("data_source") or ""), messages, text)
+    teachers = _teachers(row)
+    for field, texts in (
+        ("id", [str(identity)]),
+        ("prompt", [text, *(message["content"] for message in messages)]),
+        ("ground_truth", [truth]),
+        ("teachers", [teacher.trace for teacher in teachers]),
+    ):
+        if any(map(_SURROGATE.search, texts)):
+            raise BadRow(f"{field}: holds half a surrogate pair, which is no text")
+    return Prompt(str(identity), truth, teachers, str(row.get("data_source") or ""), messages, text)
 
 
 def _prompt_field(value: Any) -> tuple[str, tuple[dict[str, str], ...]]:

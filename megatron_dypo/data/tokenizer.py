@@ -5,6 +5,7 @@ from __future__ import annotations
 import string
 
 import numpy as np
+from jinja2 import TemplateError
 
 from megatron_dypo.config.schema import Config
 from megatron_dypo.errors import UserError
@@ -30,15 +31,23 @@ class Tokenizer:
         self.size = len(backend)
 
     def encode_prompt(self, prompt: Prompt) -> np.ndarray:
-        """The ids the policy is asked with: through the chat template where messages and a template exist."""
+        """The ids the policy is asked with: through the chat template where messages and a template exist.
+
+        Raises UserError naming a prompt that the template or the tokenizer refuses.
+        """
+        try:
+            return np.asarray(self._prompt_ids(prompt), dtype=np.int32)
+        except (TemplateError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"data: prompt {prompt.id} cannot be tokenized: {type(error).__name__}: {reason}") from None
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if prompt.messages and self._backend.chat_template:
-            ids = self._backend.apply_chat_template(
+            return self._backend.apply_chat_template(
                 list(prompt.messages), add_generation_prompt=True, return_dict=False
             )
-        else:
-            text = prompt.text or "\n".join(message["content"] for message in prompt.messages)
-            ids = self._backend(text)["input_ids"]
-        return np.asarray(ids, dtype=np.int32)
+        text = prompt.text or "\n".join(message["content"] for message in prompt.messages)
+        return self._backend(text)["input_ids"]
 
     def encode_trace(self, trace: str) -> np.ndarray:
         """A teacher's trace and the end token."""

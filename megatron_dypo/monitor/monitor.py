@@ -11,7 +11,6 @@ from megatron_dypo.config.schema import Config
 from megatron_dypo.monitor.metrics import MetricsFile, read_metrics
 from megatron_dypo.monitor.progress import Progress, summary
 from megatron_dypo.monitor.report import write_report
-from megatron_dypo.monitor.stopwatch import Stopwatch
 from megatron_dypo.monitor.writers import Writers
 from megatron_dypo.runtime.distributed import Layout
 from megatron_dypo.runtime.run_folder import describe
@@ -57,13 +56,9 @@ class Monitor:
             self._file.write(step, metrics)
             self._writers.write(step, metrics)
 
-    def step(self, step: int, metrics: dict, clock: Stopwatch) -> None:
-        """A finished step: adds its times and shows it."""
-        times = {
-            f"time/{name}": clock.seconds.get(name, 0.0) for name in ("rollout", "reward", "logprob", "update", "sync")
-        }
-        seconds = clock.total
-        metrics = metrics | times | {"time/step": seconds, "perf/tokens_per_second": metrics["tokens"] / seconds}
+    def step(self, step: int, metrics: dict) -> None:
+        """A finished step: writes and shows it."""
+        metrics = metrics | {"perf/tokens_per_second": metrics["tokens"] / metrics["time/step"]}
         del metrics["tokens"]
         self.write(step, metrics)
         if self._active:
@@ -91,6 +86,8 @@ class Monitor:
 def summary_rows(metrics: list[dict], held_out: int) -> list[tuple[str, str]]:
     """What a run came to: first against last, from its metrics file."""
     steps = [line for line in metrics if line["step"] > 0]
+    if not steps:
+        return []
     tail = steps[-max(1, len(steps) // 10) :]
 
     def mean(lines: list[dict], name: str) -> float | None:

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_dypo.config.schema import Objective
 from megatron_dypo.objectives.correction import Correction
 from megatron_dypo.objectives.gal import gal_coefficients, pair_statistics
 from megatron_dypo.objectives.grading import group_advantages
 from megatron_dypo.objectives.routing import RECIPES
 from megatron_dypo.records import Group, Kind, Sequence
+
+if TYPE_CHECKING:
+    from megatron_dypo.config.schema import Objective
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class BatchTerms:
     sequences: list[SequenceTerms]
     gal_loss: float = 0.0
     grpo_sequence_loss: float = 0.0
+    clipped_tokens: int = 0
     eta: float | None = None
     spread: float | None = None
     saturated: float | None = None
@@ -137,9 +141,10 @@ def sequence_terms(
             if objective.ratio_level == "sequence" and share > 0:
                 by_sum = objective.scale == "trajectory"
                 unit = 1.0 if by_sum else 1 / n
-                surrogate, derivative = _sequence_surrogate(sums[place], advantage, unit, objective, correction)
+                surrogate, slope_s, clipped = _sequence_surrogate(sums[place], advantage, unit, objective, correction)
+                batch.clipped_tokens += n * clipped
                 once = weight if by_sum and objective.aggregation == "scale" else weight * n
-                sequence_slope = -once * derivative * unit
+                sequence_slope = -once * slope_s * unit
                 batch.grpo_sequence_loss -= once * surrogate / share
             terms[place] = SequenceTerms(advantage, weight, sequence_slope, slope)
 
@@ -150,12 +155,12 @@ def sequence_terms(
 
 def _sequence_surrogate(
     sums: SequenceSums, advantage: float, unit: float, objective: Objective, correction: Correction
-) -> tuple[float, float]:
-    """(surrogate, its derivative in the response's log-ratio) of a sequence-level ratio, correction included."""
+) -> tuple[float, float, bool]:
+    """(surrogate, its derivative in the response's log-ratio, clipped?) of a sequence-level ratio, with correction."""
     base = sums.old if objective.ratio_base == "old" else sums.reference
     ratio = math.exp(min((sums.now - base) * unit, 60.0))
     low, high = 1 - objective.clip_low, 1 + objective.clip_high
     surrogate = min(ratio * advantage, min(max(ratio, low), high) * advantage)
-    unclipped = ratio <= high if advantage >= 0 else ratio >= low
+    clipped = ratio > high if advantage > 0 else ratio < low and advantage < 0
     weight = correction.weight(torch.tensor((sums.old - sums.rollout) * unit, dtype=torch.float64)).item()
-    return weight * surrogate, weight * (ratio * advantage if unclipped else 0.0)
+    return weight * surrogate, weight * (0.0 if clipped else ratio * advantage), clipped

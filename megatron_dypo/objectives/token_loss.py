@@ -10,12 +10,15 @@ Legend: N loss tokens of a micro-batch, packed without prompt or padding; t a sl
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from megatron_dypo.config.schema import Objective
 from megatron_dypo.objectives.correction import Correction
+
+if TYPE_CHECKING:
+    from megatron_dypo.config.schema import Objective
 
 SUMS = (
     "loss/grpo",

@@ -14,7 +14,7 @@ from megatron_dypo.config.schema import Config, Optimizer
 from megatron_dypo.policy.layers import layer_spec
 from megatron_dypo.policy.shape import FAMILIES, ModelShape
 from megatron_dypo.runtime import cpu_shim
-from megatron_dypo.runtime.distributed import Layout, device
+from megatron_dypo.runtime.distributed import Layout, device, training_dtype
 
 _SHARDED_DIMENSION = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
 _RECOMPUTE = {
@@ -22,13 +22,6 @@ _RECOMPUTE = {
     "selective": {"recompute_granularity": "selective"},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
-
-
-def training_dtype(name: str) -> torch.dtype:
-    """bf16 matmuls are 6 to 90 times slower than fp32 on CPUs, hence ``auto``."""
-    if name == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
 def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:

@@ -23,10 +23,10 @@ from megatron_dypo.kernels import LogProbs, linear_logprob, linear_loss
 from megatron_dypo.objectives import TokenStreams
 from megatron_dypo.objectives.coefficients import needs_reference
 from megatron_dypo.policy.attention import Segments
-from megatron_dypo.policy.model import build_model, build_optimizer, head_weight, training_dtype
+from megatron_dypo.policy.model import build_model, build_optimizer, head_weight
 from megatron_dypo.policy.shape import ModelShape
 from megatron_dypo.runtime import cpu_shim
-from megatron_dypo.runtime.distributed import Layout, device
+from megatron_dypo.runtime.distributed import Layout, device, training_dtype
 
 
 class Policy:
@@ -42,7 +42,7 @@ class Policy:
             models, None, **keywords
         )
         self.version = 0
-        self.reference: list[Tensor] | None = None
+        self.reference: dict[str, Tensor] | None = None  # by parameter name, in host memory
         if needs_reference(config.objective) and config.objective.reference != "previous":
             self.keep_reference()
 
@@ -84,6 +84,7 @@ class Policy:
             if finite:
                 for group in self.optimizer.param_groups:
                     group["lr"] = lr
+                    group["weight_decay"] = self.config.optimizer.weight_decay * group["wd_mult"]
                 self.optimizer.step()
                 self.version += 1
         return finite, norm
@@ -93,9 +94,8 @@ class Policy:
         return hf_tensors(self.gpt, self.shape, self.layout, with_tied_head=True)
 
     def keep_reference(self) -> None:
-        """Freeze the current weights as the reference (host memory; pinned where there is CUDA)."""
-        weights = [parameter.detach().to("cpu", copy=True) for parameter in self.gpt.parameters()]
-        self.reference = [weight.pin_memory() for weight in weights] if torch.cuda.is_available() else weights
+        """Freeze the current weights as the reference."""
+        self.reference = self._on_host()
 
     def refresh_reference(self, step: int) -> None:
         """Before step ``step`` (first is 1): with ``reference: every:N``, freeze anew at steps 1, N + 1, ..."""
@@ -107,15 +107,21 @@ class Policy:
     def reference_weights(self) -> Iterator[None]:
         """Swap the reference into the modules, and the policy back, bit for bit."""
         assert self.reference is not None
-        current = [parameter.detach().clone() for parameter in self.gpt.parameters()]
+        current = self._on_host()
         self._fill(self.reference)
         yield
         self._fill(current)
 
+    def _on_host(self) -> dict[str, Tensor]:
+        """A copy of this rank's weights in host memory, pinned where there is CUDA."""
+        weights = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.gpt.named_parameters()}
+        pinned = torch.cuda.is_available()
+        return {name: weight.pin_memory() for name, weight in weights.items()} if pinned else weights
+
     @torch.no_grad()
-    def _fill(self, weights: list[Tensor]) -> None:
-        for parameter, weight in zip(self.gpt.parameters(), weights, strict=True):
-            parameter.copy_(weight, non_blocking=True)
+    def _fill(self, weights: dict[str, Tensor]) -> None:
+        for name, parameter in self.gpt.named_parameters():
+            parameter.copy_(weights[name], non_blocking=True)
 
     def _run(
         self, batches: list[MicroBatch], finish: Callable[[Tensor, MicroBatch], tuple], forward_only: bool

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
+from collections import ChainMap
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,9 +124,9 @@ def model_shape(config: Model) -> ModelShape:
             if changed:
                 raise UserError(f"model.shape.{changed[0]}: the weights in model.hf: {config.hf} have another shape")
     if shape.num_attention_heads % shape.num_query_groups:
+        name = "model.shape.num_query_groups" if config.preset else f"model.hf: {config.hf}: num_key_value_heads"
         raise UserError(
-            f"model.shape.num_query_groups: {shape.num_query_groups} does not divide "
-            f"num_attention_heads: {shape.num_attention_heads}"
+            f"{name}: {shape.num_query_groups} does not divide num_attention_heads: {shape.num_attention_heads}"
         )
     return shape
 
@@ -142,41 +145,56 @@ def hf_folder(name: str) -> str:
         ) from None
 
 
+# What a value of config.json may be: its description, and whether a value is that.
+_KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
+    int: ("an integer from 1 on", lambda value: type(value) is int and 0 < value < 2**31),
+    float: ("a positive number", lambda value: type(value) in (int, float) and 0 < value <= sys.float_info.max),
+    bool: ("true or false", lambda value: type(value) is bool),
+    str: ("a string", lambda value: type(value) is str),
+    dict: ("a mapping", lambda value: type(value) is dict),
+}
+
+
 def _from_hf(path: Path) -> ModelShape:
     try:
-        raw = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        raw = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"model.hf: cannot read {path}: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"model.hf: {path} holds no configuration")
-    kinds = {family.model_type: name for name, family in FAMILIES.items()}
-    if raw.get("model_type") not in kinds:
-        raise UserError(f"{path}: model_type {raw.get('model_type')!r} is not supported; known: {', '.join(kinds)}")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise UserError(f"{path}: rope type {rope_type!r} is not supported yet")
-    if raw.get("attention_bias") or raw.get("mlp_bias") or raw.get("use_sliding_window"):
-        raise UserError(f"{path}: attention_bias, mlp_bias and use_sliding_window are not supported")
 
-    def size(name: str) -> int:
-        if not isinstance(raw.get(name), int):
-            raise UserError(f"model.hf: {path}: {name} must be an integer, got {raw.get(name)!r}")
-        return raw[name]
+    def get(name: str, kind: type, default: Any = None, where: Mapping[str, Any] = raw) -> Any:
+        """A value of ``kind``; absent or null is ``default``, and without one an error."""
+        value = where.get(name)
+        value = default if value is None else value
+        description, fits = _KINDS[kind]
+        if not fits(value):
+            raise UserError(f"model.hf: {path}: {name} must be {description}, got {value!r:.80}")
+        return kind(value)
 
-    heads = size("num_attention_heads")
+    families = {family.model_type: name for name, family in FAMILIES.items()}
+    rope = get("rope_parameters", dict, {}) or get("rope_scaling", dict, {})
+    for name, value, known in (
+        ("model_type", get("model_type", str), tuple(families)),
+        ("hidden_act", get("hidden_act", str, "silu"), ("silu",)),
+        ("rope type", rope.get("rope_type", rope.get("type", "default")), ("default",)),
+        *((name, get(name, bool, False), (False,)) for name in ("attention_bias", "mlp_bias", "use_sliding_window")),
+    ):
+        if value not in known:
+            raise UserError(f"model.hf: {path}: {name} {value!r} is not supported; known: {', '.join(map(str, known))}")
+    hidden, heads = get("hidden_size", int), get("num_attention_heads", int)
     return ModelShape(
-        family=kinds[raw["model_type"]],
-        num_layers=size("num_hidden_layers"),
-        hidden_size=size("hidden_size"),
-        ffn_hidden_size=size("intermediate_size"),
+        family=families[raw["model_type"]],
+        num_layers=get("num_hidden_layers", int),
+        hidden_size=hidden,
+        ffn_hidden_size=get("intermediate_size", int),
         num_attention_heads=heads,
-        num_query_groups=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or size("hidden_size") // heads,
-        vocab_size=size("vocab_size"),
-        max_position=size("max_position_embeddings"),
-        rope_base=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
-        norm_eps=raw.get("rms_norm_eps", 1e-6),
-        tied_embeddings=raw.get("tie_word_embeddings", False),
-        init_std=raw.get("initializer_range", 0.02),
+        num_query_groups=get("num_key_value_heads", int, heads),
+        head_dim=get("head_dim", int, hidden // heads),
+        vocab_size=get("vocab_size", int),
+        max_position=get("max_position_embeddings", int),
+        rope_base=get("rope_theta", float, 10000.0, ChainMap(rope, raw)),
+        norm_eps=get("rms_norm_eps", float, 1e-6),
+        tied_embeddings=get("tie_word_embeddings", bool, False),
+        init_std=get("initializer_range", float, 0.02),
     )

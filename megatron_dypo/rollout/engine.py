@@ -52,14 +52,12 @@ class Engine(Protocol):
 
 
 def engine_name(config: Config) -> str:
-    """``rollout.engine`` with ``auto`` resolved: vLLM where installed, transformers (said in the log) elsewhere."""
+    """``rollout.engine`` with ``auto`` resolved: vLLM where installed, transformers elsewhere."""
     wanted, installed = config.rollout.engine, importlib.util.find_spec("vllm") is not None
     if wanted == "vllm" and not installed:
         raise UserError(
             "rollout.engine: vllm is not installed here (pip install 'megatron_dypo[vllm]', or engine: transformers)"
         )
-    if wanted == "auto" and not installed:
-        log.warning("vLLM is not installed: sampling with transformers, many times slower")
     return wanted if wanted != "auto" else "vllm" if installed else "transformers"
 
 
@@ -78,6 +76,8 @@ def build_engine(config: Config, shape: ModelShape, eos_id: int, folder: Path) -
 
         return VllmEngine(config, shape, eos_id, folder)
     if name == "transformers":
+        if config.rollout.engine == "auto":
+            log.warning("vLLM is not installed: sampling with transformers, many times slower")
         from megatron_dypo.rollout.transformers_engine import TransformersEngine
 
         return TransformersEngine(shape)

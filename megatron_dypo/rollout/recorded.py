@@ -33,22 +33,27 @@ def require_steps(folder: str | Path, steps: range) -> None:
             raise UserError(f"rollout.replay: {step_file(folder, step)}: no recorded step {step}")
 
 
-def replay(folder: str | Path, step: int, prompts: dict[str, Prompt], samples: int) -> list[Group]:
+def replay(
+    folder: str | Path, step: int, prompts: dict[str, Prompt], samples: int, *, vocab_size: int, longest: int
+) -> list[Group]:
     """The recorded groups of a step, rewards as they are; ``prompts`` by id supply ground truths and teachers.
 
-    Raises UserError naming file and line: missing step, malformed line, unknown prompt, another number of responses.
+    Raises UserError naming file and line: missing or empty step, malformed line, unknown prompt, another number of
+    responses, an id that is not below ``vocab_size``, a prompt and response of more than ``longest`` tokens.
     """
     require_steps(folder, range(step, step + 1))
     path, groups = step_file(folder, step), []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            groups.append(_group(json.loads(line), prompts))
-        except (ValueError, KeyError, TypeError) as error:
+            groups.append(_group(json.loads(line), prompts, vocab_size, longest))
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise UserError(f"{path}:{number}: not a recorded rollout: {error}") from None
         if len(groups[-1].responses) != samples:
             raise UserError(
                 f"{path}:{number}: {len(groups[-1].responses)} responses, but rollout.samples_per_prompt is {samples}"
             )
+    if not groups:
+        raise UserError(f"rollout.replay: {path}: holds no group")
     return groups
 
 
@@ -71,7 +76,14 @@ def _line(group: Group) -> dict:
     }
 
 
-def _group(line: dict, prompts: dict[str, Prompt]) -> Group:
+def _ids(values: list[int], vocab_size: int) -> np.ndarray:
+    for value in values:
+        if type(value) is not int or not 0 <= value < vocab_size:
+            raise ValueError(f"{value!r} is no token id of a vocabulary of {vocab_size}")
+    return np.asarray(values, np.int32)
+
+
+def _group(line: dict, prompts: dict[str, Prompt], vocab_size: int, longest: int) -> Group:
     if line["id"] not in prompts:
         raise ValueError(f"prompt {line['id']!r} is not in data.train")
     if not line["prompt_ids"]:
@@ -82,19 +94,25 @@ def _group(line: dict, prompts: dict[str, Prompt]) -> Group:
         raise ValueError(f"prompt {line['id']!r}: teacher_indices {indices}, but it has {teachers} teachers")
     responses = [
         Response(
-            np.asarray(r["ids"], np.int32),
+            _ids(r["ids"], vocab_size),
             np.asarray(r["logprobs"], np.float32),
             r["finish_reason"],
             float(r["reward"]),
         )
         for r in line["responses"]
     ]
+    prompt_ids = _ids(line["prompt_ids"], vocab_size)
     for response in responses:
         if len(response.ids) != len(response.logprobs) or not len(response.ids):
             raise ValueError(f"prompt {line['id']!r}: {len(response.ids)} ids and {len(response.logprobs)} logprobs")
+        if len(prompt_ids) + len(response.ids) > longest:
+            raise ValueError(
+                f"prompt {line['id']!r}: {len(prompt_ids)} + {len(response.ids)} tokens of prompt and response, "
+                f"more than the model's {longest}"
+            )
     return Group(
         prompt=prompts[line["id"]],
-        prompt_ids=np.asarray(line["prompt_ids"], np.int32),
+        prompt_ids=prompt_ids,
         responses=responses,
         teacher_indices=None if indices is None else tuple(indices),
         weight_version=line["weight_version"],

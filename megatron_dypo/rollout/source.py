@@ -1,28 +1,27 @@
-"""One graded batch of groups a step, sampled or replayed, the same on every rank."""
+"""One batch of scored groups a step, sampled or replayed, the same on every rank."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
-from megatron_dypo.batching.sequences import draw_teachers
 from megatron_dypo.config.schema import Config
 from megatron_dypo.data.order import batch_indices
 from megatron_dypo.data.tokenizer import Tokenizer
-from megatron_dypo.monitor.stopwatch import Stopwatch
-from megatron_dypo.objectives.grading import grade
 from megatron_dypo.objectives.routing import RECIPES
 from megatron_dypo.records import Group, Prompt
 from megatron_dypo.rollout import recorded
 from megatron_dypo.rollout.collect import Reward, encode_prompts, sample, score, share
 from megatron_dypo.rollout.engine import Engine
 from megatron_dypo.runtime.distributed import Layout, phase
+from megatron_dypo.runtime.stopwatch import Stopwatch
 
 
 @dataclass
 class RolloutSource:
-    """Prompts in, graded groups out. Without an engine the steps are read from ``rollout.replay``."""
+    """Prompts in, scored groups out. Without an engine the steps are read from ``rollout.replay``."""
 
     config: Config
     prompts: list[Prompt]
@@ -32,47 +31,44 @@ class RolloutSource:
     layout: Layout
     longest: int  # model's limit in tokens
 
+    def __post_init__(self) -> None:
+        self._by_id = {prompt.id: prompt for prompt in self.prompts}
+        self._trace = functools.lru_cache(maxsize=4096)(self._encode_trace)
+
     def batch(self, step: int, weight_version: int, clock: Stopwatch) -> list[Group]:
-        """The step's groups with responses, rewards, regimes and teacher draws."""
-        config = self.config
+        """The step's groups with responses and rewards."""
+        config, samples = self.config, RECIPES[self.config.objective.method].samples
         if self.engine is None:
-            by_id = {prompt.id: prompt for prompt in self.prompts}
-            groups = recorded.replay(config.rollout.replay, step, by_id, config.rollout.samples_per_prompt)
-        else:
-            indices = batch_indices(step, config.data.prompts_per_step, len(self.prompts), config.data.seed)
-            groups = encode_prompts([self.prompts[i] for i in indices], self.tokenizer, config.data.max_prompt_tokens)
-            if RECIPES[config.objective.method].samples:
-                self._sample(groups, step, weight_version, clock)
-        self._grade(groups, step)
-        if config.rollout.record and self.layout.is_main:
-            recorded.record(config.rollout.record, step, groups)
+            k = config.rollout.samples_per_prompt if samples else 0
+            return recorded.replay(config.rollout.replay, step, self._by_id, k)
+        indices = batch_indices(step, config.data.prompts_per_step, len(self.prompts), config.data.seed)
+        groups = encode_prompts([self.prompts[i] for i in indices], self.tokenizer, config.data.max_prompt_tokens)
+        if samples:
+            with clock("rollout"), phase("rollout"):
+                mine = sample(groups, self.engine, config, self.tokenizer.eos_id, step, self.layout)
+            with clock("reward"), phase("reward"):
+                score(mine, self.tokenizer, self.reward)
+            with phase("rollout exchange"):
+                share(groups, mine, self.layout)
+            for group in groups:
+                group.weight_version = weight_version
         return groups
 
-    def encode_trace(self, group: Group, teacher: int):
-        """Ids of one teacher's trace for the group's prompt, end token included."""
-        return self.tokenizer.encode_trace(group.prompt.teachers[teacher].trace)
+    def record(self, step: int, groups: list[Group]) -> None:
+        """Write the graded step to ``rollout.record``, if asked for; rank 0 does."""
+        if self.config.rollout.record and self.layout.is_main:
+            with phase("recording"):
+                recorded.record(self.config.rollout.record, step, groups)
 
-    def _sample(self, groups: list[Group], step: int, weight_version: int, clock: Stopwatch) -> None:
-        with clock("rollout"), phase("rollout"):
-            mine = sample(groups, self.engine, self.config, self.tokenizer.eos_id, step, self.layout)
-        with clock("reward"), phase("reward"):
-            score(mine, self.tokenizer, self.reward)
-            share(groups, mine, self.layout)
-        for group in groups:
-            group.weight_version = weight_version
-
-    def _grade(self, groups: list[Group], step: int) -> None:
-        objective = self.config.objective
-        recipe = RECIPES[objective.method]
-        if recipe.samples:
-            regimes = grade(
-                torch.tensor([group.rewards for group in groups]), objective.reward_threshold, objective.hard_max_solved
-            )
-            for group, regime in zip(groups, regimes, strict=True):
-                group.regime = regime
+    def usable_teachers(self, group: Group) -> list[int]:
+        """Indices of the teachers whose trace is short enough."""
         limit = self.config.data.max_teacher_tokens or self.config.rollout.max_response_tokens
-        for group in groups:
-            if recipe.route(group.regime) == "teacher":
-                room = min(limit, self.longest - len(group.prompt_ids))
-                usable = [i for i in range(len(group.prompt.teachers)) if len(self.encode_trace(group, i)) <= room]
-                draw_teachers(group, usable, self.config.trainer.seed, step, objective.teachers_per_prompt)
+        room = min(limit, self.longest - len(group.prompt_ids))
+        return [i for i in range(len(group.prompt.teachers)) if len(self.encode_trace(group, i)) <= room]
+
+    def encode_trace(self, group: Group, teacher: int) -> np.ndarray:
+        """Ids of one teacher's trace for the group's prompt, end token included."""
+        return self._trace(group.prompt.id, teacher)
+
+    def _encode_trace(self, prompt_id: str, teacher: int) -> np.ndarray:
+        return self.tokenizer.encode_trace(self._by_id[prompt_id].teachers[teacher].trace)

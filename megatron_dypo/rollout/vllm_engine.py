@@ -13,16 +13,18 @@ from torch import Tensor
 
 from megatron_dypo.config.schema import Config
 from megatron_dypo.convert.hf_folder import write_config
-from megatron_dypo.policy.model import training_dtype
 from megatron_dypo.policy.shape import ModelShape
 from megatron_dypo.records import Response
 from megatron_dypo.rollout.engine import Request, Sampling
+from megatron_dypo.runtime.distributed import training_dtype
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process, so weights need no transport
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # every rank would bind its threads to the same first core
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
+}
+_CPU_ENVIRONMENT = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # every rank would bind its threads to the same first core
     "TORCHDYNAMO_DISABLE": "1",
 }
 
@@ -31,14 +33,14 @@ class VllmEngine:
     """See ``Engine``. Greedy and sampled requests may share a batch; seeds are per request."""
 
     def __init__(self, config: Config, shape: ModelShape, eos_id: int, folder: Path):
-        for name, value in _ENVIRONMENT.items():
+        cuda = torch.cuda.is_available()
+        for name, value in (_ENVIRONMENT | ({} if cuda else _CPU_ENVIRONMENT)).items():
             os.environ.setdefault(name, value)
         logging.getLogger("vllm").setLevel(logging.ERROR)
         import vllm
 
         self._vllm = vllm
         write_config(shape, folder, eos_id)
-        cuda = torch.cuda.is_available()
         gigabytes = config.rollout.engine_memory
         memory = {"gpu_memory_utilization": gigabytes} if cuda else {"kv_cache_memory_bytes": int(gigabytes * 2**30)}
         threads = torch.get_num_threads()
@@ -55,6 +57,8 @@ class VllmEngine:
             enforce_eager=not cuda,
             enable_prefix_caching=True,
             disable_log_stats=True,
+            # torchrun's LOCAL_RANK picks the GPU; vLLM's own choice is the first one, on every rank
+            distributed_executor_backend="external_launcher" if cuda and "RANK" in os.environ else None,
             seed=config.trainer.seed,
             **memory,
         )
@@ -62,6 +66,8 @@ class VllmEngine:
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Response]:
         """One response per request, in order; ``ids`` ends with ``eos_id`` unless cut at ``max_tokens``."""
+        if not requests:
+            return []
         prompts = [{"prompt_token_ids": request.prompt_ids.tolist()} for request in requests]
         parameters = [self._parameters(request.seed, sampling) for request in requests]
         outputs = self._llm.generate(prompts, parameters, use_tqdm=False)

@@ -1,8 +1,9 @@
 """Megatron-Core on CPU ranks: the one place that knows mcore assumes CUDA.
 
 mcore asks ``torch.cuda`` for the current device, RNG state and streams. Without CUDA, ``install()`` replaces the *name*
-``torch`` inside the imported ``megatron.core`` modules by a proxy that answers for the CPU; torch itself, vLLM and
-transformers see nothing of it. Where CUDA exists, ``install()`` does nothing.
+``torch`` inside the imported ``megatron.core`` modules by a proxy that answers for the CPU. Two things reach further:
+``Tensor.cuda`` becomes the identity and, within ``cuda_type_names``, ``Tensor.type()`` gives CUDA names. Where CUDA
+exists, ``install()`` does nothing.
 """
 
 from __future__ import annotations

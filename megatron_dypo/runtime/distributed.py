@@ -63,6 +63,19 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def training_dtype(name: str) -> torch.dtype:
+    """bf16 matmuls are 6 to 90 times slower than fp32 on CPUs, hence ``auto``."""
+    if name == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def claim_device() -> None:
+    """Make this rank's GPU the current device."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+
+
 def die_with_parent() -> None:
     """Linux: SIGTERM to this process when its launcher dies, so no rank outlives a killed torchrun agent."""
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
@@ -79,8 +92,7 @@ def init(tensor: int = 1, pipeline: int = 1, timeout: float = 1800.0) -> Layout:
     from megatron.core import tensor_parallel
 
     deadline = datetime.timedelta(seconds=timeout)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    claim_device()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=deadline)

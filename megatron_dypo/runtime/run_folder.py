@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO
 
-from megatron_dypo.checkpoint.folders import complete_steps, saved_fingerprint
+from megatron_dypo.checkpoint.folders import complete_steps
 from megatron_dypo.config.load import dump, fingerprint
 from megatron_dypo.config.schema import Config
 from megatron_dypo.errors import UserError
@@ -40,19 +40,19 @@ def claim(run_dir: Path) -> IO[str]:
 def resume_step(config: Config) -> int:
     """Step of the newest complete checkpoint, 0 without one. Raises UserError where the folder is another run's."""
     run_dir = Path(config.trainer.run_dir)
-    steps = complete_steps(run_dir)
-    if not steps:
-        return 0
-    ours, theirs = json.loads(json.dumps(fingerprint(config))), saved_fingerprint(run_dir, steps[-1])
-    differing = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
-    if differing:
-        changes = ", ".join(f"{name} (was {theirs.get(name)!r}, now {ours.get(name)!r})" for name in differing)
-        raise UserError(f"trainer.run_dir: {run_dir} belongs to another run; differing: {changes}")
-    return steps[-1]
+    path = run_dir / "fingerprint.json"
+    if path.exists():
+        ours, theirs = json.loads(json.dumps(fingerprint(config))), json.loads(path.read_text(encoding="utf-8"))
+        differing = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+        if differing:
+            changes = ", ".join(f"{name} (was {theirs.get(name)!r}, now {ours.get(name)!r})" for name in differing)
+            raise UserError(f"trainer.run_dir: {run_dir} belongs to another run; differing: {changes}")
+    return max(complete_steps(run_dir), default=0)
 
 
 def describe(config: Config, run_dir: Path) -> None:
-    """Write ``config.yaml`` (resolved) and ``environment.json``."""
+    """Write ``config.yaml`` (resolved), ``environment.json``, and the fingerprint that the folder belongs to."""
+    (run_dir / "fingerprint.json").write_text(json.dumps(fingerprint(config), indent=2), encoding="utf-8")
     (run_dir / "config.yaml").write_text(dump(config), encoding="utf-8")
     versions = {}
     for package in PACKAGES:

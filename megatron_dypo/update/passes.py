@@ -66,10 +66,12 @@ def share_sums(policy: Policy, work: Work) -> None:
             }
             for i, place in enumerate(batch.places):
                 local[place] = {name: streams[name][i].sum().item() if name in streams else 0.0 for name in PER_TOKEN}
-    everything = {place: sums for part in all_gather_objects(local) for place, sums in part.items()}
-    work.sums = [
-        SequenceSums(**everything[place]) if place in everything else None for place in range(len(work.sequences))
-    ]
+    totals: dict[int, dict[str, float]] = {}
+    for part in all_gather_objects(local):
+        for place, sums in part.items():  # ranks may hold parts of one response
+            so_far = totals.setdefault(place, dict.fromkeys(PER_TOKEN, 0.0))
+            totals[place] = {name: so_far[name] + sums[name] for name in PER_TOKEN}
+    work.sums = [SequenceSums(**totals[place]) if place in totals else None for place in range(len(work.sequences))]
 
 
 def _rollout_stream(work: Work, batch: MicroBatch) -> Tensor:

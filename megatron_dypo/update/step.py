@@ -11,13 +11,13 @@ import torch
 
 from megatron_dypo.batching.micro_batch import spread
 from megatron_dypo.config.schema import Config, Objective
-from megatron_dypo.monitor.stopwatch import Stopwatch
 from megatron_dypo.objectives.coefficients import BatchTerms, alpha, sequence_terms
 from megatron_dypo.objectives.correction import Correction
 from megatron_dypo.objectives.token_loss import TokenStreams
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.records import Group
 from megatron_dypo.runtime.distributed import all_gather_objects, phase
+from megatron_dypo.runtime.stopwatch import Stopwatch
 from megatron_dypo.update.passes import logprob_passes, share_sums
 from megatron_dypo.update.work import Work, make_work
 
@@ -72,10 +72,13 @@ def run_updates(policy: Policy, works: list[Work], config: Config, lr: float) ->
             policy.accumulate(batches, streams)
         with phase("optimizer step"):
             applied, norm = policy.step(lr)
-        if not applied and outcome.skipped is None:
-            outcome.skipped = f"the gradient norm is {norm}; first prompt of the mini-batch: {work.groups[0].prompt.id}"
         norms.append(norm)
         reports.append(_report(policy, terms, streams, objective))
+        if not applied:  # further updates would build on a step that was not taken
+            ids = ", ".join(group.prompt.id for group in work.groups[:8])
+            done = f"update {u + 1} of {len(works)}"
+            outcome.skipped = f"the gradient norm is {norm} in {done}, on the mini-batch that starts with prompts {ids}"
+            break
     outcome.empty = not reports
     outcome.metrics = {
         name: _mean([report[name] for report in reports if name in report]) for report in reports for name in report
@@ -140,7 +143,7 @@ def _report(policy: Policy, terms: BatchTerms, streams: list[TokenStreams], obje
     } | {name: totals[name] for name in ("grad_share/grpo", "grad_share/gal", "grad_share/sft")}
     if totals["rollout_tokens"]:
         report["policy/entropy"] = totals["entropy"] / totals["rollout_tokens"]
-        report["policy/clip_frac"] = totals["clipped"] / totals["rollout_tokens"]
+        report["policy/clip_frac"] = (totals["clipped"] + terms.clipped_tokens) / totals["rollout_tokens"]
     if terms.eta is not None:
         report |= {"gal/eta": terms.eta, "gal/spread": terms.spread, "gal/saturated_frac": terms.saturated}
     return report

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_dypo.records import Group, Kind, Regime
-from megatron_dypo.update import Work
+from megatron_dypo.update.work import Work
 
 
 def batch_metrics(groups: list[Group], works: list[Work]) -> dict[str, float | None]:

@@ -7,9 +7,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+PHASES = ("rollout", "reward", "logprob", "update", "sync")
+
 
 class Stopwatch:
-    """``with clock("rollout"): ...`` adds to ``clock.seconds["rollout"]``; ``total`` counts from construction."""
+    """``with clock("rollout"): ...`` adds to ``clock.seconds["rollout"]``."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -21,6 +23,7 @@ class Stopwatch:
         yield
         self.seconds[name] += time.perf_counter() - began
 
-    @property
-    def total(self) -> float:
-        return time.perf_counter() - self._start
+    def metrics(self) -> dict[str, float]:
+        """``time/PHASE`` of the phases of a step, and ``time/step`` from construction until now (seconds)."""
+        times = {f"time/{name}": self.seconds.get(name, 0.0) for name in PHASES}
+        return times | {"time/step": time.perf_counter() - self._start}
