@@ -12,7 +12,7 @@ import torch
 from megatron_dypo.config.checks import check_layout
 from megatron_dypo.config.load import dump
 from megatron_dypo.config.schema import Config
-from megatron_dypo.convert.hf_folder import folder_weights
+from megatron_dypo.convert.hf_folder import check_folder
 from megatron_dypo.data import load_data
 from megatron_dypo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dypo.errors import TrainingError, UserError
@@ -64,7 +64,7 @@ def prepare(config: Config, source: str) -> Inputs:
             "resume; set trainer.save_every: 0 or leave it off"
         )
     if config.model.hf:
-        folder_weights(hf_folder(config.model.hf))
+        check_folder(hf_folder(config.model.hf), shape)
     train, valid = load_data(config.data)
     tokenizer = load_tokenizer(config, shape)
     encode_prompts(train + valid, tokenizer, config.data.max_prompt_tokens)

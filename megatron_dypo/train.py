@@ -56,7 +56,8 @@ def train(config: Config, inputs: Inputs) -> None:
             counters = checkpoint.load(step_folder(run_dir, inputs.resume_step), policy)
 
     reward = MathReward()
-    rollouts = RolloutSource(config, inputs.train, tokenizer, engine, reward, layout, inputs.shape.max_position)
+    sizes = {"vocab_size": inputs.shape.vocab_size, "longest": inputs.shape.max_position}
+    rollouts = RolloutSource(config, inputs.train, tokenizer, engine, reward, layout, **sizes)
     held_out = encode_prompts(inputs.valid, tokenizer, config.data.max_prompt_tokens)
 
     def sync() -> None:

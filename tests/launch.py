@@ -43,7 +43,7 @@ def copy_task(folder: Path, **overrides: object) -> Path:
         },
         "rollout": {"samples_per_prompt": 4, "max_response_tokens": 8, "engine_memory": 0.25},
         "objective": {"kl_coef": 0.01, "teachers_per_prompt": 2},
-        "optimizer": {"lr": 1e-2},
+        "optimizer": {"lr": 4e-3},
         "trainer": {"steps": 24, "save_every": 12, "eval_every": 12, "run_dir": str(folder / "run")},
     }
     for name, value in overrides.items():

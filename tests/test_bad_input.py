@@ -47,7 +47,7 @@ def config(tmp_path: Path) -> Path:
     rows = [{"id": f"row-{i}", "prompt": f"{i}+1=", "ground_truth": str(i + 1), "teachers": []} for i in range(4)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     tree = {
-        "model": {"preset": "tiny"},
+        "model": {"preset": "tiny", "dtype": "fp32"},
         "data": {"train": str(tmp_path / "rows.jsonl"), "prompts_per_step": 2, "max_prompt_tokens": 8},
         "rollout": {"engine": "transformers", "max_response_tokens": 8},
         "trainer": {"steps": 1, "run_dir": str(tmp_path / "run")},
@@ -319,13 +319,14 @@ def test_a_shape_that_the_weights_do_not_have_is_refused(config, hf, capsys):
 
 
 def checkpointed(config: Path, *overrides: str) -> Path:
-    """A run folder with a complete checkpoint of step 1 of the configuration with these overrides."""
-    folder = config.parent / "run" / "checkpoints" / "step_1"
+    """A run folder of the configuration with these overrides, with a complete checkpoint of step 1."""
+    run_dir = config.parent / "run"
+    folder = run_dir / "checkpoints" / "step_1"
     folder.mkdir(parents=True)
-    state = json.dumps({"counters": {}, "fingerprint": fingerprint(load_config(config, list(overrides)))})
-    (folder / "state.json").write_text(state)
-    (folder / "manifest.json").write_text(json.dumps({"state.json": len(state)}))
-    return config.parent / "run"
+    (run_dir / "fingerprint.json").write_text(json.dumps(fingerprint(load_config(config, list(overrides)))))
+    (folder / "state.json").write_text("{}")
+    (folder / "manifest.json").write_text(json.dumps({"state.json": 2}))
+    return run_dir
 
 
 def test_a_run_folder_of_another_run_is_refused_with_the_differing_keys(config, capsys):
@@ -342,7 +343,7 @@ def test_a_run_folder_of_this_run_is_resumed_whatever_may_change(config):
 
 
 def test_an_incomplete_checkpoint_is_none(config):
-    run_dir = checkpointed(config, "objective.gamma=2")
+    run_dir = checkpointed(config)
     (run_dir / "checkpoints/step_1/state.json").write_text("{")
     assert prepare(load_config(config), "config").resume_step == 0
 

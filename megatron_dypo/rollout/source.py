@@ -29,6 +29,7 @@ class RolloutSource:
     engine: Engine | None
     reward: Reward
     layout: Layout
+    vocab_size: int
     longest: int  # model's limit in tokens
 
     def __post_init__(self) -> None:
@@ -40,7 +41,9 @@ class RolloutSource:
         config, samples = self.config, RECIPES[self.config.objective.method].samples
         if self.engine is None:
             k = config.rollout.samples_per_prompt if samples else 0
-            return recorded.replay(config.rollout.replay, step, self._by_id, k)
+            return recorded.replay(
+                config.rollout.replay, step, self._by_id, k, vocab_size=self.vocab_size, longest=self.longest
+            )
         indices = batch_indices(step, config.data.prompts_per_step, len(self.prompts), config.data.seed)
         groups = encode_prompts([self.prompts[i] for i in indices], self.tokenizer, config.data.max_prompt_tokens)
         if samples:
