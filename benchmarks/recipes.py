@@ -25,6 +25,7 @@ def run(method: str, seed: int, steps: int, folder: Path) -> None:
         f"trainer.seed={seed}",
         f"data.seed={seed}",
         f"trainer.steps={steps}",
+        f"optimizer.schedule_steps={steps}",
         f"trainer.run_dir={folder}",
     ]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
