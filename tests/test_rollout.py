@@ -30,7 +30,11 @@ def agreement(engine_name: str, tied: bool, folder: str) -> list[dict]:
     config = make_config(rollout={"engine": engine_name})
     shape = dataclasses.replace(PRESETS["tiny"], tied_embeddings=tied, family="qwen2" if tied else "llama")
     random = np.random.default_rng(0)
-    prompts = [random.integers(3, 104, random.integers(2, 12)).astype(np.int32) for _ in range(12)]
+    lengths = [
+        200,
+        *random.integers(2, 12, 11),
+    ]  # the first fills blocks of vLLM's prefix cache, which syncs must clear
+    prompts = [random.integers(3, 104, length).astype(np.int32) for length in lengths]
     requests = [Request(prompt, 100 * q + i) for q, prompt in enumerate(prompts) for i in range(4)]
     sampling = Sampling(temperature=0.8, top_p=1.0, max_tokens=24, eos_id=1)
     layout = distributed.init(1, 1, 120)
