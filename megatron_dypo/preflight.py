@@ -17,7 +17,7 @@ from megatron_dypo.data import load_data
 from megatron_dypo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dypo.errors import TrainingError, UserError
 from megatron_dypo.policy.shape import ModelShape, hf_folder, model_shape
-from megatron_dypo.records import Prompt
+from megatron_dypo.records import Group, Prompt
 from megatron_dypo.rollout import recorded
 from megatron_dypo.rollout.collect import encode_prompts
 from megatron_dypo.rollout.engine import check_head_size, engine_name
@@ -32,7 +32,7 @@ class Inputs:
     shape: ModelShape
     tokenizer: Tokenizer
     train: list[Prompt]
-    valid: list[Prompt]
+    held_out: list[Group]  # data.valid, encoded
     resume_step: int
     lock: IO[str] | None  # held by rank 0 for the process's life
 
@@ -67,17 +67,18 @@ def prepare(config: Config, source: str) -> Inputs:
         check_folder(hf_folder(config.model.hf), shape)
     train, valid = load_data(config.data)
     tokenizer = load_tokenizer(config, shape)
-    encode_prompts(train + valid, tokenizer, config.data.max_prompt_tokens)
+    encode_prompts(train, tokenizer, config.data.max_prompt_tokens)
+    held_out = encode_prompts(valid, tokenizer, config.data.max_prompt_tokens)
     lock = run_folder.claim(Path(config.trainer.run_dir)) if distributed.launch_rank() == 0 else None
     resume_step = run_folder.resume_step(config)
     if config.rollout.replay:
         recorded.require_steps(config.rollout.replay, range(resume_step + 1, config.trainer.steps + 1))
-    return Inputs(shape, tokenizer, train, valid, resume_step, lock)
+    return Inputs(shape, tokenizer, train, held_out, resume_step, lock)
 
 
 def check_agreement(config: Config, inputs: Inputs) -> None:
     """After the process group is built: all ranks must have read the same configuration, data and run folder."""
-    prompts = [repr(prompt) for prompt in inputs.train + inputs.valid]
+    prompts = [repr(prompt) for prompt in [*inputs.train, *(group.prompt for group in inputs.held_out)]]
     seen = {
         "the configuration": stable_hash(dump(config)),
         "the prompts": stable_hash(*prompts),

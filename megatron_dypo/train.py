@@ -20,7 +20,6 @@ from megatron_dypo.policy.schedule import learning_rate
 from megatron_dypo.policy.shape import hf_folder
 from megatron_dypo.preflight import Inputs, check_agreement
 from megatron_dypo.reward import MathReward
-from megatron_dypo.rollout.collect import encode_prompts
 from megatron_dypo.rollout.engine import build_engine, engine_name
 from megatron_dypo.rollout.source import RolloutSource
 from megatron_dypo.runtime import distributed
@@ -56,9 +55,7 @@ def train(config: Config, inputs: Inputs) -> None:
             counters = checkpoint.load(step_folder(run_dir, inputs.resume_step), policy)
 
     reward = MathReward()
-    sizes = {"vocab_size": inputs.shape.vocab_size, "longest": inputs.shape.max_position}
-    rollouts = RolloutSource(config, inputs.train, tokenizer, engine, reward, layout, **sizes)
-    held_out = encode_prompts(inputs.valid, tokenizer, config.data.max_prompt_tokens)
+    rollouts = RolloutSource(config, inputs.train, tokenizer, engine, reward, layout, inputs.shape)
 
     def sync() -> None:
         if engine:
@@ -70,7 +67,7 @@ def train(config: Config, inputs: Inputs) -> None:
         if not engine or not due:
             return {}
         with phase("evaluation"):
-            return greedy_accuracy(held_out, engine, config, tokenizer, reward, layout)
+            return greedy_accuracy(inputs.held_out, engine, config, tokenizer, reward, layout)
 
     with Monitor(config, layout, counters.step) as monitor, reward:
         monitor.notice(warnings(config))
@@ -100,4 +97,4 @@ def train(config: Config, inputs: Inputs) -> None:
             if trainer.save_every and (step % trainer.save_every == 0 or step == trainer.steps):
                 with phase("checkpoint save"):
                     checkpoint.save(run_dir, policy, counters, trainer.keep_checkpoints)
-        monitor.finish(len(held_out))
+        monitor.finish(len(inputs.held_out))

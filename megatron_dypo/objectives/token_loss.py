@@ -20,25 +20,13 @@ from megatron_dypo.objectives.correction import Correction
 if TYPE_CHECKING:
     from megatron_dypo.config.schema import Objective
 
-SUMS = (
-    "loss/grpo",
-    "loss/kl",
-    "loss/sft",
-    "grad_share/grpo",
-    "grad_share/gal",
-    "grad_share/sft",
-    "clipped",
-    "entropy",
-    "rollout_tokens",
-)
-
 
 @dataclass
 class TokenStreams:
     """One micro-batch's per-token inputs, each [N] fp32: coefficients of the token's sequence (``SequenceTerms``), and
     log-probs in nats of the old policy, the reference (None where no term reads it) and the rollout engine.
 
-    ``totals`` gathers, in float64, the sums that metrics are made of (``SUMS``), unweighted by alpha and gamma.
+    ``totals`` gathers, in float64, the sums that metrics are made of, unweighted by alpha and gamma.
     """
 
     advantage_N: Tensor

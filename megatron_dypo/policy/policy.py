@@ -51,7 +51,12 @@ class Policy:
         return self.model.module
 
     def logprobs(self, batches: list[MicroBatch]) -> list[Tensor]:
-        """Log-probs [N] (nats) of each micro-batch's targets; an empty list except on the last pipeline stage."""
+        """Log-probs [N] (nats) of each micro-batch's targets; an empty list except on the last pipeline stage.
+
+        Without micro-batches, which is so on all ranks or on none, nothing runs.
+        """
+        if not batches:
+            return []
 
         def collect(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, ...]:
             return (linear_logprob(*self._head_inputs(hidden, batch), **self._head_options(batch)).logp,)

@@ -11,6 +11,7 @@ from megatron_dypo.config.schema import Config
 from megatron_dypo.data.order import batch_indices
 from megatron_dypo.data.tokenizer import Tokenizer
 from megatron_dypo.objectives.routing import RECIPES
+from megatron_dypo.policy.shape import ModelShape
 from megatron_dypo.records import Group, Prompt
 from megatron_dypo.rollout import recorded
 from megatron_dypo.rollout.collect import Reward, encode_prompts, sample, score, share
@@ -29,8 +30,7 @@ class RolloutSource:
     engine: Engine | None
     reward: Reward
     layout: Layout
-    vocab_size: int
-    longest: int  # model's limit in tokens
+    shape: ModelShape
 
     def __post_init__(self) -> None:
         self._by_id = {prompt.id: prompt for prompt in self.prompts}
@@ -41,9 +41,8 @@ class RolloutSource:
         config, samples = self.config, RECIPES[self.config.objective.method].samples
         if self.engine is None:
             k = config.rollout.samples_per_prompt if samples else 0
-            return recorded.replay(
-                config.rollout.replay, step, self._by_id, k, vocab_size=self.vocab_size, longest=self.longest
-            )
+            limits = {"vocab_size": self.shape.vocab_size, "longest": self.shape.max_position}
+            return recorded.replay(config.rollout.replay, step, self._by_id, k, **limits)
         indices = batch_indices(step, config.data.prompts_per_step, len(self.prompts), config.data.seed)
         groups = encode_prompts([self.prompts[i] for i in indices], self.tokenizer, config.data.max_prompt_tokens)
         if samples:
@@ -66,7 +65,7 @@ class RolloutSource:
     def usable_teachers(self, group: Group) -> list[int]:
         """Indices of the teachers whose trace is short enough."""
         limit = self.config.data.max_teacher_tokens or self.config.rollout.max_response_tokens
-        room = min(limit, self.longest - len(group.prompt_ids))
+        room = min(limit, self.shape.max_position - len(group.prompt_ids))
         return [i for i in range(len(group.prompt.teachers)) if len(self.encode_trace(group, i)) <= room]
 
     def encode_trace(self, group: Group, teacher: int) -> np.ndarray:

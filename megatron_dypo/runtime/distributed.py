@@ -49,6 +49,11 @@ class Layout:
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp - 1
 
+    @property
+    def speaks_for_tokens(self) -> bool:
+        """Whether this rank's log-probs count in sums over ranks: one rank of each replica, where the head is."""
+        return self.is_last_stage and self.tp_rank == 0
+
 
 def world_size() -> int:
     """Ranks started by the launcher (1 under plain python)."""

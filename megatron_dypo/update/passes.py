@@ -25,7 +25,7 @@ def logprob_passes(policy: Policy, works: list[Work], config: Config) -> tuple[d
     Returns (rollout/mismatch metrics, the first prompt with a non-finite reward or log-prob).
     """
     for work in works:
-        work.logp["old"] = policy.logprobs(work.rollouts) if work.rollouts else []
+        work.logp["old"] = policy.logprobs(work.rollouts)
         work.logp["rollout"] = [_rollout_stream(work, batch) for batch in work.rollouts]
     if needs_reference(config.objective) and any(work.rollouts for work in works):
         if config.objective.reference == "previous":  # the weights of this rollout
@@ -34,12 +34,12 @@ def logprob_passes(policy: Policy, works: list[Work], config: Config) -> tuple[d
         else:
             with policy.reference_weights():
                 for work in works:
-                    work.logp["reference"] = policy.logprobs(work.rollouts) if work.rollouts else []
+                    work.logp["reference"] = policy.logprobs(work.rollouts)
     mismatch: dict[str, list[float]] = defaultdict(list)
     for work in works:
         work.logp["now"] = work.logp["old"]
         share_sums(policy, work)
-        if policy.layout.is_last_stage and policy.layout.tp_rank == 0:
+        if policy.layout.speaks_for_tokens:
             for old_N, rollout_N in zip(work.logp["old"], work.logp["rollout"], strict=True):
                 gap_N = (old_N.cpu() - rollout_N).double()
                 mismatch["count"].append(len(gap_N))
@@ -59,7 +59,7 @@ def logprob_passes(policy: Policy, works: list[Work], config: Config) -> tuple[d
 def share_sums(policy: Policy, work: Work) -> None:
     """Every rank learns every response's sums (float64) over its tokens: k numbers a prompt, not k x n."""
     local: dict[int, dict[str, float]] = {}
-    if policy.layout.is_last_stage and policy.layout.tp_rank == 0:
+    if policy.layout.speaks_for_tokens:
         for b, batch in enumerate(work.rollouts):
             streams = {
                 name: batch.split(work.logp[name][b].double().cpu()) for name in PER_TOKEN if work.logp.get(name)

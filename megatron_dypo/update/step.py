@@ -124,7 +124,7 @@ def _streams(
 def _report(policy: Policy, terms: BatchTerms, streams: list[TokenStreams], objective: Objective) -> dict[str, float]:
     """This update's metrics, from the token sums of all ranks and the coefficient pass; the same on every rank."""
     local: dict[str, float] = defaultdict(float)
-    if policy.layout.is_last_stage and policy.layout.tp_rank == 0:
+    if policy.layout.speaks_for_tokens:
         for stream in streams:
             for name, value in stream.totals.items():
                 local[name] += float(value)

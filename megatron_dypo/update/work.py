@@ -41,11 +41,7 @@ def make_work(
         for kind in Kind:
             places = [place for place, sequence in enumerate(sequences) if sequence.kind == kind]
             lengths = [sequences[place].length for place in places]
-            plan = (
-                plan_micro_batches(lengths, layout.dp, config.data.max_tokens_per_microbatch)[layout.dp_rank]
-                if places
-                else []
-            )
+            plan = plan_micro_batches(lengths, layout.dp, config.data.max_tokens_per_microbatch)[layout.dp_rank]
             packed[kind] = [
                 MicroBatch.pack(sequences, [places[i] for i in members], config.rollout.temperature, multiple=layout.tp)
                 for members in plan
