@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_dypo.batching.grade import grade_groups
 from megatron_dypo.checkpoint import checkpoint
+from megatron_dypo.checkpoint.counters import Counters
 from megatron_dypo.checkpoint.folders import step_folder
 from megatron_dypo.config.checks import warnings
 from megatron_dypo.config.schema import Config
@@ -49,7 +50,7 @@ def train(config: Config, inputs: Inputs) -> None:
         hf = config.model.hf
         read = folder_weights(hf_folder(hf)) if hf else random_weights(inputs.shape, trainer.seed)
         policy = Policy(config, inputs.shape, layout, read)
-    counters = checkpoint.Counters()
+    counters = Counters()
     if inputs.resume_step:
         with phase("checkpoint load"):
             counters = checkpoint.load(step_folder(run_dir, inputs.resume_step), policy)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from megatron_dypo.checkpoint.counters import Counters
 from megatron_dypo.config.schema import Optimizer
 from megatron_dypo.policy.schedule import learning_rate
 from megatron_dypo.records import Regime
@@ -153,7 +154,7 @@ def checkpoint_round_trip(folder: str, parallel: dict) -> dict:
 
     steps(policy, [0])
     for number in (1, 2, 3):
-        counters = checkpoint.Counters(step=number, weight_version=policy.version, skipped_steps=7)
+        counters = Counters(step=number, weight_version=policy.version, skipped_steps=7)
         checkpoint.save(run_dir, policy, counters, keep=2)
     metrics = steps(policy, [1, 2])
     other = Policy(config, policy.shape, policy.layout, random_weights(policy.shape, seed=99))
@@ -162,7 +163,7 @@ def checkpoint_round_trip(folder: str, parallel: dict) -> dict:
     weights, others = weights_of(policy), weights_of(other)
     return {
         "kept": complete_steps(run_dir),
-        "counters": loaded == checkpoint.Counters(step=3, weight_version=1, skipped_steps=7),
+        "counters": loaded == Counters(step=3, weight_version=1, skipped_steps=7),
         "version": other.version == policy.version == 3,
         "metrics": metrics == again,
         "weights": all((weights[name] == others[name]).all().item() for name in weights),
@@ -201,7 +202,7 @@ def reshard_reference(folder: str, parallel: dict, saving: bool) -> dict | bool:
         works = make_work(policy.layout, make_groups(), config, trace_ids)
         logprob_passes(policy, works, config)
         run_updates(policy, works, config, lr=1e-2)
-        checkpoint.save(Path(folder), policy, checkpoint.Counters(step=1, weight_version=1), keep=1)
+        checkpoint.save(Path(folder), policy, Counters(step=1, weight_version=1), keep=1)
         return True
     load_weights(policy.gpt, policy.shape, policy.layout, random_weights(policy.shape, seed=99))
     policy.keep_reference()
@@ -234,7 +235,7 @@ def save_before_any_update(folder: str) -> bool:
     from megatron_dypo.checkpoint.folders import step_folder
 
     _, policy = build({})
-    counters = checkpoint.Counters(step=1, empty_steps=1)
+    counters = Counters(step=1, empty_steps=1)
     checkpoint.save(Path(folder), policy, counters, keep=1)
     before = weights_of(policy)
     return checkpoint.load(step_folder(Path(folder), 1), policy) == counters and all(
@@ -265,7 +266,6 @@ def test_weight_decay_spares_norms():
 
 
 def test_a_row_of_skipped_steps_is_not_ended_by_empty_ones():
-    from megatron_dypo.checkpoint.checkpoint import Counters
 
     counters = Counters()
     for step, (skipped, empty) in enumerate([(True, False), (False, True), (True, False)], start=1):

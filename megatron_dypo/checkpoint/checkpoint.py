@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_dypo.checkpoint.counters import Counters
 from megatron_dypo.checkpoint.folders import complete_steps, step_folder
 from megatron_dypo.checkpoint.writer import in_process_writer
 from megatron_dypo.errors import TrainingError
@@ -27,28 +28,6 @@ from megatron_dypo.policy.policy import Policy
 from megatron_dypo.runtime import cpu_shim
 
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}  # moments load at any layout, not over DP alone
-
-
-@dataclass
-class Counters:
-    """What a run counts; everything else it draws is a hash of seed, step and prompt."""
-
-    step: int = 0
-    weight_version: int = 0
-    skipped_steps: int = 0
-    empty_steps: int = 0
-    skipped_in_a_row: int = 0
-
-    def count(self, step: int, weight_version: int, skipped: bool, empty: bool) -> None:
-        """A finished step. An empty one neither adds to nor ends a row of skipped ones."""
-        self.step, self.weight_version = step, weight_version
-        self.skipped_steps += skipped
-        self.empty_steps += empty
-        if not empty:
-            self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-
-    def metrics(self) -> dict[str, int]:
-        return {"train/skipped_steps": self.skipped_steps, "train/empty_steps": self.empty_steps}
 
 
 def save(run_dir: Path, policy: Policy, counters: Counters, keep: int) -> Path:
