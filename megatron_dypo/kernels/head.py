@@ -51,7 +51,7 @@ def linear_logprob(
     shard, temperature_T = _check(
         hidden, weight, targets, temperature, tp_group, sequence_parallel, vocab_size, backend
     )
-    results = _BACKENDS[backend].logprob(hidden, weight, targets, temperature_T, shard, sequence_parallel)
+    results = _BACKENDS[backend].logprob(hidden, weight, targets, temperature_T, shard, sequence_parallel, entropy)
     logp_T, entropy_T, lse_T = results
     return LogProbs(logp_T, entropy_T if entropy else None, lse_T)
 
@@ -95,6 +95,12 @@ def _check(
             f"hidden, weight, targets: expected 2, 2 and 1 dimensions, "
             f"got {hidden.dim()}, {weight.dim()}, {targets.dim()}"
         )
+    if not hidden.is_floating_point() or hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden, weight: expected one floating-point dtype, got {hidden.dtype} and {weight.dtype}")
+    if not hidden.device == weight.device == targets.device:
+        raise ValueError(
+            f"hidden, weight, targets: expected one device, got {hidden.device}, {weight.device}, {targets.device}"
+        )
     if hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"weight: {weight.shape[1]} columns for hidden states of width {hidden.shape[1]}")
     if targets.dtype != torch.int64:
@@ -108,6 +114,8 @@ def _check(
             f"targets: ids from {int(targets.min())} to {int(targets.max())} for a vocabulary of {shard.vocab_size}"
         )
     temperature_T = torch.as_tensor(temperature, dtype=torch.float32, device=hidden.device)
+    if not bool((temperature_T > 0).all()):
+        raise ValueError("temperature: expected numbers above 0")
     if temperature_T.shape not in ((), (tokens,)):
         raise ValueError(f"temperature: expected a number or [{tokens}], got {list(temperature_T.shape)}")
     return shard, temperature_T.expand(tokens)

@@ -9,7 +9,7 @@ from megatron_dypo.kernels.vocab import VocabShard
 
 
 def logprob(
-    hidden, weight, targets, temperature_T, shard: VocabShard, sequence_parallel: bool
+    hidden, weight, targets, temperature_T, shard: VocabShard, sequence_parallel: bool, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     if shard.ranks > 1:
         raise ValueError("backend: 'reference' is for one rank")
@@ -21,7 +21,7 @@ def logprob(
 
 
 def loss(hidden, weight, targets, token_loss, temperature_T, shard: VocabShard, sequence_parallel: bool, entropy: bool):
-    logp_T, entropy_T, lse_T = logprob(hidden, weight, targets, temperature_T, shard, sequence_parallel)
+    logp_T, entropy_T, lse_T = logprob(hidden, weight, targets, temperature_T, shard, sequence_parallel, entropy)
     summands_T, dlogp_T = token_loss(logp_T.detach(), entropy_T.detach() if entropy else None, slice(0, len(targets)))
     # value of the summands, gradient of the given derivatives
     total = summands_T.sum().detach() + (dlogp_T.detach() * (logp_T - logp_T.detach())).sum()

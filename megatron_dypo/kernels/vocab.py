@@ -1,11 +1,16 @@
 """One rank's share of the vocabulary, and the statistics that join the shares into a softmax.
 
-The vocabulary is cut into a fixed number of tiles whatever the tensor-parallel size. Each tile yields (max, sum of
-exp, sum of z exp, z of the target); one all-gather brings all tiles to all ranks, which combine them in the same order.
+The vocabulary is cut into TILES tiles whatever the tensor-parallel size. Each tile of the logits yields (max, sum of
+exp, sum of z exp, z of the target); one all-gather brings them to all ranks, which combine them in the same order.
+A rank forms the logits tile by tile, too, so that every matrix product has the same shape at any tensor-parallel size:
+log-prob and entropy are then the same bit for bit. Padding is left out of the tiles, so nothing needs a mask.
+
+Legend: t tokens, K tiles (8 over all ranks), v columns of a tile.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 TILES = 8
+STATISTICS = 4
 
 
 @dataclass(frozen=True)
@@ -35,42 +41,52 @@ class VocabShard:
             raise ValueError(f"vocab_size: {vocab_size} does not fit {rows * ranks} weight rows")
         return cls(rows, rank * rows, rows * ranks if vocab_size is None else vocab_size, group, ranks)
 
-    def mask_padding(self, z_tV: Tensor) -> Tensor:
-        """-inf (in place) where a column is vocabulary padding."""
-        real = max(0, min(self.rows, self.vocab_size - self.start))
-        z_tV[:, real:] = float("-inf")
-        return z_tV
-
-    def local_targets(self, targets_t: Tensor) -> tuple[Tensor, Tensor]:
-        """(column of each target, clamped into the shard; whether the target is in this shard)."""
-        local_t = targets_t - self.start
-        here_t = (local_t >= 0) & (local_t < self.rows)
-        return local_t.clamp(0, self.rows - 1), here_t
+    @property
+    def tiles(self) -> list[slice]:
+        """This rank's tiles as ranges of local columns, without padding; one may be empty."""
+        count = TILES // self.ranks
+        width, real = -(-self.rows // count), max(0, min(self.rows, self.vocab_size - self.start))
+        return [slice(min(k * width, real), min((k + 1) * width, real)) for k in range(count)]
 
 
-def softmax_statistics(z_tV: Tensor, targets_t: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp [t], entropy [t], lse [t]) of the scaled, masked logits ``z_tV`` of this shard; one collective under TP."""
-    tiles = TILES // shard.ranks
-    if shard.rows % tiles:
-        tiles = 1  # a vocabulary that was not padded: tests and single-rank use
-    z_tKv = z_tV.unflatten(1, (tiles, -1))
-    top_tK = z_tKv.amax(-1)
-    floor_tK = top_tK.clamp(min=torch.finfo(torch.float32).min)  # an all-padding tile has max -inf
-    exp_tKv = (z_tKv - floor_tK.unsqueeze(-1)).exp()
-    weighted_tK = (exp_tKv * z_tKv.clamp(min=torch.finfo(torch.float32).min)).sum(-1)
-    local_t, here_t = shard.local_targets(targets_t)
-    target_t = torch.where(here_t, z_tV.gather(1, local_t.unsqueeze(1)).squeeze(1), 0.0)
-    target_tK = torch.zeros_like(top_tK)
-    target_tK[:, 0] = target_t
-    stats_Kt4 = torch.stack([floor_tK, exp_tKv.sum(-1), weighted_tK, target_tK], dim=-1).transpose(0, 1).contiguous()
+def target_columns(targets_t: Tensor, shard: VocabShard, tile: slice) -> tuple[Tensor, Tensor]:
+    """(column of each target within the tile, clamped; whether the target is in it)."""
+    column_t = targets_t - (shard.start + tile.start)
+    width = tile.stop - tile.start
+    return column_t.clamp(0, width - 1), (column_t >= 0) & (column_t < width)
+
+
+def tile_statistics(z_tv: Tensor, column_t: Tensor, here_t: Tensor, exp_tv: Tensor, entropy: bool) -> Tensor:
+    """Statistics [4, t] of one tile's scaled logits; leaves exp(z - max) in ``exp_tv``."""
+    top_t = z_tv.amax(1)
+    torch.sub(z_tv, top_t.unsqueeze(1), out=exp_tv)
+    exp_tv.exp_()
+    target_t = torch.where(here_t, z_tv.gather(1, column_t.unsqueeze(1)).squeeze(1), 0.0)
+    # one pass over both; a product and a sum would be three
+    weighted_t = torch.bmm(z_tv.unsqueeze(1), exp_tv.unsqueeze(2)).flatten() if entropy else torch.zeros_like(top_t)
+    return torch.stack([top_t, exp_tv.sum(1), weighted_t, target_t])
+
+
+def no_statistics(tokens: int, like: Tensor) -> Tensor:
+    """Statistics [4, t] of a tile without columns."""
+    return like.new_tensor([torch.finfo(like.dtype).min, 0.0, 0.0, 0.0]).unsqueeze(1).expand(-1, tokens)
+
+
+def combine(stats_K4t: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
+    """(logp [t], entropy [t], lse [t]) from all ranks' tiles; one collective under tensor parallelism."""
     if shard.ranks > 1:
-        gathered = [torch.empty_like(stats_Kt4) for _ in range(shard.ranks)]
-        dist.all_gather(gathered, stats_Kt4, group=shard.group)
-        stats_Kt4 = torch.cat(gathered)
-    floor_Kt, sum_Kt, weighted_Kt, targets_Kt = stats_Kt4.unbind(-1)
-    top_t = floor_Kt.amax(0)
-    scale_Kt = (floor_Kt - top_t).exp()
-    total_t = (sum_Kt * scale_Kt).sum(0)
+        gathered = [torch.empty_like(stats_K4t) for _ in range(shard.ranks)]
+        dist.all_gather(gathered, stats_K4t, group=shard.group)
+        stats_K4t = torch.cat(gathered)
+    top_Kt, sum_Kt, weighted_Kt, target_Kt = stats_K4t.unbind(1)
+    top_t = top_Kt.amax(0)
+    scale_Kt = (top_Kt - top_t).exp()
+    total_t = _in_order(sum_Kt * scale_Kt)
     lse_t = top_t + total_t.log()
-    entropy_t = lse_t - (weighted_Kt * scale_Kt).sum(0) / total_t
-    return targets_Kt.sum(0) - lse_t, entropy_t, lse_t
+    entropy_t = lse_t - _in_order(weighted_Kt * scale_Kt) / total_t
+    return _in_order(target_Kt) - lse_t, entropy_t, lse_t
+
+
+def _in_order(values_Kt: Tensor) -> Tensor:
+    """Sum over the tiles, first to last; torch's own sum takes another order for the last few of many tokens."""
+    return functools.reduce(torch.add, values_Kt.unbind())
