@@ -1,4 +1,4 @@
-# make quickstart | test | lint | venv | bench | test-gpu
+# make quickstart | test | faults | lint | venv | bench | test-gpu
 # PYTHON       the interpreter that .venv is made from (3.11 or later)
 # TORCH_INDEX  on a CPU machine where pip finds no CPU build of torch: the address of PyTorch's CPU wheel index
 PYTHON ?= python3
@@ -8,16 +8,19 @@ BIN = $(VENV)/bin
 # One OpenMP thread a rank: two ranks share two cores, and vLLM's samples are then bit-reproducible.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: venv quickstart test lint bench test-gpu
+.PHONY: venv quickstart test faults lint bench test-gpu
 
 venv:
 	@tools/make_venv.sh
 
 quickstart: venv
-	$(BIN)/torchrun --standalone --nproc-per-node 2 -m megatron_dypo train examples/quickstart/config.yaml
+	$(BIN)/torchrun --rdzv-backend loopback --rdzv-endpoint localhost --nproc-per-node 2 -m megatron_dypo train examples/quickstart/config.yaml
 
 test: venv
-	$(BIN)/python -m pytest tests -m "not gpu"
+	$(BIN)/python -m pytest tests -m "not gpu and not faults"
+
+faults: venv
+	MEGATRON_DYPO_FUZZ=10 $(BIN)/python -m pytest tests/faults -m "not gpu"
 
 test-gpu:
 	$(BIN)/python -m pytest tests -m gpu
@@ -26,5 +29,10 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# The head takes about 10 minutes on 2 cores, the recipes hours. Results: benchmarks/results/, docs/performance.md.
 bench: venv
+	$(BIN)/python -m pip install -q --no-deps -r requirements/bench.txt
+	$(BIN)/python -m benchmarks.linear_logprob
+	$(BIN)/torchrun --rdzv-backend loopback --rdzv-endpoint localhost --nproc-per-node 2 -m benchmarks.checkpoints --out benchmarks/results/checkpoints_cpu.json
+	$(BIN)/python -m benchmarks.tables
 	$(BIN)/python -m benchmarks.recipes

@@ -21,7 +21,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_dypo*"]),
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.7",
         "megatron-core>=0.16,<0.20",
         "psutil",  # megatron-core's checkpoint save hangs without it, and does not declare it
         "einops",  # likewise undeclared by megatron-core
@@ -45,5 +45,8 @@ setup(
         "eval": ["datasets"],
         "dev": ["pytest", "hypothesis", "ruff"],
     },
-    entry_points={"console_scripts": ["megatron-dypo=megatron_dypo.cli:main"]},
+    entry_points={
+        "console_scripts": ["megatron-dypo=megatron_dypo.cli:script"],
+        "torchrun.handlers": ["loopback=megatron_dypo.runtime.loopback:handler"],
+    },
 )

@@ -8,10 +8,22 @@ import os
 import sys
 import time
 import warnings
+from typing import NoReturn
 
 from megatron_dypo.errors import UserError
 
+_LONGEST_LINE = 2000  # characters
 _PATIENCE = 30.0  # seconds that the other ranks leave rank 0 to say what the user got wrong
+
+
+def script() -> NoReturn:
+    """The command as a process. After a failure it ends on the spot: no library's exit handler may keep it waiting."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)
+    raise SystemExit(0)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,15 +34,24 @@ def main(arguments: list[str] | None = None) -> int:
         options.run(options)
         return 0
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
+        first = getattr(error, "first", None)  # None: there are no process groups yet, to know it
+        if first is None and os.environ.get("RANK", "0") != "0":
             time.sleep(_PATIENCE)  # rank 0's end ends this rank; still here after it, only this rank knows
-        print("megatron_dypo:", *str(error).split(), file=sys.stderr, flush=True)
+        if first is not False:
+            print(f"megatron_dypo: {_one_line(str(error))}", file=sys.stderr, flush=True)
         return 2
-    except Exception as error:  # the last line of defence: name rank and phase, then end the process
-        from megatron_dypo.runtime.distributed import report_failure
+    except Exception as error:  # the last line of defence; most errors have been reported where they were raised
+        from megatron_dypo.runtime.failure import report
 
-        report_failure(error)
+        report(error)
         return 1
+
+
+def _one_line(text: str) -> str:
+    """On one line of bearable length, whatever bytes of a file it quotes, and nothing in it that steers a terminal."""
+    words = " ".join(text.split())
+    shown = words if len(words) <= _LONGEST_LINE else f"{words[:_LONGEST_LINE]}..."
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in shown)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,15 +77,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from megatron_dypo.runtime.process import settle
+
+    settle()
     from megatron_dypo.config import load_config
 
     config = load_config(options.config, options.overrides)  # before torch is imported: a typing error is seen at once
 
     from megatron_dypo.preflight import prepare
-    from megatron_dypo.runtime.distributed import die_with_parent
+    from megatron_dypo.runtime.failure import phase
 
-    die_with_parent()
-    inputs = prepare(config, options.config)  # before megatron-core is imported
+    with phase("reading the inputs"):
+        inputs = prepare(config, options.config)  # before megatron-core is imported
 
     from megatron_dypo.train import train
 

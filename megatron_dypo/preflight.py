@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
@@ -33,7 +32,7 @@ class Inputs:
     tokenizer: Tokenizer
     train: list[Prompt]
     held_out: list[Group]  # data.valid, encoded
-    resume_step: int
+    checkpoints: list[int]  # steps of the run folder's complete ones, oldest first
     lock: IO[str] | None  # held by rank 0 for the process's life
 
 
@@ -58,11 +57,6 @@ def prepare(config: Config, source: str) -> Inputs:
     if engine_name(config) == "vllm":
         check_head_size(shape)
     config.model.dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[distributed.training_dtype(config.model.dtype)]
-    if config.optimizer.distributed and config.trainer.save_every and not _has_fused_adam():
-        raise UserError(
-            f"{source}: optimizer.distributed: without Transformer Engine or NVIDIA's Apex its checkpoints do not "
-            "resume; set trainer.save_every: 0 or leave it off"
-        )
     if config.model.hf:
         check_folder(hf_folder(config.model.hf), shape)
     train, valid = load_data(config.data)
@@ -70,10 +64,11 @@ def prepare(config: Config, source: str) -> Inputs:
     encode_prompts(train, tokenizer, config.data.max_prompt_tokens)
     held_out = encode_prompts(valid, tokenizer, config.data.max_prompt_tokens)
     lock = run_folder.claim(Path(config.trainer.run_dir)) if distributed.launch_rank() == 0 else None
-    resume_step = run_folder.resume_step(config)
+    checkpoints = run_folder.checkpoints(config)
     if config.rollout.replay:
-        recorded.require_steps(config.rollout.replay, range(resume_step + 1, config.trainer.steps + 1))
-    return Inputs(shape, tokenizer, train, held_out, resume_step, lock)
+        first = max(checkpoints, default=0) + 1
+        recorded.require_steps(config.rollout.replay, range(first, config.trainer.steps + 1))
+    return Inputs(shape, tokenizer, train, held_out, checkpoints, lock)
 
 
 def check_agreement(config: Config, inputs: Inputs) -> None:
@@ -82,14 +77,9 @@ def check_agreement(config: Config, inputs: Inputs) -> None:
     seen = {
         "the configuration": stable_hash(dump(config)),
         "the prompts": stable_hash(*prompts),
-        "the checkpoint to resume from": inputs.resume_step,
+        "the checkpoints to resume from": inputs.checkpoints,
     }
     for rank, theirs in enumerate(distributed.all_gather_objects(seen)):
         for what, value in seen.items():
             if theirs[what] != value:
                 raise TrainingError(f"rank {distributed.launch_rank()} and rank {rank} do not agree on {what}")
-
-
-def _has_fused_adam() -> bool:
-    """Whether mcore finds an Adam whose state its distributed optimizer can save."""
-    return find_spec("transformer_engine") is not None or find_spec("amp_C") is not None

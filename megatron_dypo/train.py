@@ -6,9 +6,9 @@ import logging
 from pathlib import Path
 
 from megatron_dypo.batching.grade import grade_groups
-from megatron_dypo.checkpoint import checkpoint
+from megatron_dypo.checkpoint.checkpoint import load_newest
 from megatron_dypo.checkpoint.counters import Counters
-from megatron_dypo.checkpoint.folders import step_folder
+from megatron_dypo.checkpoint.saver import Saver
 from megatron_dypo.config.checks import warnings
 from megatron_dypo.config.schema import Config
 from megatron_dypo.convert.hf_folder import folder_weights
@@ -23,9 +23,11 @@ from megatron_dypo.preflight import Inputs, check_agreement
 from megatron_dypo.reward import MathReward
 from megatron_dypo.rollout.engine import build_engine, engine_name
 from megatron_dypo.rollout.source import RolloutSource
-from megatron_dypo.runtime import distributed
-from megatron_dypo.runtime.distributed import phase
+from megatron_dypo.runtime import deterministic, distributed
+from megatron_dypo.runtime.distributed import Layout
+from megatron_dypo.runtime.failure import begin_step, phase
 from megatron_dypo.runtime.stopwatch import Stopwatch
+from megatron_dypo.runtime.watchdog import Watchdog
 from megatron_dypo.sync.sync import sync_weights
 from megatron_dypo.update import update_policy
 from megatron_dypo.update.metrics import batch_metrics
@@ -36,10 +38,18 @@ log = logging.getLogger(__name__)
 def train(config: Config, inputs: Inputs) -> None:
     """Run, or resume from the run folder's newest complete checkpoint, until ``trainer.steps``.
 
-    Raises TrainingError when more than ``trainer.max_skipped_steps`` steps in a row were not finite.
+    Raises TrainingError when more than ``trainer.max_skipped_steps`` steps in a row were skipped.
     """
+    if config.trainer.deterministic:
+        deterministic.enable()
+    with phase("joining the job"):
+        layout = distributed.init(config.parallel.tensor, config.parallel.pipeline, config.parallel.timeout)
+    with Watchdog(config.parallel) as watchdog:
+        _train(config, inputs, layout, watchdog)
+
+
+def _train(config: Config, inputs: Inputs, layout: Layout, watchdog: Watchdog) -> None:
     trainer, run_dir, tokenizer = config.trainer, Path(config.trainer.run_dir), inputs.tokenizer
-    layout = distributed.init(config.parallel.tensor, config.parallel.pipeline, config.parallel.timeout)
     check_agreement(config, inputs)
     log.info("%s; %s parameters; starting %s", layout, f"{inputs.shape.parameters:,}", engine_name(config))
     with phase("rollout engine start"):
@@ -51,17 +61,17 @@ def train(config: Config, inputs: Inputs) -> None:
         read = folder_weights(hf_folder(hf)) if hf else random_weights(inputs.shape, trainer.seed)
         policy = Policy(config, inputs.shape, layout, read)
     counters = Counters()
-    if inputs.resume_step:
+    if inputs.checkpoints:
         with phase("checkpoint load"):
-            counters = checkpoint.load(step_folder(run_dir, inputs.resume_step), policy)
+            counters = load_newest(run_dir, inputs.checkpoints, policy)
+    saver = Saver(config, policy)
 
     reward = MathReward()
     rollouts = RolloutSource(config, inputs.train, tokenizer, engine, reward, layout, inputs.shape)
 
     def sync() -> None:
         if engine:
-            with phase("weight sync"):
-                sync_weights(policy, engine, config.rollout.sync_timeout)
+            sync_weights(policy, engine, config.rollout.sync_timeout)
 
     def evaluate(step: int) -> dict:
         due = trainer.eval_every and (step % trainer.eval_every == 0 or step == trainer.steps)
@@ -70,32 +80,36 @@ def train(config: Config, inputs: Inputs) -> None:
         with phase("evaluation"):
             return greedy_accuracy(inputs.held_out, engine, config, tokenizer, reward, layout)
 
-    with Monitor(config, layout, counters.step) as monitor, reward:
+    with Monitor(config, layout, counters.step) as monitor, reward, watchdog.reporting():
         monitor.notice(warnings(config))
         sync()
         if counters.step == 0 and (before := evaluate(0)):
             monitor.write(0, before)
 
         for step in range(counters.step + 1, trainer.steps + 1):
+            begin_step(step)
             clock = Stopwatch()
             groups = rollouts.batch(step, policy.version, clock)
             grade_groups(groups, config.objective, trainer.seed, step, rollouts.usable_teachers)
             rollouts.record(step, groups)
             policy.refresh_reference(step)
             lr = learning_rate(step, config.optimizer)
-            outcome = update_policy(policy, groups, config, rollouts.encode_trace, lr, clock)
+            outcome = update_policy(policy, groups, config, rollouts.encode_trace, lr, clock, counters.norms)
             with clock("sync"):
                 sync()
 
-            counters.count(step, policy.version, skipped=outcome.skipped is not None, empty=outcome.empty)
-            metrics = clock.metrics() | batch_metrics(groups, outcome.works) | outcome.metrics | counters.metrics()
-            monitor.step(step, metrics | {"train/lr": lr} | evaluate(step))
+            counters.count(step, policy.version, outcome.skipped is not None, outcome.empty, outcome.norms)
+            metrics = clock.metrics() | batch_metrics(groups, outcome.works) | outcome.metrics | outcome.memory
+            metrics |= counters.metrics() | watchdog.metrics()
+            evaluation = evaluate(step)
+            monitor.step(step, metrics | {"train/lr": lr, "time/save": saver.take_seconds()} | evaluation)
             if outcome.skipped:
-                log.warning("step %d skipped: %s", step, outcome.skipped)
+                monitor.notice([f"step {step} skipped: {outcome.skipped}"])
             if counters.skipped_in_a_row > trainer.max_skipped_steps:
-                in_a_row = f"{counters.skipped_in_a_row} steps in a row were not finite"
+                in_a_row = f"{counters.skipped_in_a_row} steps in a row were skipped"
                 raise TrainingError(f"{in_a_row}; the last: {outcome.skipped}")
-            if trainer.save_every and (step % trainer.save_every == 0 or step == trainer.steps):
-                with phase("checkpoint save"):
-                    checkpoint.save(run_dir, policy, counters, trainer.keep_checkpoints)
+            with phase("checkpoint save"):
+                saver.after_step(counters, evaluation.get("eval/valid/greedy_accuracy"))
+        with phase("checkpoint save"):
+            saver.finish(counters)
         monitor.finish(len(inputs.held_out))

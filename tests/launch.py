@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -72,3 +73,19 @@ def metrics(run_dir: Path) -> list[dict]:
 
 def without_times(lines: list[dict]) -> list[dict]:
     return [{name: value for name, value in line.items() if not name.startswith(IGNORED)} for line in lines]
+
+
+def checkpoint_digests(folder: str) -> dict[str, str]:
+    """Digest of every tensor in a checkpoint, optimizer moments and reference included. To be run on a forked rank."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    reader = dcp.FileSystemReader(folder)
+    wanted = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(wanted, storage_reader=reader, no_dist=True)
+    return {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in wanted.items()}

@@ -1,13 +1,17 @@
-"""What the fork server of ``tests/ranks.py`` imports once: megatron-core under the CPU shim, and nothing that computes.
+"""What the fork server of ``tests/ranks.py`` imports once: all that a run with the transformers engine does.
 
-A fork after any OpenMP work hangs, so the server must never run a tensor operation.
+Nothing here computes: a fork after any OpenMP work hangs, so the server must never run a tensor operation.
 """
 
 import warnings
 
 warnings.filterwarnings("ignore")
 
-import megatron_dypo.policy.policy  # noqa: E402, F401
+from transformers import AutoModelForCausalLM  # noqa: E402, F401
+from transformers.models.llama import modeling_llama  # noqa: E402, F401
+
+import megatron_dypo.cli  # noqa: E402
+import megatron_dypo.train  # noqa: E402, F401
 from megatron_dypo.runtime import cpu_shim  # noqa: E402
 
 cpu_shim.install()

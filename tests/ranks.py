@@ -8,6 +8,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
@@ -23,12 +24,9 @@ def run_ranks(world: int, function: Callable, *arguments: Any, seconds: float = 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     pipes = [_context.Pipe(duplex=False) for _ in range(world)]
-    processes = [
-        _context.Process(target=_rank, args=(send, rank, world, port, function, arguments), daemon=True)
-        for rank, (_, send) in enumerate(pipes)
-    ]
-    for process in processes:
-        process.start()
+    processes = _start(
+        world, {"MASTER_PORT": str(port)}, _send_result, [(send, function, arguments) for _, send in pipes]
+    )
     for _, send in pipes:
         send.close()
     deadline = time.monotonic() + seconds
@@ -50,21 +48,51 @@ def run_ranks(world: int, function: Callable, *arguments: Any, seconds: float = 
     return results
 
 
-def _rank(send, rank: int, world: int, port: int, function: Callable, arguments: tuple) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-    )
+class Launch:
+    """``function(*arguments)`` on ``world`` ranks that run beside the caller; its result is their exit code.
+
+    As under torchrun, the rendezvous store is the launcher's, and ranks end with the process that started them.
+    """
+
+    def __init__(self, world: int, function: Callable, *arguments: Any):
+        from torch.distributed import TCPStore
+
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        environment = {
+            "MASTER_PORT": str(self._store.port),
+            "TORCHELASTIC_RUN_ID": "test",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
+        self.ranks = _start(world, environment, _exit_with_result, [(function, arguments)] * world)
+
+
+def _start(world: int, environment: dict[str, str], target: Callable, arguments: list[tuple]) -> list[BaseProcess]:
+    common = environment | {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
+    processes = []
+    for rank in range(world):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(_context.Process(target=_rank, args=(common | own, target, arguments[rank]), daemon=True))
+        processes[-1].start()
+    return processes
+
+
+def _rank(environment: dict[str, str], target: Callable, arguments: tuple) -> None:
+    os.environ.update(environment)
     import torch
 
     torch.set_num_threads(1)
+    target(*arguments)
+
+
+def _send_result(send, function: Callable, arguments: tuple) -> None:
     try:
         send.send((True, function(*arguments)))
     except BaseException:
         send.send((False, traceback.format_exc()))
     send.close()
     os._exit(0)  # no interpreter shutdown: process groups and engines end with the process
+
+
+def _exit_with_result(function: Callable, arguments: tuple) -> None:
+    raise SystemExit(function(*arguments))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ import torch.distributed as dist
 import yaml
 from safetensors.torch import save_file
 
+from megatron_dypo.checkpoint.folders import ALWAYS_THERE
 from megatron_dypo.cli import main
 from megatron_dypo.config import load_config
 from megatron_dypo.config.load import fingerprint
@@ -25,6 +27,7 @@ from megatron_dypo.convert.mapping import hf_shapes
 from megatron_dypo.data.tokenizer import arithmetic_backend
 from megatron_dypo.policy.shape import PRESETS, model_shape
 from megatron_dypo.preflight import prepare
+from megatron_dypo.runtime import run_folder
 from tests.launch import torchrun
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -134,7 +137,7 @@ def test_the_configurations_that_the_cases_spoil_are_usable(config, hf):
         (["data.train=reasoning_gym:chain_sum?sise=3"], "reasoning_gym:chain_sum?sise=3: "),
         (
             ["data.train='reasoning_gym:chain_sum?size=['"],
-            "reasoning_gym:chain_sum?size=[: while parsing a flow node expected ",
+            "reasoning_gym:chain_sum?size=[: line 1, column 2: while parsing a flow node, expected ",
         ),
         (
             ["data.prompts_per_step=5"],
@@ -324,8 +327,10 @@ def checkpointed(config: Path, *overrides: str) -> Path:
     folder = run_dir / "checkpoints" / "step_1"
     folder.mkdir(parents=True)
     (run_dir / "fingerprint.json").write_text(json.dumps(fingerprint(load_config(config, list(overrides)))))
-    (folder / "state.json").write_text("{}")
-    (folder / "manifest.json").write_text(json.dumps({"state.json": 2}))
+    for name in ALWAYS_THERE:
+        (folder / name).write_text("{}")
+    file = {"bytes": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps({"files": dict.fromkeys(ALWAYS_THERE, file)}))
     return run_dir
 
 
@@ -339,18 +344,19 @@ def test_a_run_folder_of_another_run_is_refused_with_the_differing_keys(config, 
 
 def test_a_run_folder_of_this_run_is_resumed_whatever_may_change(config):
     checkpointed(config, "trainer.steps=9", "parallel.tensor=2", "logging.wandb=offline", "trainer.run_dir=elsewhere")
-    assert prepare(load_config(config), "config").resume_step == 1
+    assert prepare(load_config(config), "config").checkpoints == [1]
 
 
-def test_an_incomplete_checkpoint_is_none(config):
+def test_a_run_folder_without_a_complete_checkpoint_is_not_trained_over(config, capsys):
     run_dir = checkpointed(config)
     (run_dir / "checkpoints/step_1/state.json").write_text("{")
-    assert prepare(load_config(config), "config").resume_step == 0
+    assert refusal(capsys, config).startswith(f"{run_dir}/checkpoints: every checkpoint is damaged")
 
 
 @pytest.fixture
-def held(config: Path) -> Iterator[Path]:
+def held(config: Path, monkeypatch) -> Iterator[Path]:
     """The run folder, while another holder (here: an open file of ours) has its lock."""
+    monkeypatch.setattr(run_folder, "PATIENCE", 0.3)
     run_dir = config.parent / "run"
     run_dir.mkdir()
     with open(run_dir / ".lock", "w") as lock:
@@ -367,7 +373,7 @@ def test_a_run_folder_in_use_is_refused_and_named(config, capsys, held):
 def test_a_run_folder_whose_holder_ended_is_free(config):
     first = prepare(load_config(config), "config")
     first.lock.close()
-    assert int((config.parent / "run/.lock").read_text()) == os.getpid()
+    assert (config.parent / "run/.lock").read_text().startswith(f"{os.getpid()} on ")
     prepare(load_config(config), "config").lock.close()
 
 

@@ -30,8 +30,9 @@ STEPS = {"trainer.steps"}
 ENGINE = {"rollout.engine", "rollout.engine_memory"}
 BUDGET = {"data.max_tokens_per_microbatch", "model.recompute", "model.attention_backend", "model.layer_spec"}
 OPERATION = {
-    *("parallel.timeout", "rollout.sync_timeout", "trainer.max_skipped_steps"),
-    *("trainer.eval_every", "trainer.save_every", "trainer.keep_checkpoints"),
+    *("parallel.timeout", "parallel.heartbeat_timeout", "rollout.sync_timeout", "trainer.max_skipped_steps"),
+    *("trainer.eval_every", "trainer.save_every", "trainer.keep_checkpoints", "trainer.spike_factor"),
+    "trainer.deterministic",
 }
 MAY_CHANGE = LAYOUT | LOGGING | PATHS | STEPS | ENGINE | BUDGET | OPERATION
 

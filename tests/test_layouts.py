@@ -121,6 +121,57 @@ def first_step_log_ratios(parallel: dict) -> dict:
     return {"largest": max(largest), "metrics": result["history"][0]}
 
 
+@pytest.mark.parametrize("optimizer", [{}, {"distributed": True}], ids=["plain", "distributed"])
+@pytest.mark.parametrize(("world", "parallel"), [(2, {}), (4, {"pipeline": 2})], ids=str)
+def test_overlapped_gradient_sums_change_nothing_with_a_tied_head(world, parallel, optimizer):
+    """The tied weight's gradient has two sources: the head's goes into main_grad, the embedding's through autograd."""
+    sections = {"parallel": parallel, "optimizer": optimizer | {"overlap_grad_reduce": True}}
+    for result in run_ranks(world, train_steps, "llama-tied", 150, 3, sections):
+        result = result if not optimizer else result | {"gradients": single_rank("llama-tied", False)["gradients"]}
+        assert_same(result, single_rank("llama-tied", False))
+
+
+def largest_tensor_of_the_head() -> dict[str, int]:
+    """Elements of the largest tensor that the head makes in a training step, and of a micro-batch's logits."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    from megatron_dypo.kernels import chunked
+    from megatron_dypo.policy import policy
+
+    seen = {"largest": 0, "logits": 0}
+    storage = lambda tensor: tensor.untyped_storage().data_ptr()  # noqa: E731
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            given = {storage(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
+            made = [tensor for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
+            seen["largest"] = max([seen["largest"], *(t.numel() for t in made if storage(t) not in given)])
+            return result
+
+    def watched(head):
+        def run(hidden, weight, targets, *rest, **options):
+            seen["logits"] = max(seen["logits"], len(targets) * len(weight))
+            with Largest():
+                return head(hidden, weight, targets, *rest, **options)
+
+        return run
+
+    chunked.CHUNK = 64
+    policy.linear_logprob, policy.linear_loss = watched(policy.linear_logprob), watched(policy.linear_loss)
+    train_steps("llama", 2000, 1, {})
+    return seen
+
+
+def test_no_tensor_of_tokens_times_vocabulary_elements_exists_in_a_training_step():
+    """In chunks of 64 tokens; all gradients are formed by the head's forward pass, so nothing else sees logits."""
+    (seen,) = run_ranks(1, largest_tensor_of_the_head)
+    assert seen["logits"] > 500_000
+    assert seen["largest"] < seen["logits"] / 4
+
+
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recompute_changes_nothing(recompute):
     result = run_ranks(1, train_steps, "llama", 100_000, 3, {"model": {"recompute": recompute}})[0]

@@ -29,7 +29,7 @@ KEYS = [
     f"{family}/{name}"
     for family, names in {
         "loss": "total grpo gal sft kl",
-        "train": "grad_norm lr skipped_steps empty_steps",
+        "train": "grad_norm lr skipped_steps empty_steps warnings",
         "reward": "mean",
         "dypo": "easy_frac mid_frac hard_frac offline_ratio hard_without_teacher",
         "gal": "eta spread saturated_frac",
@@ -37,14 +37,14 @@ KEYS = [
         "policy": "entropy clip_frac",
         "rollout": "mismatch_mean mismatch_max mismatch_kl response_tokens truncated_frac",
         "time": "rollout reward logprob update sync step",
-        "perf": "tokens_per_second",
+        "perf": "tokens_per_second host_memory_gib device_memory_gib",
     }.items()
     for name in names.split()
 ]
 TITLES = """
 Regimes, Reward, Held-out evaluation, Losses, Gradient shares, Gradient norm, Policy entropy, Clip fraction, GAL pairs,
-GAL spread, Learning rate, Left out, Trainer / rollout mismatch, Response length, Truncated responses, Time per phase,
-Throughput
+GAL spread, Learning rate, Left out, Warnings, Trainer / rollout mismatch, Response length, Truncated responses,
+Time per phase, Peak memory, Throughput
 """
 ESCAPE = "\x1b"
 
@@ -160,8 +160,8 @@ def test_damage_that_no_kill_explains_is_named(tmp_path):
 
 def test_no_writer_is_on_by_default(tmp_path):
     writers = Writers(config(tmp_path), tmp_path)
-    writers.write(1, {"reward/mean": 0.5})
-    writers.close()
+    assert writers.write(1, {"reward/mean": 0.5}) == []
+    assert writers.close() == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -204,6 +204,20 @@ def test_tensorboard_events_read_back(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert events.Tags()["scalars"] == ["reward/mean"]
     assert [(event.step, event.value) for event in events.Scalars("reward/mean")] == [(1, 0.25), (2, 0.5), (3, 1.0)]
+
+
+def test_a_logger_that_fails_is_let_go_and_the_others_go_on(tmp_path):
+    writers = Writers(config(tmp_path, tensorboard=True), tmp_path)
+    failing, *_ = writers._writers
+    failing._events.close()  # what becomes of it when its thread has died
+    failing._events = None
+    survivor = Writers(config(tmp_path / "other", tensorboard=True), tmp_path / "other")
+    writers._writers += survivor._writers
+    (line,) = writers.write(7, {"reward/mean": 0.5})
+    assert line.startswith("TensorBoard gets nothing from step 7 on, training goes on: AttributeError")
+    assert writers.write(8, {"reward/mean": 0.5}) == [] and writers.close() == []
+    (events,) = (tmp_path / "other" / "tensorboard").iterdir()
+    assert events.read_bytes().count(b"reward/mean") == 2
 
 
 # ---------------------------------------------------------------------------------------------------- progress

@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_dypo.batching.micro_batch import spread
 from megatron_dypo.batching.sequences import training_sequences
 from megatron_dypo.config.schema import Objective
 from megatron_dypo.objectives import (
@@ -116,29 +115,21 @@ def streams(
     batch: Batch, chosen: list[Sequence], terms: list, objective: Objective, correction: Correction, dtype: torch.dtype
 ) -> tuple[Tensor, TokenStreams]:
     """(logp [N], streams) of one micro-batch, as update.py makes them: teacher traces have no other policy."""
-    counts = [sequence.loss_tokens for sequence in chosen]
     is_rollout = bool(chosen) and chosen[0].kind == Kind.ROLLOUT
-
-    def column(name: str) -> Tensor:
-        values = [getattr(term, name) for term in terms]
-        if dtype == torch.float32:
-            return spread(values, counts)
-        return torch.tensor(values, dtype=dtype).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
 
     def known(name: str) -> Tensor:
         return torch.cat([torch.zeros(0), *(batch.logp[key(sequence)][name] for sequence in chosen)]).to(dtype)
 
-    logp_N = known("now").requires_grad_()
-    nothing_N = torch.zeros(len(logp_N), dtype=dtype)
-    return logp_N, TokenStreams(
-        **{f"{name}_N": column(name) for name in ("advantage", "grpo", "grpo_slope", "gal_slope", "sft")},
-        old_N=known("old") if is_rollout else nothing_N,
-        rollout_N=known("rollout") if is_rollout else nothing_N,
-        is_rollout_N=nothing_N + float(is_rollout),
-        reference_N=known("reference") if is_rollout and needs_reference(objective) else None,
+    return known("now").requires_grad_(), TokenStreams.of(
+        terms,
+        [sequence.loss_tokens for sequence in chosen],
+        dtype=dtype,
         objective=objective,
         correction=correction,
         alpha=alpha(objective),
+        old_N=known("old") if is_rollout else None,
+        rollout_N=known("rollout") if is_rollout else None,
+        reference_N=known("reference") if is_rollout and needs_reference(objective) else None,
     )
 
 
@@ -173,7 +164,7 @@ def ours(
             result.gradient |= {key(sequence): piece for sequence, piece in zip(chosen, pieces, strict=True)}
             local += loss.item()
             for name, value in totals.items():
-                result.totals[name] = result.totals.get(name, 0.0) + float(value)
+                result.totals[name] = result.totals.get(name, 0.0) + value
     share = alpha(objective)
     result.loss = local + share * terms.grpo_sequence_loss + (1 - share) * terms.gal_loss
     return result
@@ -391,12 +382,10 @@ def test_terms_over_any_slices_are_terms_over_all() -> None:
     slices = [slice(start, min(start + 7, len(logp_N))) for start in range(0, len(logp_N), 7)]
     parts = [sliced.terms(logp_N.detach()[t], entropy_N[t], t) for t in slices]
     for value, pieces in zip(expected, zip(*parts, strict=True), strict=True):
-        torch.testing.assert_close(torch.cat(pieces), value, rtol=1e-14, atol=0)
-    assert {name: float(x) for name, x in sliced.totals.items()} == pytest.approx(
-        {name: float(x) for name, x in whole.totals.items()}, rel=1e-12
-    )
-    assert float(whole.totals["entropy"]) == pytest.approx(entropy_N.sum().item())
-    assert float(whole.totals["rollout_tokens"]) == len(logp_N)
+        assert torch.equal(torch.cat(pieces), value)
+    assert sliced.totals == whole.totals
+    assert whole.totals["entropy"] == pytest.approx(entropy_N.sum().item())
+    assert whole.totals["rollout_tokens"] == len(logp_N)
 
 
 # --- the first step, extremes and nothing at all
@@ -417,9 +406,9 @@ def test_on_the_first_step_every_ratio_is_exactly_one(ratio_base: str) -> None:
         torch.float32,
     )
     summands_N, slopes_N = stream.terms(logp_N.detach(), None, slice(0, len(logp_N)))
-    surrogate_N = -stream.grpo_N * stream.advantage_N
-    assert torch.equal(summands_N, surrogate_N)
-    assert torch.equal(slopes_N, surrogate_N + stream.gal_slope_N)
+    advantage_N, grpo_N, _, gal_slope_N, _ = stream.coefficients_CS.repeat_interleave(stream.cu_seqlens.diff(), 1)
+    assert torch.equal(summands_N, -grpo_N * advantage_N)
+    assert torch.equal(slopes_N, -grpo_N * advantage_N + gal_slope_N)
     assert stream.totals["clipped"] == 0 and stream.totals["loss/kl"] == 0
     assert terms.eta == 0.25 and terms.spread == 0.0 and terms.saturated == 0.0
 

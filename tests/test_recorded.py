@@ -121,7 +121,7 @@ def test_a_recording_that_fails_leaves_what_was_there(tmp_path):
         record(tmp_path / "new", 1, [one_group(), bad])
     assert not (tmp_path / "new" / "step_000001.jsonl").exists()
     record(tmp_path, 1, [one_group()])
-    (tmp_path / "step_000001.tmp").mkdir()  # the temporary file cannot be written
+    (tmp_path / "step_000001.jsonl.tmp").mkdir()  # the temporary file cannot be written
     with pytest.raises(IsADirectoryError):
         record(tmp_path, 1, [one_group(), one_group()])
     assert len(replayed_from(tmp_path, 1)) == 1
@@ -162,6 +162,14 @@ RESPONSE = {"ids": [5, 1], "logprobs": [-0.1, -0.2], "reward": 1.0, "finish_reas
         ({"responses": [RESPONSE, RESPONSE | {"reward": 10**400}]}, "too large"),
         ({"teacher_indices": [2]}, "teacher_indices"),
         ({"teacher_indices": [-1]}, "teacher_indices"),
+        ({"teacher_indices": [0.5]}, "teacher_indices"),
+        ({"teacher_indices": "0"}, "teacher_indices must be of type list, not str"),
+        ({"weight_version": "3"}, "weight_version must be of type int, not str"),
+        (
+            {"responses": [RESPONSE, RESPONSE | {"finish_reason": None}]},
+            "finish_reason must be of type str, not NoneType",
+        ),
+        ({"responses": [RESPONSE, RESPONSE | {"logprobs": [[-0.1], [-0.2]]}]}, "2 ids and 2 logprobs"),
         ({"responses": 3}, "int"),
         ({"responses": []}, "0 responses, but rollout.samples_per_prompt is 2"),
         ({"responses": [RESPONSE] * 3}, "3 responses, but rollout.samples_per_prompt is 2"),

@@ -96,7 +96,7 @@ def non_finite_gradient() -> dict:
 
 def test_non_finite_gradient_on_one_rank_is_applied_on_none():
     for result in run_ranks(2, non_finite_gradient):
-        assert "gradient norm is nan" in result["skipped"]
+        assert "gradient norm nan" in result["skipped"]
         assert not result["changed"] and result["version"] == 0
 
 
@@ -132,121 +132,6 @@ def test_learning_rate_is_a_pure_function_of_the_step():
     assert learning_rate(12345, Optimizer(lr=0.5)) == 0.5
 
 
-def checkpoint_round_trip(folder: str, parallel: dict) -> dict:
-    """Save after one step, take two more; load into a new policy, take the same two: equal bit for bit?"""
-    from pathlib import Path
-
-    from megatron_dypo.checkpoint import checkpoint
-    from megatron_dypo.checkpoint.folders import complete_steps, step_folder
-    from megatron_dypo.convert.stream import random_weights
-    from megatron_dypo.policy.policy import Policy
-    from megatron_dypo.update import logprob_passes, make_work, run_updates
-
-    run_dir = Path(folder)
-    config, policy = build(parallel)
-
-    def steps(policy, numbers) -> dict:
-        for number in numbers:
-            works = make_work(policy.layout, make_groups(seed=number), config, trace_ids)
-            logprob_passes(policy, works, config)
-            metrics = run_updates(policy, works, config, lr=1e-3).metrics
-        return metrics
-
-    steps(policy, [0])
-    for number in (1, 2, 3):
-        counters = Counters(step=number, weight_version=policy.version, skipped_steps=7)
-        checkpoint.save(run_dir, policy, counters, keep=2)
-    metrics = steps(policy, [1, 2])
-    other = Policy(config, policy.shape, policy.layout, random_weights(policy.shape, seed=99))
-    loaded = checkpoint.load(step_folder(run_dir, 3), other)
-    again = steps(other, [1, 2])
-    weights, others = weights_of(policy), weights_of(other)
-    return {
-        "kept": complete_steps(run_dir),
-        "counters": loaded == Counters(step=3, weight_version=1, skipped_steps=7),
-        "version": other.version == policy.version == 3,
-        "metrics": metrics == again,
-        "weights": all((weights[name] == others[name]).all().item() for name in weights),
-    }
-
-
-@pytest.mark.parametrize("parallel", [{}, {"tensor": 2, "sequence_parallel": True}, {"pipeline": 2}], ids=str)
-def test_checkpoint_resumes_bit_equal_at_the_same_layout(parallel, tmp_path):
-    for result in run_ranks(2, checkpoint_round_trip, str(tmp_path), parallel):
-        assert result == {"kept": [2, 3], "counters": True, "version": True, "metrics": True, "weights": True}
-
-
-def test_incomplete_checkpoints_are_ignored(tmp_path):
-    from megatron_dypo.checkpoint.folders import complete_steps
-
-    run_ranks(1, checkpoint_round_trip, str(tmp_path), {})
-    newest = tmp_path / "checkpoints" / "step_3"
-    data = next(newest.glob("*.distcp"))
-    data.write_bytes(data.read_bytes()[:-1])
-    assert complete_steps(tmp_path) == [2], "a truncated file"
-    (tmp_path / "checkpoints" / "step_2" / "manifest.json").unlink()
-    assert complete_steps(tmp_path) == [], "no manifest"
-
-
-def reshard_reference(folder: str, parallel: dict, saving: bool) -> dict | bool:
-    """Save at one layout; at another, load and return the reference's and the policy's full tensors."""
-    from pathlib import Path
-
-    from megatron_dypo.checkpoint import checkpoint
-    from megatron_dypo.checkpoint.folders import step_folder
-    from megatron_dypo.convert.stream import load_weights, random_weights
-    from megatron_dypo.update import logprob_passes, make_work, run_updates
-
-    config, policy = build(parallel)
-    if saving:
-        works = make_work(policy.layout, make_groups(), config, trace_ids)
-        logprob_passes(policy, works, config)
-        run_updates(policy, works, config, lr=1e-2)
-        checkpoint.save(Path(folder), policy, Counters(step=1, weight_version=1), keep=1)
-        return True
-    load_weights(policy.gpt, policy.shape, policy.layout, random_weights(policy.shape, seed=99))
-    policy.keep_reference()
-    checkpoint.load(step_folder(Path(folder), 1), policy)
-    with policy.reference_weights():
-        reference = weights_of(policy)
-    both = {"reference": reference, "policy": weights_of(policy)}
-    return {kind: {name: tensor.numpy() for name, tensor in tensors.items()} for kind, tensors in both.items()}
-
-
-@pytest.mark.parametrize(
-    ("saved", "loaded"),
-    [({"tensor": 2}, {}), ({"pipeline": 2}, {}), ({}, {"tensor": 2, "sequence_parallel": True})],
-    ids=str,
-)
-def test_weights_and_reference_load_at_another_layout(saved, loaded, tmp_path):
-    run_ranks(max([1, *saved.values()]), reshard_reference, str(tmp_path), saved, True)
-    same = run_ranks(max([1, *saved.values()]), reshard_reference, str(tmp_path), saved, False)[0]
-    other = run_ranks(max([1, *loaded.values()]), reshard_reference, str(tmp_path), loaded, False)[0]
-    for kind in ("reference", "policy"):
-        for name, tensor in same[kind].items():
-            assert (other[kind][name] == tensor).all(), (kind, name)
-    assert any((same["reference"][name] != tensor).any() for name, tensor in same["policy"].items())
-
-
-def save_before_any_update(folder: str) -> bool:
-    from pathlib import Path
-
-    from megatron_dypo.checkpoint import checkpoint
-    from megatron_dypo.checkpoint.folders import step_folder
-
-    _, policy = build({})
-    counters = Counters(step=1, empty_steps=1)
-    checkpoint.save(Path(folder), policy, counters, keep=1)
-    before = weights_of(policy)
-    return checkpoint.load(step_folder(Path(folder), 1), policy) == counters and all(
-        (tensor == before[name]).all() for name, tensor in policy.named_tensors()
-    )
-
-
-def test_checkpoint_before_the_first_applied_update_loads(tmp_path):
-    assert run_ranks(2, save_before_any_update, str(tmp_path)) == [True, True]
-
-
 def decayed_by(steps: int) -> dict[str, float]:
     """Ratio of each weight to its start after updates with zero gradients and weight decay alone."""
     config, policy = build({})
@@ -255,7 +140,7 @@ def decayed_by(steps: int) -> dict[str, float]:
     for _ in range(steps):
         policy.model.zero_grad_buffer()
         policy.optimizer.zero_grad()
-        assert policy.step(lr=0.1)[0]
+        policy.step(lr=0.1)
     return {name: float(tensor.norm() / before[name].norm()) for name, tensor in policy.named_tensors()}
 
 

@@ -54,6 +54,10 @@ def _rules(config: Config):
     )
     yield optimizer.min_lr > optimizer.lr, f"optimizer.min_lr: {optimizer.min_lr} exceeds optimizer.lr: {optimizer.lr}"
     yield not all(0 <= beta < 1 for beta in optimizer.betas), f"optimizer.betas: {optimizer.betas} must lie in [0, 1)"
+    yield (
+        0 < config.trainer.spike_factor <= 1,
+        f"trainer.spike_factor: {config.trainer.spike_factor} would skip ordinary updates; give more than 1, or 0",
+    )
     yield config.trainer.eval_every > 0 and config.data.valid is None, "data.valid: needed by trainer.eval_every"
     yield (
         config.parallel.sequence_parallel and config.parallel.tensor == 1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 
 from megatron_dypo.config.checks import check
 from megatron_dypo.config.schema import Config, walk
+from megatron_dypo.config.yaml_text import parse_yaml
 from megatron_dypo.errors import UserError
 
 # Keys (and values) that are reserved and do nothing yet.
@@ -20,37 +22,11 @@ _NOT_BUILT = {
     *("rollout.verify_sync", "rollout.overlap", "rollout.max_staleness", "rollout.refill", "rollout.engine: server"),
     *("model.attention_backend: flash", "model.attention_backend: te", "model.layer_spec: te"),
 }
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 where PyYAML's 1.1 surprises, and no key twice.
-
-    ``1e-6`` is a number (not a string); ``off``, ``0x1f``, ``1_000`` and ``2020-01-01`` are strings (not false, other
-    spellings of integers, and a date).
-    """
-
-    def compose_mapping_node(self, anchor):
-        node, seen = super().compose_mapping_node(anchor), set()
-        for key, _ in node.value:
-            if str(key.value) in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} occurs twice", problem_mark=key.start_mark)
-            seen.add(str(key.value))
-        return node
-
-
-_TAG = "tag:yaml.org,2002:"
-_REPLACED = {f"{_TAG}{name}" for name in ("bool", "int", "timestamp")}
-_Loader.yaml_implicit_resolvers = {
-    first: [pair for pair in pairs if pair[0] not in _REPLACED]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _name, _pattern, _first in (
-    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
-    ("int", r"^[-+]?[0-9]+$", "-+0123456789"),
-    ("float", r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$", "-+.0123456789"),
-):
-    _Loader.add_implicit_resolver(f"{_TAG}{_name}", re.compile(_pattern), list(_first))
-_NOT_YAML = (yaml.YAMLError, ValueError, OverflowError, RecursionError)  # what yaml.load raises on text from outside
+# What must not get into a run folder or a log, even in the line that refuses it.
+_CREDENTIALS = re.compile(r"://[^/\s@]*:[^/\s@]*@")
+_SECRET_NAME = re.compile("token$|password|passwd|secret|credential|api_?key", re.IGNORECASE)
+_OPAQUE = re.compile(r"[\w-]{20,}")
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # what YAML can escape, and no path or file takes
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -61,15 +37,18 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     path = Path(path)
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
-    except _NOT_YAML as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: the configuration must be a mapping of sections")
     for override in overrides or []:
         _apply(tree, override)
+    for name, value in _leaves(tree):
+        if fault := _unusable(value):
+            raise UserError(f"{path}: {name}: {fault}")
     config = _validate(tree, str(path))
     check(config, str(path))
     return config
@@ -80,8 +59,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not dotted:
         raise UserError(f"override {override!r}: expected section.key=value")
     try:
-        value = yaml.load(text, _Loader)
-    except _NOT_YAML:
+        value = parse_yaml(text)
+    except ValueError:
         value = text
     *parents, last = dotted.split(".")
     node = tree
@@ -90,6 +69,35 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         node[parent] = child if isinstance(child, dict) else {}
         node = node[parent]
     node[last] = value
+
+
+def _leaves(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of whatever YAML gave, keys of mappings themselves included."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            dotted = f"{name}.{key}" if name else str(key)
+            yield dotted, key
+            yield from _leaves(value, dotted)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _leaves(value, name)
+    else:
+        yield name, node
+
+
+def _unusable(value: Any) -> str | None:
+    """What no key can use, whatever it is for."""
+    if isinstance(value, int) and abs(value) >= 2**64:
+        return "is out of range"
+    if not isinstance(value, str):
+        return None
+    if not value.strip():
+        return "is empty (to leave a key unset, leave it out or give null)"
+    if _NO_TEXT.search(value):
+        return "holds a character that no path or text file takes"
+    if _CREDENTIALS.search(value):
+        return "holds credentials, which belong in the environment: the configuration is copied into the run folder"
+    return None
 
 
 def _validate(tree: dict[str, Any], source: str) -> Config:
@@ -105,6 +113,8 @@ def _one_line(error: ValidationError) -> str:
     for name in (dotted, f"{dotted}: {first['input']}"):
         if name in _NOT_BUILT:
             return f"{name}: not built yet"
+    if first["type"] == "extra_forbidden" and _SECRET_NAME.search(dotted):
+        return f"{dotted}: no key holds a secret; it comes from the environment"
     if first["type"] == "extra_forbidden":
         known = [name for name, _ in walk()]
         sections = sorted({name.rsplit(".", 1)[0] for name in known})
@@ -113,7 +123,16 @@ def _one_line(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{dotted}: required key is missing"
     message = first["msg"][0].lower() + first["msg"][1:]
-    return f"{dotted}: {message} (got {first['input']!r:.80})"
+    return f"{dotted}: {message} (got {_shown(first['input'])})"
+
+
+def _shown(value: Any) -> str:
+    """A value as an error quotes it; not a mapping, nor a word so long that it may be a key to something."""
+    if isinstance(value, dict):
+        return "a mapping"
+    if _OPAQUE.search(str(value)):
+        return f"{len(str(value))} characters"
+    return f"{value!r:.80}"
 
 
 def dump(config: Config) -> str:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+YEAR = 31_536_000  # seconds; what a deadline may be at most, so that every clock takes it
+
 
 def key(default: Any = ..., doc: str = "", *, resumable: bool = False, **bounds: Any) -> Any:
     return Field(default, description=doc, json_schema_extra={"resumable": resumable}, **bounds)
@@ -23,14 +25,16 @@ class Shape(Section):
     """Overrides of the model's shape; unset keys come from `model.hf` or `model.preset`."""
 
     family: Literal["llama", "qwen2", "qwen3"] | None = key(None, "Architecture family.")
-    num_layers: int | None = key(None, "Transformer layers.", ge=1)
-    hidden_size: int | None = key(None, "Width of the residual stream.", ge=1)
-    ffn_hidden_size: int | None = key(None, "Width of the gated MLP.", ge=1)
-    num_attention_heads: int | None = key(None, "Query heads.", ge=1)
-    num_query_groups: int | None = key(None, "Key/value heads (grouped-query attention).", ge=1)
-    head_dim: int | None = key(None, "Width of one attention head.", ge=2)
-    vocab_size: int | None = key(None, "Vocabulary size before padding; must hold every id of the tokenizer.", ge=1)
-    max_position: int | None = key(None, "Longest sequence, in tokens.", ge=2)
+    num_layers: int | None = key(None, "Transformer layers.", ge=1, le=10_000)
+    hidden_size: int | None = key(None, "Width of the residual stream.", ge=1, lt=2**31)
+    ffn_hidden_size: int | None = key(None, "Width of the gated MLP.", ge=1, lt=2**31)
+    num_attention_heads: int | None = key(None, "Query heads.", ge=1, lt=2**31)
+    num_query_groups: int | None = key(None, "Key/value heads (grouped-query attention).", ge=1, lt=2**31)
+    head_dim: int | None = key(None, "Width of one attention head.", ge=2, lt=2**31)
+    vocab_size: int | None = key(
+        None, "Vocabulary size before padding; must hold every id of the tokenizer.", ge=1, lt=2**31
+    )
+    max_position: int | None = key(None, "Longest sequence, in tokens.", ge=2, lt=2**31)
     rope_base: float | None = key(None, "RoPE base.", gt=0)
     norm_eps: float | None = key(None, "RMSNorm epsilon.", gt=0)
     tied_embeddings: bool | None = key(None, "Share the input embedding with the output head.")
@@ -66,7 +70,20 @@ class Parallel(Section):
     sequence_parallel: bool = key(
         False, "Shard activations between the tensor-parallel regions along the sequence.", resumable=True
     )
-    timeout: float = key(1800.0, "Deadline of every collective, in seconds.", gt=0, resumable=True)
+    timeout: float = key(
+        1800.0,
+        "Deadline of every collective and of every phase of a step (rollout, update, save, ...), in seconds; past it the job ends and says who was where.",
+        gt=0,
+        le=YEAR,
+        resumable=True,
+    )
+    heartbeat_timeout: float = key(
+        120.0,
+        "A rank that gives no sign of life for so many seconds (frozen, or its machine gone) ends the job.",
+        gt=0,
+        le=YEAR,
+        resumable=True,
+    )
 
 
 class Data(Section):
@@ -106,9 +123,9 @@ class Rollout(Section):
         "none", "Weight of a token's GRPO term by exp(old - rollout): capped, or dropped outside [1/cap, cap]."
     )
     correction_cap: float = key(2.0, "Cap of the rollout correction.", gt=1)
-    sync_timeout: float = key(600.0, "Deadline of one weight sync, in seconds.", gt=0, resumable=True)
+    sync_timeout: float = key(600.0, "Deadline of one weight sync, in seconds.", gt=0, le=YEAR, resumable=True)
     engine_memory: float = key(
-        0.25, "vLLM's share of the GPU's memory; on CPU, GiB of key/value cache.", gt=0, resumable=True
+        0.25, "vLLM's share of the GPU's memory; on CPU, GiB of key/value cache.", gt=0, le=2**20, resumable=True
     )
 
 
@@ -178,8 +195,11 @@ class Optimizer(Section):
     clip_grad: float = key(1.0, "Largest global gradient norm; 0 is off.", ge=0)
     distributed: bool = key(
         False,
-        "Shard the optimizer's state over data-parallel ranks (on CPU its checkpoints do not resume yet: refused there).",
+        "Shard the optimizer's state over data-parallel ranks; may be switched on resume.",
         resumable=True,
+    )
+    overlap_grad_reduce: bool = key(
+        False, "Sum gradients over data-parallel ranks while the backward pass goes on.", resumable=True
     )
 
 
@@ -188,6 +208,11 @@ class Trainer(Section):
 
     steps: int = key(..., "Training steps (rollouts).", ge=1, resumable=True)
     seed: int = key(0, "Seed of initial weights, sampling and teacher draws.", ge=0, lt=2**63)
+    deterministic: bool = key(
+        False,
+        "CUDA: only kernels with one result, in training and in vLLM, so that a run repeats bit for bit on the same machine and layout; slower. CPU runs repeat anyway.",
+        resumable=True,
+    )
     eval_every: int = key(
         0,
         "Greedy evaluation on `data.valid` every so many steps, and before and after training; 0: never.",
@@ -196,7 +221,15 @@ class Trainer(Section):
     )
     save_every: int = key(0, "Checkpoint every so many steps, and at the end; 0: never.", ge=0, resumable=True)
     keep_checkpoints: int = key(2, "Newest checkpoints kept.", ge=1, resumable=True)
-    max_skipped_steps: int = key(5, "Non-finite steps in a row before the run stops.", ge=1, resumable=True)
+    max_skipped_steps: int = key(
+        5, "Skipped steps (not finite, or a spike) in a row before the run stops.", ge=1, resumable=True
+    )
+    spike_factor: float = key(
+        0.0,
+        "Skip an update whose gradient norm exceeds so many times the median of the last 50 applied ones (20 at least); 0: never.",
+        ge=0,
+        resumable=True,
+    )
     run_dir: str = key(..., "Run folder.", resumable=True)
 
 

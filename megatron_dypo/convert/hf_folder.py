@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_dypo.convert.mapping import HEAD, hf_shapes
 from megatron_dypo.errors import UserError
 from megatron_dypo.policy.shape import ModelShape
+from megatron_dypo.runtime.plain_name import is_plain
 
 
 def folder_weights(folder: str | Path) -> Callable[[str], Tensor]:
@@ -36,6 +37,9 @@ def check_folder(folder: str | Path, shape: ModelShape) -> None:
     Only the files' headers are read. What a checkpoint may hold besides: a tied model's head, and rotary frequencies.
     """
     listing, where = _contents(Path(folder))
+    last = f"model.layers.{shape.num_layers - 1}.input_layernorm.weight"
+    if last not in where:  # before a number of layers that is none makes a table of their tensors
+        raise UserError(f"{listing}: tensor {last} is missing")
     expected = hf_shapes(shape)
     opened = {file: _open(file) for file in set(where.values())}
     held = {file: set(shard.keys()) for file, shard in opened.items()}
@@ -57,9 +61,12 @@ def _contents(folder: Path) -> tuple[Path, dict[str, Path]]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
-            where = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            shards = json.loads(index.read_text())["weight_map"].items()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{index}: not an index of safetensors: {error!r}") from None
+        if strange := [shard for _, shard in shards if not is_plain(shard)]:
+            raise UserError(f"{index}: {strange[0]!r:.80} is no file of this folder")
+        where = {name: folder / shard for name, shard in shards}
         for shard in set(where.values()):
             _open(shard)
         return index, where

@@ -14,8 +14,7 @@ import logging
 from collections.abc import Callable
 from urllib.parse import parse_qsl
 
-import yaml
-
+from megatron_dypo.config.yaml_text import parse_yaml
 from megatron_dypo.errors import UserError
 from megatron_dypo.records import Prompt, Teacher
 
@@ -55,8 +54,8 @@ def generate(source: str) -> list[Prompt]:
         raise UserError(f"{source}: reasoning-gym has no task {name!r}")
     try:
         options = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
-        items = list(reasoning_gym.create_dataset(name, **{option: yaml.safe_load(value) for option, value in options}))
-    except (TypeError, AssertionError, ValueError, yaml.YAMLError) as error:
+        items = list(reasoning_gym.create_dataset(name, **{option: parse_yaml(value) for option, value in options}))
+    except Exception as error:  # whatever a task raises on options that are not for it
         raise UserError(f"{source}: {error}") from None
     teachers = TEACHERS.get(name, {})
     if not teachers:

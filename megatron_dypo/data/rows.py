@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,7 @@ def read(path: str, skip_bad_rows: bool = False) -> list[Prompt]:
     and counted in the log. Ids must be unique; a row without one is called by its line.
     """
     file = Path(path)
-    if not file.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"data: {path}: no such file")
     prompts, seen, skipped = [], set(), 0
     for line, row in _raw_rows(file):
@@ -63,13 +64,20 @@ def _raw_rows(file: Path) -> Iterator[tuple[int, Any]]:
         except (OSError, ValueError, NotImplementedError) as error:
             raise UserError(f"{file}: not a readable Parquet file: {error}") from None
         return
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    yield number, BadRow(f"not valid JSON: {error}")
+    try:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield number, _parsed(line)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return BadRow(f"not valid JSON: {error}")
 
 
 def _prompt(row: Any, line: int) -> Prompt:

@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megatron_dypo.errors import UserError
+from megatron_dypo.runtime.whole_file import write_whole
 
 
 class MetricsFile:
     """Append-only metrics of one run; steps strictly increase, and a written step survives the machine going down.
+
+    The file never holds half a line for long: what cannot be written (a full disk) is taken back, waits in memory, and
+    is written with the first later step that finds room.
 
     ``resume_step`` is the step of the checkpoint that training goes on from: later lines belong to steps that will be
     run again, so the file is cut back to ``step <= resume_step`` (and a line torn by a kill is dropped). 0 is a fresh
@@ -27,31 +33,63 @@ class MetricsFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = read_metrics(self.path) if resume_step > 0 and self.path.exists() else []
         kept = [row for row in rows if row["step"] <= resume_step]
-        _replace(self.path, "".join(_line(row) for row in kept))
+        write_whole(self.path, "".join(_line(row) for row in kept))
         self.last_step: int | None = kept[-1]["step"] if kept else None
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
+        self._whole = self.path.stat().st_size  # bytes of complete lines
+        self._waiting: list[str] = []
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one line and sync it to disk. A value that is not finite becomes null, since JSON has no NaN.
 
         Training steps count from 1; 0 is for the evaluation before training. Raises ValueError if ``step`` does not
-        follow the last one.
+        follow the last one, and OSError where the disk does not take the line, which then waits.
         """
         if step < 0 or (self.last_step is not None and step <= self.last_step):
             raise ValueError(f"{self.path}: step {step} does not follow step {self.last_step}")
-        self._file.write(_line({**metrics, "step": step}))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._waiting.append(_line({**metrics, "step": step}))
         self.last_step = step
+        self.flush()
+
+    def flush(self) -> None:
+        """Write the lines that wait. Raises OSError where the disk does not take all of them; then it has none."""
+        if not self._waiting:
+            return
+        content = "".join(self._waiting).encode()
+        try:
+            self._file.truncate(self._whole)
+            left = memoryview(content)
+            while left:
+                left = left[self._file.write(left) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            with suppress(OSError):  # else the next attempt takes it back
+                self._file.truncate(self._whole)
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+        self._whole += len(content)
+        self._waiting = []
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All lines so far as dicts, those that wait included."""
+        return read_metrics(self.path) + [json.loads(line) for line in self._waiting]
 
     def close(self) -> None:
-        self._file.close()
+        """Raises OSError, naming the steps, where lines that wait are lost."""
+        try:
+            self.flush()
+        except OSError as error:
+            steps = [json.loads(line)["step"] for line in self._waiting]
+            lost = f"{error.strerror}; the metrics of steps {steps[0]} to {steps[-1]} are lost"
+            raise OSError(error.errno, lost, str(self.path)) from None
+        finally:
+            self._file.close()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """All lines of ``path`` as dicts, null as None. A torn last line, which a kill leaves behind, is left out.
 
-    Raises UserError, with file and line, for a missing file and for any other line that is not an object with a step.
+    Raises UserError, with file and line, for a missing file and for any other line that this file never writes: no
+    object, a value that is not a finite number, a step that does not follow the last.
     """
     path = Path(path)
     try:
@@ -62,12 +100,21 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            rows.append({**row, "step": int(row["step"])})
-        except (ValueError, TypeError, KeyError):
-            # Only the last line lacks its line end: empty after a clean write, torn after a kill.
-            if number < len(lines):
-                raise UserError(f"{path}: line {number} is not a JSON object with a step") from None
+        except (ValueError, RecursionError):
+            row = None
+        if _is_row(row) and (not rows or row["step"] > rows[-1]["step"]):
+            rows.append(row)
+        elif number < len(lines):  # only the last line lacks its end: empty after a clean write, torn after a kill
+            raise UserError(f"{path}: line {number} is not a JSON object with a step after the last and finite numbers")
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return False
+    return all(
+        value is None or (isinstance(value, int | float) and abs(value) <= sys.float_info.max) for value in row.values()
+    )
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -81,13 +128,3 @@ def _plain(value: Any) -> int | float | None:
         return value
     number = float(value)
     return number if math.isfinite(number) else None
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` so that a kill leaves the old file or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

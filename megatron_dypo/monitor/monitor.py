@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
 from megatron_dypo.config.schema import Config
-from megatron_dypo.monitor.metrics import MetricsFile, read_metrics
+from megatron_dypo.errors import UserError
+from megatron_dypo.monitor.health import Health
+from megatron_dypo.monitor.metrics import MetricsFile
 from megatron_dypo.monitor.progress import Progress, summary
 from megatron_dypo.monitor.report import write_report
 from megatron_dypo.monitor.writers import Writers
 from megatron_dypo.runtime.distributed import Layout
 from megatron_dypo.runtime.run_folder import describe
 
-log = logging.getLogger(__name__)
-SATURATION_WARNING = 0.5
-
 
 class Monitor:
-    """A context manager around the loop. Every method may be called on every rank; only rank 0 writes."""
+    """A context manager around the loop. Every method may be called on every rank; only rank 0 writes.
+
+    Once training runs, nothing that fails here ends it: a full disk or a lost logger is a warning.
+    """
 
     def __init__(self, config: Config, layout: Layout, start_step: int):
         self.config, self.run_dir = config, Path(config.trainer.run_dir)
         self._active, self._start_step, self._began = layout.is_main, start_step, time.monotonic()
-        self._warned = False
+        self._failing: set[str] = set()
+        self._health = Health()
 
     def __enter__(self) -> Self:
         if self._active:
             describe(self.config, self.run_dir)
             self._file = MetricsFile(self.run_dir / "metrics.jsonl", self._start_step)
+            for line in self._file.rows():  # those before a resume
+                self._health.check(line["step"], line)
             self._writers = Writers(self.config, self.run_dir, self._start_step)
             self._progress = Progress(self.config.trainer.steps, self._start_step)
             if self._start_step:
@@ -41,9 +47,10 @@ class Monitor:
 
     def __exit__(self, *exception: object) -> None:
         if self._active:
+            with self._tolerated("metrics"):
+                self._file.close()
+            self.notice(self._writers.close())
             self._progress.close()
-            self._writers.close()
-            self._file.close()
 
     def notice(self, lines: list[str]) -> None:
         if self._active:
@@ -53,34 +60,53 @@ class Monitor:
     def write(self, step: int, metrics: dict) -> None:
         """One line of metrics; ``step`` 0 is the evaluation before training."""
         if self._active:
-            self._file.write(step, metrics)
-            self._writers.write(step, metrics)
+            with self._tolerated("metrics"):
+                self._file.write(step, metrics)
+            self.notice(self._writers.write(step, metrics))
 
     def step(self, step: int, metrics: dict) -> None:
         """A finished step: writes and shows it."""
+        if not self._active:
+            return
         metrics = metrics | {"perf/tokens_per_second": metrics["tokens"] / metrics["time/step"]}
         del metrics["tokens"]
+        found = self._health.check(step, metrics)
+        metrics["train/warnings"] = self._health.said.total()
         self.write(step, metrics)
-        if self._active:
-            self._progress.update(step, metrics)
-            if (metrics.get("gal/saturated_frac") or 0) > SATURATION_WARNING and not self._warned:
-                self._warned = True
-                pairs, spread = metrics["gal/saturated_frac"], metrics["gal/spread"]
-                said = f"step {step}: {pairs:.0%} of GAL's pairs are saturated (spread of d {spread:.1f} nats)"
-                self.notice([f"{said}: lower objective.beta_gal, or use objective.reference: previous"])
+        self._progress.update(step, metrics)
+        self.notice(found)
 
     def finish(self, held_out: int) -> None:
         """The report, and the final summary on the terminal. ``held_out``: problems evaluated on."""
         if not self._active:
             return
         self._progress.close()
-        report = write_report(self.run_dir)
-        rows = summary_rows(read_metrics(self.run_dir / "metrics.jsonl"), held_out)
+        with self._tolerated("metrics"):
+            self._file.flush()
+        report = "not written"
+        with self._tolerated("report"):
+            report = str(write_report(self.run_dir))
+        rows = summary_rows(self._file.rows(), held_out)
+        if said := self._health.said:
+            rows.append(("warnings", ", ".join(f"{name} {times}" for name, times in said.items())))
         minutes, seconds = divmod(round(time.monotonic() - self._began), 60)
         summary(
-            [*rows, ("wall time", f"{minutes} min {seconds:02d} s"), ("report", str(report))],
-            f"{self.run_dir} finished",
+            [*rows, ("wall time", f"{minutes} min {seconds:02d} s"), ("report", report)], f"{self.run_dir} finished"
         )
+
+    @contextmanager
+    def _tolerated(self, what: str) -> Iterator[None]:
+        """An error in writing ``what`` is a warning, given once until it has worked again."""
+        try:
+            yield
+        except (OSError, UserError) as error:
+            if what not in self._failing:
+                self._failing.add(what)
+                self.notice([f"{what} not written, training goes on: {error}"])
+        else:
+            if what in self._failing:
+                self._failing.remove(what)
+                self._progress.log(f"{what} written again, nothing is missing")
 
 
 def summary_rows(metrics: list[dict], held_out: int) -> list[tuple[str, str]]:

@@ -115,7 +115,7 @@ OPTIMISATION = (
     Panel("Learning rate", "", "learning rate", (Curve("train/lr", "learning rate", "c3"),), exact=True),
     Panel(
         "Left out",
-        "Steps skipped (not finite) or empty (nothing to train on), and Hard prompts without a teacher's trace.",
+        "Steps skipped (not finite, a spike) or empty (nothing to train on); Hard prompts without a teacher's trace.",
         "count",
         (
             Curve("train/skipped_steps", "skipped steps", "c2"),
@@ -124,6 +124,7 @@ OPTIMISATION = (
         ),
         exact=True,
     ),
+    Panel("Warnings", "How many so far.", "count", (Curve("train/warnings", "warnings", "c2"),), exact=True),
 )
 
 ROLLOUT = (
@@ -166,6 +167,33 @@ SPEED = (
             Curve("time/sync", "sync", "c4"),
         ),
         lines=(Curve("time/step", "step", "ink"),),
+    ),
+    Panel(
+        "Peak memory",
+        "Of the process that needed most: host memory since its start, device memory in the step.",
+        "GiB",
+        (Curve("perf/host_memory_gib", "host", "c1"), Curve("perf/device_memory_gib", "device", "c2")),
+    ),
+    Panel(
+        "Rollout imbalance",
+        "The slowest rank's rollouts and rewards over the mean of all ranks; 1: nobody waits.",
+        "slowest / mean seconds",
+        (Curve("perf/rollout_imbalance", "imbalance", "c2"),),
+    ),
+    Panel(
+        "Slowest rank",
+        "Always the same one: look at its machine.",
+        "rank",
+        (Curve("perf/straggler_rank", "slowest rank", "c4"),),
+        points=True,
+        exact=True,
+    ),
+    Panel(
+        "Missed heartbeats",
+        "Longest time without a sign of life from some rank; parallel.heartbeat_timeout ends the job.",
+        "seconds",
+        (Curve("perf/heartbeat_gap", "silence", "c6"),),
+        exact=True,
     ),
     Panel("Throughput", "", "tokens per second", (Curve("perf/tokens_per_second", "tokens/s", "c3"),)),
     Panel("Model FLOP utilisation", "", "share of peak", (Curve("perf/mfu", "MFU", "c1"),), percent=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import sys
 import time
@@ -18,6 +19,7 @@ from rich.text import Text
 PLAIN_LINES = 20
 REGIMES = (("easy", "#35c99b"), ("mid", "#56a8e8"), ("hard", "#ff8a47"))  # the report's colours
 REGIME_CELLS = 18
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Progress:
@@ -57,7 +59,7 @@ class Progress:
 
     def log(self, line: str) -> None:
         """Print one line, above the bar if there is one."""
-        self.console.print(Text(line), soft_wrap=True)
+        _print(self.console, Text(line))
 
     def close(self) -> None:
         """Leave the display as it stands. May be called twice."""
@@ -80,11 +82,20 @@ def summary(rows: Iterable[tuple[str, str]], title: str, console: Console | None
         table.add_column(overflow="fold")
         for name, value in rows:
             table.add_row(Text(name), Text(value))
-        console.print(table)
+        _print(console, table)
         return
     width = max((len(name) for name, _ in rows), default=0)
     for line in (title, *(f"  {name:<{width}}  {value}" for name, value in rows)):
-        console.print(Text(line), soft_wrap=True)
+        _print(console, Text(line))
+
+
+def _print(console: Console, what: RenderableType) -> None:
+    """Print, lines unwrapped. An output that goes to a full disk is not worth the run."""
+    try:
+        console.print(what, soft_wrap=isinstance(what, Text))
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
 
 
 class _Bar(RichProgress):

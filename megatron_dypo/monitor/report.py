@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from megatron_dypo.config.yaml_text import parse_yaml
 from megatron_dypo.errors import UserError
 from megatron_dypo.monitor.axis import show
 from megatron_dypo.monitor.chart import Chart, Series, draw
+from megatron_dypo.monitor.health import warnings_of
 from megatron_dypo.monitor.metrics import read_metrics
 from megatron_dypo.monitor.page import page
 from megatron_dypo.monitor.panels import Panel, sections
+from megatron_dypo.runtime.whole_file import write_whole
 
 FINAL_STEPS = 10  # the final reward is a mean over up to so many steps: a single batch is noise
 EVAL_TILES = 4
@@ -27,7 +28,8 @@ def write_report(run_dir: str | Path) -> Path:
     """Write ``report.html`` into ``run_dir`` from its ``metrics.jsonl`` and, if there, ``config.yaml`` and
     ``environment.json``; return its path.
 
-    Raises UserError if the metrics are missing, empty or unreadable, or the configuration is not YAML.
+    Raises UserError if the metrics are missing, empty or unreadable, or the configuration is not YAML; OSError where
+    the page cannot be written, and then the old one is still there.
     """
     run_dir = Path(run_dir)
     rows = read_metrics(run_dir / "metrics.jsonl")
@@ -42,24 +44,32 @@ def write_report(run_dir: str | Path) -> Path:
         facts=_facts(_config(run_dir / "config.yaml", config_text)),
         tiles=_tiles(steps, columns),
         body="".join(_section(heading, panels, steps, columns) for heading, panels in _sections(columns)),
-        details=[("Configuration", config_text), ("Environment", environment_text)],
+        details=[
+            ("Warnings", "\n".join(warnings_of(rows))),
+            ("Configuration", config_text),
+            ("Environment", environment_text),
+        ],
     )
     path = run_dir / "report.html"
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(html, encoding="utf-8")
-    os.replace(temporary, path)  # whoever has the page open reloads the old one or the new one
+    write_whole(path, html)  # whoever has the page open reloads the old one or the new one
     return path
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+    """What a file of the run folder says, for people; nothing where there is none."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _config(path: Path, text: str) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        tree = parse_yaml(text)
+    except ValueError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
     return tree if isinstance(tree, dict) else {}
 
 
@@ -135,7 +145,8 @@ def _facts(config: dict[str, Any]) -> list[str]:
     """What one asks first about a run, as short texts, from whatever of it the configuration holds."""
 
     def get(section: str, key: str) -> Any:
-        return (config.get(section) or {}).get(key)
+        values = config.get(section)
+        return values.get(key) if isinstance(values, dict) else None
 
     prompts, samples = get("data", "prompts_per_step"), get("rollout", "samples_per_prompt")
     facts = [
@@ -167,9 +178,13 @@ def _tiles(steps: np.ndarray, columns: dict[str, np.ndarray]) -> list[tuple[str,
     speed = _known(columns.get("perf/tokens_per_second"))
     if len(speed):
         tiles.append(("throughput", f"{np.median(speed):,.0f}", "tokens per second (median)"))
-    for key, label in (("train/skipped_steps", "skipped steps"), ("train/empty_steps", "empty steps")):
+    for key, label, where in (
+        ("train/skipped_steps", "skipped steps", "see “Left out”"),
+        ("train/empty_steps", "empty steps", "see “Left out”"),
+        ("train/warnings", "warnings", "listed below"),
+    ):
         if _known(columns.get(key)).any():
-            tiles.append((label, f"{_known(columns[key])[-1]:,.0f}", "see “Left out”"))
+            tiles.append((label, f"{_known(columns[key])[-1]:,.0f}", where))
     return tiles
 
 

@@ -19,6 +19,8 @@ from megatron_dypo.errors import UserError
 class Writer(Protocol):
     """Takes one step's metrics (numbers, by the names of docs) and shows them somewhere."""
 
+    name: str
+
     def write(self, step: int, metrics: Mapping[str, Any]) -> None: ...
 
     def close(self) -> None: ...
@@ -30,6 +32,8 @@ class WandbWriter:
     Never prompts, and offline never touches the network. Raises UserError if ``online`` has no credentials or no
     connection.
     """
+
+    name = "Weights & Biases"
 
     def __init__(self, config: Config, run_dir: Path, resume_step: int) -> None:
         offline = config.logging.wandb == "offline"
@@ -65,6 +69,8 @@ class WandbWriter:
 class TensorBoardWriter:
     """Event files in ``run_dir/tensorboard``; on resume, later steps of the stopped run are hidden."""
 
+    name = "TensorBoard"
+
     def __init__(self, config: Config, run_dir: Path, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -87,20 +93,40 @@ WRITERS: tuple[tuple[Callable[[Logging], bool], type[Writer]], ...] = (
 
 
 class Writers:
-    """All writers that ``config.logging`` asks for, as one; none of them is imported otherwise."""
+    """All writers that ``config.logging`` asks for, as one; none of them is imported otherwise.
+
+    A writer that fails once training runs (a full disk, a lost connection) is let go: metrics.jsonl has every step.
+    """
 
     def __init__(self, config: Config, run_dir: str | Path, resume_step: int = 0) -> None:
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         self._writers = [writer(config, run_dir, resume_step) for wanted, writer in WRITERS if wanted(config.logging)]
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        for writer in self._writers:
-            writer.write(step, metrics)
+    def write(self, step: int, metrics: Mapping[str, Any]) -> list[str]:
+        """Returns a line about each writer that failed and gets nothing from now on."""
+        failures = {writer: error for writer in self._writers if (error := _failure(writer.write, step, metrics))}
+        for writer in failures:
+            self._writers.remove(writer)
+            _failure(writer.close)
+        return [
+            f"{writer.name} gets nothing from step {step} on, training goes on: {error}"
+            for writer, error in failures.items()
+        ]
 
-    def close(self) -> None:
-        for writer in self._writers:
-            writer.close()
+    def close(self) -> list[str]:
+        """Returns a line about each writer that failed at its end."""
+        failures = {writer: error for writer in self._writers if (error := _failure(writer.close))}
+        return [f"{writer.name} was not closed properly: {error}" for writer, error in failures.items()]
+
+
+def _failure(action: Callable[..., None], *arguments: Any) -> str | None:
+    """What went wrong. Loggers raise whatever they like, and none of it is worth a training run."""
+    try:
+        action(*arguments)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _finite(metrics: Mapping[str, Any]) -> dict[str, float]:

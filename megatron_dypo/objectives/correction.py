@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from megatron_dypo.kernels.grouped_loss import correction_weight
 
 
 @dataclass(frozen=True)
@@ -17,9 +18,4 @@ class Correction:
 
     def weight(self, log_ratio: Tensor) -> Tensor:
         """Weight from log(old policy / engine's policy), in nats, elementwise."""
-        ratio = log_ratio.clamp(max=60.0).exp()
-        if self.kind == "truncate":
-            return ratio.clamp(max=self.cap)
-        if self.kind == "mask":
-            return ((ratio >= 1 / self.cap) & (ratio <= self.cap)).to(ratio.dtype)
-        return torch.ones_like(ratio)
+        return correction_weight(log_ratio, self.kind, self.cap)

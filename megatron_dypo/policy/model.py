@@ -53,6 +53,7 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
         moe_token_dispatcher_type="alltoall",  # mcore demands it of variable lengths, dense models included
         perform_initialization=False,  # weights come from convert/, the same at every layout
         use_cpu_initialization=not cuda,
+        deterministic_mode=config.trainer.deterministic,
         calculate_per_token_loss=True,  # mcore divides nothing: the objective carries its own global normalisers
         bias_activation_fusion=cuda,
         bias_dropout_fusion=cuda,
@@ -83,7 +84,7 @@ def build_model(config: Config, shape: ModelShape, layout: Layout) -> Distribute
         gpt.output_layer.forward = lambda hidden, weight=None, runtime_gather_output=None: (hidden, None)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
         use_distributed_optimizer=config.optimizer.distributed,
         check_for_nan_in_grad=False,  # a non-finite gradient skips the step on all ranks instead of ending the job
     )

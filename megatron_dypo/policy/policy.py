@@ -41,6 +41,8 @@ class Policy:
         self.model.config.finalize_model_grads_func = lambda models, num_tokens=None, **keywords: finalize_model_grads(
             models, None, **keywords
         )
+        if config.optimizer.overlap_grad_reduce:  # the last micro-batch's backward pass starts the sums
+            self.model.config.no_sync_func = self.model.no_sync
         self.version = 0
         self.reference: dict[str, Tensor] | None = None  # by parameter name, in host memory
         if needs_reference(config.objective) and config.objective.reference != "previous":
@@ -77,22 +79,20 @@ class Policy:
 
         self._run(batches, loss, forward_only=False)
 
-    def step(self, lr: float) -> tuple[bool, float]:
-        """One optimizer step at this learning rate: (applied, global gradient norm before clipping).
-
-        A non-finite norm is the same on all ranks and applies nothing.
-        """
+    def grad_norm(self) -> float:
+        """Global norm of the accumulated gradients, before clipping; not finite where any of them is not."""
         with cpu_shim.cuda_type_names():
             self.optimizer.prepare_grads()
-            norm = float(self.optimizer.get_grad_norm())
-            finite = norm - norm == 0.0
-            if finite:
-                for group in self.optimizer.param_groups:
-                    group["lr"] = lr
-                    group["weight_decay"] = self.config.optimizer.weight_decay * group["wd_mult"]
-                self.optimizer.step()
-                self.version += 1
-        return finite, norm
+            return float(self.optimizer.get_grad_norm())
+
+    def step(self, lr: float) -> None:
+        """One optimizer update with the accumulated gradients, clipped, at this learning rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = self.config.optimizer.weight_decay * group["wd_mult"]
+        with cpu_shim.cuda_type_names():
+            self.optimizer.step()
+        self.version += 1
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The current weights as (Hugging Face name, full tensor), a tied head sent twice; collective."""

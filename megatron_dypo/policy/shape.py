@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections import ChainMap
 from collections.abc import Callable, Mapping
@@ -133,7 +134,7 @@ def model_shape(config: Model) -> ModelShape:
 
 def hf_folder(name: str) -> str:
     """A local folder as it is; a hub name by its local snapshot, downloaded where a network allows."""
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return name
     from huggingface_hub import snapshot_download
 

@@ -59,9 +59,13 @@ def score(groups: list[Group], tokenizer: Tokenizer, reward: Reward) -> None:
         response.reward = value
 
 
-def share(groups: list[Group], mine: list[Group], layout: Layout) -> None:
-    """Give all ranks all responses: ``groups`` is completed in place from every rank's ``mine``."""
-    gathered = all_gather_objects([group.responses for group in mine])
-    for rank, responses in enumerate(gathered):
+def share(groups: list[Group], mine: list[Group], layout: Layout, seconds: float) -> list[float]:
+    """Give all ranks all responses: ``groups`` is completed in place from every rank's ``mine``.
+
+    ``seconds``: what this rank's share took, without waiting for others; returns those of all ranks.
+    """
+    gathered = all_gather_objects((seconds, [group.responses for group in mine]))
+    for rank, (_, responses) in enumerate(gathered):
         for group, filled in zip(groups[rank :: layout.world], responses, strict=True):
             group.responses = filled
+    return [spent for spent, _ in gathered]

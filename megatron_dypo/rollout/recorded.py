@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_dypo.errors import UserError
 from megatron_dypo.records import Group, Prompt, Response
+from megatron_dypo.runtime.whole_file import write_whole
 
 
 def step_file(folder: str | Path, step: int) -> Path:
@@ -17,19 +19,16 @@ def step_file(folder: str | Path, step: int) -> Path:
 
 
 def record(folder: str | Path, step: int, groups: list[Group]) -> None:
-    """Write the step's groups, atomically; recording a step again overwrites it."""
+    """Write the step's groups, atomically; recording a step again overwrites it. Raises OSError (a full disk)."""
     path = step_file(folder, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(_line(group)) for group in groups]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, "".join(json.dumps(_line(group)) + "\n" for group in groups))
 
 
 def require_steps(folder: str | Path, steps: range) -> None:
     """Raises UserError naming the first of ``steps`` that was never recorded in ``folder``."""
     for step in steps:
-        if not step_file(folder, step).is_file():
+        if not os.path.isfile(step_file(folder, step)):
             raise UserError(f"rollout.replay: {step_file(folder, step)}: no recorded step {step}")
 
 
@@ -43,7 +42,11 @@ def replay(
     """
     require_steps(folder, range(step, step + 1))
     path, groups = step_file(folder, step), []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"rollout.replay: {path}: cannot be read: {error.strerror}") from None
+    for number, line in enumerate(lines, start=1):
         try:
             groups.append(_group(json.loads(line), prompts, vocab_size, longest))
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
@@ -76,6 +79,13 @@ def _line(group: Group) -> dict:
     }
 
 
+def _of_kind(line: dict, name: str, kind: type) -> Any:
+    """A value of exactly this type (a bool is no int)."""
+    if type(line[name]) is not kind:
+        raise ValueError(f"{name} must be of type {kind.__name__}, not {type(line[name]).__name__}")
+    return line[name]
+
+
 def _ids(values: list[int], vocab_size: int) -> np.ndarray:
     for value in values:
         if type(value) is not int or not 0 <= value < vocab_size:
@@ -86,25 +96,25 @@ def _ids(values: list[int], vocab_size: int) -> np.ndarray:
 def _group(line: dict, prompts: dict[str, Prompt], vocab_size: int, longest: int) -> Group:
     if line["id"] not in prompts:
         raise ValueError(f"prompt {line['id']!r} is not in data.train")
-    if not line["prompt_ids"]:
+    prompt_ids = _ids(_of_kind(line, "prompt_ids", list), vocab_size)
+    if not len(prompt_ids):
         raise ValueError(f"prompt {line['id']!r}: prompt_ids is empty")
-    indices = line["teacher_indices"]
+    indices = None if line["teacher_indices"] is None else tuple(_of_kind(line, "teacher_indices", list))
     teachers = len(prompts[line["id"]].teachers)
-    if indices is not None and not all(0 <= index < teachers for index in indices):
+    if indices is not None and not all(type(index) is int and 0 <= index < teachers for index in indices):
         raise ValueError(f"prompt {line['id']!r}: teacher_indices {indices}, but it has {teachers} teachers")
     responses = [
         Response(
-            _ids(r["ids"], vocab_size),
+            _ids(_of_kind(r, "ids", list), vocab_size),
             np.asarray(r["logprobs"], np.float32),
-            r["finish_reason"],
+            _of_kind(r, "finish_reason", str),
             float(r["reward"]),
         )
         for r in line["responses"]
     ]
-    prompt_ids = _ids(line["prompt_ids"], vocab_size)
     for response in responses:
-        if len(response.ids) != len(response.logprobs) or not len(response.ids):
-            raise ValueError(f"prompt {line['id']!r}: {len(response.ids)} ids and {len(response.logprobs)} logprobs")
+        if response.ids.shape != response.logprobs.shape or not len(response.ids):
+            raise ValueError(f"prompt {line['id']!r}: {len(response.ids)} ids and {response.logprobs.size} logprobs")
         if len(prompt_ids) + len(response.ids) > longest:
             raise ValueError(
                 f"prompt {line['id']!r}: {len(prompt_ids)} + {len(response.ids)} tokens of prompt and response, "
@@ -114,6 +124,6 @@ def _group(line: dict, prompts: dict[str, Prompt], vocab_size: int, longest: int
         prompt=prompts[line["id"]],
         prompt_ids=prompt_ids,
         responses=responses,
-        teacher_indices=None if indices is None else tuple(indices),
-        weight_version=line["weight_version"],
+        teacher_indices=indices,
+        weight_version=_of_kind(line, "weight_version", int),
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -16,13 +18,19 @@ from megatron_dypo.records import Group, Prompt
 from megatron_dypo.rollout import recorded
 from megatron_dypo.rollout.collect import Reward, encode_prompts, sample, score, share
 from megatron_dypo.rollout.engine import Engine
-from megatron_dypo.runtime.distributed import Layout, phase
+from megatron_dypo.runtime.distributed import Layout
+from megatron_dypo.runtime.failure import phase
 from megatron_dypo.runtime.stopwatch import Stopwatch
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
 class RolloutSource:
-    """Prompts in, scored groups out. Without an engine the steps are read from ``rollout.replay``."""
+    """Prompts in, scored groups out. Without an engine the steps are read from ``rollout.replay``.
+
+    Raises OSError, before training, where there can be no folder ``rollout.record``.
+    """
 
     config: Config
     prompts: list[Prompt]
@@ -33,6 +41,8 @@ class RolloutSource:
     shape: ModelShape
 
     def __post_init__(self) -> None:
+        if self.config.rollout.record and self.layout.is_main:
+            Path(self.config.rollout.record).mkdir(parents=True, exist_ok=True)
         self._by_id = {prompt.id: prompt for prompt in self.prompts}
         self._trace = functools.lru_cache(maxsize=4096)(self._encode_trace)
 
@@ -51,16 +61,19 @@ class RolloutSource:
             with clock("reward"), phase("reward"):
                 score(mine, self.tokenizer, self.reward)
             with phase("rollout exchange"):
-                share(groups, mine, self.layout)
+                clock.compare(share(groups, mine, self.layout, clock.seconds["rollout"] + clock.seconds["reward"]))
             for group in groups:
                 group.weight_version = weight_version
         return groups
 
     def record(self, step: int, groups: list[Group]) -> None:
-        """Write the graded step to ``rollout.record``, if asked for; rank 0 does."""
+        """Write the graded step to ``rollout.record``, if asked for; rank 0 does. A full disk is a warning."""
         if self.config.rollout.record and self.layout.is_main:
             with phase("recording"):
-                recorded.record(self.config.rollout.record, step, groups)
+                try:
+                    recorded.record(self.config.rollout.record, step, groups)
+                except OSError as error:
+                    log.warning("step %d is not recorded and cannot be replayed, training goes on: %s", step, error)
 
     def usable_teachers(self, group: Group) -> list[int]:
         """Indices of the teachers whose trace is short enough."""

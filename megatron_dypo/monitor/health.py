@@ -1,0 +1,220 @@
+"""What a run's metrics say about its health: a table of rules, each a threshold and what to do about it.
+
+A rule looks at one metric, beside its own recent past, so that it needs to know no run's scale. The thresholds are such
+that a healthy run, one that starts from random weights included, stays silent. Warnings are a function of the metrics
+alone: replaying the lines of ``metrics.jsonl`` brings a resumed run to where it was.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+RECENT = 50  # steps that make up a metric's recent level
+NEEDED = 20  # before that many, it has none
+CALM = 50  # steps without trouble after which a rule may warn again
+
+NORM_SPIKE = 10.0  # times its median
+LOSS_SPIKE = 10.0  # standard deviations above its median, ...
+LOSS_TIMES = 3.0  # ... and so many times that median, ...
+LOSS_FLOOR = 0.1  # ... and by so much: a policy-gradient loss is noise around 0
+ENTROPY_FALL = 0.2  # of its median; learning from random weights, the quickest fall there is, stays above 0.36
+ENTROPY_LEVEL = 0.01  # nats per token: the responses to one prompt are nearly always the same, ...
+ENTROPY_REWARD = 0.9  # ... which is fine where they are right
+LENGTH_FALL = 1 / 3  # of its median
+SATURATED = 0.5  # share of GAL's pairs
+TRUNCATED = 0.5  # share of responses, ...
+TRUNCATED_STEPS = 25  # ... in so many steps in a row: a model that starts from noise needs a dozen to learn to stop
+MISMATCH = 0.05  # nats per token; bf16 engines differ from the trainer by about 0.01
+EMPTY_STEPS = 20  # in a row
+
+Judge = Callable[[float, "Past", Mapping[str, float]], str | None]
+
+
+@dataclass(frozen=True)
+class Past:
+    """The recent values of one metric, oldest first."""
+
+    values: tuple[float, ...]
+
+    @property
+    def level(self) -> float | None:
+        """Their median; None while there are too few."""
+        return statistics.median(self.values) if len(self.values) >= NEEDED else None
+
+    @property
+    def deviation(self) -> float:
+        """Their standard deviation, estimated from the median distance to the median: outliers do not count."""
+        level = statistics.median(self.values)
+        return 1.4826 * statistics.median(abs(value - level) for value in self.values)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``judge(now, past, all metrics)`` says what is wrong with the metric ``key``, or None.
+
+    Said once the judgement is bad in ``patience`` steps in a row that have the metric.
+    """
+
+    name: str
+    key: str
+    judge: Judge
+    advice: str
+    patience: int = 1
+
+
+def norm_spike(now: float, past: Past, metrics: Mapping[str, float]) -> str | None:
+    if past.level and now > NORM_SPIKE * past.level:
+        return f"the gradient norm is {now:.3g}, {now / past.level:.0f} times its recent median"
+    return None
+
+
+def loss_spike(now: float, past: Past, metrics: Mapping[str, float]) -> str | None:
+    level = past.level
+    if level is None or level <= 0:  # no level to compare with: on-policy GRPO, or an SFT term that is mostly absent
+        return None
+    if now > LOSS_TIMES * level and now - level > max(LOSS_FLOOR, LOSS_SPIKE * past.deviation):
+        return f"the loss is {now:.3g}, recently {level:.3g}"
+    return None
+
+
+def entropy_collapse(now: float, past: Past, metrics: Mapping[str, float]) -> str | None:
+    if past.level is not None and now < ENTROPY_FALL * past.level:
+        return f"the entropy fell to {now:.3g} nats per token, recently {past.level:.3g}"
+    if now < ENTROPY_LEVEL and metrics.get("reward/mean", 1.0) < ENTROPY_REWARD:
+        return f"the entropy is {now:.2g} nats per token at a mean reward of {metrics['reward/mean']:.2f}"
+    return None
+
+
+def length_collapse(now: float, past: Past, metrics: Mapping[str, float]) -> str | None:
+    if past.level is not None and now < LENGTH_FALL * past.level:
+        return f"the responses fell to {now:.1f} tokens, recently {past.level:.1f}"
+    return None
+
+
+def saturated_pairs(now: float, past: Past, metrics: Mapping[str, float]) -> str | None:
+    if now > SATURATED:
+        spread = metrics.get("gal/spread", math.nan)
+        return f"{now:.0%} of GAL's pairs are saturated (spread of d {spread:.1f} nats)"
+    return None
+
+
+def truncation(now: float, past: Past, metrics: Mapping[str, float]) -> str | None:
+    return f"{now:.0%} of the responses are cut off at the limit" if now > TRUNCATED else None
+
+
+def mismatch(now: float, past: Past, metrics: Mapping[str, float]) -> str | None:
+    return f"trainer and engine differ by {now:.2g} nats per token" if now > MISMATCH else None
+
+
+def empty_steps(now: float, past: Past, metrics: Mapping[str, float]) -> str | None:
+    """``now`` counts the run's empty steps: this one is if the count has grown."""
+    return "step after step has nothing to train on" if now > (past.values[-1] if past.values else 0) else None
+
+
+RULES = (
+    Rule(
+        "gradient norm",
+        "train/grad_norm",
+        norm_spike,
+        "a lower optimizer.lr or optimizer.clip_grad, or trainer.spike_factor, which leaves such updates out",
+    ),
+    Rule("SFT loss", "loss/sft", loss_spike, "look at the teacher traces of these prompts, and lower optimizer.lr"),
+    Rule("total loss", "loss/total", loss_spike, "lower optimizer.lr, and see which of the loss/ terms jumped"),
+    Rule(
+        "entropy",
+        "rollout/entropy",
+        entropy_collapse,
+        "the policy no longer explores: an earlier checkpoint with a lower optimizer.lr, objective.clip_high above "
+        "clip_low, or a higher rollout.temperature",
+    ),
+    Rule(
+        "response length",
+        "rollout/response_tokens",
+        length_collapse,
+        "read some responses (rollout.record): a reward that short answers get too is a common cause",
+    ),
+    Rule(
+        "saturated pairs",
+        "gal/saturated_frac",
+        saturated_pairs,
+        "lower objective.beta_gal, or use objective.reference: previous",
+    ),
+    Rule(
+        "truncation",
+        "rollout/truncated_frac",
+        truncation,
+        "raise rollout.max_response_tokens, or see whether the policy has unlearnt to end its responses",
+        patience=TRUNCATED_STEPS,
+    ),
+    Rule(
+        "mismatch",
+        "rollout/mismatch_mean",
+        mismatch,
+        "the engine does not sample from the trained policy: the same dtype on both sides, or rollout.correction",
+    ),
+    Rule(
+        "empty steps",
+        "train/empty_steps",
+        empty_steps,
+        "every prompt is solved, or none and no teacher's trace is short enough: other data, or more samples",
+        patience=EMPTY_STEPS,
+    ),
+)
+
+
+@dataclass
+class _State:
+    """Where a rule stands: bad steps in a row, good steps in a row, and whether it may warn."""
+
+    bad: int = 0
+    good: int = 0
+    armed: bool = True
+
+
+@dataclass
+class Health:
+    """The rules over a stream of metrics. ``said`` counts the warnings of each rule by name."""
+
+    rules: tuple[Rule, ...] = RULES
+    said: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self._states = {rule.name: _State() for rule in self.rules}
+        self._past: dict[str, deque[float]] = {rule.key: deque(maxlen=RECENT) for rule in self.rules}
+
+    def check(self, step: int, metrics: Mapping[str, Any]) -> list[str]:
+        """The warnings that this step calls for; steps in order. What is missing or not finite is not judged."""
+        known = {name: float(value) for name, value in metrics.items() if value is not None and math.isfinite(value)}
+        found = []
+        for rule in self.rules:
+            if rule.key in known:
+                past = Past(tuple(self._past[rule.key]))
+                trouble = rule.judge(known[rule.key], past, known)
+                if self._is_due(rule, trouble is not None):
+                    self.said[rule.name] += 1
+                    found.append(f"step {step}: {trouble}: {rule.advice}")
+        for key, past in self._past.items():
+            if key in known:
+                past.append(known[key])
+        return found
+
+    def _is_due(self, rule: Rule, is_bad: bool) -> bool:
+        state = self._states[rule.name]
+        state.bad, state.good = (state.bad + 1, 0) if is_bad else (0, state.good + 1)
+        if state.good >= CALM:
+            state.armed = True
+        if not state.armed or state.bad < rule.patience:
+            return False
+        state.armed = False
+        return True
+
+
+def warnings_of(lines: Iterable[Mapping[str, Any]]) -> list[str]:
+    """All warnings of a run, from its metrics as read back."""
+    health = Health()
+    return [warning for line in lines for warning in health.check(line["step"], line)]

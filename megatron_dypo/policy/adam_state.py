@@ -1,0 +1,77 @@
+"""Adam's state by parameter, whichever of mcore's optimizers holds it.
+
+The plain optimizer keeps the state of whole parameters, the distributed one of a slice [start, end) of each flattened
+parameter. mcore's own route into a checkpoint fails for the distributed one under torch's Adam: it looks for a step
+count where only Apex's and Transformer Engine's have one. So what is saved is read here, parameter by parameter. The
+step count itself is the policy's ``version``: both advance by one with every applied update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MASTER = "fp32_param"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements [start, end) of a flattened parameter, whose Adam state this rank holds.
+
+    ``main`` is what Adam updates: the parameter (fp32), its fp32 master copy (bf16), or the slice of either.
+    """
+
+    start: int
+    end: int
+    main: Tensor
+    inner: torch.optim.Optimizer
+    has_master: bool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*MOMENTS, MASTER) if self.has_master else MOMENTS
+
+    def flat(self, name: str) -> Tensor:
+        """One of ``names`` as a flat view [end - start]."""
+        tensor = self.main.detach() if name == MASTER else self.inner.state[self.main][name]
+        return tensor.reshape(-1)
+
+    @torch.no_grad()
+    def restore(self, values: dict[str, Tensor], steps: int) -> None:
+        """Set the state from flat tensors [end - start] by name, after ``steps`` applied updates."""
+        state = self.inner.state[self.main]
+        for name in MOMENTS:
+            state[name] = values[name].to(self.main.device).reshape(self.main.shape).clone()
+        if isinstance(self.inner, torch.optim.Adam | torch.optim.AdamW):
+            state["step"] = torch.tensor(float(steps))
+        else:  # Apex's and Transformer Engine's count per group
+            for group in self.inner.param_groups:
+                group["step"] = steps
+        if self.has_master:
+            self.main.copy_(values[MASTER].reshape(self.main.shape))
+
+
+def adam_parts(optimizer, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, Part]:
+    """The part of each named parameter that this rank's ``optimizer`` holds; those it holds nothing of are left out."""
+    parts = {}
+    members = [(one, one.optimizer) for one in getattr(optimizer, "chained_optimizers", [optimizer])]
+    for name, parameter in parameters:
+        for mcore, inner in members:
+            if isinstance(mcore, DistributedOptimizer):
+                place = mcore.model_param_group_index_map.get(parameter)
+                if place is None:
+                    continue
+                group, order = place
+                main, held = inner.param_groups[group]["params"][order], mcore._get_model_param_range_map(parameter)
+                start, end = held["param"].start, held["param"].end
+            else:
+                main, start, end = getattr(parameter, "main_param", parameter), 0, parameter.numel()
+                if not any(main is one for group in inner.param_groups for one in group["params"]):
+                    continue
+            parts[name] = Part(start, end, main, inner, has_master=main.dtype != parameter.dtype)
+    return parts

@@ -1,0 +1,42 @@
+"""What a training process settles first: whom it ends with, and which signals tell of its state. Imports no torch."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import os
+import signal
+import socket
+import sys
+
+from megatron_dypo.runtime.failure import headline, place, say
+
+STACKS_SIGNAL = signal.SIGUSR2
+_PR_SET_PDEATHSIG = 1
+_LAUNCHER_SECONDS = 60.0  # how long a launcher that is busy may take to accept a connection
+
+
+def settle() -> None:
+    """Call before anything that starts threads: the signal mask is theirs, too."""
+    end_with_launcher()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {STACKS_SIGNAL})  # the watchdog's thread waits for it
+    faulthandler.enable(file=sys.__stderr__.fileno())  # stacks of a crash in C code
+
+
+def end_with_launcher() -> None:
+    """Under torchrun: from now on the kernel kills this process when the launcher dies.
+
+    SIGKILL, not SIGTERM: neither a library's handler nor code stuck in C can hold it back, and nothing needs a clean
+    end: checkpoints appear whole or not at all. A launcher that died before is noticed by its rendezvous store, which
+    listens before any rank is started.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    store = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        try:
+            socket.create_connection(store, _LAUNCHER_SECONDS).close()
+        except OSError as error:
+            say(headline(int(os.environ["RANK"]), place(), f"no launcher at {store[0]}:{store[1]}: {error}"))
+            os._exit(1)

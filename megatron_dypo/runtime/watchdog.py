@@ -1,0 +1,158 @@
+"""A thread beside training that ends the job when it hangs, and writes every thread's stack when asked.
+
+It ends a phase that outlives its deadline, waits for SIGUSR2 (which every thread of the process blocks, so that it gets
+through even while the main thread is stuck in C), and makes sure that a rank is gone soon after the job has failed.
+Time is counted in its own ticks: what the process spends suspended is not held against anyone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Self
+
+from megatron_dypo.config.schema import Parallel
+from megatron_dypo.runtime.board import Board
+from megatron_dypo.runtime.distributed import launch_rank
+from megatron_dypo.runtime.failure import headline, place, report, say
+from megatron_dypo.runtime.peers import Peers
+from megatron_dypo.runtime.process import STACKS_SIGNAL
+
+TICK = 2.0  # seconds
+STDERR = 2
+LAST_WORDS = 20.0  # seconds that a rank has to end by itself once the job has failed
+
+
+class Watchdog:
+    """A context manager round a job's life, from its process group on; the main thread enters it on every rank.
+
+    ``reporting()`` goes where failures are to be told at once, inside of clean-up that takes its time.
+    """
+
+    def __init__(self, parallel: Parallel):
+        self._timeout = parallel.timeout
+        self._tick = min(TICK, parallel.heartbeat_timeout / 4, parallel.timeout / 4)
+        self._board = Board.of_this_job()
+        self._peers = Peers(self._board, parallel.heartbeat_timeout, self._tick, self) if self._board else None
+        self._ending = threading.Lock()  # held for good by the thread that ends the job
+        self._stopped = False
+        self._failed = False  # on this rank
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Self:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {STACKS_SIGNAL})
+        self._thread.start()
+        # Where some library's thread does not block the signal, it may get it:
+        pass_on = lambda *_: signal.pthread_kill(self._thread.ident, STACKS_SIGNAL)  # noqa: E731
+        self._handler = signal.signal(STACKS_SIGNAL, pass_on)
+        if self._peers:
+            self._peers.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception):
+            self._report(error)
+        if self._peers:
+            self._peers.stop()
+        self._stopped = True  # seen at the thread's next tick, which nobody has to wait for
+        signal.signal(STACKS_SIGNAL, self._handler)
+
+    @contextlib.contextmanager
+    def reporting(self) -> Iterator[None]:
+        """Tell of an exception as it leaves the block."""
+        try:
+            yield
+        except Exception as error:
+            self._report(error)
+            raise
+
+    def metrics(self) -> dict[str, float]:
+        """``perf/heartbeat_gap``: the longest silence (s) of any rank since the last call; on rank 0 of several."""
+        return {"perf/heartbeat_gap": self._peers.take_gap()} if self._peers and launch_rank() == 0 else {}
+
+    def write_stacks(self) -> None:
+        """Rank, place and the stacks of all threads, to standard error."""
+        say(f"{self._here()}\n{_stacks()}")
+
+    def end(self, rank: int, where: object, why: str, frozen: int | None = None) -> None:
+        """End this process, and so the job, because of ``rank``: headline, where all are, stacks of all ranks.
+
+        ``frozen``: descriptor of a process that cannot end by itself.
+        """
+        self._ending.acquire()
+        faulthandler.dump_traceback_later(LAST_WORDS, exit=True, file=STDERR)  # nothing below may keep this process
+        ours = headline(rank, where, why)
+        board = self._peers.board if self._peers else None
+        known = board.claim_failure(ours) if board else ours
+        said = ours if known == ours else f"[rank {launch_rank()}] stops in {place()} because of: {known}"
+        say("\n".join([said, *(board.whereabouts() if board and known == ours else []), self._here(), _stacks()]))
+        if board:
+            board.ask_for_stacks()
+        time.sleep(2 * self._tick)
+        if frozen is not None:
+            _signal(frozen, signal.SIGABRT)  # a process stuck in C writes its stacks at that (faulthandler)
+            time.sleep(self._tick / 2)
+            _signal(frozen, signal.SIGKILL)
+        os._exit(1)
+
+    def _report(self, error: Exception) -> None:
+        self._failed = True
+        report(error, self._board)
+
+    def _watch(self) -> None:
+        current, spent, left, before = place(), 0.0, LAST_WORDS, time.monotonic()
+        while not self._stopped:
+            got = signal.sigtimedwait({STACKS_SIGNAL}, self._tick)
+            now = time.monotonic()
+            if self._stopped:
+                return
+            if got and now - before < self._tick:  # later ones are made up by Python 3.11 where SIGCONT came too late
+                self.write_stacks()
+                if self._peers:
+                    self._peers.ask_for_stacks()
+            passed, before = min(now - before, 2 * self._tick), time.monotonic()
+            here = place()
+            current, spent = (here, spent + passed) if here is current else (here, 0.0)
+            seconds, key = here.limit or (self._timeout, "parallel.timeout")
+            answered = not self._peers or self._peers.answered(passed)
+            doomed = self._failed or (self._peers and self._peers.failure)
+            left -= passed if doomed else 0.0
+            if left <= 0:
+                self._leave()
+            elif spent > seconds and not doomed:
+                self.end(launch_rank(), here, f"not finished within {seconds:g} s ({key})")
+            elif not answered:
+                why = "no answer from the rendezvous store: the launcher, or the machine of rank 0, is frozen or gone"
+                self.end(launch_rank(), here, why)
+
+    def _leave(self) -> None:
+        """The job has failed, and this rank's main thread does not come to its end."""
+        self._ending.acquire()
+        if self._failed:
+            say(f"{self._here()}: clean-up has not ended within {LAST_WORDS:g} s\n{_stacks()}")
+        else:
+            say(f"[rank {launch_rank()}] stops in {place()} because of: {self._peers.failure}")
+        os._exit(1)
+
+    def _here(self) -> str:
+        here = place()
+        return f"[rank {launch_rank()}] {here} for {time.monotonic() - here.since:.1f} s, process {os.getpid()}"
+
+
+def _stacks() -> str:
+    """Stacks of all threads, the calling one first."""
+    descriptor = os.memfd_create("stacks")
+    with open(descriptor, "w+", encoding="utf-8", errors="replace") as file:
+        faulthandler.dump_traceback(descriptor)
+        file.seek(0)
+        return file.read()
+
+
+def _signal(process: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(process, number)

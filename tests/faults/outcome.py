@@ -1,0 +1,80 @@
+"""What a run came to, and whether that is bit for bit what an uninterrupted run came to."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+
+import psutil
+
+from tests.launch import checkpoint_digests, metrics, without_times
+from tests.ranks import run_ranks
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    """Steps of the folders that are named as checkpoints, in order."""
+    return sorted(int(folder.name.removeprefix("step_")) for folder in run_dir.glob("checkpoints/step_*"))
+
+
+def written_steps(run_dir: Path) -> int:
+    """How many training steps are in the metrics."""
+    path = run_dir / "metrics.jsonl"
+    return max(0, path.read_text().count("\n") - 1) if path.exists() else 0  # less the line of step 0
+
+
+def first_step(output: str) -> int | None:
+    """The first training step that a launch reported, None where it did not get to one."""
+    found = re.search(r"^step (\d+)/", output, re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+def assert_on_track(run_dir: Path, reference: Path) -> None:
+    """The steps written so far are the reference's, each once (a torn last line aside)."""
+    path = run_dir / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    assert without_times(lines) == without_times(metrics(reference / "run"))[: len(lines)]
+
+
+def assert_same_outcome(folder: Path, reference: Path, steps: int) -> None:
+    """Both folders hold a ``run/`` and ``rollouts/``: the same metrics, rollouts, files and weights."""
+    lines = metrics(folder / "run")
+    assert [line["step"] for line in lines] == list(range(steps + 1)), "steps are missing or doubled"
+    assert without_times(lines) == without_times(metrics(reference / "run"))
+    for part in ("run", "rollouts"):
+        assert _files(folder / part) == _files(reference / part)
+    for recorded in (reference / "rollouts").iterdir():
+        assert (folder / "rollouts" / recorded.name).read_bytes() == recorded.read_bytes(), recorded.name
+    checkpoints = [str(path / "run" / "checkpoints" / f"step_{steps}") for path in (folder, reference)]
+    ours, theirs = _digests(checkpoints[0]), _reference_digests(checkpoints[1])
+    assert any("exp_avg" in name for name in ours) and any("reference" in name for name in ours)
+    assert ours == theirs
+    ours, theirs = (json.loads(Path(path, "state.json").read_text()) for path in checkpoints)
+    assert ours == theirs
+
+
+def reward_workers_of(ranks: list[int]) -> list[int]:
+    """Process ids of the reward workers that still run for these (ended) ranks."""
+    parents = {str(rank) for rank in ranks}
+    processes = psutil.process_iter(["cmdline", "status"])
+    alive = [process for process in processes if process.info["status"] != psutil.STATUS_ZOMBIE]
+    return [
+        process.pid
+        for process in alive
+        if "megatron_dypo.reward.worker" in (command := process.info["cmdline"] or []) and command[-1] in parents
+    ]
+
+
+def _digests(checkpoint: str) -> dict[str, str]:
+    return run_ranks(1, checkpoint_digests, checkpoint)[0]
+
+
+_reference_digests = cache(_digests)  # one reference, many runs to compare with it
+
+
+def _files(folder: Path) -> set[str]:
+    """All files below ``folder``, without what an engine keeps for itself."""
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    return {name for name in names if not name.startswith("engine")}

@@ -1,0 +1,110 @@
+"""SIGKILL at any moment, and a restart: the run ends bit for bit as if nothing had happened."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.faults.kills import Kill, kill_until_done, spread
+from tests.faults.outcome import assert_same_outcome, reward_workers_of
+from tests.faults.points import Point
+from tests.faults.task import STEPS, make_task, reference
+
+POLICY = "megatron_dypo.policy.policy"
+ENGINE = "megatron_dypo.rollout.transformers_engine:TransformersEngine"
+SAVER = "megatron_dypo.checkpoint.saver"
+MAIN = (0,)  # what only rank 0 does
+
+START = [
+    Kill(Point("phase policy start")),
+    Kill(Point("phase checkpoint load", "after")),
+    Kill(Point("open run/fingerprint.json", "after"), MAIN),
+    Kill(Point("replace run/metrics.jsonl.tmp"), MAIN),
+    Kill(Point("replace run/metrics.jsonl.tmp", "after"), MAIN),
+]
+STEP = [
+    Kill(Point("phase rollout")),
+    Kill(Point(f"call {ENGINE}._pick", nth=60)),
+    Kill(Point("phase reward")),
+    Kill(Point("phase rollout exchange", "after")),
+    Kill(Point("open rollouts/step_*", "after"), MAIN),
+    Kill(Point("replace rollouts/step_*"), MAIN),
+    Kill(Point("replace rollouts/step_*", "after"), MAIN),
+    Kill(Point("phase log-prob passes")),
+    Kill(Point(f"call {POLICY}:Policy._fill", "after", from_step=8)),
+    Kill(Point("call megatron.core.transformer.transformer_layer:TransformerLayer.forward", nth=3)),
+    Kill(Point("call megatron.core.pipeline_parallel.schedules:backward_step")),
+    Kill(Point(f"call {POLICY}:finalize_model_grads", "after")),
+    Kill(Point("phase optimizer step")),
+    Kill(Point("call torch.optim.adam:adam")),
+    Kill(Point("call torch.optim.adam:adam", "after")),
+    Kill(Point("phase optimizer step", "after")),
+    Kill(Point(f"call {ENGINE}.sync")),
+    Kill(Point("call torch.nn:Module.load_state_dict")),
+    Kill(Point("phase weight sync", "after")),
+    Kill(Point("phase evaluation", from_step=5)),
+    Kill(Point("phase evaluation", "after", from_step=10)),
+    Kill(Point("fsync run/metrics.jsonl"), MAIN),
+    Kill(Point("fsync run/metrics.jsonl", "after"), MAIN),
+    Kill(Point(f"call {POLICY}:Policy.keep_reference", from_step=8)),
+    Kill(Point(f"call {POLICY}:Policy.keep_reference", "after", from_step=15)),
+]
+SAVE = [
+    Kill(Point(f"call {SAVER}:snapshot", "after", from_step=3)),
+    Kill(Point("mkdir .partial-step_*", "after"), MAIN),
+    Kill(Point("open .partial-step_*.distcp", "after")),
+    Kill(Point("call torch:save", "after", nth=20)),
+    Kill(Point("fsync .partial-step_*.distcp", "after")),
+    Kill(Point(f"call {SAVER}:write_index"), MAIN),
+    Kill(Point("open .partial-step_*/.metadata", "after"), MAIN),
+    Kill(Point("open .partial-step_*/state.json", "after"), MAIN),
+    Kill(Point("open .partial-step_*/manifest.json", "after"), MAIN),
+    Kill(Point("replace .partial-step_*"), MAIN),
+    # Here the new checkpoint has its name already, so that each of these kills takes the run one save further.
+    Kill(Point("replace .partial-step_*", "after", from_step=3), MAIN),
+    Kill(Point("replace checkpoints/step_*", from_step=9), MAIN),
+    Kill(Point("replace checkpoints/step_*", "after", from_step=12), MAIN),
+    Kill(Point("unlink .partial-removed-*", "after", nth=2, from_step=15), MAIN),
+]
+LAST = [
+    Kill(Point("phase evaluation", "after", from_step=STEPS)),
+    Kill(Point(f"replace .partial-step_{STEPS}-*", from_step=STEPS), MAIN),
+    Kill(Point(f"replace .partial-step_{STEPS}-*", "after", from_step=STEPS), MAIN),
+]
+FEW = [
+    Kill(Point(f"call {ENGINE}._pick", nth=60)),
+    Kill(Point("call megatron.core.transformer.transformer_layer:TransformerLayer.forward", nth=3)),
+    Kill(Point("call torch.optim.adam:adam", "after")),
+    Kill(Point(f"call {ENGINE}.sync")),
+    Kill(Point("fsync run/metrics.jsonl", "after"), MAIN),
+    Kill(Point("call torch:save", "after", nth=20)),
+    Kill(Point("open .partial-step_*/manifest.json", "after"), MAIN),
+    Kill(Point("unlink .partial-removed-*", "after", nth=2, from_step=15), MAIN),
+    LAST[-1],
+]
+
+
+def kill_and_compare(references: Path, folder: Path, layout: str, kills: list[Kill], record) -> None:
+    straight = reference(references, layout)
+    ledger = kill_until_done(folder, make_task(folder, layout), kills, straight)
+    record(f"{layout}: {ledger}")
+    assert_same_outcome(folder, straight, STEPS)
+    assert reward_workers_of(ledger.pids) == []
+
+
+def test_killed_here_and_there(references, tmp_path, fault_record):
+    """The bounded form: one kill of each kind, and two at random instants."""
+    kill_and_compare(references, tmp_path, "data", spread([], FEW, 2, STEPS, seed=1), fault_record)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("layout", ["data", "tensor", "pipeline", "distributed"])
+def test_killed_everywhere(references, tmp_path, fault_record, layout):
+    """Every named point, and as many instants, for plain data parallelism; a selection for the other layouts."""
+    seed = random.randrange(2**32)
+    fault_record(f"{layout}: seed {seed}")
+    kills = spread(START, STEP + SAVE + LAST, 25, STEPS, seed) if layout == "data" else spread([], FEW, 5, STEPS, seed)
+    assert layout != "data" or len(kills) >= 50
+    kill_and_compare(references, tmp_path, layout, kills, fault_record)

@@ -1,0 +1,287 @@
+"""Checkpoints: exact at the same layout, the same tensors at any other, written while training goes on."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_dypo.checkpoint.counters import Counters
+from megatron_dypo.checkpoint.folders import complete_steps, step_folder
+from tests.batches import make_config, make_groups, trace_ids
+from tests.ranks import run_ranks
+
+DISTRIBUTED = {"distributed": True}
+SEQUENCE = {"tensor": 2, "sequence_parallel": True}
+
+
+@functools.cache
+def join(tensor: int, pipeline: int):
+    """This rank's place; the process groups are built once."""
+    from megatron_dypo.runtime import distributed
+
+    return distributed.init(tensor, pipeline, 60)
+
+
+class Run:
+    """A policy on made-up batches, as the training loop drives it."""
+
+    def __init__(self, folder: str, parallel: dict, optimizer: dict, seed: int = 1, **sections):
+        from megatron_dypo.checkpoint.saver import Saver
+        from megatron_dypo.convert.stream import random_weights
+        from megatron_dypo.policy.policy import Policy
+        from megatron_dypo.policy.shape import model_shape
+
+        self.config = make_config(parallel=parallel, optimizer=optimizer, **sections)
+        self.config.trainer.run_dir = folder
+        for key, value in {"steps": 100, "save_every": 1, "keep_checkpoints": 2}.items():
+            setattr(self.config.trainer, key, value)
+        shape, layout = model_shape(self.config.model), join(parallel.get("tensor", 1), parallel.get("pipeline", 1))
+        self.policy = Policy(self.config, shape, layout, random_weights(shape, seed=seed))
+        self.saver = Saver(self.config, self.policy)
+
+    def step(self, number: int) -> dict:
+        from megatron_dypo.update import logprob_passes, make_work, run_updates
+
+        works = make_work(self.policy.layout, make_groups(seed=number), self.config, trace_ids)
+        logprob_passes(self.policy, works, self.config)
+        return run_updates(self.policy, works, self.config, lr=1e-3).metrics
+
+    def save(self, step: int, score: float | None = None) -> Counters:
+        counters = Counters(step=step, weight_version=self.policy.version, skipped_steps=7)
+        self.saver.after_step(counters, score)
+        return counters
+
+    def load(self) -> Counters:
+        from megatron_dypo.checkpoint.checkpoint import load_newest
+
+        run_dir = Path(self.config.trainer.run_dir)
+        return load_newest(run_dir, complete_steps(run_dir), self.policy)
+
+    def weights(self) -> dict:
+        return {name: tensor.float().numpy().copy() for name, tensor in self.policy.named_tensors()}
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """A digest of every tensor of the whole model in a checkpoint, read by torch's own reader, without mcore."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    reader = dcp.FileSystemReader(str(folder))
+    entries = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return {name: hashlib.sha256(tensor.float().numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
+
+
+def round_trip(folder: str, parallel: dict, optimizer: dict, model: dict) -> dict:
+    """Save after two updates and take two more at once; load into another policy, take the same two: equal bits?"""
+    run = Run(folder, parallel, optimizer, model=model)
+    run.step(0), run.step(1)
+    counters = run.save(2)
+    metrics = [run.step(2), run.step(3)]  # while the checkpoint is written
+    run.saver.finish(counters)
+    other = Run(folder, parallel, optimizer, seed=99, model=model)
+    loaded = other.load()
+    again = [other.step(2), other.step(3)]
+    return {
+        "counters": loaded == counters,
+        "version": other.policy.version == run.policy.version == 4,
+        "metrics": metrics == again,
+        "weights": same(run.weights(), other.weights()),
+    }
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel", "optimizer", "model"),
+    [
+        (2, {}, {}, {}),
+        (2, SEQUENCE, {}, {}),
+        (2, {"pipeline": 2}, {}, {}),
+        (2, {}, DISTRIBUTED, {}),
+        (4, SEQUENCE, DISTRIBUTED, {}),
+        (4, {"pipeline": 2}, DISTRIBUTED, {}),
+        (2, {}, {}, {"dtype": "bf16"}),
+        (2, {}, DISTRIBUTED, {"dtype": "bf16"}),
+    ],
+    ids=str,
+)
+def test_resume_at_the_same_layout_is_bit_equal(ranks, parallel, optimizer, model, tmp_path):
+    for result in run_ranks(ranks, round_trip, str(tmp_path), parallel, optimizer, model):
+        assert result == {"counters": True, "version": True, "metrics": True, "weights": True}
+
+
+def first_half(folder: str, parallel: dict, optimizer: dict) -> dict:
+    """Three updates, a checkpoint, two more updates: the final full weights."""
+    run = Run(folder, parallel, optimizer)
+    for number in range(3):
+        run.step(number)
+    counters = run.save(3)
+    run.saver.finish(counters)
+    for number in (3, 4):
+        run.step(number)
+    return run.weights()
+
+
+def second_half(folder: str, parallel: dict, optimizer: dict) -> dict:
+    """Load it at another layout, save it again at once, and take the same two updates."""
+    run = Run(folder, parallel, optimizer, seed=99)
+    counters = run.load()
+    counters.step += 1
+    run.saver.after_step(counters, None)
+    run.saver.finish(counters)
+    for number in (3, 4):
+        run.step(number)
+    return run.weights()
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        ((4, {"tensor": 2, "pipeline": 2}, {}), (1, {}, {})),
+        ((1, {}, {}), (4, {"tensor": 2, "pipeline": 2}, {})),
+        ((4, SEQUENCE | {"pipeline": 2}, DISTRIBUTED), (1, {}, DISTRIBUTED)),
+        ((2, {}, DISTRIBUTED), (1, {}, DISTRIBUTED)),
+        ((1, {}, DISTRIBUTED), (2, {}, DISTRIBUTED)),
+        ((4, {}, DISTRIBUTED), (4, {"tensor": 2}, {})),
+        ((4, {"pipeline": 2}, {}), (4, {"tensor": 2}, DISTRIBUTED)),
+    ],
+    ids=str,
+)
+def test_resume_at_another_layout_has_the_same_tensors_and_goes_on_alike(saved, loaded, tmp_path):
+    """Weights, reference, moments: equal bit for bit after the way through the other layout; updates within 1e-5."""
+    there = run_ranks(saved[0], first_half, str(tmp_path), *saved[1:])[0]
+    here = run_ranks(loaded[0], second_half, str(tmp_path), *loaded[1:])[0]
+    before, after = (run_ranks(1, digests, step_folder(tmp_path, step))[0] for step in (3, 4))
+    assert before == after
+    assert {name.rsplit("decoder", 1)[0] for name in before if "decoder" in name} == {
+        *("", "reference.", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq.")
+    }
+    for name, tensor in there.items():
+        assert abs(here[name] - tensor).max() <= 1e-5 * abs(tensor).max(), name
+
+
+def save_before_any_update(folder: str) -> bool:
+    run = Run(folder, {}, {})
+    before = run.weights()
+    run.saver.finish(run.save(1))
+    other = Run(folder, {}, {}, seed=99)
+    return other.load().step == 1 and same(before, other.weights())
+
+
+def test_checkpoint_before_the_first_applied_update_loads(tmp_path):
+    assert run_ranks(2, save_before_any_update, str(tmp_path)) == [True, True]
+
+
+def save_with_scores(folder: str, scores: list) -> list[int]:
+    run = Run(folder, {}, {})
+    for step, score in enumerate(scores, start=1):
+        counters = run.save(step, score)
+    run.saver.finish(counters)
+    return complete_steps(Path(folder))
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
+    """Two newest of six, and the first of those with the best held-out accuracy."""
+    assert run_ranks(2, save_with_scores, str(tmp_path), [0.1, 0.7, 0.7, None, 0.2, None])[0] == [2, 5, 6]
+    assert [path.name for path in (tmp_path / "checkpoints").glob(".*")] == []
+
+
+def damage(folder: str, file: str) -> dict:
+    """Two checkpoints, ``file`` of the newer one damaged; what is loaded, and what is said."""
+    import torch.distributed as dist
+
+    run = Run(folder, {}, {})
+    run.step(0)
+    run.saver.finish(run.save(1))
+    weights = run.weights()
+    run.step(1)
+    run.saver.finish(run.save(2))
+    steps = complete_steps(Path(folder))
+    dist.barrier()  # before the damage
+    if dist.get_rank() == 0:
+        path = step_folder(Path(folder), 2) / file
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    dist.barrier()
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("megatron_dypo").addHandler(handler)
+    other = Run(folder, {}, {}, seed=99)
+    from megatron_dypo.checkpoint.checkpoint import load_newest
+
+    loaded = load_newest(Path(folder), steps, other.policy)
+    return {"step": loaded.step, "said": said, "weights": same(weights, other.weights())}
+
+
+@pytest.mark.parametrize("file", ["__0_0.distcp", "__1_0.distcp", ".metadata", "state.json"])
+def test_a_flipped_bit_falls_back_to_the_checkpoint_before_and_names_the_file(file, tmp_path):
+    results = run_ranks(2, damage, str(tmp_path), file)
+    assert all(result["step"] == 1 and result["weights"] for result in results)
+    (line,) = results[0]["said"]
+    assert str(step_folder(tmp_path, 2) / file) in line and "checksum" in line
+    assert results[1]["said"] == [], "one rank speaks"
+
+
+def every_checkpoint_damaged(folder: str) -> str:
+    from megatron_dypo.errors import TrainingError
+
+    run = Run(folder, {}, {})
+    run.saver.finish(run.save(1))
+    state = step_folder(Path(folder), 1) / "state.json"
+    state.write_text(state.read_text().replace("7", "8"))
+    try:
+        run.load()
+    except TrainingError as error:
+        return str(error)
+    return ""
+
+
+def test_without_an_undamaged_checkpoint_a_run_does_not_start_anew(tmp_path):
+    assert "every checkpoint is damaged" in run_ranks(1, every_checkpoint_damaged, str(tmp_path))[0]
+    assert (tmp_path / "checkpoints" / "step_1").exists()
+
+
+def test_incomplete_checkpoints_are_ignored(tmp_path):
+    run_ranks(1, save_with_scores, str(tmp_path), [None, None])
+    data = next((tmp_path / "checkpoints" / "step_2").glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-1])
+    assert complete_steps(tmp_path) == [1], "a truncated file"
+    (tmp_path / "checkpoints" / "step_1" / "manifest.json").unlink()
+    assert complete_steps(tmp_path) == [], "no manifest"
+
+
+def full_disk(folder: str) -> list[list[int]]:
+    """The checkpoints after saves of steps 1 to 3, with no room at step 2."""
+    run, kept = Run(folder, {}, {}), []
+    run.config.trainer.save_every = 2
+    real = shutil.disk_usage
+    for step in (1, 2, 3):
+        if step == 2:
+            shutil.disk_usage = lambda path: real(path)._replace(free=10)
+        counters = run.save(step)
+        run.saver._complete(wait=True)
+        shutil.disk_usage = real
+        kept.append(complete_steps(Path(folder)))
+    run.saver.finish(counters)
+    return kept
+
+
+def test_a_save_without_room_is_tried_again_at_the_next_step(tmp_path):
+    assert run_ranks(2, full_disk, str(tmp_path))[0] == [[], [], [3]]
+
+
+def test_counters_survive_their_file():
+    counters = Counters(step=3, weight_version=2, skipped_steps=1)
+    assert Counters(**json.loads(json.dumps(vars(counters)))) == counters
