@@ -1,12 +1,17 @@
-"""On one CUDA device (`make test-gpu`): the same head and the same training step as on the CPU."""
+"""On one CUDA device (`make test-gpu`): the same head, grouped loss and training step as on the CPU."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
 
 from megatron_dypo.kernels import linear_logprob
+from tests import test_grouped_loss as grouped
 from tests.batches import make_groups, trace_ids
+from tests.ranks import run_ranks
+from tests.test_deterministic import updates
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -21,6 +26,17 @@ def test_head_on_cuda_equals_cpu():
     )
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-4)
+
+
+def test_grouped_loss_on_cuda_equals_cpu_and_a_cut_at_any_place_gives_the_same_bits():
+    for dtype, rule in itertools.product((torch.float32, torch.float64), grouped.RULES):
+        pack = grouped.make_pack(dtype=dtype)
+        whole = grouped.run(pack.to("cuda"), rule)
+        on_host = {name: value.cpu() for name, value in whole.items()}
+        grouped.assert_near(on_host, grouped.run(pack, rule), 4 * torch.finfo(dtype).eps)
+        tokens = len(pack.logp)
+        for edges in ([0, tokens], [0, 5, 30, tokens], list(range(tokens + 1))):
+            grouped.assert_same_bits(grouped.run(pack.to("cuda"), rule, edges), whole)
 
 
 def test_training_step_on_cuda_is_finite_and_repeatable():
@@ -43,3 +59,9 @@ def test_training_step_on_cuda_is_finite_and_repeatable():
         assert outcome.skipped is None and policy.version == 1
         seen.append(outcome.metrics["loss/total"])
     assert seen[0] == pytest.approx(seen[1], rel=1e-6)
+
+
+def test_in_deterministic_mode_two_runs_are_equal_bit_for_bit():
+    """In processes of their own: cuBLAS and NCCL read their variables when they start."""
+    first, second = (run_ranks(1, updates, {}, True) for _ in range(2))
+    assert first == second

@@ -5,18 +5,21 @@ Legend: T tokens, H hidden size, V_local this tensor-parallel rank's padded voca
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dypo.kernels import chunked, reference
 from megatron_dypo.kernels.vocab import VocabShard
 
 TokenLoss = Callable[[Tensor, Tensor | None, slice], tuple[Tensor, Tensor]]
-_BACKENDS = {"auto": chunked, "chunked": chunked, "reference": reference}
+# imported when first used: triton is there for CUDA only
+_BACKENDS = {"chunked": "chunked", "reference": "reference", "triton": "triton_head"}
 
 
 class LogProbs(NamedTuple):
@@ -48,10 +51,10 @@ def linear_logprob(
 
     Raises ValueError naming the argument for shapes or dtypes that do not fit, and for a target outside the vocabulary.
     """
-    shard, temperature_T = _check(
-        hidden, weight, targets, temperature, tp_group, sequence_parallel, vocab_size, backend
+    shard, temperature_T = _check(hidden, weight, targets, temperature, tp_group, sequence_parallel, vocab_size)
+    results = _backend(backend, hidden).logprob(
+        hidden, weight, targets, temperature_T, shard, sequence_parallel, entropy
     )
-    results = _BACKENDS[backend].logprob(hidden, weight, targets, temperature_T, shard, sequence_parallel, entropy)
     logp_T, entropy_T, lse_T = results
     return LogProbs(logp_T, entropy_T if entropy else None, lse_T)
 
@@ -75,21 +78,27 @@ def linear_loss(
     chunk's place in the batch; it must be local to each token. Other arguments as ``linear_logprob``. Returns the
     scalar loss (differentiable in ``hidden`` and ``weight``) and the detached LogProbs.
     """
-    shard, temperature_T = _check(
-        hidden, weight, targets, temperature, tp_group, sequence_parallel, vocab_size, backend
-    )
-    results = _BACKENDS[backend].loss(
+    shard, temperature_T = _check(hidden, weight, targets, temperature, tp_group, sequence_parallel, vocab_size)
+    results = _backend(backend, hidden).loss(
         hidden, weight, targets, token_loss, temperature_T, shard, sequence_parallel, entropy
     )
     loss, logp_T, entropy_T, lse_T = results
     return loss, LogProbs(logp_T, entropy_T if entropy else None, lse_T)
 
 
-def _check(
-    hidden, weight, targets, temperature, tp_group, sequence_parallel, vocab_size, backend
-) -> tuple[VocabShard, Tensor]:
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend: {backend!r} is unknown; known: {', '.join(_BACKENDS)}")
+def _backend(name: str, hidden: Tensor) -> ModuleType:
+    """``auto``: triton on CUDA where it is installed, else chunked."""
+    installed = importlib.util.find_spec("triton") is not None
+    if name == "auto":
+        name = "triton" if hidden.is_cuda and installed else "chunked"
+    if name not in _BACKENDS:
+        raise ValueError(f"backend: {name!r} is unknown; known: auto, {', '.join(_BACKENDS)}")
+    if name == "triton" and not installed:
+        raise ValueError("backend: 'triton' is not installed")
+    return importlib.import_module(f"megatron_dypo.kernels.{_BACKENDS[name]}")
+
+
+def _check(hidden, weight, targets, temperature, tp_group, sequence_parallel, vocab_size) -> tuple[VocabShard, Tensor]:
     if hidden.dim() != 2 or weight.dim() != 2 or targets.dim() != 1:
         raise ValueError(
             f"hidden, weight, targets: expected 2, 2 and 1 dimensions, "

@@ -42,11 +42,15 @@ class VocabShard:
         return cls(rows, rank * rows, rows * ranks if vocab_size is None else vocab_size, group, ranks)
 
     @property
+    def tile_width(self) -> int:
+        """Columns of a tile, but for the last."""
+        return -(-self.rows // (TILES // self.ranks))
+
+    @property
     def tiles(self) -> list[slice]:
         """This rank's tiles as ranges of local columns, without padding; one may be empty."""
-        count = TILES // self.ranks
-        width, real = -(-self.rows // count), max(0, min(self.rows, self.vocab_size - self.start))
-        return [slice(min(k * width, real), min((k + 1) * width, real)) for k in range(count)]
+        width, real = self.tile_width, max(0, min(self.rows, self.vocab_size - self.start))
+        return [slice(min(k * width, real), min((k + 1) * width, real)) for k in range(TILES // self.ranks)]
 
 
 def target_columns(targets_t: Tensor, shard: VocabShard, tile: slice) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,264 @@
+"""Puts the results under benchmarks/results/ into docs/performance.md, so that the two never disagree.
+
+    python -m benchmarks.tables
+
+Replaces what stands between ``<!-- NAME -->`` and ``<!-- end NAME -->`` for every name in SECTIONS. Figures are medians
+over rounds; "x naive" is the median of the rounds' ratios.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.heads import CEILING, HEADS, NAIVE
+from benchmarks.linear_logprob import RESULTS, ROOT
+
+PAGE = ROOT / "docs" / "performance.md"
+Report = dict[str, Any]
+Record = dict[str, Any]
+
+
+def table(header: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def in_order(records: list[Record]) -> list[str]:
+    """The heads that have records."""
+    names = {record["head"] for record in records}
+    return [name for name in HEADS if name in names]
+
+
+class Shape:
+    """The records of one (T, H, V)."""
+
+    def __init__(self, report: Report, tokens: int, hidden: int, vocab: int):
+        self.tokens, self.hidden, self.vocab = tokens, hidden, vocab
+        place = (tokens, hidden, vocab)
+        records = [r for r in report["results"] if (r["tokens"], r["hidden"], r["vocab"]) == place]
+        self.records = {(r["head"], r["active"]): r for r in records}
+        self.actives = list(dict.fromkeys(r["active"] for r in records))
+        self.heads = in_order(records)
+
+    @classmethod
+    def all_of(cls, report: Report) -> list[Shape]:
+        places = dict.fromkeys((r["tokens"], r["hidden"], r["vocab"]) for r in report["results"])
+        return [cls(report, *place) for place in places]
+
+    def measured(self, head: str, active: float) -> Record | None:
+        record = self.records.get((head, active))
+        return None if record is None or "failed" in record else record
+
+    def value(self, head: str, active: float, field: str) -> float | None:
+        record = self.measured(head, active)
+        return None if record is None else median(r[field] for r in record["rounds"])
+
+    def ratio(self, head: str, active: float, field: str) -> float | None:
+        record, naive = self.measured(head, active), self.measured(NAIVE, active)
+        if record is None or naive is None:
+            return None
+        return median(own[field] / base[field] for own, base in zip(record["rounds"], naive["rounds"], strict=False))
+
+    def worst(self, head: str, *names: str) -> float | None:
+        records = [self.measured(head, active) for active in self.actives]
+        errors = [r["errors"][name] for r in records if r for name in names if name in r.get("errors", {})]
+        return max(errors, default=None)
+
+    def cell(self, head: str, active: float, field: str, form: str) -> str:
+        record = self.records.get((head, active))
+        if record is None:
+            return "-"
+        if "failed" in record:
+            return record["failed"].split(":")[0]
+        ratio = self.ratio(head, active, field)
+        return form.format(self.value(head, active, field)) + ("" if ratio is None else f" ({ratio:.2f}x)")
+
+
+def error(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"
+
+
+def percent(active: float) -> str:
+    return f"{active:.0%} active"
+
+
+def measured_on(report: Report) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    missing = "".join(f" Not measured: {HEADS[name].label} ({why})." for name, why in report["missing"].items())
+    load = f"load average before: {report['load_average_before']:.1f}"
+    return f"{report['hardware']}; {versions}; {load}.{missing}"
+
+
+def head_list(report: Report) -> str:
+    return "\n".join(f"- {HEADS[name].label}: {HEADS[name].note}." for name in in_order(report["results"]))
+
+
+def head_cpu(report: Report) -> str:
+    parts = [measured_on(report), head_list(report)]
+    for shape in Shape.all_of(report):
+        parts.append(f"### T {shape.tokens}, H {shape.hidden}, V {shape.vocab}, fp32")
+        rows = [
+            [
+                HEADS[head].label,
+                *(
+                    shape.cell(head, active, field, form)
+                    for active in shape.actives
+                    for field, form in (("cpu_seconds", "{:.2f}"), ("wall_seconds", "{:.2f}"))
+                ),
+            ]
+            for head in shape.heads
+        ]
+        header = [f"{what}, {percent(active)}" for active in shape.actives for what in ("CPU-s", "wall s")]
+        parts.append(table(["", *header], rows))
+        rows = [
+            [
+                HEADS[head].label,
+                *(shape.cell(head, active, "peak_mib", "{:.0f}") for active in shape.actives),
+                error(shape.worst(head, "logp")),
+                error(shape.worst(head, "dhidden", "dweight")),
+            ]
+            for head in shape.heads
+        ]
+        header = [f"peak MiB, {percent(active)}" for active in shape.actives]
+        parts.append(table(["", *header, "log-prob error", "gradient error"], rows))
+    parts += ["### Targets", table(["target", "T, H, V", "measured", "met"], targets_cpu(report))]
+    return "\n\n".join(parts)
+
+
+def targets_cpu(report: Report) -> Iterable[list[str]]:
+    """[target, shape, measured, yes or no] for what the report can answer."""
+    for shape in Shape.all_of(report):
+        place = f"{shape.tokens}, {shape.hidden}, {shape.vocab}"
+        limits = [
+            ("CPU-seconds at most 1.0x naive, all active", "ours", 1.0, "cpu_seconds", 1.0),
+            ("peak memory at most 0.35x naive, all active", "ours", 1.0, "peak_mib", 0.35),
+            ("CPU-seconds at most 0.5x naive at 42% active, slopes zero", "ours", 0.42, "cpu_seconds", 0.5),
+            ("the same, compacted", "ours_compacted", 0.42, "cpu_seconds", 0.5),
+        ]
+        for target, head, active, field, limit in limits:
+            ratio = shape.ratio(head, active, field)
+            if ratio is not None:
+                yield [target, place, f"{ratio:.2f}x", yes(ratio <= limit)]
+        for active in shape.actives:
+            # peers are told which tokens are inactive, so ours is, too
+            head = "ours" if active == 1 else "ours_compacted"
+            own = shape.value(head, active, "cpu_seconds")
+            peers = [
+                (shape.value(peer, active, "cpu_seconds"), HEADS[peer].label)
+                for peer in shape.heads
+                if not peer.startswith(("ours", NAIVE)) and (shape.ratio(peer, active, "peak_mib") or 1) < 1
+            ]
+            if own is not None and peers:
+                seconds, label = min(peers)
+                target = f"faster than every peer that uses less memory than naive, {percent(active)}"
+                yield [target, place, f"{own:.2f} CPU-s; the fastest, {label}: {seconds:.2f}", yes(own < seconds)]
+        for target, names, limit in (
+            ("log-probs within 2e-5 of float64", ["logp"], 2e-5),
+            ("gradients within 1e-5 of their norm", ["dhidden", "dweight"], 1e-5),
+        ):
+            worst = max((shape.worst(head, *names) or 0 for head in shape.heads if head.startswith("ours")), default=0)
+            if worst:
+                yield [target, place, f"{worst:.1e}", yes(worst <= limit)]
+
+
+def yes(met: bool) -> str:
+    return "yes" if met else "**no**"
+
+
+def head_cuda(report: Report) -> str:
+    shapes = Shape.all_of(report)
+    parts = [measured_on(report), head_list(report)]
+    for vocab in dict.fromkeys(shape.vocab for shape in shapes):
+        some = [shape for shape in shapes if shape.vocab == vocab]
+        for active in some[0].actives:
+            parts.append(f"### H {some[0].hidden}, V {vocab}, bf16, {percent(active)}")
+            heads = [head for head in some[0].heads if any((head, active) in shape.records for shape in some)]
+            rows = [[HEADS[head].label, *(speed(shape, head, active) for shape in some)] for head in heads]
+            parts.append(table(["ms; TFLOP/s, share of the ceiling", *(f"T {s.tokens}" for s in some)], rows))
+            rows = [
+                [
+                    HEADS[head].label,
+                    *(shape.cell(head, active, "peak_mib", "{:.0f}") for shape in some),
+                    error(max(shape.worst(head, "logp") or 0 for shape in some) or None),
+                    error(max(shape.worst(head, "dhidden", "dweight") or 0 for shape in some) or None),
+                ]
+                for head in heads
+                if head != CEILING
+            ]
+            header = ["peak MiB", *(f"T {s.tokens}" for s in some), "log-prob error", "gradient error"]
+            parts.append(table(header, rows))
+    parts += ["### Targets", table(["target", "T, H, V", "measured", "met"], targets_cuda(shapes))]
+    return "\n\n".join(parts)
+
+
+def flops(shape: Shape, head: str, active: float) -> float | None:
+    """FLOP/s by the 4-product count, over active tokens; the ceiling's is one product over all tokens."""
+    seconds = shape.value(head, active, "cuda_seconds")
+    products, tokens = (1, shape.tokens) if head == CEILING else (4, shape.tokens * active)
+    return None if seconds is None else products * 2 * tokens * shape.hidden * shape.vocab / seconds
+
+
+def speed(shape: Shape, head: str, active: float) -> str:
+    own, ceiling = flops(shape, head, active), flops(shape, CEILING, active)
+    text = shape.cell(head, active, "cuda_seconds", "{:.4f} s")
+    if own is not None:
+        text = f"{1000 * shape.value(head, active, 'cuda_seconds'):.1f}; {own / 1e12:.0f}"
+    return text if own is None or ceiling is None else f"{text}, {own / ceiling:.0%}"
+
+
+def targets_cuda(shapes: list[Shape]) -> Iterable[list[str]]:
+    for shape in shapes:
+        place, own = f"{shape.tokens}, {shape.hidden}, {shape.vocab}", flops(shape, "ours", 1.0)
+        if own is None:
+            continue
+        yield ["at least 600 TFLOP/s, all active", place, f"{own / 1e12:.0f}", yes(own >= 600e12)]
+        ratio = shape.ratio("ours", 1.0, "peak_mib")
+        what = "of naive's"
+        if ratio is None:  # naive did not fit: its fp32 logits and their gradient alone
+            ratio = shape.value("ours", 1.0, "peak_mib") * 2**20 / (2 * 4 * shape.tokens * shape.vocab)
+            what = "of two fp32 [T, V] (naive did not fit)"
+        yield ["peak memory at most 2% of the materialised path's", place, f"{ratio:.1%} {what}", yes(ratio <= 0.02)]
+
+
+def checkpoints(report: Report) -> str:
+    names = {
+        "held_up_seconds": "training held up, s",
+        "whole_after_seconds": "checkpoint whole after, s",
+        "first_whole_after_seconds": "the first one, s",
+    }
+    savers = {"ours": "ours", "megatron_core": "Megatron-Core `dist_checkpointing.save`"}
+    rows = [[label, *(f"{report[key][name]:.2f}" for name in names)] for key, label in savers.items() if key in report]
+    size = f"{report['ranks']} ranks, {report['parameters']:,} parameters, {report['mib']} MiB; torch {report['torch']}"
+    return size + ".\n\n" + table(["", *names.values()], rows)
+
+
+SECTIONS = {
+    "linear_logprob_cpu": head_cpu,
+    "linear_logprob_cuda": head_cuda,
+    "checkpoints_cpu": checkpoints,
+}
+
+
+def written(page: str, results: Path) -> str:
+    """``page`` with every section rendered from ``results``/NAME.json."""
+    for name, render in SECTIONS.items():
+        file = results / f"{name}.json"
+        body = render(json.loads(file.read_text())) if file.exists() else "Not measured yet."
+        marked = re.compile(f"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        page, count = marked.subn(lambda m, body=body: f"{m[1]}\n{body}\n\n{m[2]}", page)
+        if count != 1:
+            raise ValueError(f"{PAGE}: {count} places marked {name}, expected one")
+    return page
+
+
+def main() -> None:
+    PAGE.write_text(written(PAGE.read_text(), RESULTS))
+
+
+if __name__ == "__main__":
+    main()

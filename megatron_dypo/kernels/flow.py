@@ -1,0 +1,246 @@
+"""The head's two autograd functions, whatever forms the logits: a ``Head`` does, a chunk of tokens at a time.
+
+z = hidden @ weight.T / temperature; dlogp/dz = onehot - p, dlse/dz = p, dentropy/dz = -p (z - lse + entropy).
+``LogProb`` keeps O(T) numbers and forms the logits again in its backward (4 matrix products). ``Loss`` keeps one
+chunk's logits and forms gradients at once (3 products).
+
+Legend: T tokens, t those of a chunk, a those of them with a gradient; H hidden size; V local vocabulary rows, v those
+of a tile; K this rank's tiles.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+
+from megatron_dypo.kernels.vocab import STATISTICS, TILES, VocabShard, combine
+
+ROWS = 16  # matrix products of fewer rows round differently
+Tiles = Iterator[tuple[slice, Tensor]]  # (columns, dz [a, v] with respect to the unscaled logits) of each tile
+
+
+class Head(ABC):
+    """One call's logits; ``keep``: ``formed`` will be asked for after ``statistics``, chunk by chunk."""
+
+    def __init__(
+        self,
+        hidden_TH: Tensor,
+        weight_VH: Tensor,
+        targets_T: Tensor,
+        temperature_T: Tensor,
+        shard: VocabShard,
+        entropy: bool = False,
+        keep: bool = False,
+    ):
+        self.hidden_TH, self.weight_VH, self.targets_T, self.shard = hidden_TH, weight_VH, targets_T, shard
+        self.entropy, self.keep = entropy, keep
+        self.dtype = torch.promote_types(hidden_TH.dtype, torch.float32)
+        # Tensor cores multiply half precision and add in fp32; CPUs are faster in fp32 altogether.
+        self.native = hidden_TH.is_cuda and hidden_TH.dtype in (torch.bfloat16, torch.float16)
+        self.temperature_T = None if bool((temperature_T == 1).all()) else temperature_T.to(self.dtype)
+        self.length = self.chunk_length()
+
+    @abstractmethod
+    def chunk_length(self) -> int:
+        """Tokens of a chunk, a multiple of ROWS."""
+
+    @abstractmethod
+    def statistics(self, chunk: slice) -> Tensor:
+        """[K, 4, t] of this rank's tiles."""
+
+    @abstractmethod
+    def formed(
+        self, chunk: slice, a: Tensor, stats_K4t: Tensor, logp_t: Tensor, lse_t: Tensor, slope_t: Tensor
+    ) -> Tiles:
+        """Of the tokens ``a`` of the chunk that ``statistics`` saw last, for dloss/dlogp / temperature = slope."""
+
+    @abstractmethod
+    def recomputed(self, chunk: slice, upstream: tuple[Tensor, ...], entropy_t: Tensor, lse_t: Tensor) -> Tiles:
+        """Of all tokens of a chunk; ``upstream`` gradients [t] of logp, entropy and lse, each / temperature."""
+
+    @property
+    def longest(self) -> int:
+        """Rows of the longest chunk, filled up to a multiple of ROWS."""
+        return min(self.length, -(-self.targets_T.shape[0] // ROWS) * ROWS)
+
+    def chunks(self) -> Iterator[slice]:
+        tokens = self.targets_T.shape[0]
+        return (slice(start, min(start + self.length, tokens)) for start in range(0, tokens, self.length))
+
+    def tiles(self) -> Iterator[tuple[int, slice]]:
+        """(number, columns) of this rank's tiles that have columns."""
+        return ((k, tile) for k, tile in enumerate(self.shard.tiles) if tile.start < tile.stop)
+
+    def rows(self, chunk: slice) -> Tensor:
+        """The chunk's hidden states, as the products take them; zeros fill up to a multiple of ROWS."""
+        hidden_tH = self.hidden_TH[chunk]
+        hidden_tH = hidden_tH if self.native else hidden_tH.to(self.dtype)
+        missing = -hidden_tH.shape[0] % ROWS
+        return torch.nn.functional.pad(hidden_tH, (0, 0, 0, missing)) if missing else hidden_tH
+
+    def weight(self, tile: slice) -> Tensor:
+        return self.weight_VH[tile] if self.native else self.weight_VH[tile].to(self.dtype)
+
+    def by_temperature(self, values_t: Tensor, chunk: slice) -> Tensor:
+        return values_t if self.temperature_T is None else values_t / self.temperature_T[chunk]
+
+
+class Gradients:
+    """dhidden [T, H], and dweight [V, H] in fp32: in the weight's ``main_grad`` where Megatron keeps one."""
+
+    def __init__(self, head: Head, needs: tuple[bool, bool]):
+        self.head, weight = head, head.weight_VH
+        self.main_grad = _fp32_main_grad(weight) if needs[1] else None
+        self.dhidden_TH = self.dweight_VH = None
+        if needs[0]:  # a row is complete after its chunk, but for the sum over ranks
+            dtype = head.dtype if head.shard.ranks > 1 else head.hidden_TH.dtype
+            self.dhidden_TH = torch.zeros_like(head.hidden_TH, dtype=dtype)
+        if needs[1]:
+            self.dweight_VH = torch.zeros_like(weight, dtype=head.dtype) if self.main_grad is None else self.main_grad
+
+    def add(self, rows: slice | Tensor, hidden_aH: Tensor, tiles: Tiles) -> None:
+        """``tiles`` are all of this rank's, of the tokens ``rows``."""
+        dhidden_aH = torch.zeros(hidden_aH.shape, dtype=self.head.dtype, device=hidden_aH.device)
+        for tile, dz_av in tiles:
+            dz_av = dz_av.to(hidden_aH.dtype)
+            if self.dhidden_TH is not None:
+                _add_product(dhidden_aH, dz_av, self.head.weight(tile))
+            if self.dweight_VH is not None:
+                _add_product(self.dweight_VH[tile], dz_av.t(), hidden_aH)
+        if self.dhidden_TH is not None:
+            self.dhidden_TH[rows] = dhidden_aH.to(self.dhidden_TH.dtype)
+
+    def hidden(self) -> Tensor | None:
+        """dhidden [T, H]; each rank has the part that flows through its columns of the vocabulary."""
+        if self.dhidden_TH is None:
+            return None
+        if self.head.shard.ranks > 1:
+            dist.all_reduce(self.dhidden_TH, group=self.head.shard.group)
+        return self.dhidden_TH.to(self.head.hidden_TH.dtype)
+
+    def weight(self) -> Tensor | None:
+        """What autograd is given: zeros where ``main_grad`` has it all.
+
+        Not None: DDP waits for every gradient. And not mcore's mark of an added gradient, under which what a tied
+        embedding adds to ours would be dropped.
+        """
+        weight = self.head.weight_VH
+        if self.main_grad is not None:
+            return torch.zeros_like(weight)
+        return None if self.dweight_VH is None else self.dweight_VH.to(weight.dtype)
+
+
+class LogProb(Function):
+    """Forward keeps O(T) numbers; backward recomputes the logits of the tokens that have a gradient."""
+
+    @staticmethod
+    def forward(ctx, heads, hidden, weight, targets, temperature_T, shard, sequence_parallel, entropy):
+        forms, ctx.recomputes = heads
+        head = forms(_all_tokens(hidden, shard, sequence_parallel), weight, targets, temperature_T, shard, entropy)
+        nothing = hidden.new_zeros(TILES // shard.ranks, STATISTICS, 0, dtype=head.dtype)
+        stats = [head.statistics(chunk) for chunk in head.chunks()]
+        logp_T, entropy_T, lse_T = combine(torch.cat([nothing, *stats], dim=2), shard)
+        ctx.save_for_backward(head.hidden_TH, weight, targets, temperature_T, entropy_T, lse_T)
+        ctx.shard, ctx.sequence_parallel = shard, sequence_parallel
+        return logp_T, entropy_T, lse_T
+
+    @staticmethod
+    def backward(ctx, dlogp_T, dentropy_T, dlse_T):
+        hidden_TH, weight, targets, temperature_T, entropy_T, lse_T = ctx.saved_tensors
+        a = ((dlogp_T != 0) | (dentropy_T != 0) | (dlse_T != 0)).nonzero().flatten()
+        head = ctx.recomputes(hidden_TH[a], weight, targets[a], temperature_T[a], ctx.shard)
+        gradients = Gradients(head, ctx.needs_input_grad[1:3])
+        upstream, entropy_A, lse_A = (dlogp_T[a], dentropy_T[a], dlse_T[a]), entropy_T[a], lse_T[a]
+        for chunk in head.chunks():
+            scaled = tuple(head.by_temperature(gradient_A[chunk], chunk) for gradient_A in upstream)
+            tiles = head.recomputed(chunk, scaled, entropy_A[chunk], lse_A[chunk])
+            gradients.add(chunk, head.rows(chunk)[: chunk.stop - chunk.start], tiles)
+        dhidden = gradients.hidden()
+        if dhidden is not None:
+            dhidden = torch.zeros_like(hidden_TH).index_copy_(0, a, dhidden)
+        return None, _own_rows(dhidden, ctx.shard, ctx.sequence_parallel), gradients.weight(), *[None] * 5
+
+
+class Loss(Function):
+    """Forward forms the gradients of a token-local loss while the logits are at hand; backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx, forms, hidden, weight, targets, token_loss, temperature_T, shard, sequence_parallel, entropy, wanted
+    ):
+        hidden_TH = _all_tokens(hidden, shard, sequence_parallel)
+        head = forms(hidden_TH, weight, targets, temperature_T, shard, entropy, keep=wanted)
+        gradients = Gradients(head, (wanted and hidden.requires_grad, wanted and weight.requires_grad))
+        results = torch.empty(3, targets.shape[0], dtype=head.dtype, device=hidden.device)
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        for chunk in head.chunks():
+            stats_K4t = head.statistics(chunk)
+            logp_t, entropy_t, lse_t = combine(stats_K4t, shard)
+            summands_t, slope_t = token_loss(logp_t, entropy_t if entropy else None, chunk)
+            results[:, chunk] = torch.stack([logp_t, entropy_t, lse_t])
+            total += summands_t.double().sum()
+            a = (slope_t != 0).nonzero().flatten()
+            if len(a) and wanted:
+                scaled_t = head.by_temperature(slope_t.to(head.dtype), chunk)
+                tiles = head.formed(chunk, a, stats_K4t, logp_t, lse_t, scaled_t)
+                gradients.add(chunk.start + a, pick(head.rows(chunk)[: len(slope_t)], a), tiles)
+        ctx.added = gradients.main_grad is not None
+        dhidden = _own_rows(gradients.hidden(), shard, sequence_parallel)
+        ctx.save_for_backward(dhidden, weight if ctx.added else gradients.weight())
+        logprobs = results.unbind()
+        ctx.mark_non_differentiable(*logprobs)
+        return total.to(head.dtype), *logprobs
+
+    @staticmethod
+    def backward(ctx, dloss, *_):
+        dhidden, dweight_VH = ctx.saved_tensors
+        if ctx.added:
+            if dloss != 1:
+                raise RuntimeError(f"linear_loss: main_grad has the gradient of 1 x loss, not of {float(dloss)} x loss")
+            return None, dhidden, torch.zeros_like(dweight_VH), *[None] * 7
+        scaled = (gradient if gradient is None else gradient * dloss for gradient in (dhidden, dweight_VH))
+        return None, *scaled, *[None] * 7
+
+
+def pick(rows_tx: Tensor, a: Tensor) -> Tensor:
+    """The rows ``a``, without a copy where they are all."""
+    return rows_tx if len(a) == len(rows_tx) else rows_tx[a]
+
+
+def multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """left @ right into ``out``; half precision on tensor cores, added up in fp32."""
+    if left.dtype == out.dtype:
+        return torch.mm(left, right, out=out)
+    return torch.mm(left, right, out_dtype=out.dtype, out=out)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in total's precision."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+
+
+def _fp32_main_grad(weight: Tensor) -> Tensor | None:
+    main_grad = getattr(weight, "main_grad", None)
+    return main_grad if main_grad is not None and main_grad.dtype == torch.float32 else None
+
+
+def _all_tokens(hidden: Tensor, shard: VocabShard, sequence_parallel: bool) -> Tensor:
+    if not sequence_parallel or shard.ranks == 1:
+        return hidden
+    rows = [torch.empty_like(hidden) for _ in range(shard.ranks)]
+    dist.all_gather(rows, hidden.contiguous(), group=shard.group)
+    return torch.cat(rows)
+
+
+def _own_rows(dhidden_TH: Tensor | None, shard: VocabShard, sequence_parallel: bool) -> Tensor | None:
+    if dhidden_TH is None or not sequence_parallel or shard.ranks == 1:
+        return dhidden_TH
+    return dhidden_TH.chunk(shard.ranks)[dist.get_rank(shard.group)]

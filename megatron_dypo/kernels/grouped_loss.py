@@ -1,0 +1,178 @@
+"""The loss that is local to a token, over packed sequences: summands and analytic dL/dlogp in one pass.
+
+    GRPO  w (-min(rho A, clip(rho) A) + kl (exp(ref - logp) - (ref - logp) - 1))     rho = exp(logp - base)   (Eq. 21)
+    GAL   C (constant slope; its value is the coefficient pass's)                                             (Eq. 16)
+    SFT   -v logp                                                                                             (Eq. 20)
+
+A, w, C and v belong to a sequence: they are read from its row of a table, every normaliser and aggregation included.
+The sums that metrics are made of are kept for each sequence, in float64, as L running sums: on CUDA token j of a
+sequence is added to lane j % L, and torch adds all to lane 0, in order. So a sum depends neither on where calls cut the
+sequence nor on what it is packed with.
+
+Legend: t tokens of a call, a range of the packed ones; S sequences, C coefficients, M sums, L lanes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+COEFFICIENTS = ("advantage", "grpo", "grpo_slope", "gal_slope", "sft")
+SUMS = ("grpo", "kl", "grpo_slope", "clipped", "logp", "entropy")
+LANES = 128  # threads of a program
+LARGEST = 60.0  # exponents are bounded so that float32 stays finite
+
+
+@dataclass(frozen=True)
+class LossRule:
+    """What is the same for all tokens. ``ratio_level``: token, or sequence (the ratio is then in the coefficients);
+    ``ratio_base``: old or reference; ``correction``: none, truncate or mask, with its ``cap``."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_coef: float = 0.0
+    ratio_level: str = "token"
+    ratio_base: str = "old"
+    correction: str = "none"
+    cap: float = 2.0
+
+
+def grouped_loss(
+    logp: Tensor,
+    cu_seqlens: Tensor,
+    coefficients: Tensor,
+    sums: Tensor,
+    rule: LossRule,
+    *,
+    first: int = 0,
+    old: Tensor | None = None,
+    rollout: Tensor | None = None,
+    reference: Tensor | None = None,
+    entropy: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """(loss summands [t], dL/dlogp [t]) of the tokens ``first`` to ``first + t`` of a pack.
+
+    logp [t] under the current policy, and ``old``, ``rollout`` (the engine's) and ``reference``, in nats; without
+    ``old`` there is no GRPO term (teacher traces). cu_seqlens [S + 1] integer offsets of the sequences' tokens, from 0;
+    coefficients [C, S] in logp's dtype, rows as ``COEFFICIENTS`` (objectives.SequenceTerms). ``sums``, from
+    ``empty_sums``, is added to; its rows are, as ``SUMS``: sums of GRPO's summands (KL included), of the KL (weighted
+    by w, without kl_coef), of |dL/dlogp| of GRPO, of clipped tokens, of logp and of ``entropy``.
+
+    backend: ``torch``, ``triton``, or ``auto``: triton on CUDA. Raises ValueError naming what does not fit.
+    """
+    _check(logp, cu_seqlens, coefficients, sums, rule, old, rollout, reference, entropy, backend)
+    if not len(logp):
+        return torch.empty_like(logp), torch.empty_like(logp)
+    if backend == "triton" or (backend == "auto" and logp.is_cuda):
+        from megatron_dypo.kernels.triton_grouped_loss import grouped_loss as run
+    else:
+        run = _grouped_loss
+    return run(logp, cu_seqlens, coefficients, sums, rule, first, old, rollout, reference, entropy)
+
+
+def empty_sums(sequences: int, device: torch.device | str = "cpu") -> Tensor:
+    """Running sums [M, S, L] of a pack before its first token, float64."""
+    lanes = LANES if torch.device(device).type == "cuda" else 1
+    return torch.zeros(len(SUMS), sequences, lanes, dtype=torch.float64, device=device)
+
+
+def read_sums(sums_MSL: Tensor) -> dict[str, Tensor]:
+    """Each sum [S], by its name; lanes are added pairwise, in the same order on any device."""
+    while sums_MSL.shape[2] > 1:
+        half = sums_MSL.shape[2] // 2
+        sums_MSL = sums_MSL[..., :half] + sums_MSL[..., half:]
+    return dict(zip(SUMS, sums_MSL.squeeze(2), strict=True))
+
+
+def correction_weight(log_ratio: Tensor, kind: str, cap: float) -> Tensor:
+    """How much a token (or response) counts, from its log(old policy / engine's policy) in nats, elementwise."""
+    ratio = log_ratio.clamp(max=LARGEST).exp()
+    if kind == "truncate":
+        return ratio.clamp(max=cap)
+    if kind == "mask":
+        return ((ratio >= 1 / cap) & (ratio <= cap)).to(ratio.dtype)
+    return torch.ones_like(ratio)
+
+
+def _grouped_loss(
+    logp_t: Tensor,
+    cu_seqlens: Tensor,
+    coefficients_CS: Tensor,
+    sums_MSL: Tensor,
+    rule: LossRule,
+    first: int,
+    old_t: Tensor | None,
+    rollout_t: Tensor | None,
+    reference_t: Tensor | None,
+    entropy_t: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """In torch; the Triton kernel does the same operations in the same order."""
+    tokens = len(logp_t)
+    pieces_S = cu_seqlens.clamp(first, first + tokens).diff()
+    sequence_t = torch.repeat_interleave(pieces_S, output_size=tokens)
+    advantage_t, weight_t, grpo_slope_t, gal_slope_t, sft_t = coefficients_CS.index_select(1, sequence_t)
+    zero_t = torch.zeros_like(logp_t)
+    grpo_t = kl_t = clipped_t = zero_t
+
+    if old_t is not None:
+        if rule.correction != "none":
+            weight_t = weight_t * correction_weight(old_t - rollout_t, rule.correction, rule.cap)
+        if rule.ratio_level == "token":
+            base_t = old_t if rule.ratio_base == "old" else reference_t
+            ratio_t = (logp_t - base_t).clamp_(max=LARGEST).exp_()
+            free_t = ratio_t * advantage_t
+            bounded_t = ratio_t.clamp_(1 - rule.clip_low, 1 + rule.clip_high).mul_(advantage_t)
+            clipped_t = bounded_t < free_t
+            grpo_t = torch.where(clipped_t, bounded_t, free_t).mul_(weight_t).neg_()
+            grpo_slope_t = grpo_t.masked_fill(clipped_t, 0.0).add_(grpo_slope_t)
+        if reference_t is not None:
+            gap_t = reference_t - logp_t
+            growth_t = gap_t.clamp(max=LARGEST).expm1_()  # exact where the policies are close
+            kl_t = (growth_t - gap_t).mul_(weight_t)  # k3: unbiased, never negative
+            if rule.kl_coef:
+                grpo_t = grpo_t + kl_t * rule.kl_coef
+                grpo_slope_t = grpo_slope_t - weight_t * rule.kl_coef * growth_t
+
+    values_Mt = torch.stack(
+        [
+            grpo_t,
+            kl_t,
+            grpo_slope_t.abs(),
+            clipped_t.to(logp_t.dtype),
+            logp_t,
+            zero_t if entropy_t is None else entropy_t,
+        ]
+    )
+    sums_MSL.select(2, 0).scatter_add_(1, sequence_t.long().expand(len(SUMS), -1), values_Mt.double())  # one by one
+    return grpo_t - sft_t * logp_t, grpo_slope_t + gal_slope_t - sft_t
+
+
+def _check(logp, cu_seqlens, coefficients, sums, rule, old, rollout, reference, entropy, backend) -> None:
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend: {backend!r} is unknown; known: auto, torch, triton")
+    if logp.dim() != 1 or logp.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"logp: expected [t] of float32 or float64, got {list(logp.shape)} of {logp.dtype}")
+    streams = {"old": old, "rollout": rollout, "reference": reference, "entropy": entropy}
+    for name, stream in streams.items():
+        if stream is not None and (stream.shape, stream.dtype, stream.device) != (logp.shape, logp.dtype, logp.device):
+            raise ValueError(f"{name}: expected {_like(logp)} as logp, got {_like(stream)}")
+    if cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens: expected [S + 1] integers, got {_like(cu_seqlens)}")
+    sequences = len(cu_seqlens) - 1
+    if coefficients.shape != (len(COEFFICIENTS), sequences) or coefficients.dtype != logp.dtype:
+        raise ValueError(
+            f"coefficients: expected [{len(COEFFICIENTS)}, {sequences}] of {logp.dtype}, got {_like(coefficients)}"
+        )
+    if sums.shape[:2] != (len(SUMS), sequences) or sums.dtype != torch.float64 or not sums.is_contiguous():
+        raise ValueError(f"sums: expected empty_sums({sequences}), got {_like(sums)}")
+    if old is not None and rollout is None and rule.correction != "none":
+        raise ValueError(f"rollout: needed for correction {rule.correction!r}")
+    if old is not None and reference is None and rule.ratio_level == "token" and rule.ratio_base == "reference":
+        raise ValueError("reference: needed for ratio_base 'reference'")
+
+
+def _like(x: Tensor) -> str:
+    return f"{list(x.shape)} of {x.dtype} on {x.device}"

@@ -1,0 +1,171 @@
+"""The grouped loss in Triton: one program a sequence, LANES tokens at a time, no atomics.
+
+The operations and their order are those of the torch version. Exponentials are formed in float64 and rounded once, and
+multiply-adds are not fused, so that float32 results equal torch's but for a rounding of its exponentials now and then.
+
+Legend: S sequences, C coefficients, M sums, L lanes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_dypo.kernels.grouped_loss import LARGEST, LossRule
+
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+def grouped_loss(
+    logp_t: Tensor,
+    cu_seqlens: Tensor,
+    coefficients_CS: Tensor,
+    sums_MSL: Tensor,
+    rule: LossRule,
+    first: int,
+    old_t: Tensor | None,
+    rollout_t: Tensor | None,
+    reference_t: Tensor | None,
+    entropy_t: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(summands [t], dL/dlogp [t]); arguments as ``kernels.grouped_loss`` checked them, t > 0."""
+    streams = [None if x is None else x.contiguous() for x in (logp_t, old_t, rollout_t, reference_t, entropy_t)]
+    table = (cu_seqlens, coefficients_CS.contiguous(), sums_MSL)
+    results = (torch.empty_like(streams[0]), torch.empty_like(streams[0]))
+    sizes = (first, len(logp_t), len(cu_seqlens) - 1)
+    _one_sequence[(len(cu_seqlens) - 1,)](
+        *streams, *table, *results, *sizes, **constants(rule), LANES=sums_MSL.shape[2], **OPTIONS
+    )
+    return results
+
+
+def constants(rule: LossRule) -> dict:
+    """The kernel's compile-time arguments."""
+    return {
+        "TOKEN_RATIO": rule.ratio_level == "token",
+        "OLD_BASE": rule.ratio_base == "old",
+        "CORRECTION": rule.correction,
+        "CAP_LOW": 1 / rule.cap,
+        "CAP": float(rule.cap),
+        "CLIP_LOW": 1.0 - rule.clip_low,
+        "CLIP_HIGH": 1.0 + rule.clip_high,
+        "KL_COEF": float(rule.kl_coef),
+        "LARGEST": LARGEST,
+    }
+
+
+@triton.jit
+def _clamp(x, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """NaN stays NaN, as in torch; tl.minimum would take the bound."""
+    return tl.where(x < LOW, LOW, tl.where(x > HIGH, HIGH, x))
+
+
+@triton.jit
+def _exp(x, LARGEST: tl.constexpr):
+    return tl.exp(tl.where(x > LARGEST, LARGEST, x).to(tl.float64)).to(x.dtype)
+
+
+@triton.jit
+def _expm1(x, LARGEST: tl.constexpr):
+    """exp(x) - 1 without cancellation (Kahan): the rounding errors of u - 1 and of log u cancel."""
+    x64 = tl.where(x > LARGEST, LARGEST, x).to(tl.float64)
+    u = tl.exp(x64)
+    difference = u - 1.0
+    exact = tl.where(difference == -1.0, -1.0, difference * (x64 / tl.log(u)))
+    return tl.where(u == 1.0, x64, exact).to(x.dtype)
+
+
+@triton.jit(do_not_specialize=["first", "tokens", "sequences"])
+def _one_sequence(
+    logp,
+    old,
+    rollout,
+    reference,
+    entropy,
+    cu_seqlens,
+    coefficients,
+    sums,
+    summands,
+    slopes,
+    first,
+    tokens,
+    sequences,
+    TOKEN_RATIO: tl.constexpr,
+    OLD_BASE: tl.constexpr,
+    CORRECTION: tl.constexpr,
+    CAP_LOW: tl.constexpr,
+    CAP: tl.constexpr,
+    CLIP_LOW: tl.constexpr,
+    CLIP_HIGH: tl.constexpr,
+    KL_COEF: tl.constexpr,
+    LARGEST: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """The part of sequence ``program_id`` that lies within tokens ``first`` to ``first + tokens``; it may be empty."""
+    s = tl.program_id(0)
+    start, stop = tl.load(cu_seqlens + s), tl.load(cu_seqlens + s + 1)
+    begin, end = tl.maximum(start, first), tl.minimum(stop, first + tokens)
+    if begin < end:
+        advantage = tl.load(coefficients + s)
+        grpo = tl.load(coefficients + sequences + s)
+        grpo_constant = tl.load(coefficients + 2 * sequences + s)
+        gal_slope = tl.load(coefficients + 3 * sequences + s)
+        sft = tl.load(coefficients + 4 * sequences + s)
+
+        lane = tl.arange(0, LANES)
+        at = sums + s * LANES + lane
+        row = sequences * LANES  # of the sums
+        grpo_sum, kl_sum = tl.load(at), tl.load(at + row)
+        slope_sum, clipped_sum = tl.load(at + 2 * row), tl.load(at + 3 * row)
+        logp_sum, entropy_sum = tl.load(at + 4 * row), tl.load(at + 5 * row)
+
+        for block in range((begin - start) // LANES, tl.cdiv(end - start, LANES)):
+            place = start + block * LANES + lane
+            here = (place >= begin) & (place < end)
+            t = place - first
+            now = tl.load(logp + t, here, 0.0)
+            summand, slope = tl.zeros_like(now), tl.zeros_like(now) + grpo_constant
+
+            if old is not None:
+                weight = tl.zeros_like(now) + grpo
+                before = tl.load(old + t, here, 0.0)
+                if CORRECTION != "none":
+                    trust = _exp(before - tl.load(rollout + t, here, 0.0), LARGEST)
+                    if CORRECTION == "truncate":
+                        weight *= tl.where(trust > CAP, CAP, trust)
+                    else:
+                        weight *= ((trust >= CAP_LOW) & (trust <= CAP)).to(now.dtype)
+                if TOKEN_RATIO:
+                    base = before if OLD_BASE else tl.load(reference + t, here, 0.0)
+                    ratio = _exp(now - base, LARGEST)
+                    free = ratio * advantage
+                    bounded = _clamp(ratio, CLIP_LOW, CLIP_HIGH) * advantage
+                    clipped = bounded < free
+                    summand = -(tl.where(clipped, bounded, free) * weight)
+                    slope = tl.where(clipped, 0.0, summand) + grpo_constant
+                    clipped_sum += (clipped & here).to(tl.float64)
+                if reference is not None:
+                    gap = tl.load(reference + t, here, 0.0) - now
+                    growth = _expm1(gap, LARGEST)
+                    kl = (growth - gap) * weight
+                    if KL_COEF != 0.0:
+                        summand += kl * KL_COEF
+                        slope -= weight * KL_COEF * growth
+                    kl_sum += tl.where(here, kl, 0.0).to(tl.float64)
+                grpo_sum += tl.where(here, summand, 0.0).to(tl.float64)
+
+            slope_sum += tl.where(here, tl.abs(slope), 0.0).to(tl.float64)
+            logp_sum += now.to(tl.float64)
+            if entropy is not None:
+                entropy_sum += tl.load(entropy + t, here, 0.0).to(tl.float64)
+            tl.store(summands + t, summand - sft * now, here)
+            tl.store(slopes + t, slope + gal_slope - sft, here)
+
+        tl.store(at, grpo_sum)
+        tl.store(at + row, kl_sum)
+        tl.store(at + 2 * row, slope_sum)
+        tl.store(at + 3 * row, clipped_sum)
+        tl.store(at + 4 * row, logp_sum)
+        tl.store(at + 5 * row, entropy_sum)

@@ -1,0 +1,48 @@
+"""The head on CUDA: which of the Triton kernels take which precision. Needs triton; imported when first used."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+from megatron_dypo.kernels import flow
+from megatron_dypo.kernels.chunked import ChunkedHead
+from megatron_dypo.kernels.triton_fused import FusedHead
+from megatron_dypo.kernels.triton_rows import RowHead
+from megatron_dypo.kernels.vocab import VocabShard
+
+# Those that form the logits, and those that form them again in a backward pass. Both functions take the same ones for
+# the same dtype: the ratio of a training pass to its old pass is then exactly 1.
+HEADS = {
+    torch.bfloat16: (FusedHead, RowHead),
+    torch.float16: (RowHead, RowHead),
+    torch.float32: (RowHead, RowHead),
+    torch.float64: (ChunkedHead, ChunkedHead),
+}
+
+
+def logprob(
+    hidden, weight, targets, temperature_T, shard: VocabShard, sequence_parallel: bool, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads = HEADS[hidden.dtype]
+    with _on_device_of(hidden):
+        return flow.LogProb.apply(heads, hidden, weight, targets, temperature_T, shard, sequence_parallel, entropy)
+
+
+def loss(hidden, weight, targets, token_loss, temperature_T, shard: VocabShard, sequence_parallel: bool, entropy: bool):
+    forms, _ = HEADS[hidden.dtype]
+    arguments = (hidden, weight, targets, token_loss, temperature_T, shard, sequence_parallel, entropy)
+    with _on_device_of(hidden):
+        return flow.Loss.apply(forms, *arguments, torch.is_grad_enabled())  # within a Function it never is
+
+
+def _on_device_of(hidden: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensors'."""
+    if hidden.is_cuda:
+        return torch.cuda.device_of(hidden)
+    if not knobs.runtime.interpret:
+        raise ValueError(f"backend: 'triton' is for CUDA, not for {hidden.device}")
+    return contextlib.nullcontext()

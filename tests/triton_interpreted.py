@@ -1,0 +1,162 @@
+"""The Triton kernels of the head in Triton's interpreter, on the CPU in fp32: `test_triton_head.py` runs this file.
+
+TRITON_INTERPRET=1 must be set before triton is imported, so this needs a process of its own. Blocks are small, so that
+a small problem has several of each kind. Legend: T tokens, H hidden size, V rows of the weight.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_dypo.kernels import linear_logprob, linear_loss, triton_fused, triton_head, triton_rows
+from megatron_dypo.kernels.vocab import VocabShard
+from tests.test_kernels import (
+    VALUE,
+    assert_near,
+    assert_same_head,
+    directions,
+    make_head,
+    negative_log_likelihood,
+    plain,
+    weighted_square,
+)
+
+FUSED = {"BLOCK_T": 16, "BLOCK_V": 8, "BLOCK_H": 32, "PART": 8, "GROUP": 2, "CHUNK": 32, "KEPT_CHUNK": 32}
+ROWS = {"STATISTICS_BLOCK": 32, "GRADIENT_BLOCK": 32, "CHUNK": 32, "PITCH": 16}
+
+
+@pytest.fixture(params=["rows", "fused"], autouse=True)
+def small_blocks(request, monkeypatch) -> str:
+    for module, constants in ((triton_fused, FUSED), (triton_rows, ROWS)):
+        for name, value in constants.items():
+            monkeypatch.setattr(module, name, value)
+    forms = triton_rows.RowHead if request.param == "rows" else triton_fused.FusedHead
+    monkeypatch.setitem(triton_head.HEADS, torch.float32, (forms, triton_rows.RowHead))
+    return request.param
+
+
+def run_loss(head: tuple, weights_T: Tensor, **options) -> tuple[Tensor, ...]:
+    """(logp, entropy, lse, dhidden, dweight) of ``weighted_square``."""
+    hidden_TH, weight_VH, targets_T, temperature_T = head
+    inputs = hidden_TH.clone().requires_grad_(), weight_VH.clone().requires_grad_()
+    loss, logprobs = linear_loss(
+        *inputs,
+        targets_T,
+        weighted_square(weights_T),
+        temperature=temperature_T,
+        entropy=True,
+        backend="triton",
+        **options,
+    )
+    return *logprobs, *torch.autograd.grad(loss, inputs)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "vocab_size"),
+    [(0, 24, None), (1, 24, None), (35, 70, 55), (9, 5, None)],
+    ids=["no_token", "one_token", "padded", "tiles_without_columns"],
+)
+def test_log_probs_and_gradients_equal_the_definition(tokens, rows, vocab_size):
+    """Per-token temperatures; gradients through logp, entropy and lse at once."""
+    hidden_TH, weight_VH, targets_T, temperature_T = make_head(tokens, rows)
+    if vocab_size is not None:
+        targets_T, weight_VH[vocab_size:] = targets_T % vocab_size, 1e30
+    assert_same_head((hidden_TH, weight_VH, targets_T, temperature_T), "triton", vocab_size=vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "vocab_size"),
+    [(0, 24, None), (1, 24, None), (35, 70, 61), (9, 5, None)],
+    ids=["no_token", "one_token", "padded", "tiles_without_columns"],
+)
+def test_a_local_loss_equals_the_definition(tokens, rows, vocab_size):
+    """A third of the tokens has no slope, and the chunks of the loss are shorter than the batch."""
+    hidden_TH, weight_VH, targets_T, temperature_T = make_head(tokens, rows)
+    targets_T = targets_T % (vocab_size or rows)
+    weights_T = torch.where(torch.arange(tokens) % 3 == 0, 0.0, directions(tokens)[0])
+    *found, dhidden_TH, dweight_VH = run_loss(
+        (hidden_TH, weight_VH, targets_T, temperature_T), weights_T, vocab_size=vocab_size
+    )
+    inputs = hidden_TH.clone().requires_grad_(), weight_VH.clone().requires_grad_()
+    *expected, largest = plain(*inputs, targets_T, temperature_T, vocab_size)
+    for value, correct in zip(found, expected, strict=True):
+        assert torch.all((value - correct).abs() <= VALUE * largest)
+    total = (weights_T.double() * expected[0].square() / 2).sum()
+    for ours, correct in zip((dhidden_TH, dweight_VH), torch.autograd.grad(total, inputs), strict=True):
+        assert_near(ours, correct, 5e-6)
+    assert not dhidden_TH[weights_T == 0].any() and not dweight_VH[vocab_size or rows :].any()
+
+
+def test_a_width_that_blocks_do_not_divide():
+    torch.manual_seed(0)
+    head = torch.randn(9, 40), torch.randn(64, 40), torch.randint(0, 64, (9,)), torch.ones(9)
+    assert_same_head(head, "triton")
+
+
+@pytest.mark.parametrize("scale", [0.01, 60.0])
+def test_flat_and_confident_distributions(scale, small_blocks):
+    """At the large scale half of the targets have p ~ 1, where 1 - p must keep its digits."""
+    hidden_TH, weight_VH, targets_T, temperature_T = make_head(10, 40, scale=scale)
+    top_T = (hidden_TH @ weight_VH.t()).argmax(1)
+    targets_T = torch.where(torch.arange(10) % 2 == 0, top_T, targets_T)
+    head = hidden_TH, weight_VH, targets_T, temperature_T
+    # the fused forward and the backward's product round logits of some hundreds differently
+    assert_same_head(head, "triton", tolerance=5e-5 if small_blocks == "fused" else 1e-5)
+    dhidden_TH = run_loss(head, torch.ones(10))[3]
+    inputs = hidden_TH.clone().requires_grad_(), weight_VH
+    logp_T = plain(*inputs, targets_T, temperature_T)[0]
+    (correct_TH,) = torch.autograd.grad((logp_T.square() / 2).sum(), inputs[0])
+    assert_near(dhidden_TH, correct_TH, 1e-5)
+
+
+def test_every_way_gives_the_same_bits(small_blocks):
+    """The old pass, the training pass and each run; in the fused kernel also a row at another place in the pack."""
+    head = hidden_TH, weight_VH, targets_T, temperature_T = make_head(18, 64)
+    with torch.no_grad():
+        old = linear_logprob(
+            hidden_TH, weight_VH, targets_T, temperature=temperature_T, entropy=True, backend="triton"
+        )
+        loss, evaluated = linear_loss(
+            hidden_TH, weight_VH, targets_T, negative_log_likelihood, temperature=temperature_T, backend="triton"
+        )
+    weights_T = directions(18)[0]
+    once, again = run_loss(head, weights_T), run_loss(head, weights_T)
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(old, once[:3], strict=True))
+    assert torch.equal(evaluated.logp, old.logp) and not loss.requires_grad
+    if small_blocks == "fused":
+        order_T = torch.randperm(18, generator=torch.Generator().manual_seed(0))
+        moved = run_loss((hidden_TH[order_T], weight_VH, targets_T[order_T], temperature_T[order_T]), weights_T[order_T])
+        assert all(torch.equal(a[order_T], b) for a, b in zip(once[:3], moved[:3], strict=True))
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_a_tile_has_the_same_bits_on_any_rank(ranks, small_blocks):
+    """The statistics of each rank's shard are those of one rank's same tiles, padding of whole tiles included."""
+    hidden_TH, weight_VH, targets_T, temperature_T = make_head(7, 160)
+    targets_T = targets_T % 115
+    forms, _ = triton_head.HEADS[torch.float32]
+    whole = forms(hidden_TH, weight_VH, targets_T, temperature_T, VocabShard(160, 0, 115, None, 1))
+    expected_K4t = whole.statistics(slice(0, 7))
+    rows = 160 // ranks
+    parts = []
+    for rank in range(ranks):
+        shard = VocabShard(rows, rank * rows, 115, None, ranks)
+        weight = weight_VH[rank * rows : (rank + 1) * rows].clone()
+        parts.append(forms(hidden_TH, weight, targets_T, temperature_T, shard).statistics(slice(0, 7)))
+    assert torch.equal(torch.cat(parts), expected_K4t)
+
+
+def test_main_grad_is_added_to():
+    hidden_TH, weight_VH, targets_T, temperature_T = make_head(6, 24)
+    expected_VH = run_loss((hidden_TH, weight_VH, targets_T, temperature_T), torch.ones(6))[4]
+    weight = torch.nn.Parameter(weight_VH.clone())
+    weight.main_grad = torch.ones_like(weight)
+    loss, _ = linear_loss(
+        hidden_TH, weight, targets_T, weighted_square(torch.ones(6)), temperature=temperature_T, backend="triton"
+    )
+    loss.backward()
+    assert not weight.grad.any()
+    assert_near(weight.main_grad - 1, expected_VH, 1e-5)
