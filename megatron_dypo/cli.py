@@ -107,5 +107,7 @@ def _quiet() -> None:
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("megatron_dypo").setLevel(level)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice on tokenizers would stand beside our one line
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # the same, where it is imported already
     for module in (r"megatron\.core", "torch", "transformers", "vllm", "flashinfer"):
         warnings.filterwarnings("ignore", module=module)

@@ -23,7 +23,10 @@ KEYS = dict(walk())
 
 # "layout, logging, paths, number of steps, rollout engine and micro-batch budget may change on resume" (the contract);
 # an operational key (a deadline, how often to save) is none of model, objective, data, optimizer and seed either.
-LAYOUT = {"parallel.tensor", "parallel.pipeline", "parallel.sequence_parallel", "optimizer.distributed"}
+LAYOUT = {
+    *("parallel.tensor", "parallel.pipeline", "parallel.sequence_parallel"),
+    *("optimizer.distributed", "optimizer.overlap_grad_reduce"),
+}
 LOGGING = {"logging.wandb", "logging.wandb_project", "logging.tensorboard"}
 PATHS = {"rollout.record", "rollout.replay", "trainer.run_dir"}
 STEPS = {"trainer.steps"}

@@ -37,6 +37,7 @@ def test_grouped_loss_on_cuda_equals_cpu_and_a_cut_at_any_place_gives_the_same_b
         tokens = len(pack.logp)
         for edges in ([0, tokens], [0, 5, 30, tokens], list(range(tokens + 1))):
             grouped.assert_same_bits(grouped.run(pack.to("cuda"), rule, edges), whole)
+    grouped.not_finite_in_triton("cuda")
 
 
 def test_training_step_on_cuda_is_finite_and_repeatable():

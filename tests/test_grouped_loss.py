@@ -323,15 +323,15 @@ def test_triton_treats_what_is_not_finite_as_torch_does() -> None:
     in_child(not_finite_in_triton, TRITON_INTERPRET="1")
 
 
-def not_finite_in_triton() -> None:
+def not_finite_in_triton(device: str = "cpu") -> None:
     """Log-probs and coefficients that are NaN or infinite, and policies so far apart that a ratio would overflow."""
     for value, name in itertools.product((math.nan, math.inf, 300.0, -300.0), (*STREAMS[:4], "coefficients")):
         for rule in (LossRule(kl_coef=0.3, correction="truncate"), LossRule(correction="mask", ratio_base="reference")):
             pack = make_pack([3, 2, 5], torch.float32)
             getattr(pack, name).flatten()[7] = value
-            ours, theirs = run(pack, rule, backend="triton", lanes=4), run(pack, rule)
+            ours, theirs = run(pack.to(device), rule, backend="triton", lanes=4), run(pack, rule)
             for part, correct in theirs.items():
-                torch.testing.assert_close(ours[part], correct, rtol=1e-6, atol=1e-6, equal_nan=True)
+                torch.testing.assert_close(ours[part].cpu(), correct, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 @needs_triton

@@ -497,6 +497,7 @@ def test_clipped_counts_the_tokens_whose_slope_the_clip_takes() -> None:
             tokens += len(ratio_n)
     totals = ours(batch, objective).totals
     assert 0 < expected == totals["clipped"] and totals["rollout_tokens"] == tokens
+    assert ours(batch, Objective(alpha=0.0, **ASYMMETRIC)).totals["clipped"] == 0  # where the ratio has no weight
 
 
 def test_pair_metrics_are_means_over_all_pairs_of_the_batch() -> None:

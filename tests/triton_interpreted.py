@@ -115,9 +115,7 @@ def test_every_way_gives_the_same_bits(small_blocks):
     """The old pass, the training pass and each run; in the fused kernel also a row at another place in the pack."""
     head = hidden_TH, weight_VH, targets_T, temperature_T = make_head(18, 64)
     with torch.no_grad():
-        old = linear_logprob(
-            hidden_TH, weight_VH, targets_T, temperature=temperature_T, entropy=True, backend="triton"
-        )
+        old = linear_logprob(hidden_TH, weight_VH, targets_T, temperature=temperature_T, entropy=True, backend="triton")
         loss, evaluated = linear_loss(
             hidden_TH, weight_VH, targets_T, negative_log_likelihood, temperature=temperature_T, backend="triton"
         )
@@ -128,7 +126,9 @@ def test_every_way_gives_the_same_bits(small_blocks):
     assert torch.equal(evaluated.logp, old.logp) and not loss.requires_grad
     if small_blocks == "fused":
         order_T = torch.randperm(18, generator=torch.Generator().manual_seed(0))
-        moved = run_loss((hidden_TH[order_T], weight_VH, targets_T[order_T], temperature_T[order_T]), weights_T[order_T])
+        moved = run_loss(
+            (hidden_TH[order_T], weight_VH, targets_T[order_T], temperature_T[order_T]), weights_T[order_T]
+        )
         assert all(torch.equal(a[order_T], b) for a, b in zip(once[:3], moved[:3], strict=True))
 
 

@@ -98,9 +98,7 @@ def restore(policy: Policy, folder: Path) -> None:
         part.restore(flat, policy.version)
 
 
-def _gather_adam(
-    parameter: Tensor, part: Part | None, holders: Holders, me: int
-) -> Iterator[tuple[str, Tensor]]:
+def _gather_adam(parameter: Tensor, part: Part | None, holders: Holders, me: int) -> Iterator[tuple[str, Tensor]]:
     """(kind, whole tensor in the parameter's shape) on the writer; the other holders send it their slices."""
     if part is None:
         return

@@ -74,7 +74,8 @@ def load_tokenizer(config: Config, shape: ModelShape) -> Tokenizer:
             _check_ids(path / "tokenizer.json", shape.vocab_size)
             # Not None, its default: transformers would then ask on the terminal whether to run the folder's code.
             backend = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            backend.decode(backend("1 + 1 = 2")["input_ids"])
+            if not backend.decode(backend("1 + 1 = 2")["input_ids"]):
+                raise ValueError("it gives no tokens")
         except Exception as error:  # whatever transformers and tokenizers raise on files that are not theirs
             raise UserError(f"{name}: cannot be loaded: {type(error).__name__}: {error}") from None
     if backend.eos_token_id is None:

@@ -150,25 +150,25 @@ def join_kernel(partial_ptr, stats_ptr, tokens, parts, BLOCK: tl.constexpr):
     tl.store(stats_ptrs + 3 * tokens, z_target, mask=present)
 
 
-@triton.jit(do_not_specialize=["active", "width", "start"])
+@triton.jit(do_not_specialize=["active", "start"])
 def kept_gradient_kernel(
     exp_ptr, top_ptr, rows_ptr, target_ptr, logp_ptr, lse_ptr, slope_ptr, dz_ptr,
-    active, pitch, top_pitch, width, start, BLOCK_A: tl.constexpr, BLOCK_V: tl.constexpr,
+    active, pitch, top_pitch, start, BLOCK_A: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """dz [a, v] = slope (onehot - p) of one tile, of its rows ``rows`` [a], from the kept exp [t, v] and top [b, t]."""
     i = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
+    present = (i < active)[:, None, None]
     row = tl.load(rows_ptr + i, mask=i < active, other=0)[:, None, None]
     block = tl.program_id(1).to(tl.int64)
     quarter = tl.arange(0, 4)[None, :, None]
     columns = block * BLOCK_V + quarter * (BLOCK_V // 4) + tl.arange(0, BLOCK_V // 4)[None, None, :]
-    mask = (i < active)[:, None, None] & (columns < width)
-    exp = tl.load(exp_ptr + row * pitch + columns, mask=mask, other=0.0).to(tl.float32)
+    exp = tl.load(exp_ptr + row * pitch + columns).to(tl.float32)
     slope = tl.load(slope_ptr + row)
     share = tl.exp(tl.load(top_ptr + (block * 4 + quarter) * top_pitch + row) - tl.load(lse_ptr + row))
     at_target = columns == tl.load(target_ptr + row) - start
     dz = tl.where(at_target, slope * (1.0 - tl.exp(tl.load(logp_ptr + row))), exp * (-slope * share))
     dz_ptrs = dz_ptr + i.to(tl.int64)[:, None, None] * pitch + columns
-    tl.store(dz_ptrs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+    tl.store(dz_ptrs, dz.to(dz_ptr.dtype.element_ty), mask=present)
 
 
 class FusedHead(RowHead):
@@ -219,7 +219,7 @@ class FusedHead(RowHead):
             dz_av = self._dz_tv[: len(a), :width]
             kept_gradient_kernel[(triton.cdiv(len(a), GRADIENT_ROWS), triton.cdiv(width, BLOCK_V))](
                 self._exp_Ktv[k], self._top_Kbt[k], a, self.targets_T[chunk], logp_t, lse_t, slope_t, dz_av,
-                len(a), self.pitch, self._whole_blocks, width, self.shard.start + tile.start,
+                len(a), self.pitch, self._whole_blocks, self.shard.start + tile.start,
                 BLOCK_A=GRADIENT_ROWS, BLOCK_V=BLOCK_V,
             )  # fmt: skip
             yield tile, dz_av

@@ -3,7 +3,8 @@
 One kernel reads the logits once for the four statistics; one reads them once more and writes dz in the precision of
 the gradients' matrix products. Sums run in a fixed order without atomics: every run gives the same bits.
 
-Legend as in ``flow.py``. A pitch is the distance of two rows, padded so that each begins at a multiple of 16 bytes.
+Legend as in ``flow.py``. A pitch is the distance of two rows, a multiple of PITCH: what lies between a row's columns and
+the pitch is nobody's, and is read and written so that all loads and stores are of 16 bytes.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ def row_statistics_kernel(
     weighted = 0.0
     for begin in range(0, width, BLOCK):
         columns = begin + tl.arange(0, BLOCK)
-        inside = columns < width
-        z = tl.load(z_ptr + columns, mask=inside, other=0.0) * scale
-        higher = tl.maximum(top, tl.max(tl.where(inside, z, float("-inf")), 0))
-        exp = tl.where(inside, tl.exp(z - higher), 0.0)
+        z = tl.load(z_ptr + columns, mask=columns < pitch, other=0.0) * scale
+        z = tl.where(columns < width, z, -1e30)  # exp makes it 0; finite, for z exp must be 0, too
+        higher = tl.maximum(top, tl.max(z, 0))
+        exp = tl.exp(z - higher)
         shrink = tl.exp(top - higher)
         total = total * shrink + tl.sum(exp, 0)
         weighted = weighted * shrink + tl.sum(z * exp, 0)
@@ -55,24 +56,23 @@ def row_statistics_kernel(
     tl.store(stats_ptr + 3 * tokens + row, z_target)
 
 
-@triton.jit(do_not_specialize=["width", "start"])
+@triton.jit(do_not_specialize=["start"])
 def row_gradient_kernel(
     z_ptr, rows_ptr, target_ptr, scale_ptr, lse_ptr, slope_ptr, pull_ptr, entropy_ptr, dentropy_ptr, dz_ptr,
-    z_pitch, dz_pitch, width, start, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    pitch, start, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dz [a, v] = onehot slope + p (pull - dentropy (z - lse + entropy)), of the rows ``rows`` [a] of z [t, v]."""
     i = tl.program_id(0).to(tl.int64)
     row = tl.load(rows_ptr + i)
     lse = tl.load(lse_ptr + row)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < width
-    z = tl.load(z_ptr + row * z_pitch + columns, mask=inside, other=0.0) * tl.load(scale_ptr + row)
+    z = tl.load(z_ptr + row * pitch + columns, mask=columns < pitch, other=0.0) * tl.load(scale_ptr + row)
     factor = tl.load(pull_ptr + row)
     if ENTROPY:
         factor -= tl.load(dentropy_ptr + row) * (z - lse + tl.load(entropy_ptr + row))
     at_target = columns == tl.load(target_ptr + row) - start
     dz = tl.exp(z - lse) * factor + tl.where(at_target, tl.load(slope_ptr + row), 0.0)
-    tl.store(dz_ptr + i * dz_pitch + columns, dz.to(dz_ptr.dtype.element_ty), mask=inside)
+    tl.store(dz_ptr + i * pitch + columns, dz.to(dz_ptr.dtype.element_ty), mask=columns < pitch)
 
 
 class RowHead(flow.Head):
@@ -146,7 +146,7 @@ class RowHead(flow.Head):
         dz_av = self._dz_tv[: len(a), :width]
         row_gradient_kernel[(len(a), triton.cdiv(width, GRADIENT_BLOCK))](
             z_tv, a, self.targets_T[chunk], self.scale_T[chunk], lse_t, slope_t, pull_t,
-            *(through_entropy or (lse_t, lse_t)), dz_av, self.pitch, self.pitch, width, self.shard.start + tile.start,
+            *(through_entropy or (lse_t, lse_t)), dz_av, self.pitch, self.shard.start + tile.start,
             ENTROPY=through_entropy is not None, BLOCK=GRADIENT_BLOCK,
         )  # fmt: skip
         return dz_av

@@ -89,7 +89,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """All lines of ``path`` as dicts, null as None. A torn last line, which a kill leaves behind, is left out.
 
     Raises UserError, with file and line, for a missing file and for any other line that this file never writes: no
-    object, a value that is not a finite number, a step that does not follow the last.
+    object, a name that nobody can read, a value that is not a finite number, a step that does not follow the last.
     """
     path = Path(path)
     try:
@@ -110,7 +110,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _is_row(row: Any) -> bool:
-    if not isinstance(row, dict) or type(row.get("step")) is not int:
+    if not isinstance(row, dict) or type(row.get("step")) is not int or not all(map(str.isprintable, row)):
         return False
     return all(
         value is None or (isinstance(value, int | float) and abs(value) <= sys.float_info.max) for value in row.values()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-
 
 def is_plain(name: object) -> bool:
-    """Whether ``name`` is a text that stays in its folder (no path, absolute or upwards) and a file system takes."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not re.search("[/\0\ud800-\udfff]", name)
+    """Whether ``name`` is a text that stays in its folder: no path, absolute or upwards, and nothing that hides."""
+    return isinstance(name, str) and name.isprintable() and "/" not in name and name not in ("", ".", "..")

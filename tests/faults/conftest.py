@@ -4,6 +4,7 @@ import pytest
 
 from tests.faults.submit import submit  # noqa: F401 - a fixture
 
+pytest.register_assert_rewrite("tests.faults.job", "tests.faults.kills", "tests.faults.outcome")
 _lines: list[str] = []
 
 

@@ -276,7 +276,7 @@ def hf(tmp_path: Path) -> Path:
 
 def judge_model(submit: Submit, task: Path, hf: Path) -> bool:
     overrides = f"model={{hf: {hf}}}", "data.max_prompt_tokens=16"
-    return refused(submit("train", str(task), *overrides), str(hf), str(task))
+    return refused(submit("train", str(task), *overrides), str(hf), str(task), "data: prompt ")
 
 
 TREES = ["config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors.index.json"]
