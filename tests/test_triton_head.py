@@ -44,7 +44,7 @@ def compile_for_h100(kernel, types: dict[str, str], constants: dict, options: di
 
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name].rstrip("%") for name in names}
-    divisible = [name for name in names if name not in constants and types[name][0] + types[name][-1] != "i2"]
+    divisible = [name for name in names if name not in constants and (types[name][0] == "*" or types[name][-1] == "%")]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", 90, 32), options=options
@@ -62,17 +62,23 @@ def compile_for_h100(kernel, types: dict[str, str], constants: dict, options: di
 @needs_triton
 @pytest.mark.parametrize("keep", [False, True])
 def test_the_fused_product_leaves_room_for_a_second_program(keep, tmp_path):
-    """bf16 on tensor cores, loads that do not pass through registers; two programs a multiprocessor."""
+    """bf16 on tensor cores, fed by the copy engine; two programs a multiprocessor."""
     from megatron_dypo.kernels import triton_fused as fused
 
-    types = {"hidden_ptr": "*bf16", "weight_ptr": "*bf16", "target_ptr": "*i64", "scale_ptr": "*fp32"}
-    types |= {"partial_ptr": "*fp32", "exp_ptr": "*bf16", "top_ptr": "*fp32"}
+    types = {"hidden_desc": f"tensordesc<bf16[{fused.BLOCK_T}, {fused.BLOCK_H}]>"}
+    types |= {"weight_desc": f"tensordesc<bf16[{fused.BLOCK_V}, {fused.BLOCK_H}]>"}
+    types |= {
+        "target_ptr": "*i64",
+        "scale_ptr": "*fp32",
+        "partial_ptr": "*fp32",
+        "exp_ptr": "*bf16",
+        "top_ptr": "*fp32",
+    }
     types |= dict.fromkeys(("tokens", "parts", "width", "real", "start"), "i32")
     types |= dict.fromkeys(("H", "exp_tile", "exp_pitch", "top_pitch"), "i32%")
     constants = {name: getattr(fused, name) for name in ("GROUP", "PART", "BLOCK_T", "BLOCK_V", "BLOCK_H")}
-    constants |= {"KEEP": keep, "EVEN_H": True}
-    used = compile_for_h100(fused.fused_statistics_kernel, types, constants, fused.OPTIONS, tmp_path)
-    assert "wgmma.mma_async" in used["ptx"] and "cp.async" in used["ptx"]
+    used = compile_for_h100(fused.fused_statistics_kernel, types, constants | {"KEEP": keep}, fused.OPTIONS, tmp_path)
+    assert "wgmma.mma_async" in used["ptx"] and "cp.async.bulk.tensor" in used["ptx"]
     assert 2 * used["registers"] * 32 * fused.OPTIONS["num_warps"] <= REGISTERS
     assert 2 * used["shared"] <= SHARED
 
@@ -90,7 +96,7 @@ def test_the_other_kernels_compile_without_spills(name, tmp_path):
     types |= {"exp_ptr": "*bf16", "rows_ptr": "*i64", "target_ptr": "*i64"}
     gradient = {"BLOCK": rows.GRADIENT_BLOCK}
     kernel, constants, options = {
-        "join": (fused.join_kernel, {"BLOCK": fused.JOIN_BLOCK}, {}),
+        "join": (fused.join_kernel, {"GROUP": fused.GROUP, "BLOCK_T": fused.BLOCK_T}, {}),
         "kept": (fused.kept_gradient_kernel, {"BLOCK_A": fused.GRADIENT_ROWS, "BLOCK_V": fused.BLOCK_V}, {}),
         "statistics": (rows.row_statistics_kernel, {"BLOCK": rows.STATISTICS_BLOCK}, rows.STATISTICS_OPTIONS),
         "gradient": (rows.row_gradient_kernel, gradient | {"ENTROPY": False}, {}),
@@ -98,7 +104,7 @@ def test_the_other_kernels_compile_without_spills(name, tmp_path):
     }[name]
     for dtype in ("*bf16",) if name == "kept" else ("*bf16", "*fp32") if "gradient" in name else ("*fp32",):
         used = compile_for_h100(kernel, types | {"dz_ptr": dtype}, constants, options, tmp_path)
-        assert used["shared"] <= SHARED and "ld.global.v4" in used["ptx"] or name in ("join", "kept")
+        assert name == "join" or re.search(r"ld\.global[.\w]*\.v4", used["ptx"])  # 16 bytes at a time
 
 
 def test_triton_is_refused_by_name_where_it_cannot_run(monkeypatch):

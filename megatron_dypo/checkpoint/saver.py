@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megatron_dypo.checkpoint.counters import Counters
 from megatron_dypo.checkpoint.files import Written, sync_folder, write_index, write_pieces
-from megatron_dypo.checkpoint.folders import complete_steps, step_folder
+from megatron_dypo.checkpoint.folders import complete_steps, find_fault, step_folder
 from megatron_dypo.checkpoint.state import exchange_holders, snapshot
 from megatron_dypo.config.schema import Config
 from megatron_dypo.errors import TrainingError
@@ -189,4 +189,7 @@ def _remove(folder: Path) -> None:
 
 
 def _score(folder: Path) -> float | None:
+    """The checkpoint's held-out accuracy; None where it has none, or where the file that holds it is damaged."""
+    if find_fault(folder, ["state.json"]):
+        return None
     return json.loads((folder / "state.json").read_text())["score"]

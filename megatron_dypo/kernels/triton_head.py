@@ -14,8 +14,8 @@ from megatron_dypo.kernels.triton_fused import FusedHead
 from megatron_dypo.kernels.triton_rows import RowHead
 from megatron_dypo.kernels.vocab import VocabShard
 
-# Those that form the logits, and those that form them again in a backward pass. Both functions take the same ones for
-# the same dtype: the ratio of a training pass to its old pass is then exactly 1.
+# Those that form the logits, and those that form them again in a backward pass. Both functions take the same ones: the
+# ratio of a training pass to its old pass is then exactly 1.
 HEADS = {
     torch.bfloat16: (FusedHead, RowHead),
     torch.float16: (RowHead, RowHead),
@@ -27,16 +27,23 @@ HEADS = {
 def logprob(
     hidden, weight, targets, temperature_T, shard: VocabShard, sequence_parallel: bool, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    heads = HEADS[hidden.dtype]
+    heads = _heads(hidden, weight)
     with _on_device_of(hidden):
         return flow.LogProb.apply(heads, hidden, weight, targets, temperature_T, shard, sequence_parallel, entropy)
 
 
 def loss(hidden, weight, targets, token_loss, temperature_T, shard: VocabShard, sequence_parallel: bool, entropy: bool):
-    forms, _ = HEADS[hidden.dtype]
+    forms, _ = _heads(hidden, weight)
     arguments = (hidden, weight, targets, token_loss, temperature_T, shard, sequence_parallel, entropy)
     with _on_device_of(hidden):
         return flow.Loss.apply(forms, *arguments, torch.is_grad_enabled())  # within a Function it never is
+
+
+def _heads(hidden: Tensor, weight: Tensor) -> tuple[type[flow.Head], type[flow.Head]]:
+    forms, recomputes = HEADS[hidden.dtype]
+    if forms is FusedHead and not FusedHead.takes(hidden, weight):
+        forms = RowHead
+    return forms, recomputes
 
 
 def _on_device_of(hidden: Tensor) -> contextlib.AbstractContextManager:

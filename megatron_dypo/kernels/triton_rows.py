@@ -3,8 +3,8 @@
 One kernel reads the logits once for the four statistics; one reads them once more and writes dz in the precision of
 the gradients' matrix products. Sums run in a fixed order without atomics: every run gives the same bits.
 
-Legend as in ``flow.py``. A pitch is the distance of two rows, a multiple of PITCH: what lies between a row's columns and
-the pitch is nobody's, and is read and written so that all loads and stores are of 16 bytes.
+Legend as in ``flow.py``. A pitch is the distance of two rows, a multiple of PITCH: what lies between a row's columns
+and the pitch is nobody's, and is read and written so that all loads and stores are of 16 bytes.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ class RowHead(flow.Head):
         for k, tile in self.tiles():
             z_tv = self._logits(hidden_tH, k, tile)
             row_statistics_kernel[(tokens,)](
-                z_tv, self.targets_T[chunk], self.scale_T[chunk], stats_K4t[k],
-                self.pitch, z_tv.shape[1], self.shard.start + tile.start, tokens, BLOCK=STATISTICS_BLOCK, **STATISTICS_OPTIONS,
+                z_tv, self.targets_T[chunk], self.scale_T[chunk], stats_K4t[k], self.pitch, z_tv.shape[1],
+                self.shard.start + tile.start, tokens, BLOCK=STATISTICS_BLOCK, **STATISTICS_OPTIONS,
             )  # fmt: skip
         return stats_K4t
 

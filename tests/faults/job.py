@@ -23,14 +23,7 @@ class Job:
     ``acts``: what is to happen on which ranks when they get to a point. What they print goes to ``folder/rank_N.log``.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        config: Path,
-        *overrides: str,
-        world: int = 2,
-        acts: Sequence[Act] = (),
-    ):
+    def __init__(self, folder: Path, config: Path, *overrides: str, world: int = 2, acts: Sequence[Act] = ()):
         folder.mkdir(parents=True)
         self.folder = folder
         command = ["train", str(config), *overrides]

@@ -25,7 +25,9 @@ def written_steps(run_dir: Path) -> int:
 
 
 def first_step(output: str) -> int | None:
-    """The first training step that a launch reported, None where it did not get to one."""
+    """The training step that a launch began with, as it said; None where it did not get that far."""
+    if found := re.search(r" resumes after step (\d+)$", output, re.MULTILINE):
+        return int(found[1]) + 1
     found = re.search(r"^step (\d+)/", output, re.MULTILINE)
     return int(found[1]) if found else None
 
