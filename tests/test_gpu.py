@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from megatron_dypo.kernels import linear_logprob
+from megatron_dypo.kernels import linear_logprob, linear_loss
 from tests import test_grouped_loss as grouped
 from tests.batches import make_groups, trace_ids
 from tests.ranks import run_ranks
@@ -16,16 +16,125 @@ from tests.test_deterministic import updates
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
-def test_head_on_cuda_equals_cpu():
-    torch.manual_seed(0)
-    hidden_TH, weight_VH = torch.randn(700, 64), torch.randn(1024, 64)
-    targets_T = torch.randint(0, 1000, (700,))
-    ours, theirs = (
-        linear_logprob(hidden_TH.to(device), weight_VH.to(device), targets_T.to(device), vocab_size=1000, entropy=True)
-        for device in ("cuda", "cpu")
+# --- the head: T tokens, H hidden size, V rows of the weight
+
+HEAD_SHAPES = [(1, 64, 1024), (700, 256, 5000), (1037, 72, 40000)]  # several parts of a tile, blocks and widths cut off
+
+
+def make_head(tokens: int, width: int, rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """(hidden [T, H], weight [V, H], targets [T], temperature [T], slope [T]) on the device; some tokens are sure."""
+    draw = torch.Generator().manual_seed(0)
+    hidden_TH = torch.randn(tokens, width, generator=draw).to(dtype)
+    weight_VH = (3 / width**0.5 * torch.randn(rows, width, generator=draw)).to(dtype)
+    targets_T = torch.randint(0, rows - 24, (tokens,), generator=draw)
+    weight_VH[targets_T[::3]] += 2 / width**0.5 * hidden_TH[::3]
+    slope_T = torch.randn(tokens, generator=draw) * (torch.rand(tokens, generator=draw) < 0.7)
+    slope_T[0] = 1.0
+    temperature_T = 0.5 + torch.rand(tokens, generator=draw)
+    return tuple(x.cuda() for x in (hidden_TH, weight_VH, targets_T, temperature_T, slope_T))
+
+
+def head_results(head: tuple[torch.Tensor, ...], backend: str, dtype: torch.dtype | None = None) -> dict:
+    """Log-probs and gradients of both functions; ``dtype`` other than the head's for the definition."""
+    hidden_TH, weight_VH, targets_T, temperature_T, slope_T = (
+        x.to(dtype) if dtype and x.is_floating_point() else x for x in head
     )
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-4)
+    options = {
+        "temperature": temperature_T, "vocab_size": len(weight_VH) - 24, "entropy": True, "backend": backend
+    }  # fmt: skip
+    inputs = hidden_TH.requires_grad_(), weight_VH.requires_grad_()
+    with torch.no_grad():
+        old = linear_logprob(*inputs, targets_T, **options)
+    result = linear_logprob(*inputs, targets_T, **options)
+    total = (slope_T * (result.logp + 0.1 * result.entropy + 0.2 * result.lse)).sum()
+    found = {f"old/{name}": value for name, value in old._asdict().items()}
+    found |= dict(zip(("dhidden", "dweight"), torch.autograd.grad(total, inputs), strict=True))
+    loss, now = linear_loss(*inputs, targets_T, lambda logp, entropy, t: (slope_T[t] * logp, slope_T[t]), **options)
+    found |= {f"now/{name}": value for name, value in now._asdict().items()}
+    gradients = zip(("loss/dhidden", "loss/dweight"), torch.autograd.grad(loss, inputs), strict=True)
+    return {name: value.detach() for name, value in (found | dict(gradients)).items()}
+
+
+@pytest.mark.parametrize("shape", HEAD_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["triton", "chunked"])
+def test_head_equals_the_definition_in_float64(shape, dtype, backend):
+    """In half precision values are as good as in fp32; gradients are rounded, p or dz once or twice and the result."""
+    head = make_head(*shape, dtype)
+    expected = head_results(head, "reference", torch.float64)
+    for name, value in head_results(head, backend).items():
+        error = (value.double() - expected[name]).abs()
+        if "/" in name and not name.startswith("loss"):
+            assert error.max() <= 2e-6 * (10 + expected["now/lse"].abs().max()), name
+        else:
+            assert error.norm() <= (1e-5 if dtype == torch.float32 else 3e-3) * expected[name].norm(), name
+    assert not expected["dweight"][-24:].any()
+
+
+@pytest.mark.parametrize("shape", HEAD_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_head_repeats_bit_for_bit(shape, dtype):
+    """From run to run, and between the old pass, which keeps nothing, and the training pass."""
+    head = make_head(*shape, dtype)
+    once, again = head_results(head, "auto"), head_results(head, "triton")
+    for name, value in once.items():
+        assert torch.equal(value, again[name]), name
+        if name.startswith("old/"):
+            assert torch.equal(value, once[name.replace("old", "now")]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_head_tile_has_the_same_bits_on_any_rank_and_at_any_place(dtype):
+    """Each shard's statistics are those of the same tiles of one rank; a row of the fused product may move, too."""
+    from megatron_dypo.kernels.triton_head import HEADS
+    from megatron_dypo.kernels.vocab import VocabShard
+
+    hidden_TH, weight_VH, targets_T, temperature_T, _ = make_head(300, 256, 40960, dtype)
+    forms, _ = HEADS[dtype]
+
+    def statistics(rank: int, ranks: int, order_T: torch.Tensor) -> torch.Tensor:
+        rows = len(weight_VH) // ranks
+        shard = VocabShard(rows, rank * rows, len(weight_VH) - 24, None, ranks)
+        own = weight_VH[rank * rows : (rank + 1) * rows].clone()
+        head = forms(hidden_TH[order_T], own, targets_T[order_T], temperature_T[order_T], shard)
+        return head.statistics(slice(0, len(order_T)))
+
+    in_place_T = torch.arange(300, device="cuda")
+    whole_K4t = statistics(0, 1, in_place_T)
+    for ranks in (2, 4, 8):
+        assert torch.equal(torch.cat([statistics(rank, ranks, in_place_T) for rank in range(ranks)]), whole_K4t)
+    if dtype == torch.bfloat16:
+        order_T = torch.randperm(300, device="cuda")
+        assert torch.equal(statistics(0, 1, order_T), whole_K4t[..., order_T])
+
+
+def test_head_allocates_no_tokens_times_vocabulary():
+    tokens, width, rows = 32768, 256, 65536
+    hidden_TH = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight_VH = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    targets_T = torch.randint(0, rows, (tokens,), device="cuda")
+
+    def peak(function) -> int:
+        """Bytes above what was allocated before."""
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+
+    def training_pass() -> None:
+        loss, _ = linear_loss(hidden_TH, weight_VH, targets_T, lambda logp, entropy, t: (-logp, -torch.ones_like(logp)))
+        loss.backward()
+
+    def old_pass() -> None:
+        with torch.no_grad():
+            linear_logprob(hidden_TH, weight_VH, targets_T)
+
+    assert peak(old_pass) < 128 << 20
+    assert peak(training_pass) < 2 << 30 < tokens * rows * hidden_TH.element_size()
+
+
+# --- the loss and the step
 
 
 def test_grouped_loss_on_cuda_equals_cpu_and_a_cut_at_any_place_gives_the_same_bits():

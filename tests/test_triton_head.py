@@ -34,7 +34,7 @@ def test_results_in_the_interpreter():
 
 
 def compile_for_h100(kernel, types: dict[str, str], constants: dict, options: dict, tmp_path: Path) -> dict:
-    """{ptx, registers of a thread, shared bytes of a program}; fails if ptxas does, or spills.
+    """{ptx, registers of a thread, shared bytes of a program}; fails if ptxas does, or spills more than an address.
 
     ``types`` has a type for each argument that is no constant; one ending in ``%`` is divisible by 16, as are pointers.
     """
@@ -53,8 +53,9 @@ def compile_for_h100(kernel, types: dict[str, str], constants: dict, options: di
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     command = [tool, "--dump-resource-usage", tmp_path / "kernel.cubin"]
     usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert " STACK:0 " in usage and " LOCAL:0 " in usage, usage  # where ptxas puts what it spills
-    registers = int(re.search(r" REG:(\d+) ", usage).group(1))
+    registers, stack, local = (int(re.search(rf" {name}:(\d+) ", usage).group(1)) for name in ("REG", "STACK", "LOCAL"))
+    # What ptxas spills is on the stack. Triton 3.9's leaves one address there, before the loops; 3.6's leaves nothing.
+    assert stack <= 8 and local == 0, usage
     print(f"{kernel.__name__} {constants}: {registers} registers, {compiled.metadata.shared} bytes of shared memory")
     return {"ptx": compiled.asm["ptx"], "registers": registers, "shared": compiled.metadata.shared}
 

@@ -216,7 +216,7 @@ def test_malformed_parquet(submit: Submit, task, tmp_path, rows, fault_record, l
         return judge()
 
     assert not refuses_columns(rows)
-    malformed = hunt(spoilt_trees(rows), refuses_columns, 40, 5)
+    malformed = hunt(spoilt_trees(rows), refuses_columns, 40, 0)
     parquet.write_table(pa.Table.from_pylist(rows), path)
     malformed += hunt(spoilt_bytes(path.read_bytes()), refuses_bytes, 50, 30)
     fault_record(f"{malformed} malformed Parquet files")
