@@ -151,6 +151,30 @@ def test_a_tile_has_the_same_bits_on_any_rank(ranks, small_blocks):
     assert torch.equal(torch.cat(parts), expected_K4t)
 
 
+def test_inputs_may_have_any_strides():
+    """Targets of every other place, hidden states by columns, a slope that is one number, expanded."""
+    hidden_TH, weight_VH, targets_T, _ = make_head(6, 24)
+    every_other_T = targets_T.repeat_interleave(3).add(torch.arange(18) % 3)[::3]
+    by_columns_TH = hidden_TH.t().contiguous().t()
+    results = []
+    for inputs in (
+        (hidden_TH, weight_VH, targets_T),
+        (hidden_TH, weight_VH, every_other_T),
+        (by_columns_TH, weight_VH, every_other_T),
+    ):
+        leaf_TH = inputs[0].detach().requires_grad_()
+        loss, _ = linear_loss(
+            leaf_TH,
+            *inputs[1:],
+            lambda logp, entropy, t: (-logp, torch.tensor(-1.0).expand(len(logp))),
+            backend="triton",
+        )
+        results.append(torch.autograd.grad(loss, leaf_TH)[0])
+    correct_TH = torch.autograd.grad(-plain(leaf_TH, weight_VH, targets_T, torch.ones(6))[0].sum(), leaf_TH)[0]
+    for found_TH in results:
+        assert_near(found_TH, correct_TH, 1e-5)
+
+
 def test_main_grad_is_added_to():
     hidden_TH, weight_VH, targets_T, temperature_T = make_head(6, 24)
     expected_VH = run_loss((hidden_TH, weight_VH, targets_T, temperature_T), torch.ones(6))[4]

@@ -218,6 +218,7 @@ class FusedHead(RowHead):
     def formed(
         self, chunk: slice, a: Tensor, stats_K4t: Tensor, logp_t: Tensor, lse_t: Tensor, slope_t: Tensor
     ) -> flow.Tiles:
+        slope_t = slope_t.contiguous()
         for k, tile in self.tiles():
             dz_av = self._dz_tv[: len(a), : tile.stop - tile.start]
             kept_gradient_kernel[(triton.cdiv(len(a), GRADIENT_ROWS), triton.cdiv(dz_av.shape[1], BLOCK_V))](

@@ -80,6 +80,7 @@ class RowHead(flow.Head):
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
+        self.targets_T = self.targets_T.contiguous()
         self.pitch = -(-self.shard.tile_width // PITCH) * PITCH
         # z * scale, where the definition divides: exact at temperature 1
         ones_T = torch.ones_like(self.targets_T, dtype=self.dtype)
@@ -118,6 +119,7 @@ class RowHead(flow.Head):
     def formed(
         self, chunk: slice, a: Tensor, stats_K4t: Tensor, logp_t: Tensor, lse_t: Tensor, slope_t: Tensor
     ) -> flow.Tiles:
+        slope_t = slope_t.contiguous()
         for k, tile in self.tiles():
             z_tv = self._z_Ktv[k, :, : tile.stop - tile.start]
             yield tile, self._gradient(chunk, tile, z_tv, a, lse_t, slope_t, -slope_t)
