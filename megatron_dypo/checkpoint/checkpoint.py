@@ -12,7 +12,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dypo.checkpoint.counters import Counters
-from megatron_dypo.checkpoint.folders import find_fault, listed_files, step_folder
+from megatron_dypo.checkpoint.folders import find_fault, listed_files, none_left, step_folder
 from megatron_dypo.checkpoint.safe_pickle import check_pickle
 from megatron_dypo.checkpoint.state import restore
 from megatron_dypo.errors import TrainingError
@@ -31,13 +31,13 @@ def load_newest(run_dir: Path, steps: list[int], policy: Policy) -> Counters:
         folder = step_folder(run_dir, step)
         fault = _shared_fault(folder)
         if fault is None:
-            return load(folder, policy)
+            return _load(folder, policy)
         if dist.get_rank() == 0:
             log.warning("%s; falling back to the checkpoint before", fault)
-    raise TrainingError(f"{run_dir / 'checkpoints'}: every checkpoint is damaged; remove the folder to start anew")
+    raise TrainingError(none_left(run_dir))
 
 
-def load(folder: Path, policy: Policy) -> Counters:
+def _load(folder: Path, policy: Policy) -> Counters:
     """Restore weights, optimizer and reference exactly, at any layout; collective.
 
     Raises TrainingError where mcore cannot read them, UserError where ``.metadata`` holds more than plain data.

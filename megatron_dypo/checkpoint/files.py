@@ -2,7 +2,7 @@
 
 One data file a rank, written by that rank alone, and an index that says which part of which tensor lies where. Planning
 needs no collective: every rank knows what it holds. (mcore's own writer gathers plans, starts a manager that runs
-``__main__`` again and forks writers beside the threads of vLLM and OpenMP: 17 to 28 seconds for a tiny model.)
+``__main__`` again and forks writers beside the threads of vLLM and OpenMP; see benchmarks/checkpoints.py.)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_dypo.checkpoint.folders import ALWAYS_THERE, MANIFEST
+from megatron_dypo.checkpoint.folders import MANIFEST
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,11 @@ def write_pieces(path: Path, pieces: list[tuple[Place, Tensor]]) -> Written:
     return Written(path.name, size, digest.hexdigest(), places)
 
 
-def write_index(folder: Path, parts: list[Written], step: int, state: dict) -> None:
+def write_index(folder: Path, parts: list[Written], state: dict) -> None:
     """Complete a folder: mcore's index and, last, the manifest of all files' sizes and checksums. Raises OSError.
 
-    ``state`` is kept as ``state.json``. Raises ValueError where the pieces do not make up whole tensors.
+    ``state``, the step among it, is kept as ``state.json``. Raises ValueError where the pieces do not make up whole
+    tensors.
     """
     tensors: dict[str, TensorStorageMetadata] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
@@ -87,15 +88,17 @@ def write_index(folder: Path, parts: list[Written], step: int, state: dict) -> N
     for key, entry in tensors.items():
         if covered[key] != math.prod(entry.size):
             raise ValueError(f"{key}: {covered[key]} of {math.prod(entry.size)} elements are in the checkpoint")
-    _write(folder / ".metadata", pickle.dumps(Metadata(tensors, storage_data=storage)))
     common = io.BytesIO()
-    torch.save({"iteration": step}, common)
-    _write(folder / "common.pt", common.getvalue())
-    _write(folder / "metadata.json", _json({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
-    _write(folder / "state.json", _json(state))
+    torch.save({"iteration": state["step"]}, common)
+    contents = {
+        ".metadata": pickle.dumps(Metadata(tensors, storage_data=storage)),
+        "common.pt": common.getvalue(),
+        "metadata.json": _json({"sharded_backend": "torch_dist", "sharded_backend_version": 1}),
+        "state.json": _json(state),
+    }
     files = {part.file: {"bytes": part.size, "sha256": part.sha256} for part in parts}
-    for name in ALWAYS_THERE:
-        content = (folder / name).read_bytes()
+    for name, content in contents.items():
+        _write(folder / name, content)
         files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     _write(folder / MANIFEST, _json({"files": files}))
     sync_folder(folder)

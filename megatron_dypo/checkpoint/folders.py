@@ -46,6 +46,11 @@ def complete_steps(run_dir: Path) -> list[int]:
     return [step for step in steps if _is_complete(step_folder(run_dir, step))]
 
 
+def none_left(run_dir: Path) -> str:
+    """What to say where there are checkpoints and none can be used: to train over them is for the user to decide."""
+    return f"{run_dir / 'checkpoints'}: every checkpoint is damaged; remove the folder to start anew"
+
+
 def listed_files(folder: Path) -> list[str]:
     """Names of the files in the folder's manifest, sorted; none where the manifest is no good."""
     files, _ = _read_manifest(folder)

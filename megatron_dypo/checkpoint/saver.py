@@ -51,7 +51,7 @@ class Saver:
         self._holders = exchange_holders(policy)
         self._pending: _Pending | None = None
         self._retry, self._score = False, None
-        self.seconds = 0.0  # that the loop was held up since `take_seconds`
+        self._seconds = 0.0  # that the loop was held up since `take_seconds`
         if dist.get_rank() == 0:
             for left_over in self._run_dir.glob(f"checkpoints/{_PARTIAL}*"):
                 shutil.rmtree(left_over, ignore_errors=True)
@@ -68,14 +68,14 @@ class Saver:
         if every and (step % every == 0 or step == self._trainer.steps or self._retry):
             self._complete(wait=True)
             self._score = score
-            self.save(counters, score)
-        self.seconds += time.perf_counter() - began
+            self._save(counters, score)
+        self._seconds += time.perf_counter() - began
 
     def finish(self, counters: Counters) -> None:
         """Wait for the save under way. Raises TrainingError where the last one could not be written, tried twice."""
         self._complete(wait=True)
         if self._retry:
-            self.save(counters, self._score)
+            self._save(counters, self._score)
             self._complete(wait=True)
         if self._retry:
             raise TrainingError(f"the checkpoint of step {counters.step} could not be written; see the warning above")
@@ -84,10 +84,10 @@ class Saver:
 
     def take_seconds(self) -> float:
         """Seconds that saving held up the loop since the last call."""
-        seconds, self.seconds = self.seconds, 0.0
+        seconds, self._seconds = self._seconds, 0.0
         return seconds
 
-    def save(self, counters: Counters, score: float | None) -> None:
+    def _save(self, counters: Counters, score: float | None) -> None:
         """Take a snapshot and start writing it."""
         pieces = snapshot(self._policy, self._holders)
         total = sum(all_gather_objects(sum(tensor.nbytes for _, tensor in pieces)))
@@ -121,7 +121,7 @@ class Saver:
         def commit() -> Path:
             if failures:
                 raise OSError("; ".join(failures))
-            write_index(pending.folder, parts, pending.state["step"], pending.state)
+            write_index(pending.folder, parts, pending.state)
             return self._publish(pending)
 
         self._on_rank_0(commit, pending.folder)

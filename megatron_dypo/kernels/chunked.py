@@ -39,8 +39,7 @@ class ChunkedHead(flow.Head):
         self.exp_K = self.scratch.new_empty(len(self.shard.tiles) if self.keep else 1, self.scratch.numel())
 
     def chunk_length(self) -> int:
-        vocabulary = self.shard.rows * self.shard.ranks
-        return max(flow.ROWS, min(CHUNK, CHUNK_ELEMENTS // vocabulary // flow.ROWS * flow.ROWS))
+        return self.shortened(CHUNK, CHUNK_ELEMENTS)
 
     def statistics(self, chunk: slice) -> Tensor:
         """[K, 4, t]; leaves exp(z - the tile's max) in ``exp_K``.

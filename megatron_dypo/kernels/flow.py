@@ -63,6 +63,14 @@ class Head(ABC):
     def recomputed(self, chunk: slice, upstream: tuple[Tensor, ...], entropy_t: Tensor, lse_t: Tensor) -> Tiles:
         """Of all tokens of a chunk; ``upstream`` gradients [t] of logp, entropy and lse, each / temperature."""
 
+    def shortened(self, chunk: int, elements: int) -> int:
+        """``chunk`` tokens, or as many as the whole vocabulary's logits are ``elements`` of; a multiple of ROWS.
+
+        Not the shard's vocabulary: matrix products round by their number of rows.
+        """
+        vocabulary = self.shard.rows * self.shard.ranks
+        return max(ROWS, min(chunk, elements // vocabulary // ROWS * ROWS))
+
     @property
     def longest(self) -> int:
         """Rows of the longest chunk, filled up to a multiple of ROWS."""

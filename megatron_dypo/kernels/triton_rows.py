@@ -87,8 +87,7 @@ class RowHead(flow.Head):
         self.scale_T = self.by_temperature(ones_T, slice(None))
 
     def chunk_length(self) -> int:
-        vocabulary = self.shard.rows * self.shard.ranks  # not the shard's: cuBLAS rounds by the number of rows
-        return max(flow.ROWS, min(CHUNK, CHUNK_ELEMENTS // vocabulary // flow.ROWS * flow.ROWS))
+        return self.shortened(CHUNK, CHUNK_ELEMENTS)
 
     @functools.cached_property
     def _z_Ktv(self) -> Tensor:

@@ -59,9 +59,12 @@ class Part:
 def adam_parts(optimizer, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, Part]:
     """The part of each named parameter that this rank's ``optimizer`` holds; those it holds nothing of are left out."""
     parts = {}
-    members = [(one, one.optimizer) for one in getattr(optimizer, "chained_optimizers", [optimizer])]
+    members = []
+    for mcore in getattr(optimizer, "chained_optimizers", [optimizer]):
+        updated = {id(main) for group in mcore.optimizer.param_groups for main in group["params"]}
+        members.append((mcore, mcore.optimizer, updated))
     for name, parameter in parameters:
-        for mcore, inner in members:
+        for mcore, inner, updated in members:
             if isinstance(mcore, DistributedOptimizer):
                 place = mcore.model_param_group_index_map.get(parameter)
                 if place is None:
@@ -71,7 +74,7 @@ def adam_parts(optimizer, parameters: Iterable[tuple[str, torch.nn.Parameter]]) 
                 start, end = held["param"].start, held["param"].end
             else:
                 main, start, end = getattr(parameter, "main_param", parameter), 0, parameter.numel()
-                if not any(main is one for group in inner.param_groups for one in group["params"]):
+                if id(main) not in updated:
                     continue
             parts[name] = Part(start, end, main, inner, has_master=main.dtype != parameter.dtype)
     return parts

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_dypo.checkpoint.folders import complete_steps
+from megatron_dypo.checkpoint.folders import complete_steps, none_left
 from megatron_dypo.config.load import dump, fingerprint
 from megatron_dypo.config.schema import Config
 from megatron_dypo.errors import UserError
@@ -70,7 +70,7 @@ def checkpoints(config: Config) -> list[int]:
             raise UserError(f"trainer.run_dir: {run_dir} belongs to another run; differing: {changes}")
     steps = complete_steps(run_dir)
     if not steps and any(run_dir.glob("checkpoints/step_*")):  # training from the start would overwrite the run
-        raise UserError(f"{run_dir / 'checkpoints'}: every checkpoint is damaged; remove the folder to start anew")
+        raise UserError(none_left(run_dir))
     if steps and (run_dir / "metrics.jsonl").exists():
         read_metrics(run_dir / "metrics.jsonl")
     return steps

@@ -63,7 +63,7 @@ def share_update(policy: Policy, streams: list[TokenStreams]) -> Shared:
     if policy.layout.speaks_for_tokens:
         for stream in streams:
             for name, value in stream.totals.items():
-                local[name] += float(value)
+                local[name] += value
     everyone = all_gather_objects((dict(local), policy.grad_norm(), take_peaks()))
     totals: dict[str, float] = defaultdict(float)
     memory: dict[str, float] = {}

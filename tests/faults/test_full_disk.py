@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests import full_disk
 from tests.faults.job import Job
 from tests.faults.outcome import assert_on_track, assert_same_outcome, first_step, saved_steps
 from tests.faults.points import Point, die
@@ -21,24 +22,13 @@ MAIN = (0,)
 @pytest.fixture
 def small_disk(tmp_path):
     """``run/checkpoints`` on a file system of its own."""
-    folder = tmp_path / "run" / "checkpoints"
-    folder.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={MEGABYTES}m", "tmpfs", str(folder)]
-    mounted = subprocess.run(mount, capture_output=True, text=True, timeout=30)
-    if mounted.returncode:
-        pytest.skip(f"no right to mount a small file system: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=30)
-
-
-def fill(folder: Path) -> None:
-    """Take all the room that is left."""
-    with (folder / "ballast").open("ab", buffering=0) as ballast:
+    mounted = full_disk.small_disk(tmp_path / "run" / "checkpoints", 1024 * MEGABYTES)
+    with ExitStack() as stack:
         try:
-            while True:
-                ballast.write(bytes(1 << 16))
-        except OSError:
-            return
+            folder = stack.enter_context(mounted)
+        except OSError as error:
+            pytest.skip(f"no right to mount a small file system: {error}")
+        yield folder
 
 
 def make_room(folder: Path) -> None:
@@ -48,7 +38,7 @@ def make_room(folder: Path) -> None:
 def test_a_full_disk_costs_no_checkpoint_and_does_not_stop_the_run(references, small_disk, tmp_path):
     """Full while step 6 is written, and still when the run is started again, until step 11."""
     config, straight = make_task(tmp_path), reference(references)
-    fills = (Point("open .partial-step_*.distcp", "after", from_step=6), partial(fill, small_disk), MAIN)
+    fills = (Point("open .partial-step_*.distcp", "after", from_step=6), partial(full_disk.fill_disk, small_disk), MAIN)
     stops = (Point("phase rollout", from_step=9), die, MAIN)
     with Job(tmp_path / "launch_0", config, acts=[fills, stops]) as job:
         assert -9 in job.wait(power_cut=True), job.output()
@@ -68,7 +58,11 @@ def test_a_full_disk_costs_no_checkpoint_and_does_not_stop_the_run(references, s
 def test_a_disk_that_stays_full_is_an_error_at_the_end(references, small_disk, tmp_path):
     """All steps are trained, the older checkpoint stays, and the run goes on from it where there is room."""
     config, straight = make_task(tmp_path), reference(references)
-    fills = (Point("open .partial-step_*.distcp", "after", from_step=18), partial(fill, small_disk), MAIN)
+    fills = (
+        Point("open .partial-step_*.distcp", "after", from_step=18),
+        partial(full_disk.fill_disk, small_disk),
+        MAIN,
+    )
     with Job(tmp_path / "launch_0", config, acts=[fills]) as job:
         codes = job.wait()
     assert all(codes) and f"the checkpoint of step {STEPS} could not be written" in job.output(), job.output()

@@ -164,10 +164,12 @@ def rows(task: Path) -> list[dict]:
     return [json.loads(line) for line in (task.parent / "train.jsonl").read_text().splitlines()[:12]]
 
 
-def judge_data(submit: Submit, task: Path, path: Path) -> Callable[[], bool]:
-    """Whether training refuses the data file, with and without skipping bad rows."""
+def judge_data(submit: Submit, task: Path, path: Path) -> Callable[..., bool]:
+    """Whether training refuses the data file (as it is, or with other content), with and without skipping bad rows."""
 
-    def judge() -> bool:
+    def judge(content: bytes | None = None) -> bool:
+        if content is not None:
+            path.write_bytes(content)
         overrides = f"data.train={path}", "data.prompts_per_step=8"
         refused(submit("train", str(task), *overrides, "data.skip_bad_rows=true"), str(path), "data")
         return refused(submit("train", str(task), *overrides), str(path), "data")
@@ -185,13 +187,9 @@ def test_malformed_json_lines(submit: Submit, task, tmp_path, rows, fault_record
         path.write_text("\n".join(map(json.dumps, rows if isinstance(rows, list) else [rows])))
         return judge()
 
-    def refuses_bytes(content: bytes) -> bool:
-        path.write_bytes(content)
-        return judge()
-
     assert not refuses_rows(rows)
     malformed = hunt(spoilt_trees(rows), refuses_rows, 50, 20)
-    malformed += hunt(spoilt_bytes("\n".join(map(json.dumps, rows)).encode()), refuses_bytes, 50, 30)
+    malformed += hunt(spoilt_bytes("\n".join(map(json.dumps, rows)).encode()), judge, 50, 30)
     fault_record(f"{malformed} malformed JSON Lines files")
 
 
@@ -211,14 +209,10 @@ def test_malformed_parquet(submit: Submit, task, tmp_path, rows, fault_record, l
             return False  # no table can hold that
         return judge()
 
-    def refuses_bytes(content: bytes) -> bool:
-        path.write_bytes(content)
-        return judge()
-
     assert not refuses_columns(rows)
     malformed = hunt(spoilt_trees(rows), refuses_columns, 40, 0)
     parquet.write_table(pa.Table.from_pylist(rows), path)
-    malformed += hunt(spoilt_bytes(path.read_bytes()), refuses_bytes, 50, 30)
+    malformed += hunt(spoilt_bytes(path.read_bytes()), judge, 50, 30)
     fault_record(f"{malformed} malformed Parquet files")
 
 
