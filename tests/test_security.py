@@ -62,7 +62,7 @@ def checkpoint(tmp_path: Path) -> Path:
     folder = tmp_path / "step_1"
     folder.mkdir()
     part = write_pieces(folder / "__0_0.distcp", [(PLACE, torch.arange(8.0).reshape(4, 2))])
-    write_index(folder, [part], 1, {"step": 1})
+    write_index(folder, [part], {"step": 1})
     return folder
 
 
@@ -157,7 +157,7 @@ def test_tensors_are_read_without_running_anything(checkpoint, trap):
     content = payload.getvalue()
     (checkpoint / "__0_0.distcp").write_bytes(content)
     part = Written("__0_0.distcp", len(content), hashlib.sha256(content).hexdigest(), [(PLACE, 0, len(content))])
-    write_index(checkpoint, [part], 1, {"step": 1})
+    write_index(checkpoint, [part], {"step": 1})
     assert find_fault(checkpoint) is None
     check_pickle(checkpoint / ".metadata")
     with pytest.raises(BaseException, match="Weights only load failed"):
