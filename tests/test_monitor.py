@@ -5,14 +5,17 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import random
 import re
 import time
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+import wandb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -165,6 +168,15 @@ def test_no_writer_is_on_by_default(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture
+def own_wandb_service() -> Iterator[None]:
+    """wandb's service process ends with the test: launches of later tests would find and share it."""
+    yield
+    wandb.teardown()
+    assert "WANDB_SERVICE" not in os.environ
+
+
+@pytest.mark.usefixtures("own_wandb_service")
 def test_wandb_offline_and_its_resume_share_one_run(tmp_path, monkeypatch):
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens: the network would be an error or a wait
