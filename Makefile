@@ -29,10 +29,13 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The head takes about 10 minutes on 2 cores, the recipes hours. Results: benchmarks/results/, docs/performance.md.
+# The head takes about 10 minutes on 2 cores, the layouts half an hour, the recipes hours. Results:
+# benchmarks/results/, docs/performance.md.
 bench: venv
 	$(BIN)/python -m pip install -q --no-deps -r requirements/bench.txt
 	$(BIN)/python -m benchmarks.linear_logprob
 	$(BIN)/torchrun --rdzv-backend loopback --rdzv-endpoint localhost --nproc-per-node 2 -m benchmarks.checkpoints --out benchmarks/results/checkpoints_cpu.json
+	$(BIN)/python -m benchmarks.packing
+	$(BIN)/python -m benchmarks.layouts
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/python -m benchmarks.recipes

@@ -42,7 +42,7 @@ def trained_policy(shape: Shape, shard_optimizer: bool) -> tuple[Config, Policy]
     layout = distributed.init()
     model = model_shape(config.model)
     policy = Policy(config, model, layout, random_weights(model, seed=0))
-    policy.model.zero_grad_buffer()
+    policy.zero_gradients()
     policy.optimizer.zero_grad()
     policy.step(1e-3)
     return config, policy
@@ -99,7 +99,7 @@ def main() -> None:
         began = time.perf_counter()
         metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
         with cpu_shim.cuda_type_names():
-            model = policy.gpt.sharded_state_dict(metadata=metadata)
+            model = policy.chunks[0].module.sharded_state_dict(metadata=metadata)
             optimizer = policy.optimizer.sharded_state_dict(model, metadata=metadata)
             dist_checkpointing.save({"model": model, "optimizer": optimizer}, str(folder))
         return time.perf_counter() - began

@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import select
 import subprocess
 import sys
@@ -27,13 +25,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from benchmarks.heads import HEADS, NAIVE, SEQUENCES, Setting
+from benchmarks.machine import RESULTS, ROOT, environment
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 SHAPES = {
     "cpu": ["2048,512,32000", "1024,256,152064"],
     # 19008: what one of 8 tensor-parallel ranks multiplies, without its collectives
@@ -43,6 +39,7 @@ ROUNDS = {"cpu": 3, "cuda": 4}
 REPEATS = {"cpu": 1, "cuda": 5}  # timed steps a round
 SLOW = 1.5
 FLOAT64 = "float64"
+PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy")
 CHECKED_TOKENS = 8192  # beyond it, at CUDA's shapes, float64 takes longer than all else
 ANSWER_SECONDS = 1200
 
@@ -101,23 +98,6 @@ def measure(workers: dict[str, Worker], setting: Setting, device: str, rounds: i
     return list(records.values())
 
 
-def environment(device: str, threads: int) -> dict[str, Any]:
-    """Versions and hardware, and how busy the machine was before."""
-    packages = ("torch", "triton", "liger-kernel", "cut-cross-entropy")
-    found = {each.metadata["Name"].replace("_", "-"): each.version for each in importlib.metadata.distributions()}
-    versions = {"python": platform.python_version()} | {name: found[name] for name in packages if name in found}
-    memory = f"{psutil.virtual_memory().total / 2**30:.0f} GiB"
-    hardware = f"{threads} threads on {os.cpu_count()} cores of {cpu_model()}, {memory}"
-    if device == "cuda":
-        hardware = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
-    return {"hardware": hardware, "load_average_before": os.getloadavg()[0], "versions": versions}
-
-
-def cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -129,7 +109,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     device = options.device
-    report = environment(device, options.threads) | {"missing": {}, "results": []}
+    report = environment(device, f"{options.threads} threads", PACKAGES) | {"missing": {}, "results": []}
     workers = {FLOAT64: Worker(FLOAT64, device, options.threads)}
     for name in dict.fromkeys([NAIVE, *options.heads]):
         if device not in HEADS[name].devices:

@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.heads import CEILING, HEADS, NAIVE
-from benchmarks.linear_logprob import RESULTS, ROOT
+from benchmarks.machine import RESULTS, ROOT
 
 PAGE = ROOT / "docs" / "performance.md"
 Report = dict[str, Any]
@@ -89,7 +89,8 @@ def percent(active: float) -> str:
 
 def measured_on(report: Report) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    missing = "".join(f" Not measured: {HEADS[name].label} ({why})." for name, why in report["missing"].items())
+    missing = report.get("missing", {}).items()
+    missing = "".join(f" Not measured: {HEADS[name].label} ({why})." for name, why in missing)
     load = f"load average before: {report['load_average_before']:.1f}"
     return f"{report['hardware']}; {versions}; {load}.{missing}"
 
@@ -237,7 +238,72 @@ def checkpoints(report: Report) -> str:
     return size + ".\n\n" + table(["", *names.values()], rows)
 
 
+def packing(report: Report) -> str:
+    names = ["prompts x responses", "data-parallel ranks", "budget", "multiple", "micro-batches a rank"]
+    names += ["filled", "least filled", "perfect packing", "busiest rank", "the worst", "costliest micro-batch"]
+    rows = [
+        [
+            f"{plan['prompts']} x {plan['responses']}",
+            *(f"{plan[name]:,}" for name in ("ranks", "budget", "multiple")),
+            f"{plan['micro_batches_a_rank']:.1f}",
+            *(f"{plan[name]:.1%}" for name in ("filled", "filled_least", "filled_if_perfect")),
+            *(f"{plan[name]:.3f}" for name in ("busiest_rank", "busiest_rank_worst", "costliest_micro_batch")),
+        ]
+        for plan in report["plans"]
+    ]
+    parts = [table(names, rows)]
+    labels = {"padded_sorted": "padded, sorted", "padded": "padded, as they come"}
+    columns = [name for name in report["computed"][0] if name != "budget"]
+    header = [labels.get(name) or "packed, TP {} x CP {}".format(*name.split("x")) for name in columns]
+    rows = [[f"{line['budget']:,}", *(f"{line[name]:.1%}" for name in columns)] for line in report["computed"]]
+    parts.append(table(["budget", *header], rows))
+    return "\n\n".join(parts)
+
+
+def layouts(report: Report) -> str:
+    """Ratios are the medians of the rounds' ratios to the first layout."""
+    size, planning = report["size"], report["planning"]
+    first = report["results"][0]
+
+    def rounds(record: Record, field: str) -> list[float]:
+        return [median(update[field] for update in updates) for updates in record["rounds"]]
+
+    def ratio(record: Record, field: str) -> float:
+        own, base = rounds(record, field), rounds(first, field)
+        return median(a / b for a, b in zip(own, base, strict=True))
+
+    tokens = first["rounds"][0][0]["tokens"]
+    model = f"{report['parameters']:,} parameters ({size['layers']} layers, H {size['hidden']}, V {size['vocab']})"
+    batch = f"{size['prompts']} prompts x {size['responses']} responses, {tokens:,} tokens in micro-batches of "
+    batch += f"{size['budget']:,} at most"
+    plan = f"A plan for {planning['sequences']:,} sequences and {planning['ranks']} ranks takes "
+    plan += f"{planning['cpu_seconds']:.2f} CPU-seconds"
+    rows = [
+        [
+            layout_label(record["layout"]),
+            str(record["ranks"]),
+            str(record["rounds"][0][0]["micro_batches"]),
+            f"{tokens / median(rounds(record, 'wall_seconds')):,.0f}",
+            f"{1 / ratio(record, 'wall_seconds'):.2f}x",
+            f"{median(rounds(record, 'cpu_seconds')):.2f} ({ratio(record, 'cpu_seconds'):.2f}x)",
+            f"{max(rounds(record, 'memory_gib')):.2f}",
+        ]
+        for record in report["results"]
+    ]
+    names = ["layout", "ranks", "micro-batches a rank", "tokens/s", f"x {layout_label(first['layout'])}"]
+    names += ["CPU-seconds an update", "peak GiB a rank"]
+    return "\n\n".join([measured_on(report), f"{model}; {batch}. {plan}.", table(names, rows)])
+
+
+def layout_label(name: str) -> str:
+    """tp2-sp-pp2 is TP2 + SP x PP2."""
+    return "one rank" if name == "dp1" else name.upper().replace("-SP", " + SP").replace("-", " x ")
+
+
 SECTIONS = {
+    "packing": packing,
+    "layouts_cpu": layouts,
+    "layouts_cuda": layouts,
     "linear_logprob_cpu": head_cpu,
     "linear_logprob_cuda": head_cuda,
     "checkpoints_cpu": checkpoints,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_dypo.batching.grade import grade_groups
@@ -43,7 +45,7 @@ def train(config: Config, inputs: Inputs) -> None:
     if config.trainer.deterministic:
         deterministic.enable()
     with phase("joining the job"):
-        layout = distributed.init(config.parallel.tensor, config.parallel.pipeline, config.parallel.timeout)
+        layout = distributed.init(config.parallel)
     with Watchdog(config.parallel) as watchdog:
         _train(config, inputs, layout, watchdog)
 
@@ -56,6 +58,8 @@ def _train(config: Config, inputs: Inputs, layout: Layout, watchdog: Watchdog) -
         folder = run_dir / "engine" / f"rank_{layout.rank}"
         engine = build_engine(config, inputs.shape, tokenizer.eos_id, folder)
         distributed.claim_device()  # an engine may have chosen another
+        if engine and trainer.offload:
+            engine.sleep(keep_weights=False)
     with phase("policy start"):
         hf = config.model.hf
         read = folder_weights(hf_folder(hf)) if hf else random_weights(inputs.shape, trainer.seed)
@@ -73,11 +77,22 @@ def _train(config: Config, inputs: Inputs, layout: Layout, watchdog: Watchdog) -
         if engine:
             sync_weights(policy, engine, config.rollout.sync_timeout)
 
+    @contextmanager
+    def engines_turn(keep_weights: bool) -> Iterator[None]:
+        """The engine samples; with ``trainer.offload`` it has the device to itself, and gives it back at the end."""
+        if not trainer.offload:
+            yield
+            return
+        with policy.offload.on_host():
+            yield
+            if engine:
+                engine.sleep(keep_weights)
+
     def evaluate(step: int) -> dict:
         due = trainer.eval_every and (step % trainer.eval_every == 0 or step == trainer.steps)
         if not engine or not due:
             return {}
-        with phase("evaluation"):
+        with engines_turn(keep_weights=True), phase("evaluation"):
             return greedy_accuracy(inputs.held_out, engine, config, tokenizer, reward, layout)
 
     with Monitor(config, layout, counters.step) as monitor, reward, watchdog.reporting():
@@ -89,7 +104,8 @@ def _train(config: Config, inputs: Inputs, layout: Layout, watchdog: Watchdog) -
         for step in range(counters.step + 1, trainer.steps + 1):
             begin_step(step)
             clock = Stopwatch()
-            groups = rollouts.batch(step, policy.version, clock)
+            with engines_turn(keep_weights=False):  # a sync comes before the next turn
+                groups = rollouts.batch(step, policy.version, clock)
             grade_groups(groups, config.objective, trainer.seed, step, rollouts.usable_teachers)
             rollouts.record(step, groups)
             policy.refresh_reference(step)
@@ -102,7 +118,8 @@ def _train(config: Config, inputs: Inputs, layout: Layout, watchdog: Watchdog) -
             metrics = clock.metrics() | batch_metrics(groups, outcome.works) | outcome.metrics | outcome.memory
             metrics |= counters.metrics() | watchdog.metrics()
             evaluation = evaluate(step)
-            monitor.step(step, metrics | {"train/lr": lr, "time/save": saver.take_seconds()} | evaluation)
+            times = {"time/save": saver.take_seconds(), "time/offload": policy.offload.take_seconds()}
+            monitor.step(step, metrics | {"train/lr": lr} | times | evaluation)
             if outcome.skipped:
                 monitor.notice([f"step {step} skipped: {outcome.skipped}"])
             if counters.skipped_in_a_row > trainer.max_skipped_steps:

@@ -9,7 +9,8 @@ from megatron_dypo.records import Group, Prompt, Regime, Response, Teacher
 
 SHAPES = {
     "llama": Shape(num_query_groups=2),
-    "llama-tied": Shape(tied_embeddings=True),
+    "deep": Shape(num_layers=4, num_attention_heads=8, head_dim=16, num_query_groups=4),
+    "llama-tied": Shape(tied_embeddings=True, num_layers=4),
     "qwen2-tied": Shape(family="qwen2", tied_embeddings=True, num_query_groups=2),
     "qwen3": Shape(family="qwen3", num_query_groups=2),
 }

@@ -1,4 +1,4 @@
-"""The head's benchmark at a tiny size, and the page that shows the stored results."""
+"""The benchmarks at a tiny size, and the page that shows the stored results."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ import json
 import subprocess
 import sys
 
+import numpy as np
+import pytest
+
+from benchmarks import packing
+from benchmarks.layouts import parse
 from benchmarks.tables import PAGE, RESULTS, ROOT, written
+from megatron_dypo.batching.micro_batch import MicroBatch
+from megatron_dypo.batching.plan import plan_micro_batches
+from megatron_dypo.records import Kind, Sequence
 
 
 def test_performance_page_shows_the_stored_results():
@@ -40,3 +48,49 @@ def test_head_benchmark_checks_every_head_against_float64(tmp_path):
     assert all(0.2 < peak < 20 for peak in naive[512]), naive
     page = written(PAGE.read_text(), tmp_path)
     assert "| CPU-seconds at most 0.5x naive at 42% active, slopes zero | 64, 32, 512 |" in page
+
+
+def test_stored_packing_is_the_planners():
+    assert json.loads((RESULTS / "packing.json").read_text()) == packing.report(), "run `python -m benchmarks.packing`"
+
+
+@pytest.mark.parametrize(("tensor", "context"), [(1, 1), (4, 1), (1, 2), (2, 2)])
+def test_packing_counts_the_tokens_that_micro_batches_hold(tensor, context):
+    lengths = packing.lognormal_lengths(20, 50, 200, seed=0)
+    plan = plan_micro_batches(lengths, ranks=3, budget=200, multiple=10)  # some are empty
+    sequences = [Sequence(np.zeros(length, np.int32), 1, Kind.ROLLOUT, 0, 0) for length in lengths]
+    batches = [
+        MicroBatch.pack(sequences, members, 1.0, tensor=tensor, context=context) for share in plan for members in share
+    ]
+    assert not all(batch.places for batch in batches)
+    assert packing.packed_tokens(lengths, plan, tensor, context) == sum(batch.cu_seqlens[-1] for batch in batches)
+
+
+def test_padded_batches_are_as_wide_as_their_longest_sequence():
+    assert packing.padded_tokens([3, 5, 4, 9, 1], budget=10) == 2 * 5 + 4 + 9 + 1
+    assert packing.padded_tokens([2, 2, 2], budget=100) == 6
+
+
+def test_layouts_are_read_from_their_names():
+    parallel = {"tensor": 2, "sequence_parallel": True, "pipeline": 2, "virtual_pipeline": 3}
+    assert parse("tp2-sp-pp2-vpp3-dp4") == (16, parallel)
+    assert parse("dp1") == (1, {})
+    with pytest.raises(ValueError, match="ep2"):
+        parse("tp2-ep2")
+
+
+def test_layouts_benchmark_trains_the_same_batch_in_every_layout(tmp_path):
+    out = tmp_path / "layouts_cpu.json"
+    sizes = {"hidden": 64, "ffn": 64, "vocab": 64, "heads": 2, "groups": 2, "prompts": 2, "mean": 32, "cap": 64}
+    options = [f"--{name}={value}" for name, value in (sizes | {"budget": 100, "rounds": 1, "updates": 1}).items()]
+    layouts = ["dp1", "pp2-vpp2"]
+    command = [sys.executable, "-m", "benchmarks.layouts", "--device", "cpu", *options, "--layouts", *layouts]
+    subprocess.run([*command, "--out", str(out)], cwd=ROOT, check=True, timeout=400)
+    report = json.loads(out.read_text())
+    (alone,), (pipeline,) = [update for record in report["results"] for update in record["rounds"]]
+    assert alone["tokens"] == pipeline["tokens"] > 100
+    assert pipeline["gradient_norm"] == pytest.approx(alone["gradient_norm"], rel=1e-4)
+    assert alone["gradient_norm"] > 0 and min(alone["wall_seconds"], alone["cpu_seconds"]) > 0
+    assert alone["micro_batches"] % 2 and pipeline["micro_batches"] == alone["micro_batches"] + 1
+    page = written(PAGE.read_text(), tmp_path)
+    assert "| one rank | 1 |" in page and "| PP2 x VPP2 | 2 |" in page

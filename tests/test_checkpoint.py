@@ -13,19 +13,21 @@ import pytest
 
 from megatron_dypo.checkpoint.counters import Counters
 from megatron_dypo.checkpoint.folders import complete_steps, step_folder
+from megatron_dypo.config.schema import Parallel
 from tests.batches import make_config, make_groups, trace_ids
 from tests.ranks import run_ranks
 
 DISTRIBUTED = {"distributed": True}
 SEQUENCE = {"tensor": 2, "sequence_parallel": True}
+VIRTUAL = {"pipeline": 2, "virtual_pipeline": 2}
 
 
 @functools.cache
-def join(tensor: int, pipeline: int):
+def join(parallel: tuple[tuple[str, int | bool], ...]):
     """This rank's place; the process groups are built once."""
     from megatron_dypo.runtime import distributed
 
-    return distributed.init(tensor, pipeline, 60)
+    return distributed.init(Parallel(timeout=60.0, **dict(parallel)))
 
 
 class Run:
@@ -37,11 +39,11 @@ class Run:
         from megatron_dypo.policy.policy import Policy
         from megatron_dypo.policy.shape import model_shape
 
-        self.config = make_config(parallel=parallel, optimizer=optimizer, **sections)
+        self.config = make_config("deep", parallel=parallel, optimizer=optimizer, **sections)
         self.config.trainer.run_dir = folder
         for key, value in {"steps": 100, "save_every": 1, "keep_checkpoints": 2}.items():
             setattr(self.config.trainer, key, value)
-        shape, layout = model_shape(self.config.model), join(parallel.get("tensor", 1), parallel.get("pipeline", 1))
+        shape, layout = model_shape(self.config.model), join(tuple(parallel.items()))
         self.policy = Policy(self.config, shape, layout, random_weights(shape, seed=seed))
         self.saver = Saver(self.config, self.policy)
 
@@ -110,6 +112,8 @@ def round_trip(folder: str, parallel: dict, optimizer: dict, model: dict) -> dic
         (2, {}, DISTRIBUTED, {}),
         (4, SEQUENCE, DISTRIBUTED, {}),
         (4, {"pipeline": 2}, DISTRIBUTED, {}),
+        (2, VIRTUAL, {}, {}),
+        (4, VIRTUAL | {"context": 2}, DISTRIBUTED, {}),
         (2, {}, {}, {"dtype": "bf16"}),
         (2, {}, DISTRIBUTED, {"dtype": "bf16"}),
     ],
@@ -154,6 +158,8 @@ def second_half(folder: str, parallel: dict, optimizer: dict) -> dict:
         ((1, {}, DISTRIBUTED), (2, {}, DISTRIBUTED)),
         ((4, {}, DISTRIBUTED), (4, {"tensor": 2}, {})),
         ((4, {"pipeline": 2}, {}), (4, {"tensor": 2}, DISTRIBUTED)),
+        ((4, VIRTUAL | {"context": 2}, DISTRIBUTED), (2, {"tensor": 2}, {})),
+        ((2, {"context": 2}, {}), (4, SEQUENCE | VIRTUAL, DISTRIBUTED)),
     ],
     ids=str,
 )

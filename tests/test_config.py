@@ -25,7 +25,7 @@ KEYS = dict(walk())
 # an operational key (a deadline, how often to save) is none of model, objective, data, optimizer and seed either.
 LAYOUT = {
     *("parallel.tensor", "parallel.pipeline", "parallel.sequence_parallel"),
-    *("optimizer.distributed", "optimizer.overlap_grad_reduce"),
+    *("parallel.virtual_pipeline", "parallel.context", "optimizer.distributed", "optimizer.overlap_grad_reduce"),
 }
 LOGGING = {"logging.wandb", "logging.wandb_project", "logging.tensorboard"}
 PATHS = {"rollout.record", "rollout.replay", "trainer.run_dir"}
@@ -35,7 +35,7 @@ BUDGET = {"data.max_tokens_per_microbatch", "model.recompute", "model.attention_
 OPERATION = {
     *("parallel.timeout", "parallel.heartbeat_timeout", "rollout.sync_timeout", "trainer.max_skipped_steps"),
     *("trainer.eval_every", "trainer.save_every", "trainer.keep_checkpoints", "trainer.spike_factor"),
-    "trainer.deterministic",
+    *("trainer.deterministic", "trainer.offload"),
 }
 MAY_CHANGE = LAYOUT | LOGGING | PATHS | STEPS | ENGINE | BUDGET | OPERATION
 
@@ -151,10 +151,9 @@ def test_every_key_misspelt_in_its_last_letter_is_named(smallest, dotted):
 @pytest.mark.parametrize(
     "dotted, text",
     [
-        *(("parallel." + leaf, "1") for leaf in ("virtual_pipeline", "context", "expert", "expert_tensor")),
+        *(("parallel." + leaf, "1") for leaf in ("expert", "expert_tensor")),
         *(("rollout." + leaf, "1") for leaf in ("verify_sync", "overlap", "max_staleness", "refill")),
-        *(("model.attention_backend", text) for text in ("flash", "te")),
-        *(("rollout.engine", "server"), ("model.layer_spec", "te")),
+        ("rollout.engine", "server"),
     ],
 )
 def test_a_name_that_is_reserved_says_that_it_is_not_built_yet(smallest, dotted, text):
@@ -279,7 +278,10 @@ def test_at_the_edge_of_each_rule_a_configuration_loads(smallest, overrides):
         (["parallel.tensor=2"], 2, {"heads": 3}, "parallel.tensor"),
         (["parallel.tensor=4"], 4, {"query_groups": 2}, "parallel.tensor"),
         (["parallel.tensor=2"], 2, {"ffn": 33}, "parallel.tensor"),
+        (["parallel.context=2"], 3, {}, "parallel.tensor x parallel.pipeline x parallel.context = 1 x 1 x 2 does not"),
+        (["parallel.virtual_pipeline=2"], 2, {}, "parallel.virtual_pipeline: needs"),
         (["parallel.pipeline=2"], 2, {"layers": 3}, "parallel.pipeline"),
+        (["parallel.pipeline=2", "parallel.virtual_pipeline=3"], 2, {}, "parallel.pipeline x parallel.virtual"),
         (["parallel.tensor=3"], 3, {"heads": 6, "query_groups": 6, "ffn": 36}, "parallel.tensor"),
     ],
 )

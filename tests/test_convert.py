@@ -56,14 +56,14 @@ def round_trip(folder: str, parallel: dict) -> dict:
 
     config = make_config(parallel=parallel)
     config.model = Model(hf=folder)
-    layout = distributed.init(config.parallel.tensor, config.parallel.pipeline, 60)
+    layout = distributed.init(config.parallel)
     shape = model_shape(config.model)
     policy = Policy(config, shape, layout, folder_weights(folder))
     sequences = [
         Sequence(np.arange(2, 2 + n, dtype=np.int32) % 131, 1, Kind.TEACHER, i, 0) for i, n in enumerate((9, 40))
     ]
-    logp = policy.logprobs([MicroBatch.pack(sequences, [0, 1], 1.0, multiple=2)])
-    tensors = {name: tensor.numpy().copy() for name, tensor in hf_tensors(policy.gpt, shape, layout)}
+    logp = policy.logprobs([MicroBatch.pack(sequences, [0, 1], 1.0, tensor=2)])
+    tensors = {name: tensor.numpy().copy() for name, tensor in hf_tensors(policy.parameters, shape, layout)}
     return {"logp": [values.numpy() for values in logp], "tensors": tensors}
 
 

@@ -29,10 +29,10 @@ def updates(parallel: dict, deterministic: bool) -> tuple[dict, list[dict]]:
     if deterministic:
         mode.enable()
     assert torch.are_deterministic_algorithms_enabled() == deterministic
-    layout = distributed.init(config.parallel.tensor, config.parallel.pipeline, 60)
+    layout = distributed.init(config.parallel)
     shape = model_shape(config.model)
     policy = Policy(config, shape, layout, random_weights(shape, seed=1))
-    assert policy.gpt.config.deterministic_mode == deterministic
+    assert policy.chunks[0].config.deterministic_mode == deterministic
     metrics = []
     for step in range(STEPS):
         outcome = update_policy(policy, make_groups(seed=step), config, trace_ids, 1e-2, Stopwatch())

@@ -36,7 +36,7 @@ from tests.full_disk import fill_disk, small_disk
 from tests.launch import copy_task, metrics, without_times
 from tests.ranks import run_ranks
 
-ALONE = Layout(rank=0, world=1, tp=1, pp=1, dp=1, tp_rank=0, pp_rank=0, dp_rank=0)
+ALONE = Layout()
 
 # ---------------------------------------------------------------------------------------------------- rules
 
@@ -414,11 +414,11 @@ def spoilt_update(fault: str) -> dict:
     works = make_work(policy.layout, make_groups(vocabulary=ODD), settings, one_odd_trace)
     if fault == "teacher":
         with torch.no_grad():
-            policy.gpt.embedding.word_embeddings.weight[ODD] = math.nan
+            policy.parameters["embedding.word_embeddings.weight"][ODD] = math.nan
     _, offenders = logprob_passes(policy, works, settings)
     assert offenders is None
     if fault == "backward" and policy.layout.rank == 1:
-        policy.gpt.decoder.final_layernorm.weight.register_hook(lambda gradient: gradient * math.inf)
+        policy.parameters["decoder.final_layernorm.weight"].register_hook(lambda gradient: gradient * math.inf)
     before = digest(policy)
     outcome = run_updates(policy, works, settings, lr=1e-3)
     return {"skipped": outcome.skipped, "changed": digest(policy) != before, "norms": outcome.norms}

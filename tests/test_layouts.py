@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ def train_steps(shape: str, budget: int, steps: int, sections: dict) -> dict:
     from megatron_dypo.update import logprob_passes, make_work, run_updates
 
     config = make_config(shape, budget, **sections)
-    layout = distributed.init(config.parallel.tensor, config.parallel.pipeline, 60)
+    layout = distributed.init(config.parallel)
     model = model_shape(config.model)
     policy = Policy(config, model, layout, random_weights(model, seed=1))
     history, gradients = [], {}
@@ -31,8 +32,8 @@ def train_steps(shape: str, budget: int, steps: int, sections: dict) -> dict:
         outcome = run_updates(policy, works, config, lr=1e-3)
         history.append(mismatch | outcome.metrics)
         if step == 0:
-            main_grad = lambda parameter: parameter.main_grad  # noqa: E731
-            tensors = hf_tensors(policy.gpt, model, layout, select=main_grad)
+            main_grads = {name: parameter.main_grad for name, parameter in policy.parameters.items()}
+            tensors = hf_tensors(main_grads, model, layout)
             gradients = {name: tensor.numpy().copy() for name, tensor in tensors}
     weights = {name: tensor.numpy().copy() for name, tensor in policy.named_tensors()}
     return {"history": history, "gradients": gradients, "weights": weights, "batches": len(works[0].rollouts)}
@@ -44,40 +45,48 @@ def single_rank(shape: str, several_updates: bool) -> dict:
     return run_ranks(1, train_steps, shape, 100_000, 3, sections)[0]
 
 
-def assert_same(result: dict, reference: dict) -> None:
+def assert_same(result: dict, reference: dict, kinds: Sequence[str] = ("gradients", "weights")) -> None:
     for ours, theirs in zip(result["history"], reference["history"], strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
             assert ours[name] == pytest.approx(value, rel=2e-4, abs=2e-6), name
         assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=1e-5)
-    for kind in ("gradients", "weights"):
+    for kind in kinds:
         assert result[kind].keys() == reference[kind].keys()
         for name, theirs in reference[kind].items():
             gap = np.linalg.norm(result[kind][name].astype(np.float64) - theirs)
             assert gap <= 1e-5 * np.linalg.norm(theirs.astype(np.float64)) + 1e-9, f"{kind} of {name}"
 
 
+TP2, SP = {"tensor": 2}, {"tensor": 2, "sequence_parallel": True}
+PP2, CP2 = {"pipeline": 2}, {"context": 2}
+VPP = {"pipeline": 2, "virtual_pipeline": 2}
 LAYOUTS = [
-    (1, {}),
-    (2, {}),
-    (4, {}),
-    (2, {"tensor": 2}),
-    (2, {"tensor": 2, "sequence_parallel": True}),
-    (2, {"pipeline": 2}),
-    (4, {"tensor": 2}),
-    (4, {"tensor": 2, "pipeline": 2, "sequence_parallel": True}),
+    *((1, {}), (2, {}), (2, TP2), (2, SP), (2, PP2), (2, VPP), (2, CP2)),
+    *((4, {}), (4, TP2), (4, {"tensor": 4, "sequence_parallel": True}), (4, {"pipeline": 4}), (4, {"context": 4})),
+    *((4, PP2), (4, VPP), (4, CP2), (4, SP | PP2), (4, SP | VPP), (4, TP2 | CP2), (4, SP | CP2), (4, PP2 | CP2)),
+    *((4, VPP | CP2), (8, {}), (8, SP | PP2), (8, SP | VPP | CP2), (8, {"tensor": 4, "sequence_parallel": True} | CP2)),
 ]
+SHARDED = [(2, {}), (4, SP), (4, VPP), (4, CP2), (2, CP2), (8, SP | VPP | CP2)]
 
 
 @pytest.mark.parametrize(("world", "parallel"), LAYOUTS, ids=str)
 def test_loss_gradient_and_weights_layout_invariance(world, parallel):
-    results = run_ranks(world, train_steps, "llama", 150, 3, {"parallel": parallel})
+    results = run_ranks(world, train_steps, "deep", 150, 3, {"parallel": parallel})
     for result in results:
-        assert_same(result, single_rank("llama", False))
+        assert_same(result, single_rank("deep", False))
+
+
+@pytest.mark.parametrize(("world", "parallel"), SHARDED, ids=str)
+def test_distributed_optimizer_layout_invariance(world, parallel):
+    """Gradients are left out: each rank keeps its share of the sums alone."""
+    sections = {"parallel": parallel, "optimizer": {"distributed": True}}
+    for result in run_ranks(world, train_steps, "deep", 150, 3, sections):
+        assert_same(result, single_rank("deep", False), kinds=["weights"])
 
 
 @pytest.mark.parametrize("shape", ["llama-tied", "qwen2-tied", "qwen3"])
-@pytest.mark.parametrize("parallel", [{"tensor": 2, "sequence_parallel": True}, {"pipeline": 2}], ids=str)
+@pytest.mark.parametrize("parallel", [SP, PP2, CP2], ids=str)
 def test_families_layout_invariance(shape, parallel):
     for result in run_ranks(2, train_steps, shape, 150, 3, {"parallel": parallel}):
         assert_same(result, single_rank(shape, False))
@@ -96,7 +105,7 @@ def test_several_updates_per_rollout_layout_invariance():
         assert_same(result, single_rank("llama", True))
 
 
-@pytest.mark.parametrize("parallel", [{}, {"tensor": 2, "sequence_parallel": True}, {"pipeline": 2}], ids=str)
+@pytest.mark.parametrize("parallel", [{}, SP, PP2, CP2], ids=str)
 def test_first_ratio_is_exactly_one_and_first_kl_exactly_zero(parallel):
     """One packing plan serves the old, reference and training passes, so nothing differs in the last bit."""
     for result in run_ranks(2, first_step_log_ratios, parallel):
@@ -122,13 +131,13 @@ def first_step_log_ratios(parallel: dict) -> dict:
 
 
 @pytest.mark.parametrize("optimizer", [{}, {"distributed": True}], ids=["plain", "distributed"])
-@pytest.mark.parametrize(("world", "parallel"), [(2, {}), (4, {"pipeline": 2})], ids=str)
+@pytest.mark.parametrize(("world", "parallel"), [(2, {}), (4, PP2), (2, VPP)], ids=str)
 def test_overlapped_gradient_sums_change_nothing_with_a_tied_head(world, parallel, optimizer):
     """The tied weight's gradient has two sources: the head's goes into main_grad, the embedding's through autograd."""
     sections = {"parallel": parallel, "optimizer": optimizer | {"overlap_grad_reduce": True}}
     for result in run_ranks(world, train_steps, "llama-tied", 150, 3, sections):
-        result = result if not optimizer else result | {"gradients": single_rank("llama-tied", False)["gradients"]}
-        assert_same(result, single_rank("llama-tied", False))
+        kinds = ["weights"] if optimizer else ["gradients", "weights"]  # each rank keeps its share of the sums alone
+        assert_same(result, single_rank("llama-tied", False), kinds)
 
 
 def largest_tensor_of_the_head() -> dict[str, int]:

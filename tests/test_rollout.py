@@ -37,7 +37,7 @@ def agreement(engine_name: str, tied: bool, folder: str) -> list[dict]:
     prompts = [random.integers(3, 104, length).astype(np.int32) for length in lengths]
     requests = [Request(prompt, 100 * q + i) for q, prompt in enumerate(prompts) for i in range(4)]
     sampling = Sampling(temperature=0.8, top_p=1.0, max_tokens=24, eos_id=1)
-    layout = distributed.init(1, 1, 120)
+    layout = distributed.init()
     engine = build_engine(config, shape, 1, Path(folder) / f"rank_{layout.rank}")
     found = []
     for tensor in (1, 2):
@@ -54,7 +54,7 @@ def agreement(engine_name: str, tied: bool, folder: str) -> list[dict]:
                 Sequence(np.concatenate([r.prompt_ids, a.ids]), len(r.prompt_ids), Kind.ROLLOUT, 0, i)
                 for i, (r, a) in enumerate(zip(requests, responses, strict=True))
             ]
-            batch = MicroBatch.pack(sequences, list(range(len(sequences))), 0.8, multiple=tensor)
+            batch = MicroBatch.pack(sequences, list(range(len(sequences))), 0.8, tensor=tensor)
             ours = policy.logprobs([batch])[0].numpy()
             theirs = np.concatenate([response.logprobs for response in responses])
             found.append(

@@ -22,7 +22,7 @@ def build(world_parallel: dict, **sections):
     from megatron_dypo.runtime import distributed
 
     config = make_config(parallel=world_parallel, **sections)
-    layout = distributed.init(config.parallel.tensor, config.parallel.pipeline, 60)
+    layout = distributed.init(config.parallel)
     model = model_shape(config.model)
     return config, Policy(config, model, layout, random_weights(model, seed=1))
 
@@ -138,7 +138,7 @@ def decayed_by(steps: int) -> dict[str, float]:
     config.optimizer.weight_decay = 0.5
     before = weights_of(policy)
     for _ in range(steps):
-        policy.model.zero_grad_buffer()
+        policy.zero_gradients()
         policy.optimizer.zero_grad()
         policy.step(lr=0.1)
     return {name: float(tensor.norm() / before[name].norm()) for name, tensor in policy.named_tensors()}

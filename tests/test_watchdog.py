@@ -154,7 +154,7 @@ def in_phases(log: str, timeout: float, *seconds: float) -> None:
     from megatron_dypo.runtime.failure import begin_step, phase
     from megatron_dypo.runtime.watchdog import Watchdog
 
-    distributed.init(timeout=60)
+    distributed.init(Parallel(timeout=60.0))
     with Watchdog(Parallel(timeout=timeout)):
         begin_step(4)
         with phase("outer"):
@@ -201,7 +201,7 @@ def keep_the_store_and_freeze(log: str, port: int) -> None:
     from megatron_dypo.runtime.failure import phase
     from megatron_dypo.runtime.watchdog import Watchdog
 
-    layout = distributed.init(timeout=60)
+    layout = distributed.init(Parallel(timeout=60.0))
     with Watchdog(Parallel(heartbeat_timeout=4.0)), phase("rollout"):
         if layout.rank == 0:
             freeze()

@@ -1,6 +1,8 @@
-"""A packed micro-batch as tensors: T tokens without padding between sequences, N of them with a loss.
+"""A packed micro-batch as tensors: this rank's T tokens, N of them with a loss.
 
-Token j of a sequence predicts token j + 1, so the loss tokens of a sequence are the positions before its tail.
+Token j of a sequence predicts token j + 1, so the loss tokens of a sequence are the positions before its tail. Without
+context parallelism nothing lies between sequences; with it, each is filled up to equal slices (zigzag.py), and a rank
+holds two slices of each: its T tokens, its loss tokens and its ``counts`` are those of these slices alone.
 Legend: S sequences.
 """
 
@@ -13,45 +15,66 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_dypo.batching.zigzag import aligned_to, held_tokens
 from megatron_dypo.records import Kind, Sequence
 
 
 @dataclass
 class MicroBatch:
-    """``cu_seqlens`` [S + 1] offsets, a filler segment at the end included; streams are in the order of ``places``."""
+    """``cu_seqlens`` [S + 1] are the offsets over all context-parallel ranks' tokens, a filler segment at the end
+    included; streams are in the order of ``places``; ``tail_N`` is where in its sequence's tail a target stands."""
 
     ids_T: Tensor
     positions_T: Tensor
     cu_seqlens: list[int]
     loss_index_N: Tensor
     targets_N: Tensor
+    tail_N: Tensor
     temperature_N: Tensor
     places: list[int]
     counts: list[int]
 
     @classmethod
-    def pack(cls, sequences: list[Sequence], places: list[int], temperature: float, multiple: int = 1) -> MicroBatch:
-        """Pack ``sequences[place]`` for each place. T is rounded up to ``multiple`` by a filler segment without loss;
-        an empty micro-batch is filler alone. Rollouts carry ``temperature``, teacher traces 1."""
+    def pack(
+        cls,
+        sequences: list[Sequence],
+        places: list[int],
+        temperature: float,
+        tensor: int = 1,
+        context: int = 1,
+        context_rank: int = 0,
+    ) -> MicroBatch:
+        """Pack ``sequences[place]`` for each place; rollouts carry ``temperature``, teacher traces 1.
+
+        A filler segment without loss makes T a multiple of ``tensor``, the ranks that sequence parallelism cuts it for;
+        an empty micro-batch is filler alone.
+        """
         chosen = [sequences[place] for place in places]
-        lengths = [sequence.length for sequence in chosen]
+        align = aligned_to(context)
+        lengths = [-(-sequence.length // align) * align for sequence in chosen]
+        multiple = align * tensor
         filler = -sum(lengths) % multiple if chosen else multiple
-        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(int)
-        ids = np.concatenate([sequence.ids for sequence in chosen] + [np.zeros(filler, np.int32)])
-        positions = np.concatenate([np.arange(n) for n in [*lengths, filler]])
-        index = [
-            np.arange(start + s.prompt_length - 1, start + s.length - 1)
-            for start, s in zip(offsets, chosen, strict=False)
-        ]
-        loss_index = np.concatenate(index).astype(np.int64) if index else np.zeros(0, np.int64)
-        counts = [sequence.loss_tokens for sequence in chosen]
+        lengths += [filler] if filler else []
+        cu_seqlens = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        ids, tail = np.zeros(cu_seqlens[-1] + 1, np.int64), np.full(cu_seqlens[-1], -1)
+        for start, sequence in zip(cu_seqlens, chosen, strict=False):
+            ids[start : start + sequence.length] = sequence.ids
+            before = start + sequence.prompt_length - 1
+            tail[before : before + sequence.loss_tokens] = np.arange(sequence.loss_tokens)
+        positions = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
+
+        held_T = held_tokens(cu_seqlens.tolist(), context)[context_rank]
+        loss_index_N = np.flatnonzero(tail[held_T] >= 0)
+        target_N = held_T[loss_index_N]
+        counts = np.diff(np.searchsorted(loss_index_N, cu_seqlens // context)).tolist()[: len(chosen)]
         temperatures = [temperature if sequence.kind == Kind.ROLLOUT else 1.0 for sequence in chosen]
         return cls(
-            ids_T=torch.from_numpy(ids.astype(np.int64)),
-            positions_T=torch.from_numpy(positions.astype(np.int64)),
-            cu_seqlens=[*offsets.tolist(), *([int(offsets[-1]) + filler] if filler else [])],
-            loss_index_N=torch.from_numpy(loss_index),
-            targets_N=torch.from_numpy(ids.astype(np.int64)[loss_index + 1]),
+            ids_T=torch.from_numpy(ids[held_T]),
+            positions_T=torch.from_numpy(positions[held_T]),
+            cu_seqlens=cu_seqlens.tolist(),
+            loss_index_N=torch.from_numpy(loss_index_N),
+            targets_N=torch.from_numpy(ids[target_N + 1]),
+            tail_N=torch.from_numpy(tail[target_N]),
             temperature_N=spread(temperatures, counts),
             places=places,
             counts=counts,

@@ -4,10 +4,18 @@ Invariants (tests/test_batching.py):
 - every sequence is in exactly one micro-batch;
 - a micro-batch holds at most ``budget`` tokens, or one single longer sequence;
 - every rank has the same number of micro-batches, some perhaps empty: a rank without data still takes part;
+- that number is a multiple of ``multiple``, and 0 where there are no sequences;
+- a rank's micro-batches come in the order of their cost, costliest first: neighbours in a pipeline take about as long,
+  and what does not fit into memory fails at once;
 - the plan depends on the lengths and their order alone, not on who computes it.
+
+Time is O(n log n) for n sequences: 65,536 take a fraction of a second.
 """
 
 from __future__ import annotations
+
+from bisect import bisect_left, insort
+from heapq import heappop, heappush, heapreplace
 
 MicroBatchPlan = list[list[list[int]]]  # [rank][micro-batch][sequence index]
 
@@ -19,48 +27,78 @@ def cost(length: int) -> float:
     return length * (1 + length * QUADRATIC)
 
 
-def plan_micro_batches(lengths: list[int], ranks: int, budget: int) -> MicroBatchPlan:
+def plan_micro_batches(lengths: list[int], ranks: int, budget: int, multiple: int = 1) -> MicroBatchPlan:
     """Pack sequences of these lengths (tokens) for ``ranks`` data-parallel ranks, balanced by cost.
 
-    First-fit decreasing finds how many micro-batches are needed; they are refilled evenly where that still fits.
+    ``multiple``: what an interleaved pipeline's schedule asks of the number of micro-batches. Best-fit decreasing finds
+    how many are needed. Sequences are spread evenly over ranks, and each rank's over so many micro-batches; where that
+    does not fit, which is so where nearly every slot is needed, the best-fit micro-batches are dealt out as they are.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    bins = _first_fit(lengths, order, budget)
-    count = -(-len(bins) // ranks) * ranks
-    bins = _spread(lengths, order, count, budget) or bins + [[] for _ in range(count - len(bins))]
-    shares: MicroBatchPlan = [[] for _ in range(ranks)]
-    loads = [0.0] * ranks
-    for members in sorted(bins, key=lambda members: -sum(cost(lengths[i]) for i in members)):
-        rank = min((r for r in range(ranks) if len(shares[r]) < count // ranks), key=lambda r: loads[r])
-        shares[rank].append(sorted(members))
-        loads[rank] += sum(cost(lengths[i]) for i in members)
-    return shares
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    packed = _best_fit(lengths, order, budget)
+    count = -(-len(packed) // (ranks * multiple)) * multiple
+    shares = _spread(lengths, order, ranks, count * budget)
+    plan = shares and [_spread(lengths, share, count, budget) for share in shares]
+    if plan is None or None in plan:
+        plan = _deal(lengths, packed, ranks, count)
+    return [
+        [sorted(members) for members in sorted(share, key=lambda members: -_total(lengths, members))] for share in plan
+    ]
 
 
-def _first_fit(lengths: list[int], order: list[int], budget: int) -> list[list[int]]:
+def _total(lengths: list[int], members: list[int]) -> float:
+    return sum(cost(lengths[i]) for i in members)
+
+
+def _best_fit(lengths: list[int], order: list[int], budget: int) -> list[list[int]]:
+    """Longest first, each into the fullest micro-batch that has room."""
     bins: list[list[int]] = []
-    room: list[int] = []
+    rooms: list[tuple[int, int]] = []  # (free tokens, micro-batch), sorted, while anything fits
     for i in order:
-        place = next((b for b, free in enumerate(room) if lengths[i] <= free), None)
-        if place is None:
+        at = bisect_left(rooms, (lengths[i], 0))
+        if at < len(rooms):
+            room, b = rooms.pop(at)
+        else:
+            room, b = budget, len(bins)
             bins.append([])
-            room.append(budget)
-            place = len(bins) - 1
-        bins[place].append(i)
-        room[place] -= lengths[i]
+        bins[b].append(i)
+        if room - lengths[i] >= lengths[order[-1]]:
+            insort(rooms, (room - lengths[i], b))
     return bins
 
 
+def _deal(lengths: list[int], packed: list[list[int]], ranks: int, count: int) -> MicroBatchPlan:
+    """``count`` micro-batches a rank, costliest first: one to each in a round, the costliest to the lightest rank."""
+    empty: list[list[int]] = [[] for _ in range(ranks * count - len(packed))]
+    costliest_first = sorted(packed, key=lambda members: -_total(lengths, members)) + empty
+    plan: MicroBatchPlan = [[] for _ in range(ranks)]
+    loads = [0.0] * ranks
+    for m in range(0, len(costliest_first), ranks):
+        lightest_first = sorted(range(ranks), key=loads.__getitem__)
+        for rank, members in zip(lightest_first, costliest_first[m : m + ranks], strict=True):
+            plan[rank].append(members)
+            loads[rank] += _total(lengths, members)
+    return plan
+
+
 def _spread(lengths: list[int], order: list[int], count: int, budget: int) -> list[list[int]] | None:
-    """Longest first into the cheapest of ``count`` micro-batches that has room; None where one finds no room."""
+    """Longest first into the cheapest of ``count`` bins that has room; None where one finds no room."""
     bins: list[list[int]] = [[] for _ in range(count)]
-    tokens, costs = [0] * count, [0.0] * count
+    room = [budget] * count
+    cheapest = [(0.0, b) for b in range(count)]  # heap of (cost, bin)
+    too_full: list[tuple[int, float, int]] = []  # heap of (-room, cost, bin), until lengths have come down to the room
     for i in order:
-        fitting = [b for b in range(count) if tokens[b] + lengths[i] <= budget or not bins[b]]
-        if not fitting:
+        length = lengths[i]
+        while too_full and -too_full[0][0] >= length:
+            _, load, b = heappop(too_full)
+            heappush(cheapest, (load, b))
+        while cheapest and room[cheapest[0][1]] < length and bins[cheapest[0][1]]:
+            load, b = heappop(cheapest)
+            heappush(too_full, (-room[b], load, b))
+        if not cheapest:
             return None
-        place = min(fitting, key=lambda b: (costs[b], b))
-        bins[place].append(i)
-        tokens[place] += lengths[i]
-        costs[place] += cost(lengths[i])
+        load, b = cheapest[0]
+        heapreplace(cheapest, (load + cost(length), b))
+        bins[b].append(i)
+        room[b] -= length
     return bins

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_dypo.checkpoint.files import Place
 from megatron_dypo.policy.adam_state import Part, adam_parts
+from megatron_dypo.policy.model import whole_model_names
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.runtime.distributed import all_gather_objects, device
 
@@ -36,11 +37,11 @@ class Holders:
 
 def exchange_holders(policy: Policy) -> dict[str, Holders]:
     """Every parameter's holders; the same on all ranks of a data-parallel group. Collective; constant for a run."""
-    parts = adam_parts(policy.optimizer, policy.gpt.named_parameters())
+    parts = adam_parts(policy.optimizer, policy.parameters)
     mine = {name: (part.start, part.end) for name, part in parts.items()}
     everyone = all_gather_objects(mine, _data_parallel_group())
     holders = {}
-    for index, (name, _) in enumerate(policy.gpt.named_parameters()):
+    for index, name in enumerate(policy.parameters):
         slices = tuple((rank, *theirs[name]) for rank, theirs in enumerate(everyone) if name in theirs)
         most = max(end - start for _, start, end in slices)
         candidates = [rank for rank, start, end in slices if end - start == most]
@@ -50,11 +51,12 @@ def exchange_holders(policy: Policy) -> dict[str, Holders]:
 
 def snapshot(policy: Policy, holders: dict[str, Holders]) -> list[tuple[Place, Tensor]]:
     """Copies in host memory of the pieces that this rank is to write. Collective over data-parallel ranks."""
-    templates = policy.gpt.sharded_state_dict()
-    parts = adam_parts(policy.optimizer, policy.gpt.named_parameters())
+    policy.offload.require_device()
+    templates = _templates(policy)
+    parts = adam_parts(policy.optimizer, policy.parameters)
     me = dist.get_rank(_data_parallel_group())
     pieces = []
-    for name, parameter in policy.gpt.named_parameters():
+    for name, parameter in policy.parameters.items():
         whole: dict[str, Tensor] = {}
         if holders[name].writer == me:
             whole[""] = parameter.detach()
@@ -75,14 +77,13 @@ def restore(policy: Policy, folder: Path) -> None:
 
     Raises CheckpointException (torch's; no Exception) or CheckpointingException (mcore's) where they cannot be read.
     """
-    templates = policy.gpt.sharded_state_dict()
-    parameters = dict(policy.gpt.named_parameters())
+    templates, parameters = _templates(policy), policy.parameters
     wanted = {"weights": {name: templates[name] for name in parameters}}
     if policy.reference is not None:
         wanted["reference"] = {
             name: _target(templates[name], "reference.", kept) for name, kept in policy.reference.items()
         }
-    parts = adam_parts(policy.optimizer, parameters.items()) if policy.version > 0 else {}
+    parts = adam_parts(policy.optimizer, parameters) if policy.version > 0 else {}
     for name, part in parts.items():
         for kind in part.names:
             empty = torch.empty(parameters[name].shape, dtype=part.main.dtype)
@@ -96,6 +97,14 @@ def restore(policy: Policy, folder: Path) -> None:
     for name, part in parts.items():
         flat = {kind: loaded[kind][name].reshape(-1)[part.start : part.end] for kind in part.names}
         part.restore(flat, policy.version)
+
+
+def _templates(policy: Policy) -> dict:
+    """mcore's description of each weight: its place in the whole model's tensor of that name."""
+    found = {}
+    for chunk in policy.chunks:
+        found |= whole_model_names(chunk.module, chunk.module.sharded_state_dict())
+    return found
 
 
 def _gather_adam(parameter: Tensor, part: Part | None, holders: Holders, me: int) -> Iterator[tuple[str, Tensor]]:

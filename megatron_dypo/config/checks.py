@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from megatron_dypo.config.schema import Config
 from megatron_dypo.errors import UserError
 
@@ -63,6 +65,11 @@ def _rules(config: Config):
         config.parallel.sequence_parallel and config.parallel.tensor == 1,
         "parallel.sequence_parallel: needs parallel.tensor > 1",
     )
+    local = {"sdpa", "flash"}
+    yield (
+        (model.layer_spec, model.attention_backend) in {("local", "te"), *(("te", backend) for backend in local)},
+        f"model.attention_backend: {model.attention_backend} does not go with model.layer_spec: {model.layer_spec}",
+    )
 
 
 def warnings(config: Config) -> list[str]:
@@ -88,12 +95,14 @@ def check_layout(
     config: Config, world_size: int, heads: int, query_groups: int, layers: int, ffn: int, source: str
 ) -> int:
     """Data-parallel size of the layout, or UserError where it does not divide the world size or the model."""
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    parallel = config.parallel
+    tensor, pipeline, virtual = parallel.tensor, parallel.pipeline, parallel.virtual_pipeline
+    replica = {"tensor": tensor, "pipeline": pipeline} | ({"context": parallel.context} if parallel.context > 1 else {})
+    ranks = math.prod(replica.values())
+    product = " x ".join(f"parallel.{name}" for name in replica) + " = " + " x ".join(map(str, replica.values()))
     for broken, message in (
-        (
-            world_size % (tensor * pipeline),
-            f"parallel.tensor x parallel.pipeline = {tensor} x {pipeline} does not divide the {world_size} ranks",
-        ),
+        (world_size % ranks, f"{product} does not divide the {world_size} ranks"),
+        (virtual > 1 and pipeline == 1, "parallel.virtual_pipeline: needs parallel.pipeline > 1"),
         (heads % tensor, f"parallel.tensor: {tensor} does not divide the model's {heads} attention heads"),
         (
             query_groups % tensor,
@@ -102,10 +111,15 @@ def check_layout(
         (ffn % tensor, f"parallel.tensor: {tensor} does not divide the model's MLP width {ffn}"),
         (layers % pipeline, f"parallel.pipeline: {pipeline} does not divide the model's {layers} layers"),
         (
+            layers % (pipeline * virtual),
+            f"parallel.pipeline x parallel.virtual_pipeline = {pipeline} x {virtual} does not divide "
+            f"the model's {layers} layers",
+        ),
+        (
             8 % tensor,
             f"parallel.tensor: {tensor} must divide 8 (the vocabulary is padded to a multiple of 1024 and cut in 8)",
         ),
     ):
         if broken:
             raise UserError(f"{source}: {message}")
-    return world_size // (tensor * pipeline)
+    return world_size // ranks

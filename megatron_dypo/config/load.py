@@ -18,9 +18,8 @@ from megatron_dypo.errors import UserError
 
 # Keys (and values) that are reserved and do nothing yet.
 _NOT_BUILT = {
-    *("parallel.virtual_pipeline", "parallel.context", "parallel.expert", "parallel.expert_tensor"),
+    *("parallel.expert", "parallel.expert_tensor"),
     *("rollout.verify_sync", "rollout.overlap", "rollout.max_staleness", "rollout.refill", "rollout.engine: server"),
-    *("model.attention_backend: flash", "model.attention_backend: te", "model.layer_spec: te"),
 }
 # What must not get into a run folder or a log, even in the line that refuses it.
 _CREDENTIALS = re.compile(r"://[^/\s@]*:[^/\s@]*@")

@@ -51,11 +51,15 @@ class Model(Section):
         None, "Tokenizer folder; default: `model.hf`, or the built-in arithmetic tokenizer for a preset."
     )
     dtype: Literal["auto", "fp32", "bf16"] = key("auto", "Training dtype; `auto` is bf16 on CUDA and fp32 on CPU.")
-    attention_backend: Literal["auto", "sdpa"] = key(
-        "auto", "Core attention; `sdpa` is torch's, which picks flash kernels on CUDA.", resumable=True
+    attention_backend: Literal["auto", "sdpa", "flash", "te"] = key(
+        "auto",
+        "Core attention: torch's SDPA, torch's variable-length flash attention (CUDA), or Transformer Engine's (with `layer_spec: te`); `auto` is the last of these that this machine has.",
+        resumable=True,
     )
-    layer_spec: Literal["auto", "local"] = key(
-        "auto", "Megatron-Core layer spec; `local` needs neither Transformer Engine nor Apex.", resumable=True
+    layer_spec: Literal["auto", "local", "te"] = key(
+        "auto",
+        "Megatron-Core layer spec: `local` needs neither Transformer Engine nor Apex; `auto` is `te` on CUDA where Transformer Engine is installed.",
+        resumable=True,
     )
     recompute: Literal["none", "selective", "full"] = key(
         "none", "Activation recomputation in the backward pass.", resumable=True
@@ -67,6 +71,15 @@ class Parallel(Section):
 
     tensor: int = key(1, "Tensor-parallel ranks.", ge=1, resumable=True)
     pipeline: int = key(1, "Pipeline-parallel ranks.", ge=1, resumable=True)
+    virtual_pipeline: int = key(
+        1,
+        "Model chunks of each pipeline rank (interleaved schedule): a smaller pipeline bubble for more communication.",
+        ge=1,
+        resumable=True,
+    )
+    context: int = key(
+        1, "Context-parallel ranks: each holds two slices of every packed sequence (zigzag).", ge=1, resumable=True
+    )
     sequence_parallel: bool = key(
         False, "Shard activations between the tensor-parallel regions along the sequence.", resumable=True
     )
@@ -211,6 +224,11 @@ class Trainer(Section):
     deterministic: bool = key(
         False,
         "CUDA: only kernels with one result, in training and in vLLM, so that a run repeats bit for bit on the same machine and layout; slower. CPU runs repeat anyway.",
+        resumable=True,
+    )
+    offload: bool = key(
+        False,
+        "Policy and rollout engine take turns on the GPU, so that each may need most of its memory: weights, gradients and optimizer state are in host memory while the engine samples, and the engine gives its memory back while the policy trains. No use on CPU.",
         resumable=True,
     )
     eval_every: int = key(

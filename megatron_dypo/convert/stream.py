@@ -6,7 +6,7 @@ weights, checkpoint import, export and the sync to the rollout engine all pass t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -35,12 +35,16 @@ def random_weights(shape: ModelShape, seed: int) -> Callable[[str], Tensor]:
 
 
 @torch.no_grad()
-def load_weights(gpt: torch.nn.Module, shape: ModelShape, layout: Layout, read: Callable[[str], Tensor]) -> None:
-    """Fill this rank's shard of the model. ``read(name)`` returns a full Hugging Face tensor.
+def load_weights(
+    local: Mapping[str, Tensor], shape: ModelShape, layout: Layout, read: Callable[[str], Tensor]
+) -> None:
+    """Fill this rank's shard of the model: ``local``, its parameters by their names in the whole model.
+
+    ``read(name)`` returns a full Hugging Face tensor.
 
     Raises UserError naming the tensor when its shape is not the model's.
     """
-    shapes, local = hf_shapes(shape), _local_parameters(gpt, shape, layout)
+    shapes = hf_shapes(shape)
     for rule in [*rules(shape), *([TIED_HEAD_RULE] if shape.tied_embeddings else [])]:
         if rule.mcore not in local:
             continue
@@ -57,37 +61,21 @@ def load_weights(gpt: torch.nn.Module, shape: ModelShape, layout: Layout, read: 
 
 @torch.no_grad()
 def hf_tensors(
-    gpt: torch.nn.Module,
-    shape: ModelShape,
-    layout: Layout,
-    with_tied_head: bool = False,
-    select: Callable[[torch.nn.Parameter], Tensor] = torch.nn.Parameter.detach,
+    local: Mapping[str, Tensor], shape: ModelShape, layout: Layout, with_tied_head: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, full tensor) for the whole model on every rank; all ranks must iterate together.
 
+    ``local``: this rank's shards (weights, or their gradients, or ...) by their parameters' names in the whole model.
     ``with_tied_head`` repeats a tied embedding as ``lm_head.weight``: vLLM keeps the old head otherwise, in silence.
-    ``select`` picks what is gathered of each parameter, such as its gradient.
     """
-    local = {name: select(parameter) for name, parameter in _local_parameters(gpt, shape, layout).items()}
     dtype = next(iter(local.values())).dtype
     for rule in rules(shape):
-        folded = _gather(rule, local.get(rule.mcore), dtype, shape, layout)
+        weight = local.get(rule.mcore)
+        folded = _gather(rule, None if weight is None else weight.detach(), dtype, shape, layout)
         for name, part in zip(rule.hf, rule.unfold(folded, shape), strict=True):
             yield name, part
             if with_tied_head and shape.tied_embeddings and rule.mcore.startswith("embedding"):
                 yield HEAD, part
-
-
-def _local_parameters(gpt: torch.nn.Module, shape: ModelShape, layout: Layout) -> dict[str, torch.nn.Parameter]:
-    """This stage's parameters by the name they have in the whole model (mcore numbers layers per stage)."""
-    first = layout.pp_rank * (shape.num_layers // layout.pp)
-    found = {}
-    for name, parameter in gpt.named_parameters():
-        if name.startswith("decoder.layers."):
-            _, _, index, rest = name.split(".", 3)
-            name = f"decoder.layers.{int(index) + first}.{rest}"
-        found[name] = parameter
-    return found
 
 
 def _gather(rule: Rule, weight: Tensor | None, dtype: torch.dtype, shape: ModelShape, layout: Layout) -> Tensor:
@@ -113,7 +101,7 @@ def _gather(rule: Rule, weight: Tensor | None, dtype: torch.dtype, shape: ModelS
 
 
 def _stage(rule: Rule, shape: ModelShape, layout: Layout) -> int:
-    """The pipeline stage that owns a weight."""
+    """The pipeline rank that owns a weight."""
     if rule.mcore.startswith("decoder.layers."):
-        return int(rule.mcore.split(".")[2]) // (shape.num_layers // layout.pp)
+        return int(rule.mcore.split(".")[2]) // (shape.num_layers // (layout.pp * layout.vpp)) % layout.pp
     return 0 if rule.mcore.startswith("embedding") else layout.pp - 1

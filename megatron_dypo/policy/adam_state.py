@@ -8,7 +8,7 @@ step count itself is the policy's ``version``: both advance by one with every ap
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -56,14 +56,14 @@ class Part:
             self.main.copy_(values[MASTER].reshape(self.main.shape))
 
 
-def adam_parts(optimizer, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, Part]:
+def adam_parts(optimizer, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, Part]:
     """The part of each named parameter that this rank's ``optimizer`` holds; those it holds nothing of are left out."""
     parts = {}
     members = []
     for mcore in getattr(optimizer, "chained_optimizers", [optimizer]):
         updated = {id(main) for group in mcore.optimizer.param_groups for main in group["params"]}
         members.append((mcore, mcore.optimizer, updated))
-    for name, parameter in parameters:
+    for name, parameter in parameters.items():
         for mcore, inner, updated in members:
             if isinstance(mcore, DistributedOptimizer):
                 place = mcore.model_param_group_index_map.get(parameter)

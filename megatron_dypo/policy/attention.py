@@ -1,8 +1,9 @@
-"""Core attention over packed sequences (THD) with torch's SDPA, for mcore's self-attention module.
+"""Core attention over packed sequences (THD), for mcore's self-attention module: torch's SDPA, or its flash attention.
 
-Segments of similar length are stacked into one causal SDPA call: padding sits behind each segment's last token, where
-a causal mask never looks, so stacking changes no result. Legend: T tokens, B segments of a bucket, L their padded
-length, A heads, D head width.
+Under context parallelism a rank holds two slices of each sequence as queries, and gathers the keys and values of all
+ranks. Everything is cut into blocks: consecutive queries that see the keys of their sequence up to their own last one.
+Without context parallelism a block is a whole sequence. Legend: T this rank's tokens, A heads, D head width; B blocks
+of a bucket, Q and K their padded numbers of queries and keys.
 """
 
 from __future__ import annotations
@@ -10,11 +11,102 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_dypo.batching.zigzag import held_tokens
+
+
+@dataclass(frozen=True)
+class Block:
+    """Queries [query, query + queries) of this rank; keys [key, key + keys) of the packed sequences, causal at the end:
+    the last query sees all keys, the one before all but the last, and so on."""
+
+    query: int
+    queries: int
+    key: int
+    keys: int
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Blocks stacked into one SDPA call: padding sits behind each block's last query and key, where no real query
+    looks. ``queries`` [B * Q] and ``keys`` [B * K] index tokens, ``kept`` [n] the slots of real queries; ``mask``
+    [B, 1, Q, K] says who sees whom, and is None where all blocks are square and plain causal."""
+
+    rows: int
+    queries: Tensor
+    keys: Tensor
+    kept: Tensor
+    mask: Tensor | None
+
+
+class Segments:
+    """How a micro-batch's packed tokens attend to one another, from its ``cu_seqlens``."""
+
+    def __init__(self, cu_seqlens: list[int], device: torch.device, context: int = 1, context_rank: int = 0):
+        self.context, self._device = context, device
+        held = held_tokens(cu_seqlens, context)
+        self._gathered = held.reshape(-1).argsort()  # where a token lies among those gathered in the ranks' order
+        self.blocks = []
+        for start, end in itertools.pairwise(cu_seqlens):
+            if context == 1:
+                self.blocks.append(Block(start, end - start, start, end - start))
+                continue
+            size, query = (end - start) // (2 * context), start // context
+            for half, slice_ in enumerate((context_rank, 2 * context - 1 - context_rank)):
+                self.blocks.append(Block(query + half * size, size, start, (slice_ + 1) * size))
+        self.blocks = [block for block in self.blocks if block.queries]
+
+    @cached_property
+    def buckets(self) -> list[Bucket]:
+        """For SDPA: blocks of similar size together."""
+        members = defaultdict(list)
+        for block in self._in_order_of_size:
+            members[_size(block)].append(block)
+        return [self._bucket(*size, blocks) for size, blocks in members.items()]
+
+    @cached_property
+    def order(self) -> Tensor:
+        """[T]: puts the kept queries of all buckets, one after the other, back into this rank's order."""
+        tokens = [np.arange(block.query, block.query + block.queries) for block in self._in_order_of_size]
+        return self._tensor(np.concatenate(tokens).argsort())
+
+    @cached_property
+    def varlen(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
+        """For flash attention: (keys of all blocks, one after the other; offsets of queries, of keys; most of each)."""
+        keys = np.concatenate([self._gathered[block.key : block.key + block.keys] for block in self.blocks])
+        sizes = np.array([(block.queries, block.keys) for block in self.blocks])
+        offsets = np.pad(sizes.cumsum(0), ((1, 0), (0, 0))).astype(np.int32)
+        return self._tensor(keys), *map(self._tensor, offsets.T.copy()), *sizes.max(0).tolist()
+
+    @property
+    def _in_order_of_size(self) -> list[Block]:
+        return sorted(self.blocks, key=lambda block: (_size(block), block.query))
+
+    def _bucket(self, plain: bool, most_queries: int, most_keys: int, blocks: list[Block]) -> Bucket:
+        table = np.array([(block.query, block.queries, block.key, block.keys) for block in blocks])
+        query, queries, key, keys = table.T[..., None]
+        slots, key_slots = np.arange(most_queries), np.arange(most_keys)
+        real_BQ = slots < queries
+        mask = None if plain else self._tensor((key_slots <= (slots + keys - queries)[..., None])[:, None])
+        return Bucket(
+            rows=len(blocks),
+            queries=self._tensor(np.where(real_BQ, query + slots, query).reshape(-1)),
+            keys=self._tensor(self._gathered[np.where(key_slots < keys, key + key_slots, key)].reshape(-1)),
+            kept=self._tensor(np.flatnonzero(real_BQ)),
+            mask=mask,
+        )
+
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self._device)
 
 
 def padded_length(length: int) -> int:
@@ -23,53 +115,65 @@ def padded_length(length: int) -> int:
     return -(-length // step) * step
 
 
-@dataclass(frozen=True)
-class Segments:
-    """How packed tokens stack into buckets of equal padded length, and back.
+def _size(block: Block) -> tuple[bool, int, int]:
+    return block.queries == block.keys, padded_length(block.queries), padded_length(block.keys)
 
-    ``buckets``: (gather [B * L] token indices, B, kept [n] slots that hold real tokens); ``order`` [T] puts the kept
-    slots of all buckets, one after the other, back into packing order.
-    """
 
-    buckets: list[tuple[Tensor, int, Tensor]]
-    order: Tensor
+def sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> Tensor:
+    """query [T, A, D], key and value [T of all ranks, A_kv, D] -> [T, A * D]."""
+    outputs, grouped = [], query.shape[1] != key.shape[1]
+    for bucket in segments.buckets:
+        q, k, v = (
+            x.index_select(0, index).unflatten(0, (bucket.rows, -1)).transpose(1, 2)
+            for x, index in ((query, bucket.queries), (key, bucket.keys), (value, bucket.keys))
+        )
+        causal = bucket.mask is None
+        out_BAQD = scaled_dot_product_attention(
+            q, k, v, attn_mask=bucket.mask, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
+        outputs.append(out_BAQD.transpose(1, 2).flatten(0, 1).flatten(1).index_select(0, bucket.kept))
+    return torch.cat(outputs).index_select(0, segments.order)
 
-    @classmethod
-    def of(cls, cu_seqlens: list[int], device: torch.device) -> Segments:
-        members = defaultdict(list)
-        for start, end in itertools.pairwise(cu_seqlens):
-            if end > start:
-                members[padded_length(end - start)].append((start, end - start))
-        buckets, tokens = [], []
-        for length, segments in sorted(members.items()):
-            starts, sizes = torch.tensor(segments).unsqueeze(-1).unbind(1)
-            slots = torch.arange(length).unsqueeze(0)
-            real_BL = slots < sizes
-            gather_BL = torch.where(real_BL, starts + slots, starts)
-            buckets.append(
-                (gather_BL.flatten().to(device), len(segments), real_BL.flatten().nonzero().squeeze(1).to(device))
-            )
-            tokens.append(gather_BL[real_BL])
-        return cls(buckets, torch.cat(tokens).argsort().to(device))
+
+def flash(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> Tensor:
+    """The same by torch's variable-length flash attention: CUDA, 16-bit types, no stacking and no mask."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    keys, query_offsets, key_offsets, most_queries, most_keys = segments.varlen
+    if segments.context > 1:
+        key, value = key.index_select(0, keys), value.index_select(0, keys)
+    grouped = query.shape[1] != key.shape[1]
+    causal = {"window_size": (-1, 0), "scale": scale, "enable_gqa": grouped}
+    return varlen_attn(query, key, value, query_offsets, key_offsets, most_queries, most_keys, **causal).flatten(1)
+
+
+BACKENDS: dict[str, Callable[..., Tensor]] = {"sdpa": sdpa, "flash": flash}
 
 
 class PackedAttention(torch.nn.Module):
-    """mcore core attention: causal softmax attention within each packed segment. No weights."""
+    """mcore core attention: causal softmax attention within each packed sequence. No weights."""
 
     def __init__(
-        self, config, layer_number: int, attn_mask_type, attention_type: str, softmax_scale: float | None = None, **_
+        self,
+        config,
+        layer_number: int,
+        attn_mask_type,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        pg_collection=None,
+        backend: str = "sdpa",
+        **_,
     ):
         super().__init__()
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.attend, self.context_group = BACKENDS[backend], pg_collection.cp
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, *, packed_seq_params, **_
     ) -> Tensor:
         """query [T, A, D], key and value [T, A_kv, D] -> [T, A * D]; ``packed_seq_params.segments``: how T is cut."""
-        segments, outputs = packed_seq_params.segments, []
-        for gather, rows, kept in segments.buckets:
-            q, k, v = (x.index_select(0, gather).unflatten(0, (rows, -1)).transpose(1, 2) for x in (query, key, value))
-            grouped = q.shape[1] != k.shape[1]
-            out_BALD = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
-            outputs.append(out_BALD.transpose(1, 2).flatten(0, 1).flatten(1).index_select(0, kept))
-        return torch.cat(outputs).index_select(0, segments.order)
+        segments = packed_seq_params.segments
+        if segments.context > 1:  # backwards, each rank gets the sum of what all ranks' queries did to its keys
+            both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1), group=self.context_group)
+            key, value = both.split(key.shape[-1], dim=-1)
+        return self.attend(query, key, value, segments, self.scale)

@@ -1,7 +1,10 @@
-"""Our layer spec: Megatron-Core's own tensor-parallel layers around an RMSNorm that knows sequence parallelism and
-an attention that takes packed sequences. Needs neither Transformer Engine nor Apex."""
+"""Layer specs. Ours: Megatron-Core's own tensor-parallel layers around an RMSNorm that knows sequence parallelism and
+an attention that takes packed sequences; it needs neither Transformer Engine nor Apex. Or mcore's for Transformer Engine.
+"""
 
 from __future__ import annotations
+
+import importlib.util
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -15,7 +18,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch.nn.functional import rms_norm
 
-from megatron_dypo.policy.attention import PackedAttention
+from megatron_dypo.config.schema import Model
+from megatron_dypo.policy.attention import BACKENDS, PackedAttention
+from megatron_dypo.policy.shape import FAMILIES, ModelShape
+from megatron_dypo.runtime.distributed import training_dtype
 
 
 class RMSNorm(torch.nn.Module):
@@ -31,11 +37,18 @@ class RMSNorm(torch.nn.Module):
         return rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def layer_spec(num_layers_here: int, qk_norm: bool) -> TransformerBlockSubmodules:
-    """The decoder stack of one pipeline stage."""
+def layer_spec(model: Model, shape: ModelShape, layers: int) -> TransformerBlockSubmodules:
+    """The decoder stack of a model chunk of so many layers, as ``model`` asks for it."""
+    qk_norm = FAMILIES[shape.family].qk_norm
+    if _uses_transformer_engine(model):
+        from megatron.core.extensions.transformer_engine import TENorm
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
+        return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=TENorm)
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
-        core_attention=PackedAttention,
+        core_attention=ModuleSpec(PackedAttention, params={"backend": _attention_backend(model)}),
         linear_proj=RowParallelLinear,
         q_layernorm=RMSNorm if qk_norm else IdentityOp,
         k_layernorm=RMSNorm if qk_norm else IdentityOp,
@@ -55,4 +68,18 @@ def layer_spec(num_layers_here: int, qk_norm: bool) -> TransformerBlockSubmodule
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers_here, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+
+
+def _uses_transformer_engine(model: Model) -> bool:
+    if model.layer_spec == "auto":
+        ours = model.attention_backend in BACKENDS
+        return torch.cuda.is_available() and not ours and importlib.util.find_spec("transformer_engine") is not None
+    return model.layer_spec == "te"
+
+
+def _attention_backend(model: Model) -> str:
+    """Which of torch's attentions our layers use: flash where it can, with CUDA and 16 bits."""
+    half = training_dtype(model.dtype) == torch.bfloat16
+    auto = "flash" if torch.cuda.is_available() and half else "sdpa"
+    return auto if model.attention_backend == "auto" else model.attention_backend

@@ -1,6 +1,9 @@
-"""Build the policy's Megatron-Core parts: GPT stage, DDP wrapper, optimizer."""
+"""Build the policy's Megatron-Core parts: the GPT's chunks on this rank, each in its DDP wrapper, and the optimizer."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -17,6 +20,11 @@ from megatron_dypo.runtime import cpu_shim
 from megatron_dypo.runtime.distributed import Layout, device, training_dtype
 
 _SHARDED_DIMENSION = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
+_TRANSFORMER_ENGINE_NAMES = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+T = TypeVar("T")
 _RECOMPUTE = {
     "none": {},
     "selective": {"recompute_granularity": "selective"},
@@ -27,6 +35,7 @@ _RECOMPUTE = {
 def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
     """mcore's configuration of ``shape`` under this layout."""
     dtype, cuda, family = training_dtype(config.model.dtype), torch.cuda.is_available(), FAMILIES[shape.family]
+    virtual = config.parallel.virtual_pipeline
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -48,6 +57,10 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
         pipeline_dtype=dtype,
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        overlap_p2p_comm=virtual > 1,  # interleaved over gloo, mcore's batched sends deliver wrong tensors in silence
+        batch_p2p_comm=virtual == 1,
+        context_parallel_size=config.parallel.context,
         sequence_parallel=config.parallel.sequence_parallel,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # mcore demands it of variable lengths, dense models included
@@ -65,30 +78,54 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
     )
 
 
-def build_model(config: Config, shape: ModelShape, layout: Layout) -> DistributedDataParallel:
-    """This rank's pipeline stage in mcore's DDP. The head returns hidden states: kernels/ turns them into log-probs."""
+def build_model(config: Config, shape: ModelShape, layout: Layout) -> list[DistributedDataParallel]:
+    """This rank's model chunks, one a virtual pipeline stage, in mcore's DDP.
+
+    The head returns hidden states: kernels/ turns them into log-probs.
+    """
     transformer = transformer_config(config, shape)
-    gpt = GPTModel(
-        config=transformer,
-        transformer_layer_spec=layer_spec(shape.num_layers // layout.pp, FAMILIES[shape.family].qk_norm),
-        vocab_size=shape.padded_vocab,
-        max_sequence_length=shape.max_position,
-        pre_process=layout.pp_rank == 0,
-        post_process=layout.is_last_stage,
-        share_embeddings_and_output_weights=shape.tied_embeddings,
-        position_embedding_type="rope",
-        rotary_base=shape.rope_base,
-    ).to(device())
-    _mark_sharded(gpt)
-    if layout.is_last_stage:
-        gpt.output_layer.forward = lambda hidden, weight=None, runtime_gather_output=None: (hidden, None)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
         use_distributed_optimizer=config.optimizer.distributed,
         check_for_nan_in_grad=False,  # a non-finite gradient skips the step on all ranks instead of ending the job
     )
-    return DistributedDataParallel(config=transformer, ddp_config=ddp, module=gpt)
+    chunks = []
+    for c in range(layout.vpp):
+        is_last = layout.is_last_stage and c == layout.vpp - 1
+        gpt = GPTModel(
+            config=transformer,
+            transformer_layer_spec=layer_spec(config.model, shape, shape.num_layers // (layout.pp * layout.vpp)),
+            vocab_size=shape.padded_vocab,
+            max_sequence_length=shape.max_position,
+            pre_process=layout.pp_rank == 0 and c == 0,
+            post_process=is_last,
+            share_embeddings_and_output_weights=shape.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=shape.rope_base,
+            vp_stage=c if layout.vpp > 1 else None,
+        ).to(device())
+        _mark_sharded(gpt)
+        if is_last:
+            gpt.output_layer.forward = lambda hidden, weight=None, runtime_gather_output=None: (hidden, None)
+        # of several chunks only the first one's sums can overlap with what is left of the backward pass
+        chunks.append(DistributedDataParallel(transformer, ddp, gpt, disable_bucketing=c > 0))
+    return chunks
+
+
+def whole_model_names(gpt: GPTModel, local: Mapping[str, T]) -> dict[str, T]:
+    """What a chunk keys by its own names, by the names in the whole model as one local-spec chunk.
+
+    mcore numbers layers from 0 in every chunk, and Transformer Engine keeps norms in the linear layer behind them.
+    """
+    found = {}
+    for name, value in local.items():
+        if name.startswith("decoder.layers."):
+            _, _, index, rest = name.split(".", 3)
+            rest = _TRANSFORMER_ENGINE_NAMES.get(rest, rest)
+            name = f"decoder.layers.{gpt.decoder.layers[int(index)].layer_number - 1}.{rest}"
+        found[name] = value
+    return found
 
 
 def _mark_sharded(gpt: GPTModel) -> None:
@@ -100,14 +137,7 @@ def _mark_sharded(gpt: GPTModel) -> None:
             set_tensor_model_parallel_attributes(module.weight, True, dimension, 1)
 
 
-def head_weight(gpt: GPTModel) -> torch.Tensor:
-    """The output head's weight on the last stage [V_padded / TP, H]: the embedding's, if tied and on one stage."""
-    return (
-        gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else gpt.output_layer.weight
-    )
-
-
-def build_optimizer(optimizer: Optimizer, dtype: torch.dtype, model: DistributedDataParallel):
+def build_optimizer(optimizer: Optimizer, dtype: torch.dtype, chunks: list[DistributedDataParallel]):
     """mcore's Adam (fp32 master weights under bf16)."""
     settings = OptimizerConfig(
         optimizer="adam",
@@ -122,4 +152,4 @@ def build_optimizer(optimizer: Optimizer, dtype: torch.dtype, model: Distributed
         use_distributed_optimizer=optimizer.distributed,
     )
     with cpu_shim.cuda_type_names():
-        return get_megatron_optimizer(settings, [model], use_gloo_process_groups=torch.cuda.is_available())
+        return get_megatron_optimizer(settings, chunks, use_gloo_process_groups=torch.cuda.is_available())

@@ -5,6 +5,7 @@ Legend: T packed tokens, N loss tokens of a micro-batch, H hidden size.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -23,7 +24,8 @@ from megatron_dypo.kernels import LogProbs, linear_logprob, linear_loss
 from megatron_dypo.objectives import TokenStreams
 from megatron_dypo.objectives.coefficients import needs_reference
 from megatron_dypo.policy.attention import Segments
-from megatron_dypo.policy.model import build_model, build_optimizer, head_weight
+from megatron_dypo.policy.model import build_model, build_optimizer, whole_model_names
+from megatron_dypo.policy.offload import Offload
 from megatron_dypo.policy.shape import ModelShape
 from megatron_dypo.runtime import cpu_shim
 from megatron_dypo.runtime.distributed import Layout, device, training_dtype
@@ -34,23 +36,25 @@ class Policy:
 
     def __init__(self, config: Config, shape: ModelShape, layout: Layout, read_weights: Callable[[str], Tensor]):
         self.config, self.shape, self.layout = config, shape, layout
-        self.model = build_model(config, shape, layout)
-        load_weights(self.gpt, shape, layout, read_weights)
-        self.optimizer = build_optimizer(config.optimizer, training_dtype(config.model.dtype), self.model)
+        self.chunks = build_model(config, shape, layout)
+        self.parameters: dict[str, torch.nn.Parameter] = {}  # this rank's, by their names in the whole model
+        for chunk in self.chunks:
+            self.parameters |= whole_model_names(chunk.module, dict(chunk.module.named_parameters()))
+        load_weights(self.parameters, shape, layout, read_weights)
+        self.optimizer = build_optimizer(config.optimizer, training_dtype(config.model.dtype), self.chunks)
+        self.offload = Offload(self.chunks, self.optimizer)
+        schedule = self.chunks[0].config  # all chunks' and the schedule's
         # The one place where mcore's own normalisation is switched off: every coefficient is already global.
-        self.model.config.finalize_model_grads_func = lambda models, num_tokens=None, **keywords: finalize_model_grads(
+        schedule.finalize_model_grads_func = lambda models, num_tokens=None, **keywords: finalize_model_grads(
             models, None, **keywords
         )
         if config.optimizer.overlap_grad_reduce:  # the last micro-batch's backward pass starts the sums
-            self.model.config.no_sync_func = self.model.no_sync
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            schedule.no_sync_func = no_sync if layout.vpp > 1 else no_sync[0]
         self.version = 0
         self.reference: dict[str, Tensor] | None = None  # by parameter name, in host memory
         if needs_reference(config.objective) and config.objective.reference != "previous":
             self.keep_reference()
-
-    @property
-    def gpt(self) -> torch.nn.Module:
-        return self.model.module
 
     def logprobs(self, batches: list[MicroBatch]) -> list[Tensor]:
         """Log-probs [N] (nats) of each micro-batch's targets; an empty list except on the last pipeline stage.
@@ -68,8 +72,7 @@ class Policy:
 
     def accumulate(self, batches: list[MicroBatch], streams: list[TokenStreams]) -> None:
         """Forward and backward over the micro-batches; gradients end up summed over all ranks in ``main_grad``."""
-        self.model.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        self.zero_gradients()
         by_batch = {id(batch): stream for batch, stream in zip(batches, streams, strict=True)}
 
         def loss(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, LogProbs]:
@@ -79,6 +82,12 @@ class Policy:
 
         self._run(batches, loss, forward_only=False)
 
+    def zero_gradients(self) -> None:
+        self.offload.require_device()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
     def grad_norm(self) -> float:
         """Global norm of the accumulated gradients, before clipping; not finite where any of them is not."""
         with cpu_shim.cuda_type_names():
@@ -87,6 +96,7 @@ class Policy:
 
     def step(self, lr: float) -> None:
         """One optimizer update with the accumulated gradients, clipped, at this learning rate."""
+        self.offload.require_device()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
             group["weight_decay"] = self.config.optimizer.weight_decay * group["wd_mult"]
@@ -96,7 +106,8 @@ class Policy:
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The current weights as (Hugging Face name, full tensor), a tied head sent twice; collective."""
-        return hf_tensors(self.gpt, self.shape, self.layout, with_tied_head=True)
+        self.offload.require_device()
+        return hf_tensors(self.parameters, self.shape, self.layout, with_tied_head=True)
 
     def keep_reference(self) -> None:
         """Freeze the current weights as the reference."""
@@ -119,30 +130,33 @@ class Policy:
 
     def _on_host(self) -> dict[str, Tensor]:
         """A copy of this rank's weights in host memory, pinned where there is CUDA."""
-        weights = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.gpt.named_parameters()}
+        self.offload.require_device()
+        weights = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters.items()}
         pinned = torch.cuda.is_available()
         return {name: weight.pin_memory() for name, weight in weights.items()} if pinned else weights
 
     @torch.no_grad()
     def _fill(self, weights: dict[str, Tensor]) -> None:
-        for name, parameter in self.gpt.named_parameters():
+        for name, parameter in self.parameters.items():
             parameter.copy_(weights[name], non_blocking=True)
 
     def _run(
         self, batches: list[MicroBatch], finish: Callable[[Tensor, MicroBatch], tuple], forward_only: bool
     ) -> list:
         """mcore's schedule over the micro-batches. ``finish(hidden, batch)`` runs on the last stage, on each output."""
+        self.offload.require_device()
 
         def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module):
             batch = next(iterator)
             ids, positions = batch.ids_T.to(device()), batch.positions_T.to(device())
-            output = model(ids.unsqueeze(0), positions.unsqueeze(0), None, packed_seq_params=_packed_params(batch))
+            packed = self._packed_params(batch)
+            output = model(ids.unsqueeze(0), positions.unsqueeze(0), None, packed_seq_params=packed)
             return output, lambda hidden, **_: finish(hidden, batch)
 
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(batches),
-            model=[self.model],
+            data_iterator=[iter(batches) for _ in self.chunks],
+            model=self.chunks,
             num_microbatches=len(batches),
             seq_length=self.shape.max_position,  # not read with variable lengths
             micro_batch_size=1,
@@ -156,18 +170,19 @@ class Policy:
         if self.config.parallel.sequence_parallel:
             hidden_TH = gather_from_sequence_parallel_region(hidden_TH, tensor_parallel_output_grad=False)
         hidden_NH = hidden_TH.index_select(0, batch.loss_index_N.to(hidden_TH.device))
-        return hidden_NH, head_weight(self.gpt), batch.targets_N.to(hidden_TH.device)
+        head = self.parameters.get("output_layer.weight")  # absent where it is tied to an embedding on this stage
+        weight = self.parameters["embedding.word_embeddings.weight"] if head is None else head
+        return hidden_NH, weight, batch.targets_N.to(hidden_TH.device)
 
     def _head_options(self, batch: MicroBatch) -> dict:
         group = mpu.get_tensor_model_parallel_group() if self.layout.tp > 1 else None
         return {"temperature": batch.temperature_N.to(device()), "tp_group": group, "vocab_size": self.shape.vocab_size}
 
 
-def _packed_params(batch: MicroBatch) -> PackedSeqParams:
-    cu_seqlens = torch.tensor(batch.cu_seqlens, dtype=torch.int32, device=device())
-    longest = max(end - start for start, end in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False))
-    params = PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest
-    )
-    params.segments = Segments.of(batch.cu_seqlens, device())  # for our core attention; mcore passes the object through
-    return params
+    def _packed_params(self, batch: MicroBatch) -> PackedSeqParams:
+        """What attention and RoPE read; mcore passes the object through to our attention, ``segments`` included."""
+        cu_seqlens = torch.tensor(batch.cu_seqlens, dtype=torch.int32, device=device())
+        longest = max(end - start for start, end in itertools.pairwise(batch.cu_seqlens))
+        params = PackedSeqParams("thd", cu_seqlens, cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest)
+        params.segments = Segments(batch.cu_seqlens, device(), self.layout.cp, self.layout.cp_rank)
+        return params

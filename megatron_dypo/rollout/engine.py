@@ -44,11 +44,17 @@ class Sampling:
 
 
 class Engine(Protocol):
-    """``generate`` keeps the order of the requests; log-probs are those of the distribution sampled from."""
+    """``generate`` keeps the order of the requests; log-probs are those of the distribution sampled from.
+
+    ``sleep`` gives the device's memory back, and without ``keep_weights`` the weights too, which the next use must then
+    ``sync``. ``sync`` and ``generate`` take what they need again by themselves.
+    """
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Response]: ...
 
     def sync(self, tensors: Iterator[tuple[str, Tensor]]) -> None: ...
+
+    def sleep(self, keep_weights: bool) -> None: ...
 
 
 def engine_name(config: Config) -> str:

@@ -31,8 +31,15 @@ class TransformersEngine:
         if missing or unexpected:
             raise RuntimeError(f"weight sync to transformers: missing {missing}, unexpected {unexpected}")
 
+    def sleep(self, keep_weights: bool) -> None:
+        """The weights go to host memory in any case."""
+        self._model.to("cpu")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     @torch.no_grad()
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Response]:
+        self._model.to(device())
         return [
             response
             for start in range(0, len(requests), BATCH)

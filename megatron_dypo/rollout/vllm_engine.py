@@ -58,12 +58,14 @@ class VllmEngine:
             max_num_batched_tokens=None if cuda else max(8192, shape.max_position),
             enforce_eager=not cuda,
             enable_prefix_caching=True,
+            enable_sleep_mode=cuda and config.trainer.offload,  # an allocator whose memory can be given back
             disable_log_stats=True,
             # torchrun's LOCAL_RANK picks the GPU; vLLM's own choice is the first one, on every rank
             distributed_executor_backend="external_launcher" if cuda and "RANK" in os.environ else None,
             seed=config.trainer.seed,
             **memory,
         )
+        self._asleep: set[str] = set()  # by vLLM's names for parts of its memory
         assert torch.get_num_threads() == threads
 
     @deterministic.not_enforced()
@@ -71,6 +73,7 @@ class VllmEngine:
         """One response per request, in order; ``ids`` ends with ``eos_id`` unless cut at ``max_tokens``."""
         if not requests:
             return []
+        self._wake("weights", "kv_cache")
         prompts = [{"prompt_token_ids": request.prompt_ids.tolist()} for request in requests]
         parameters = [self._parameters(request.seed, sampling) for request in requests]
         outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
@@ -79,9 +82,22 @@ class VllmEngine:
     @deterministic.not_enforced()
     def sync(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
         """Replace all weights by (Hugging Face name, full tensor) and forget what was cached under the old ones."""
+        self._wake("weights")
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache after a weight sync")
+
+    @deterministic.not_enforced()
+    def sleep(self, keep_weights: bool) -> None:
+        """Key/value cache and weights are given back; kept weights are copied to host memory. Needs trainer.offload."""
+        self._wake("weights")  # vLLM would take the engine to be asleep already
+        self._llm.sleep(level=1 if keep_weights else 2)
+        self._asleep = {"weights", "kv_cache"}
+
+    def _wake(self, *parts: str) -> None:
+        if wanted := self._asleep.intersection(parts):
+            self._llm.wake_up(sorted(wanted))
+            self._asleep -= wanted
 
     def _parameters(self, seed: int | None, sampling: Sampling):
         greedy = seed is None

@@ -9,26 +9,36 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_dypo.config.schema import Parallel
 from megatron_dypo.runtime import cpu_shim
 
+ALONE = Parallel()
 _LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """This rank's place. ``dp`` counts data-parallel replicas; replica = tensor x pipeline ranks."""
+    """This rank's place. ``dp`` counts data-parallel replicas; replica = tensor x pipeline x context ranks.
 
-    rank: int
-    world: int
-    tp: int
-    pp: int
-    dp: int
-    tp_rank: int
-    pp_rank: int
-    dp_rank: int
+    ``vpp`` is the number of model chunks of each pipeline rank: chunk c of rank p is virtual stage c * pp + p.
+    """
+
+    rank: int = 0
+    world: int = 1
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    dp: int = 1
+    tp_rank: int = 0
+    pp_rank: int = 0
+    cp_rank: int = 0
+    dp_rank: int = 0
 
     def __str__(self) -> str:
-        return f"{self.world} ranks: tensor {self.tp} x pipeline {self.pp} x data {self.dp}"
+        virtual = f" (virtual {self.vpp})" if self.vpp > 1 else ""
+        context = f" x context {self.cp}" if self.cp > 1 else ""
+        return f"{self.world} ranks: tensor {self.tp} x pipeline {self.pp}{virtual}{context} x data {self.dp}"
 
     @property
     def is_main(self) -> bool:
@@ -40,7 +50,8 @@ class Layout:
 
     @property
     def speaks_for_tokens(self) -> bool:
-        """Whether this rank's log-probs count in sums over ranks: one rank of each replica, where the head is."""
+        """Whether this rank's log-probs count in sums over ranks: one tensor-parallel rank where the head is. Of
+        context-parallel ranks all do, each for its own tokens."""
         return self.is_last_stage and self.tp_rank == 0
 
 
@@ -77,16 +88,16 @@ def stay_on_loopback() -> None:
             os.environ.setdefault(name, value)
 
 
-def init(tensor: int = 1, pipeline: int = 1, timeout: float = 1800.0) -> Layout:
+def init(parallel: Parallel = ALONE) -> Layout:
     """Join the job and build mcore's process groups; under plain python a group of one.
 
-    ``timeout`` (seconds) is the deadline of every collective. Installs the CPU shim where there is no CUDA.
+    ``parallel.timeout`` is the deadline of every collective. Installs the CPU shim where there is no CUDA.
     """
     cpu_shim.install()
     from megatron.core import parallel_state as mpu
     from megatron.core import tensor_parallel
 
-    deadline = datetime.timedelta(seconds=timeout)
+    deadline = datetime.timedelta(seconds=parallel.timeout)
     stay_on_loopback()
     claim_device()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -95,20 +106,25 @@ def init(tensor: int = 1, pipeline: int = 1, timeout: float = 1800.0) -> Layout:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=deadline)
     mpu.initialize_model_parallel(
-        tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
-        distributed_timeout_minutes=max(1, round(timeout / 60)),
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
+        distributed_timeout_minutes=max(1, round(parallel.timeout / 60)),
         create_gloo_process_groups=backend == "nccl",
     )
     tensor_parallel.model_parallel_cuda_manual_seed(0)
     return Layout(
         rank=dist.get_rank(),
         world=dist.get_world_size(),
-        tp=tensor,
-        pp=pipeline,
+        tp=parallel.tensor,
+        pp=parallel.pipeline,
+        vpp=parallel.virtual_pipeline,
+        cp=parallel.context,
         dp=mpu.get_data_parallel_world_size(),
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         pp_rank=mpu.get_pipeline_model_parallel_rank(),
+        cp_rank=mpu.get_context_parallel_rank(),
         dp_rank=mpu.get_data_parallel_rank(),
     )
 

@@ -56,7 +56,10 @@ def bad_gradient(policy: Policy, work: Work, streams: list[TokenStreams]) -> str
                 for place, values in zip(batch.places, batch.split(values_N), strict=True):
                     if not torch.isfinite(values).all():
                         mine.setdefault(place, (order, what))
-    found = {place: fault for part in all_gather_objects(mine) for place, fault in part.items()}
+    found: dict[int, tuple[int, str]] = {}
+    for part in all_gather_objects(mine):  # ranks may hold parts of one sequence
+        for place, fault in part.items():
+            found[place] = min(fault, found.get(place, fault))
     if found:  # a bad log-prob spoils the coefficients of its whole group: causes first
         return some([f"{_name(work, place)}: non-finite {found[place][1]}" for place in sorted(found, key=found.get)])
     return (

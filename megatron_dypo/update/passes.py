@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,6 +75,9 @@ def share_sums(policy: Policy, work: Work) -> None:
 
 def _rollout_stream(work: Work, batch: MicroBatch) -> Tensor:
     """The engine's log-probs of the micro-batch's tokens [N]."""
-    chosen = [work.sequences[place] for place in batch.places]
-    values = [work.groups[sequence.group].responses[sequence.sample].logprobs for sequence in chosen]
-    return torch.from_numpy(np.concatenate(values)) if values else torch.zeros(0)
+    values = [torch.zeros(0)]
+    for place, tail in zip(batch.places, batch.split(batch.tail_N), strict=True):
+        sequence = work.sequences[place]
+        logprobs = work.groups[sequence.group].responses[sequence.sample].logprobs
+        values.append(torch.from_numpy(logprobs)[tail])
+    return torch.cat(values)

@@ -15,6 +15,7 @@ from megatron_dypo.objectives.correction import Correction
 from megatron_dypo.objectives.token_loss import TokenStreams
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.records import Group
+from megatron_dypo.runtime.distributed import device
 from megatron_dypo.runtime.failure import phase
 from megatron_dypo.runtime.stopwatch import Stopwatch
 from megatron_dypo.update.blame import bad_gradient, prompts
@@ -127,15 +128,14 @@ def _streams(
     """What the loss of micro-batch ``b`` (rollouts first, then teacher traces) reads."""
     is_rollout = b < len(work.rollouts)
     batch = (work.rollouts + work.teachers)[b]
-    device = next(policy.gpt.parameters()).device
     known = {
-        f"{name}_N": work.logp[name][b].to(device) if is_rollout and work.logp.get(name) else None
+        f"{name}_N": work.logp[name][b].to(device()) if is_rollout and work.logp.get(name) else None
         for name in ("old", "rollout", "reference")
     }
     return TokenStreams.of(
         [terms.sequences[place] for place in batch.places],
         batch.counts,
-        device=device,
+        device=device(),
         objective=config.objective,
         correction=correction,
         alpha=alpha(config.objective),

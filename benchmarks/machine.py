@@ -1,0 +1,32 @@
+"""Where results lie, and what they were measured on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def environment(device: str, threads: str, packages: Iterable[str]) -> dict[str, Any]:
+    """Versions and hardware, and how busy the machine was before. ``threads``: how many were used on the CPU."""
+    found = {each.metadata["Name"].replace("_", "-"): each.version for each in importlib.metadata.distributions()}
+    versions = {"python": platform.python_version()} | {name: found[name] for name in packages if name in found}
+    memory = f"{psutil.virtual_memory().total / 2**30:.0f} GiB"
+    hardware = f"{threads} on {os.cpu_count()} cores of {cpu_model()}, {memory}"
+    if device == "cuda":
+        hardware = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    return {"hardware": hardware, "load_average_before": os.getloadavg()[0], "versions": versions}
+
+
+def cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))

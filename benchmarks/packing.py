@@ -1,0 +1,120 @@
+"""How full micro-batches are, how evenly work is dealt out, and how much of what is computed is padding.
+
+    python -m benchmarks.packing
+
+Depends on no clock: made-up lengths go through the planner that training uses. Of each setting SEEDS batches are
+planned; "filled" is their tokens over the planned micro-batches' budgets, "computed" their tokens over the tokens that
+go through the model: with packing that is filler for tensor- and context-parallel ranks alone, with padding each batch
+is as wide as its longest sequence.
+
+Writes benchmarks/results/packing.json; ``python -m benchmarks.tables`` puts it into docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+from statistics import fmean
+from typing import Any
+
+from benchmarks.machine import RESULTS
+from megatron_dypo.batching.plan import MicroBatchPlan, cost, plan_micro_batches
+from megatron_dypo.batching.zigzag import aligned_to
+
+MEAN, CAP, SIGMA = 2500, 8192, 0.8
+RESPONSES = 8
+SEEDS = 10
+BUDGETS = (16384, 8192)
+# (prompts, data-parallel ranks, number of micro-batches a multiple of)
+BATCHES = [(64, 1, 1), (64, 2, 1), (64, 4, 1), (64, 8, 1), (64, 4, 4), (512, 32, 1), (512, 32, 4), (8, 8, 1)]
+LAYOUTS = [(1, 1), (8, 1), (1, 2), (8, 2), (8, 8)]  # (tensor, context) ranks
+
+
+def lognormal_lengths(count: int, mean: float, cap: int, seed: int) -> list[int]:
+    """Lengths in tokens, lognormal with this mean before they are capped."""
+    generator, mu = random.Random(seed), math.log(mean) - SIGMA**2 / 2
+    return [min(cap, max(1, round(generator.lognormvariate(mu, SIGMA)))) for _ in range(count)]
+
+
+def packed_tokens(lengths: list[int], plan: MicroBatchPlan, tensor: int, context: int) -> int:
+    """Tokens computed: segments filled up to the context-parallel slices, micro-batches to tensor-parallel ranks."""
+    align = aligned_to(context)
+    total = 0
+    for members in itertools.chain.from_iterable(plan):
+        filled = sum(-(-lengths[i] // align) * align for i in members) or 1
+        total += -(-filled // (align * tensor)) * align * tensor
+    return total
+
+
+def padded_tokens(lengths: list[int], budget: int) -> int:
+    """Tokens computed where consecutive sequences fill batches of at most ``budget`` tokens, padding included."""
+    total = rows = longest = 0
+    for length in lengths:
+        if (rows + 1) * max(longest, length) > budget:
+            total += rows * longest
+            rows = longest = 0
+        rows, longest = rows + 1, max(longest, length)
+    return total + rows * longest
+
+
+def spread_of(values: list[float]) -> float:
+    """The largest over the mean."""
+    return max(values) / fmean(values)
+
+
+def planned(prompts: int, ranks: int, multiple: int, budget: int) -> dict[str, Any]:
+    """Means over the seeds, and the worst of them."""
+    counts, filled, perfect, over_ranks, over_batches = [], [], [], [], []
+    for seed in range(SEEDS):
+        lengths = lognormal_lengths(prompts * RESPONSES, MEAN, CAP, seed)
+        plan = plan_micro_batches(lengths, ranks, budget, multiple)
+        costs = [[sum(cost(lengths[i]) for i in members) for members in share] for share in plan]
+        step, used = ranks * multiple, sum(lengths) / budget
+        counts.append(len(plan[0]))
+        filled.append(used / (ranks * len(plan[0])))
+        perfect.append(used / (math.ceil(used / step) * step))
+        over_ranks.append(spread_of([sum(share) for share in costs]))
+        over_batches.append(spread_of(list(itertools.chain.from_iterable(costs))))
+    figures = {
+        "micro_batches_a_rank": fmean(counts),
+        "filled": fmean(filled),
+        "filled_least": min(filled),
+        "filled_if_perfect": fmean(perfect),
+        "busiest_rank": fmean(over_ranks),
+        "busiest_rank_worst": max(over_ranks),
+        "costliest_micro_batch": fmean(over_batches),
+    }
+    setting = {"prompts": prompts, "responses": RESPONSES, "ranks": ranks, "multiple": multiple, "budget": budget}
+    return setting | {name: round(value, 4) for name, value in figures.items()}
+
+
+def computed(budget: int, prompts: int = 64, ranks: int = 8) -> dict[str, Any]:
+    """Tokens over computed tokens, by tensor x context ranks, beside padded batches under the same budget."""
+    tokens, totals = 0, dict.fromkeys([f"{t}x{c}" for t, c in LAYOUTS] + ["padded", "padded_sorted"], 0)
+    for seed in range(SEEDS):
+        lengths = lognormal_lengths(prompts * RESPONSES, MEAN, CAP, seed)
+        plan = plan_micro_batches(lengths, ranks, budget)
+        tokens += sum(lengths)
+        for tensor, context in LAYOUTS:
+            totals[f"{tensor}x{context}"] += packed_tokens(lengths, plan, tensor, context)
+        totals["padded"] += padded_tokens(lengths, budget)
+        totals["padded_sorted"] += padded_tokens(sorted(lengths), budget)
+    return {"budget": budget} | {name: round(tokens / total, 4) for name, total in totals.items()}
+
+
+def report() -> dict[str, Any]:
+    return {
+        "lengths": {"mean": MEAN, "cap": CAP, "sigma": SIGMA, "seeds": SEEDS},
+        "plans": [planned(*batch, budget) for budget in BUDGETS for batch in BATCHES],
+        "computed": [computed(budget) for budget in BUDGETS],
+    }
+
+
+def main() -> None:
+    (RESULTS / "packing.json").write_text(json.dumps(report(), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

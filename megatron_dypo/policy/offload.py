@@ -1,0 +1,129 @@
+"""The policy's turn on the device: between its passes its memory there can be given to the rollout engine.
+
+Tensors stay what they are: only their storages are emptied, after a copy into host memory, and filled again. So all
+that shares a storage (mcore's views into its buffers, master weights, a tied head) is right again without being known
+here. mcore's own ``offload_to_cpu`` gives tensors new storages, which cuts the distributed optimizer's fp32 slices off
+the weights that they are views of, and does nothing without its distributed optimizer or without CUDA.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor, UntypedStorage
+
+from megatron_dypo.runtime.distributed import device
+from megatron_dypo.runtime.failure import phase
+
+CHUNK = 2**28  # bytes; torch rounds pinned memory up to a power of two, so one block of any size might cost twice that
+
+
+class Offload:
+    """Moves weights, gradients and optimizer state of this rank's model chunks off the device and back.
+
+    Between the two nothing may read or write any of them: their storages have 0 bytes.
+    """
+
+    def __init__(self, chunks: list[DistributedDataParallel], optimizer):
+        self._chunks, self._optimizer = chunks, optimizer
+        self._host: list[Tensor] = []  # CHUNK bytes each, pinned where there is CUDA, and kept for the next time
+        self._kept: list[tuple[UntypedStorage, int]] = []  # what is empty after a copy, and its bytes
+        self._gradients: list[tuple[UntypedStorage, int]] = []  # what is empty without one
+        self._seconds = 0.0
+
+    def require_device(self) -> None:
+        """Where the policy is about to be used: reading an emptied storage would end the process."""
+        assert not self._kept, "the policy is in host memory while the rollout engine has the device"
+
+    @contextmanager
+    def on_host(self) -> Iterator[None]:
+        """The policy in host memory for the length of the block. An exception leaves it there: the run is over."""
+        self.to_host()
+        yield
+        self.to_device()
+
+    def to_host(self) -> None:
+        """Empty the device's storages; weights and optimizer state are copied first, gradients are not needed again."""
+        self.require_device()
+        with self._timed():
+            self._kept = _sized(chain(_weights(self._chunks), _optimizer_state(self._optimizer)))
+            self._gradients = _sized(_gradients(self._chunks))
+            for on_device, on_host in self._pieces():
+                on_host.copy_(on_device, non_blocking=True)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            for storage, _ in self._kept + self._gradients:
+                storage.resize_(0)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # else the memory stays torch's own
+
+    def to_device(self) -> None:
+        """Bring everything back, bit for bit; gradients come back as zeros."""
+        with self._timed():
+            for storage, size in self._kept + self._gradients:
+                storage.resize_(size)
+            for on_device, on_host in self._pieces():
+                on_device.copy_(on_host, non_blocking=True)
+            for storage, _ in self._gradients:
+                storage.fill_(0)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self._kept, self._gradients = [], []
+
+    def take_seconds(self) -> float:
+        """Seconds spent moving since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(bytes of a storage, their place in host memory), piece by piece: storages end to end, over chunks' borders.
+
+        The same storages get the same places each time.
+        """
+        used = 0
+        for storage, size in self._kept:
+            content, start = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage), 0
+            while start < size:
+                chunk, offset = divmod(used, CHUNK)
+                if chunk == len(self._host):
+                    self._host.append(torch.empty(CHUNK, dtype=torch.uint8, pin_memory=torch.cuda.is_available()))
+                length = min(size - start, CHUNK - offset)
+                yield content[start : start + length], self._host[chunk][offset : offset + length]
+                start, used = start + length, used + length
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        began = time.perf_counter()
+        with phase("offload"):
+            yield
+        self._seconds += time.perf_counter() - began
+
+
+def _weights(chunks: list[DistributedDataParallel]) -> Iterator[Tensor]:
+    """With the distributed optimizer they are views into a few buffers."""
+    return chain.from_iterable(chunk.parameters() for chunk in chunks)
+
+
+def _gradients(chunks: list[DistributedDataParallel]) -> Iterator[Tensor]:
+    """mcore's gradient buffers, which every ``main_grad`` is a view into."""
+    return (buffer.grad_data for chunk in chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers)
+
+
+def _optimizer_state(optimizer) -> Iterator[Tensor]:
+    """Master weights and, from the first update on, moments."""
+    for member in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for group in member.optimizer.param_groups:
+            yield from group["params"]
+        for state in member.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def _sized(tensors: Iterator[Tensor]) -> list[tuple[UntypedStorage, int]]:
+    """The tensors' storages on this rank's device, each once, and their bytes; no empty ones."""
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device == device()]
+    return [(s, s.nbytes()) for s in {s.data_ptr(): s for s in storages if s.nbytes()}.values()]

@@ -1,0 +1,190 @@
+"""``trainer.offload``: the policy leaves nothing on the device while the engine works, and comes back bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+
+from tests.batches import make_config, make_groups, trace_ids
+from tests.launch import checkpoint_digests, copy_task, metrics, without_times
+from tests.ranks import run_ranks
+from tests.test_end_to_end import train_here
+
+STEPS = 3
+
+
+def live_bytes() -> int:
+    """Bytes of all storages that any tensor of this process has; one that several tensors share counts once."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def build(shape: str, sections: dict):
+    """(config, policy) on this rank, the same weights each time."""
+    from megatron_dypo.convert.stream import random_weights
+    from megatron_dypo.policy.policy import Policy
+    from megatron_dypo.policy.shape import model_shape
+    from megatron_dypo.runtime import distributed
+
+    config = make_config(shape, **sections)
+    layout = distributed.init(config.parallel)
+    model = model_shape(config.model)
+    return config, Policy(config, model, layout, random_weights(model, seed=1))
+
+
+def updates(shape: str, sections: dict, offloaded: bool, chunk: int = 1000) -> dict:
+    """A few updates, with a turn of the engine before each and after the last; the policy's bits and its memory.
+
+    ``chunk``: bytes of a chunk of host memory; by default no storage fits into one.
+    """
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    from megatron_dypo.policy import offload
+    from megatron_dypo.policy.adam_state import adam_parts
+    from megatron_dypo.runtime.stopwatch import Stopwatch
+    from megatron_dypo.update import update_policy
+
+    offload.CHUNK = chunk
+    config, policy = build(shape, sections)
+    found: dict = {"metrics": [], "on_device": [], "away": [], "host": []}
+
+    def turn() -> None:
+        if not offloaded:
+            return
+        host = lambda: sum(tensor.nbytes for tensor in policy.offload._host)  # noqa: E731
+        reference = sum(tensor.nbytes for tensor in policy.reference.values())
+        found["on_device"].append(live_bytes() - host() - reference)
+        with policy.offload.on_host():
+            found["away"].append(live_bytes() - host() - reference)
+            found["host"].append(host())
+        assert not any(parameter.main_grad.any() for parameter in policy.parameters.values())
+
+    for step in range(STEPS):
+        turn()
+        outcome = update_policy(policy, make_groups(seed=step), config, trace_ids, 1e-2, Stopwatch())
+        assert outcome.skipped is None and not outcome.empty
+        found["metrics"].append(outcome.metrics)
+        del outcome  # with the step's micro-batches
+        RotaryEmbedding.forward.cache_clear()  # mcore's tables of the last 32 lengths
+    turn()
+    digest = lambda tensor: hashlib.sha256(tensor.detach().float().numpy().tobytes()).hexdigest()  # noqa: E731
+    found["weights"] = {name: digest(tensor) for name, tensor in policy.named_tensors()}
+    found["adam"] = {
+        f"{name}/{kind}": digest(part.flat(kind))
+        for name, part in adam_parts(policy.optimizer, policy.parameters).items()
+        for kind in part.names
+    }
+    local = sum(parameter.numel() for parameter in policy.parameters.values())
+    width = next(iter(policy.parameters.values())).element_size()
+    sharded_over = policy.layout.dp * policy.layout.cp if config.optimizer.distributed else 1
+    return found | {"parameters": local, "width": width, "sharded_over": sharded_over}
+
+
+BF16 = {"model": {"dtype": "bf16"}}
+DISTRIBUTED = {"optimizer": {"distributed": True}}
+CASES = [
+    (1, "llama", {}),
+    (1, "llama-tied", BF16),
+    (1, "llama", BF16 | DISTRIBUTED),
+    (2, "llama-tied", DISTRIBUTED),
+    (2, "llama-tied", BF16 | DISTRIBUTED),
+    (2, "llama-tied", {"parallel": {"pipeline": 2}}),
+    (2, "llama", BF16 | DISTRIBUTED | {"parallel": {"tensor": 2, "sequence_parallel": True}}),
+    (2, "qwen2-tied", DISTRIBUTED | {"parallel": {"pipeline": 2, "virtual_pipeline": 2}, "model": {}}),
+]
+
+
+@pytest.mark.parametrize(("world", "shape", "sections"), CASES, ids=str)
+def test_the_policy_comes_back_bit_for_bit_and_leaves_nothing_behind(world, shape, sections):
+    kept = run_ranks(world, updates, shape, sections, False)
+    moved = run_ranks(world, updates, shape, sections, True)
+    for ours, theirs in zip(moved, kept, strict=True):
+        for what in ("metrics", "weights", "adam"):
+            assert ours[what] == theirs[what], what
+        optimizer = 8 if ours["width"] == 4 else 12  # bytes a parameter
+        optimizer /= ours["sharded_over"]
+        assert ours["on_device"][-1] >= (ours["width"] + 4 + 0.9 * optimizer) * ours["parameters"], "what is to be moved"
+        assert max(ours["away"]) < 16_000, "all that is left: states of random generators"
+        assert ours["host"][0] < ours["host"][1] == ours["host"][-1], "with Adam's moments from the first update on"
+        moved_bytes = ours["on_device"][-1] - ours["away"][-1] - 4 * ours["parameters"]
+        assert abs(ours["host"][-1] - moved_bytes) < 0.05 * moved_bytes, "all but the gradients is copied, each once"
+
+
+def use_while_away(what: str) -> str:
+    from megatron_dypo.checkpoint.state import exchange_holders, snapshot
+
+    _, policy = build("llama", {})
+    uses = {
+        "logprobs": lambda: policy.logprobs([None]),
+        "accumulate": lambda: policy.accumulate([], []),
+        "step": lambda: policy.step(0.1),
+        "sync": policy.named_tensors,
+        "reference": policy.keep_reference,
+        "save": lambda: snapshot(policy, exchange_holders(policy)),
+        "offload": policy.offload.to_host,
+    }
+    with policy.offload.on_host(), pytest.raises(AssertionError, match="in host memory") as error:
+        uses[what]()
+    return str(error.value)
+
+
+@pytest.mark.parametrize("what", ["logprobs", "accumulate", "step", "sync", "reference", "save", "offload"])
+def test_use_of_a_policy_that_is_away_is_refused(what):
+    assert "rollout engine has the device" in run_ranks(1, use_while_away, what)[0]
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_a_run_with_turns_is_the_run_without(tmp_path, engine):
+    """Evaluation, saving and resuming included: metrics and the last checkpoint are equal bit for bit."""
+    trainer = {"trainer__steps": 6, "trainer__eval_every": 3, "trainer__save_every": 3, "rollout__engine": engine}
+    straight = copy_task(tmp_path / "straight", **trainer)
+    turns = copy_task(tmp_path / "turns", **trainer, trainer__offload=True)
+    run_ranks(2, train_here, str(straight), [], seconds=240)
+    for steps in (3, 6):  # the second goes on from the first's checkpoint
+        run_ranks(2, train_here, str(turns), [f"trainer.steps={steps}"], seconds=240)
+    runs = {name: metrics(tmp_path / name / "run") for name in ("straight", "turns")}
+    assert all(line["time/offload"] > 0 for line in runs["turns"][1:])
+    assert all(line["time/offload"] == 0 for line in runs["straight"][1:])
+    lines = {name: without_times(run) for name, run in runs.items()}
+    assert lines["turns"] == lines["straight"]
+    final = [run_ranks(1, checkpoint_digests, str(tmp_path / name / "run/checkpoints/step_6"))[0] for name in runs]
+    assert any("exp_avg" in name for name in final[0]) and final[0] == final[1]
+
+
+def turns_of_the_engine(name: str, folder: str) -> list[list]:
+    """Samples of one prompt: awake, after a sleep with weights, after a sleep without them and a sync, after none."""
+    from pathlib import Path
+
+    import numpy as np
+
+    from megatron_dypo.rollout.engine import Request, Sampling, build_engine
+
+    config, policy = build("llama", {"rollout": {"engine": name}})
+    engine = build_engine(config, policy.shape, 1, Path(folder))
+    requests = [Request(np.arange(3, 9, dtype=np.int32), seed) for seed in range(4)]
+    sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=12, eos_id=1)
+    sample = lambda: [response.ids.tolist() for response in engine.generate(requests, sampling)]  # noqa: E731
+    engine.sleep(keep_weights=False)
+    engine.sync(policy.named_tensors())
+    found = [sample(), sample()]
+    engine.sleep(keep_weights=True)
+    found.append(sample())
+    engine.sleep(keep_weights=True)
+    assert engine.generate([], sampling) == []
+    engine.sleep(keep_weights=False)
+    engine.sync(policy.named_tensors())
+    engine.sleep(keep_weights=True)
+    return [*found, sample()]
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_an_engine_wakes_by_itself_in_any_order_of_uses(engine, tmp_path):
+    found = run_ranks(1, turns_of_the_engine, engine, str(tmp_path))[0]
+    assert all(samples == found[0] for samples in found) and len(found[0]) == 4
