@@ -67,6 +67,16 @@ def torchrun(ranks: int, *arguments: str, seconds: float = 240, **environment: s
     )
 
 
+def train_here(config: str, overrides: list[str]) -> None:
+    """``train``, to be run on a forked rank."""
+    from megatron_dypo.config import load_config
+    from megatron_dypo.preflight import prepare
+    from megatron_dypo.train import train
+
+    loaded = load_config(config, overrides)
+    train(loaded, prepare(loaded, config))
+
+
 def metrics(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 

@@ -121,6 +121,11 @@ def test_the_configurations_that_the_cases_spoil_are_usable(config, hf):
         (["trainer.run_dir=null"], "{config}: trainer.run_dir: "),
         (["trainer.eval_every=1"], "{config}: data.valid: "),
         (["parallel.tensor=2"], "{config}: parallel.tensor x parallel.pipeline = 2 x 1 "),
+        (["parallel.context=2"], "{config}: parallel.tensor x parallel.pipeline x parallel.context = 1 x 1 x 2 "),
+        (["parallel.virtual_pipeline=2"], "{config}: parallel.virtual_pipeline: needs parallel.pipeline > 1"),
+        (["model.attention_backend=flash", "model.dtype=fp32"], "{config}: model.attention_backend: flash needs CUDA"),
+        (["model.layer_spec=te"], "{config}: model.layer_spec: te needs CUDA and Transformer Engine"),
+        (["model.layer_spec=te", "model.attention_backend=sdpa"], "{config}: model.attention_backend: sdpa does not "),
         (["model.preset=huge"], "model.preset: unknown preset 'huge'"),
         (["model.shape.num_query_groups=3"], "model.shape.num_query_groups: 3 "),
         (["model.shape.max_position=15"], "{config}: data.max_prompt_tokens + rollout.max_response_tokens = 16 "),
@@ -150,8 +155,8 @@ def test_the_configurations_that_the_cases_spoil_are_usable(config, hf):
 )
 def test_an_unusable_value_is_refused_in_one_line(config, capsys, overrides, start):
     folder = config.parent
-    if "rollout.engine=vllm" in overrides and torch.cuda.is_available():
-        pytest.skip("vLLM's list of head sizes is for the CPU")
+    if torch.cuda.is_available() and {"rollout.engine=vllm", "model.layer_spec=te"} & set(overrides):
+        pytest.skip("on the CPU only: vLLM's list of head sizes, and no Transformer Engine")
     line = refusal(capsys, config, *(override.replace("{folder}", str(folder)) for override in overrides))
     assert line.startswith(start.replace("{config}", str(config)).replace("{folder}", str(folder)))
 

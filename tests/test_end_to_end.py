@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.launch import checkpoint_digests, copy_task, metrics, torchrun, without_times
+from tests.launch import checkpoint_digests, copy_task, metrics, torchrun, train_here, without_times
 from tests.ranks import run_ranks
 
 STEPS = 24
@@ -68,16 +68,6 @@ def test_stop_and_resume_is_bit_equal(straight, tmp_path):
     ours, theirs = (run_ranks(1, checkpoint_digests, str(path / final))[0] for path in (tmp_path, folder))
     assert any("exp_avg" in name for name in ours) and any("reference" in name for name in ours)
     assert ours == theirs
-
-
-def train_here(config: str, overrides: list[str]) -> None:
-    """``train`` on a forked rank."""
-    from megatron_dypo.config import load_config
-    from megatron_dypo.preflight import prepare
-    from megatron_dypo.train import train
-
-    loaded = load_config(config, overrides)
-    train(loaded, prepare(loaded, config))
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megatron_dypo.rollout.recorded import record
 from tests.batches import make_config, make_groups, trace_ids
+from tests.launch import copy_task, metrics, torchrun, train_here
 from tests.ranks import run_ranks
 
 
-def train_steps(shape: str, budget: int, steps: int, sections: dict) -> dict:
-    """``steps`` updates on made-up groups; this rank's metrics, first gradients and final weights as numpy."""
+def train_steps(shape: str, budget: int, steps: int, sections: dict, prompts: int = 12) -> dict:
+    """``steps`` updates on made-up groups; this rank's metrics, first gradients and final weights as numpy, and a
+    digest of the initial weights."""
     from megatron_dypo.convert.stream import hf_tensors, random_weights
     from megatron_dypo.policy.policy import Policy
     from megatron_dypo.policy.shape import model_shape
@@ -24,9 +31,10 @@ def train_steps(shape: str, budget: int, steps: int, sections: dict) -> dict:
     layout = distributed.init(config.parallel)
     model = model_shape(config.model)
     policy = Policy(config, model, layout, random_weights(model, seed=1))
+    initial = hashlib.sha256(b"".join(tensor.numpy().tobytes() for _, tensor in policy.named_tensors())).hexdigest()
     history, gradients = [], {}
     for step in range(steps):
-        works = make_work(policy.layout, make_groups(seed=step), config, trace_ids)
+        works = make_work(policy.layout, make_groups(prompts, seed=step), config, trace_ids)
         mismatch, offender = logprob_passes(policy, works, config)
         assert offender is None
         outcome = run_updates(policy, works, config, lr=1e-3)
@@ -36,16 +44,21 @@ def train_steps(shape: str, budget: int, steps: int, sections: dict) -> dict:
             tensors = hf_tensors(main_grads, model, layout)
             gradients = {name: tensor.numpy().copy() for name, tensor in tensors}
     weights = {name: tensor.numpy().copy() for name, tensor in policy.named_tensors()}
-    return {"history": history, "gradients": gradients, "weights": weights, "batches": len(works[0].rollouts)}
+    final = {"gradients": gradients, "weights": weights}
+    return final | {"history": history, "initial": initial, "batches": len(works[0].rollouts)}
+
+
+SEVERAL = {"objective": {"updates_per_rollout": 3}}
 
 
 @functools.cache
-def single_rank(shape: str, several_updates: bool) -> dict:
-    sections = {"objective": {"updates_per_rollout": 3}} if several_updates else {}
-    return run_ranks(1, train_steps, shape, 100_000, 3, sections)[0]
+def single_rank(shape: str, several_updates: bool = False, prompts: int = 12) -> dict:
+    sections, steps = (SEVERAL, 1) if several_updates else ({}, 3)
+    return run_ranks(1, train_steps, shape, 100_000, steps, sections, prompts)[0]
 
 
 def assert_same(result: dict, reference: dict, kinds: Sequence[str] = ("gradients", "weights")) -> None:
+    assert result["initial"] == reference["initial"], "the same full weights to start from, bit for bit"
     for ours, theirs in zip(result["history"], reference["history"], strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
@@ -72,9 +85,11 @@ SHARDED = [(2, {}), (4, SP), (4, VPP), (4, CP2), (2, CP2), (8, SP | VPP | CP2)]
 
 @pytest.mark.parametrize(("world", "parallel"), LAYOUTS, ids=str)
 def test_loss_gradient_and_weights_layout_invariance(world, parallel):
-    results = run_ranks(world, train_steps, "deep", 150, 3, {"parallel": parallel})
-    for result in results:
-        assert_same(result, single_rank("deep", False))
+    """Three updates on one rollout: from the second on with clipped tokens and KL. The gradient is the last one's."""
+    alone = single_rank("deep", several_updates=True)
+    assert min(alone["history"][0][name] for name in ("policy/clip_frac", "loss/kl", "loss/sft", "loss/gal")) > 1e-3
+    for result in run_ranks(world, train_steps, "deep", 150, 1, SEVERAL | {"parallel": parallel}):
+        assert_same(result, alone)
 
 
 @pytest.mark.parametrize(("world", "parallel"), SHARDED, ids=str)
@@ -82,27 +97,28 @@ def test_distributed_optimizer_layout_invariance(world, parallel):
     """Gradients are left out: each rank keeps its share of the sums alone."""
     sections = {"parallel": parallel, "optimizer": {"distributed": True}}
     for result in run_ranks(world, train_steps, "deep", 150, 3, sections):
-        assert_same(result, single_rank("deep", False), kinds=["weights"])
+        assert_same(result, single_rank("deep"), kinds=["weights"])
+
+
+@pytest.mark.parametrize(("world", "parallel"), [(8, {}), (8, VPP)], ids=str)
+def test_ranks_without_data_take_part(world, parallel):
+    """One Mid and one Hard prompt: most data-parallel ranks have no rollout or no trace, and some have neither."""
+    for result in run_ranks(world, train_steps, "deep", 150, 3, {"parallel": parallel}, 2):
+        assert_same(result, single_rank("deep", prompts=2))
 
 
 @pytest.mark.parametrize("shape", ["llama-tied", "qwen2-tied", "qwen3"])
 @pytest.mark.parametrize("parallel", [SP, PP2, CP2], ids=str)
 def test_families_layout_invariance(shape, parallel):
     for result in run_ranks(2, train_steps, shape, 150, 3, {"parallel": parallel}):
-        assert_same(result, single_rank(shape, False))
+        assert_same(result, single_rank(shape))
 
 
 @pytest.mark.parametrize("budget", [60, 400])
 def test_microbatch_invariance(budget):
     result = run_ranks(1, train_steps, "llama", budget, 3, {})[0]
     assert result["batches"] > 1
-    assert_same(result, single_rank("llama", False))
-
-
-def test_several_updates_per_rollout_layout_invariance():
-    sections = {"objective": {"updates_per_rollout": 3}, "parallel": {"tensor": 2}}
-    for result in run_ranks(4, train_steps, "llama", 150, 3, sections):
-        assert_same(result, single_rank("llama", True))
+    assert_same(result, single_rank("llama"))
 
 
 @pytest.mark.parametrize("parallel", [{}, SP, PP2, CP2], ids=str)
@@ -137,7 +153,7 @@ def test_overlapped_gradient_sums_change_nothing_with_a_tied_head(world, paralle
     sections = {"parallel": parallel, "optimizer": optimizer | {"overlap_grad_reduce": True}}
     for result in run_ranks(world, train_steps, "llama-tied", 150, 3, sections):
         kinds = ["weights"] if optimizer else ["gradients", "weights"]  # each rank keeps its share of the sums alone
-        assert_same(result, single_rank("llama-tied", False), kinds)
+        assert_same(result, single_rank("llama-tied"), kinds)
 
 
 def largest_tensor_of_the_head() -> dict[str, int]:
@@ -184,4 +200,34 @@ def test_no_tensor_of_tokens_times_vocabulary_elements_exists_in_a_training_step
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recompute_changes_nothing(recompute):
     result = run_ranks(1, train_steps, "llama", 100_000, 3, {"model": {"recompute": recompute}})[0]
-    assert_same(result, single_rank("llama", False))
+    assert_same(result, single_rank("llama"))
+
+
+@pytest.fixture(scope="module")
+def recorded_steps(tmp_path_factory) -> tuple[Path, list[str], list[dict]]:
+    """(configuration, overrides, metrics on one rank) of three steps on recorded rollouts in all three regimes."""
+    folder = tmp_path_factory.mktemp("recorded")
+    shape = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "head_dim": 16}
+    config = copy_task(folder, model__preset="tiny", model__shape=shape, trainer__eval_every=0, trainer__save_every=0)
+    ids = [json.loads(line)["id"] for line in (folder / "train.jsonl").read_text().splitlines()]
+    for step in (1, 2, 3):
+        groups = make_groups(prompts=8, seed=step)
+        for group, prompt in zip(groups, ids[8 * step :], strict=False):
+            group.prompt = dataclasses.replace(group.prompt, id=prompt)
+        record(folder / "rollouts", step, groups)
+    replay = ["rollout.engine=replay", f"rollout.replay={folder / 'rollouts'}", "trainer.steps=3"]
+    run_ranks(1, train_here, str(config), [*replay, f"trainer.run_dir={folder / 'alone'}"])
+    return config, replay, metrics(folder / "alone")
+
+
+@pytest.mark.parametrize("parallel", [VPP | CP2, SP | PP2], ids=str)
+def test_torchrun_layout_invariance(recorded_steps, parallel, tmp_path):
+    """The command as users give it, on 4 ranks."""
+    config, replay, alone = recorded_steps
+    layout = [f"parallel.{name}={str(value).lower()}" for name, value in parallel.items()]
+    result = torchrun(4, "train", str(config), *replay, *layout, f"trainer.run_dir={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    for ours, theirs in zip(metrics(tmp_path), alone, strict=True):
+        assert 0 < theirs["dypo/mid_frac"] < 1 and theirs["dypo/hard_frac"] > 0 and theirs["dypo/easy_frac"] > 0
+        for name in ("loss/total", "loss/gal", "train/grad_norm", "grad_share/sft"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), (name, ours["step"])

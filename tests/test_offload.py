@@ -7,9 +7,8 @@ import hashlib
 import pytest
 
 from tests.batches import make_config, make_groups, trace_ids
-from tests.launch import checkpoint_digests, copy_task, metrics, without_times
+from tests.launch import checkpoint_digests, copy_task, metrics, train_here, without_times
 from tests.ranks import run_ranks
-from tests.test_end_to_end import train_here
 
 STEPS = 3
 
@@ -92,12 +91,11 @@ DISTRIBUTED = {"optimizer": {"distributed": True}}
 CASES = [
     (1, "llama", {}),
     (1, "llama-tied", BF16),
-    (1, "llama", BF16 | DISTRIBUTED),
     (2, "llama-tied", DISTRIBUTED),
     (2, "llama-tied", BF16 | DISTRIBUTED),
-    (2, "llama-tied", {"parallel": {"pipeline": 2}}),
     (2, "llama", BF16 | DISTRIBUTED | {"parallel": {"tensor": 2, "sequence_parallel": True}}),
-    (2, "qwen2-tied", DISTRIBUTED | {"parallel": {"pipeline": 2, "virtual_pipeline": 2}, "model": {}}),
+    (2, "llama-tied", DISTRIBUTED | {"parallel": {"pipeline": 2, "virtual_pipeline": 2}}),
+    (2, "llama", BF16 | DISTRIBUTED | {"parallel": {"context": 2}}),
 ]
 
 
@@ -110,14 +108,16 @@ def test_the_policy_comes_back_bit_for_bit_and_leaves_nothing_behind(world, shap
             assert ours[what] == theirs[what], what
         optimizer = 8 if ours["width"] == 4 else 12  # bytes a parameter
         optimizer /= ours["sharded_over"]
-        assert ours["on_device"][-1] >= (ours["width"] + 4 + 0.9 * optimizer) * ours["parameters"], "what is to be moved"
+        assert ours["on_device"][-1] >= (ours["width"] + 4 + 0.9 * optimizer) * ours["parameters"], (
+            "what is to be moved"
+        )
         assert max(ours["away"]) < 16_000, "all that is left: states of random generators"
         assert ours["host"][0] < ours["host"][1] == ours["host"][-1], "with Adam's moments from the first update on"
         moved_bytes = ours["on_device"][-1] - ours["away"][-1] - 4 * ours["parameters"]
         assert abs(ours["host"][-1] - moved_bytes) < 0.05 * moved_bytes, "all but the gradients is copied, each once"
 
 
-def use_while_away(what: str) -> str:
+def refused_while_away() -> list[str]:
     from megatron_dypo.checkpoint.state import exchange_holders, snapshot
 
     _, policy = build("llama", {})
@@ -130,14 +130,18 @@ def use_while_away(what: str) -> str:
         "save": lambda: snapshot(policy, exchange_holders(policy)),
         "offload": policy.offload.to_host,
     }
-    with policy.offload.on_host(), pytest.raises(AssertionError, match="in host memory") as error:
-        uses[what]()
-    return str(error.value)
+    refused = []
+    with policy.offload.on_host():
+        for name, use in uses.items():
+            with pytest.raises(AssertionError, match="in host memory while the rollout engine has the device"):
+                use()
+            refused.append(name)
+    return refused
 
 
-@pytest.mark.parametrize("what", ["logprobs", "accumulate", "step", "sync", "reference", "save", "offload"])
-def test_use_of_a_policy_that_is_away_is_refused(what):
-    assert "rollout engine has the device" in run_ranks(1, use_while_away, what)[0]
+def test_use_of_a_policy_that_is_away_is_refused():
+    """Rather than end the process by reading memory that is not there."""
+    assert len(run_ranks(1, refused_while_away)[0]) == 7
 
 
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
@@ -179,6 +183,9 @@ def turns_of_the_engine(name: str, folder: str) -> list[list]:
     engine.sleep(keep_weights=True)
     assert engine.generate([], sampling) == []
     engine.sleep(keep_weights=False)
+    if name == "vllm":
+        with pytest.raises(AssertionError, match="has to be synced"):
+            sample()
     engine.sync(policy.named_tensors())
     engine.sleep(keep_weights=True)
     return [*found, sample()]

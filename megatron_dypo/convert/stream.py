@@ -35,9 +35,7 @@ def random_weights(shape: ModelShape, seed: int) -> Callable[[str], Tensor]:
 
 
 @torch.no_grad()
-def load_weights(
-    local: Mapping[str, Tensor], shape: ModelShape, layout: Layout, read: Callable[[str], Tensor]
-) -> None:
+def load_weights(local: Mapping[str, Tensor], shape: ModelShape, layout: Layout, read: Callable[[str], Tensor]) -> None:
     """Fill this rank's shard of the model: ``local``, its parameters by their names in the whole model.
 
     ``read(name)`` returns a full Hugging Face tensor.

@@ -165,6 +165,7 @@ SPEED = (
             Curve("time/logprob", "log-prob", "c3"),
             Curve("time/update", "update", "c5"),
             Curve("time/sync", "sync", "c4"),
+            Curve("time/offload", "offload", "c2"),
         ),
         lines=(Curve("time/step", "step", "ink"),),
     ),

@@ -1,10 +1,12 @@
-"""Layer specs. Ours: Megatron-Core's own tensor-parallel layers around an RMSNorm that knows sequence parallelism and
-an attention that takes packed sequences; it needs neither Transformer Engine nor Apex. Or mcore's for Transformer Engine.
+"""Layer specs: mcore's for Transformer Engine, or ours, which needs neither that nor Apex.
+
+Ours are Megatron-Core's own tensor-parallel layers around an RMSNorm that knows sequence parallelism and an attention
+that takes packed sequences.
 """
 
 from __future__ import annotations
 
-import importlib.util
+from importlib.util import find_spec
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -19,7 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch.nn.functional import rms_norm
 
 from megatron_dypo.config.schema import Model
-from megatron_dypo.policy.attention import BACKENDS, PackedAttention
+from megatron_dypo.policy.attention import PackedAttention
 from megatron_dypo.policy.shape import FAMILIES, ModelShape
 from megatron_dypo.runtime.distributed import training_dtype
 
@@ -72,10 +74,9 @@ def layer_spec(model: Model, shape: ModelShape, layers: int) -> TransformerBlock
 
 
 def _uses_transformer_engine(model: Model) -> bool:
-    if model.layer_spec == "auto":
-        ours = model.attention_backend in BACKENDS
-        return torch.cuda.is_available() and not ours and importlib.util.find_spec("transformer_engine") is not None
-    return model.layer_spec == "te"
+    if model.layer_spec == "auto" and model.attention_backend == "auto":
+        return torch.cuda.is_available() and find_spec("transformer_engine") is not None
+    return "te" in (model.layer_spec, model.attention_backend)
 
 
 def _attention_backend(model: Model) -> str:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from itertools import chain
 
 import torch
+from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor, UntypedStorage
 
@@ -59,6 +60,7 @@ class Offload:
                 torch.cuda.synchronize()
             for storage, _ in self._kept + self._gradients:
                 storage.resize_(0)
+            _drop_scratch(self._chunks)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # else the memory stays torch's own
 
@@ -121,6 +123,13 @@ def _optimizer_state(optimizer) -> Iterator[Tensor]:
             yield from group["params"]
         for state in member.optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def _drop_scratch(chunks: list[DistributedDataParallel]) -> None:
+    """What mcore keeps of the last micro-batch: each later stage's input, and sequence parallelism's gathered one."""
+    for chunk in chunks:
+        chunk.module.set_input_tensor(None)
+    mpu.get_global_memory_buffer().buffer.clear()
 
 
 def _sized(tensors: Iterator[Tensor]) -> list[tuple[UntypedStorage, int]]:

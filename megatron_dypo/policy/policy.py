@@ -178,7 +178,6 @@ class Policy:
         group = mpu.get_tensor_model_parallel_group() if self.layout.tp > 1 else None
         return {"temperature": batch.temperature_N.to(device()), "tp_group": group, "vocab_size": self.shape.vocab_size}
 
-
     def _packed_params(self, batch: MicroBatch) -> PackedSeqParams:
         """What attention and RoPE read; mcore passes the object through to our attention, ``segments`` included."""
         cu_seqlens = torch.tensor(batch.cu_seqlens, dtype=torch.int32, device=device())

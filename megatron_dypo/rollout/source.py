@@ -12,6 +12,7 @@ import numpy as np
 from megatron_dypo.config.schema import Config
 from megatron_dypo.data.order import batch_indices
 from megatron_dypo.data.tokenizer import Tokenizer
+from megatron_dypo.errors import UserError
 from megatron_dypo.objectives.routing import RECIPES
 from megatron_dypo.policy.shape import ModelShape
 from megatron_dypo.records import Group, Prompt
@@ -52,7 +53,9 @@ class RolloutSource:
         if self.engine is None:
             k = config.rollout.samples_per_prompt if samples else 0
             limits = {"vocab_size": self.shape.vocab_size, "longest": self.shape.max_position}
-            return recorded.replay(config.rollout.replay, step, self._by_id, k, **limits)
+            groups = recorded.replay(config.rollout.replay, step, self._by_id, k, **limits)
+            self._check_replayed_draws(step, groups)
+            return groups
         indices = batch_indices(step, config.data.prompts_per_step, len(self.prompts), config.data.seed)
         groups = encode_prompts([self.prompts[i] for i in indices], self.tokenizer, config.data.max_prompt_tokens)
         if samples:
@@ -65,6 +68,17 @@ class RolloutSource:
             for group in groups:
                 group.weight_version = weight_version
         return groups
+
+    def _check_replayed_draws(self, step: int, groups: list[Group]) -> None:
+        """A drawn trace that this model cannot take is an error; what a run draws by itself always fits."""
+        for group in groups:
+            for teacher in group.teacher_indices or ():
+                tokens = len(group.prompt_ids) + len(self.encode_trace(group, teacher))
+                if tokens > self.shape.max_position:
+                    raise UserError(
+                        f"{self.config.rollout.replay}: step {step}: prompt {group.prompt.id!r} with the trace of "
+                        f"teacher {teacher} has {tokens} tokens, more than the model's {self.shape.max_position}"
+                    )
 
     def record(self, step: int, groups: list[Group]) -> None:
         """Write the graded step to ``rollout.record``, if asked for; rank 0 does. A full disk is a warning."""

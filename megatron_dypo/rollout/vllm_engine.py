@@ -66,6 +66,7 @@ class VllmEngine:
             **memory,
         )
         self._asleep: set[str] = set()  # by vLLM's names for parts of its memory
+        self._dropped = False  # the weights, by a sleep since the last sync
         assert torch.get_num_threads() == threads
 
     @deterministic.not_enforced()
@@ -73,6 +74,7 @@ class VllmEngine:
         """One response per request, in order; ``ids`` ends with ``eos_id`` unless cut at ``max_tokens``."""
         if not requests:
             return []
+        assert not self._dropped, "the engine slept without its weights and has to be synced"
         self._wake("weights", "kv_cache")
         prompts = [{"prompt_token_ids": request.prompt_ids.tolist()} for request in requests]
         parameters = [self._parameters(request.seed, sampling) for request in requests]
@@ -83,6 +85,7 @@ class VllmEngine:
     def sync(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
         """Replace all weights by (Hugging Face name, full tensor) and forget what was cached under the old ones."""
         self._wake("weights")
+        self._dropped = False
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache after a weight sync")
@@ -93,6 +96,7 @@ class VllmEngine:
         self._wake("weights")  # vLLM would take the engine to be asleep already
         self._llm.sleep(level=1 if keep_weights else 2)
         self._asleep = {"weights", "kv_cache"}
+        self._dropped |= not keep_weights
 
     def _wake(self, *parts: str) -> None:
         if wanted := self._asleep.intersection(parts):
