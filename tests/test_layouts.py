@@ -197,10 +197,35 @@ def test_no_tensor_of_tokens_times_vocabulary_elements_exists_in_a_training_step
     assert seen["largest"] < seen["logits"] / 4
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recompute_changes_nothing(recompute):
-    result = run_ranks(1, train_steps, "llama", 100_000, 3, {"model": {"recompute": recompute}})[0]
-    assert_same(result, single_rank("llama"))
+def kept_for_the_backward_pass(recompute: str) -> tuple[dict, int]:
+    """A run's result, and the bytes that autograd holds when the first micro-batch reaches the head."""
+    import torch
+
+    from megatron_dypo.policy import policy
+
+    kept, at_the_head, plain = {}, [], policy.linear_loss
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def watched(*arguments, **options):
+        at_the_head.append(sum(kept.values()))
+        return plain(*arguments, **options)
+
+    policy.linear_loss = watched
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = train_steps("llama", 2000, 3, {"model": {"recompute": recompute}})
+    return result, at_the_head[0]
+
+
+def test_recompute_keeps_less_and_changes_nothing():
+    kept = []
+    for recompute in ("none", "selective", "full"):
+        ((result, size),) = run_ranks(1, kept_for_the_backward_pass, recompute)
+        assert_same(result, single_rank("llama"))
+        kept.append(size)
+    assert kept[0] > 1.5 * kept[1] > 2 * kept[2]
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,7 @@ class Model(Section):
         resumable=True,
     )
     recompute: Literal["none", "selective", "full"] = key(
-        "none", "Activation recomputation in the backward pass.", resumable=True
+        "none", "Activations computed again in the backward pass: `selective` is the MLPs', `full` all.", resumable=True
     )
 
 

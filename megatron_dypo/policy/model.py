@@ -27,7 +27,8 @@ _TRANSFORMER_ENGINE_NAMES = {
 T = TypeVar("T")
 _RECOMPUTE = {
     "none": {},
-    "selective": {"recompute_granularity": "selective"},
+    # mcore's default choice is attention, which spares its scores; ours keeps none, and the MLP most of the rest
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
 
