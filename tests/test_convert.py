@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_dypo.convert.families import FAMILIES
 from megatron_dypo.convert.hf_folder import folder_weights
 from megatron_dypo.convert.mapping import hf_shapes, rules
 from megatron_dypo.errors import UserError
-from megatron_dypo.policy.shape import FAMILIES, PRESETS, ModelShape
+from megatron_dypo.policy.shape import PRESETS, ModelShape
 from tests.ranks import run_ranks
 
 # head_dim differs from hidden / heads, groups from heads, and the vocabulary from any multiple of 1024
@@ -94,7 +95,7 @@ def test_fold_and_unfold_are_inverse_for_every_rule():
     shape = dataclasses.replace(SHAPE, family="qwen2")
     shapes = hf_shapes(shape)
     for rule in rules(shape):
-        parts = [torch.randn(shapes[name]) for name in rule.hf]
+        parts = [torch.randn(shapes[name]) for name in rule.names]
         back = rule.unfold(rule.fold(parts, shape), shape)
         assert all(torch.equal(a, b) for a, b in zip(parts, back, strict=True)), rule.mcore
 

@@ -24,7 +24,7 @@ class Section(BaseModel):
 class Shape(Section):
     """Overrides of the model's shape; unset keys come from `model.hf` or `model.preset`."""
 
-    family: Literal["llama", "qwen2", "qwen3"] | None = key(None, "Architecture family.")
+    family: Literal["llama", "mistral", "qwen2", "qwen3"] | None = key(None, "Architecture family.")
     num_layers: int | None = key(None, "Transformer layers.", ge=1, le=10_000)
     hidden_size: int | None = key(None, "Width of the residual stream.", ge=1, lt=2**31)
     ffn_hidden_size: int | None = key(None, "Width of the gated MLP.", ge=1, lt=2**31)

@@ -9,7 +9,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_dypo.convert.mapping import HEAD, hf_shapes
+from megatron_dypo.convert.mapping import hf_shapes
+from megatron_dypo.convert.rules import HEAD
 from megatron_dypo.errors import UserError
 from megatron_dypo.policy.shape import ModelShape
 from megatron_dypo.runtime.plain_name import is_plain

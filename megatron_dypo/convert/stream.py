@@ -13,7 +13,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
-from megatron_dypo.convert.mapping import HEAD, TIED_HEAD_RULE, Rule, hf_shapes, rules
+from megatron_dypo.convert.mapping import TIED_HEAD_RULE, hf_shapes, rules
+from megatron_dypo.convert.rules import HEAD, Rule
 from megatron_dypo.errors import UserError
 from megatron_dypo.policy.shape import ModelShape
 from megatron_dypo.runtime.distributed import Layout, device
@@ -46,15 +47,14 @@ def load_weights(local: Mapping[str, Tensor], shape: ModelShape, layout: Layout,
     for rule in [*rules(shape), *([TIED_HEAD_RULE] if shape.tied_embeddings else [])]:
         if rule.mcore not in local:
             continue
-        parts = [read(name) for name in rule.hf]
-        for name, part in zip(rule.hf, parts, strict=True):
+        parts = [read(name) for name in rule.names]
+        for name, part in zip(rule.names, parts, strict=True):
             if tuple(part.shape) != shapes[name]:
                 raise UserError(f"{name}: shape {list(part.shape)} in the file, {list(shapes[name])} in the model")
         folded = rule.fold(parts, shape)
         if rule.axis is not None:
             folded = folded.chunk(layout.tp, dim=rule.axis)[layout.tp_rank]
-        weight = local[rule.mcore]
-        weight.copy_(folded.reshape(weight.shape))
+        local[rule.mcore].copy_(rule.as_megatron(folded))
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ def hf_tensors(
     for rule in rules(shape):
         weight = local.get(rule.mcore)
         folded = _gather(rule, None if weight is None else weight.detach(), dtype, shape, layout)
-        for name, part in zip(rule.hf, rule.unfold(folded, shape), strict=True):
+        for name, part in zip(rule.names, rule.unfold(folded, shape), strict=True):
             yield name, part
             if with_tied_head and shape.tied_embeddings and rule.mcore.startswith("embedding"):
                 yield HEAD, part
@@ -91,7 +91,7 @@ def _gather(rule: Rule, weight: Tensor | None, dtype: torch.dtype, shape: ModelS
         return full
     group = mpu.get_pipeline_model_parallel_group()
     if full is None:
-        parts = [torch.empty(hf_shapes(shape)[name], device="meta") for name in rule.hf]
+        parts = [torch.empty(size, device="meta") for size in rule.sizes(shape)]
         full = torch.empty(rule.fold(parts, shape).shape, dtype=dtype, device=device())
     full = full.contiguous()
     dist.broadcast(full, dist.get_global_rank(group, _stage(rule, shape, layout)), group=group)

@@ -21,8 +21,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch.nn.functional import rms_norm
 
 from megatron_dypo.config.schema import Model
+from megatron_dypo.convert.families import FAMILIES
 from megatron_dypo.policy.attention import PackedAttention
-from megatron_dypo.policy.shape import FAMILIES, ModelShape
+from megatron_dypo.policy.shape import ModelShape
 from megatron_dypo.runtime.distributed import training_dtype
 
 

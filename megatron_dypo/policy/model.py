@@ -14,8 +14,10 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dypo.config.schema import Config, Optimizer
+from megatron_dypo.convert.families import FAMILIES
 from megatron_dypo.policy.layers import layer_spec
-from megatron_dypo.policy.shape import FAMILIES, ModelShape
+from megatron_dypo.policy.rope import frequencies
+from megatron_dypo.policy.shape import ModelShape
 from megatron_dypo.runtime import cpu_shim
 from megatron_dypo.runtime.distributed import Layout, device, training_dtype
 
@@ -107,6 +109,7 @@ def build_model(config: Config, shape: ModelShape, layout: Layout) -> list[Distr
             vp_stage=c if layout.vpp > 1 else None,
         ).to(device())
         _mark_sharded(gpt)
+        gpt.rotary_pos_emb.inv_freq = frequencies(shape).to(device())  # mcore fixes Llama 3's original length at 8192
         if is_last:
             gpt.output_layer.forward = lambda hidden, weight=None, runtime_gather_output=None: (hidden, None)
         # of several chunks only the first one's sums can overlap with what is left of the backward pass

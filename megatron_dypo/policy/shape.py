@@ -13,26 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dypo.config.schema import Model
+from megatron_dypo.convert.families import FAMILIES
 from megatron_dypo.errors import UserError
 
 VOCAB_MULTIPLE = 1024  # padded vocabularies do not depend on tensor parallelism, so neither does initialisation
 
 
 @dataclass(frozen=True)
-class Family:
-    """What distinguishes one decoder family from another."""
+class RopeScaling:
+    """How RoPE's frequencies are stretched to longer sequences (``rope.py``): Hugging Face's ``rope_type`` and numbers.
 
-    model_type: str
-    architecture: str
-    qkv_bias: bool = False
-    qk_norm: bool = False
+    ``linear`` reads ``factor`` alone.
+    """
 
-
-FAMILIES = {
-    "llama": Family("llama", "LlamaForCausalLM"),
-    "qwen2": Family("qwen2", "Qwen2ForCausalLM", qkv_bias=True),
-    "qwen3": Family("qwen3", "Qwen3ForCausalLM", qk_norm=True),
-}
+    rope_type: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,7 @@ class ModelShape:
     vocab_size: int
     max_position: int
     rope_base: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-6
     tied_embeddings: bool = False
     init_std: float = 0.02
@@ -80,14 +79,14 @@ class ModelShape:
             "vocab_size": self.vocab_size,
             "max_position_embeddings": self.max_position,
             "rope_theta": self.rope_base,
+            "rope_scaling": None if self.rope_scaling is None else dataclasses.asdict(self.rope_scaling),
             "rms_norm_eps": self.norm_eps,
             "tie_word_embeddings": self.tied_embeddings,
             "initializer_range": self.init_std,
             "hidden_act": "silu",
-            "attention_bias": False,
             "attention_dropout": 0.0,
             "torch_dtype": "float32",
-        }
+        } | {name: values[0] for name, values in family.only.items()}
 
 
 PRESETS = {
@@ -173,19 +172,31 @@ def _from_hf(path: Path) -> ModelShape:
             raise UserError(f"model.hf: {path}: {name} must be {description}, got {value!r:.80}")
         return kind(value)
 
-    families = {family.model_type: name for name, family in FAMILIES.items()}
+    family = get("model_type", str)
     rope = get("rope_parameters", dict, {}) or get("rope_scaling", dict, {})
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
     for name, value, known in (
-        ("model_type", get("model_type", str), tuple(families)),
+        ("model_type", family, tuple(FAMILIES)),
         ("hidden_act", get("hidden_act", str, "silu"), ("silu",)),
-        ("rope type", rope.get("rope_type", rope.get("type", "default")), ("default",)),
-        *((name, get(name, bool, False), (False,)) for name in ("attention_bias", "mlp_bias", "use_sliding_window")),
+        ("rope type", rope_type, ("default", "linear", "llama3")),
+        *((name, raw.get(name), known) for name, known in getattr(FAMILIES.get(family), "only", {}).items()),
     ):
         if value not in known:
-            raise UserError(f"model.hf: {path}: {name} {value!r} is not supported; known: {', '.join(map(str, known))}")
+            supported = ", ".join(str(each) for each in known if each is not None or len(known) == 1)
+            raise UserError(f"model.hf: {path}: {name} {value!r:.80} is not supported; known: {supported}")
+    scaling = None
+    if rope_type != "default":
+        numbers = {
+            field.name: get(field.name, int if field.name.startswith("original") else float, None, rope)
+            for field in dataclasses.fields(RopeScaling)[1:]
+            if rope_type == "llama3" or field.name == "factor"
+        }
+        scaling = RopeScaling(rope_type, **numbers)
+        if scaling.low_freq_factor >= scaling.high_freq_factor:
+            raise UserError(f"model.hf: {path}: rope scaling's low_freq_factor must be less than its high_freq_factor")
     hidden, heads = get("hidden_size", int), get("num_attention_heads", int)
     return ModelShape(
-        family=families[raw["model_type"]],
+        family=family,
         num_layers=get("num_hidden_layers", int),
         hidden_size=hidden,
         ffn_hidden_size=get("intermediate_size", int),
@@ -195,6 +206,7 @@ def _from_hf(path: Path) -> ModelShape:
         vocab_size=get("vocab_size", int),
         max_position=get("max_position_embeddings", int),
         rope_base=get("rope_theta", float, 10000.0, ChainMap(rope, raw)),
+        rope_scaling=scaling,
         norm_eps=get("rms_norm_eps", float, 1e-6),
         tied_embeddings=get("tie_word_embeddings", bool, False),
         init_std=get("initializer_range", float, 0.02),

@@ -1,0 +1,25 @@
+"""What a family's file declares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_dypo.convert.rules import Rule
+
+
+@dataclass(frozen=True)
+class Family:
+    """``layer``: the table of one layer's weights, names within the layer.
+
+    ``only``: keys of ``config.json`` that must have one of these values, since nothing else is supported; an absent key
+    is None. ``qkv_bias`` and ``qk_norm`` say which layers Megatron-Core builds.
+    """
+
+    model_type: str
+    architecture: str
+    layer: tuple[Rule, ...]
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)

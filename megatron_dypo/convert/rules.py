@@ -1,0 +1,135 @@
+"""What a line of a family's table says: one Megatron-Core weight, and the Hugging Face tensors that it is made of.
+
+A weight is *folded* into a layout in which tensor parallelism cuts one axis into TP equal, contiguous shards:
+
+    qkv        [groups, (heads/groups + 2) * D, ...]   axis 0   q heads of a group, then its k, then its v
+    gate_up    [2 (gate, up), F, H]                    axis 1   each rank holds its own gate rows, then its up rows
+    embedding  [V_padded, H]                           axis 0   rows beyond the vocabulary are zero
+    columns    [out, ...]                              axis 0
+    rows       [H, in]                                 axis 1
+    copied                                             not cut
+
+Shapes are written in letters: H hidden size, F MLP width, V vocabulary, D head width, Q and K the width of all query heads
+and of all key (or value) heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from megatron_dypo.policy.shape import ModelShape
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def letters(shape: ModelShape) -> dict[str, int]:
+    return {
+        "H": shape.hidden_size,
+        "F": shape.ffn_hidden_size,
+        "V": shape.vocab_size,
+        "D": shape.head_dim,
+        "Q": shape.num_attention_heads * shape.head_dim,
+        "K": shape.num_query_groups * shape.head_dim,
+    }
+
+
+def _only(parts: Sequence[Tensor], shape: ModelShape) -> Tensor:
+    return parts[0]
+
+
+def _single(folded: Tensor, shape: ModelShape) -> list[Tensor]:
+    return [folded]
+
+
+def _pad_vocab(parts: Sequence[Tensor], shape: ModelShape) -> Tensor:
+    return torch.nn.functional.pad(parts[0], (0, 0, 0, shape.padded_vocab - shape.vocab_size))
+
+
+def _unpad_vocab(folded: Tensor, shape: ModelShape) -> list[Tensor]:
+    return [folded[: shape.vocab_size]]
+
+
+def _group_qkv(parts: Sequence[Tensor], shape: ModelShape) -> Tensor:
+    return torch.cat([part.unflatten(0, (shape.num_query_groups, -1)) for part in parts], dim=1)
+
+
+def _ungroup_qkv(folded: Tensor, shape: ModelShape) -> list[Tensor]:
+    queries = shape.num_attention_heads // shape.num_query_groups * shape.head_dim
+    return [part.flatten(0, 1) for part in folded.split([queries, shape.head_dim, shape.head_dim], dim=1)]
+
+
+def _stack(parts: Sequence[Tensor], shape: ModelShape) -> Tensor:
+    return torch.stack(list(parts))
+
+
+def _unstack(folded: Tensor, shape: ModelShape) -> list[Tensor]:
+    return list(folded)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One Megatron weight: its name, (name, shape in letters) of the Hugging Face tensors, and the axis that is cut.
+
+    ``leading``: the folded layout's leading sizes, from the number of TP ranks that share it; None where folding leaves
+    the weight as Megatron has it.
+    """
+
+    mcore: str
+    hf: tuple[tuple[str, str], ...]
+    axis: int | None
+    fold: Callable[[Sequence[Tensor], ModelShape], Tensor] = _only
+    unfold: Callable[[Tensor, ModelShape], list[Tensor]] = _single
+    leading: Callable[[ModelShape, int], tuple[int, ...]] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.hf)
+
+    def sizes(self, shape: ModelShape) -> list[tuple[int, ...]]:
+        """Of the Hugging Face tensors."""
+        known = letters(shape)
+        return [tuple(known[letter] for letter in size.split()) for _, size in self.hf]
+
+    def within(self, mcore: str, hf: str) -> Rule:
+        """With these prefixes."""
+        return replace(self, mcore=mcore + self.mcore, hf=tuple((hf + name, size) for name, size in self.hf))
+
+    def folded_shard(self, weight: Tensor, shape: ModelShape, tp: int) -> Tensor:
+        """A rank's Megatron weight in the folded layout."""
+        return weight if self.leading is None else weight.unflatten(0, (*self.leading(shape, tp), -1))
+
+    def as_megatron(self, folded: Tensor) -> Tensor:
+        """A folded weight, whole or a shard, as Megatron has it."""
+        return folded if self.leading is None else folded.flatten(0, 1)
+
+
+def copied(mcore: str, hf: str, size: str) -> Rule:
+    return Rule(mcore, ((hf, size),), None)
+
+
+def columns(mcore: str, hf: str, size: str) -> Rule:
+    return Rule(mcore, ((hf, size),), 0)
+
+
+def rows(mcore: str, hf: str, size: str) -> Rule:
+    return Rule(mcore, ((hf, size),), 1)
+
+
+def embedding(mcore: str, hf: str) -> Rule:
+    return Rule(mcore, ((hf, "V H"),), 0, _pad_vocab, _unpad_vocab)
+
+
+def qkv(mcore: str, query: str, key: str, value: str, inputs: str = "H") -> Rule:
+    """``inputs``: the letter of the second axis; nothing for a bias."""
+    parts = ((query, f"Q {inputs}"), (key, f"K {inputs}"), (value, f"K {inputs}"))
+    return Rule(mcore, parts, 0, _group_qkv, _ungroup_qkv, lambda shape, tp: (shape.num_query_groups // tp,))
+
+
+def gate_up(mcore: str, gate: str, up: str) -> Rule:
+    return Rule(mcore, ((gate, "F H"), (up, "F H")), 1, _stack, _unstack, lambda shape, tp: (2,))
