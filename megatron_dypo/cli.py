@@ -8,6 +8,7 @@ import os
 import sys
 import time
 import warnings
+from pathlib import Path
 from typing import NoReturn
 
 from megatron_dypo.errors import UserError
@@ -31,8 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     _quiet()
     try:
-        options.run(options)
-        return 0
+        return options.run(options) or 0
     except UserError as error:
         first = getattr(error, "first", None)  # None: there are no process groups yet, to know it
         if first is None and os.environ.get("RANK", "0") != "0":
@@ -73,7 +73,97 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="one self-contained HTML page with the run's curves")
     report.add_argument("run_dir", metavar="RUN_DIR", help="a run folder")
     report.set_defaults(run=_report)
+
+    _add_convert(commands)
     return parser
+
+
+def _add_convert(commands) -> None:
+    """``convert import | export | verify``."""
+    convert = commands.add_parser("convert", help="Hugging Face folder <-> Megatron checkpoint, and proof of equality")
+    ways = convert.add_subparsers(metavar="WAY", required=True)
+    hf = {"metavar": "DIR", "help": "a Hugging Face folder, or a hub name"}
+    checkpoint = {
+        "type": Path,
+        "metavar": "DIR",
+        "required": True,
+        "help": "a checkpoint, or a run folder",
+    }
+    out = {"type": Path, "metavar": "DIR", "required": True, "help": "a new folder"}
+    dtype = {"choices": ("fp32", "bf16", "fp16"), "help": "default: as it is"}
+
+    way = ways.add_parser("import", help="write a Megatron checkpoint, which loads at any layout")
+    way.add_argument("--hf", required=True, **hf)
+    way.add_argument("--out", **out)
+    way.add_argument("--dtype", **dtype)
+    way.add_argument("--bin", action="store_true", help="read pytorch_model.bin, a pickle (tensors alone), if need be")
+    way.add_argument("overrides", nargs="*", metavar="parallel.KEY=VALUE", help="check that the model can be cut so")
+    way.set_defaults(run=_import)
+
+    way = ways.add_parser("export", help="write a Hugging Face folder, which transformers and vLLM load")
+    way.add_argument("--checkpoint", **checkpoint)
+    way.add_argument("--out", **out)
+    way.add_argument(
+        "--hf", **hf | {"help": "whose configuration and tokenizer to take; default: where the weights came from"}
+    )
+    way.add_argument("--dtype", **dtype)
+    way.add_argument("--shard-size", type=float, default=5.0, metavar="GB", help="of a file, at most (default: 5)")
+    way.set_defaults(run=_export)
+
+    way = ways.add_parser("verify", help="compare every tensor, and a text's log-probs; exit code 1 if they differ")
+    way.add_argument("--hf", required=True, **hf)
+    way.add_argument("--checkpoint", **checkpoint)
+    way.add_argument("--tensors-only", action="store_true", help="leave out log-probs: they need the model in memory")
+    way.add_argument("overrides", nargs="*", metavar="parallel.KEY=VALUE", help="layout of the log-probs' model")
+    way.set_defaults(run=_verify)
+
+
+def _import(options: argparse.Namespace) -> None:
+    from megatron_dypo.config.checks import check_layout
+    from megatron_dypo.config.load import load_parallel
+    from megatron_dypo.config.schema import Model
+
+    parallel = load_parallel(options.overrides, "convert import")
+    from megatron_dypo.convert.commands import import_folder
+    from megatron_dypo.policy.shape import hf_folder, model_shape
+
+    shape = model_shape(Model(hf=hf_folder(options.hf)))
+    check_layout(parallel, shape, 0, "convert import")
+    _say(import_folder(options.hf, options.out, options.dtype, options.bin))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from megatron_dypo.convert.commands import export_folder
+
+    if not 0 < options.shard_size < 1e6:
+        raise UserError(f"--shard-size: {options.shard_size:g} GB is no size of a file")
+    shard_bytes = int(options.shard_size * 1e9)
+    _say(export_folder(options.checkpoint, options.out, options.hf, options.dtype, shard_bytes))
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from megatron_dypo.config.load import load_parallel
+
+    parallel = load_parallel(options.overrides, "convert verify")
+
+    from megatron_dypo.config.checks import check_layout
+    from megatron_dypo.config.schema import Model
+    from megatron_dypo.convert.verify import verify
+    from megatron_dypo.policy.shape import hf_folder, model_shape
+    from megatron_dypo.runtime.distributed import world_size
+
+    if not options.tensors_only:
+        check_layout(parallel, model_shape(Model(hf=hf_folder(options.hf))), world_size(), "convert verify")
+    comparison = verify(options.hf, options.checkpoint, parallel, options.tensors_only)
+    for line in comparison.lines():
+        _say(line)
+    return 0 if comparison.equal else 1
+
+
+def _say(line: str) -> None:
+    """Once, whatever the number of ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -40,15 +40,7 @@ class Inputs:
 def prepare(config: Config, source: str) -> Inputs:
     """Read and check model shape, layout, weights, tokenizer, data and run folder. Raises UserError, one line."""
     shape = model_shape(config.model)
-    check_layout(
-        config,
-        distributed.world_size(),
-        shape.num_attention_heads,
-        shape.num_query_groups,
-        shape.num_layers,
-        shape.ffn_hidden_size,
-        source,
-    )
+    check_layout(config.parallel, shape, distributed.world_size(), source)
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if longest > shape.max_position:
         raise UserError(

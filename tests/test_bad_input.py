@@ -197,6 +197,15 @@ def sharded(hf: Path, missing: str = "") -> None:
         save_file({name: tensor for name, tensor in shard.items() if name != missing}, hf / file)
 
 
+def doubled(hf: Path) -> None:
+    """A shard that holds a tensor which the index places in another."""
+    sharded(hf)
+    save_file(zeros(), hf / "model-2.safetensors")
+
+
+ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0} | {
+    "original_max_position_embeddings": 64
+}
 SPOILT_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "config.json absent": (lambda hf: (hf / "config.json").unlink(), "model.hf: cannot read {hf}/config.json: "),
     "config.json cut": (
@@ -241,6 +250,11 @@ SPOILT_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda hf: save_file(zeros(lm_head__weight=None), hf / "model.safetensors"),
         "{hf}/model.safetensors: tensor lm_head.weight is missing",
     ),
+    "tensor in two shards": (doubled, "{hf}/model-2.safetensors: tensor "),
+    "weights in a pickle": (
+        lambda hf: (hf / "model.safetensors").rename(hf / "pytorch_model.bin"),
+        "{hf}/pytorch_model.bin: a pickle, and no safetensors beside it; ",
+    ),
     "no weights": (lambda hf: (hf / "model.safetensors").unlink(), "{hf}: no model.safetensors"),
     "weights cut": (
         lambda hf: (hf / "model.safetensors").write_bytes(b"\x80"),
@@ -277,7 +291,14 @@ def test_a_spoilt_hugging_face_folder_is_refused_by_its_file(config, hf, capsys,
         ("rope_scaling", "linear", "rope_scaling must be a mapping, got 'linear'"),
         ("rope_parameters", [1], "rope_parameters must be a mapping, got [1]"),
         ("rope_parameters", {"rope_theta": "x"}, "rope_theta must be a positive number, got 'x'"),
-        ("rope_scaling", {"type": ["linear"]}, "rope type ['linear'] is not supported; known: default"),
+        ("rope_scaling", {"type": ["linear"]}, "rope type ['linear'] is not supported; known: default, linear, llama3"),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}, "rope type 'yarn' is not supported"),
+        ("rope_scaling", {"rope_type": "linear"}, "factor must be a positive number, got None"),
+        (
+            "rope_scaling",
+            ROPE | {"low_freq_factor": 4.0},
+            "rope scaling's low_freq_factor must be less than its high_freq_factor",
+        ),
         ("rope_theta", "x", "rope_theta must be a positive number, got 'x'"),
         ("rope_theta", float("nan"), "rope_theta must be a positive number, got nan"),
         ("num_attention_heads", 0, "num_attention_heads must be an integer from 1 on, got 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from megatron_dypo.config.checks import check_layout
 from megatron_dypo.config.load import dump, fingerprint
 from megatron_dypo.config.schema import walk
 from megatron_dypo.errors import UserError
+from megatron_dypo.policy.shape import PRESETS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SMALLEST = {"model": {"preset": "tiny"}, "data": {"train": "rows.jsonl"}, "trainer": {"steps": 1, "run_dir": "runs/x"}}
 KEYS = dict(walk())
+SIX_HEADS = {"num_attention_heads": 6, "num_query_groups": 6, "ffn_hidden_size": 36}
 
 # "layout, logging, paths, number of steps, rollout engine and micro-batch budget may change on resume" (the contract);
 # an operational key (a deadline, how often to save) is none of model, objective, data, optimizer and seed either.
@@ -275,20 +278,26 @@ def test_at_the_edge_of_each_rule_a_configuration_loads(smallest, overrides):
     [
         (["parallel.tensor=2"], 3, {}, "parallel.tensor x parallel.pipeline"),
         (["parallel.pipeline=2"], 1, {}, "parallel.tensor x parallel.pipeline"),
-        (["parallel.tensor=2"], 2, {"heads": 3}, "parallel.tensor"),
-        (["parallel.tensor=4"], 4, {"query_groups": 2}, "parallel.tensor"),
-        (["parallel.tensor=2"], 2, {"ffn": 33}, "parallel.tensor"),
+        (["parallel.tensor=2"], 2, {"num_attention_heads": 3}, "parallel.tensor"),
+        (["parallel.tensor=4"], 4, {"num_query_groups": 2}, "parallel.tensor"),
+        (["parallel.tensor=2"], 2, {"ffn_hidden_size": 33}, "parallel.tensor"),
         (["parallel.context=2"], 3, {}, "parallel.tensor x parallel.pipeline x parallel.context = 1 x 1 x 2 does not"),
         (["parallel.virtual_pipeline=2"], 2, {}, "parallel.virtual_pipeline: needs"),
-        (["parallel.pipeline=2"], 2, {"layers": 3}, "parallel.pipeline"),
+        (["parallel.pipeline=2"], 2, {"num_layers": 3}, "parallel.pipeline"),
         (["parallel.pipeline=2", "parallel.virtual_pipeline=3"], 2, {}, "parallel.pipeline x parallel.virtual"),
-        (["parallel.tensor=3"], 3, {"heads": 6, "query_groups": 6, "ffn": 36}, "parallel.tensor"),
+        (
+            ["parallel.tensor=3"],
+            3,
+            SIX_HEADS,
+            "parallel.tensor",
+        ),
     ],
 )
 def test_a_layout_that_divides_neither_ranks_nor_model_is_refused(smallest, overrides, world, model, start):
-    sizes = {"heads": 4, "query_groups": 4, "layers": 4, "ffn": 32} | model
+    sizes = {"num_attention_heads": 4, "num_query_groups": 4, "num_layers": 4, "ffn_hidden_size": 32} | model
+    shape = dataclasses.replace(PRESETS["tiny"], **sizes)
     with pytest.raises(UserError, match=f"^file: {start}"):
-        check_layout(load_config(smallest, overrides), world, **sizes, source="file")
+        check_layout(load_config(smallest, overrides).parallel, shape, world, source="file")
 
 
 @pytest.mark.parametrize("text, about", [("- 1", "mapping"), ("", "mapping"), ("a: [", "YAML"), ("\tb: 1", "YAML")])

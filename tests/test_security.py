@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megatron_dypo.checkpoint.files import Place, Written, write_index, write_pieces
 from megatron_dypo.checkpoint.folders import find_fault
-from megatron_dypo.checkpoint.safe_pickle import check_pickle
+from megatron_dypo.checkpoint.safe_pickle import read_index
 from megatron_dypo.config import load_config
 from megatron_dypo.config.schema import walk
 from megatron_dypo.data.tokenizer import arithmetic_backend, load_tokenizer
@@ -77,7 +77,7 @@ def read(folder: Path) -> torch.Tensor:
 
 def test_what_a_run_writes_is_let_through(checkpoint):
     assert find_fault(checkpoint) is None
-    check_pickle(checkpoint / ".metadata")
+    read_index(checkpoint / ".metadata")
     assert (read(checkpoint) == torch.arange(8.0).reshape(4, 2)).all()
 
 
@@ -85,7 +85,7 @@ def test_an_index_that_would_run_something_is_refused_and_named(checkpoint, trap
     path = checkpoint / ".metadata"
     path.write_bytes(pickle.dumps(Evil(trap)))
     with pytest.raises(UserError, match=rf"^{path}: refused: it asks for posix\.mkdir"):
-        check_pickle(path)
+        read_index(path)
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
@@ -94,7 +94,7 @@ def test_a_bomb_inside_a_real_index_is_found(checkpoint, trap, protocol):
     metadata = Metadata({}, planner_data={"key": Evil(trap)}, storage_data={})
     path.write_bytes(pickle.dumps(metadata, protocol=protocol))
     with pytest.raises(UserError, match=r"refused: it asks for (posix\.mkdir|copy_reg\._reconstructor)"):
-        check_pickle(path)
+        read_index(path)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_a_name_that_is_not_an_indexs_is_refused(checkpoint, module, name):
     text = b"".join(b"\x8c" + bytes([len(part)]) + part.encode() for part in (module, name))
     path.write_bytes(b"\x80\x04" + text + b"\x93.")  # STACK_GLOBAL, which allows dots in the name
     with pytest.raises(UserError, match=f"refused: it asks for {re.escape(f'{module}.{name}')}"):
-        check_pickle(path)
+        read_index(path)
 
 
 @pytest.mark.parametrize("place", ["/etc/passwd", "../step_2/__0_0.distcp", "..", ""])
@@ -128,7 +128,7 @@ def test_an_index_does_not_lead_out_of_its_folder(checkpoint, place):
     framed = content.replace(b"\x8c" + bytes([len(old)]) + old, b"\x8c" + bytes([len(new)]) + new)
     path.write_bytes(framed[:2] + framed[11:])
     with pytest.raises(UserError, match="is no index of a checkpoint's tensors"):
-        check_pickle(path)
+        read_index(path)
 
 
 def test_objects_beside_the_tensors_would_be_run_by_torch_and_are_refused(checkpoint, trap, tmp_path):
@@ -145,7 +145,7 @@ def test_objects_beside_the_tensors_would_be_run_by_torch_and_are_refused(checkp
     metadata = Metadata({"weight": BytesStorageMetadata()}, storage_data=storage)
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(UserError, match="BytesStorageMetadata"):
-        check_pickle(checkpoint / ".metadata")
+        read_index(checkpoint / ".metadata")
     dcp.load({"weight": None}, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)
     assert elsewhere.exists(), "torch has become safe here: the rule can go"
 
@@ -159,7 +159,7 @@ def test_tensors_are_read_without_running_anything(checkpoint, trap):
     part = Written("__0_0.distcp", len(content), hashlib.sha256(content).hexdigest(), [(PLACE, 0, len(content))])
     write_index(checkpoint, [part], {"step": 1})
     assert find_fault(checkpoint) is None
-    check_pickle(checkpoint / ".metadata")
+    read_index(checkpoint / ".metadata")
     with pytest.raises(BaseException, match="Weights only load failed"):
         read(checkpoint)  # torch's CheckpointException is no Exception
 

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dypo.checkpoint.counters import Counters
 from megatron_dypo.checkpoint.folders import find_fault, listed_files, none_left, step_folder
-from megatron_dypo.checkpoint.safe_pickle import check_pickle
+from megatron_dypo.checkpoint.safe_pickle import read_index
 from megatron_dypo.checkpoint.state import restore
 from megatron_dypo.errors import TrainingError
 from megatron_dypo.policy.policy import Policy
@@ -44,7 +44,7 @@ def _load(folder: Path, policy: Policy) -> Counters:
     """
     state = json.loads((folder / "state.json").read_text())
     counters = Counters(**{field.name: state[field.name] for field in fields(Counters)})
-    check_pickle(folder / ".metadata")
+    read_index(folder / ".metadata")
     policy.version = counters.weight_version
     try:
         restore(policy, folder)

@@ -14,6 +14,7 @@ import math
 import os
 import pickle
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +53,7 @@ class Written:
     pieces: list[tuple[Place, int, int]]
 
 
-def write_pieces(path: Path, pieces: list[tuple[Place, Tensor]]) -> Written:
+def write_pieces(path: Path, pieces: Iterable[tuple[Place, Tensor]]) -> Written:
     """Write this rank's pieces (host tensors) to ``path``, down to the disk. Raises OSError."""
     digest, places = hashlib.sha256(), []
     with path.open("wb") as stream:

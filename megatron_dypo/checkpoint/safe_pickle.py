@@ -43,8 +43,8 @@ class _Reader(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def check_pickle(path: Path) -> None:
-    """Raise UserError naming the file unless it is an index of tensors that lie in the files beside it.
+def read_index(path: Path) -> Metadata:
+    """The index of a checkpoint's tensors. Raises UserError naming the file unless it is one, of files beside it.
 
     Names the offending global where the pickle asks for one; nothing of it is run.
     """
@@ -57,6 +57,7 @@ def check_pickle(path: Path) -> None:
         raise UserError(f"{path}: cannot be read: {type(error).__name__}: {error}") from None
     if not _is_index(index):
         raise UserError(f"{path}: is no index of a checkpoint's tensors")
+    return index
 
 
 def _is_index(index: Any) -> bool:

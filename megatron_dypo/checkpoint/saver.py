@@ -95,7 +95,7 @@ class Saver:
         if folder is None:
             return
         name = f"__{dist.get_rank()}_0.distcp"
-        state = asdict(counters) | {"score": score}
+        state = asdict(counters) | {"score": score, "model": asdict(self._policy.shape)}
         write = lambda: write_pieces(folder / name, pieces) if pieces else None  # noqa: E731
         self._pending = _Pending(folder, state, _in_thread(write))
 

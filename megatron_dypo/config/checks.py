@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from megatron_dypo.config.schema import Config
+from megatron_dypo.config.schema import Config, Parallel
 from megatron_dypo.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_dypo.policy.shape import ModelShape
 
 
 def check(config: Config, source: str) -> None:
@@ -91,11 +95,9 @@ def warnings(config: Config) -> list[str]:
     return found
 
 
-def check_layout(
-    config: Config, world_size: int, heads: int, query_groups: int, layers: int, ffn: int, source: str
-) -> int:
-    """Data-parallel size of the layout, or UserError where it does not divide the world size or the model."""
-    parallel = config.parallel
+def check_layout(parallel: Parallel, shape: ModelShape, world_size: int, source: str) -> None:
+    """UserError where the layout does not divide the ranks (0: there is no question of ranks yet) or the model."""
+    heads, query_groups, layers = shape.num_attention_heads, shape.num_query_groups, shape.num_layers
     tensor, pipeline, virtual = parallel.tensor, parallel.pipeline, parallel.virtual_pipeline
     replica = {"tensor": tensor, "pipeline": pipeline} | ({"context": parallel.context} if parallel.context > 1 else {})
     ranks = math.prod(replica.values())
@@ -108,7 +110,10 @@ def check_layout(
             query_groups % tensor,
             f"parallel.tensor: {tensor} does not divide the model's {query_groups} key/value heads",
         ),
-        (ffn % tensor, f"parallel.tensor: {tensor} does not divide the model's MLP width {ffn}"),
+        (
+            shape.ffn_hidden_size % tensor,
+            f"parallel.tensor: {tensor} does not divide the model's MLP width {shape.ffn_hidden_size}",
+        ),
         (layers % pipeline, f"parallel.pipeline: {pipeline} does not divide the model's {layers} layers"),
         (
             layers % (pipeline * virtual),
@@ -122,4 +127,3 @@ def check_layout(
     ):
         if broken:
             raise UserError(f"{source}: {message}")
-    return world_size // ranks

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_dypo.config.checks import check
-from megatron_dypo.config.schema import Config, walk
+from megatron_dypo.config.schema import Config, Parallel, walk
 from megatron_dypo.config.yaml_text import parse_yaml
 from megatron_dypo.errors import UserError
 
@@ -51,6 +51,19 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     config = _validate(tree, str(path))
     check(config, str(path))
     return config
+
+
+def load_parallel(overrides: list[str], source: str) -> Parallel:
+    """A layout from ``parallel.key=value`` overrides alone. Raises UserError as ``load_config``, and for other keys."""
+    tree: dict[str, Any] = {"model": {"preset": "any"}, "data": {"train": "any"}}
+    tree["trainer"] = {"steps": 1, "run_dir": "any"}
+    for override in overrides:
+        if not override.startswith("parallel."):
+            raise UserError(f"{source}: override {override!r:.80}: expected parallel.key=value")
+        _apply(tree, override)
+    config = _validate(tree, source)
+    check(config, source)
+    return config.parallel
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

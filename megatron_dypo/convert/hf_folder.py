@@ -1,7 +1,8 @@
-"""Reading a Hugging Face folder's safetensors, single or sharded; writing the config folder an engine starts from."""
+"""Reading a Hugging Face folder's weights: safetensors, single or sharded; where asked for, the older ``.bin`` too."""
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +17,14 @@ from megatron_dypo.policy.shape import ModelShape
 from megatron_dypo.runtime.plain_name import is_plain
 
 
-def folder_weights(folder: str | Path) -> Callable[[str], Tensor]:
-    """``read(name)`` over the folder's safetensors; only the tensor asked for is loaded.
+def folder_weights(folder: str | Path, allow_bin: bool = False) -> Callable[[str], Tensor]:
+    """``read(name)`` over the folder's tensors; only the one asked for is loaded.
 
-    Raises UserError naming file and tensor: no safetensors, missing shard, damaged file, absent tensor.
+    ``allow_bin``: read ``pytorch_model*.bin``, a pickle, where there are no safetensors; nothing in it is run. Raises
+    UserError naming file and tensor: no weights, missing shard, damaged file, absent tensor.
     """
     folder = Path(folder)
-    _, where = _contents(folder)
+    _, where = _contents(folder, allow_bin)
 
     def read(name: str) -> Tensor:
         if name not in where:
@@ -32,18 +34,22 @@ def folder_weights(folder: str | Path) -> Callable[[str], Tensor]:
     return read
 
 
-def check_folder(folder: str | Path, shape: ModelShape) -> None:
+def check_folder(folder: str | Path, shape: ModelShape, allow_bin: bool = False) -> None:
     """Raise UserError naming file and tensor unless the folder holds exactly the model's tensors, in their shapes.
 
     Only the files' headers are read. What a checkpoint may hold besides: a tied model's head, and rotary frequencies.
     """
-    listing, where = _contents(Path(folder))
+    listing, where = _contents(Path(folder), allow_bin)
     last = f"model.layers.{shape.num_layers - 1}.input_layernorm.weight"
     if last not in where:  # before a number of layers that is none makes a table of their tensors
         raise UserError(f"{listing}: tensor {last} is missing")
     expected = hf_shapes(shape)
     opened = {file: _open(file) for file in set(where.values())}
     held = {file: set(shard.keys()) for file, shard in opened.items()}
+    for file, names in held.items():
+        for name in names:
+            if where.get(name, file) != file:
+                raise UserError(f"{file}: tensor {name} is also in {where[name]}, which the index names")
     for name, size in expected.items():
         file = where.get(name, listing)
         if name not in held.get(file, ()):
@@ -57,35 +63,72 @@ def check_folder(folder: str | Path, shape: ModelShape) -> None:
             raise UserError(f"{file}: tensor {name} has no place in a model of family {shape.family}")
 
 
-def _contents(folder: Path) -> tuple[Path, dict[str, Path]]:
+def _contents(folder: Path, allow_bin: bool) -> tuple[Path, dict[str, Path]]:
     """The file that lists the folder's tensors, and which file holds each; every file can be opened."""
-    index = folder / "model.safetensors.index.json"
+    stem, suffix = "model", "safetensors"
+    if not any(folder.glob("*.safetensors*")) and (pickles := sorted(folder.glob("pytorch_model*.bin"))):
+        if not allow_bin:
+            raise UserError(f"{pickles[0]}: a pickle, and no safetensors beside it; `convert import --bin` reads it")
+        stem, suffix = "pytorch_model", "bin"
+    index = folder / f"{stem}.{suffix}.index.json"
     if index.exists():
         try:
             shards = json.loads(index.read_text())["weight_map"].items()
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{index}: not an index of safetensors: {error!r}") from None
+            raise UserError(f"{index}: not an index of {suffix} files: {error!r}") from None
         if strange := [shard for _, shard in shards if not is_plain(shard)]:
             raise UserError(f"{index}: {strange[0]!r:.80} is no file of this folder")
         where = {name: folder / shard for name, shard in shards}
         for shard in set(where.values()):
             _open(shard)
         return index, where
-    single = folder / "model.safetensors"
+    single = folder / f"{stem}.{suffix}"
     if single.exists():
         return single, dict.fromkeys(_open(single).keys(), single)
     raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
 
 
 def _open(path: Path):
+    """An open file of safetensors, or what can be asked the same of a ``.bin``."""
+    if path.suffix == ".bin":
+        return _open_bin(path)
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
 
 
-def write_config(shape: ModelShape, folder: Path, eos_id: int) -> None:
-    """``config.json`` and ``generation_config.json`` of the shape, without weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(shape.to_hf_config() | {"eos_token_id": eos_id}, indent=2))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos_id}, indent=2))
+class _Bin:
+    """A ``.bin`` as safetensors are asked; torch maps the file, so that tensors take memory when they are read."""
+
+    def __init__(self, path: Path):
+        from transformers.modeling_utils import load_state_dict
+
+        self._tensors = load_state_dict(path, weights_only=True)
+        if not all(isinstance(tensor, Tensor) for tensor in self._tensors.values()):
+            raise ValueError("it holds more than tensors")
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self._tensors[name].clone()
+
+    def get_slice(self, name: str) -> _BinSlice:
+        return _BinSlice(self._tensors[name])
+
+
+class _BinSlice:
+    def __init__(self, tensor: Tensor):
+        self._tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self._tensor.shape)
+
+
+@functools.cache
+def _open_bin(path: Path) -> _Bin:
+    try:
+        return _Bin(path)
+    except Exception as error:  # whatever torch raises on a file that is none of its own, or holds more than tensors
+        raise UserError(f"{path}: cannot be read: {type(error).__name__}: {error}") from None

@@ -9,8 +9,8 @@ A weight is *folded* into a layout in which tensor parallelism cuts one axis int
     rows       [H, in]                                 axis 1
     copied                                             not cut
 
-Shapes are written in letters: H hidden size, F MLP width, V vocabulary, D head width, Q and K the width of all query heads
-and of all key (or value) heads.
+Shapes are written in letters: H hidden size, F MLP width, V vocabulary, D head width, Q and K the width of all query
+heads and of all key (or value) heads.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Text <-> token ids: a Hugging Face tokenizer, or the built-in one for arithmetic. Ids are never re-tokenised."""
+"""Text <-> token ids: a model folder's tokenizer, or the built-in one for arithmetic. Ids are never re-tokenised."""
 
 from __future__ import annotations
 
-import json
 import string
 from pathlib import Path
 
@@ -66,39 +65,22 @@ def load_tokenizer(config: Config, shape: ModelShape) -> Tokenizer:
     if folder is None:
         backend, name = arithmetic_backend(), "model.tokenizer: the built-in tokenizer"
     else:
-        from transformers import AutoTokenizer
+        from megatron_dypo.data.backend import load_backend
 
         name = f"model.tokenizer: {folder}"
         try:
-            path = Path(hf_folder(folder))
-            _check_ids(path / "tokenizer.json", shape.vocab_size)
-            # Not None, its default: transformers would then ask on the terminal whether to run the folder's code.
-            backend = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            backend = load_backend(Path(hf_folder(folder)), shape.vocab_size)
             if not backend.decode(backend("1 + 1 = 2")["input_ids"]):
                 raise ValueError("it gives no tokens")
         except Exception as error:  # whatever transformers and tokenizers raise on files that are not theirs
-            raise UserError(f"{name}: cannot be loaded: {type(error).__name__}: {error}") from None
+            reason = " ".join(str(error).split())
+            raise UserError(f"{name}: cannot be loaded: {type(error).__name__}: {reason}") from None
     if backend.eos_token_id is None:
         raise UserError(f"{name}: has no end-of-sequence token")
     tokens = 1 + max(backend.get_vocab().values(), default=-1)  # ids need not be dense
     if tokens > shape.vocab_size:
         raise UserError(f"{name}: has {tokens} tokens, more than the model's vocabulary of {shape.vocab_size}")
     return Tokenizer(backend, backend.eos_token_id)
-
-
-def _check_ids(path: Path, vocab_size: int) -> None:
-    """Raise ValueError where a ``tokenizer.json`` has an id beyond the vocabulary.
-
-    Before it is loaded: tokenizers goes through every number below the highest id, and a wild one takes it forever.
-    """
-    if not path.is_file():
-        return
-    tree = json.loads(path.read_bytes())
-    vocab = tree["model"]["vocab"]
-    ids = list(range(len(vocab))) if isinstance(vocab, list) else list(vocab.values())
-    highest = max([*ids, *(token["id"] for token in tree.get("added_tokens", []))])
-    if highest >= vocab_size:
-        raise ValueError(f"token id {highest} does not fit the model's vocabulary of {vocab_size}")
 
 
 def arithmetic_backend():

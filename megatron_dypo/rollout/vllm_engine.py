@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_dypo.config.schema import Config
-from megatron_dypo.convert.hf_folder import write_config
+from megatron_dypo.convert.hf_metadata import write_config
 from megatron_dypo.policy.shape import ModelShape
 from megatron_dypo.records import Response
 from megatron_dypo.rollout.engine import Request, Sampling

@@ -88,6 +88,21 @@ def stay_on_loopback() -> None:
             os.environ.setdefault(name, value)
 
 
+def join(timeout: float = ALONE.timeout, backend: str = "gloo") -> None:
+    """Join the job's ranks, if that has not been done; under plain python a group of one.
+
+    ``timeout`` (seconds) is the deadline of every collective.
+    """
+    if dist.is_initialized():
+        return
+    deadline = datetime.timedelta(seconds=timeout)
+    stay_on_loopback()
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=deadline)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=deadline)
+
+
 def init(parallel: Parallel = ALONE) -> Layout:
     """Join the job and build mcore's process groups; under plain python a group of one.
 
@@ -97,14 +112,9 @@ def init(parallel: Parallel = ALONE) -> Layout:
     from megatron.core import parallel_state as mpu
     from megatron.core import tensor_parallel
 
-    deadline = datetime.timedelta(seconds=parallel.timeout)
-    stay_on_loopback()
     claim_device()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=deadline)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=deadline)
+    join(parallel.timeout, backend)
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,

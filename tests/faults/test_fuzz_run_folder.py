@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_dypo.checkpoint.folders import complete_steps, find_fault, step_folder
-from megatron_dypo.checkpoint.safe_pickle import check_pickle
+from megatron_dypo.checkpoint.safe_pickle import read_index
 from megatron_dypo.config import load_config
 from megatron_dypo.config.load import fingerprint
 from megatron_dypo.errors import UserError
@@ -230,7 +230,7 @@ def test_a_damaged_index_is_refused_or_still_an_index(tmp_path, fault_record):
         path.write_bytes(content)
         try:
             with bounded():
-                check_pickle(path)
+                read_index(path)
         except UserError as error:
             assert str(error).startswith(f"{path}: ")
             return True

@@ -1,4 +1,4 @@
-"""One file per family of decoders: a table of its weights, and what sets it apart. docs/add-a-model.md shows how to add one.
+"""One file per family of decoders: a table of its weights, and what sets it apart (docs/add-a-model.md adds one).
 
 ``FAMILIES`` is by the name that `model.shape.family` takes, which is Hugging Face's ``model_type``.
 """

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5, and their distilled and mathematical kin: Llama's table, and biases of queries, keys and values."""
+"""Qwen2 and Qwen2.5, distilled and mathematical ones too: Llama's table, and biases of queries, keys and values."""
 
 from megatron_dypo.convert.families import llama
 from megatron_dypo.convert.families.family import Family

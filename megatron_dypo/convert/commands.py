@@ -1,0 +1,167 @@
+"""``convert import`` and ``convert export``: between a Hugging Face folder and a Megatron checkpoint, weight by weight.
+
+Under plain python one process does all; under torchrun the ranks share the weights out between them. Nobody holds more
+than one weight. What is written gets its name when it is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_dypo.checkpoint.files import sync_folder, write_index, write_pieces
+from megatron_dypo.checkpoint.folders import find_fault, listed_files
+from megatron_dypo.config.schema import Model
+from megatron_dypo.convert import hf_writer
+from megatron_dypo.convert.hf_folder import check_folder, folder_weights
+from megatron_dypo.convert.hf_metadata import copy_metadata, write_config
+from megatron_dypo.convert.mapping import hf_shapes, rules
+from megatron_dypo.convert.megatron_folder import MegatronFolder, checkpoint_folder, megatron_pieces
+from megatron_dypo.errors import UserError
+from megatron_dypo.policy.shape import ModelShape, RopeScaling, hf_folder, model_shape
+from megatron_dypo.runtime.distributed import all_gather_objects, join
+
+log = logging.getLogger(__name__)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+METADATA = "hf"  # in a checkpoint: the folder of config.json, tokenizer and the like that it was imported with
+
+
+def import_folder(hf: str, out: Path, dtype: str | None, allow_bin: bool = False) -> str:
+    """Write the Hugging Face folder's weights as a Megatron checkpoint, which loads at any layout; says what it did.
+
+    Raises UserError naming file and tensor; then nothing is left of ``out``.
+    """
+    join()
+    source = Path(hf_folder(hf))
+    shape = model_shape(Model(hf=str(source)))
+    check_folder(source, shape, allow_bin)
+    read = _in_dtype(folder_weights(source, allow_bin), dtype)
+    with _output(out) as folder:
+        rank, world = dist.get_rank(), dist.get_world_size()
+        part = None
+        if mine := rules(shape)[rank::world]:
+            part = write_pieces(folder / f"__{rank}_0.distcp", megatron_pieces(shape, read, mine))
+        parts = [part for part in all_gather_objects(part) if part is not None]
+        if rank == 0:
+            (folder / METADATA).mkdir()
+            copy_metadata(source, folder / METADATA, None if dtype is None else str(DTYPES[dtype]).split(".")[1])
+            write_index(folder, parts, {"step": 0, "model": dataclasses.asdict(shape)})
+    size = sum(part.size for part in parts)
+    return f"{out}: {shape.parameters:,} parameters of {source}, {size / 1e9:.2f} GB"
+
+
+def export_folder(checkpoint: Path, out: Path, hf: str | None, dtype: str | None, shard_bytes: int) -> str:
+    """Write a checkpoint's weights as a Hugging Face folder that transformers and vLLM load; says what it did.
+
+    ``hf``: the folder whose configuration and tokenizer go with them; default: the one the weights came from. Raises
+    UserError naming file and tensor; then nothing is left of ``out``.
+    """
+    join()
+    folder = checkpoint_folder(checkpoint)
+    check_checkpoint(folder)
+    metadata = Path(hf_folder(hf)) if hf else metadata_folder(folder)
+    shape = model_shape(Model(hf=str(metadata))) if metadata else checkpoint_shape(folder)
+    weights = MegatronFolder(folder, shape)
+    shapes = hf_shapes(shape)
+    dtypes = {name: DTYPES[dtype] if dtype else weights.dtype(name) for name in shapes}
+    sizes = {name: math.prod(size) * dtypes[name].itemsize for name, size in shapes.items()}
+    shards = hf_writer.plan_shards(sizes, shard_bytes)
+    with _output(out) as target:
+        rank, world = dist.get_rank(), dist.get_world_size()
+        for file, names in list(shards.items())[rank::world]:
+            tensors = {name: shapes[name] for name in names}
+            hf_writer.write_shard(target / file, tensors, dtypes, _in_dtype(weights.read, dtype))
+        dist.barrier()
+        if rank == 0:
+            if metadata:
+                changed = str(dtypes[next(iter(dtypes))]).split(".")[1]
+                copy_metadata(metadata, target, changed if dtype else None)
+            else:
+                log.warning("%s: names no Hugging Face folder: its config.json is made from the model's shape", folder)
+                write_config(shape, target, None)
+            hf_writer.write_index(target, shards, sum(sizes.values()))
+    return f"{out}: {len(shapes)} tensors of {folder}, {sum(sizes.values()) / 1e9:.2f} GB in {len(shards)} files"
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Raise UserError naming the file unless all files are what was written; the ranks share them out. Collective.
+
+    A checkpoint without our manifest (Megatron-LM's own) is taken as it is.
+    """
+    if not listed_files(folder):
+        return
+    mine = listed_files(folder)[dist.get_rank() :: dist.get_world_size()]
+    if faults := [fault for fault in all_gather_objects(find_fault(folder, mine)) if fault]:
+        raise UserError(faults[0])
+
+
+def metadata_folder(folder: Path) -> Path | None:
+    """The Hugging Face folder that a checkpoint's weights came from, as far as it is still known and there."""
+    if (folder / METADATA / "config.json").is_file():
+        return folder / METADATA
+    run_config = folder.parent.parent / "config.yaml"
+    if run_config.is_file():
+        from megatron_dypo.config import load_config
+
+        hf = load_config(run_config).model.hf
+        return Path(hf_folder(hf)) if hf else None
+    return None
+
+
+def checkpoint_shape(folder: Path) -> ModelShape:
+    """The model's shape as the checkpoint's ``state.json`` has it. Raises UserError where it has none."""
+    path = folder / "state.json"
+    try:
+        fields = json.loads(path.read_text())["model"]
+        scaling = fields.pop("rope_scaling")
+        return ModelShape(**fields, rope_scaling=scaling and RopeScaling(**scaling))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: does not describe the model ({error!r}): give --hf, a folder of its shape") from None
+
+
+def _in_dtype(read: Callable[[str], Tensor], dtype: str | None) -> Callable[[str], Tensor]:
+    return read if dtype is None else lambda name: read(name).to(DTYPES[dtype])
+
+
+@contextlib.contextmanager
+def _output(out: Path) -> Iterator[Path]:
+    """A folder to write to, the same on all ranks, which is named ``out`` at the end of the block. Collective.
+
+    Raises UserError where there is such a folder already, and for a full disk; what was written is then removed.
+    """
+    fault, folder = None, out
+    if dist.get_rank() == 0:
+        folder = out.with_name(f".{out.name}.partial-{uuid.uuid4().hex[:8]}")
+        try:
+            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+                raise FileExistsError(0, "exists already and is not empty")
+            folder.mkdir(parents=True)
+        except OSError as error:
+            fault = f"{out}: {error.strerror}"
+    fault, folder = all_gather_objects((fault, folder))[0]
+    if fault:
+        raise UserError(fault)
+    try:
+        yield folder
+        dist.barrier()
+        if dist.get_rank() == 0:
+            sync_folder(folder)
+            os.replace(folder, out)
+            sync_folder(out.parent)
+        dist.barrier()
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

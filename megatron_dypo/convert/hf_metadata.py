@@ -1,0 +1,36 @@
+"""What a Hugging Face folder holds beside its weights: configuration, generation defaults, tokenizer, chat template."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+from megatron_dypo.convert.tokenizer_files import copy_tokenizer
+from megatron_dypo.policy.shape import ModelShape
+
+log = logging.getLogger(__name__)
+
+
+def write_config(shape: ModelShape, folder: Path, eos_id: int | None) -> None:
+    """``config.json`` and ``generation_config.json`` of the shape, without weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    end = {} if eos_id is None else {"eos_token_id": eos_id}
+    (folder / "config.json").write_text(json.dumps(shape.to_hf_config() | end, indent=2))
+    (folder / "generation_config.json").write_text(json.dumps(end, indent=2))
+
+
+def copy_metadata(source: Path, target: Path, dtype: str | None) -> None:
+    """Copy it from one folder to another, naming ``dtype`` where it is another; a missing tokenizer is a warning."""
+    config = json.loads((source / "config.json").read_text())
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = dtype
+        (target / "config.json").write_text(json.dumps(config, indent=2))
+    else:
+        shutil.copyfile(source / "config.json", target / "config.json")
+    if (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", target / "generation_config.json")
+    if not copy_tokenizer(source, target):
+        log.warning("%s: holds no tokenizer, so neither will what is converted from it", source)

@@ -1,0 +1,161 @@
+"""A Megatron checkpoint on disk, one weight at a time: no model is built and no layout chosen.
+
+The format is mcore's ``torch_dist``, in which a weight is the whole model's whatever layout wrote it: layers stacked
+along a first axis, q, k and v in groups, gate above up. So a weight folds and unfolds as at TP 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
+
+from megatron_dypo.checkpoint.files import Place
+from megatron_dypo.checkpoint.folders import complete_steps, step_folder
+from megatron_dypo.checkpoint.safe_pickle import read_index
+from megatron_dypo.convert.mapping import rules
+from megatron_dypo.convert.rules import Rule
+from megatron_dypo.errors import UserError
+from megatron_dypo.policy.shape import ModelShape
+
+_LAYERS = "decoder.layers."
+_WEIGHTS = ("decoder", "embedding", "output_layer")  # how the names of weights begin; optimizer state has others
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """The checkpoint that ``path`` is, or a run folder's newest complete one. Raises UserError, also for what is none.
+
+    Legacy checkpoints of Megatron-LM are named as such: they are pickles of whatever objects, cut for one layout.
+    """
+    if steps := complete_steps(path):
+        return step_folder(path, steps[-1])
+    if (path / ".metadata").is_file():
+        return path
+    for pattern in ("mp_rank_*", "iter_*/mp_rank_*"):
+        if legacy := next(path.glob(pattern), None):
+            raise UserError(
+                f"{legacy}: a legacy checkpoint of Megatron-LM; rewrite it with Megatron-LM's own "
+                "tools/checkpoint/convert.py --saver core (or train on with --ckpt-format torch_dist), and give that"
+            )
+    raise UserError(f"{path}: holds no checkpoint: no .metadata, and no checkpoints/step_N that is complete")
+
+
+class MegatronFolder:
+    """``read(name)`` gives the Hugging Face tensor of that name, whole. Holds one weight in memory, and its last piece.
+
+    Raises UserError naming file and tensor: no index, absent weight, another shape than the model's.
+    """
+
+    def __init__(self, folder: Path, shape: ModelShape):
+        self.folder, self.shape = folder, shape
+        index = read_index(folder / ".metadata")
+        self._entries = index.state_dict_metadata
+        self._stored = {(at.fqn, tuple(at.offset)): at for at in index.storage_data if at.offset is not None}
+        self._files = {at: place.relative_path for at, place in index.storage_data.items()}
+        self._reader = FileSystemReader(folder)
+        self._reader.set_up_storage_reader(index, is_coordinator=True)
+        self._pieces: dict[tuple[str, int | None], list] = defaultdict(list)  # by name and layer
+        for name, entry in self._entries.items():
+            for chunk in entry.chunks:
+                layer = chunk.offsets[0] if name.startswith(_LAYERS) else None
+                self._pieces[name, layer].append(chunk)
+        self._rule_of = {name: rule for rule in rules(shape) for name in rule.names}
+        self._last: tuple[Rule | None, dict[str, Tensor]] = (None, {})
+        for rule in rules(shape):
+            self._check(rule)
+        known = {_key(rule)[0] for rule in rules(shape)}
+        for name in self._entries:
+            if name.split(".")[0] in _WEIGHTS and name not in known:
+                raise UserError(f"{folder}: tensor {name} has no place in a model of family {shape.family}")
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._entries[_key(self._rule_of[name])[0]].properties.dtype
+
+    def read(self, name: str) -> Tensor:
+        rule = self._rule_of[name]
+        if self._last[0] != rule:
+            self._last = (None, {})  # let go of the one before first
+            folded = rule.folded_shard(self._whole(rule), self.shape, tp=1)
+            self._last = (rule, dict(zip(rule.names, rule.unfold(folded, self.shape), strict=True)))
+        return self._last[1][name]
+
+    def _check(self, rule: Rule) -> None:
+        (key, layer), index = _key(rule), self.folder / ".metadata"
+        parts = [torch.empty(size, device="meta") for size in rule.sizes(self.shape)]
+        size = tuple(rule.as_megatron(rule.fold(parts, self.shape)).shape)
+        stacked = size if layer is None else (self.shape.num_layers, *size)
+        if key not in self._entries:
+            raise UserError(f"{index}: tensor {key} is missing")
+        found = tuple(self._entries[key].size)
+        if found != stacked:
+            raise UserError(f"{index}: tensor {key} has shape {list(found)}, the model's is {list(stacked)}")
+        where = key if layer is None else f"{key} of layer {layer}"
+        elements = sum(math.prod(piece.sizes) for piece in self._pieces[key, layer])
+        if elements != math.prod(size):
+            raise UserError(f"{index}: tensor {where} has {elements} of {math.prod(size)} elements")
+        for piece in self._pieces[key, layer]:
+            if (key, tuple(piece.offsets)) not in self._stored:
+                raise UserError(f"{index}: does not say where {where} at {tuple(piece.offsets)} lies")
+
+    def _whole(self, rule: Rule) -> Tensor:
+        key, layer = _key(rule)
+        entry, items = self._entries[key], []
+        whole = torch.empty(entry.size if layer is None else (1, *entry.size[1:]), dtype=entry.properties.dtype)
+        for piece in self._pieces[key, layer]:
+            corner = piece.offsets if layer is None else torch.Size((0, *piece.offsets[1:]))
+            stored, zeros = self._stored[key, tuple(piece.offsets)], torch.Size([0] * len(piece.offsets))
+            here = MetadataIndex(key, corner)
+            items.append(ReadItem(LoadItemType.TENSOR, here, corner, stored, zeros, piece.sizes))
+        for item in items:
+            try:
+                self._reader.read_data(LoadPlan([item]), _Into(whole)).wait()
+            except Exception as error:  # whatever torch's reader raises on bytes that are not its own
+                path = self.folder / self._files[item.storage_index]
+                raise UserError(f"{path}: tensor {key} cannot be read: {type(error).__name__}: {error}") from None
+        return whole if layer is None else whole[0]
+
+
+class _Into:
+    """What torch's reader asks of a planner: where in a tensor a piece belongs."""
+
+    def __init__(self, whole: Tensor):
+        self._whole = whole
+
+    def resolve_tensor(self, item: ReadItem) -> Tensor:
+        corner = zip(item.dest_offsets, item.lengths, strict=True)
+        return self._whole[tuple(slice(start, start + length) for start, length in corner)]
+
+    def commit_tensor(self, item: ReadItem, tensor: Tensor) -> None: ...
+
+
+def megatron_pieces(
+    shape: ModelShape, read: Callable[[str], Tensor], chosen: list[Rule]
+) -> Iterator[tuple[Place, Tensor]]:
+    """The pieces of the ``chosen`` weights, whole ones, of Hugging Face tensors; one in memory at a time."""
+    for rule in chosen:
+        key, layer = _key(rule)
+        parts = [read(name) for name in rule.names]
+        weight = rule.as_megatron(rule.fold(parts, shape))
+        del parts
+        size, zeros = tuple(weight.shape), (0,) * weight.dim()
+        if layer is None:
+            place = Place(key, size, zeros, size, weight.dtype)
+        else:
+            place = Place(key, (shape.num_layers, *size), (layer, *zeros), (1, *size), weight.dtype)
+        yield place, weight
+        del weight
+
+
+def _key(rule: Rule) -> tuple[str, int | None]:
+    """(the weight's name in a checkpoint, its layer there)."""
+    if not rule.mcore.startswith(_LAYERS):
+        return rule.mcore, None
+    layer, _, rest = rule.mcore.removeprefix(_LAYERS).partition(".")
+    return _LAYERS + rest, int(layer)

@@ -1,0 +1,368 @@
+"""``convert import``, ``export``, ``verify`` as users run them: exact both ways, proved, and clear about bad input."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from megatron_dypo.convert.families import FAMILIES
+from megatron_dypo.policy.shape import RopeScaling
+from tests.full_disk import small_disk
+from tests.ranks import run_ranks
+from tests.test_convert import SHAPE, hf_model
+
+ROPE = RopeScaling("llama3", 8.0, 1.0, 4.0, 64)  # of an original length other than 8192, which mcore would assume
+SHAPES = {
+    f"{family}{'-tied' if tied else ''}": dataclasses.replace(
+        SHAPE,
+        family=family,
+        tied_embeddings=tied,
+        num_layers=4,
+        rope_scaling=ROPE if family == "llama" else None,
+    )
+    for family in FAMILIES
+    for tied in (False, True)
+}
+TP2 = ["parallel.tensor=2", "parallel.sequence_parallel=true"]
+VPP = ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]
+LAYOUTS = {  # (ranks that convert, layout that verifies) by shape
+    "llama": (1, []),
+    "llama-tied": (2, VPP),
+    "mistral": (2, TP2),
+    "mistral-tied": (1, []),
+    "qwen2": (4, [*TP2, "parallel.context=2"]),
+    "qwen2-tied": (2, ["parallel.pipeline=2"]),
+    "qwen3": (8, [*TP2, *VPP]),
+    "qwen3-tied": (2, TP2),
+}
+
+
+def convert(*arguments: str) -> tuple[int, str]:
+    """(exit code, all that is printed) of ``convert``; to be run on a forked rank."""
+    from megatron_dypo.cli import main
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        code = main(["convert", *map(str, arguments)])
+    return code, printed.getvalue()
+
+
+def run(ranks: int, *arguments: object) -> tuple[int, str]:
+    """Rank 0's, and the exit code of all."""
+    results = run_ranks(ranks, convert, *map(str, arguments))
+    assert len({code for code, _ in results}) == 1, results
+    return results[0]
+
+
+def done(ranks: int, *arguments: object) -> str:
+    code, printed = run(ranks, *arguments)
+    assert code == 0, printed
+    return printed
+
+
+def refusal(*arguments: object) -> str:
+    """The one line that refuses; nothing is left of the output folder."""
+    code, printed = run(1, *arguments)
+    line = printed.removeprefix("megatron_dypo: ").removesuffix("\n")
+    assert code == 2 and "\n" not in line, printed
+    return line
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Random Hugging Face models in several shards."""
+    made = {}
+    for name, shape in SHAPES.items():
+        made[name] = tmp_path_factory.mktemp("hf") / name
+        hf_model(shape).save_pretrained(made[name], max_shard_size="60KB")
+    return made
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118 - no mapping
+                assert name not in found, name
+                found[name] = shard.get_tensor(name)
+    return found
+
+
+def assert_same_tensors(ours: Path, theirs: Path) -> None:
+    found, wanted = tensors(ours), tensors(theirs)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+# --- exact, both ways
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_import_verify_export_is_exact(folders, name, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    hf, (ranks, layout) = folders[name], LAYOUTS[name]
+    shards = min(ranks, 4)
+    done(shards, "import", "--hf", hf, "--out", tmp_path / "checkpoint", *layout)
+    told = done(ranks, "verify", "--hf", hf, "--checkpoint", tmp_path / "checkpoint", *layout)
+    assert "are equal, bit for bit" in told and "255 tokens of text, at most" in told and "verified" in told
+    done(shards, "export", "--checkpoint", tmp_path / "checkpoint", "--out", tmp_path / "back", "--shard-size", "1e-4")
+    assert_same_tensors(tmp_path / "back", hf)
+    for file in ("config.json", "generation_config.json"):
+        assert (tmp_path / "back" / file).read_bytes() == (hf / file).read_bytes()
+    ids = torch.arange(40)[None] % SHAPE.vocab_size
+    with torch.no_grad():
+        ours, theirs = (AutoModelForCausalLM.from_pretrained(folder)(ids).logits for folder in (tmp_path / "back", hf))
+    assert torch.equal(ours, theirs)
+
+
+def test_what_is_written_does_not_depend_on_the_number_of_ranks(folders, tmp_path):
+    exports = []
+    for ranks in (1, 3):
+        checkpoint, out = tmp_path / f"checkpoint_{ranks}", tmp_path / f"out_{ranks}"
+        done(ranks, "import", "--hf", folders["qwen2"], "--out", checkpoint)
+        done(4 - ranks, "export", "--checkpoint", checkpoint, "--out", out, "--shard-size", "1e-4")
+        exports.append({file.name: file.read_bytes() for file in out.iterdir()})
+    assert exports[0] == exports[1] and len(exports[0]) > 4
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked"), [(torch.bfloat16, None), (torch.float32, "bf16"), (torch.bfloat16, "fp32")]
+)
+def test_the_dtype_is_kept_unless_another_is_asked_for(tmp_path, stored, asked):
+    hf_model(SHAPE).to(stored).save_pretrained(tmp_path / "hf")
+    told = ["--dtype", asked] if asked else []
+    done(1, "import", "--hf", tmp_path / "hf", "--out", tmp_path / "checkpoint", *told)
+    done(1, "export", "--checkpoint", tmp_path / "checkpoint", "--out", tmp_path / "back")
+    wanted = {"bf16": torch.bfloat16, "fp32": torch.float32, None: stored}[asked]
+    theirs = tensors(tmp_path / "hf")
+    for name, tensor in tensors(tmp_path / "back").items():
+        assert tensor.dtype == wanted and torch.equal(tensor, theirs[name].to(wanted))
+    assert json.loads((tmp_path / "back/config.json").read_text())["dtype"] == str(wanted).removeprefix("torch.")
+
+
+def trained(folder: str, hf: str, parallel: dict) -> dict:
+    """Train from the folder for a step, save; the policy's full weights."""
+    from megatron_dypo.checkpoint.counters import Counters
+    from megatron_dypo.checkpoint.saver import Saver
+    from megatron_dypo.config.load import dump
+    from megatron_dypo.config.schema import Model
+    from megatron_dypo.convert.hf_folder import folder_weights
+    from megatron_dypo.policy.policy import Policy
+    from megatron_dypo.policy.shape import model_shape
+    from megatron_dypo.runtime import distributed
+    from megatron_dypo.update import logprob_passes, make_work, run_updates
+    from tests.batches import make_config, make_groups, trace_ids
+
+    config = make_config(parallel=parallel, optimizer={"distributed": True})
+    config.model = Model(hf=hf)
+    config.trainer.run_dir, config.trainer.save_every = folder, 1
+    layout, shape = distributed.init(config.parallel), model_shape(config.model)
+    policy = Policy(config, shape, layout, folder_weights(hf))
+    works = make_work(layout, make_groups(), config, trace_ids)
+    logprob_passes(policy, works, config)
+    run_updates(policy, works, config, lr=1e-2)
+    if layout.is_main:
+        (Path(folder) / "config.yaml").write_text(dump(config))
+    saver, counters = Saver(config, policy), Counters(step=1, weight_version=policy.version)
+    saver.after_step(counters, None)
+    saver.finish(counters)
+    return {name: tensor.numpy().copy() for name, tensor in policy.named_tensors()}
+
+
+def test_a_trained_checkpoint_of_any_layout_is_exported_as_it_was_trained(folders, tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    layout = {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}
+    weights = run_ranks(4, trained, str(run_dir), str(folders["qwen3"]), layout)[0]
+    done(1, "export", "--checkpoint", run_dir, "--out", tmp_path / "out")
+    found, before = tensors(tmp_path / "out"), tensors(folders["qwen3"])
+    assert found.keys() == weights.keys() == before.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, torch.from_numpy(weights[name])), name
+        assert not torch.equal(tensor, before[name]), "trained"
+    (run_dir / "config.yaml").unlink()  # without it the shape is the checkpoint's own
+    told = done(1, "export", "--checkpoint", run_dir / "checkpoints/step_1", "--out", tmp_path / "again")
+    assert_same_tensors(tmp_path / "again", tmp_path / "out")
+    assert f"{tmp_path / 'again'}: " in told
+
+
+class Bomb:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_is_read_where_asked_for_and_nothing_in_it_is_run(tmp_path):
+    model = hf_model(SHAPE)
+    model.save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf/model.safetensors").rename(tmp_path / "plain.safetensors")
+    pickled = tmp_path / "hf/pytorch_model.bin"
+    torch.save({name: tensor.clone() for name, tensor in model.state_dict().items()}, pickled)
+    done(1, "import", "--hf", tmp_path / "hf", "--out", tmp_path / "checkpoint", "--bin")
+    done(1, "export", "--checkpoint", tmp_path / "checkpoint", "--out", tmp_path / "back")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "plain.safetensors").rename(tmp_path / "there/model.safetensors")
+    assert_same_tensors(tmp_path / "back", tmp_path / "there")
+    for content in ({"model.norm.weight": Bomb(tmp_path / "ran")}, {"model.norm.weight": "text"}):
+        torch.save(content, pickled)
+        line = refusal("import", "--hf", tmp_path / "hf", "--out", tmp_path / "other", "--bin")
+        assert line.startswith(f"{pickled}: cannot be read: ")
+    assert not (tmp_path / "ran").exists()
+
+
+# --- what verify finds
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("mlp.gate_proj", "mlp.up_proj"), ("self_attn.k_proj", "self_attn.v_proj")],
+)
+def test_a_transposition_is_found_and_the_tensors_named(folders, tmp_path, first, second):
+    """In the checkpoint: one layer's two tensors have changed places."""
+    hf, swapped = folders["llama"], tmp_path / "swapped"
+    shutil.copytree(hf, swapped)
+    one, two = (f"model.layers.2.{name}.weight" for name in (first, second))
+    all_tensors = tensors(hf)
+    for file in swapped.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as shard:
+            names = list(shard.keys())
+        exchanged = {one: two, two: one}
+        save_file({name: all_tensors[exchanged.get(name, name)] for name in names}, file, {"format": "pt"})
+    done(1, "import", "--hf", swapped, "--out", tmp_path / "checkpoint")
+    code, told = run(2, "verify", "--hf", hf, "--checkpoint", tmp_path / "checkpoint", "parallel.tensor=2")
+    assert code == 1 and told.endswith("NOT the same model\n")
+    assert [line.split(":")[1].strip() for line in told.splitlines() if line.startswith("differs")] == [one, two]
+    assert "log-probs: 255 tokens of text, more than 0.0001 nats from transformers'" in told
+
+
+def verify_with_a_table_wrong_both_ways(hf: str, checkpoint: str) -> tuple[int, str]:
+    """gate and up changed places, on the way in and on the way out: their tensors come back as they were."""
+    from megatron_dypo.convert.families import llama
+
+    at = next(i for i, rule in enumerate(llama.LAYER) if "gate" in rule.names[0])
+    rule = llama.LAYER[at]
+    table = (*llama.LAYER[:at], dataclasses.replace(rule, hf=rule.hf[::-1]), *llama.LAYER[at + 1 :])
+    object.__setattr__(llama.FAMILY, "layer", table)
+    assert convert("import", "--hf", hf, "--out", checkpoint)[0] == 0
+    return convert("verify", "--hf", hf, "--checkpoint", checkpoint)
+
+
+def test_a_table_that_is_wrong_both_ways_is_found_by_the_log_probs(folders, tmp_path):
+    ((code, told),) = run_ranks(1, verify_with_a_table_wrong_both_ways, str(folders["llama"]), str(tmp_path / "out"))
+    assert code == 1 and "are equal, bit for bit" in told and "NOT the same model" in told
+
+
+# --- bad input
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folders, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("imported") / "checkpoint"
+    done(1, "import", "--hf", folders["llama"], "--out", out)
+    return out
+
+
+def damaged(checkpoint: Path, folder: Path, name: str, change) -> Path:
+    copy = folder / "checkpoint"
+    shutil.copytree(checkpoint, copy)
+    (copy / name).write_bytes(change((copy / name).read_bytes()))
+    return copy
+
+
+def test_damaged_checkpoints_are_refused_by_file(checkpoint, tmp_path):
+    data = damaged(checkpoint, tmp_path / "a", "__0_0.distcp", lambda content: content[:-9])
+    export = ("export", "--out", tmp_path / "out", "--checkpoint")
+    assert refusal(*export, data).startswith(f"{data}/__0_0.distcp: has ")
+    flipped = damaged(checkpoint, tmp_path / "b", "__0_0.distcp", lambda content: content[:999] + b"?" + content[1000:])
+    assert refusal(*export, flipped).startswith(f"{flipped}/__0_0.distcp: is damaged")
+    index = damaged(checkpoint, tmp_path / "c", ".metadata", lambda content: content[:50])
+    (index / "manifest.json").unlink()  # as Megatron-LM's own have none
+    assert refusal(*export, index).startswith(f"{index}/.metadata: cannot be read")
+    data = damaged(checkpoint, tmp_path / "d", "__0_0.distcp", lambda content: bytes(len(content)))
+    (data / "manifest.json").unlink()
+    assert refusal(*export, data).startswith(f"{data}/__0_0.distcp: tensor embedding.word_embeddings.weight cannot be ")
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
+
+
+def test_a_checkpoint_of_another_shape_is_refused_by_tensor(checkpoint, folders, tmp_path):
+    line = refusal("export", "--checkpoint", checkpoint, "--out", tmp_path / "out", "--hf", folders["qwen3"])
+    assert line.startswith(
+        f"{checkpoint}/.metadata: tensor decoder.layers.self_attention.q_layernorm.weight is missing"
+    )
+    assert "output_layer.weight has no place" in refusal(
+        "verify", "--checkpoint", checkpoint, "--hf", folders["llama-tied"], "--tensors-only"
+    )
+
+
+def test_what_is_no_checkpoint_is_named(folders, tmp_path):
+    (tmp_path / "old/iter_0000010/mp_rank_00_000").mkdir(parents=True)
+    export = ("export", "--out", tmp_path / "out", "--checkpoint")
+    legacy = refusal(*export, tmp_path / "old")
+    assert legacy.startswith(f"{tmp_path}/old/iter_0000010/mp_rank_00_000: a legacy checkpoint of Megatron-LM; ")
+    assert "tools/checkpoint/convert.py" in legacy
+    assert refusal(*export, tmp_path / "none").startswith(f"{tmp_path}/none: holds no checkpoint: ")
+    taken = refusal("import", "--hf", folders["llama"], "--out", folders["qwen2"])
+    assert taken == f"{folders['qwen2']}: exists already and is not empty"
+
+
+@pytest.mark.parametrize(
+    ("override", "about"),
+    [
+        ("parallel.tensor=3", "convert import: parallel.tensor: 3 does not divide the model's 4 attention heads"),
+        ("parallel.pipeline=3", "convert import: parallel.pipeline: 3 does not divide the model's 4 layers"),
+        ("parallel.tensr=2", "convert import: parallel.tensr: unknown key; the nearest known key is parallel.tensor"),
+        ("trainer.steps=2", "convert import: override 'trainer.steps=2': expected parallel.key=value"),
+    ],
+)
+def test_a_layout_that_does_not_fit_the_model_is_refused(folders, tmp_path, override, about):
+    assert refusal("import", "--hf", folders["llama"], "--out", tmp_path / "out", override) == about
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("way", ["import", "export"])
+def test_a_full_disk_leaves_nothing_and_is_one_line(folders, checkpoint, tmp_path, way):
+    source = ["--hf", folders["llama"]] if way == "import" else ["--checkpoint", checkpoint]
+    try:
+        with small_disk(tmp_path / "disk", kib=128) as disk:
+            line = refusal(way, *source, "--out", disk / "out")
+            assert "No space left on device" in line and str(disk) in line
+            assert list(disk.iterdir()) == []
+    except OSError as error:
+        pytest.skip(f"no file system can be mounted here: {error}")
+
+
+def killed_export(checkpoint: str, out: str) -> None:
+    """SIGKILL when all but the index is written."""
+    import os
+    import signal
+
+    from megatron_dypo.convert import hf_writer
+
+    hf_writer.write_index = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+    convert("export", "--checkpoint", checkpoint, "--out", out, "--shard-size", "1e-4")
+
+
+def test_a_killed_export_leaves_no_folder_of_that_name(checkpoint, tmp_path):
+    from tests.ranks import Launch
+
+    launch = Launch(1, killed_export, str(checkpoint), str(tmp_path / "out"))
+    launch.ranks[0].join(120)
+    assert launch.ranks[0].exitcode == -9
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".out.partial-") and not list(left.glob("*index*"))
+    done(1, "export", "--checkpoint", checkpoint, "--out", tmp_path / "out", "--shard-size", "1e-4")

@@ -1,0 +1,8 @@
+"""`python -m megatron_dypo convert verify` as a script; see `--help`. Under torchrun the ranks share the work."""
+
+import sys
+
+from megatron_dypo.cli import script
+
+sys.argv[1:1] = ["convert", "verify"]
+script()
