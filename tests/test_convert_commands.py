@@ -366,3 +366,61 @@ def test_a_killed_export_leaves_no_folder_of_that_name(checkpoint, tmp_path):
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".out.partial-") and not list(left.glob("*index*"))
     done(1, "export", "--checkpoint", checkpoint, "--out", tmp_path / "out", "--shard-size", "1e-4")
+
+
+# --- vLLM
+
+
+def vllm_logprobs(folders: list[str]) -> list[list[float]]:
+    """Of 40 ids, by vLLM as it loads each folder by itself."""
+    import os
+
+    from megatron_dypo.rollout import vllm_engine
+
+    os.environ.update(vllm_engine._ENVIRONMENT | vllm_engine._CPU_ENVIRONMENT)
+    import vllm
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    found = []
+    for folder in folders:
+        llm = vllm.LLM(
+            folder,
+            skip_tokenizer_init=True,
+            dtype="float32",
+            max_model_len=128,
+            max_num_batched_tokens=128,
+            kv_cache_memory_bytes=2**26,
+            enforce_eager=True,
+            enable_chunked_prefill=False,
+            disable_log_stats=True,
+        )
+        ids = list(range(2, 42))
+        sampling = vllm.SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        (output,) = llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
+        steps = zip(ids[1:], output.prompt_logprobs[1:], strict=True)
+        found.append([logprobs[token].logprob for token, logprobs in steps])
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()  # before the next engine, or it takes that one's groups away
+    return found
+
+
+def test_vllm_loads_what_is_exported(tmp_path):
+    """Its own reading of config.json and weights, RoPE scaling included, against transformers' of the original."""
+    from transformers import AutoModelForCausalLM
+
+    expected = []
+    for family, tied in (("llama", False), ("mistral", True), ("qwen2", False), ("qwen3", True)):
+        shape = dataclasses.replace(SHAPES["llama"] if family == "llama" else SHAPE, family=family)
+        shape = dataclasses.replace(shape, tied_embeddings=tied, hidden_size=128, head_dim=32)
+        hf_model(shape).save_pretrained(tmp_path / family)
+        done(1, "import", "--hf", tmp_path / family, "--out", tmp_path / f"{family}_checkpoint")
+        done(1, "export", "--checkpoint", tmp_path / f"{family}_checkpoint", "--out", tmp_path / f"{family}_out")
+        ids = torch.arange(2, 42)[None]
+        with torch.no_grad():
+            logp = AutoModelForCausalLM.from_pretrained(tmp_path / family)(ids).logits[0, :-1].log_softmax(-1)
+        expected.append(logp.gather(1, ids[0, 1:, None]).squeeze(1))
+    folders = [str(tmp_path / f"{family}_out") for family in ("llama", "mistral", "qwen2", "qwen3")]
+    (found,) = run_ranks(1, vllm_logprobs, folders, seconds=240)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (torch.tensor(ours) - theirs).abs().max() < 1e-4
