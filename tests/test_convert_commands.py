@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from megatron_dypo.convert.families import FAMILIES
 from megatron_dypo.policy.shape import RopeScaling
 from tests.full_disk import small_disk
+from tests.launch import copy_task, train_here
 from tests.ranks import run_ranks
 from tests.test_convert import SHAPE, hf_model
 
@@ -223,6 +224,19 @@ def test_a_pickle_is_read_where_asked_for_and_nothing_in_it_is_run(tmp_path):
         line = refusal("import", "--hf", tmp_path / "hf", "--out", tmp_path / "other", "--bin")
         assert line.startswith(f"{pickled}: cannot be read: ")
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_run_from_a_preset_is_exported_with_its_own_tokenizer(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = copy_task(tmp_path, rollout__engine="transformers", trainer__steps=1, trainer__save_every=1)
+    run_ranks(1, train_here, str(config), ["trainer.eval_every=0"])
+    assert "WARNING" not in done(1, "export", "--checkpoint", tmp_path / "run", "--out", tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = tokenizer("first 1 + 2 = \\boxed{", return_tensors="pt")["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.eos_token_id == tokenizer.eos_token_id == 1
+    assert tokenizer.decode(ids[0]) == "first 1 + 2 = \\boxed{" and model(ids).logits.isfinite().all()
 
 
 # --- what verify finds

@@ -23,12 +23,15 @@ from torch import Tensor
 
 from megatron_dypo.checkpoint.files import sync_folder, write_index, write_pieces
 from megatron_dypo.checkpoint.folders import find_fault, listed_files
-from megatron_dypo.config.schema import Model
+from megatron_dypo.config import load_config
+from megatron_dypo.config.schema import Config, Model
 from megatron_dypo.convert import hf_writer
 from megatron_dypo.convert.hf_folder import check_folder, folder_weights
 from megatron_dypo.convert.hf_metadata import copy_metadata, write_config
 from megatron_dypo.convert.mapping import hf_shapes, rules
 from megatron_dypo.convert.megatron_folder import MegatronFolder, checkpoint_folder, megatron_pieces
+from megatron_dypo.convert.rules import EMBEDDING
+from megatron_dypo.data.tokenizer import load_tokenizer
 from megatron_dypo.errors import UserError
 from megatron_dypo.policy.shape import ModelShape, RopeScaling, hf_folder, model_shape
 from megatron_dypo.runtime.distributed import all_gather_objects, join
@@ -85,12 +88,7 @@ def export_folder(checkpoint: Path, out: Path, hf: str | None, dtype: str | None
             hf_writer.write_shard(target / file, tensors, dtypes, _in_dtype(weights.read, dtype))
         dist.barrier()
         if rank == 0:
-            if metadata:
-                changed = str(dtypes[next(iter(dtypes))]).split(".")[1]
-                copy_metadata(metadata, target, changed if dtype else None)
-            else:
-                log.warning("%s: names no Hugging Face folder: its config.json is made from the model's shape", folder)
-                write_config(shape, target, None)
+            _write_metadata(folder, metadata, shape, target, str(dtypes[EMBEDDING]).split(".")[1] if dtype else None)
             hf_writer.write_index(target, shards, sum(sizes.values()))
     return f"{out}: {len(shapes)} tensors of {folder}, {sum(sizes.values()) / 1e9:.2f} GB in {len(shards)} files"
 
@@ -107,17 +105,33 @@ def check_checkpoint(folder: Path) -> None:
         raise UserError(faults[0])
 
 
+def run_config(folder: Path) -> Config | None:
+    """The configuration of the run that a checkpoint is part of."""
+    path = folder.parent.parent / "config.yaml"
+    return load_config(path) if path.is_file() else None
+
+
 def metadata_folder(folder: Path) -> Path | None:
-    """The Hugging Face folder that a checkpoint's weights came from, as far as it is still known and there."""
+    """The Hugging Face folder that a checkpoint's weights came from; None where they were random, or nobody knows."""
     if (folder / METADATA / "config.json").is_file():
         return folder / METADATA
-    run_config = folder.parent.parent / "config.yaml"
-    if run_config.is_file():
-        from megatron_dypo.config import load_config
+    run = run_config(folder)
+    return Path(hf_folder(run.model.hf)) if run and run.model.hf else None
 
-        hf = load_config(run_config).model.hf
-        return Path(hf_folder(hf)) if hf else None
-    return None
+
+def _write_metadata(folder: Path, metadata: Path | None, shape: ModelShape, target: Path, dtype: str | None) -> None:
+    """What goes with a checkpoint's weights: the folder's they came from, with the run's tokenizer; or made anew."""
+    run = run_config(folder)
+    if metadata:
+        own = run.model.tokenizer if run else None
+        copy_metadata(metadata, target, dtype, Path(hf_folder(own)) if own else None)
+    elif run:
+        tokenizer = load_tokenizer(run, shape)
+        write_config(shape, target, tokenizer.eos_id)
+        tokenizer.save(target)
+    else:
+        log.warning("%s: nothing tells of its tokenizer, so the folder will hold none", folder)
+        write_config(shape, target, None)
 
 
 def checkpoint_shape(folder: Path) -> ModelShape:

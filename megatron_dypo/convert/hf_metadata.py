@@ -21,8 +21,11 @@ def write_config(shape: ModelShape, folder: Path, eos_id: int | None) -> None:
     (folder / "generation_config.json").write_text(json.dumps(end, indent=2))
 
 
-def copy_metadata(source: Path, target: Path, dtype: str | None) -> None:
-    """Copy it from one folder to another, naming ``dtype`` where it is another; a missing tokenizer is a warning."""
+def copy_metadata(source: Path, target: Path, dtype: str | None, tokenizer: Path | None = None) -> None:
+    """Copy it from one folder to another, naming ``dtype`` where it is another; a missing tokenizer is a warning.
+
+    ``tokenizer``: the folder of another tokenizer than the source's own.
+    """
     config = json.loads((source / "config.json").read_text())
     if dtype is not None:
         config.pop("torch_dtype", None)
@@ -32,5 +35,5 @@ def copy_metadata(source: Path, target: Path, dtype: str | None) -> None:
         shutil.copyfile(source / "config.json", target / "config.json")
     if (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", target / "generation_config.json")
-    if not copy_tokenizer(source, target):
-        log.warning("%s: holds no tokenizer, so neither will what is converted from it", source)
+    if not copy_tokenizer(tokenizer or source, target):
+        log.warning("%s: holds no tokenizer, so neither will what is converted from it", tokenizer or source)

@@ -58,6 +58,10 @@ class Tokenizer:
         """Text of a response, special tokens left out."""
         return self._backend.decode(ids.tolist(), skip_special_tokens=True)
 
+    def save(self, folder: Path) -> None:
+        """As a Hugging Face folder has it."""
+        self._backend.save_pretrained(folder)
+
 
 def load_tokenizer(config: Config, shape: ModelShape) -> Tokenizer:
     """The run's tokenizer. Raises UserError where it has no end token or its ids do not fit the model's vocabulary."""
