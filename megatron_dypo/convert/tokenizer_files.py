@@ -12,9 +12,12 @@ PATTERNS = (
 )
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    return sorted({path for pattern in PATTERNS for path in folder.glob(pattern) if path.is_file()})
+
+
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
     """Copy them; returns their names, none where ``source`` has no tokenizer."""
-    found = sorted({path for pattern in PATTERNS for path in source.glob(pattern) if path.is_file()})
-    for path in found:
+    for path in tokenizer_files(source):
         shutil.copyfile(path, target / path.name)
-    return [path.name for path in found]
+    return [path.name for path in tokenizer_files(source)]

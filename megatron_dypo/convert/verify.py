@@ -19,7 +19,10 @@ from megatron_dypo.convert.commands import check_checkpoint
 from megatron_dypo.convert.hf_folder import check_folder, folder_weights
 from megatron_dypo.convert.mapping import hf_shapes, rules
 from megatron_dypo.convert.megatron_folder import MegatronFolder, checkpoint_folder
+from megatron_dypo.convert.tokenizer_files import tokenizer_files
+from megatron_dypo.data.tokenizer import load_tokenizer
 from megatron_dypo.policy.shape import ModelShape, hf_folder, model_shape
+from megatron_dypo.records import Prompt
 from megatron_dypo.runtime.distributed import Layout, all_gather_objects, init, join
 
 TOLERANCE = 1e-4  # nats, fp32, on log-probs
@@ -105,15 +108,11 @@ def _compare_logprobs(source: Path, folder: Path, shape: ModelShape, parallel: P
 
 def _text_ids(source: Path, shape: ModelShape) -> np.ndarray:
     """Real text where the folder has a tokenizer, else ids all over the vocabulary."""
-    from transformers import AutoTokenizer
-
     limit = min(512, shape.max_position)
-    if any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        backend = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        ids = np.asarray(backend(TEXT)["input_ids"][:limit], dtype=np.int32)
-        if len(ids) > 1 and ids.max() < shape.vocab_size:
-            return ids
-    return np.random.default_rng(0).integers(0, shape.vocab_size, limit).astype(np.int32)
+    if not tokenizer_files(source):
+        return np.random.default_rng(0).integers(0, shape.vocab_size, limit).astype(np.int32)
+    config = Config(model=Model(hf=str(source)), data=Data(train="none"), trainer=Trainer(steps=1, run_dir="none"))
+    return load_tokenizer(config, shape).encode_prompt(Prompt("text", "", (), text=TEXT))[:limit]
 
 
 def _transformers_logprobs(source: Path, ids: np.ndarray) -> np.ndarray:

@@ -138,7 +138,9 @@ def hf_folder(name: str) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
+        return snapshot_download(
+            name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "*.txt"]
+        )
     except Exception as error:
         raise UserError(
             f"model.hf: {name!r} is no folder here and cannot be had from the hub ({type(error).__name__})"
