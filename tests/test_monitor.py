@@ -192,7 +192,11 @@ def test_wandb_offline_and_its_resume_share_one_run(tmp_path, monkeypatch):
     logs = list((run_dir / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
     assert len(logs) == 2
     for log in logs:
-        assert b"reward/mean" in log.read_bytes() and b"loss/total" not in log.read_bytes()
+        deadline = time.monotonic() + 30  # wandb's service may still be writing after `finish` has returned
+        while b"reward/mean" not in log.read_bytes():
+            assert time.monotonic() < deadline, "not in the log"
+            time.sleep(0.1)
+        assert b"loss/total" not in log.read_bytes()
 
 
 def test_wandb_online_without_credentials_is_one_line_and_no_prompt(tmp_path, monkeypatch):
