@@ -199,6 +199,38 @@ def test_a_local_loss_equals_autograd_through_the_log_probs(backend: str, tokens
     assert not ours[1][90:].any()
 
 
+@pytest.mark.parametrize("scale", [0.01, 10.0, 60.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_local_loss_of_flat_and_confident_distributions(backend: str, scale: float) -> None:
+    """Half of the targets are likely; others are in tiles whose p are all 0 in fp32, and some tokens have no slope."""
+    hidden_TH, weight_VH, targets_T, temperature_T = make_head(64, scale=scale)
+    top_T = (hidden_TH @ weight_VH.t()).argmax(1)
+    targets_T, slope_T = torch.where(torch.arange(64) % 2 == 0, top_T, targets_T), directions(64)[0]
+    inputs = hidden_TH.requires_grad_(), weight_VH.requires_grad_()
+    loss, logprobs = linear_loss(
+        *inputs,
+        targets_T,
+        lambda logp_t, entropy_t, t: (slope_T[t] * logp_t, slope_T[t]),
+        temperature=temperature_T,
+        backend=backend,
+    )
+    if scale == 60.0:
+        assert (logprobs.logp[slope_T != 0] < -150).any()
+    expected_T = plain(*inputs, targets_T, temperature_T)[0]
+    ours, correct = torch.autograd.grad(loss, inputs), gradients([expected_T], [slope_T], *inputs)
+    for actual, exact in zip(ours, correct, strict=True):
+        assert_near(actual, exact, 1e-5)
+
+
+def test_the_gradients_of_a_local_loss_are_given_once() -> None:
+    """They are not copied: a second backward pass would find what the first one's receiver has made of them."""
+    hidden_TH, weight_VH, targets_T, _ = make_head(10)
+    loss, _ = linear_loss(hidden_TH.requires_grad_(), weight_VH, targets_T, negative_log_likelihood)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="formed once"):
+        loss.backward()
+
+
 def test_tokens_without_slope_give_no_gradient() -> None:
     hidden_TH, weight_VH, targets_T, _ = make_head(10)
     weights_T = torch.tensor([1.0] * 5 + [0.0] * 5)

@@ -21,7 +21,8 @@ from torch.autograd import Function
 from megatron_dypo.kernels.vocab import STATISTICS, TILES, VocabShard, combine
 
 ROWS = 16  # matrix products of fewer rows round differently
-Tiles = Iterator[tuple[slice, Tensor]]  # (columns, dz [a, v] with respect to the unscaled logits) of each tile
+# Of each tile: (columns, dz [a, v] with respect to the unscaled logits, None or what its rows are yet to be times [a])
+Tiles = Iterator[tuple[slice, Tensor, Tensor | None]]
 
 
 class Head(ABC):
@@ -114,12 +115,13 @@ class Gradients:
     def add(self, rows: slice | Tensor, hidden_aH: Tensor, tiles: Tiles) -> None:
         """``tiles`` are all of this rank's, of the tokens ``rows``."""
         dhidden_aH = torch.zeros(hidden_aH.shape, dtype=self.head.dtype, device=hidden_aH.device)
-        for tile, dz_av in tiles:
+        for tile, dz_av, scale_a in tiles:
             dz_av = dz_av.to(hidden_aH.dtype)
             if self.dhidden_TH is not None:
-                _add_product(dhidden_aH, dz_av, self.head.weight(tile))
+                _add_product(dhidden_aH, dz_av, self.head.weight(tile), scale_a)
             if self.dweight_VH is not None:
-                _add_product(self.dweight_VH[tile], dz_av.t(), hidden_aH)
+                scaled_aH = hidden_aH if scale_a is None else hidden_aH * scale_a.unsqueeze(1)
+                _add_product(self.dweight_VH[tile], dz_av.t(), scaled_aH)
         if self.dhidden_TH is not None:
             self.dhidden_TH[rows] = dhidden_aH.to(self.dhidden_TH.dtype)
 
@@ -199,20 +201,26 @@ class Loss(Function):
                 gradients.add(chunk.start + a, pick(head.rows(chunk)[: len(slope_t)], a), tiles)
         ctx.added = gradients.main_grad is not None
         dhidden = _own_rows(gradients.hidden(), shard, sequence_parallel)
-        ctx.save_for_backward(dhidden, weight if ctx.added else gradients.weight())
+        ctx.save_for_backward(weight if ctx.added else None)
+        ctx.gradients = dhidden, None if ctx.added else gradients.weight()
         logprobs = results.unbind()
         ctx.mark_non_differentiable(*logprobs)
         return total.to(head.dtype), *logprobs
 
     @staticmethod
     def backward(ctx, dloss, *_):
-        dhidden, dweight_VH = ctx.saved_tensors
+        if ctx.gradients is None:
+            raise RuntimeError("linear_loss: an earlier backward pass has had the gradients; they are formed once")
+        (dhidden, dweight_VH), ctx.gradients = ctx.gradients, None
         if ctx.added:
             if dloss != 1:
                 raise RuntimeError(f"linear_loss: main_grad has the gradient of 1 x loss, not of {float(dloss)} x loss")
-            return None, dhidden, torch.zeros_like(dweight_VH), *[None] * 7
-        scaled = (gradient if gradient is None else gradient * dloss for gradient in (dhidden, dweight_VH))
-        return None, *scaled, *[None] * 7
+            return None, dhidden, torch.zeros_like(ctx.saved_tensors[0]), *[None] * 7
+        if dloss != 1:
+            for gradient in (dhidden, dweight_VH):
+                if gradient is not None:
+                    gradient.mul_(dloss)
+        return None, dhidden, dweight_VH, *[None] * 7
 
 
 def pick(rows_tx: Tensor, a: Tensor) -> Tensor:
@@ -227,9 +235,11 @@ def multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     return torch.mm(left, right, out_dtype=out.dtype, out=out)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, in total's precision."""
-    if left.dtype == total.dtype:
+def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: Tensor | None = None) -> None:
+    """total += left @ right, in total's precision, the rows times ``scale``."""
+    if scale is not None:
+        total.addcmul_(left @ right, scale.unsqueeze(1))
+    elif left.dtype == total.dtype:
         total.addmm_(left, right)
     else:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)

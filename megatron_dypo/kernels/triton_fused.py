@@ -226,4 +226,4 @@ class FusedHead(RowHead):
                 logp_t, lse_t, slope_t, dz_av, len(a), self.pitch, self._whole_blocks, self.shard.start + tile.start,
                 BLOCK_A=GRADIENT_ROWS, BLOCK_V=BLOCK_V,
             )  # fmt: skip
-            yield tile, dz_av
+            yield tile, dz_av, None

@@ -121,7 +121,7 @@ class RowHead(flow.Head):
         slope_t = slope_t.contiguous()
         for k, tile in self.tiles():
             z_tv = self._z_Ktv[k, :, : tile.stop - tile.start]
-            yield tile, self._gradient(chunk, tile, z_tv, a, lse_t, slope_t, -slope_t)
+            yield tile, self._gradient(chunk, tile, z_tv, a, lse_t, slope_t, -slope_t), None
 
     def recomputed(self, chunk: slice, upstream: tuple[Tensor, ...], entropy_t: Tensor, lse_t: Tensor) -> flow.Tiles:
         dlogp_t, dentropy_t, dlse_t = upstream
@@ -129,7 +129,8 @@ class RowHead(flow.Head):
         through_entropy = (entropy_t, dentropy_t) if bool(dentropy_t.any()) else None
         for k, tile in self.tiles():
             z_tv = self._logits(hidden_tH, k, tile)
-            yield tile, self._gradient(chunk, tile, z_tv, all_t, lse_t, dlogp_t, dlse_t - dlogp_t, through_entropy)
+            pull_t = dlse_t - dlogp_t
+            yield tile, self._gradient(chunk, tile, z_tv, all_t, lse_t, dlogp_t, pull_t, through_entropy), None
 
     def _gradient(
         self,

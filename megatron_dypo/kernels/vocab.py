@@ -60,15 +60,14 @@ def target_columns(targets_t: Tensor, shard: VocabShard, tile: slice) -> tuple[T
     return column_t.clamp(0, width - 1), (column_t >= 0) & (column_t < width)
 
 
-def tile_statistics(z_tv: Tensor, column_t: Tensor, here_t: Tensor, exp_tv: Tensor, entropy: bool) -> Tensor:
-    """Statistics [4, t] of one tile's scaled logits; leaves exp(z - max) in ``exp_tv``."""
+def tile_statistics(z_tv: Tensor, column_t: Tensor, here_t: Tensor, scratch: Tensor, entropy: bool) -> Tensor:
+    """Statistics [4, t] of one tile's scaled logits; leaves exp(z - max) in ``z_tv``."""
     top_t = z_tv.amax(1)
-    torch.sub(z_tv, top_t.unsqueeze(1), out=exp_tv)
-    exp_tv.exp_()
     target_t = torch.where(here_t, z_tv.gather(1, column_t.unsqueeze(1)).squeeze(1), 0.0)
-    # one pass over both; a product and a sum would be three
-    weighted_t = torch.bmm(z_tv.unsqueeze(1), exp_tv.unsqueeze(2)).flatten() if entropy else torch.zeros_like(top_t)
-    return torch.stack([top_t, exp_tv.sum(1), weighted_t, target_t])
+    below_tv = torch.sub(z_tv, top_t.unsqueeze(1), out=scratch[: z_tv.numel()].view(z_tv.shape))
+    sum_t = torch.exp(below_tv, out=z_tv).sum(1)
+    weighted_t = below_tv.mul_(z_tv).sum(1) + top_t * sum_t if entropy else torch.zeros_like(top_t)
+    return torch.stack([top_t, sum_t, weighted_t, target_t])
 
 
 def no_statistics(tokens: int, like: Tensor) -> Tensor:
