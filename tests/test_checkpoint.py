@@ -156,8 +156,6 @@ def second_half(folder: str, parallel: dict, optimizer: dict) -> dict:
         ((4, SEQUENCE | {"pipeline": 2}, DISTRIBUTED), (1, {}, DISTRIBUTED)),
         ((2, {}, DISTRIBUTED), (1, {}, DISTRIBUTED)),
         ((1, {}, DISTRIBUTED), (2, {}, DISTRIBUTED)),
-        ((4, {}, DISTRIBUTED), (4, {"tensor": 2}, {})),
-        ((4, {"pipeline": 2}, {}), (4, {"tensor": 2}, DISTRIBUTED)),
         ((4, VIRTUAL | {"context": 2}, DISTRIBUTED), (2, {"tensor": 2}, {})),
         ((2, {"context": 2}, {}), (4, SEQUENCE | VIRTUAL, DISTRIBUTED)),
     ],

@@ -70,13 +70,9 @@ def test_stop_and_resume_is_bit_equal(straight, tmp_path):
     assert ours == theirs
 
 
-@pytest.mark.parametrize(
-    ("ranks", "layout"),
-    [(1, []), (2, ["parallel.tensor=2", "parallel.sequence_parallel=true"]), (2, ["parallel.pipeline=2"])],
-    ids=["one", "tensor", "pipeline"],
-)
-def test_replayed_rollouts_train_alike_at_any_layout(straight, tmp_path, ranks, layout):
+def test_replayed_rollouts_train_alike_at_another_layout(straight, tmp_path):
     folder, _ = straight
+    layout = ["parallel.tensor=2", "parallel.sequence_parallel=true"]
     overrides = [
         f"rollout.replay={folder / 'rollouts'}",
         "rollout.engine=replay",
@@ -84,7 +80,7 @@ def test_replayed_rollouts_train_alike_at_any_layout(straight, tmp_path, ranks, 
     ]
     config = str(copy_task(tmp_path))
     shutil.copy(folder / "train.jsonl", tmp_path / "train.jsonl")
-    run_ranks(ranks, train_here, config, [*overrides, *layout, "trainer.steps=10", "trainer.save_every=0"])
+    run_ranks(2, train_here, config, [*overrides, *layout, "trainer.steps=10", "trainer.save_every=0"])
     for ours, theirs in zip(metrics(tmp_path / "run"), metrics(folder / "run")[1:11], strict=True):
         for name in ("reward/mean", "dypo/offline_ratio", "dypo/mid_frac"):
             assert ours[name] == theirs[name]

@@ -76,11 +76,11 @@ PP2, CP2 = {"pipeline": 2}, {"context": 2}
 VPP = {"pipeline": 2, "virtual_pipeline": 2}
 LAYOUTS = [
     *((1, {}), (2, {}), (2, TP2), (2, SP), (2, PP2), (2, VPP), (2, CP2)),
-    *((4, {}), (4, TP2), (4, {"tensor": 4, "sequence_parallel": True}), (4, {"pipeline": 4}), (4, {"context": 4})),
-    *((4, PP2), (4, VPP), (4, CP2), (4, SP | PP2), (4, SP | VPP), (4, TP2 | CP2), (4, SP | CP2), (4, PP2 | CP2)),
-    *((4, VPP | CP2), (8, {}), (8, SP | PP2), (8, SP | VPP | CP2), (8, {"tensor": 4, "sequence_parallel": True} | CP2)),
+    *((4, {}), (4, {"tensor": 4, "sequence_parallel": True}), (4, {"pipeline": 4}), (4, {"context": 4})),
+    *((4, VPP), (4, CP2), (4, SP | PP2), (4, SP | VPP), (4, TP2 | CP2), (4, SP | CP2), (4, PP2 | CP2)),
+    *((4, VPP | CP2), (8, {}), (8, SP | VPP | CP2), (8, {"tensor": 4, "sequence_parallel": True} | CP2)),
 ]
-SHARDED = [(2, {}), (4, SP), (4, VPP), (4, CP2), (2, CP2), (8, SP | VPP | CP2)]
+SHARDED = [(2, {}), (4, SP), (4, VPP), (2, CP2), (8, SP | VPP | CP2)]
 
 
 @pytest.mark.parametrize(("world", "parallel"), LAYOUTS, ids=str)

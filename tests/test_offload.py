@@ -91,11 +91,10 @@ DISTRIBUTED = {"optimizer": {"distributed": True}}
 CASES = [
     (1, "llama", {}),
     (1, "llama-tied", BF16),
-    (2, "llama-tied", DISTRIBUTED),
     (2, "llama-tied", BF16 | DISTRIBUTED),
-    (2, "llama", BF16 | DISTRIBUTED | {"parallel": {"tensor": 2, "sequence_parallel": True}}),
+    (2, "llama", DISTRIBUTED | {"parallel": {"tensor": 2, "sequence_parallel": True}}),
     (2, "llama-tied", DISTRIBUTED | {"parallel": {"pipeline": 2, "virtual_pipeline": 2}}),
-    (2, "llama", BF16 | DISTRIBUTED | {"parallel": {"context": 2}}),
+    (2, "llama", DISTRIBUTED | {"parallel": {"context": 2}}),
 ]
 
 

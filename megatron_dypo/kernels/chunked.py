@@ -19,7 +19,7 @@ from megatron_dypo.kernels.vocab import VocabShard, no_statistics, target_column
 
 CHUNK = 1024
 CHUNK_ELEMENTS = 96 << 20  # of the whole vocabulary's logits, 384 MiB: a large one is taken in shorter chunks
-# A thread's share of a block of rows. Smaller ones, within L2, wait too often for the other threads.
+# A thread's share of a block of rows: much smaller ones are many short operations, much larger ones leave the cache.
 BLOCK_ELEMENTS = 512 << 10
 SMALLEST_SHARE = -60.0  # log of p's sum over a tile; see ``formed``
 
