@@ -119,17 +119,13 @@ def _add_convert(commands) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from megatron_dypo.config.checks import check_layout
     from megatron_dypo.config.load import load_parallel
-    from megatron_dypo.config.schema import Model
 
-    parallel = load_parallel(options.overrides, "convert import")
+    parallel = load_parallel(options.overrides, "convert import")  # before torch is imported
+
     from megatron_dypo.convert.commands import import_folder
-    from megatron_dypo.policy.shape import hf_folder, model_shape
 
-    shape = model_shape(Model(hf=hf_folder(options.hf)))
-    check_layout(parallel, shape, 0, "convert import")
-    _say(import_folder(options.hf, options.out, options.dtype, options.bin))
+    _say(import_folder(options.hf, options.out, parallel, options.dtype, options.bin))
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -146,14 +142,8 @@ def _verify(options: argparse.Namespace) -> int:
 
     parallel = load_parallel(options.overrides, "convert verify")
 
-    from megatron_dypo.config.checks import check_layout
-    from megatron_dypo.config.schema import Model
     from megatron_dypo.convert.verify import verify
-    from megatron_dypo.policy.shape import hf_folder, model_shape
-    from megatron_dypo.runtime.distributed import world_size
 
-    if not options.tensors_only:
-        check_layout(parallel, model_shape(Model(hf=hf_folder(options.hf))), world_size(), "convert verify")
     comparison = verify(options.hf, options.checkpoint, parallel, options.tensors_only)
     for line in comparison.lines():
         _say(line)

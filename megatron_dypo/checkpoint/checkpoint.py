@@ -12,12 +12,12 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dypo.checkpoint.counters import Counters
-from megatron_dypo.checkpoint.folders import find_fault, listed_files, none_left, step_folder
+from megatron_dypo.checkpoint.files import shared_fault
+from megatron_dypo.checkpoint.folders import none_left, step_folder
 from megatron_dypo.checkpoint.safe_pickle import read_index
 from megatron_dypo.checkpoint.state import restore
 from megatron_dypo.errors import TrainingError
 from megatron_dypo.policy.policy import Policy
-from megatron_dypo.runtime.distributed import all_gather_objects
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def load_newest(run_dir: Path, steps: list[int], policy: Policy) -> Counters:
     """
     for step in reversed(steps):
         folder = step_folder(run_dir, step)
-        fault = _shared_fault(folder)
+        fault = shared_fault(folder)
         if fault is None:
             return _load(folder, policy)
         if dist.get_rank() == 0:
@@ -51,10 +51,3 @@ def _load(folder: Path, policy: Policy) -> Counters:
     except (CheckpointException, CheckpointingException) as error:  # the first is no Exception: reports would miss it
         raise TrainingError(f"{folder}: {error}") from error
     return counters
-
-
-def _shared_fault(folder: Path) -> str | None:
-    """The first fault that any rank found; the ranks share the files out between them."""
-    mine = listed_files(folder)[dist.get_rank() :: dist.get_world_size()]
-    faults = [fault for fault in all_gather_objects(find_fault(folder, mine)) if fault]
-    return faults[0] if faults else None

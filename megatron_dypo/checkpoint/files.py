@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -29,7 +30,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_dypo.checkpoint.folders import MANIFEST
+from megatron_dypo.checkpoint.folders import MANIFEST, find_fault, listed_files
+from megatron_dypo.runtime.distributed import all_gather_objects
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,13 @@ def write_index(folder: Path, parts: list[Written], state: dict) -> None:
         files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     _write(folder / MANIFEST, _json({"files": files}))
     sync_folder(folder)
+
+
+def shared_fault(folder: Path) -> str | None:
+    """The first fault that any rank found; the ranks share the files out between them. Collective."""
+    mine = listed_files(folder)[dist.get_rank() :: dist.get_world_size()]
+    faults = [fault for fault in all_gather_objects(find_fault(folder, mine)) if fault]
+    return faults[0] if faults else None
 
 
 def sync_folder(folder: Path) -> None:

@@ -21,16 +21,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dypo.checkpoint.files import sync_folder, write_index, write_pieces
-from megatron_dypo.checkpoint.folders import find_fault, listed_files
+from megatron_dypo.checkpoint.files import shared_fault, sync_folder, write_index, write_pieces
+from megatron_dypo.checkpoint.folders import listed_files
 from megatron_dypo.config import load_config
-from megatron_dypo.config.schema import Config, Model
+from megatron_dypo.config.checks import check_layout
+from megatron_dypo.config.schema import Config, Model, Parallel
 from megatron_dypo.convert import hf_writer
 from megatron_dypo.convert.hf_folder import check_folder, folder_weights
 from megatron_dypo.convert.hf_metadata import copy_metadata, write_config
 from megatron_dypo.convert.mapping import hf_shapes, rules
 from megatron_dypo.convert.megatron_folder import MegatronFolder, checkpoint_folder, megatron_pieces
-from megatron_dypo.convert.rules import EMBEDDING
 from megatron_dypo.data.tokenizer import load_tokenizer
 from megatron_dypo.errors import UserError
 from megatron_dypo.policy.shape import ModelShape, RopeScaling, hf_folder, model_shape
@@ -41,14 +41,21 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 METADATA = "hf"  # in a checkpoint: the folder of config.json, tokenizer and the like that it was imported with
 
 
-def import_folder(hf: str, out: Path, dtype: str | None, allow_bin: bool = False) -> str:
+def source_folder(hf: str) -> tuple[Path, ModelShape]:
+    """A Hugging Face folder, or a hub name's local copy, and its model's shape. Raises UserError as ``model_shape``."""
+    folder = Path(hf_folder(hf))
+    return folder, model_shape(Model(hf=str(folder)))
+
+
+def import_folder(hf: str, out: Path, parallel: Parallel, dtype: str | None, allow_bin: bool) -> str:
     """Write the Hugging Face folder's weights as a Megatron checkpoint, which loads at any layout; says what it did.
 
-    Raises UserError naming file and tensor; then nothing is left of ``out``.
+    ``parallel``: a layout that the model must admit. Raises UserError naming file and tensor; then nothing is left of
+    ``out``.
     """
+    source, shape = source_folder(hf)
+    check_layout(parallel, shape, 0, "convert import")
     join()
-    source = Path(hf_folder(hf))
-    shape = model_shape(Model(hf=str(source)))
     check_folder(source, shape, allow_bin)
     read = _in_dtype(folder_weights(source, allow_bin), dtype)
     with _output(out) as folder:
@@ -59,7 +66,7 @@ def import_folder(hf: str, out: Path, dtype: str | None, allow_bin: bool = False
         parts = [part for part in all_gather_objects(part) if part is not None]
         if rank == 0:
             (folder / METADATA).mkdir()
-            copy_metadata(source, folder / METADATA, None if dtype is None else str(DTYPES[dtype]).split(".")[1])
+            copy_metadata(source, folder / METADATA, DTYPES.get(dtype))
             write_index(folder, parts, {"step": 0, "model": dataclasses.asdict(shape)})
     size = sum(part.size for part in parts)
     return f"{out}: {shape.parameters:,} parameters of {source}, {size / 1e9:.2f} GB"
@@ -74,8 +81,8 @@ def export_folder(checkpoint: Path, out: Path, hf: str | None, dtype: str | None
     join()
     folder = checkpoint_folder(checkpoint)
     check_checkpoint(folder)
-    metadata = Path(hf_folder(hf)) if hf else metadata_folder(folder)
-    shape = model_shape(Model(hf=str(metadata))) if metadata else checkpoint_shape(folder)
+    origin = hf or metadata_folder(folder)
+    metadata, shape = source_folder(origin) if origin else (None, checkpoint_shape(folder))
     weights = MegatronFolder(folder, shape)
     shapes = hf_shapes(shape)
     dtypes = {name: DTYPES[dtype] if dtype else weights.dtype(name) for name in shapes}
@@ -88,7 +95,7 @@ def export_folder(checkpoint: Path, out: Path, hf: str | None, dtype: str | None
             hf_writer.write_shard(target / file, tensors, dtypes, _in_dtype(weights.read, dtype))
         dist.barrier()
         if rank == 0:
-            _write_metadata(folder, metadata, shape, target, str(dtypes[EMBEDDING]).split(".")[1] if dtype else None)
+            _write_metadata(folder, metadata, shape, target, DTYPES.get(dtype))
             hf_writer.write_index(target, shards, sum(sizes.values()))
     return f"{out}: {len(shapes)} tensors of {folder}, {sum(sizes.values()) / 1e9:.2f} GB in {len(shards)} files"
 
@@ -98,11 +105,8 @@ def check_checkpoint(folder: Path) -> None:
 
     A checkpoint without our manifest (Megatron-LM's own) is taken as it is.
     """
-    if not listed_files(folder):
-        return
-    mine = listed_files(folder)[dist.get_rank() :: dist.get_world_size()]
-    if faults := [fault for fault in all_gather_objects(find_fault(folder, mine)) if fault]:
-        raise UserError(faults[0])
+    if listed_files(folder) and (fault := shared_fault(folder)):
+        raise UserError(fault)
 
 
 def run_config(folder: Path) -> Config | None:
@@ -111,15 +115,17 @@ def run_config(folder: Path) -> Config | None:
     return load_config(path) if path.is_file() else None
 
 
-def metadata_folder(folder: Path) -> Path | None:
+def metadata_folder(folder: Path) -> str | None:
     """The Hugging Face folder that a checkpoint's weights came from; None where they were random, or nobody knows."""
     if (folder / METADATA / "config.json").is_file():
-        return folder / METADATA
+        return str(folder / METADATA)
     run = run_config(folder)
-    return Path(hf_folder(run.model.hf)) if run and run.model.hf else None
+    return run.model.hf if run else None
 
 
-def _write_metadata(folder: Path, metadata: Path | None, shape: ModelShape, target: Path, dtype: str | None) -> None:
+def _write_metadata(
+    folder: Path, metadata: Path | None, shape: ModelShape, target: Path, dtype: torch.dtype | None
+) -> None:
     """What goes with a checkpoint's weights: the folder's they came from, with the run's tokenizer; or made anew."""
     run = run_config(folder)
     if metadata:

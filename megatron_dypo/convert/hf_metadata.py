@@ -7,6 +7,8 @@ import logging
 import shutil
 from pathlib import Path
 
+import torch
+
 from megatron_dypo.convert.tokenizer_files import copy_tokenizer
 from megatron_dypo.policy.shape import ModelShape
 
@@ -21,7 +23,7 @@ def write_config(shape: ModelShape, folder: Path, eos_id: int | None) -> None:
     (folder / "generation_config.json").write_text(json.dumps(end, indent=2))
 
 
-def copy_metadata(source: Path, target: Path, dtype: str | None, tokenizer: Path | None = None) -> None:
+def copy_metadata(source: Path, target: Path, dtype: torch.dtype | None, tokenizer: Path | None = None) -> None:
     """Copy it from one folder to another, naming ``dtype`` where it is another; a missing tokenizer is a warning.
 
     ``tokenizer``: the folder of another tokenizer than the source's own.
@@ -29,7 +31,7 @@ def copy_metadata(source: Path, target: Path, dtype: str | None, tokenizer: Path
     config = json.loads((source / "config.json").read_text())
     if dtype is not None:
         config.pop("torch_dtype", None)
-        config["dtype"] = dtype
+        config["dtype"] = str(dtype).removeprefix("torch.")
         (target / "config.json").write_text(json.dumps(config, indent=2))
     else:
         shutil.copyfile(source / "config.json", target / "config.json")

@@ -66,11 +66,12 @@ class MegatronFolder:
             for chunk in entry.chunks:
                 layer = chunk.offsets[0] if name.startswith(_LAYERS) else None
                 self._pieces[name, layer].append(chunk)
-        self._rule_of = {name: rule for rule in rules(shape) for name in rule.names}
+        table = rules(shape)
+        self._rule_of = {name: rule for rule in table for name in rule.names}
         self._last: tuple[Rule | None, dict[str, Tensor]] = (None, {})
-        for rule in rules(shape):
+        for rule in table:
             self._check(rule)
-        known = {_key(rule)[0] for rule in rules(shape)}
+        known = {_key(rule)[0] for rule in table}
         for name in self._entries:
             if name.split(".")[0] in _WEIGHTS and name not in known:
                 raise UserError(f"{folder}: tensor {name} has no place in a model of family {shape.family}")

@@ -1,7 +1,7 @@
 """Weights in and out of a sharded policy, one Hugging Face tensor at a time.
 
 ``load_weights`` reads full tensors by name and keeps this rank's shard; ``hf_tensors`` gathers them back. Initial
-weights, checkpoint import, export and the sync to the rollout engine all pass through here.
+weights and the sync to the rollout engine pass through here; checkpoints are converted on the disk (commands.py).
 """
 
 from __future__ import annotations
@@ -39,9 +39,8 @@ def random_weights(shape: ModelShape, seed: int) -> Callable[[str], Tensor]:
 def load_weights(local: Mapping[str, Tensor], shape: ModelShape, layout: Layout, read: Callable[[str], Tensor]) -> None:
     """Fill this rank's shard of the model: ``local``, its parameters by their names in the whole model.
 
-    ``read(name)`` returns a full Hugging Face tensor.
-
-    Raises UserError naming the tensor when its shape is not the model's.
+    ``read(name)`` returns a full Hugging Face tensor. Raises UserError naming the tensor when its shape is not the
+    model's.
     """
     shapes = hf_shapes(shape)
     for rule in [*rules(shape), *([TIED_HEAD_RULE] if shape.tied_embeddings else [])]:

@@ -18,6 +18,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
     """Copy them; returns their names, none where ``source`` has no tokenizer."""
-    for path in tokenizer_files(source):
+    found = tokenizer_files(source)
+    for path in found:
         shutil.copyfile(path, target / path.name)
-    return [path.name for path in tokenizer_files(source)]
+    return [path.name for path in found]

@@ -13,17 +13,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
+from megatron_dypo.config.checks import check_layout
 from megatron_dypo.config.schema import Config, Data, Model, Objective, Parallel, Trainer
-from megatron_dypo.convert.commands import check_checkpoint
+from megatron_dypo.convert.commands import check_checkpoint, source_folder
 from megatron_dypo.convert.hf_folder import check_folder, folder_weights
 from megatron_dypo.convert.mapping import hf_shapes, rules
 from megatron_dypo.convert.megatron_folder import MegatronFolder, checkpoint_folder
 from megatron_dypo.convert.tokenizer_files import tokenizer_files
 from megatron_dypo.data.tokenizer import load_tokenizer
-from megatron_dypo.policy.shape import ModelShape, hf_folder, model_shape
+from megatron_dypo.policy.shape import ModelShape
 from megatron_dypo.records import Prompt
-from megatron_dypo.runtime.distributed import Layout, all_gather_objects, init, join
+from megatron_dypo.runtime.distributed import all_gather_objects, init, join, world_size
 
 TOLERANCE = 1e-4  # nats, fp32, on log-probs
 NAMED = 8  # differing tensors that are named
@@ -67,9 +69,11 @@ def verify(hf: str, checkpoint: Path, parallel: Parallel, tensors_only: bool) ->
     ``tensors_only`` leaves the log-probs out: they need the whole model in transformers, in fp32, on rank 0. Raises
     UserError where either cannot be read.
     """
+    source, shape = source_folder(hf)
+    if not tensors_only:
+        check_layout(parallel, shape, world_size(), "convert verify")
     join(parallel.timeout)
-    source, folder = Path(hf_folder(hf)), checkpoint_folder(checkpoint)
-    shape = model_shape(Model(hf=str(source)))
+    folder = checkpoint_folder(checkpoint)
     check_folder(source, shape)
     check_checkpoint(folder)
     comparison = Comparison(len(hf_shapes(shape)), _differing_tensors(source, folder, shape))
@@ -81,8 +85,7 @@ def verify(hf: str, checkpoint: Path, parallel: Parallel, tensors_only: bool) ->
 def _differing_tensors(source: Path, folder: Path, shape: ModelShape) -> list[str]:
     theirs, ours = folder_weights(source), MegatronFolder(folder, shape)
     found = []
-    layout = Layout(rank=torch.distributed.get_rank(), world=torch.distributed.get_world_size())
-    for rule in rules(shape)[layout.rank :: layout.world]:
+    for rule in rules(shape)[dist.get_rank() :: dist.get_world_size()]:
         for name in rule.names:
             wanted, got = theirs(name), ours.read(name)
             if wanted.dtype != got.dtype:
@@ -96,7 +99,7 @@ def _differing_tensors(source: Path, folder: Path, shape: ModelShape) -> list[st
 def _compare_logprobs(source: Path, folder: Path, shape: ModelShape, parallel: Parallel) -> tuple[float, int]:
     """(largest gap, tokens) between transformers on rank 0 and Megatron-Core on all ranks."""
     expected = None
-    if torch.distributed.get_rank() == 0:
+    if dist.get_rank() == 0:
         ids = _text_ids(source, shape)
         expected = (ids, _transformers_logprobs(source, ids))
     ids, wanted = all_gather_objects(expected)[0]
@@ -147,9 +150,8 @@ def _megatron_logprobs(folder: Path, shape: ModelShape, parallel: Parallel, ids:
     policy = Policy(config, shape, layout, lambda name: torch.zeros(shapes[name]))
     restore(policy, folder)
     sequence = Sequence(ids, 1, Kind.TEACHER, 0, 0)
-    ranks = {"tensor": layout.tp, "context": layout.cp, "context_rank": layout.cp_rank}
-    batch = MicroBatch.pack([sequence], [0], 1.0, **ranks)
-    logp = policy.logprobs([batch] * (layout.pp if layout.vpp > 1 else 1))
+    batch = MicroBatch.pack([sequence], [0], 1.0, **layout.packing)
+    logp = policy.logprobs([batch] * layout.micro_batch_multiple)
     mine = dict(zip(batch.tail_N.tolist(), logp[0].tolist(), strict=True)) if layout.speaks_for_tokens else {}
     every: dict[int, float] = {}
     for part in all_gather_objects(mine):

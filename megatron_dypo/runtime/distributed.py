@@ -54,6 +54,16 @@ class Layout:
         context-parallel ranks all do, each for its own tokens."""
         return self.is_last_stage and self.tp_rank == 0
 
+    @property
+    def micro_batch_multiple(self) -> int:
+        """An interleaved schedule goes through micro-batches in rounds of one a pipeline rank."""
+        return self.pp if self.vpp > 1 else 1
+
+    @property
+    def packing(self) -> dict[str, int]:
+        """This rank's part of packed tokens, as ``MicroBatch.pack`` takes it."""
+        return {"tensor": self.tp, "context": self.cp, "context_rank": self.cp_rank}
+
 
 def world_size() -> int:
     """Ranks started by the launcher (1 under plain python)."""

@@ -41,13 +41,10 @@ def make_work(
         for kind in Kind:
             places = [place for place, sequence in enumerate(sequences) if sequence.kind == kind]
             lengths = [sequences[place].length for place in places]
-            # an interleaved schedule goes through micro-batches in rounds of one a pipeline rank
-            multiple = layout.pp if layout.vpp > 1 else 1
             budget = config.data.max_tokens_per_microbatch
-            shares = plan_micro_batches(lengths, layout.dp, budget, multiple)
-            ranks = {"tensor": layout.tp, "context": layout.cp, "context_rank": layout.cp_rank}
+            shares = plan_micro_batches(lengths, layout.dp, budget, layout.micro_batch_multiple)
             packed[kind] = [
-                MicroBatch.pack(sequences, [places[i] for i in members], config.rollout.temperature, **ranks)
+                MicroBatch.pack(sequences, [places[i] for i in members], config.rollout.temperature, **layout.packing)
                 for members in shares[layout.dp_rank]
             ]
         works.append(Work(chosen, sequences, packed[Kind.ROLLOUT], packed[Kind.TEACHER]))
