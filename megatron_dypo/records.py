@@ -46,13 +46,15 @@ class Prompt:
 class Response:
     """One sampled response: ``ids`` includes the end token when one was sampled (``finish_reason == "stop"``).
 
-    ``logprobs[t]`` is the engine's log-prob of ``ids[t]`` under the distribution it sampled from (nats).
+    ``logprobs[t]`` is the engine's log-prob of ``ids[t]`` under the distribution it sampled from (nats), and
+    ``weight_version`` the optimizer updates behind the weights it sampled from.
     """
 
     ids: np.ndarray
     logprobs: np.ndarray
     finish_reason: str
     reward: float = float("nan")
+    weight_version: int = 0
 
 
 @dataclass
@@ -64,7 +66,11 @@ class Group:
     responses: list[Response] = field(default_factory=list)
     regime: Regime | None = None
     teacher_indices: tuple[int, ...] | None = None
-    weight_version: int = 0
+
+    @property
+    def weight_version(self) -> int:
+        """Of the oldest response."""
+        return min((response.weight_version for response in self.responses), default=0)
 
     @property
     def rewards(self) -> list[float]:

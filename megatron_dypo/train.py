@@ -105,7 +105,7 @@ def _train(config: Config, inputs: Inputs, layout: Layout, watchdog: Watchdog) -
             begin_step(step)
             clock = Stopwatch()
             with engines_turn(keep_weights=False):  # a sync comes before the next turn
-                groups = rollouts.batch(step, policy.version, clock)
+                groups = rollouts.batch(step, clock)
             grade_groups(groups, config.objective, trainer.seed, step, rollouts.usable_teachers)
             rollouts.record(step, groups)
             policy.refresh_reference(step)

@@ -168,6 +168,7 @@ def turns_of_the_engine(name: str, folder: str) -> list[list]:
     import numpy as np
 
     from megatron_dypo.rollout.engine import Request, Sampling, build_engine
+    from megatron_dypo.sync.weights import Weights
 
     config, policy = build("llama", {"rollout": {"engine": name}})
     engine = build_engine(config, policy.shape, 1, Path(folder))
@@ -175,7 +176,7 @@ def turns_of_the_engine(name: str, folder: str) -> list[list]:
     sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=12, eos_id=1)
     sample = lambda: [response.ids.tolist() for response in engine.generate(requests, sampling)]  # noqa: E731
     engine.sleep(keep_weights=False)
-    engine.sync(policy.named_tensors())
+    engine.sync(Weights(policy))
     found = [sample(), sample()]
     engine.sleep(keep_weights=True)
     found.append(sample())
@@ -185,7 +186,7 @@ def turns_of_the_engine(name: str, folder: str) -> list[list]:
     if name == "vllm":
         with pytest.raises(AssertionError, match="has to be synced"):
             sample()
-    engine.sync(policy.named_tensors())
+    engine.sync(Weights(policy))
     engine.sleep(keep_weights=True)
     return [*found, sample()]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,11 @@ response = st.builds(
 )
 group = st.builds(
     lambda prompt, ids, responses, version, draw: Group(
-        prompt, np.array(ids, np.int32), responses, None, draw if prompt is PROMPT else None, version
+        prompt,
+        np.array(ids, np.int32),
+        [replace(response, weight_version=version) for response in responses],
+        None,
+        draw if prompt is PROMPT else None,
     ),
     st.sampled_from(list(PROMPTS.values())),
     st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=8),
@@ -42,12 +46,12 @@ group = st.builds(
 )
 
 
-def one_group() -> Group:
+def one_group(version: int = 7) -> Group:
     answers = [
-        Response(np.array([5, 1], np.int32), np.array([-0.1, -0.2], np.float32), "stop", reward)
+        Response(np.array([5, 1], np.int32), np.array([-0.1, -0.2], np.float32), "stop", reward, version)
         for reward in (1.0, 0.0)
     ]
-    return Group(PROMPT, np.array([2, 3], np.int32), answers, teacher_indices=(1,), weight_version=7)
+    return Group(PROMPT, np.array([2, 3], np.int32), answers, teacher_indices=(1,))
 
 
 def replayed_from(folder: Path, step: int, vocab_size: int = 2**31, longest: int = 16) -> list[Group]:
@@ -106,8 +110,7 @@ def test_ground_truth_and_teachers_come_from_the_data_and_the_regime_is_graded_a
 
 
 def test_recording_a_step_again_overwrites_it_and_no_other(tmp_path):
-    first, second = one_group(), one_group()
-    second.weight_version = 8
+    first, second = one_group(), one_group(version=8)
     for step, written in ((1, first), (2, first), (2, second)):
         record(tmp_path, step, [written])
     assert [replayed_from(tmp_path, step)[0].weight_version for step in (1, 2)] == [7, 8]

@@ -121,9 +121,28 @@ class Data(Section):
 class Rollout(Section):
     """Sampling from the policy."""
 
-    engine: Literal["auto", "vllm", "transformers", "replay"] = key(
+    engine: Literal["auto", "vllm", "server", "transformers", "replay"] = key(
         "auto",
-        "Who samples. `vllm` runs in process; `transformers` is the slow fallback; `replay` reads recorded steps; `auto` is vllm where it is installed, else transformers.",
+        "Who samples. `vllm` runs in process; `server` is one or more vLLM servers (`rollout.servers`); `transformers` is the slow fallback; `replay` reads recorded steps; `auto` is vllm where it is installed, else transformers.",
+        resumable=True,
+    )
+    servers: list[str] = key(
+        [],
+        "Addresses of the vLLM servers (`http://host:port`), started by `launch/servers.sh`. Their token comes from the environment (`MEGATRON_DYPO_SERVER_TOKEN`).",
+        resumable=True,
+    )
+    server_timeout: float = key(
+        30.0,
+        "A server that does not answer a health check for so many seconds is lost until it returns; its requests go to the others.",
+        gt=0,
+        le=YEAR,
+        resumable=True,
+    )
+    request_timeout: float = key(
+        1800.0,
+        "One response may take a server so many seconds; past that the server counts as lost, and another one samples it.",
+        gt=0,
+        le=YEAR,
         resumable=True,
     )
     samples_per_prompt: int = key(8, "Responses per prompt (k).", ge=1)
@@ -136,7 +155,33 @@ class Rollout(Section):
         "none", "Weight of a token's GRPO term by exp(old - rollout): capped, or dropped outside [1/cap, cap]."
     )
     correction_cap: float = key(2.0, "Cap of the rollout correction.", gt=1)
-    sync_timeout: float = key(600.0, "Deadline of one weight sync, in seconds.", gt=0, le=YEAR, resumable=True)
+    overlap: bool = key(
+        False,
+        "One step off policy: the next batch is sampled while this one trains, with weights one step older; `correction` makes up for it. Of use with `engine: server`: an engine in process shares the trainer's device.",
+    )
+    max_staleness: int | None = key(
+        None,
+        "Responses may come from weights at most so many optimizer updates older than those they train first; default: `objective.updates_per_rollout` with `overlap`, else 0. Not checked on replay unless it is set.",
+        ge=0,
+    )
+    refill: bool = key(
+        False,
+        "Dynamic sampling: a prompt whose group would train nothing is replaced by another, and that one sampled in the same step.",
+    )
+    refill_rounds: int = key(3, "Replacements of one prompt in one step, at most.", ge=1)
+    sync_backend: Literal["auto", "nccl", "ipc", "shared_memory"] = key(
+        "auto",
+        "How weights reach servers: vLLM's NCCL or CUDA IPC transfer, or (CPU, same machine) shared memory; `auto` is nccl on CUDA, else shared_memory.",
+        resumable=True,
+    )
+    sync_timeout: float = key(
+        600.0, "Deadline of one weight sync, and of the servers' start, in seconds.", gt=0, le=YEAR, resumable=True
+    )
+    verify_sync: bool = key(
+        False,
+        "After each sync compare a checksum of every tensor that the engine took with the trainer's; a difference stops the run and names the tensor.",
+        resumable=True,
+    )
     engine_memory: float = key(
         0.25, "vLLM's share of the GPU's memory; on CPU, GiB of key/value cache.", gt=0, le=2**20, resumable=True
     )

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from megatron_dypo.config.schema import Config
 from megatron_dypo.errors import UserError
 from megatron_dypo.policy.shape import ModelShape
 from megatron_dypo.records import Response
+
+if TYPE_CHECKING:
+    from megatron_dypo.sync.weights import Weights
 
 log = logging.getLogger(__name__)
 VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -44,7 +45,8 @@ class Sampling:
 
 
 class Engine(Protocol):
-    """``generate`` keeps the order of the requests; log-probs are those of the distribution sampled from.
+    """``generate`` keeps the order of the requests; log-probs are those of the distribution sampled from, and each
+    response names the version of the weights.
 
     ``sleep`` gives the device's memory back, and without ``keep_weights`` the weights too, which the next use must then
     ``sync``. ``sync`` and ``generate`` take what they need again by themselves.
@@ -52,7 +54,7 @@ class Engine(Protocol):
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Response]: ...
 
-    def sync(self, tensors: Iterator[tuple[str, Tensor]]) -> None: ...
+    def sync(self, weights: Weights) -> None: ...
 
     def sleep(self, keep_weights: bool) -> None: ...
 

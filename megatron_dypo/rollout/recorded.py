@@ -103,12 +103,14 @@ def _group(line: dict, prompts: dict[str, Prompt], vocab_size: int, longest: int
     teachers = len(prompts[line["id"]].teachers)
     if indices is not None and not all(type(index) is int and 0 <= index < teachers for index in indices):
         raise ValueError(f"prompt {line['id']!r}: teacher_indices {indices}, but it has {teachers} teachers")
+    version = _of_kind(line, "weight_version", int)
     responses = [
         Response(
             _ids(_of_kind(r, "ids", list), vocab_size),
             np.asarray(r["logprobs"], np.float32),
             _of_kind(r, "finish_reason", str),
             float(r["reward"]),
+            version,
         )
         for r in line["responses"]
     ]
@@ -125,5 +127,4 @@ def _group(line: dict, prompts: dict[str, Prompt], vocab_size: int, longest: int
         prompt_ids=prompt_ids,
         responses=responses,
         teacher_indices=indices,
-        weight_version=_of_kind(line, "weight_version", int),
     )

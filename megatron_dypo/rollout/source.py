@@ -47,7 +47,7 @@ class RolloutSource:
         self._by_id = {prompt.id: prompt for prompt in self.prompts}
         self._trace = functools.lru_cache(maxsize=4096)(self._encode_trace)
 
-    def batch(self, step: int, weight_version: int, clock: Stopwatch) -> list[Group]:
+    def batch(self, step: int, clock: Stopwatch) -> list[Group]:
         """The step's groups with responses and rewards."""
         config, samples = self.config, RECIPES[self.config.objective.method].samples
         if self.engine is None:
@@ -65,8 +65,6 @@ class RolloutSource:
                 score(mine, self.tokenizer, self.reward)
             with phase("rollout exchange"):
                 clock.compare(share(groups, mine, self.layout, clock.seconds["rollout"] + clock.seconds["reward"]))
-            for group in groups:
-                group.weight_version = weight_version
         return groups
 
     def _check_replayed_draws(self, step: int, groups: list[Group]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,6 +12,9 @@ from megatron_dypo.policy.shape import ModelShape
 from megatron_dypo.records import Response
 from megatron_dypo.rollout.engine import Request, Sampling
 from megatron_dypo.runtime.distributed import device
+
+if TYPE_CHECKING:
+    from megatron_dypo.sync.weights import Weights
 
 BATCH = 256
 
@@ -25,11 +28,13 @@ class TransformersEngine:
         fields = shape.to_hf_config()
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         self._model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device()).eval()
+        self._version = 0  # of the weights, once synced
 
-    def sync(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
-        missing, unexpected = self._model.load_state_dict(dict(tensors), strict=False)
+    def sync(self, weights: Weights) -> None:
+        missing, unexpected = self._model.load_state_dict(dict(weights), strict=False)
         if missing or unexpected:
             raise RuntimeError(f"weight sync to transformers: missing {missing}, unexpected {unexpected}")
+        self._version = weights.version
 
     def sleep(self, keep_weights: bool) -> None:
         """The weights go to host memory in any case."""
@@ -79,7 +84,12 @@ class TransformersEngine:
             fresh = torch.tensor([[token] for token, _ in picked], device=device())
             mask = torch.cat([mask, torch.ones_like(fresh)], dim=1)
         return [
-            Response(np.array(ids, np.int32), np.array(values, np.float32), "length" if unfinished else "stop")
+            Response(
+                np.array(ids, np.int32),
+                np.array(values, np.float32),
+                "length" if unfinished else "stop",
+                weight_version=self._version,
+            )
             for ids, values, unfinished in zip(tokens, logprobs, running, strict=True)
         ]
 

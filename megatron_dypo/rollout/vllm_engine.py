@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from megatron_dypo.config.schema import Config
 from megatron_dypo.convert.hf_metadata import write_config
@@ -18,6 +17,9 @@ from megatron_dypo.records import Response
 from megatron_dypo.rollout.engine import Request, Sampling
 from megatron_dypo.runtime import deterministic
 from megatron_dypo.runtime.distributed import training_dtype
+
+if TYPE_CHECKING:
+    from megatron_dypo.sync.weights import Weights
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process, so weights need no transport
@@ -67,6 +69,7 @@ class VllmEngine:
         )
         self._asleep: set[str] = set()  # by vLLM's names for parts of its memory
         self._dropped = False  # the weights, by a sleep since the last sync
+        self._version = 0  # of the weights, once synced
         assert torch.get_num_threads() == threads
 
     @deterministic.not_enforced()
@@ -79,14 +82,15 @@ class VllmEngine:
         prompts = [{"prompt_token_ids": request.prompt_ids.tolist()} for request in requests]
         parameters = [self._parameters(request.seed, sampling) for request in requests]
         outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
-        return [_response(output.outputs[0]) for output in outputs]
+        return [_response(output.outputs[0], self._version) for output in outputs]
 
     @deterministic.not_enforced()
-    def sync(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
-        """Replace all weights by (Hugging Face name, full tensor) and forget what was cached under the old ones."""
+    def sync(self, weights: Weights) -> None:
+        """Replace all weights and forget what was cached under the old ones."""
         self._wake("weights")
         self._dropped = False
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        self._version = weights.version
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache after a weight sync")
 
@@ -117,7 +121,8 @@ class VllmEngine:
         )
 
 
-def _response(output) -> Response:
+def _response(output, version: int) -> Response:
     ids = list(output.token_ids)
     logprobs = [step[token].logprob for step, token in zip(output.logprobs, ids, strict=True)]
-    return Response(np.array(ids, np.int32), np.array(logprobs, np.float32), output.finish_reason)
+    arrays = np.array(ids, np.int32), np.array(logprobs, np.float32)
+    return Response(*arrays, output.finish_reason, weight_version=version)

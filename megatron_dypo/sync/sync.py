@@ -5,10 +5,11 @@ from __future__ import annotations
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.rollout.engine import Engine
 from megatron_dypo.runtime.failure import phase
+from megatron_dypo.sync.weights import Weights
 
 
 def sync_weights(policy: Policy, engine: Engine, seconds: float) -> int:
     """Collective over all ranks; returns the weight version the engine now serves."""
     with phase("weight sync", limit=(seconds, "rollout.sync_timeout")):
-        engine.sync(policy.named_tensors())
+        engine.sync(Weights(policy))
     return policy.version

@@ -250,11 +250,10 @@ def test_malformed_recorded_rollouts(tmp_path, fault_record):
             prompt,
             prompt_ids=torch.tensor([5, 6], dtype=torch.int32).numpy(),
             responses=[
-                Response(torch.tensor([7, 8]).numpy(), torch.tensor([-0.5, -1.0]).numpy(), "stop", float(i))
+                Response(torch.tensor([7, 8]).numpy(), torch.tensor([-0.5, -1.0]).numpy(), "stop", float(i), 3)
                 for i in range(2)
             ],
             teacher_indices=(0,),
-            weight_version=3,
         )
         for prompt in prompts.values()
     ]
