@@ -34,8 +34,8 @@ LOGGING = {"logging.wandb", "logging.wandb_project", "logging.tensorboard"}
 PATHS = {"rollout.record", "rollout.replay", "trainer.run_dir"}
 STEPS = {"trainer.steps"}
 ENGINE = {
-    *("rollout.engine", "rollout.engine_memory", "rollout.servers", "rollout.server_timeout", "rollout.request_timeout"),
-    *("rollout.sync_backend", "rollout.verify_sync"),
+    *("rollout.engine", "rollout.engine_memory", "rollout.servers", "rollout.server_timeout"),
+    *("rollout.request_timeout", "rollout.sync_backend", "rollout.verify_sync"),
 }
 BUDGET = {"data.max_tokens_per_microbatch", "model.recompute", "model.attention_backend", "model.layer_spec"}
 OPERATION = {
