@@ -37,6 +37,8 @@ bench: venv
 	$(BIN)/python -m benchmarks.linear_logprob
 	$(BIN)/torchrun --rdzv-backend loopback --rdzv-endpoint localhost --nproc-per-node 2 -m benchmarks.checkpoints --out benchmarks/results/checkpoints_cpu.json
 	$(BIN)/python -m benchmarks.packing
+	$(BIN)/python -m benchmarks.weight_sync
+	$(BIN)/python -m benchmarks.rollout
 	$(BIN)/python -m benchmarks.layouts
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/python -m benchmarks.recipes

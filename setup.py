@@ -34,6 +34,7 @@ setup(
         "reasoning-gym",
         "pyarrow",
         "rich",
+        "aiohttp",
         "wandb",
         "tensorboard",
     ],

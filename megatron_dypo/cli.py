@@ -19,7 +19,10 @@ _PATIENCE = 30.0  # seconds that the other ranks leave rank 0 to say what the us
 
 def script() -> NoReturn:
     """The command as a process. After a failure it ends on the spot: no library's exit handler may keep it waiting."""
-    code = main()
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        code = 130  # as a shell has it; a thread may still be sampling
     sys.stdout.flush()
     sys.stderr.flush()
     if code:
@@ -69,6 +72,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", metavar="CONFIG", help="YAML file")
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key; a later one wins")
     train.set_defaults(run=_train)
+
+    serve = commands.add_parser("serve", help="one vLLM server for rollout.engine: server (see launch/servers.sh)")
+    serve.add_argument("config", metavar="CONFIG", help="the training run's YAML file")
+    serve.add_argument("overrides", nargs="*", metavar="section.key=value", help="the training run's overrides")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8000, help="(default: 8000)")
+    serve.add_argument("--tensor", type=int, default=1, metavar="N", help="tensor-parallel devices (default: 1)")
+    serve.set_defaults(run=_serve)
 
     report = commands.add_parser("report", help="one self-contained HTML page with the run's curves")
     report.add_argument("run_dir", metavar="RUN_DIR", help="a run folder")
@@ -173,6 +184,18 @@ def _train(options: argparse.Namespace) -> None:
     from megatron_dypo.train import train
 
     train(config, inputs)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from megatron_dypo.config import load_config
+
+    if not 0 < options.port < 65536 or options.tensor < 1:
+        raise UserError(f"--port {options.port}, --tensor {options.tensor}: out of range")
+    config = load_config(options.config, options.overrides)
+
+    from megatron_dypo.rollout.serve import serve
+
+    serve(config, options.host, options.port, options.tensor)
 
 
 def _report(options: argparse.Namespace) -> None:

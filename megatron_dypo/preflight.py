@@ -21,6 +21,7 @@ from megatron_dypo.records import Group, Prompt
 from megatron_dypo.rollout import recorded
 from megatron_dypo.rollout.collect import encode_prompts
 from megatron_dypo.rollout.engine import check_head_size, engine_name
+from megatron_dypo.rollout.server_guard import server_token
 from megatron_dypo.runtime import distributed, run_folder
 from megatron_dypo.runtime.seeding import stable_hash
 
@@ -47,8 +48,11 @@ def prepare(config: Config, source: str) -> Inputs:
             f"{source}: data.max_prompt_tokens + rollout.max_response_tokens = {longest} "
             f"exceeds the model's limit of {shape.max_position}"
         )
-    if engine_name(config) == "vllm":
+    engine = engine_name(config)
+    if engine in ("vllm", "server"):
         check_head_size(shape)
+    if engine == "server":
+        server_token()
     config.model.dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[distributed.training_dtype(config.model.dtype)]
     _check_attention(config, source)
     if config.model.hf:

@@ -77,6 +77,19 @@ class Group:
         return [response.reward for response in self.responses]
 
 
+@dataclass
+class Batch:
+    """A step's groups: those that hold its places and train, and those that they took the place of (refill)."""
+
+    groups: list[Group]
+    replaced: list[Group] = field(default_factory=list)
+
+    @property
+    def sampled(self) -> list[Group]:
+        """All of them: what statistics of the policy are about."""
+        return self.groups + self.replaced
+
+
 class Kind(enum.IntEnum):
     """Which term a training sequence feeds."""
 

@@ -1,4 +1,8 @@
-"""The training loop: roll out, reward, grade, update, sync, evaluate, save. One ``step`` is one rollout."""
+"""The training loop: roll out, reward, grade, update, sync, evaluate, save. One ``step`` is one rollout.
+
+With ``rollout.overlap`` the next step's batch is sampled beside grade and update, and complete before the sync: no
+response is sampled across an update.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from pathlib import Path
 from megatron_dypo.batching.grade import grade_groups
 from megatron_dypo.checkpoint.checkpoint import load_newest
 from megatron_dypo.checkpoint.counters import Counters
+from megatron_dypo.checkpoint.folders import step_folder
 from megatron_dypo.checkpoint.saver import Saver
 from megatron_dypo.config.checks import warnings
 from megatron_dypo.config.schema import Config
@@ -25,6 +30,7 @@ from megatron_dypo.preflight import Inputs, check_agreement
 from megatron_dypo.reward import MathReward
 from megatron_dypo.rollout.engine import build_engine, engine_name
 from megatron_dypo.rollout.source import RolloutSource
+from megatron_dypo.rollout.staleness import check_staleness
 from megatron_dypo.runtime import deterministic, distributed
 from megatron_dypo.runtime.distributed import Layout
 from megatron_dypo.runtime.failure import begin_step, phase
@@ -56,7 +62,7 @@ def _train(config: Config, inputs: Inputs, layout: Layout, watchdog: Watchdog) -
     log.info("%s; %s parameters; starting %s", layout, f"{inputs.shape.parameters:,}", engine_name(config))
     with phase("rollout engine start"):
         folder = run_dir / "engine" / f"rank_{layout.rank}"
-        engine = build_engine(config, inputs.shape, tokenizer.eos_id, folder)
+        engine = build_engine(config, inputs.shape, tokenizer, folder, layout)
         distributed.claim_device()  # an engine may have chosen another
         if engine and trainer.offload:
             engine.sleep(keep_weights=False)
@@ -72,6 +78,8 @@ def _train(config: Config, inputs: Inputs, layout: Layout, watchdog: Watchdog) -
 
     reward = MathReward()
     rollouts = RolloutSource(config, inputs.train, tokenizer, engine, reward, layout, inputs.shape)
+    if counters.step:
+        rollouts.resume(step_folder(run_dir, counters.step))
 
     def sync() -> None:
         if engine:
@@ -105,18 +113,23 @@ def _train(config: Config, inputs: Inputs, layout: Layout, watchdog: Watchdog) -
             begin_step(step)
             clock = Stopwatch()
             with engines_turn(keep_weights=False):  # a sync comes before the next turn
-                groups = rollouts.batch(step, clock)
-            grade_groups(groups, config.objective, trainer.seed, step, rollouts.usable_teachers)
-            rollouts.record(step, groups)
+                batch = rollouts.batch(step, clock)
+            check_staleness(batch.groups, policy.version, config)
+            rollouts.begin_next(step)
+            grade_groups(batch.sampled, config.objective, trainer.seed, step, rollouts.usable_teachers)
+            rollouts.record(step, batch.groups)
             policy.refresh_reference(step)
             lr = learning_rate(step, config.optimizer)
-            outcome = update_policy(policy, groups, config, rollouts.encode_trace, lr, clock, counters.norms)
+            outcome = update_policy(policy, batch.groups, config, rollouts.encode_trace, lr, clock, counters.norms)
+            rollouts.finish_next(clock)
             with clock("sync"):
                 sync()
 
             counters.count(step, policy.version, outcome.skipped is not None, outcome.empty, outcome.norms)
-            metrics = clock.metrics() | batch_metrics(groups, outcome.works) | outcome.metrics | outcome.memory
+            metrics = clock.metrics() | batch_metrics(batch.sampled, outcome.works) | outcome.metrics | outcome.memory
             metrics |= counters.metrics() | watchdog.metrics()
+            if config.rollout.refill:
+                metrics["rollout/refilled"] = len(batch.replaced)
             evaluation = evaluate(step)
             times = {"time/save": saver.take_seconds(), "time/offload": policy.offload.take_seconds()}
             monitor.step(step, metrics | {"train/lr": lr} | times | evaluation)
@@ -126,7 +139,8 @@ def _train(config: Config, inputs: Inputs, layout: Layout, watchdog: Watchdog) -
                 in_a_row = f"{counters.skipped_in_a_row} steps in a row were skipped"
                 raise TrainingError(f"{in_a_row}; the last: {outcome.skipped}")
             with phase("checkpoint save"):
-                saver.after_step(counters, evaluation.get("eval/valid/greedy_accuracy"))
+                in_flight = rollouts.in_flight.sampled if rollouts.in_flight else ()
+                saver.after_step(counters, evaluation.get("eval/valid/greedy_accuracy"), in_flight)
         with phase("checkpoint save"):
             saver.finish(counters)
         monitor.finish(len(inputs.held_out))

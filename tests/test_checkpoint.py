@@ -56,7 +56,7 @@ class Run:
 
     def save(self, step: int, score: float | None = None) -> Counters:
         counters = Counters(step=step, weight_version=self.policy.version, skipped_steps=7)
-        self.saver.after_step(counters, score)
+        self.saver.after_step(counters, score, make_groups(2))
         return counters
 
     def load(self) -> Counters:
@@ -73,16 +73,20 @@ def same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """A digest of every tensor of the whole model in a checkpoint, read by torch's own reader, without mcore."""
+def digests(*folders: Path) -> list[dict[str, str]]:
+    """A digest of every tensor of the whole model in each checkpoint, read by torch's own reader, without mcore."""
     import torch
     import torch.distributed.checkpoint as dcp
 
-    reader = dcp.FileSystemReader(str(folder))
-    entries = reader.read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
-    return {name: hashlib.sha256(tensor.float().numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
+    found = []
+    for folder in folders:
+        reader = dcp.FileSystemReader(str(folder))
+        entries = reader.read_metadata().state_dict_metadata
+        tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        digest = lambda tensor: hashlib.sha256(tensor.float().numpy().tobytes()).hexdigest()  # noqa: E731
+        found.append({name: digest(tensor) for name, tensor in tensors.items()})
+    return found
 
 
 def round_trip(folder: str, parallel: dict, optimizer: dict, model: dict) -> dict:
@@ -107,9 +111,6 @@ def round_trip(folder: str, parallel: dict, optimizer: dict, model: dict) -> dic
     ("ranks", "parallel", "optimizer", "model"),
     [
         (2, {}, {}, {}),
-        (2, SEQUENCE, {}, {}),
-        (2, {"pipeline": 2}, {}, {}),
-        (2, {}, DISTRIBUTED, {}),
         (4, SEQUENCE, DISTRIBUTED, {}),
         (4, {"pipeline": 2}, DISTRIBUTED, {}),
         (2, VIRTUAL, {}, {}),
@@ -152,8 +153,6 @@ def second_half(folder: str, parallel: dict, optimizer: dict) -> dict:
     ("saved", "loaded"),
     [
         ((4, {"tensor": 2, "pipeline": 2}, {}), (1, {}, {})),
-        ((1, {}, {}), (4, {"tensor": 2, "pipeline": 2}, {})),
-        ((4, SEQUENCE | {"pipeline": 2}, DISTRIBUTED), (1, {}, DISTRIBUTED)),
         ((2, {}, DISTRIBUTED), (1, {}, DISTRIBUTED)),
         ((1, {}, DISTRIBUTED), (2, {}, DISTRIBUTED)),
         ((4, VIRTUAL | {"context": 2}, DISTRIBUTED), (2, {"tensor": 2}, {})),
@@ -165,7 +164,7 @@ def test_resume_at_another_layout_has_the_same_tensors_and_goes_on_alike(saved, 
     """Weights, reference, moments: equal bit for bit after the way through the other layout; updates within 1e-5."""
     there = run_ranks(saved[0], first_half, str(tmp_path), *saved[1:])[0]
     here = run_ranks(loaded[0], second_half, str(tmp_path), *loaded[1:])[0]
-    before, after = (run_ranks(1, digests, step_folder(tmp_path, step))[0] for step in (3, 4))
+    before, after = run_ranks(1, digests, *(step_folder(tmp_path, step) for step in (3, 4)))[0]
     assert before == after
     assert {name.rsplit("decoder", 1)[0] for name in before if "decoder" in name} == {
         *("", "reference.", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq.")
@@ -229,7 +228,7 @@ def damage(folder: str, file: str) -> dict:
     return {"step": loaded.step, "said": said, "weights": same(weights, other.weights())}
 
 
-@pytest.mark.parametrize("file", ["__0_0.distcp", "__1_0.distcp", ".metadata", "state.json"])
+@pytest.mark.parametrize("file", ["__0_0.distcp", "__1_0.distcp", ".metadata", "state.json", "in_flight.jsonl"])
 def test_a_flipped_bit_falls_back_to_the_checkpoint_before_and_names_the_file(file, tmp_path):
     results = run_ranks(2, damage, str(tmp_path), file)
     assert all(result["step"] == 1 and result["weights"] for result in results)

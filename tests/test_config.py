@@ -226,6 +226,19 @@ RULES = [  # of checks.py: (overrides that break it, what the line starts with)
     (["model.hf=folder"], "model.hf, model.preset: "),
     (["model.preset=null"], "model.hf, model.preset: "),
     (["rollout.engine=replay"], "rollout.replay: "),
+    (
+        ["rollout.engine=replay", "rollout.replay=a", "rollout.overlap=true"],
+        "rollout.overlap: of no effect with rollout.",
+    ),
+    (
+        ["rollout.engine=replay", "rollout.replay=a", "rollout.refill=true"],
+        "rollout.refill: of no effect with rollout.",
+    ),
+    (["objective.method=sft", "rollout.overlap=true"], "rollout.overlap: of no effect with objective.method: sft"),
+    (["objective.method=sft", "rollout.refill=true"], "rollout.refill: of no effect with objective.method: sft"),
+    (["rollout.overlap=true", "trainer.offload=true"], "rollout.overlap, trainer.offload: "),
+    (["rollout.overlap=true", "trainer.deterministic=true"], "rollout.overlap, trainer.deterministic: "),
+    (["rollout.overlap=true", "rollout.max_staleness=0"], "rollout.max_staleness: "),
     (["rollout.replay=folder"], "rollout.replay: "),
     (["rollout.engine=replay", "rollout.replay=a", "rollout.record=a"], "rollout.record, rollout.replay: "),
     (["objective.hard_max_solved=8"], "objective.hard_max_solved: "),
@@ -254,6 +267,13 @@ def test_keys_that_cannot_work_together_are_refused(smallest, overrides, start):
     [
         ["model.preset=null", "model.hf=folder"],
         ["rollout.engine=replay", "rollout.replay=a", "rollout.record=b"],
+        [
+            "rollout.engine=server",
+            "rollout.servers=['http://127.0.0.1:8000']",
+            "rollout.overlap=true",
+            "trainer.deterministic=true",
+        ],
+        ["rollout.overlap=true", "rollout.max_staleness=2", "objective.updates_per_rollout=2"],
         ["objective.hard_max_solved=7"],
         ["objective.updates_per_rollout=64"],
         ["objective.method=grpo", "rollout.samples_per_prompt=2"],

@@ -176,7 +176,7 @@ def trained(folder: str, hf: str, parallel: dict) -> dict:
     if layout.is_main:
         (Path(folder) / "config.yaml").write_text(dump(config))
     saver, counters = Saver(config, policy), Counters(step=1, weight_version=policy.version)
-    saver.after_step(counters, None)
+    saver.after_step(counters, None, make_groups(2))  # a batch in flight: no concern of a conversion
     saver.finish(counters)
     return {name: tensor.numpy().copy() for name, tensor in policy.named_tensors()}
 
@@ -389,9 +389,10 @@ def vllm_logprobs(folders: list[str]) -> list[list[float]]:
     """Of 40 ids, by vLLM as it loads each folder by itself."""
     import os
 
-    from megatron_dypo.rollout import vllm_engine
+    from megatron_dypo.rollout.vllm_arguments import CPU_ENVIRONMENT, ENVIRONMENT
+    from megatron_dypo.rollout.vllm_engine import IN_PROCESS
 
-    os.environ.update(vllm_engine._ENVIRONMENT | vllm_engine._CPU_ENVIRONMENT)
+    os.environ.update(IN_PROCESS | ENVIRONMENT | CPU_ENVIRONMENT)
     import vllm
     from vllm.distributed import cleanup_dist_env_and_memory
 

@@ -80,7 +80,10 @@ LAYOUTS = [
     *((4, VPP), (4, CP2), (4, SP | PP2), (4, SP | VPP), (4, TP2 | CP2), (4, SP | CP2), (4, PP2 | CP2)),
     *((4, VPP | CP2), (8, {}), (8, SP | VPP | CP2), (8, {"tensor": 4, "sequence_parallel": True} | CP2)),
 ]
-SHARDED = [(2, {}), (4, SP), (4, VPP), (2, CP2), (8, SP | VPP | CP2)]
+SHARDED = [(4, SP), (4, VPP), (4, SP | CP2)]  # over data-parallel ranks, and over context-parallel ones
+FAMILIES = [  # tied weights, biases and norms of queries and keys, cut and put on two stages
+    *(("llama-tied", SP), ("llama-tied", PP2), ("qwen2-tied", SP), ("qwen2-tied", CP2), ("qwen3", SP), ("qwen3", PP2)),
+]
 
 
 @pytest.mark.parametrize(("world", "parallel"), LAYOUTS, ids=str)
@@ -107,8 +110,7 @@ def test_ranks_without_data_take_part(world, parallel):
         assert_same(result, single_rank("deep", prompts=2))
 
 
-@pytest.mark.parametrize("shape", ["llama-tied", "qwen2-tied", "qwen3"])
-@pytest.mark.parametrize("parallel", [SP, PP2, CP2], ids=str)
+@pytest.mark.parametrize(("shape", "parallel"), FAMILIES, ids=str)
 def test_families_layout_invariance(shape, parallel):
     for result in run_ranks(2, train_steps, shape, 150, 3, {"parallel": parallel}):
         assert_same(result, single_rank(shape))
@@ -146,8 +148,14 @@ def first_step_log_ratios(parallel: dict) -> dict:
     return {"largest": max(largest), "metrics": result["history"][0]}
 
 
-@pytest.mark.parametrize("optimizer", [{}, {"distributed": True}], ids=["plain", "distributed"])
-@pytest.mark.parametrize(("world", "parallel"), [(2, {}), (4, PP2), (2, VPP)], ids=str)
+DISTRIBUTED = {"distributed": True}
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel", "optimizer"),
+    [(2, {}, {}), (2, {}, DISTRIBUTED), (2, VPP, {}), (4, PP2, DISTRIBUTED)],
+    ids=str,
+)
 def test_overlapped_gradient_sums_change_nothing_with_a_tied_head(world, parallel, optimizer):
     """The tied weight's gradient has two sources: the head's goes into main_grad, the embedding's through autograd."""
     sections = {"parallel": parallel, "optimizer": optimizer | {"overlap_grad_reduce": True}}
@@ -245,12 +253,11 @@ def recorded_steps(tmp_path_factory) -> tuple[Path, list[str], list[dict]]:
     return config, replay, metrics(folder / "alone")
 
 
-@pytest.mark.parametrize("parallel", [VPP | CP2, SP | PP2], ids=str)
-def test_torchrun_layout_invariance(recorded_steps, parallel, tmp_path):
-    """The command as users give it, on 4 ranks."""
+def test_torchrun_layout_invariance(recorded_steps, tmp_path):
+    """The command as users give it."""
     config, replay, alone = recorded_steps
-    layout = [f"parallel.{name}={str(value).lower()}" for name, value in parallel.items()]
-    result = torchrun(4, "train", str(config), *replay, *layout, f"trainer.run_dir={tmp_path}")
+    layout = [f"parallel.{name}={value}" for name, value in VPP.items()]
+    result = torchrun(2, "train", str(config), *replay, *layout, f"trainer.run_dir={tmp_path}")
     assert result.returncode == 0, result.stderr
     for ours, theirs in zip(metrics(tmp_path), alone, strict=True):
         assert 0 < theirs["dypo/mid_frac"] < 1 and theirs["dypo/hard_frac"] > 0 and theirs["dypo/easy_frac"] > 0

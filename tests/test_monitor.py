@@ -27,6 +27,7 @@ from megatron_dypo.monitor.metrics import MetricsFile, read_metrics
 from megatron_dypo.monitor.progress import Progress, summary
 from megatron_dypo.monitor.report import write_report
 from megatron_dypo.monitor.writers import Writers
+from megatron_dypo.update.agreement import SHARE_KEYS
 
 KEYS = [
     f"{family}/{name}"
@@ -38,7 +39,9 @@ KEYS = [
         "gal": "eta spread saturated_frac",
         "grad_share": "grpo gal sft",
         "policy": "entropy clip_frac",
-        "rollout": "mismatch_mean mismatch_max mismatch_kl response_tokens truncated_frac",
+        "rollout": "mismatch_mean mismatch_max mismatch_kl staleness_mean staleness_max corrected_frac "
+        "response_tokens truncated_frac",
+        "rollout/mismatch_share": "0 1e-06 1e-05 0.0001 0.001 0.01 0.1 1",
         "time": "rollout reward logprob update sync step",
         "perf": "tokens_per_second host_memory_gib device_memory_gib",
     }.items()
@@ -46,8 +49,8 @@ KEYS = [
 ]
 TITLES = """
 Regimes, Reward, Held-out evaluation, Losses, Gradient shares, Gradient norm, Policy entropy, Clip fraction, GAL pairs,
-GAL spread, Learning rate, Left out, Warnings, Trainer / rollout mismatch, Response length, Truncated responses,
-Time per phase, Peak memory, Throughput
+GAL spread, Learning rate, Left out, Warnings, Trainer / rollout mismatch, Mismatch by size, Staleness,
+Rollout correction, Response length, Truncated responses, Time per phase, Peak memory, Throughput
 """
 ESCAPE = "\x1b"
 
@@ -314,6 +317,27 @@ def test_report_has_every_family_and_needs_nothing_from_outside(tmp_path):
     assert "prefers-color-scheme:dark" in text
     for payload in page.data["script"][:-1]:
         assert {"x", "y", "log", "percent", "series"} == set(json.loads(payload))
+
+
+def test_report_stacks_the_decades_of_the_mismatch(tmp_path):
+    """Every metric of theirs has its layer, smallest differences at the bottom, and its value under the pointer."""
+    shares = {key: share / 36 for share, key in enumerate(SHARE_KEYS, start=1)}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, **shares}) + "\n")
+    page = Outline(write_report(tmp_path).read_text())
+    assert page.data["h3"] == ["Mismatch by size"]
+    (payload, _) = page.data["script"]
+    layers = json.loads(payload)["series"]
+    assert [layer["y"] for layer in layers] == [[pytest.approx(share, rel=1e-4)] for share in shares.values()]
+    tops = np.cumsum(list(shares.values()))
+    assert [layer["top"][0] for layer in layers] == pytest.approx(tops.tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("stale", "titles"), [(0, []), (1, ["Staleness"])])
+def test_report_leaves_out_a_staleness_that_is_always_0(tmp_path, stale, titles):
+    rows = [{"step": step, "rollout/staleness_max": stale, "rollout/staleness_mean": stale / 2} for step in (1, 2)]
+    rows[0] |= {"reward/mean": 0.0}  # 0 throughout, and shown
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert Outline(write_report(tmp_path).read_text()).data["h3"] == ["Reward", *titles]
 
 
 def test_report_escapes_hostile_text(tmp_path):

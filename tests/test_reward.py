@@ -287,6 +287,22 @@ def test_close_leaves_no_process_even_in_the_middle_of_a_start(new_children: Cal
     assert not new_children()
 
 
+def test_close_leaves_the_call_of_another_thread_to_itself(reward: MathReward) -> None:
+    assert score(reward, ("5", "5.0")) == [1.0]
+    [worker] = workers_of(reward)
+    os.kill(worker, signal.SIGSTOP)
+    scores: list[float] = []
+    caller = threading.Thread(target=lambda: scores.extend(score(reward, ("6", "6.0"))))
+    caller.start()
+    while not reward._turn.locked():
+        time.sleep(0.01)
+    reward.close()
+    assert caller.is_alive()
+    os.kill(worker, signal.SIGCONT)
+    caller.join(60)
+    assert scores == [1.0]
+
+
 def test_workers_that_cannot_start_stop_the_run(
     monkeypatch: pytest.MonkeyPatch, new_children: Callable[[], list[int]]
 ) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
+import torch
 
 from megatron_dypo.checkpoint.counters import Counters
 from megatron_dypo.config.schema import Optimizer
+from megatron_dypo.objectives.correction import Correction
 from megatron_dypo.policy.schedule import learning_rate
 from megatron_dypo.records import Regime
 from tests.batches import make_config, make_groups, trace_ids
@@ -120,6 +123,96 @@ def reference_swap() -> bool:
 
 def test_reference_swap_is_bit_exact():
     assert run_ranks(2, reference_swap) == [True, True]
+
+
+# -------------------------------------------------------------------------------- agreement with the rollout engine
+
+CAP = 1.2
+
+
+def gaps(sample: int, tokens: int) -> np.ndarray:
+    """log(old / engine) of each token: all decades from 1e-5 on, both signs, and a mean that CAP may cut or not."""
+    cycle = np.array([0.0, 3e-5, 3e-5, 3e-4, 3e-3, -3e-2, 0.3, 2.0, -2.0, 1.5, 0.5, 0.5])
+    return (-1) ** sample * np.resize(cycle, tokens)
+
+
+def trained_logprobs() -> dict[tuple[int, int], np.ndarray]:
+    """The policy's log-probs of each trained response, by group and sample."""
+    from megatron_dypo.update import logprob_passes, make_work
+
+    config, policy = build({})
+    (work,) = make_work(policy.layout, make_groups(), config, trace_ids)
+    logprob_passes(policy, [work], config)
+    found = {}
+    for batch, old_N in zip(work.rollouts, work.logp["old"], strict=True):
+        for place, old in zip(batch.places, batch.split(old_N), strict=True):
+            found[work.sequences[place].group, work.sequences[place].sample] = old.numpy()
+    return found
+
+
+def agreement(parallel: dict, old: dict[tuple[int, int], np.ndarray]) -> dict[str, dict[str, float]]:
+    """The metrics of a step in three updates whose engine differs by ``gaps``, under each rollout correction."""
+    from megatron_dypo.update import logprob_passes, make_work
+
+    several = {"updates_per_rollout": 3}
+    config, policy = build(parallel, objective=several, rollout={"correction_cap": CAP})
+    policy.version = 9
+    groups = make_groups()
+    for (g, i), old_t in old.items():
+        groups[g].responses[i].logprobs = (old_t - gaps(i, len(old_t))).astype(np.float32)
+        groups[g].responses[i].weight_version = 9 - i
+    works = make_work(policy.layout, groups, config, trace_ids)
+    results = {}
+    for correction in ("none", "truncate", "mask"):
+        for level in ("token", "sequence"):
+            config.rollout.correction, config.objective.ratio_level = correction, level
+            results[f"{correction} {level}"], offenders = logprob_passes(policy, works, config)
+            assert offenders is None
+    return results
+
+
+@pytest.fixture(scope="module")
+def old_logprobs() -> dict[tuple[int, int], np.ndarray]:
+    return run_ranks(1, trained_logprobs)[0]
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel"), [(1, {}), (2, {"tensor": 2}), (4, {"pipeline": 2, "context": 2})], ids=str
+)
+def test_agreement_metrics_count_every_trained_token_once(old_logprobs, world, parallel):
+    by_response = [gaps(i, len(old)) for (_, i), old in old_logprobs.items()]
+    every, bound = np.concatenate(by_response), math.log(CAP)
+    capped = sum(len(gap) for gap in by_response if gap.mean() > bound)
+    masked = sum(len(gap) for gap in by_response if abs(gap.mean()) > bound)
+    assert 0 < capped < masked < len(every)
+    expected = {
+        "none token": None,
+        "none sequence": None,
+        "truncate token": (every > bound).mean(),
+        "truncate sequence": capped / len(every),
+        "mask token": (abs(every) > bound).mean(),
+        "mask sequence": masked / len(every),
+    }
+    edges = [0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1, np.inf]
+    shares, _ = np.histogram(abs(every), edges)
+    for results in run_ranks(world, agreement, parallel, old_logprobs):
+        for case, metrics in results.items():
+            assert metrics.get("rollout/corrected_frac") == expected[case], case
+            found = [value for name, value in metrics.items() if name.startswith("rollout/mismatch_share/")]
+            assert found[2:] == (shares / len(every)).tolist()[2:]
+            assert sum(found[:2]) == pytest.approx((every == 0).mean()), "equal but for rounding"
+            assert metrics["rollout/mismatch_mean"] == pytest.approx(abs(every).mean(), abs=1e-5)
+            assert metrics["rollout/mismatch_max"] == pytest.approx(2.0, abs=1e-5)
+            assert metrics["rollout/staleness_mean"] == 1.5 and metrics["rollout/staleness_max"] == 3
+
+
+@pytest.mark.parametrize("kind", ["truncate", "mask"])
+def test_a_correction_binds_where_the_weight_is_not_the_ratio_or_not_one(kind):
+    log_ratio = torch.linspace(-5, 70, 1501, dtype=torch.float64)
+    correction = Correction(kind, cap=3.0)
+    plain = log_ratio.exp() if kind == "truncate" else torch.ones_like(log_ratio)
+    assert torch.equal(correction.binds(log_ratio), correction.weight(log_ratio) != plain)
+    assert not Correction("none").binds(log_ratio).any()
 
 
 def test_learning_rate_is_a_pure_function_of_the_step():

@@ -47,7 +47,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Written:
-    """One finished data file: its size in bytes, its checksum, and (place, offset, length) of each piece in it."""
+    """One finished file: its size in bytes, its checksum, and (place, offset, length) of each piece in it."""
 
     file: str
     size: int
@@ -70,6 +70,12 @@ def write_pieces(path: Path, pieces: Iterable[tuple[Place, Tensor]]) -> Written:
         os.fsync(stream.fileno())
         size = stream.tell()
     return Written(path.name, size, digest.hexdigest(), places)
+
+
+def write_file(path: Path, content: bytes) -> Written:
+    """Write a file that holds no tensor, down to the disk. Raises OSError."""
+    _write(path, content)
+    return Written(path.name, len(content), hashlib.sha256(content).hexdigest(), [])
 
 
 def write_index(folder: Path, parts: list[Written], state: dict) -> None:

@@ -19,6 +19,7 @@ from megatron_dypo.runtime.plain_name import is_plain
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+IN_FLIGHT = "in_flight.jsonl"  # the batch that was sampled already, and not trained on yet; where there was one
 ALWAYS_THERE = (".metadata", "common.pt", "metadata.json", "state.json")
 _STEP = re.compile("step_([1-9][0-9]*)")
 _SHA256 = re.compile("[0-9a-f]{64}")

@@ -6,23 +6,25 @@ import json
 import logging
 import os
 import shutil
-import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_dypo.checkpoint.counters import Counters
-from megatron_dypo.checkpoint.files import Written, sync_folder, write_index, write_pieces
-from megatron_dypo.checkpoint.folders import complete_steps, find_fault, step_folder
+from megatron_dypo.checkpoint.files import Written, sync_folder, write_file, write_index, write_pieces
+from megatron_dypo.checkpoint.folders import IN_FLIGHT, complete_steps, find_fault, step_folder
 from megatron_dypo.checkpoint.state import exchange_holders, snapshot
 from megatron_dypo.config.schema import Config
 from megatron_dypo.errors import TrainingError
 from megatron_dypo.policy.policy import Policy
+from megatron_dypo.records import Group
+from megatron_dypo.rollout import recorded
+from megatron_dypo.runtime.background import in_thread
 from megatron_dypo.runtime.distributed import all_gather_objects
 
 log = logging.getLogger(__name__)
@@ -31,11 +33,11 @@ _PARTIAL = ".partial-"  # what is not, or no longer, a checkpoint; removed when 
 
 @dataclass
 class _Pending:
-    """A save under way. ``written`` gets this rank's file (None where it has nothing to write), or the OSError."""
+    """A save under way. ``written`` gets the files that this rank wrote, or the OSError."""
 
     folder: Path
     state: dict
-    written: Future[Written | None]
+    written: Future[list[Written]]
 
 
 class Saver:
@@ -57,10 +59,11 @@ class Saver:
                 shutil.rmtree(left_over, ignore_errors=True)
         dist.barrier()
 
-    def after_step(self, counters: Counters, score: float | None) -> None:
+    def after_step(self, counters: Counters, score: float | None, in_flight: Sequence[Group] = ()) -> None:
         """Complete what has been written, and save where ``trainer.save_every`` says so.
 
-        ``score`` is this step's held-out accuracy, if it was evaluated: the best checkpoint is kept.
+        ``score`` is this step's held-out accuracy, if it was evaluated: the best checkpoint is kept. ``in_flight`` is
+        what has been sampled for the next step already.
         """
         began = time.perf_counter()
         self._complete(wait=False)
@@ -68,7 +71,7 @@ class Saver:
         if every and (step % every == 0 or step == self._trainer.steps or self._retry):
             self._complete(wait=True)
             self._score = score
-            self._save(counters, score)
+            self._save(counters, score, in_flight)
         self._seconds += time.perf_counter() - began
 
     def finish(self, counters: Counters) -> None:
@@ -87,7 +90,7 @@ class Saver:
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
-    def _save(self, counters: Counters, score: float | None) -> None:
+    def _save(self, counters: Counters, score: float | None, in_flight: Sequence[Group] = ()) -> None:
         """Take a snapshot and start writing it."""
         pieces = snapshot(self._policy, self._holders)
         total = sum(all_gather_objects(sum(tensor.nbytes for _, tensor in pieces)))
@@ -95,9 +98,16 @@ class Saver:
         if folder is None:
             return
         name = f"__{dist.get_rank()}_0.distcp"
+        waiting = [replace(group) for group in in_flight]  # the next step grades them while the thread writes
+
+        def write() -> list[Written]:
+            files = [write_pieces(folder / name, pieces)] if pieces else []
+            if waiting and dist.get_rank() == 0:
+                files.append(write_file(folder / IN_FLIGHT, recorded.lines(waiting).encode()))
+            return files
+
         state = asdict(counters) | {"score": score, "model": asdict(self._policy.shape)}
-        write = lambda: write_pieces(folder / name, pieces) if pieces else None  # noqa: E731
-        self._pending = _Pending(folder, state, _in_thread(write))
+        self._pending = _Pending(folder, state, in_thread(write, "checkpoint-writer"))
 
     def _complete(self, wait: bool) -> None:
         """Turn the save under way into a checkpoint, once all ranks have written (``wait``: when they have)."""
@@ -116,7 +126,7 @@ class Saver:
             return
         self._pending = None
         failures = [f"rank {rank}: {result[1]}" for rank, result in enumerate(everyone) if result[0] == "failed"]
-        parts = [result[1] for result in everyone if result[0] == "written" and result[1] is not None]
+        parts = [part for result in everyone if result[0] == "written" for part in result[1]]
 
         def commit() -> Path:
             if failures:
@@ -172,20 +182,6 @@ class Saver:
         if fault and dist.get_rank() == 0:
             log.warning("checkpoint not written, older ones are kept, next try at the next step: %s", fault)
         return path
-
-
-def _in_thread(work: Callable[[], Written | None]) -> Future[Written | None]:
-    """``work``'s future, from a thread that does not keep the process from ending."""
-    future: Future[Written | None] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="checkpoint-writer", daemon=True).start()
-    return future
 
 
 def _remove(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from megatron_dypo.config.schema import Config, Parallel
 from megatron_dypo.errors import UserError
@@ -19,6 +20,21 @@ def check(config: Config, source: str) -> None:
             raise UserError(f"{source}: {message}")
 
 
+def _address_fault(addresses: list[str]) -> str | None:
+    """What is wrong with ``rollout.servers``; None where nothing is."""
+    for address in addresses:
+        try:
+            parts = urlsplit(address)
+            good = parts.scheme in ("http", "https") and parts.hostname and parts.port
+        except ValueError:  # a port that is no number
+            good = False
+        if not good or parts.path not in ("", "/") or parts.query:
+            return f"rollout.servers: {address!r} is not of the form http://host:port"
+    if len(set(addresses)) < len(addresses):
+        return "rollout.servers: an address is given twice"
+    return None
+
+
 def _rules(config: Config):
     model, rollout, objective, optimizer = config.model, config.rollout, config.objective, config.optimizer
     yield (model.hf is None) == (model.preset is None), "model.hf, model.preset: give exactly one of the two"
@@ -30,6 +46,12 @@ def _rules(config: Config):
         rollout.engine != "replay" and rollout.replay is not None,
         "rollout.replay: only read with rollout.engine: replay",
     )
+    yield (
+        (rollout.engine == "server") != bool(rollout.servers),
+        "rollout.servers: the addresses of the servers, needed by rollout.engine: server and read by no other",
+    )
+    fault = _address_fault(rollout.servers)
+    yield fault is not None, fault or ""
     yield (
         rollout.replay is not None and rollout.replay == rollout.record,
         "rollout.record, rollout.replay: recording into the folder being replayed would overwrite it",
@@ -64,6 +86,27 @@ def _rules(config: Config):
         0 < config.trainer.spike_factor <= 1,
         f"trainer.spike_factor: {config.trainer.spike_factor} would skip ordinary updates; give more than 1, or 0",
     )
+    in_process = rollout.engine not in ("server", "replay")
+    for name, asked in (("overlap", rollout.overlap), ("refill", rollout.refill)):
+        nothing = "rollout.engine: replay" if rollout.engine == "replay" else "objective.method: sft"
+        yield (
+            asked and (rollout.engine == "replay" or objective.method == "sft"),
+            f"rollout.{name}: of no effect with {nothing}, which samples nothing",
+        )
+    yield (
+        rollout.overlap and rollout.max_staleness is not None and rollout.max_staleness < objective.updates_per_rollout,
+        f"rollout.max_staleness: {rollout.max_staleness} would refuse every batch: with rollout.overlap they are "
+        f"objective.updates_per_rollout: {objective.updates_per_rollout} updates old",
+    )
+    yield (
+        rollout.overlap and config.trainer.offload,
+        "rollout.overlap, trainer.offload: engine and policy cannot work at the same time and take turns",
+    )
+    yield (
+        rollout.overlap and config.trainer.deterministic and in_process,
+        "rollout.overlap, trainer.deterministic: an engine in this process switches the mode off while it samples, "
+        "for training beside it, too; use rollout.engine: server",
+    )
     yield config.trainer.eval_every > 0 and config.data.valid is None, "data.valid: needed by trainer.eval_every"
     yield (
         config.parallel.sequence_parallel and config.parallel.tensor == 1,
@@ -88,6 +131,14 @@ def warnings(config: Config) -> list[str]:
     if len(set(units.values())) > 1:
         listed = ", ".join(f"{term} per {'token' if per_token else 'trajectory'}" for term, per_token in units.items())
         found.append(f"the terms have different units ({listed}): alpha and gamma then depend on the response length")
+    if config.rollout.overlap and config.rollout.correction == "none":
+        found.append(
+            "rollout.overlap without rollout.correction: nothing makes up for responses from weights one step older"
+        )
+    if config.rollout.overlap and config.rollout.engine != "server":
+        found.append(
+            "rollout.overlap with an engine in this process: both share one device, and little or nothing is gained"
+        )
     if config.rollout.top_p < 1:
         found.append(
             "rollout.top_p < 1: the behaviour policy is truncated; the training log-probs are of the full softmax"

@@ -23,3 +23,11 @@ def batch_indices(step: int, per_step: int, count: int, seed: int) -> list[int]:
     batches = count // per_step
     epoch, batch = divmod(step - 1, batches)
     return _permutation(count, seed, epoch)[batch * per_step : (batch + 1) * per_step]
+
+
+@functools.lru_cache(maxsize=2)
+def spare_indices(step: int, per_step: int, count: int, seed: int) -> tuple[int, ...]:
+    """The rows that are not in the batch of step ``step``, in an order of that step's own."""
+    batch = set(batch_indices(step, per_step, count, seed))
+    order = torch.randperm(count, generator=generator(seed, "refill", step)).tolist()
+    return tuple(row for row in order if row not in batch)

@@ -12,6 +12,7 @@ from megatron_dypo.config.schema import Config
 from megatron_dypo.errors import UserError
 from megatron_dypo.policy.shape import ModelShape, hf_folder
 from megatron_dypo.records import Prompt
+from megatron_dypo.runtime.seeding import stable_hash
 
 # One token each, so that a generated problem is its numbers and a few words; every other character is its own token.
 WORDS = (
@@ -30,6 +31,11 @@ class Tokenizer:
     def __init__(self, backend, eos_id: int):
         self._backend, self.eos_id = backend, eos_id
         self.size = len(backend)
+
+    @property
+    def digest(self) -> int:
+        """63-bit hash of every token and its id, and of the end token."""
+        return stable_hash(self.eos_id, *sorted(self._backend.get_vocab().items()))
 
     def encode_prompt(self, prompt: Prompt) -> np.ndarray:
         """The ids the policy is asked with: through the chat template where messages and a template exist.

@@ -108,7 +108,10 @@ def truncation(now: float, past: Past, metrics: Mapping[str, float]) -> str | No
 
 
 def mismatch(now: float, past: Past, metrics: Mapping[str, float]) -> str | None:
-    return f"trainer and engine differ by {now:.2g} nats per token" if now > MISMATCH else None
+    stale = metrics.get("rollout/staleness_max") or 0
+    if now <= MISMATCH * (1 + stale):
+        return None
+    return f"trainer and engine differ by {now:.2g} nats per token" + (f", {stale:g} updates apart" if stale else "")
 
 
 def empty_steps(now: float, past: Past, metrics: Mapping[str, float]) -> str | None:
@@ -155,7 +158,8 @@ RULES = (
         "mismatch",
         "rollout/mismatch_mean",
         mismatch,
-        "the engine does not sample from the trained policy: the same dtype on both sides, or rollout.correction",
+        "the engine does not sample from the trained policy: the same dtype on both sides, rollout.correction, "
+        "or a lower optimizer.lr where they are updates apart",
     ),
     Rule(
         "empty steps",

@@ -11,9 +11,11 @@ from megatron_dypo.monitor.chart import BOTTOM, LEFT, RIGHT, TOP, WIDTH
 
 STYLE = """
 :root{--bg:#f6f7f9;--card:#fff;--ink:#1c2430;--soft:#5b6675;--line:#e3e7ec;--easy:#009e73;--mid:#0072b2;--hard:#d55e00;
---c1:#0072b2;--c2:#d55e00;--c3:#009e73;--c4:#b0508f;--c5:#d18b00;--c6:#3a9fd8;color-scheme:light dark}
+--c1:#0072b2;--c2:#d55e00;--c3:#009e73;--c4:#b0508f;--c5:#d18b00;--c6:#3a9fd8;
+--s1:#d8ecd9;--s2:#a9dcc4;--s3:#6cc5c0;--s4:#3aa3c2;--s5:#2f78b5;--s6:#3b4a9b;--s7:#472a73;--s8:#2b0b36;color-scheme:light dark}
 @media (prefers-color-scheme:dark){:root{--bg:#11151b;--card:#1a2029;--ink:#e6eaf0;--soft:#9aa6b5;--line:#2c3440;
---easy:#35c99b;--mid:#56a8e8;--hard:#ff8a47;--c1:#56a8e8;--c2:#ff8a47;--c3:#35c99b;--c4:#e08cc0;--c5:#f0b53c;--c6:#8fd0f5}}
+--easy:#35c99b;--mid:#56a8e8;--hard:#ff8a47;--c1:#56a8e8;--c2:#ff8a47;--c3:#35c99b;--c4:#e08cc0;--c5:#f0b53c;--c6:#8fd0f5;
+--s1:#2b2f57;--s2:#36498b;--s3:#2f70ad;--s4:#2f99b5;--s5:#45bca5;--s6:#8fd67e;--s7:#dde26a;--s8:#fff7c2}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:1480px;margin:0 auto;padding:28px 20px 48px}
@@ -39,11 +41,13 @@ svg path{fill:none;stroke-linecap:round;stroke-linejoin:round}
 .tick,.axis,.none{fill:var(--soft)}.tick{font-variant-numeric:tabular-nums}.y,.end{text-anchor:end}.x,.none{text-anchor:middle}
 .rule{stroke:var(--line)}.base,.notch{stroke:var(--soft);stroke-width:.8}
 .raw,.line,.points,.dot{stroke:currentColor}.raw{stroke-width:1;opacity:.3}.line{stroke-width:2}.points{stroke-width:6}
-svg .band,svg .layer{fill:currentColor}.band{opacity:.16}.layer{opacity:.72}
+svg .band,svg .layer{fill:currentColor}.band{opacity:.16}.layer{opacity:.72}[class^="layer s"]{opacity:.92}
 .cursor{stroke:var(--soft);stroke-dasharray:3 3}.dot{stroke-width:7}.cursor,.dot{visibility:hidden}
 .live .cursor,.live .dot.on{visibility:visible}
 .easy{color:var(--easy)}.mid{color:var(--mid)}.hard{color:var(--hard)}.ink{color:var(--ink)}.c1{color:var(--c1)}
 .c2{color:var(--c2)}.c3{color:var(--c3)}.c4{color:var(--c4)}.c5{color:var(--c5)}.c6{color:var(--c6)}
+.s1{color:var(--s1)}.s2{color:var(--s2)}.s3{color:var(--s3)}.s4{color:var(--s4)}.s5{color:var(--s5)}.s6{color:var(--s6)}
+.s7{color:var(--s7)}.s8{color:var(--s8)}
 details{margin-top:12px;padding:10px 16px}summary{cursor:pointer;font-weight:600}
 pre{overflow-x:auto;font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 @media (max-width:480px){main{padding:18px 12px 32px}.tiles{grid-template-columns:1fr 1fr;gap:8px}.tile{padding:9px 11px}

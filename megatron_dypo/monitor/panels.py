@@ -31,6 +31,7 @@ class Panel:
     points: bool = False
     exact: bool = False
     relative: bool = False  # layers as parts of their sum
+    quiet: bool = False  # left out where all its values are 0
 
     @property
     def curves(self) -> tuple[Curve, ...]:
@@ -140,6 +141,37 @@ ROLLOUT = (
         log=True,
     ),
     Panel(
+        "Mismatch by size",
+        "Sampled tokens by |log-prob| difference between trainer and engine, in nats.",
+        "share of tokens",
+        layers=(
+            Curve("rollout/mismatch_share/0", "< 1e-6", "s1"),
+            Curve("rollout/mismatch_share/1e-06", "1e-6 – 1e-5", "s2"),
+            Curve("rollout/mismatch_share/1e-05", "1e-5 – 1e-4", "s3"),
+            Curve("rollout/mismatch_share/0.0001", "1e-4 – 1e-3", "s4"),
+            Curve("rollout/mismatch_share/0.001", "1e-3 – 0.01", "s5"),
+            Curve("rollout/mismatch_share/0.01", "0.01 – 0.1", "s6"),
+            Curve("rollout/mismatch_share/0.1", "0.1 – 1", "s7"),
+            Curve("rollout/mismatch_share/1", "≥ 1", "s8"),
+        ),
+        percent=True,
+    ),
+    Panel(
+        "Staleness",
+        "Optimizer updates between the weights that sampled a response and those that train on it.",
+        "updates",
+        (Curve("rollout/staleness_max", "max", "c2"), Curve("rollout/staleness_mean", "mean", "c1")),
+        exact=True,
+        quiet=True,
+    ),
+    Panel(
+        "Rollout correction",
+        "Tokens whose weight in GRPO is capped, or 0 (masked).",
+        "share of tokens",
+        (Curve("rollout/corrected_frac", "corrected", "c5"),),
+        percent=True,
+    ),
+    Panel(
         "Response length",
         "Mean over all sampled responses, end token included.",
         "tokens",
@@ -152,12 +184,19 @@ ROLLOUT = (
         (Curve("rollout/truncated_frac", "truncated", "c2"),),
         percent=True,
     ),
+    Panel(
+        "Refilled prompts",
+        "Sampled in place of prompts whose group would train nothing.",
+        "prompts per step",
+        (Curve("rollout/refilled", "refilled", "c3"),),
+        exact=True,
+    ),
 )
 
 SPEED = (
     Panel(
         "Time per phase",
-        "Line: the whole step.",
+        "Line: the whole step; below the areas where sampling runs beside training.",
         "seconds per step",
         layers=(
             Curve("time/rollout", "rollout", "c1"),
@@ -168,6 +207,12 @@ SPEED = (
             Curve("time/offload", "offload", "c2"),
         ),
         lines=(Curve("time/step", "step", "ink"),),
+    ),
+    Panel(
+        "Waiting for rollouts",
+        "What training left to wait of the batch that is sampled beside it.",
+        "seconds per step",
+        (Curve("time/rollout_wait", "wait", "c1"),),
     ),
     Panel(
         "Peak memory",
@@ -201,11 +246,11 @@ SPEED = (
 )
 
 
-def sections(keys: Iterable[str], shares: set[str]) -> list[tuple[str, list[Panel]]]:
+def sections(keys: Iterable[str], shares: set[str], zeros: set[str]) -> list[tuple[str, list[Panel]]]:
     """(heading, panels) for a run that has metrics ``keys``; panels and sections without any of them are left out.
 
-    ``shares``: the keys whose values all lie in [0, 1]; it decides how evaluations are drawn. A key that the table
-    does not know gets a panel of its own in the last section.
+    ``shares``: the keys whose values all lie in [0, 1]; it decides how evaluations are drawn. ``zeros``: those that are
+    0 throughout. A key that the table does not know gets a panel of its own in the last section.
     """
     keys = set(keys)
     known = {curve.key for panel in (*LEARNING, *OPTIMISATION, *ROLLOUT, *SPEED) for curve in panel.curves}
@@ -218,7 +263,11 @@ def sections(keys: Iterable[str], shares: set[str]) -> list[tuple[str, list[Pane
         "Further metrics": [Panel(key, "", "", (Curve(key, key, "c1"),)) for key in sorted(keys - known - evals)],
     }
     present = {
-        heading: [panel for panel in panels if any(curve.key in keys for curve in panel.curves)]
+        heading: [
+            panel
+            for panel in panels
+            if any(curve.key in (keys - zeros if panel.quiet else keys) for curve in panel.curves)
+        ]
         for heading, panels in table.items()
     }
     return [(heading, panels) for heading, panels in present.items() if panels]

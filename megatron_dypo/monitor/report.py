@@ -89,7 +89,9 @@ def _known(column: np.ndarray | None) -> np.ndarray:
 
 
 def _sections(columns: dict[str, np.ndarray]) -> list[tuple[str, list[Panel]]]:
-    return sections(columns, {key for key, column in columns.items() if _is_share(_known(column))})
+    known = {key: _known(column) for key, column in columns.items()}
+    shares = {key for key, values in known.items() if _is_share(values)}
+    return sections(columns, shares, {key for key, values in known.items() if not values.any()})
 
 
 def _is_share(values: np.ndarray) -> bool:

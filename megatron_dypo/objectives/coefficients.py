@@ -78,6 +78,11 @@ def _per_token(objective: Objective, override: bool | None) -> bool:
     return objective.scale == "token" if override is None else override
 
 
+def ratio_unit(objective: Objective, tokens: int) -> float:
+    """What a sum over a response's ``tokens`` is multiplied by in its sequence-level ratio: mean, or sum."""
+    return 1.0 if objective.scale == "trajectory" else 1 / tokens
+
+
 def sequence_terms(
     groups: list[Group],
     sequences: list[Sequence],
@@ -140,7 +145,7 @@ def sequence_terms(
             sequence_slope = 0.0
             if objective.ratio_level == "sequence" and share > 0:
                 by_sum = objective.scale == "trajectory"
-                unit = 1.0 if by_sum else 1 / n
+                unit = ratio_unit(objective, n)
                 surrogate, slope_s, clipped = _sequence_surrogate(sums[place], advantage, unit, objective, correction)
                 batch.clipped_tokens += n * clipped
                 once = weight if by_sum and objective.aggregation == "scale" else weight * n

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_dypo.kernels.grouped_loss import correction_weight
+from megatron_dypo.kernels.grouped_loss import LARGEST, correction_weight
 
 
 @dataclass(frozen=True)
@@ -19,3 +19,9 @@ class Correction:
     def weight(self, log_ratio: Tensor) -> Tensor:
         """Weight from log(old policy / engine's policy), in nats, elementwise."""
         return correction_weight(log_ratio, self.kind, self.cap)
+
+    def binds(self, log_ratio: Tensor) -> Tensor:
+        """Whether the weight is capped (truncate) or 0 (mask), elementwise."""
+        if self.kind == "truncate":
+            return log_ratio.clamp(max=LARGEST).exp() > self.cap
+        return self.weight(log_ratio) == 0

@@ -53,9 +53,15 @@ class MathReward:
         return rewards
 
     def close(self) -> None:
-        """Ends the worker processes; a later call starts new ones."""
-        with self._turn:
-            self._pool.close()
+        """Ends the worker processes; a later call starts new ones.
+
+        Those at work for another thread's call are left, since an answer may take its time: they end with this process.
+        """
+        if self._turn.acquire(blocking=False):
+            try:
+                self._pool.close()
+            finally:
+                self._turn.release()
 
     def __enter__(self) -> Self:
         return self

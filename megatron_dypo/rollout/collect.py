@@ -1,4 +1,8 @@
-"""A batch of prompts -> scored groups on every rank: each rank samples and scores its share, all get the result."""
+"""Prompts -> scored groups on every rank: each rank samples and scores its share, all get the result.
+
+A batch has ``data.prompts_per_step`` places, of which a rank takes every world-th, so that lengths even out. What was
+tried in a place is a list of groups, the last of which stays there: one, but for refill.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from collections.abc import Callable
 from megatron_dypo.config.schema import Config
 from megatron_dypo.data.tokenizer import Tokenizer
 from megatron_dypo.errors import UserError
-from megatron_dypo.records import Group, Prompt
+from megatron_dypo.records import Group, Prompt, Response
 from megatron_dypo.rollout.engine import Engine, Request, Sampling
 from megatron_dypo.runtime.distributed import Layout, all_gather_objects
 from megatron_dypo.runtime.seeding import stable_hash
@@ -32,22 +36,20 @@ def sampling(config: Config, eos_id: int) -> Sampling:
     return Sampling(rollout.temperature, rollout.top_p, rollout.max_response_tokens, eos_id)
 
 
-def sample(groups: list[Group], engine: Engine, config: Config, eos_id: int, step: int, layout: Layout) -> list[Group]:
-    """Fill in this rank's share of the responses (every world-th group, so that lengths even out); returns that share.
+def sample(groups: list[Group], engine: Engine, config: Config, eos_id: int, step: int) -> None:
+    """Fill in the groups' responses.
 
     Each sample's seed is a hash of (seed, step, prompt, sample): neither layout nor order changes what is drawn.
     """
-    mine = groups[layout.rank :: layout.world]
     k = config.rollout.samples_per_prompt
     requests = [
         Request(group.prompt_ids, stable_hash(config.trainer.seed, "sample", step, group.prompt.id, i))
-        for group in mine
+        for group in groups
         for i in range(k)
     ]
     responses = engine.generate(requests, sampling(config, eos_id))
-    for i, group in enumerate(mine):
+    for i, group in enumerate(groups):
         group.responses = responses[i * k : (i + 1) * k]
-    return mine
 
 
 def score(groups: list[Group], tokenizer: Tokenizer, reward: Reward) -> None:
@@ -59,13 +61,14 @@ def score(groups: list[Group], tokenizer: Tokenizer, reward: Reward) -> None:
         response.reward = value
 
 
-def share(groups: list[Group], mine: list[Group], layout: Layout, seconds: float) -> list[float]:
-    """Give all ranks all responses: ``groups`` is completed in place from every rank's ``mine``.
+def share(tried: list[list[Group]], layout: Layout, seconds: float) -> tuple[list[list[list[Response]]], list[float]]:
+    """Tell all ranks what this one sampled for its places. Returns the responses [place, try, sample] of the whole
+    batch, and the seconds of all ranks.
 
-    ``seconds``: what this rank's share took, without waiting for others; returns those of all ranks.
+    ``seconds``: what this rank's share took, without waiting for others.
     """
-    gathered = all_gather_objects((seconds, [group.responses for group in mine]))
-    for rank, (_, responses) in enumerate(gathered):
-        for group, filled in zip(groups[rank :: layout.world], responses, strict=True):
-            group.responses = filled
-    return [spent for spent, _ in gathered]
+    gathered = all_gather_objects((seconds, [[group.responses for group in groups] for groups in tried]))
+    responses: list = [None] * sum(len(theirs) for _, theirs in gathered)
+    for rank, (_, theirs) in enumerate(gathered):
+        responses[rank :: layout.world] = theirs
+    return responses, [spent for spent, _ in gathered]

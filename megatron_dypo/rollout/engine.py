@@ -15,9 +15,11 @@ import numpy as np
 import torch
 
 from megatron_dypo.config.schema import Config
+from megatron_dypo.data.tokenizer import Tokenizer
 from megatron_dypo.errors import UserError
 from megatron_dypo.policy.shape import ModelShape
 from megatron_dypo.records import Response
+from megatron_dypo.runtime.distributed import Layout
 
 if TYPE_CHECKING:
     from megatron_dypo.sync.weights import Weights
@@ -76,13 +78,20 @@ def check_head_size(shape: ModelShape) -> None:
         raise UserError(f"model.shape.head_dim: vLLM on CPU serves head sizes {sizes}, not {shape.head_dim}")
 
 
-def build_engine(config: Config, shape: ModelShape, eos_id: int, folder: Path) -> Engine | None:
-    """This rank's engine, with dummy weights until ``sync``; None when rollouts are replayed."""
+def build_engine(
+    config: Config, shape: ModelShape, tokenizer: Tokenizer, folder: Path, layout: Layout
+) -> Engine | None:
+    """This rank's engine, with dummy weights until ``sync``; None when rollouts are replayed. Collective."""
     name = engine_name(config)
     if name == "vllm":
         from megatron_dypo.rollout.vllm_engine import VllmEngine
 
-        return VllmEngine(config, shape, eos_id, folder)
+        return VllmEngine(config, shape, tokenizer.eos_id, folder)
+    if name == "server":
+        from megatron_dypo.rollout.identity import identity
+        from megatron_dypo.rollout.server_engine import ServerEngine
+
+        return ServerEngine(config, identity(config, shape, tokenizer), layout)
     if name == "transformers":
         if config.rollout.engine == "auto":
             log.warning("vLLM is not installed: sampling with transformers, many times slower")

@@ -22,7 +22,12 @@ def record(folder: str | Path, step: int, groups: list[Group]) -> None:
     """Write the step's groups, atomically; recording a step again overwrites it. Raises OSError (a full disk)."""
     path = step_file(folder, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "".join(json.dumps(_line(group)) + "\n" for group in groups))
+    write_whole(path, lines(groups))
+
+
+def lines(groups: list[Group]) -> str:
+    """The groups in the format of a recorded step."""
+    return "".join(json.dumps(_line(group)) + "\n" for group in groups)
 
 
 def require_steps(folder: str | Path, steps: range) -> None:
@@ -35,18 +40,23 @@ def require_steps(folder: str | Path, steps: range) -> None:
 def replay(
     folder: str | Path, step: int, prompts: dict[str, Prompt], samples: int, *, vocab_size: int, longest: int
 ) -> list[Group]:
-    """The recorded groups of a step, rewards as they are; ``prompts`` by id supply ground truths and teachers.
-
-    Raises UserError naming file and line: missing or empty step, malformed line, unknown prompt, another number of
-    responses, an id that is not below ``vocab_size``, a prompt and response of more than ``longest`` tokens.
-    """
+    """The recorded groups of a step, as ``read`` has them. Raises UserError, also for a step that is missing."""
     require_steps(folder, range(step, step + 1))
-    path, groups = step_file(folder, step), []
+    return read(step_file(folder, step), prompts, samples, vocab_size=vocab_size, longest=longest)
+
+
+def read(path: Path, prompts: dict[str, Prompt], samples: int, *, vocab_size: int, longest: int) -> list[Group]:
+    """A file's groups, rewards as they are; ``prompts`` by id supply ground truths and teachers.
+
+    Raises UserError naming file and line: empty file, malformed line, unknown prompt, another number of responses, an
+    id that is not below ``vocab_size``, a prompt and response of more than ``longest`` tokens.
+    """
+    groups = []
     try:
-        lines = path.read_bytes().splitlines()
+        content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"rollout.replay: {path}: cannot be read: {error.strerror}") from None
-    for number, line in enumerate(lines, start=1):
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    for number, line in enumerate(content.splitlines(), start=1):
         try:
             groups.append(_group(json.loads(line), prompts, vocab_size, longest))
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
@@ -56,7 +66,7 @@ def replay(
                 f"{path}:{number}: {len(groups[-1].responses)} responses, but rollout.samples_per_prompt is {samples}"
             )
     if not groups:
-        raise UserError(f"rollout.replay: {path}: holds no group")
+        raise UserError(f"{path}: holds no group")
     return groups
 
 

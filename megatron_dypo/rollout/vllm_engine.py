@@ -15,21 +15,16 @@ from megatron_dypo.convert.hf_metadata import write_config
 from megatron_dypo.policy.shape import ModelShape
 from megatron_dypo.records import Response
 from megatron_dypo.rollout.engine import Request, Sampling
+from megatron_dypo.rollout.vllm_arguments import CPU_ENVIRONMENT, ENVIRONMENT, engine_arguments, sampling_arguments
 from megatron_dypo.runtime import deterministic
-from megatron_dypo.runtime.distributed import training_dtype
+from megatron_dypo.runtime.distributed import launch_rank
+from megatron_dypo.sync.checksum import Watched
+from megatron_dypo.sync.transfer import hand_over
 
 if TYPE_CHECKING:
     from megatron_dypo.sync.weights import Weights
 
-_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process, so weights need no transport
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-_CPU_ENVIRONMENT = {
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # every rank would bind its threads to the same first core
-    "TORCHDYNAMO_DISABLE": "1",
-}
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # so that weights need no transport
 
 
 class VllmEngine:
@@ -38,35 +33,24 @@ class VllmEngine:
     @deterministic.not_enforced()
     def __init__(self, config: Config, shape: ModelShape, eos_id: int, folder: Path):
         cuda = torch.cuda.is_available()
-        for name, value in (_ENVIRONMENT | ({} if cuda else _CPU_ENVIRONMENT)).items():
+        for name, value in (IN_PROCESS | ENVIRONMENT | ({} if cuda else CPU_ENVIRONMENT)).items():
             os.environ.setdefault(name, value)
         logging.getLogger("vllm").setLevel(logging.ERROR)
         import vllm
 
+        from megatron_dypo.sync.worker import BACKEND
+
         self._vllm = vllm
         write_config(shape, folder, eos_id)
-        gigabytes = config.rollout.engine_memory
-        memory = {"gpu_memory_utilization": gigabytes} if cuda else {"kv_cache_memory_bytes": int(gigabytes * 2**30)}
         threads = torch.get_num_threads()
         self._llm = vllm.LLM(
-            model=str(folder),
-            skip_tokenizer_init=True,
-            load_format="dummy",
-            dtype=str(training_dtype(config.model.dtype)).removeprefix("torch."),
-            max_model_len=min(shape.max_position, config.data.max_prompt_tokens + config.rollout.max_response_tokens),
-            max_num_seqs=512 if not cuda else 1024,
-            logprobs_mode="processed_logprobs",  # of the distribution sampled from: temperature and top-p applied
-            enable_chunked_prefill=cuda,  # on CPU a seeded request in a chunk crashes ("Generator does not use offset")
-            max_num_batched_tokens=None if cuda else max(8192, shape.max_position),
-            enforce_eager=not cuda,
-            enable_prefix_caching=True,
+            **engine_arguments(config, shape, folder),
+            weight_transfer_config=vllm.config.WeightTransferConfig(backend=BACKEND),
             enable_sleep_mode=cuda and config.trainer.offload,  # an allocator whose memory can be given back
-            disable_log_stats=True,
             # torchrun's LOCAL_RANK picks the GPU; vLLM's own choice is the first one, on every rank
             distributed_executor_backend="external_launcher" if cuda and "RANK" in os.environ else None,
-            seed=config.trainer.seed,
-            **memory,
         )
+        self._verify = config.rollout.verify_sync
         self._asleep: set[str] = set()  # by vLLM's names for parts of its memory
         self._dropped = False  # the weights, by a sleep since the last sync
         self._version = 0  # of the weights, once synced
@@ -80,7 +64,7 @@ class VllmEngine:
         assert not self._dropped, "the engine slept without its weights and has to be synced"
         self._wake("weights", "kv_cache")
         prompts = [{"prompt_token_ids": request.prompt_ids.tolist()} for request in requests]
-        parameters = [self._parameters(request.seed, sampling) for request in requests]
+        parameters = [self._vllm.SamplingParams(**sampling_arguments(request.seed, sampling)) for request in requests]
         outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
         return [_response(output.outputs[0], self._version) for output in outputs]
 
@@ -89,10 +73,14 @@ class VllmEngine:
         """Replace all weights and forget what was cached under the old ones."""
         self._wake("weights")
         self._dropped = False
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
-        self._version = weights.version
+        source = Watched(weights) if self._verify else weights
+        self._llm.collective_rpc("prepare_update", args=(self._verify,))
+        hand_over(_Client(self._llm), source)
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache after a weight sync")
+        if isinstance(source, Watched):
+            source.compare(self._llm.collective_rpc("taken_checksums"), f"vLLM of rank {launch_rank()}")
+        self._version = weights.version
 
     @deterministic.not_enforced()
     def sleep(self, keep_weights: bool) -> None:
@@ -107,18 +95,24 @@ class VllmEngine:
             self._llm.wake_up(sorted(wanted))
             self._asleep -= wanted
 
-    def _parameters(self, seed: int | None, sampling: Sampling):
-        greedy = seed is None
-        return self._vllm.SamplingParams(
-            temperature=0.0 if greedy else sampling.temperature,
-            top_p=1.0 if greedy else sampling.top_p,
-            seed=seed,
-            max_tokens=sampling.max_tokens,
-            stop_token_ids=[sampling.eos_id],
-            ignore_eos=True,  # stop_token_ids alone decide
-            detokenize=False,
-            logprobs=0,
-        )
+
+class _Client:
+    """The engine's end of a weight transfer."""
+
+    def __init__(self, llm):
+        self._llm = llm
+
+    def init_weight_transfer_engine(self, init_info: dict) -> None:
+        self._llm.init_weight_transfer_engine({"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        self._llm.start_weight_update()
+
+    def update_weights(self, update_info: dict) -> None:
+        self._llm.update_weights({"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._llm.finish_weight_update(weight_version)
 
 
 def _response(output, version: int) -> Response:

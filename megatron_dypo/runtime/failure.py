@@ -1,13 +1,15 @@
 """Where this rank is, and how it says that it failed: one clear line first, from the rank that failed first.
 
-``phase`` and ``begin_step`` keep the place. The rank that fails first claims that on the job's board (``board.py``), so
-that the ranks it takes down name it, in one line, instead of printing their own broken-connection traces.
+``phase`` and ``begin_step`` keep the place, each thread its own; the rank's is that of its main thread. The rank that
+fails first claims that on the job's board (``board.py``), so that the ranks it takes down name it, in one line, instead
+of printing their own broken-connection traces.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -37,36 +39,37 @@ class Place:
         return f"phase {self.phase!r}" + (f" of step {self.step}" if self.step else "")
 
 
-_place = Place("start")
+_START = Place("start")
+_places: dict[int, Place] = {}  # by thread
 
 
 def place() -> Place:
-    """Where this rank is now."""
-    return _place
+    """Where this rank, that is its main thread, is now."""
+    return _places.get(threading.main_thread().ident, _START)
 
 
 def begin_step(step: int) -> None:
-    """From here on this rank is in ``step``, between its phases."""
-    global _place
-    _place = Place("main loop", step)
+    """From here on this thread is in ``step``, between its phases."""
+    _places[threading.get_ident()] = Place("main loop", step)
 
 
 @contextmanager
 def phase(name: str, limit: tuple[float, str] | None = None) -> Iterator[None]:
-    """Name what this rank is doing. ``limit`` (seconds, key) is a deadline other than ``parallel.timeout``.
+    """Name what this thread is doing. ``limit`` (seconds, key) is a deadline other than ``parallel.timeout``.
 
-    The watchdog measures it since the last change of phase: the end of an inner phase starts the outer one's anew.
+    The watchdog measures it, on the main thread, since the last change of phase: the end of an inner phase starts the
+    outer one's anew.
     """
-    global _place
-    outer = _place
-    _place = Place(name, outer.step, limit)
+    thread = threading.get_ident()
+    outer = _places.get(thread, _START)
+    _places[thread] = inner = Place(name, outer.step, limit)
     try:
         yield
     except BaseException as error:
-        error.place = getattr(error, "place", _place)  # the innermost, for the message
+        error.place = getattr(error, "place", inner)  # the innermost, for the message
         raise
     finally:
-        _place = replace(outer, since=time.monotonic())
+        _places[thread] = replace(outer, since=time.monotonic())
 
 
 def headline(rank: int, where: object, why: str) -> str:

@@ -33,11 +33,18 @@ class Stopwatch:
                 "perf/rollout_imbalance": slowest * len(seconds) / sum(seconds),
             }
 
+    def include(self, other: Stopwatch) -> None:
+        """Take over what another one measured, of work beside this step's."""
+        for name, seconds in other.seconds.items():
+            self.seconds[name] += seconds
+        self._stragglers |= other._stragglers
+
     def metrics(self) -> dict[str, float]:
-        """``time/PHASE`` of the phases of a step, and ``time/step`` from construction until now (seconds).
+        """``time/PHASE`` of the phases of a step and of what else was timed, and ``time/step`` from construction until
+        now (seconds).
 
         With several ranks that sample: ``perf/straggler_rank``, whose rollouts and rewards took longest, and
         ``perf/rollout_imbalance``, its seconds over the mean of all ranks.
         """
-        times = {f"time/{name}": self.seconds.get(name, 0.0) for name in PHASES}
+        times = {f"time/{name}": self.seconds.get(name, 0.0) for name in (*PHASES, *self.seconds)}
         return times | self._stragglers | {"time/step": time.perf_counter() - self._start}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 import torch
 from torch import Tensor
 
@@ -12,6 +10,7 @@ from megatron_dypo.config.schema import Config
 from megatron_dypo.objectives.coefficients import SequenceSums, needs_reference
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.runtime.distributed import all_gather_objects
+from megatron_dypo.update.agreement import agreement_metrics
 from megatron_dypo.update.blame import bad_batch
 from megatron_dypo.update.work import Work
 
@@ -21,7 +20,7 @@ PER_TOKEN = ("now", "old", "reference", "rollout")
 def logprob_passes(policy: Policy, works: list[Work], config: Config) -> tuple[dict[str, float], str | None]:
     """Old and reference log-probs of every rollout sequence, and their sums on all ranks.
 
-    Returns (rollout/mismatch metrics, the prompts with a non-finite reward or log-prob, or None).
+    Returns (``agreement_metrics``, the prompts with a non-finite reward or log-prob, or None).
     """
     for work in works:
         work.logp["old"] = policy.logprobs(work.rollouts)
@@ -34,25 +33,10 @@ def logprob_passes(policy: Policy, works: list[Work], config: Config) -> tuple[d
             with policy.reference_weights():
                 for work in works:
                     work.logp["reference"] = policy.logprobs(work.rollouts)
-    mismatch: dict[str, list[float]] = defaultdict(list)
     for work in works:
         work.logp["now"] = work.logp["old"]
         share_sums(policy, work)
-        if policy.layout.speaks_for_tokens:
-            for old_N, rollout_N in zip(work.logp["old"], work.logp["rollout"], strict=True):
-                gap_N = (old_N.cpu() - rollout_N).double()
-                mismatch["count"].append(len(gap_N))
-                mismatch["sum"].append(gap_N.abs().sum().item())
-                mismatch["max"].append(gap_N.abs().max().item() if len(gap_N) else 0.0)
-                mismatch["kl"].append((gap_N.exp() - gap_N - 1).sum().item())
-    every = [part for part in all_gather_objects(dict(mismatch)) if part]
-    count = sum(sum(part["count"]) for part in every)
-    metrics = {}
-    if count:
-        metrics["rollout/mismatch_mean"] = sum(sum(part["sum"]) for part in every) / count
-        metrics["rollout/mismatch_max"] = max(max(part["max"]) for part in every)
-        metrics["rollout/mismatch_kl"] = sum(sum(part["kl"]) for part in every) / count
-    return metrics, bad_batch(works)
+    return agreement_metrics(policy, works, config), bad_batch(works)
 
 
 def share_sums(policy: Policy, work: Work) -> None:

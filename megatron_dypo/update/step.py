@@ -55,12 +55,12 @@ def update_policy(
     """
     works = make_work(policy.layout, groups, config, encode_trace)
     with clock("logprob"), phase("log-prob passes"):
-        mismatch, offenders = logprob_passes(policy, works, config)
+        agreement, offenders = logprob_passes(policy, works, config)
     if offenders is not None:
-        return Outcome(works, mismatch, skipped=offenders)
+        return Outcome(works, agreement, skipped=offenders)
     with clock("update"), phase("update"):
         outcome = run_updates(policy, works, config, lr, norms)
-    outcome.works, outcome.metrics = works, mismatch | outcome.metrics
+    outcome.works, outcome.metrics = works, agreement | outcome.metrics
     return outcome
 
 

@@ -34,7 +34,7 @@ def empty(path: Path) -> None:
 
 
 FILES = ("__0_0.distcp", "__1_0.distcp", ".metadata", "common.pt", "metadata.json", "state.json", "manifest.json")
-FEW = [(truncate, "__1_0.distcp"), (flip, "__0_0.distcp")]
+FEW = [(truncate, "__1_0.distcp")]  # flipped bits: tests/test_checkpoint.py
 MORE = [(damage, name) for damage in (truncate, flip, empty, Path.unlink) for name in FILES]
 
 
@@ -88,7 +88,7 @@ def test_damage_to_an_older_checkpoint_does_no_harm(stopped, tmp_path, damage):
     assert saved_steps(tmp_path / "run")[-2:] == [18, 20]
 
 
-@pytest.mark.parametrize("damage", [truncate, flip])
+@pytest.mark.parametrize("damage", [flip, pytest.param(truncate, marks=pytest.mark.faults)])
 def test_nothing_is_lost_where_all_checkpoints_are_damaged(stopped, tmp_path, damage):
     """Going on from the start would overwrite what may still be of use: that is for the user to decide."""
 

@@ -73,6 +73,7 @@ def lock_is_free(run_dir: Path) -> bool:
         return True
 
 
+@pytest.mark.faults  # in every CI run: tests/test_watchdog.py, without the resume
 def test_where_only_the_agent_is_killed_all_end_with_it(references, tmp_path, fault_record):
     config, run_dir = make_task(tmp_path), tmp_path / "run"
 

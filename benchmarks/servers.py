@@ -1,0 +1,111 @@
+"""Rollout servers for a benchmark or a test: as launch/servers.sh starts them, and gone with all they started."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.machine import ROOT
+from megatron_dypo.rollout.server_guard import TOKEN
+
+SECONDS = 300.0  # to start, on a busy machine
+
+
+@dataclass
+class Servers:
+    """``log``: what the launcher and its servers say."""
+
+    urls: list[str]
+    log: Path
+
+    def pids(self) -> list[int]:
+        """Of the servers now: one that was killed is another process when it is back."""
+        commands = [f"vllm.entrypoints.openai.api_server.*--port {url.rpartition(':')[2]} " for url in self.urls]
+        return [pid for command in commands for pid in _pgrep("-f", command)]
+
+    def processes(self) -> list[int]:
+        """The servers, and what they started."""
+        found = self.pids()
+        for parent in found:
+            found += _pgrep("-P", str(parent))
+        return found
+
+    def wait(self) -> None:
+        """Until all answer."""
+        deadline = time.monotonic() + SECONDS
+        while not all(map(_answers, self.urls)):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"servers are not up within {SECONDS:g} s:\n{self.log.read_text()[-3000:]}")
+            time.sleep(0.5)
+
+
+def free_ports(count: int) -> int:
+    """The first of several neighbours."""
+    for first in range(20_000 + os.getpid() % 10_000, 60_000, count):
+        try:
+            for port in range(first, first + count):
+                socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            continue
+        return first
+    raise OSError("no free ports")
+
+
+@contextmanager
+def running(config: Path, first: int, count: int, *overrides: str) -> Iterator[Servers]:
+    """``count`` servers of a configuration on ports ``first``, ...; their token is in this process's environment."""
+    os.environ.setdefault(TOKEN, secrets.token_hex(32))
+    environment = os.environ | {
+        "SERVERS": str(count),
+        "PORT": str(first),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    log = config.with_name("servers.log")
+    with log.open("w") as file:
+        command = [ROOT / "launch" / "servers.sh", config, *overrides]
+        launcher = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+    servers = Servers([f"http://127.0.0.1:{first + i}" for i in range(count)], log)
+    try:
+        servers.wait()
+        yield servers
+    finally:
+        before = servers.processes()
+        launcher.send_signal(signal.SIGTERM)
+        launcher.wait(30)
+        deadline = time.monotonic() + 20
+        while left := [pid for pid in before if _is_running(pid)]:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"launch/servers.sh left processes behind: {left}")
+            time.sleep(0.2)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return urllib.request.urlopen(f"{url}/health", timeout=5).status == 200  # noqa: S310 (always http)
+    except OSError:
+        return False
+
+
+def _pgrep(*arguments: str) -> list[int]:
+    return [int(pid) for pid in subprocess.run(["pgrep", *arguments], capture_output=True).stdout.split()]
+
+
+def _is_running(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    try:
+        return not re.search(r"State:\s+Z", status.read_text())  # one that its parent has not asked for is gone, too
+    except OSError:
+        return False

@@ -1,0 +1,72 @@
+"""One rollout server: vLLM's own, in place of this process, with this project's arguments, guard and extension."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from megatron_dypo.config.schema import Config
+from megatron_dypo.convert.hf_metadata import write_config
+from megatron_dypo.data.tokenizer import load_tokenizer
+from megatron_dypo.errors import UserError
+from megatron_dypo.policy.shape import model_shape
+from megatron_dypo.rollout.engine import check_head_size
+from megatron_dypo.rollout.identity import identity
+from megatron_dypo.rollout.server_guard import TOKEN, server_token
+from megatron_dypo.rollout.vllm_arguments import CPU_ENVIRONMENT, ENVIRONMENT, as_flags, engine_arguments
+
+_ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HOST_IP": "127.0.0.1"}  # 1: the calls that replace weights
+
+
+def serve(config: Config, host: str, port: int, tensor: int) -> NoReturn:
+    """Serve the configuration's model, without weights until a trainer sends some. Raises UserError.
+
+    ``tensor``: tensor-parallel devices of this server.
+    """
+    server_token()
+    shape = model_shape(config.model)
+    check_head_size(shape)
+    tokenizer = load_tokenizer(config, shape)
+    name, folder = identity(config, shape, tokenizer), Path(config.trainer.run_dir) / "engine" / f"server_{port}"
+    write_config(shape, folder, tokenizer.eos_id)
+    backend = {"auto": "nccl" if torch.cuda.is_available() else "megatron_dypo", "shared_memory": "megatron_dypo"}
+    transfer = backend.get(config.rollout.sync_backend, config.rollout.sync_backend)
+    environment = _ENVIRONMENT | ENVIRONMENT | ({} if torch.cuda.is_available() else CPU_ENVIRONMENT)
+    if transfer == "ipc":
+        environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # CUDA IPC handles, from whoever has the token
+    for variable, value in environment.items():
+        os.environ.setdefault(variable, value)
+    flags = as_flags(
+        engine_arguments(config, shape, folder)
+        | {
+            "served_model_name": name,
+            "tokens_only": True,
+            "weight_transfer_config": {"backend": transfer},
+            "middleware": "megatron_dypo.rollout.server_guard.RequireToken",
+            "tensor_parallel_size": tensor,
+            "host": host,
+            "port": port,
+            "uvicorn_log_level": "warning",
+        }
+    )
+    print(f"megatron_dypo: serving {name} at http://{host}:{port}, {_reach(host)}", flush=True)
+    print(f"megatron_dypo: every request, those that replace weights included, needs the token in {TOKEN}", flush=True)
+    os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags])
+
+
+def _reach(host: str) -> str:
+    """Who gets to an address. Raises UserError where it is none."""
+    try:
+        alone = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        if host != "localhost":
+            raise UserError(f"--host: {host!r} is no IP address (127.0.0.1: this machine only; 0.0.0.0: all)") from None
+        alone = True
+    if alone:
+        return "reached from this machine only"
+    return "REACHED FROM OTHER MACHINES, unencrypted: keep it inside a network you trust"

@@ -1,0 +1,122 @@
+"""One vLLM server, over HTTP: what it serves, one response from it, the calls that replace its weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from urllib.parse import urlsplit
+
+import aiohttp
+import numpy as np
+
+from megatron_dypo.records import Response
+from megatron_dypo.rollout.engine import Request, Sampling
+from megatron_dypo.rollout.server_guard import TOKEN, server_token
+from megatron_dypo.rollout.vllm_arguments import sampling_arguments
+
+_SHOWN = 200  # characters of what a server answered
+
+
+class ServerFault(Exception):
+    """What is wrong with a server, in one line that names it."""
+
+
+class WrongServer(ServerFault):
+    """Waiting does not help: it serves something else, or takes another token."""
+
+
+def session() -> aiohttp.ClientSession:
+    """Connections that carry the token; for the event loop that runs now."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0), headers={"Authorization": f"Bearer {server_token()}"}
+    )
+
+
+class Server:
+    """``url``: ``http://host:port``. Every call raises ServerFault, and has a deadline in seconds."""
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+
+    @property
+    def host(self) -> str:
+        return urlsplit(self.url).hostname or ""
+
+    async def call(
+        self, http: aiohttp.ClientSession, method: str, path: str, body: dict | None = None, *, seconds: float
+    ) -> dict:
+        """The JSON object that it answers."""
+        timeout = aiohttp.ClientTimeout(total=seconds)
+        try:
+            async with http.request(method, f"{self.url}/{path}", json=body, timeout=timeout) as answer:
+                content = await answer.read()
+        except TimeoutError:
+            raise ServerFault(f"{self.url}: no answer to /{path} within {seconds:g} s") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise ServerFault(f"{self.url}: /{path}: {error or type(error).__name__}") from None
+        if answer.status == 401:
+            raise WrongServer(f"{self.url}: refuses the token in {TOKEN}")
+        if answer.status != 200:
+            raise ServerFault(f"{self.url}: /{path}: HTTP {answer.status}: {_shown(content)}")
+        try:
+            value = json.loads(content)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise ServerFault(f"{self.url}: /{path}: answers garbage: {_shown(content)}")
+        return value
+
+    async def serves(self, http: aiohttp.ClientSession, seconds: float) -> str:
+        """The name of its model."""
+        answer = await self.call(http, "GET", "v1/models", seconds=seconds)
+        try:
+            return str(answer["data"][0]["id"])
+        except (KeyError, IndexError, TypeError):
+            raise ServerFault(f"{self.url}: /v1/models: names no model") from None
+
+    async def label(self, http: aiohttp.ClientSession, seconds: float) -> str:
+        """The name of its weights; the engine itself answers, so this is a sign of its life, too."""
+        answer = await self.call(http, "GET", "weight_info", seconds=seconds)
+        return str(answer.get("weight_version"))
+
+    async def sample(
+        self, http: aiohttp.ClientSession, request: Request, sampling: Sampling, label: str, seconds: float
+    ) -> Response:
+        """One response, all of it from the weights named ``label``; ``weight_version`` is left to the caller."""
+        body = {
+            "token_ids": request.prompt_ids.tolist(),
+            "sampling_params": sampling_arguments(request.seed, sampling),
+        }
+        answer = await self.call(http, "POST", "inference/v1/generate", body, seconds=seconds)
+        try:
+            return _response(answer, sampling, label)
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
+            raise ServerFault(f"{self.url}: answers no usable response: {error or type(error).__name__}") from None
+
+
+def _response(answer: dict, sampling: Sampling, label: str) -> Response:
+    """Raises one of several errors where it is not what was asked for."""
+    (choice,) = answer["choices"]
+    versions = {span["version"] for span in choice["weight_versions"]}
+    if versions != {label}:
+        raise ValueError(f"it comes from the weights {sorted(versions)}, not {label!r}")
+    ids, finish = choice["token_ids"], choice["finish_reason"]
+    steps = choice["logprobs"]["content"]
+    if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+        raise ValueError("a token id is none")
+    if [step["token_id"] for step in steps] != ids:
+        raise ValueError("its log-probs are of other tokens")
+    logprobs = [float(step["logprob"]) for step in steps]
+    if not all(math.isfinite(value) and value <= 1e-3 for value in logprobs):
+        raise ValueError("a log-prob is none")
+    ends = [place for place, token in enumerate(ids) if token == sampling.eos_id]
+    stopped = ends == [len(ids) - 1]
+    cut = not ends and len(ids) == sampling.max_tokens
+    if (finish, stopped, cut) not in (("stop", True, False), ("length", False, True)):
+        raise ValueError(f"{len(ids)} tokens with the end token at {ends} do not go with finish_reason {finish!r}")
+    return Response(np.array(ids, np.int32), np.array(logprobs, np.float32), finish)
+
+
+def _shown(content: bytes) -> str:
+    text = " ".join(content[: 4 * _SHOWN].decode(errors="replace").split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

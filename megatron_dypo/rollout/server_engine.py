@@ -1,0 +1,111 @@
+"""vLLM servers, on this or other machines, as the engine: every rank samples its share, rank 0 sends the weights."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import socket
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import torch
+
+from megatron_dypo.config.schema import Config
+from megatron_dypo.records import Response
+from megatron_dypo.rollout.dispatch import Dispatch, Limits
+from megatron_dypo.rollout.engine import Request, Sampling
+from megatron_dypo.rollout.fleet import Fleet
+from megatron_dypo.rollout.server import Server
+from megatron_dypo.rollout.vllm_arguments import MOST_SEQUENCES
+from megatron_dypo.runtime.distributed import Layout, all_gather_objects
+from megatron_dypo.sync.checksum import Watched
+from megatron_dypo.sync.transfer import SharedMemory
+
+if TYPE_CHECKING:
+    from megatron_dypo.sync.weights import Weights
+
+
+class ServerEngine:
+    """See ``Engine``. Raises UserError where a server is not up in time, or serves another model or tokenizer.
+
+    A response's log-probs and ids travel as JSON, which keeps every bit of them.
+    """
+
+    def __init__(self, config: Config, wanted: str, layout: Layout):
+        rollout, self._layout = config.rollout, layout
+        self._servers = [Server(url) for url in rollout.servers]
+        self._fleet = Fleet(self._servers, wanted, rollout.server_timeout, rollout.sync_timeout)
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        window = max(4, MOST_SEQUENCES[kind] // layout.world)  # all ranks together fill a server
+        self._limits = Limits(window, rollout.server_timeout, rollout.request_timeout)
+        self._backend = rollout.sync_backend
+        if self._backend == "auto":
+            self._backend = {"cuda": "nccl", "cpu": "shared_memory"}[kind]
+        self._verify = rollout.verify_sync
+        self._transfer = None
+        self._label, self._version, self._lost = "", 0, dict[str, str]()
+        if layout.is_main:
+            self._fleet.wait_for_all()
+        self._run = all_gather_objects(secrets.token_hex(4))[0]  # tells this run's weights from any other's
+
+    def generate(self, requests: list[Request], sampling: Sampling) -> list[Response]:
+        """Raises TrainingError when no server is left that has the weights."""
+        dispatch = Dispatch(self._servers, self._lost, self._label, self._limits)
+        responses = asyncio.run(dispatch.run(requests, sampling))
+        for response in responses:
+            response.weight_version = self._version
+        return responses
+
+    def sync(self, weights: Weights) -> None:
+        """To all servers that answer; those that do not are left out until the next sync. Collective."""
+        label, same = f"{self._run}:{weights.version}", True
+        source = Watched(weights) if self._verify and self._layout.is_main else weights
+        if self._layout.is_main:
+            same = self._fleet.admit(self._label)
+            self._fleet.label = label
+            self._fleet.call_workers("prepare_update", checksums=self._verify)
+        if self._transfer is None or not all(all_gather_objects(same)):
+            if self._transfer is not None:
+                self._transfer.shutdown()
+            self._transfer = _open_transfer(self._backend, self._fleet, source, self._layout)
+        self._transfer.source = source
+        self._transfer.send_weights()
+        if self._layout.is_main:
+            if isinstance(source, Watched):
+                for url, taken in self._fleet.call_workers("taken_checksums").items():
+                    source.compare(taken, url)
+            self._fleet.resume()
+        self._lost = all_gather_objects(self._fleet.lost)[0]
+        self._label, self._version = label, weights.version
+
+    def sleep(self, keep_weights: bool) -> None:
+        """Servers have devices of their own."""
+
+
+def _open_transfer(backend: str, fleet: Fleet, source, layout: Layout):
+    """The trainer's side of a weight transfer, ready to send; all ranks call it."""
+    if backend == "shared_memory":
+        return SharedMemory(fleet, source, layout.is_main)
+    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+    from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+    if backend == "ipc":
+        info = IPCTrainerInitInfo(rank=layout.rank, packed=True)
+    else:
+        address, port = _endpoint(fleet.servers) if layout.is_main else ("", 0)
+        workers = sum(fleet.world_sizes()) if layout.is_main else 0
+        info = NCCLTrainerInitInfo(address, port, 1 + workers, rank=layout.rank)
+    return WeightTransferTrainerFactory.trainer_init(info, client=fleet, source=source)
+
+
+def _endpoint(servers: list[Server]) -> tuple[str, int]:
+    """This machine's address as the servers see it, and a port that is free now."""
+    host, port = servers[0].host, urlsplit(servers[0].url).port
+    kind = socket.getaddrinfo(host, port)[0][0]
+    with socket.socket(kind, socket.SOCK_DGRAM) as probe:  # sends nothing: the kernel picks the way
+        probe.connect((host, port))
+        address = probe.getsockname()[0]
+    with socket.socket(kind) as free:
+        free.bind((address, 0))
+        return address, free.getsockname()[1]

@@ -1,0 +1,113 @@
+"""What runs inside vLLM's worker: the receiving end of a weight transfer without CUDA, and checksums of what arrived.
+
+``WorkerExtension`` is given to vLLM by name (``worker_extension_cls``); importing this file registers the backend
+``BACKEND`` with vLLM's weight transfer. A tensor comes by itself, from this process, or as a place in the shared memory
+of the trainer's process. Imports nothing of the training side.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from megatron_dypo.sync.checksum import checksum
+
+BACKEND = "megatron_dypo"
+
+
+@dataclass
+class _Nothing(WeightTransferInitInfo):
+    """Nothing has to be agreed on beforehand."""
+
+
+@dataclass
+class Bucket(WeightTransferUpdateInfo):
+    """Whole layers, and nothing of any other.
+
+    ``tensors``: (name, tensor), or with ``memory`` (process id, descriptor of that process, bytes) where they lie:
+    (name, dtype, shape, offset in bytes).
+    """
+
+    tensors: list[tuple]
+    memory: tuple[int, int, int] | None = None
+
+
+class LocalEngine(WeightTransferEngine[_Nothing, Bucket]):
+    """vLLM loads and repacks a layer when its last tensor has come (its layerwise reload)."""
+
+    init_info_cls = _Nothing
+    update_info_cls = Bucket
+
+    def init_transfer_engine(self, init_info: _Nothing) -> None:
+        self.shutdown()
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def update_weights(self, update_info: dict) -> None:
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":  # the base class would ask an accelerator that a CPU machine has not
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: Bucket) -> None:
+        tensors = update_info.tensors
+        self.model.load_weights(tensors if update_info.memory is None else self._in_memory(tensors, update_info.memory))
+
+    def shutdown(self) -> None:
+        self._memory: tuple[tuple[int, int, int], mmap.mmap] | None = None
+
+    def _in_memory(self, places: Iterable[tuple], memory: tuple[int, int, int]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors as they lie in the trainer's memory, without a copy."""
+        if self._memory is None or self._memory[0] != tuple(memory):
+            self._memory = tuple(memory), _map(*memory)
+        for name, dtype, shape, offset in places:
+            count, kind = torch.Size(shape).numel(), getattr(torch, dtype)
+            yield name, torch.frombuffer(self._memory[1], dtype=kind, count=count, offset=offset).view(shape)
+
+
+def _map(process: int, descriptor: int, size: int) -> mmap.mmap:
+    """Raises OSError where the trainer is on another machine, in another container, or another user's."""
+    with open(f"/proc/{int(process)}/fd/{int(descriptor)}", "r+b") as file:
+        return mmap.mmap(file.fileno(), size)
+
+
+class WorkerExtension:
+    """Methods that the trainer calls on vLLM's workers round an update."""
+
+    def prepare_update(self, checksums: bool) -> None:
+        """End an update that its trainer never finished; with ``checksums``, take one of each tensor of the next."""
+        if self._weight_update_active:
+            self.finish_weight_update()
+        model = self.model_runner.get_model()
+        self._checksums: dict[str, str] = {}
+        vars(model).pop("load_weights", None)  # the last update's wrapper
+        if checksums:
+            load = model.load_weights
+            model.load_weights = lambda weights: load(self._watched(weights))
+
+    def _watched(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            self._checksums[name] = checksum(tensor)
+            yield name, tensor
+
+    def taken_checksums(self) -> dict[str, str]:
+        """By name, of what the model was given in the last update."""
+        return self._checksums
+
+
+if BACKEND not in WeightTransferEngineFactory._registry:  # its only way to ask
+    WeightTransferEngineFactory.register_engine(BACKEND, LocalEngine)

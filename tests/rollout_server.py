@@ -1,0 +1,113 @@
+"""A stand-in for a rollout server, for faults that a real one cannot be made to have on demand.
+
+It answers what vLLM answers (the paths and fields that are used), with tokens that follow from the request's seed; what
+``behave`` returns, or raises, replaces that. The real server is in tests/test_servers.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any, Self
+
+from aiohttp import web
+
+from megatron_dypo.rollout.server_guard import TOKEN
+
+SECRET = "only for these tests"  # noqa: S105
+EOS = 1
+Behaviour = Callable[["Imitation", str, dict], Awaitable[Any]]
+
+
+class Imitation:
+    """A context manager round a server in a thread of its own. ``asked``: path and body of every request so far."""
+
+    def __init__(self, name: str = "the model", behave: Behaviour | None = None, port: int = 0):
+        self.name, self.behave, self.label, self.port = name, behave, "default", port
+        self.asked: list[tuple[str, dict]] = []
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self._run(self._start())
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def stop(self) -> None:
+        """As a killed server: connections are reset, and nobody listens."""
+        self._run(self._end())
+
+    def start(self) -> None:
+        """Again, at the same address, without weights."""
+        self.label = "default"
+        self._run(self._start())
+
+    def count(self, path: str) -> int:
+        return sum(asked == path for asked, _ in self.asked)
+
+    def _run(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
+
+    async def _start(self) -> None:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", self._answer)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.01)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", self.port)
+        await site.start()
+        self.port = self._runner.addresses[0][1]
+
+    async def _end(self) -> None:
+        await self._runner.cleanup()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        if request.headers.get("Authorization") != f"Bearer {SECRET}":
+            return web.Response(status=401)
+        path = request.match_info["path"]
+        body = await request.json() if request.can_read_body else {}
+        self.asked.append((path, body))
+        answer = await self.behave(self, path, body) if self.behave else None
+        if answer is None:
+            answer = self._usual(path, body)
+        return answer if isinstance(answer, web.StreamResponse) else web.json_response(answer)
+
+    def _usual(self, path: str, body: dict) -> dict:
+        if path == "finish_weight_update":
+            self.label = body["weight_version"]
+        return {
+            "v1/models": {"data": [{"id": self.name}]},
+            "weight_info": {"weight_version": self.label},
+            "get_world_size": {"world_size": 1},
+            "reset_prefix_cache": {"success": True},
+            "collective_rpc": {"results": [{}]},
+        }.get(path) or ({"choices": [self.choice(body)]} if path == "inference/v1/generate" else {"message": "done"})
+
+    def choice(self, body: dict) -> dict:
+        """What a request's seed samples, the same on every server."""
+        draw = random.Random(body["sampling_params"]["seed"])
+        ids = [draw.randrange(2, 100) for _ in range(draw.randrange(1, body["sampling_params"]["max_tokens"]))] + [EOS]
+        return {
+            "token_ids": ids,
+            "finish_reason": "stop",
+            "weight_versions": [{"version": self.label, "start": 0, "end": len(ids)}],
+            "logprobs": {"content": [{"token_id": token, "logprob": -draw.random()} for token in ids]},
+        }
+
+
+def set_token(monkeypatch) -> None:
+    monkeypatch.setenv(TOKEN, SECRET)

@@ -1,0 +1,222 @@
+"""Requests to rollout servers: balanced, retried, done once, refused with the server's name. HTTP is real; the servers
+imitate vLLM's answers, because a real one cannot be made to have these faults (tests/test_servers.py has real ones)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import time
+
+import numpy as np
+import pytest
+from aiohttp import web
+
+from megatron_dypo.errors import TrainingError, UserError
+from megatron_dypo.rollout.dispatch import Dispatch, Limits
+from megatron_dypo.rollout.engine import Request, Sampling
+from megatron_dypo.rollout.fleet import Fleet
+from megatron_dypo.rollout.server import Server
+from tests.rollout_server import EOS, Imitation, set_token
+
+SAMPLING = Sampling(1.0, 1.0, 8, EOS)
+REQUESTS = [Request(np.arange(2, 6, dtype=np.int32), seed) for seed in range(40)]
+LIMITS = Limits(window=4, server_timeout=1.0, request_timeout=1.0)
+
+
+@pytest.fixture(autouse=True)
+def token(monkeypatch):
+    set_token(monkeypatch)
+
+
+def run(servers: list[Imitation], limits: Limits = LIMITS, lost: dict[str, str] | None = None) -> list[list[int]]:
+    """The requests' token ids, as sampled by the servers."""
+    dispatch = Dispatch([Server(server.url) for server in servers], lost or {}, "default", limits)
+    responses = asyncio.run(dispatch.run(REQUESTS, SAMPLING))
+    assert all(len(response.ids) == len(response.logprobs) for response in responses)
+    return [response.ids.tolist() for response in responses]
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[int]]:
+    bodies = [{"sampling_params": {"seed": request.seed, "max_tokens": 8}} for request in REQUESTS]
+    return [Imitation().choice(body)["token_ids"] for body in bodies]
+
+
+def test_a_fast_server_gets_more_and_every_request_is_done_once(expected):
+    async def slow(server, path, body):
+        if path == "inference/v1/generate":
+            await asyncio.sleep(0.3)
+
+    with Imitation() as fast, Imitation(behave=slow) as other:
+        assert run([fast, other]) == expected
+        done = [server.count("inference/v1/generate") for server in (fast, other)]
+    assert sum(done) == len(REQUESTS) and done[0] > 2 * done[1] > 0
+
+
+def answering(value: object, path: str = "inference/v1/generate"):
+    async def behave(server, asked, body):
+        if asked != path:
+            return None
+        if isinstance(value, Exception):
+            raise value
+        return value(server, body) if callable(value) else value
+
+    return behave
+
+
+def changed(**changes: object):
+    """A response with other fields than it should have."""
+    return answering(lambda server, body: {"choices": [server.choice(body) | changes]})
+
+
+def without_a_finite_logprob(server: Imitation, body: dict) -> web.Response:
+    choice = server.choice(body)
+    choice["logprobs"]["content"][0]["logprob"] = float("nan")
+    return web.Response(text=json.dumps({"choices": [choice]}), content_type="application/json")
+
+
+async def hang(server, path, body):
+    await asyncio.sleep(60)
+
+
+async def hang_restarted(server, path, body):
+    return {"weight_version": "new"} if path == "weight_info" else await asyncio.sleep(60)
+
+
+BAD = {
+    "no JSON": (answering(lambda *_: web.Response(text="<html>bad gateway</html>")), "answers garbage: <html>"),
+    "a list": (answering(lambda *_: web.json_response([1])), "answers garbage"),
+    "an error": (answering(lambda *_: web.json_response({"error": "no room"}, status=500)), "HTTP 500.*no room"),
+    "a refused token": (answering(lambda *_: web.Response(status=401)), "refuses the token"),
+    "no choice": (answering({"choices": []}), "no usable response"),
+    "no end": (changed(finish_reason="length"), "do not go with finish_reason 'length'"),
+    "text for ids": (changed(token_ids="12"), "no usable response"),
+    "other log-probs": (changed(logprobs={"content": []}), "log-probs are of other tokens"),
+    "no log-prob": (answering(without_a_finite_logprob), "a log-prob is none"),
+    "other weights": (changed(weight_versions=[{"version": "older"}]), r"weights \['older'\], not 'default'"),
+    "two versions": (changed(weight_versions=[{"version": v} for v in ("default", "next")]), "weights"),
+    "restarted": (hang_restarted, "serves the weights 'new'"),
+    "silent": (hang, "no answer to /.* within 1 s"),
+}
+
+
+@pytest.mark.parametrize("behave, said", BAD.values(), ids=BAD)
+def test_a_bad_server_is_named_and_another_does_its_work(behave, said, expected, caplog):
+    async def slowly(server, path, body):  # so that a look at the other falls into the call
+        await asyncio.sleep(0.05)
+
+    with Imitation(behave=slowly) as good, Imitation(behave=behave) as bad, caplog.at_level(logging.WARNING):
+        assert run([good, bad]) == expected
+        assert good.count("inference/v1/generate") == len(REQUESTS)
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines and all(bad.url in line for line in lines)
+    assert re.search(said, "\n".join(lines)), lines
+
+
+def test_a_server_that_ends_in_the_middle_and_one_that_returns(expected, caplog):
+    async def slowly(server, path, body):
+        await asyncio.sleep(0.2 if path == "inference/v1/generate" else 0)
+
+    with Imitation(behave=slowly) as first, Imitation(behave=slowly) as second:
+        asked = Dispatch([Server(first.url), Server(second.url)], {}, "default", LIMITS)
+
+        async def disturbed() -> list:
+            sampling = asyncio.create_task(asked.run(REQUESTS, SAMPLING))
+            await asyncio.sleep(0.25)
+            await asyncio.to_thread(second.stop)
+            await asyncio.sleep(0.5)
+            await asyncio.to_thread(second.start)  # with the weights' name it had: as after a short loss of the network
+            return await sampling
+
+        assert [response.ids.tolist() for response in asyncio.run(disturbed())] == expected
+    lines = [record.getMessage() for record in caplog.records]
+    assert any("requests go elsewhere" in line and second.url in line for line in lines), lines
+    assert any(line == f"{second.url}: is back" for line in lines), lines
+
+
+def test_without_a_server_left_the_error_comes_in_time_and_names_them_all():
+    with Imitation(behave=hang) as first, Imitation() as second:
+        second.stop()
+        began = time.monotonic()
+        with pytest.raises(TrainingError, match=f"no rollout server is left, 40 .*{first.url}.*{second.url}"):
+            run([first, second])
+        assert time.monotonic() - began < 10
+        second.start()
+
+
+def test_a_server_that_was_not_synced_is_not_used(expected):
+    with Imitation() as first, Imitation() as second:
+        assert run([first, second], lost={first.url: "left out of the sync"}) == expected
+        assert first.asked == []
+        with pytest.raises(TrainingError, match="left out of the sync"):
+            run([first], lost={first.url: "left out of the sync"})
+
+
+def fleet(*servers: Imitation, deadline: float = 2.0) -> Fleet:
+    return Fleet([Server(server.url) for server in servers], "the model", 1.0, deadline)
+
+
+def test_a_server_of_another_model_or_with_another_token_is_refused_by_name(monkeypatch):
+    with Imitation() as first, Imitation(name="another model") as second:
+        with pytest.raises(UserError, match=f"{second.url}: serves 'another model', this run needs 'the model'"):
+            fleet(first, second).wait_for_all()
+        monkeypatch.setenv("MEGATRON_DYPO_SERVER_TOKEN", "not the one that was agreed on")
+        with pytest.raises(UserError, match=f"{first.url}: refuses the token"):
+            fleet(first).wait_for_all()
+
+
+def test_servers_that_do_not_start_are_named_after_the_deadline():
+    with Imitation() as first, Imitation() as second:
+        second.stop()
+        with pytest.raises(UserError, match=rf"1 of 2 are not up within 2 s \(rollout.sync_timeout\): {second.url}"):
+            fleet(first, second).wait_for_all()
+        second.start()
+        fleet(first, second).wait_for_all()
+
+
+def update(servers: Fleet, known: str, label: str) -> bool:
+    same = servers.admit(known)
+    servers.label = label
+    servers.init_weight_transfer_engine({"rank_offset": 1, "world_size": 3})
+    servers.start_weight_update()
+    servers.update_weights({"tensors": []})
+    servers.finish_weight_update()
+    servers.resume()
+    return same
+
+
+def test_an_update_reaches_all_servers_in_its_four_phases_and_one_that_fails_is_taken_in_later(caplog):
+    async def refuse(server, path, body):
+        return web.Response(status=500, text="out of memory") if path == "update_weights" else None
+
+    with Imitation() as first, Imitation() as second:
+        both = fleet(first, second)
+        assert not update(both, "", "run:0")
+        assert (first.label, second.label) == ("run:0", "run:0")
+        inits = [body["init_info"] for s in (first, second) for path, body in s.asked if path.startswith("init")]
+        assert [init["rank_offset"] for init in inits] == [1, 2], "one group for all servers' workers"
+        order = [path for path, _ in first.asked if path not in ("v1/models", "weight_info", "get_world_size")]
+        four = ["init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update"]
+        assert order == ["pause", *four, "reset_prefix_cache", "resume"]
+        assert update(both, "run:0", "run:1")
+
+        second.behave = refuse
+        assert update(both, "run:1", "run:2"), "the same servers at its start"
+        assert list(both.lost) == [second.url] and "out of memory" in caplog.text
+        assert (first.label, second.label) == ("run:2", "run:1")
+
+        second.behave = None
+        assert not update(both, "run:2", "run:3"), "the transfer has to be opened anew"
+        assert both.lost == {} and second.label == "run:3" and "taken in again" in caplog.text
+
+        second.stop()
+        second.start()
+        assert not update(both, "run:3", "run:4"), "the same servers, but one was restarted"
+
+
+def test_a_prefix_cache_that_is_not_reset_stops_the_run():
+    stale = Imitation(behave=answering({"success": False}, "reset_prefix_cache"))
+    with stale, pytest.raises(TrainingError, match="did not reset its prefix cache"):
+        update(fleet(stale), "", "run:0")

@@ -1,0 +1,162 @@
+"""Real vLLM servers, as launch/servers.sh starts them: agreement, syncs, the token, and what kills do to a run.
+
+Two servers for the whole file: each takes half a minute to start.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+import yaml
+
+from benchmarks.servers import Servers, free_ports, running
+from megatron_dypo.rollout.server_guard import TOKEN
+from tests.agreement import agreement, build, check, compare, policy_at, sampling
+from tests.agreement import requests as requests_to_sample
+from tests.launch import copy_task, metrics
+from tests.ranks import run_ranks
+from tests.rollout_server import SECRET
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory) -> Iterator[Servers]:
+    folder, first = tmp_path_factory.mktemp("servers"), free_ports(2)
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(served_config([f"http://127.0.0.1:{first + i}" for i in range(2)], folder)))
+    os.environ[TOKEN] = SECRET  # for forked ranks, too
+    with running(config, first, 2) as found:
+        yield found
+    del os.environ[TOKEN]
+
+
+def served_config(urls: list[str], folder: Path) -> dict:
+    """As ``tests.agreement`` builds it, in a file."""
+    return {
+        "model": {"preset": "tiny"},
+        "data": {"train": "none"},
+        "rollout": {"engine": "server", "servers": urls, "max_response_tokens": 40, "engine_memory": 0.25},
+        "trainer": {"steps": 1, "run_dir": str(folder / "run")},
+    }
+
+
+def test_logprobs_agree_after_a_sync_of_different_weights_over_http_and_shared_memory(servers, tmp_path):
+    rollout = {"servers": servers.urls, "verify_sync": True, "server_timeout": 10.0}
+    check(run_ranks(2, agreement, "server", "llama", str(tmp_path), rollout, seconds=200), 1e-5)
+
+
+def test_servers_listen_on_loopback_and_answer_nothing_without_the_token(servers):
+    ports = {line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if line.split()[3] == "0A"}
+    for url in servers.urls:
+        port = f"{int(url.rpartition(':')[2]):04X}"
+        assert {address for address in ports if address.endswith(f":{port}")} == {f"0100007F:{port}"}
+        for path in ("update_weights", "collective_rpc", "pause", "inference/v1/generate", "v1/models", "weight_info"):
+            for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {SECRET}"}):
+                for method in ("GET", "POST"):
+                    assert requests.request(method, f"{url}/{path}", headers=headers, timeout=30).status_code == 401
+        right = {"Authorization": f"Bearer {SECRET}"}
+        assert requests.get(f"{url}/weight_info", headers=right, timeout=30).status_code == 200
+    said = servers.log.read_text()
+    assert said.count("reached from this machine only") == 2 and f"needs the token in {TOKEN}" in said
+    assert SECRET not in said
+
+
+def sample_while_one_is_killed(folder: str, servers: Servers) -> dict:
+    """Kill the second server in the middle of a call, let it come back, and sync again."""
+    from megatron_dypo.sync import transfer
+    from megatron_dypo.sync.sync import sync_weights
+
+    transfer.BUCKET_BYTES = 1  # a bucket a layer: both are filled again and again
+    said: list[str] = []
+    log = logging.getLogger("megatron_dypo.rollout.dispatch")
+    log.addFilter(lambda record: bool(said.append(record.getMessage())) or True)
+    config, shape, layout, engine = build("server", "llama", folder, servers=servers.urls, server_timeout=5.0)
+    first, second = (policy_at({}, seed, config, shape, layout) for seed in (1, 2))
+    sync_weights(first, engine, 60)
+    asked = requests_to_sample() * 12
+    alone = compare(first, asked, engine.generate(asked, sampling(40)))
+    victim = servers.pids()[1]
+    killer = threading.Timer(0.3, os.kill, (victim, signal.SIGKILL))
+    killer.start()
+    responses = engine.generate(asked, sampling(40))
+    killer.join()
+    disturbed = compare(first, asked, responses)
+    second.version = 1
+    sync_weights(second, engine, 60)  # the killed one is left out
+    without = compare(second, asked[:48], engine.generate(asked[:48], sampling(40)))
+    left_out = list(engine._lost)
+    servers.wait()
+    unsynced = compare(second, asked[:48], engine.generate(asked[:48], sampling(40)))
+    sync_weights(first, engine, 60)
+    back = compare(first, asked, engine.generate(asked, sampling(40)))
+    labels = [
+        requests.get(f"{url}/weight_info", headers={"Authorization": f"Bearer {SECRET}"}, timeout=30).json()
+        for url in servers.urls
+    ]
+    return {
+        "same": disturbed["ids"] == alone["ids"] == back["ids"],
+        "largest": max(result["largest"] for result in (alone, disturbed, without, unsynced, back)),
+        "left out": left_out,
+        "lost in the end": engine._lost,
+        "labels": labels,
+        "said": said,
+    }
+
+
+def test_a_server_killed_in_the_middle_loses_no_response_and_is_synced_when_it_is_back(servers, tmp_path):
+    found = run_ranks(1, sample_while_one_is_killed, str(tmp_path), servers, seconds=300)[0]
+    given_back = re.search(r"rollout server lost, ([1-9]\d*) requests go elsewhere: (\S+):", "\n".join(found["said"]))
+    assert given_back and given_back[2] == servers.urls[1], "it was killed in the middle of a call"
+    assert found["same"], "every request was answered once, with the sample that its seed gives"
+    assert found["largest"] <= 1e-5, "nothing came from a server with other weights"
+    assert found["left out"] == servers.urls[1:] and found["lost in the end"] == {}
+    assert found["labels"][0] == found["labels"][1]
+    assert "server 1 ended with code 137 and is started again" in servers.log.read_text()
+
+
+def test_without_any_server_a_run_ends_with_one_line_and_goes_on_from_its_checkpoint(servers, tmp_path):
+    config = copy_task(
+        tmp_path,
+        model__preset="tiny",
+        model__shape={},
+        data__max_prompt_tokens=200,
+        rollout__max_response_tokens=56,
+        rollout__engine="server",
+        rollout__servers=servers.urls,
+        rollout__server_timeout=3.0,
+        trainer__steps=100_000,
+        trainer__eval_every=0,
+        trainer__save_every=2,
+    )
+    command = [sys.executable, "-m", "megatron_dypo", "train", str(config)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("w") as log:
+        run = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "metrics.jsonl").is_file() or len(metrics(tmp_path / "run")) < 5:
+        assert run.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+        time.sleep(0.2)
+    for pid in servers.pids():
+        os.kill(pid, signal.SIGKILL)
+    assert run.wait(60) == 1
+    said = (tmp_path / "log").read_text()
+    headline = next(line for line in said.splitlines() if line.startswith("[rank 0] failed in phase"))
+    assert "no rollout server is left" in headline and all(url in headline for url in servers.urls)
+
+    done = metrics(tmp_path / "run")[-1]["step"]
+    saved = done - done % 2
+    overrides = ["rollout.engine=transformers", "rollout.servers=[]", f"trainer.steps={saved + 2}"]
+    again = subprocess.run([*command, *overrides], env=environment, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert f"resumes after step {saved}" in again.stdout + again.stderr
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, saved + 3))

@@ -1,0 +1,191 @@
+"""The trainer's side of a weight transfer: what goes into shared memory comes out, in whole layers; and what vLLM's own
+backends are told, without the transport itself (it needs GPUs). Real engines: test_rollout.py, test_servers.py."""
+
+from __future__ import annotations
+
+import base64
+import pickle
+from collections import Counter
+
+import pytest
+import torch
+
+from megatron_dypo.errors import TrainingError
+from megatron_dypo.rollout.fleet import Fleet
+from megatron_dypo.rollout.server import Server
+from megatron_dypo.sync import transfer
+from megatron_dypo.sync.checksum import Watched, checksum
+from megatron_dypo.sync.transfer import SharedMemory
+from megatron_dypo.sync.weights import Meta
+from tests.rollout_server import Imitation, set_token
+
+LAYERS = 5
+
+
+class Source:
+    """Weights that change from pass to pass."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32):
+        sizes = {"model.embed_tokens.weight": (7, 4), "lm_head.weight": (7, 4)}
+        for layer in range(LAYERS):
+            sizes |= {f"model.layers.{layer}.{name}": (4, 3 + layer) for name in ("q.weight", "k.weight", "v.weight")}
+        self.sizes, self.dtype, self.passes = sizes | {"model.norm.weight": (4,)}, dtype, 0
+
+    def metadata(self) -> list[Meta]:
+        return [Meta(name, self.dtype, size) for name, size in self.sizes.items()]
+
+    def tensors(self, turn: int) -> dict[str, torch.Tensor]:
+        draw = torch.Generator().manual_seed(turn)
+        return {name: torch.randn(size, generator=draw).to(self.dtype) for name, size in self.sizes.items()}
+
+    def __iter__(self):
+        self.passes += 1
+        return iter(self.tensors(self.passes).items())
+
+
+class Receiver:
+    """The other end, in this process: vLLM's worker side of ours, in front of a model that keeps what it is given."""
+
+    def __init__(self):
+        from vllm.config import WeightTransferConfig
+
+        from megatron_dypo.sync.worker import LocalEngine
+
+        self.calls: list[str] = []
+        self.buckets: list[list[str]] = []
+        self.got: dict[str, torch.Tensor] = {}
+
+        class Model:
+            def load_weights(_, weights):
+                self.buckets.append([])
+                for name, tensor in weights:
+                    self.buckets[-1].append(name)
+                    self.got[name] = tensor.clone()
+
+        class Configuration:
+            parallel_config = model_config = None
+
+        self._engine = LocalEngine(WeightTransferConfig("none"), Configuration(), torch.device("cpu"), Model())
+
+    def init_weight_transfer_engine(self, init_info: dict) -> None:
+        self.calls.append("init")
+        self._engine.init_transfer_engine(self._engine.parse_init_info(init_info))
+
+    def start_weight_update(self) -> None:
+        self.calls.append("start")
+
+    def update_weights(self, update_info: dict) -> None:
+        self.calls.append("update")
+        self._engine.update_weights(update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self.calls.append("finish")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bucket", [1, 200, 10**6])
+def test_what_goes_into_shared_memory_comes_out_bit_for_bit_in_whole_layers(bucket, dtype, monkeypatch):
+    monkeypatch.setattr(transfer, "BUCKET_BYTES", bucket)
+    receiver, source = Receiver(), Source(dtype)
+    sender = SharedMemory(receiver, source, is_sender=True)
+    for turn in (1, 2, 3):
+        receiver.buckets, receiver.calls = [], []
+        sender.send_weights()
+        expected = source.tensors(turn)
+        assert receiver.got.keys() == expected.keys()
+        assert all(torch.equal(receiver.got[name], tensor) for name, tensor in expected.items())
+        assert receiver.calls == ["start", *["update"] * len(receiver.buckets), "finish"]
+        layers = [{name.rpartition(".")[0].rpartition(".")[0] for name in names} for names in receiver.buckets]
+        seen = Counter(layer for names in layers for layer in names if "layers" in layer)
+        assert set(seen.values()) == {1} and len(seen) == LAYERS, "no layer is cut in two"
+    assert len(receiver.buckets) in {1: [6], 200: range(2, 7), 10**6: [1]}[bucket]
+    sender.shutdown()
+
+
+def test_a_receiver_that_fails_ends_the_transfer(monkeypatch):
+    monkeypatch.setattr(transfer, "BUCKET_BYTES", 1)
+    receiver, failures = Receiver(), [None, RuntimeError("no room")]
+    take = receiver.update_weights
+
+    def failing(update_info: dict) -> None:
+        take(update_info)
+        if len(receiver.buckets) == 2 and (failure := failures.pop()):
+            raise failure
+
+    receiver.update_weights = failing
+    with pytest.raises(RuntimeError, match="no room"):
+        SharedMemory(receiver, Source(), is_sender=True).send_weights()
+    assert "finish" not in receiver.calls
+
+
+def test_other_ranks_only_make_the_pass():
+    receiver, source = Receiver(), Source()
+    SharedMemory(receiver, source, is_sender=False).send_weights()
+    assert source.passes == 1 and receiver.calls == []
+
+
+def test_checksums_name_what_is_missing_or_different():
+    source = Source()
+    watched = Watched(source)
+    sent = dict(watched)
+    taken = {name: checksum(tensor) for name, tensor in sent.items()}
+    watched.compare([taken, taken], "here")
+    name = "model.layers.3.k.weight"
+    changed = sent[name].clone()
+    changed[0, 0] = torch.nextafter(changed[0, 0], torch.tensor(torch.inf))
+    with pytest.raises(TrainingError, match=f"here, worker 1: {name}: differs"):
+        watched.compare([taken, taken | {name: checksum(changed)}], "here")
+    del taken["lm_head.weight"]
+    with pytest.raises(TrainingError, match=r"here, worker 0: lm_head\.weight: was not received"):
+        watched.compare([taken], "here")
+    assert checksum(changed.t()) == checksum(changed.t().contiguous()) != checksum(changed)
+
+
+def test_nccl_is_told_of_all_workers_of_all_servers(monkeypatch):
+    """vLLM's own trainer side, up to its communicator: the handshake, the phases and the metadata are real."""
+    from vllm.distributed.weight_transfer import nccl_engine
+
+    from megatron_dypo.rollout.server_engine import _open_transfer
+    from megatron_dypo.runtime.distributed import Layout
+
+    set_token(monkeypatch)
+    opened, sent = [], []
+    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", opened.append)
+    monkeypatch.setattr(
+        nccl_engine.NCCLTrainerWeightTransferEngine,
+        "_broadcast",
+        lambda self, source, meta: sent.extend(self._checked_iter(source, meta)),
+    )
+
+    async def two_workers(server, path, body):
+        return {"world_size": 2} if path == "get_world_size" else None
+
+    with Imitation(behave=two_workers) as first, Imitation(behave=two_workers) as second:
+        fleet = Fleet([Server(first.url), Server(second.url)], "the model", 5.0, 20.0)
+        fleet.admit("")
+        fleet.label = "run:1"
+        source = Source()
+        _open_transfer("nccl", fleet, source, Layout()).send_weights()
+        asked = [
+            [body["init_info"] for path, body in server.asked if path.startswith("init")] for server in (first, second)
+        ]
+        updates = [body["update_info"] for path, body in first.asked if path == "update_weights"]
+        assert (first.label, second.label) == ("run:1", "run:1")
+    (info,) = opened
+    assert (info.world_size, info.rank, info.master_address) == (5, 0, "127.0.0.1")
+    assert [(init[0]["rank_offset"], init[0]["world_size"]) for init in asked] == [(1, 5), (3, 5)]
+    assert {init[0]["master_port"] for init in asked} == {info.master_port}
+    assert [name for name, _ in sent] == updates[0]["names"] == list(source.sizes)
+    assert updates[0]["shapes"] == [list(size) for size in source.sizes.values()]
+
+
+def test_cuda_ipc_handles_travel_as_vllm_takes_them(monkeypatch):
+    set_token(monkeypatch)
+    handles = [{"GPU-0": ("rebuild", 1, (2, 3))}]
+    with Imitation() as server:
+        fleet = Fleet([Server(server.url)], "the model", 5.0, 20.0)
+        fleet.admit("")
+        fleet.update_weights({"names": ["a"], "ipc_handles": handles})
+        (body,) = (body for path, body in server.asked if path == "update_weights")
+    assert pickle.loads(base64.b64decode(body["update_info"]["ipc_handles_pickled"])) == handles  # noqa: S301
+    assert body["update_info"].keys() == {"names", "ipc_handles_pickled"}
