@@ -55,6 +55,17 @@ def test_a_fast_server_gets_more_and_every_request_is_done_once(expected):
     assert sum(done) == len(REQUESTS) and done[0] > 2 * done[1] > 0
 
 
+def test_thousands_of_requests_on_as_many_connections():
+    requests = [Request(np.arange(2, 6, dtype=np.int32), seed) for seed in range(3000)]
+    limits = Limits(window=512, server_timeout=30.0, request_timeout=60.0)
+    with Imitation() as first, Imitation() as second:
+        dispatch = Dispatch([Server(first.url), Server(second.url)], {}, "default", limits)
+        responses = asyncio.run(dispatch.run(requests, SAMPLING))
+        assert first.count("inference/v1/generate") + second.count("inference/v1/generate") == len(requests)
+    bodies = ({"sampling_params": {"seed": request.seed, "max_tokens": 8}} for request in requests)
+    assert [response.ids.tolist() for response in responses] == [first.choice(body)["token_ids"] for body in bodies]
+
+
 def answering(value: object, path: str = "inference/v1/generate"):
     async def behave(server, asked, body):
         if asked != path:
@@ -214,6 +225,17 @@ def test_an_update_reaches_all_servers_in_its_four_phases_and_one_that_fails_is_
         second.stop()
         second.start()
         assert not update(both, "run:3", "run:4"), "the same servers, but one was restarted"
+
+
+def test_a_server_that_freezes_in_an_update_does_not_hold_up_the_others(caplog):
+    async def freeze(server, path, body):
+        return await asyncio.sleep(60) if path == "update_weights" else None
+
+    with Imitation() as first, Imitation(behave=freeze) as second:
+        both = fleet(first, second, deadline=1.0)
+        update(both, "", "run:0")
+        assert list(both.lost) == [second.url] and "no answer to /update_weights within 0.5 s" in caplog.text
+        assert first.label == "run:0"
 
 
 def test_a_prefix_cache_that_is_not_reset_stops_the_run():
