@@ -16,9 +16,10 @@ venv:
 quickstart: venv
 	$(BIN)/torchrun --rdzv-backend loopback --rdzv-endpoint localhost --nproc-per-node 2 -m megatron_dypo train examples/quickstart/config.yaml
 
-# Two workers, a file of tests to each: most of the time one core would wait for the other's imports.
+# Two workers, a file of tests to each: most of the time one core would wait for the other's imports. The longest first
+# (tests/conftest.py), not those of most tests.
 test: venv
-	$(BIN)/python -m pytest tests -m "not gpu and not faults" -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests -m "not gpu and not faults" -n 2 --dist loadfile --no-loadscope-reorder
 
 faults: venv
 	MEGATRON_DYPO_FUZZ=10 $(BIN)/python -m pytest tests/faults -m "not gpu"

@@ -17,15 +17,12 @@ from typing import Any
 
 from benchmarks.heads import CEILING, HEADS, NAIVE
 from benchmarks.machine import RESULTS, ROOT
+from benchmarks.markdown import measured_on, table
+from benchmarks.rollout_tables import overlap, weight_sync
 
 PAGE = ROOT / "docs" / "performance.md"
 Report = dict[str, Any]
 Record = dict[str, Any]
-
-
-def table(header: list[str], rows: Iterable[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def in_order(records: list[Record]) -> list[str]:
@@ -87,12 +84,9 @@ def percent(active: float) -> str:
     return f"{active:.0%} active"
 
 
-def measured_on(report: Report) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+def heads_measured_on(report: Report) -> str:
     missing = report.get("missing", {}).items()
-    missing = "".join(f" Not measured: {HEADS[name].label} ({why})." for name, why in missing)
-    load = f"load average before: {report['load_average_before']:.1f}"
-    return f"{report['hardware']}; {versions}; {load}.{missing}"
+    return measured_on(report) + "".join(f" Not measured: {HEADS[name].label} ({why})." for name, why in missing)
 
 
 def head_list(report: Report) -> str:
@@ -100,7 +94,7 @@ def head_list(report: Report) -> str:
 
 
 def head_cpu(report: Report) -> str:
-    parts = [measured_on(report), head_list(report)]
+    parts = [heads_measured_on(report), head_list(report)]
     for shape in Shape.all_of(report):
         parts.append(f"### T {shape.tokens}, H {shape.hidden}, V {shape.vocab}, fp32")
         rows = [
@@ -173,7 +167,7 @@ def yes(met: bool) -> str:
 
 def head_cuda(report: Report) -> str:
     shapes = Shape.all_of(report)
-    parts = [measured_on(report), head_list(report)]
+    parts = [heads_measured_on(report), head_list(report)]
     for vocab in dict.fromkeys(shape.vocab for shape in shapes):
         some = [shape for shape in shapes if shape.vocab == vocab]
         for active in some[0].actives:
@@ -307,6 +301,8 @@ SECTIONS = {
     "linear_logprob_cpu": head_cpu,
     "linear_logprob_cuda": head_cuda,
     "checkpoints_cpu": checkpoints,
+    "weight_sync_cpu": weight_sync,
+    "rollout_cpu": overlap,
 }
 
 

@@ -2,22 +2,25 @@
 # Rollout servers of this machine, one per GPU (or SERVERS of them, each on TENSOR GPUs), on ports PORT, PORT + 1, ...:
 #     export MEGATRON_DYPO_SERVER_TOKEN=$(openssl rand -hex 32)     # the same for servers and trainer
 #     launch/servers.sh CONFIG [section.key=value ...]
-# They listen on this machine only; for trainers on other machines: HOST=0.0.0.0. A server that dies is started again;
-# all end with this script.
+# They listen on this machine only; for trainers on other machines: HOST=0.0.0.0. CUDA_VISIBLE_DEVICES says which GPUs
+# (default: all). A server that dies is started again; all end with this script.
 set -euo pipefail
 : "${MEGATRON_DYPO_SERVER_TOKEN:?a secret that servers and trainer share (openssl rand -hex 32)}"
-gpus=$(nvidia-smi -L 2>/dev/null | grep -c GPU || true)
+IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, || true)}"
 tensor=${TENSOR:-1}
-servers=${SERVERS:-$((gpus > 0 ? gpus / tensor : 1))}
+servers=${SERVERS:-$((${#gpus[@]} > 0 ? ${#gpus[@]} / tensor : 1))}
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # servers share the cores
-trap 'trap - TERM; kill 0' EXIT INT TERM
+trap 'trap - TERM; kill $(jobs -p) 2>/dev/null || true; wait' EXIT
+trap 'exit 143' INT TERM
 
 keep_up() { # NUMBER ARGUMENTS...
-    local number=$1 began code server
+    local number=$1 began code server='' started=no
     shift
-    trap 'kill -KILL -- "-$server" || true; exit 1' TERM
-    if ((gpus > 0)); then
-        export CUDA_VISIBLE_DEVICES=$(seq -s, $((number * tensor)) $(((number + 1) * tensor - 1)))
+    trap - EXIT
+    trap '[ -z "$server" ] || kill -KILL -- "-$server" 2>/dev/null; exit 143' TERM
+    if ((${#gpus[@]} > 0)); then
+        CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${gpus[*]:number * tensor:tensor}")
+        export CUDA_VISIBLE_DEVICES
     fi
     while true; do
         began=$SECONDS code=0
@@ -26,7 +29,13 @@ keep_up() { # NUMBER ARGUMENTS...
         server=$!
         wait "$server" || code=$?
         kill -KILL -- "-$server" 2>/dev/null || true # a killed server leaves its engine behind, which holds the GPU
-        if ((SECONDS - began < 60)); then return 1; fi # it cannot start
+        if ((SECONDS - began >= 60)); then
+            started=yes
+        elif [ "$started" = no ]; then
+            return 1 # it cannot start
+        else
+            sleep 10
+        fi
         echo "launch/servers.sh: server $number ended with code $code and is started again" >&2
     done
 }

@@ -32,6 +32,7 @@ from megatron_dypo.rollout.engine import build_engine, engine_name
 from megatron_dypo.rollout.source import RolloutSource
 from megatron_dypo.rollout.staleness import check_staleness
 from megatron_dypo.runtime import deterministic, distributed
+from megatron_dypo.runtime.addresses import all_here
 from megatron_dypo.runtime.distributed import Layout
 from megatron_dypo.runtime.failure import begin_step, phase
 from megatron_dypo.runtime.stopwatch import Stopwatch
@@ -51,7 +52,7 @@ def train(config: Config, inputs: Inputs) -> None:
     if config.trainer.deterministic:
         deterministic.enable()
     with phase("joining the job"):
-        layout = distributed.init(config.parallel)
+        layout = distributed.init(config.parallel, reaches_out=not all_here(config.rollout.servers))
     with Watchdog(config.parallel) as watchdog:
         _train(config, inputs, layout, watchdog)
 

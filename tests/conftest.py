@@ -1,6 +1,18 @@
 """Settings for all tests: machines are shared, so no example is judged by its time."""
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("shared", deadline=None)
 settings.load_profile("shared")
+
+# By CPU-seconds, most first: with two workers (make test), none is left alone with a long file at the end.
+LONG = (
+    *("test_layouts", "test_end_to_end", "test_checkpoint", "test_servers", "test_transfer", "test_overlap"),
+    *("test_convert_commands", "test_offload", "test_watchdog", "test_smollm2", "test_rollout", "test_kill"),
+    *("test_benchmarks", "test_health", "test_damage", "test_full_disk", "test_frozen", "test_triton_head"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))

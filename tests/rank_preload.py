@@ -7,6 +7,8 @@ import warnings
 
 warnings.filterwarnings("ignore")
 
+import hypothesis  # noqa: E402, F401 - with pytest, what the modules of the ranks' functions import
+import pytest  # noqa: E402, F401
 from transformers import AutoModelForCausalLM  # noqa: E402, F401
 from transformers.models.llama import modeling_llama  # noqa: E402, F401
 

@@ -35,7 +35,7 @@ PATHS = {"rollout.record", "rollout.replay", "trainer.run_dir"}
 STEPS = {"trainer.steps"}
 ENGINE = {
     *("rollout.engine", "rollout.engine_memory", "rollout.servers", "rollout.server_timeout"),
-    *("rollout.request_timeout", "rollout.sync_backend", "rollout.verify_sync"),
+    *("rollout.request_timeout", "rollout.sync_backend", "rollout.verify_sync", "rollout.max_staleness"),
 }
 BUDGET = {"data.max_tokens_per_microbatch", "model.recompute", "model.attention_backend", "model.layer_spec"}
 OPERATION = {

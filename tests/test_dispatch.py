@@ -82,10 +82,15 @@ def changed(**changes: object):
     return answering(lambda server, body: {"choices": [server.choice(body) | changes]})
 
 
-def without_a_finite_logprob(server: Imitation, body: dict) -> web.Response:
-    choice = server.choice(body)
-    choice["logprobs"]["content"][0]["logprob"] = float("nan")
-    return web.Response(text=json.dumps({"choices": [choice]}), content_type="application/json")
+def with_first_logprob(value: float):
+    """JSON of Python's kind: NaN is possible."""
+
+    def respond(server: Imitation, body: dict) -> web.Response:
+        choice = server.choice(body)
+        choice["logprobs"]["content"][0]["logprob"] = value
+        return web.Response(text=json.dumps({"choices": [choice]}), content_type="application/json")
+
+    return answering(respond)
 
 
 async def hang(server, path, body):
@@ -105,7 +110,9 @@ BAD = {
     "no end": (changed(finish_reason="length"), "do not go with finish_reason 'length'"),
     "text for ids": (changed(token_ids="12"), "no usable response"),
     "other log-probs": (changed(logprobs={"content": []}), "log-probs are of other tokens"),
-    "no log-prob": (answering(without_a_finite_logprob), "a log-prob is none"),
+    "no log-prob": (with_first_logprob(float("nan")), "a log-prob is none"),
+    "a probability above 1": (with_first_logprob(0.5), "a log-prob is none"),
+    "elsewhere": (answering(lambda *_: web.Response(status=307, headers={"Location": "http://a..b:1/"})), "HTTP 307"),
     "other weights": (changed(weight_versions=[{"version": "older"}]), r"weights \['older'\], not 'default'"),
     "two versions": (changed(weight_versions=[{"version": v} for v in ("default", "next")]), "weights"),
     "restarted": (hang_restarted, "serves the weights 'new'"),
@@ -124,6 +131,28 @@ def test_a_bad_server_is_named_and_another_does_its_work(behave, said, expected,
     lines = [record.getMessage() for record in caplog.records]
     assert lines and all(bad.url in line for line in lines)
     assert re.search(said, "\n".join(lines)), lines
+
+
+def test_what_vllm_says_for_a_log_prob_that_is_none_arrives_as_none():
+    with Imitation(behave=with_first_logprob(-9999.0)) as server:
+        dispatch = Dispatch([Server(server.url)], {}, "default", LIMITS)
+        (response,) = asyncio.run(dispatch.run(REQUESTS[:1], SAMPLING))
+    assert np.isnan(response.logprobs[0]) and np.isfinite(response.logprobs[1:]).all()
+
+
+def test_a_request_that_nobody_can_serve_is_an_error_and_takes_no_server_down(expected, caplog):
+    def fail(seed: int):
+        return lambda server, body: (
+            web.Response(status=500, text="poison") if body["sampling_params"]["seed"] == seed else None
+        )
+
+    with Imitation(behave=answering(fail(7))) as first, Imitation(behave=answering(fail(7))) as second:
+        with pytest.raises(TrainingError, match=r"no server samples request 7, tried 3 times.*poison"):
+            run([first, second])
+        assert "lost" not in caplog.text
+        first.behave = None
+        assert run([first, second]) == expected, "one that fails on one server is another's"
+        assert "lost" not in caplog.text
 
 
 def test_a_server_that_ends_in_the_middle_and_one_that_returns(expected, caplog):

@@ -18,7 +18,8 @@ def test_engine_logprobs_agree_after_a_sync_of_different_weights(engine, model, 
 
 
 def faulty_syncs(folder: str) -> dict:
-    """vLLM with a tied head, synced right, and then with one fault after the other."""
+    """vLLM with a tied head, synced right (after a sync that broke off), and then with one fault after the other."""
+    from megatron_dypo.sync import transfer
     from megatron_dypo.sync.weights import Weights
 
     config, shape, layout, engine = build("vllm", "qwen2-tied", folder, verify_sync=True)
@@ -34,7 +35,22 @@ def faulty_syncs(folder: str) -> dict:
         def __iter__(self):
             return (pair for pair in super().__iter__() if pair[0] != self._name)
 
+    class Torn(Weights):
+        """Ends in the middle of an attention layer."""
+
+        def __iter__(self):
+            for name, tensor in super().__iter__():
+                if name == "model.layers.1.self_attn.v_proj.weight":
+                    raise ConnectionError("the trainer is gone")
+                yield name, tensor
+
     first, second = (policy_at({}, seed, config, shape, layout) for seed in (1, 2))
+    engine.sync(Weights(second))
+    hand_over_by = transfer._by_layer
+    transfer._by_layer = lambda weights: ([pair] for pair in weights)  # as vLLM's own backends cut: anywhere
+    with pytest.raises(ConnectionError):
+        engine.sync(Torn(second))
+    transfer._by_layer = hand_over_by
     engine.sync(Weights(first))
     found["right"] = compare(first, asked, engine.generate(asked, sampling()))["largest"]
     for name in ("lm_head.weight", "model.layers.1.mlp.down_proj.weight"):
@@ -55,7 +71,7 @@ def faulty_syncs(folder: str) -> dict:
 
 def test_a_dropped_tensor_a_missing_head_and_a_stale_prefix_cache_are_noticed(tmp_path):
     found = run_ranks(1, faulty_syncs, str(tmp_path), seconds=200)[0]
-    assert found["right"] < 1e-5
+    assert found["right"] < 1e-5, "a sync that broke off leaves nothing behind"
     for name in ("lm_head.weight", "model.layers.1.mlp.down_proj.weight"):
         assert f"vLLM of rank 0, worker 0: {name}: was not received (rollout.verify_sync)" in found[name]
     assert found["no head"] > 0.1 and found["stale cache"] > 0.1, "log-probs show both without verify_sync, too"

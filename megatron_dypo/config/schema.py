@@ -140,7 +140,7 @@ class Rollout(Section):
     )
     request_timeout: float = key(
         1800.0,
-        "One response may take a server so many seconds; past that the server counts as lost, and another one samples it.",
+        "One response may take a server so many seconds; past that another server samples it.",
         gt=0,
         le=YEAR,
         resumable=True,
@@ -163,6 +163,7 @@ class Rollout(Section):
         None,
         "Responses may come from weights at most so many optimizer updates older than those they train first; default: `objective.updates_per_rollout` with `overlap`, else 0. Not checked on replay unless it is set.",
         ge=0,
+        resumable=True,
     )
     refill: bool = key(
         False,

@@ -34,6 +34,7 @@ class Fleet:
         self.members: list[Server] = []
         self.lost: dict[str, str] = {}  # why a server is no member, by URL
         self.label = ""  # what the next update's weights will be named
+        self.all_or_none = False  # whether a member that fails now fails the run: the others wait for it
 
     def wait_for_all(self) -> None:
         """Until every server serves the model. Raises UserError naming the first that does not, or not in time."""
@@ -68,7 +69,8 @@ class Fleet:
 
     def resume(self) -> None:
         """Forget what was cached under the old weights, and sample again."""
-        for server, answer in zip(list(self.members), self._post("reset_prefix_cache"), strict=True):
+        answers = self._post("reset_prefix_cache")
+        for server, answer in zip(self.members, answers, strict=True):
             if answer.get("success") is not True:
                 raise TrainingError(f"{server.url}: did not reset its prefix cache after a weight sync")
         self._post("resume")
@@ -77,7 +79,7 @@ class Fleet:
         """A method of ``worker.WorkerExtension`` on all workers: by URL, one result a worker."""
         body = {"method": method, "kwargs": arguments}
         answers = self._post("collective_rpc", body)
-        return {server.url: answer.get("results", []) for server, answer in zip(self.members, answers, strict=True)}
+        return {server.url: answer["results"] for server, answer in zip(self.members, answers, strict=True)}
 
     def world_sizes(self) -> list[int]:
         """Workers of each member."""
@@ -122,6 +124,8 @@ class Fleet:
                 log.warning("rollout server left out: %s", outcome)
                 self.lost[server.url] = str(outcome)
                 self.members.remove(server)
+                if self.all_or_none:
+                    raise TrainingError(f"weight sync: {outcome}; the other servers wait for it: start them all again")
         if not self.members:
             raise TrainingError("no rollout server is left: " + "; ".join(self.lost.values()))
         return [outcome for outcome in outcomes if not isinstance(outcome, ServerFault)]

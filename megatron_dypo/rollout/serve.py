@@ -19,6 +19,7 @@ from megatron_dypo.rollout.engine import check_head_size
 from megatron_dypo.rollout.identity import identity
 from megatron_dypo.rollout.server_guard import TOKEN, server_token
 from megatron_dypo.rollout.vllm_arguments import CPU_ENVIRONMENT, ENVIRONMENT, as_flags, engine_arguments
+from megatron_dypo.runtime.addresses import is_loopback
 
 _ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HOST_IP": "127.0.0.1"}  # 1: the calls that replace weights
 
@@ -61,12 +62,10 @@ def serve(config: Config, host: str, port: int, tensor: int) -> NoReturn:
 
 def _reach(host: str) -> str:
     """Who gets to an address. Raises UserError where it is none."""
-    try:
-        alone = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        if host != "localhost":
-            raise UserError(f"--host: {host!r} is no IP address (127.0.0.1: this machine only; 0.0.0.0: all)") from None
-        alone = True
-    if alone:
+    if is_loopback(host):
         return "reached from this machine only"
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        raise UserError(f"--host: {host!r} is no IP address (127.0.0.1: this machine only; 0.0.0.0: all)") from None
     return "REACHED FROM OTHER MACHINES, unencrypted: keep it inside a network you trust"

@@ -13,6 +13,7 @@ from megatron_dypo.records import Response
 from megatron_dypo.rollout.engine import Request, Sampling
 from megatron_dypo.rollout.server_guard import TOKEN, server_token
 from megatron_dypo.rollout.vllm_arguments import sampling_arguments
+from megatron_dypo.runtime.addresses import is_loopback
 
 _SHOWN = 200  # characters of what a server answered
 
@@ -23,6 +24,10 @@ class ServerFault(Exception):
 
 class WrongServer(ServerFault):
     """Waiting does not help: it serves something else, or takes another token."""
+
+
+class BadAnswer(ServerFault):
+    """It answered, or took too long, and not as it should: that may be the request's fault as well as the server's."""
 
 
 def session() -> aiohttp.ClientSession:
@@ -42,28 +47,34 @@ class Server:
     def host(self) -> str:
         return urlsplit(self.url).hostname or ""
 
+    @property
+    def is_local(self) -> bool:
+        return is_loopback(self.host)
+
     async def call(
         self, http: aiohttp.ClientSession, method: str, path: str, body: dict | None = None, *, seconds: float
     ) -> dict:
         """The JSON object that it answers."""
         timeout = aiohttp.ClientTimeout(total=seconds)
         try:
-            async with http.request(method, f"{self.url}/{path}", json=body, timeout=timeout) as answer:
+            async with http.request(
+                method, f"{self.url}/{path}", json=body, timeout=timeout, allow_redirects=False
+            ) as answer:
                 content = await answer.read()
         except TimeoutError:
-            raise ServerFault(f"{self.url}: no answer to /{path} within {seconds:g} s") from None
+            raise BadAnswer(f"{self.url}: no answer to /{path} within {seconds:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
             raise ServerFault(f"{self.url}: /{path}: {error or type(error).__name__}") from None
         if answer.status == 401:
             raise WrongServer(f"{self.url}: refuses the token in {TOKEN}")
         if answer.status != 200:
-            raise ServerFault(f"{self.url}: /{path}: HTTP {answer.status}: {_shown(content)}")
+            raise BadAnswer(f"{self.url}: /{path}: HTTP {answer.status}: {_shown(content)}")
         try:
             value = json.loads(content)
         except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
-            raise ServerFault(f"{self.url}: /{path}: answers garbage: {_shown(content)}")
+            raise BadAnswer(f"{self.url}: /{path}: answers garbage: {_shown(content)}")
         return value
 
     async def serves(self, http: aiohttp.ClientSession, seconds: float) -> str:
@@ -91,7 +102,7 @@ class Server:
         try:
             return _response(answer, sampling, label)
         except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
-            raise ServerFault(f"{self.url}: answers no usable response: {error or type(error).__name__}") from None
+            raise BadAnswer(f"{self.url}: answers no usable response: {error or type(error).__name__}") from None
 
 
 def _response(answer: dict, sampling: Sampling, label: str) -> Response:
@@ -109,6 +120,8 @@ def _response(answer: dict, sampling: Sampling, label: str) -> Response:
     logprobs = [float(step["logprob"]) for step in steps]
     if not all(math.isfinite(value) and value <= 1e-3 for value in logprobs):
         raise ValueError("a log-prob is none")
+    # What vLLM's server says for NaN and -inf. The step that trains on it is skipped, as where vLLM is in process.
+    logprobs = [math.nan if value <= -9999.0 else value for value in logprobs]
     ends = [place for place, token in enumerate(ids) if token == sampling.eos_id]
     stopped = ends == [len(ids) - 1]
     cut = not ends and len(ids) == sampling.max_tokens

@@ -62,8 +62,11 @@ class ServerEngine:
         source = Watched(weights) if self._verify and self._layout.is_main else weights
         if self._layout.is_main:
             same = self._fleet.admit(self._label)
+            before = list(self._fleet.members)
             self._fleet.label = label
             self._fleet.call_workers("prepare_update", checksums=self._verify)
+            same = same and before == self._fleet.members
+            self._fleet.all_or_none = self._backend == "nccl"
         if self._transfer is None or not all(all_gather_objects(same)):
             if self._transfer is not None:
                 self._transfer.shutdown()
@@ -71,6 +74,7 @@ class ServerEngine:
         self._transfer.source = source
         self._transfer.send_weights()
         if self._layout.is_main:
+            self._fleet.all_or_none = False
             if isinstance(source, Watched):
                 for url, taken in self._fleet.call_workers("taken_checksums").items():
                     source.compare(taken, url)
@@ -93,7 +97,7 @@ def _open_transfer(backend: str, fleet: Fleet, source, layout: Layout):
     if backend == "ipc":
         info = IPCTrainerInitInfo(rank=layout.rank, packed=True)
     else:
-        address, port = _endpoint(fleet.servers) if layout.is_main else ("", 0)
+        address, port = _endpoint(fleet.members) if layout.is_main else ("", 0)
         workers = sum(fleet.world_sizes()) if layout.is_main else 0
         info = NCCLTrainerInitInfo(address, port, 1 + workers, rank=layout.rank)
     return WeightTransferTrainerFactory.trainer_init(info, client=fleet, source=source)
@@ -101,11 +105,10 @@ def _open_transfer(backend: str, fleet: Fleet, source, layout: Layout):
 
 def _endpoint(servers: list[Server]) -> tuple[str, int]:
     """This machine's address as the servers see it, and a port that is free now."""
-    host, port = servers[0].host, urlsplit(servers[0].url).port
-    kind = socket.getaddrinfo(host, port)[0][0]
-    with socket.socket(kind, socket.SOCK_DGRAM) as probe:  # sends nothing: the kernel picks the way
-        probe.connect((host, port))
+    farthest = max(servers, key=lambda server: not server.is_local)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing: the kernel picks the way
+        probe.connect((farthest.host, urlsplit(farthest.url).port))
         address = probe.getsockname()[0]
-    with socket.socket(kind) as free:
+    with socket.socket(socket.AF_INET) as free:
         free.bind((address, 0))
         return address, free.getsockname()[1]

@@ -91,14 +91,18 @@ def claim_device() -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def stay_on_loopback() -> None:
-    """Where all ranks are on this machine, nothing they open is reached from outside; the environment overrides it."""
+def stay_on_loopback(reaches_out: bool = False) -> None:
+    """Where all ranks are on this machine, nothing they open is reached from outside; the environment overrides it.
+
+    ``reaches_out``: but NCCL, which sends weights to servers on other machines.
+    """
     if os.environ.get("LOCAL_WORLD_SIZE", "1") == str(world_size()):
         for name, value in _LOOPBACK.items():
-            os.environ.setdefault(name, value)
+            if not (reaches_out and name.startswith("NCCL")):
+                os.environ.setdefault(name, value)
 
 
-def join(timeout: float = ALONE.timeout, backend: str = "gloo") -> None:
+def join(timeout: float = ALONE.timeout, backend: str = "gloo", reaches_out: bool = False) -> None:
     """Join the job's ranks, if that has not been done; under plain python a group of one.
 
     ``timeout`` (seconds) is the deadline of every collective.
@@ -106,14 +110,14 @@ def join(timeout: float = ALONE.timeout, backend: str = "gloo") -> None:
     if dist.is_initialized():
         return
     deadline = datetime.timedelta(seconds=timeout)
-    stay_on_loopback()
+    stay_on_loopback(reaches_out)
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=deadline)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=deadline)
 
 
-def init(parallel: Parallel = ALONE) -> Layout:
+def init(parallel: Parallel = ALONE, reaches_out: bool = False) -> Layout:
     """Join the job and build mcore's process groups; under plain python a group of one.
 
     ``parallel.timeout`` is the deadline of every collective. Installs the CPU shim where there is no CUDA.
@@ -124,7 +128,7 @@ def init(parallel: Parallel = ALONE) -> Layout:
 
     claim_device()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    join(parallel.timeout, backend)
+    join(parallel.timeout, backend, reaches_out)
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,8 +37,10 @@ class Watched:
             self.sent[name] = checksum(tensor)
             yield name, tensor
 
-    def compare(self, taken: Iterable[dict[str, str]], engine: str) -> None:
+    def compare(self, taken: Sequence[dict[str, str]], engine: str) -> None:
         """Raises TrainingError naming the first tensor of which a worker of ``engine`` has other bytes, or none."""
+        if not taken:
+            raise TrainingError(f"weight sync to {engine}: no worker has checksums (rollout.verify_sync)")
         for worker, theirs in enumerate(taken):
             for meta in self.metadata():
                 where = f"weight sync to {engine}, worker {worker}: {meta.name}"

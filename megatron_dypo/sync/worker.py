@@ -68,15 +68,16 @@ class LocalEngine(WeightTransferEngine[_Nothing, Bucket]):
         self.model.load_weights(tensors if update_info.memory is None else self._in_memory(tensors, update_info.memory))
 
     def shutdown(self) -> None:
-        self._memory: tuple[tuple[int, int, int], mmap.mmap] | None = None
+        self._maps: dict[tuple[int, int, int], mmap.mmap] = {}
 
     def _in_memory(self, places: Iterable[tuple], memory: tuple[int, int, int]) -> Iterator[tuple[str, Tensor]]:
         """The tensors as they lie in the trainer's memory, without a copy."""
-        if self._memory is None or self._memory[0] != tuple(memory):
-            self._memory = tuple(memory), _map(*memory)
+        key = tuple(memory)
+        if key not in self._maps:
+            self._maps[key] = _map(*key)
         for name, dtype, shape, offset in places:
             count, kind = torch.Size(shape).numel(), getattr(torch, dtype)
-            yield name, torch.frombuffer(self._memory[1], dtype=kind, count=count, offset=offset).view(shape)
+            yield name, torch.frombuffer(self._maps[key], dtype=kind, count=count, offset=offset).view(shape)
 
 
 def _map(process: int, descriptor: int, size: int) -> mmap.mmap:
@@ -89,9 +90,12 @@ class WorkerExtension:
     """Methods that the trainer calls on vLLM's workers round an update."""
 
     def prepare_update(self, checksums: bool) -> None:
-        """End an update that its trainer never finished; with ``checksums``, take one of each tensor of the next."""
-        if self._weight_update_active:
-            self.finish_weight_update()
+        """End an update that was never finished; with ``checksums``, take one of each tensor of the next.
+
+        vLLM takes an update that failed to be over, but some of its layers still wait for the rest of their tensors.
+        """
+        self._weight_update_active = True
+        self.finish_weight_update()
         model = self.model_runner.get_model()
         self._checksums: dict[str, str] = {}
         vars(model).pop("load_weights", None)  # the last update's wrapper

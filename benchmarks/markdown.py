@@ -1,0 +1,17 @@
+"""What the tables of docs/performance.md have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+
+def table(header: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def measured_on(report: dict[str, Any]) -> str:
+    """Hardware, versions and load of ``machine.environment``."""
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return f"{report['hardware']}; {versions}; load average before: {report['load_average_before']:.1f}."

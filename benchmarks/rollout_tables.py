@@ -1,0 +1,57 @@
+"""The tables of the rollout side: weight sync, overhead, overlap."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+from benchmarks.markdown import measured_on, table
+
+Report = dict[str, Any]
+WAYS = {
+    "memcpy": "memcpy of the same tensors",
+    "vllm_reload": "vLLM's own `reload_weights` of them, in process",
+    "in_process": "**sync, vLLM in process**",
+    "http_shared_memory": "**sync, vLLM server: HTTP + shared memory**",
+}
+
+
+def weight_sync(report: Report) -> str:
+    """Ratios are the medians of the rounds' ratios."""
+    rounds = report["rounds"]
+
+    def ratio(way: str, base: str) -> str:
+        pairs = zip(rounds[way], rounds[base], strict=True)
+        return f"{median(a['seconds'] / b['seconds'] for a, b in pairs):.2f}x"
+
+    rows = [
+        [
+            label,
+            f"{median(record['seconds'] for record in rounds[way]):.2f}",
+            ratio(way, "memcpy"),
+            ratio(way, "vllm_reload"),
+        ]
+        for way, label in WAYS.items()
+    ]
+    size = f"{report['bytes'] / 1e6:,.0f} MB, {len(rounds['memcpy'])} rounds"
+    return f"{measured_on(report)} {size}.\n\n" + table(["", "seconds", "x memcpy", "x `reload_weights`"], rows)
+
+
+def overlap(report: Report) -> str:
+    """The overhead of rollouts in process, and a row a round of both ways to run."""
+    shares = [1 - record["inside_vllm"] / record["seconds"] for record in report["overhead"]]
+    said = f"In process, {median(shares):.1%} of a rollout is spent outside of vLLM's `generate`"
+    rows = []
+    for number, pair in enumerate(report["overlap"], start=1):
+        off, on = pair["False"], pair["True"]
+        trained = off["time/logprob"] + off["time/update"]
+        rows.append(
+            [
+                str(number),
+                *(f"{seconds:.2f}" for seconds in (off["time/rollout"], trained, off["time/step"], on["time/step"])),
+                f"{1 - on['time/step'] / off['time/step']:.0%}",
+            ]
+        )
+    names = ["round", "samples, s", "trains, s", "step without overlap, s", "step with overlap, s", "saved"]
+    span = f"{min(shares):.1%} to {max(shares):.1%} in {len(shares)} rounds"
+    return f"{measured_on(report)}\n\n{said} ({span}).\n\n" + table(names, rows)
