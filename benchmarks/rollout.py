@@ -54,7 +54,7 @@ def configuration(folder: Path, steps: int, **rollout: object) -> Path:
         "model": {"preset": "tiny", "shape": SHAPE},
         "data": {
             "train": str(data),
-            "prompts_per_step": 32,
+            "prompts_per_step": 16,
             "max_prompt_tokens": 32,
             "max_tokens_per_microbatch": 4096,
         },
@@ -133,7 +133,7 @@ def step_times(config: Path, folder: Path, overlap: bool) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Overhead of rollouts, and what overlap saves.")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--out", type=Path, default=RESULTS / "rollout_cpu.json")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import re
 import secrets
@@ -10,14 +11,13 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.machine import ROOT
-from megatron_dypo.rollout.server_guard import TOKEN
+from megatron_dypo.rollout.server_guard import VARIABLE
 
 SECONDS = 300.0  # to start, on a busy machine
 
@@ -65,7 +65,7 @@ def free_ports(count: int) -> int:
 @contextmanager
 def running(config: Path, first: int, count: int, *overrides: str) -> Iterator[Servers]:
     """``count`` servers of a configuration on ports ``first``, ...; their token is in this process's environment."""
-    os.environ.setdefault(TOKEN, secrets.token_hex(32))
+    os.environ.setdefault(VARIABLE, secrets.token_hex(32))
     environment = os.environ | {
         "SERVERS": str(count),
         "PORT": str(first),
@@ -93,10 +93,14 @@ def running(config: Path, first: int, count: int, *overrides: str) -> Iterator[S
 
 
 def _answers(url: str) -> bool:
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=5)
     try:
-        return urllib.request.urlopen(f"{url}/health", timeout=5).status == 200  # noqa: S310 (always http)
-    except OSError:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
         return False
+    finally:
+        connection.close()
 
 
 def _pgrep(*arguments: str) -> list[int]:

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from aiohttp import web
 
-from megatron_dypo.rollout.server_guard import TOKEN
+from megatron_dypo.rollout.server_guard import VARIABLE
 
 SECRET = "only for these tests"  # noqa: S105
 EOS = 1
@@ -110,4 +110,4 @@ class Imitation:
 
 
 def set_token(monkeypatch) -> None:
-    monkeypatch.setenv(TOKEN, SECRET)
+    monkeypatch.setenv(VARIABLE, SECRET)

@@ -21,7 +21,7 @@ import requests
 import yaml
 
 from benchmarks.servers import Servers, free_ports, running
-from megatron_dypo.rollout.server_guard import TOKEN
+from megatron_dypo.rollout.server_guard import VARIABLE
 from tests.agreement import agreement, build, check, compare, policy_at, sampling
 from tests.agreement import requests as requests_to_sample
 from tests.launch import copy_task, metrics
@@ -34,10 +34,10 @@ def servers(tmp_path_factory) -> Iterator[Servers]:
     folder, first = tmp_path_factory.mktemp("servers"), free_ports(2)
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(served_config([f"http://127.0.0.1:{first + i}" for i in range(2)], folder)))
-    os.environ[TOKEN] = SECRET  # for forked ranks, too
+    os.environ[VARIABLE] = SECRET  # for forked ranks, too
     with running(config, first, 2) as found:
         yield found
-    del os.environ[TOKEN]
+    del os.environ[VARIABLE]
 
 
 def served_config(urls: list[str], folder: Path) -> dict:
@@ -76,7 +76,7 @@ def test_servers_listen_on_loopback_and_answer_nothing_without_the_token(servers
         right = {"Authorization": f"Bearer {SECRET}"}
         assert requests.get(f"{url}/weight_info", headers=right, timeout=30).status_code == 200
     said = servers.log.read_text()
-    assert said.count("reached from this machine only") == 2 and f"needs the token in {TOKEN}" in said
+    assert said.count("reached from this machine only") == 2 and f"needs the token in {VARIABLE}" in said
     assert SECRET not in said
 
 

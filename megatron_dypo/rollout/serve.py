@@ -17,7 +17,7 @@ from megatron_dypo.errors import UserError
 from megatron_dypo.policy.shape import model_shape
 from megatron_dypo.rollout.engine import check_head_size
 from megatron_dypo.rollout.identity import identity
-from megatron_dypo.rollout.server_guard import TOKEN, server_token
+from megatron_dypo.rollout.server_guard import VARIABLE, server_token
 from megatron_dypo.rollout.vllm_arguments import CPU_ENVIRONMENT, ENVIRONMENT, as_flags, engine_arguments
 from megatron_dypo.runtime.addresses import is_loopback
 
@@ -56,7 +56,9 @@ def serve(config: Config, host: str, port: int, tensor: int) -> NoReturn:
         }
     )
     print(f"megatron_dypo: serving {name} at http://{host}:{port}, {_reach(host)}", flush=True)
-    print(f"megatron_dypo: every request, those that replace weights included, needs the token in {TOKEN}", flush=True)
+    print(
+        f"megatron_dypo: every request, those that replace weights included, needs the token in {VARIABLE}", flush=True
+    )
     os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags])
 
 

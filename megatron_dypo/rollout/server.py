@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_dypo.records import Response
 from megatron_dypo.rollout.engine import Request, Sampling
-from megatron_dypo.rollout.server_guard import TOKEN, server_token
+from megatron_dypo.rollout.server_guard import VARIABLE, server_token
 from megatron_dypo.rollout.vllm_arguments import sampling_arguments
 from megatron_dypo.runtime.addresses import is_loopback
 
@@ -66,7 +66,7 @@ class Server:
         except (aiohttp.ClientError, OSError) as error:
             raise ServerFault(f"{self.url}: /{path}: {error or type(error).__name__}") from None
         if answer.status == 401:
-            raise WrongServer(f"{self.url}: refuses the token in {TOKEN}")
+            raise WrongServer(f"{self.url}: refuses the token in {VARIABLE}")
         if answer.status != 200:
             raise BadAnswer(f"{self.url}: /{path}: HTTP {answer.status}: {_shown(content)}")
         try:

@@ -12,17 +12,17 @@ from collections.abc import Awaitable, Callable
 
 from megatron_dypo.errors import UserError
 
-TOKEN = "MEGATRON_DYPO_SERVER_TOKEN"  # noqa: S105 (a variable's name)
+VARIABLE = "MEGATRON_DYPO_SERVER_TOKEN"
 SHORTEST_TOKEN = 16  # characters
 
 
 def server_token() -> str:
     """The token that servers and trainer share. Raises UserError where the environment has none worth the name."""
-    token = os.environ.get(TOKEN, "")
+    token = os.environ.get(VARIABLE, "")
     if len(token) < SHORTEST_TOKEN:
         raise UserError(
-            f"{TOKEN}: rollout servers and trainer need the same secret token of at least {SHORTEST_TOKEN} characters "
-            "in the environment (openssl rand -hex 32)"
+            f"{VARIABLE}: rollout servers and trainer need the same secret token in the environment, "
+            f"of at least {SHORTEST_TOKEN} characters (openssl rand -hex 32)"
         )
     return token
 
@@ -43,7 +43,7 @@ class RequireToken:
         if scope["type"] == "websocket":
             return await send({"type": "websocket.close", "code": 1008})
         await send({"type": "http.response.start", "status": 401, "headers": [(b"content-type", b"text/plain")]})
-        await send({"type": "http.response.body", "body": f"the token of {TOKEN} is needed\n".encode()})
+        await send({"type": "http.response.body", "body": f"the token of {VARIABLE} is needed\n".encode()})
 
 
 def _digest(text: bytes) -> bytes:
