@@ -143,6 +143,8 @@ def test_without_any_server_a_run_ends_with_one_line_and_goes_on_from_its_checkp
         rollout__engine="server",
         rollout__servers=servers.urls,
         rollout__server_timeout=3.0,
+        rollout__overlap=True,  # the checkpoint holds a batch that the servers sampled
+        rollout__correction="truncate",
         trainer__steps=100_000,
         trainer__eval_every=0,
         trainer__save_every=2,
@@ -168,4 +170,7 @@ def test_without_any_server_a_run_ends_with_one_line_and_goes_on_from_its_checkp
     again = subprocess.run([*command, *overrides], env=environment, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr
     assert f"resumes after step {saved}" in again.stdout + again.stderr
-    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, saved + 3))
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, saved + 3))
+    stale = [line["rollout/staleness_max"] for line in lines if line.get("rollout/staleness_max") is not None]
+    assert set(stale) <= {0, 1}
