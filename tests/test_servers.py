@@ -34,7 +34,7 @@ def servers(tmp_path_factory) -> Iterator[Servers]:
     folder, first = tmp_path_factory.mktemp("servers"), free_ports(2)
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(served_config([f"http://127.0.0.1:{first + i}" for i in range(2)], folder)))
-    os.environ[VARIABLE] = SECRET  # for forked ranks, too
+    os.environ[VARIABLE] = SECRET
     with running(config, first, 2) as found:
         yield found
     del os.environ[VARIABLE]
@@ -50,9 +50,15 @@ def served_config(urls: list[str], folder: Path) -> dict:
     }
 
 
+def agreement_with_token(*arguments) -> list[dict]:
+    """On a forked rank, which has the environment of the server that it was forked from."""
+    os.environ[VARIABLE] = SECRET
+    return agreement(*arguments)
+
+
 def test_logprobs_agree_after_a_sync_of_different_weights_over_http_and_shared_memory(servers, tmp_path):
     rollout = {"servers": servers.urls, "verify_sync": True, "server_timeout": 10.0}
-    check(run_ranks(2, agreement, "server", "llama", str(tmp_path), rollout, seconds=200), 1e-5)
+    check(run_ranks(2, agreement_with_token, "server", "llama", str(tmp_path), rollout, seconds=200), 1e-5)
 
 
 def listeners(pids: list[int]) -> set[str]:
@@ -85,6 +91,7 @@ def sample_while_one_is_killed(folder: str, servers: Servers) -> dict:
     from megatron_dypo.sync import transfer
     from megatron_dypo.sync.sync import sync_weights
 
+    os.environ[VARIABLE] = SECRET
     transfer.BUCKET_BYTES = 1  # a bucket a layer: both are filled again and again
     said: list[str] = []
     log = logging.getLogger("megatron_dypo.rollout.dispatch")
