@@ -62,7 +62,10 @@ class Dispatch:
         self._label, self._limits = label, limits
 
     async def run(self, requests: list[Request], sampling: Sampling) -> list[Response]:
-        """Responses in the order of the requests. Raises TrainingError when no server is left, or serves one."""
+        """Responses in the order of the requests.
+
+        Raises TrainingError when no server is left, or when a request got nothing but bad answers.
+        """
         self._requests, self._sampling = requests, sampling
         self._waiting = deque(range(len(requests)))
         self._tried: dict[int, list[_Lane]] = defaultdict(list)  # who gave a bad answer to a request

@@ -10,7 +10,8 @@ import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Protocol
+from itertools import groupby
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from megatron_dypo.sync.weights import Meta
 
+_Item = TypeVar("_Item")
 BUCKET_BYTES = 256 * 2**20  # more only where one layer has more
 
 
@@ -59,9 +61,9 @@ class SharedMemory:
         self._client, self.source, self._is_sender = client, weights, is_sender
         self._buckets: list[_Memory] = []
         if is_sender:
-            layers = _layers(weights.metadata())
-            size = max(BUCKET_BYTES, *(sum(meta.nbytes for meta in layer) for layer in layers))
-            size = min(size, sum(meta.nbytes for meta in weights.metadata()))
+            layers = _by_layer((meta.name, meta.nbytes) for meta in weights.metadata())
+            sizes = [sum(nbytes for _, nbytes in layer) for layer in layers]
+            size = min(max(BUCKET_BYTES, *sizes), sum(sizes))
             self._buckets = [_Memory(size), _Memory(size)]
             client.init_weight_transfer_engine({})
 
@@ -125,23 +127,10 @@ def _after(before: Future | None, action: Callable, *arguments):
     return action(*arguments)
 
 
-def _by_layer(weights: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
+def _by_layer(named: Iterable[tuple[str, _Item]]) -> Iterator[list[tuple[str, _Item]]]:
     """The stream in whole layers: the engine holds on to a layer's tensors until it has them all."""
-    layer: list[tuple[str, Tensor]] = []
-    for name, tensor in weights:
-        if layer and _layer(name) != _layer(layer[-1][0]):
-            yield layer
-            layer = []
-        layer.append((name, tensor))
-    if layer:
-        yield layer
-
-
-def _layers(metadata: list[Meta]) -> list[list[Meta]]:
-    layers: dict[str, list[Meta]] = {}
-    for meta in metadata:
-        layers.setdefault(_layer(meta.name), []).append(meta)
-    return list(layers.values())
+    for _, layer in groupby(named, key=lambda pair: _layer(pair[0])):
+        yield list(layer)
 
 
 def _layer(name: str) -> str:
