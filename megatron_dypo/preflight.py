@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,8 +17,10 @@ from megatron_dypo.convert.hf_folder import check_folder
 from megatron_dypo.data import load_data
 from megatron_dypo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dypo.errors import TrainingError, UserError
+from megatron_dypo.evaluate.suites import check_suites, load_suite
 from megatron_dypo.policy.shape import ModelShape, hf_folder, model_shape
 from megatron_dypo.records import Group, Prompt
+from megatron_dypo.reward import build_reward
 from megatron_dypo.rollout import recorded
 from megatron_dypo.rollout.collect import encode_prompts
 from megatron_dypo.rollout.engine import check_head_size, engine_name
@@ -34,6 +37,7 @@ class Inputs:
     tokenizer: Tokenizer
     train: list[Prompt]
     held_out: list[Group]  # data.valid, encoded
+    suites: dict[str, list[Prompt]]  # evaluation.suites
     checkpoints: list[int]  # steps of the run folder's complete ones, oldest first
     lock: IO[str] | None  # held by rank 0 for the process's life
 
@@ -42,11 +46,10 @@ def prepare(config: Config, source: str) -> Inputs:
     """Read and check model shape, layout, weights, tokenizer, data and run folder. Raises UserError, one line."""
     shape = model_shape(config.model)
     check_layout(config.parallel, shape, distributed.world_size(), source)
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    if longest > shape.max_position:
+    if config.window > shape.max_position:
         raise UserError(
-            f"{source}: data.max_prompt_tokens + rollout.max_response_tokens = {longest} "
-            f"exceeds the model's limit of {shape.max_position}"
+            f"{source}: data.max_prompt_tokens + the longer of rollout.max_response_tokens and "
+            f"evaluation.max_response_tokens = {config.window} exceeds the model's limit of {shape.max_position}"
         )
     engine = engine_name(config)
     if engine in ("vllm", "server"):
@@ -58,15 +61,23 @@ def prepare(config: Config, source: str) -> Inputs:
     if config.model.hf:
         check_folder(hf_folder(config.model.hf), shape)
     train, valid = load_data(config.data)
+    with build_reward(config.reward) as reward:
+        reward.check(() if config.rollout.replay else [*train, *valid])
     tokenizer = load_tokenizer(config, shape)
     encode_prompts(train, tokenizer, config.data.max_prompt_tokens)
     held_out = encode_prompts(valid, tokenizer, config.data.max_prompt_tokens)
+    suites = {}
+    if config.trainer.eval_every:
+        check_suites(config.evaluation.suites, f"{source}: evaluation.suites")
+        suites = {name: load_suite(name, config.evaluation) for name in config.evaluation.suites}
+    for prompts in suites.values():
+        encode_prompts(prompts, tokenizer, config.data.max_prompt_tokens)
     lock = run_folder.claim(Path(config.trainer.run_dir)) if distributed.launch_rank() == 0 else None
     checkpoints = run_folder.checkpoints(config)
     if config.rollout.replay:
         first = max(checkpoints, default=0) + 1
         recorded.require_steps(config.rollout.replay, range(first, config.trainer.steps + 1))
-    return Inputs(shape, tokenizer, train, held_out, checkpoints, lock)
+    return Inputs(shape, tokenizer, train, held_out, suites, checkpoints, lock)
 
 
 def _check_attention(config: Config, source: str) -> None:
@@ -82,7 +93,8 @@ def _check_attention(config: Config, source: str) -> None:
 
 def check_agreement(config: Config, inputs: Inputs) -> None:
     """After the process group is built: all ranks must have read the same configuration, data and run folder."""
-    prompts = [repr(prompt) for prompt in [*inputs.train, *(group.prompt for group in inputs.held_out)]]
+    held_out = [group.prompt for group in inputs.held_out]
+    prompts = [repr(prompt) for prompt in itertools.chain(inputs.train, held_out, *inputs.suites.values())]
     seen = {
         "the configuration": stable_hash(dump(config)),
         "the prompts": stable_hash(*prompts),

@@ -32,7 +32,10 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row of the data set. ``messages`` is a chat (list of role/content); a plain string is kept as ``text``."""
+    """One row of the data set. ``messages`` is a chat (list of role/content); a plain string is kept as ``text``.
+
+    ``extra`` is the row's ``extra_info`` as JSON, for reward functions; empty where it has none.
+    """
 
     id: str
     ground_truth: str
@@ -40,6 +43,7 @@ class Prompt:
     source: str = ""
     messages: tuple[dict[str, str], ...] = ()
     text: str = ""
+    extra: str = ""
 
 
 @dataclass
@@ -47,7 +51,8 @@ class Response:
     """One sampled response: ``ids`` includes the end token when one was sampled (``finish_reason == "stop"``).
 
     ``logprobs[t]`` is the engine's log-prob of ``ids[t]`` under the distribution it sampled from (nats), and
-    ``weight_version`` the optimizer updates behind the weights it sampled from.
+    ``weight_version`` the optimizer updates behind the weights it sampled from. ``fault`` says why nobody could score
+    it (its reward is then 0); None where it was scored.
     """
 
     ids: np.ndarray
@@ -55,6 +60,7 @@ class Response:
     finish_reason: str
     reward: float = float("nan")
     weight_version: int = 0
+    fault: str | None = None
 
 
 @dataclass

@@ -21,13 +21,13 @@ from megatron_dypo.config.schema import Config
 from megatron_dypo.convert.hf_folder import folder_weights
 from megatron_dypo.convert.stream import random_weights
 from megatron_dypo.errors import TrainingError
-from megatron_dypo.evaluate.greedy import greedy_accuracy
+from megatron_dypo.evaluate.inside import evaluate_now
 from megatron_dypo.monitor.monitor import Monitor
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.policy.schedule import learning_rate
 from megatron_dypo.policy.shape import hf_folder
 from megatron_dypo.preflight import Inputs, check_agreement
-from megatron_dypo.reward import MathReward
+from megatron_dypo.reward import build_reward
 from megatron_dypo.rollout.engine import build_engine, engine_name
 from megatron_dypo.rollout.source import RolloutSource
 from megatron_dypo.rollout.staleness import check_staleness
@@ -35,6 +35,7 @@ from megatron_dypo.runtime import deterministic, distributed
 from megatron_dypo.runtime.addresses import all_here
 from megatron_dypo.runtime.distributed import Layout
 from megatron_dypo.runtime.failure import begin_step, phase
+from megatron_dypo.runtime.stop_request import StopRequest
 from megatron_dypo.runtime.stopwatch import Stopwatch
 from megatron_dypo.runtime.watchdog import Watchdog
 from megatron_dypo.sync.sync import sync_weights
@@ -44,20 +45,21 @@ from megatron_dypo.update.metrics import batch_metrics
 log = logging.getLogger(__name__)
 
 
-def train(config: Config, inputs: Inputs) -> None:
+def train(config: Config, inputs: Inputs) -> bool:
     """Run, or resume from the run folder's newest complete checkpoint, until ``trainer.steps``.
 
-    Raises TrainingError when more than ``trainer.max_skipped_steps`` steps in a row were skipped.
+    Returns False where a signal stopped it before (``runtime/stop_request.py``). Raises TrainingError when more than
+    ``trainer.max_skipped_steps`` steps in a row were skipped.
     """
     if config.trainer.deterministic:
         deterministic.enable()
     with phase("joining the job"):
         layout = distributed.init(config.parallel, reaches_out=not all_here(config.rollout.servers))
     with Watchdog(config.parallel) as watchdog:
-        _train(config, inputs, layout, watchdog)
+        return _train(config, inputs, layout, watchdog)
 
 
-def _train(config: Config, inputs: Inputs, layout: Layout, watchdog: Watchdog) -> None:
+def _train(config: Config, inputs: Inputs, layout: Layout, watchdog: Watchdog) -> bool:
     trainer, run_dir, tokenizer = config.trainer, Path(config.trainer.run_dir), inputs.tokenizer
     check_agreement(config, inputs)
     log.info("%s; %s parameters; starting %s", layout, f"{inputs.shape.parameters:,}", engine_name(config))
@@ -77,7 +79,7 @@ def _train(config: Config, inputs: Inputs, layout: Layout, watchdog: Watchdog) -
             counters = load_newest(run_dir, inputs.checkpoints, policy)
     saver = Saver(config, policy)
 
-    reward = MathReward()
+    reward = build_reward(config.reward)
     rollouts = RolloutSource(config, inputs.train, tokenizer, engine, reward, layout, inputs.shape)
     if counters.step:
         rollouts.resume(step_folder(run_dir, counters.step))
@@ -102,14 +104,15 @@ def _train(config: Config, inputs: Inputs, layout: Layout, watchdog: Watchdog) -
         if not engine or not due:
             return {}
         with engines_turn(keep_weights=True), phase("evaluation"):
-            return greedy_accuracy(inputs.held_out, engine, config, tokenizer, reward, layout)
+            return evaluate_now(inputs, engine, config, reward, layout)
 
-    with Monitor(config, layout, counters.step) as monitor, reward, watchdog.reporting():
+    with Monitor(config, layout, counters.step) as monitor, reward, StopRequest() as stop, watchdog.reporting():
         monitor.notice(warnings(config))
         sync()
         if counters.step == 0 and (before := evaluate(0)):
             monitor.write(0, before)
 
+        asked = None
         for step in range(counters.step + 1, trainer.steps + 1):
             begin_step(step)
             clock = Stopwatch()
@@ -139,9 +142,16 @@ def _train(config: Config, inputs: Inputs, layout: Layout, watchdog: Watchdog) -
             if counters.skipped_in_a_row > trainer.max_skipped_steps:
                 in_a_row = f"{counters.skipped_in_a_row} steps in a row were skipped"
                 raise TrainingError(f"{in_a_row}; the last: {outcome.skipped}")
+            asked = stop.agreed() if step < trainer.steps else None
             with phase("checkpoint save"):
                 in_flight = rollouts.in_flight.sampled if rollouts.in_flight else ()
-                saver.after_step(counters, evaluation.get("eval/valid/greedy_accuracy"), in_flight)
+                saver.after_step(counters, evaluation.get("eval/valid/greedy_accuracy"), in_flight, bool(asked))
+            if asked:
+                break
         with phase("checkpoint save"):
             saver.finish(counters)
+        if asked:
+            monitor.notice([f"stopped after step {counters.step} by {asked.name}; the same command goes on from there"])
+            return False
         monitor.finish(len(inputs.held_out))
+        return True

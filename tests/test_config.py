@@ -41,9 +41,10 @@ BUDGET = {"data.max_tokens_per_microbatch", "model.recompute", "model.attention_
 OPERATION = {
     *("parallel.timeout", "parallel.heartbeat_timeout", "rollout.sync_timeout", "trainer.max_skipped_steps"),
     *("trainer.eval_every", "trainer.save_every", "trainer.keep_checkpoints", "trainer.spike_factor"),
-    *("trainer.deterministic", "trainer.offload"),
+    *("trainer.deterministic", "trainer.offload", "reward.cpu_seconds", "reward.workers"),
 }
-MAY_CHANGE = LAYOUT | LOGGING | PATHS | STEPS | ENGINE | BUDGET | OPERATION
+EVALUATION = {name for name in KEYS if name.startswith("evaluation.")}
+MAY_CHANGE = EVALUATION | LAYOUT | LOGGING | PATHS | STEPS | ENGINE | BUDGET | OPERATION
 
 
 @pytest.fixture
@@ -252,7 +253,7 @@ RULES = [  # of checks.py: (overrides that break it, what the line starts with)
     (["optimizer.min_lr=1"], "optimizer.min_lr: "),
     (["optimizer.betas=[0.9, 1.0]"], "optimizer.betas: "),
     (["optimizer.betas=[-0.1, 0.9]"], "optimizer.betas: "),
-    (["trainer.eval_every=1"], "data.valid: "),
+    (["trainer.eval_every=1"], "trainer.eval_every: needs data.valid or evaluation.suites"),
     (["parallel.sequence_parallel=true"], "parallel.sequence_parallel: "),
 ]
 

@@ -14,8 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from megatron_dypo.config.schema import Model, Shape
 from megatron_dypo.convert.families import FAMILIES
-from megatron_dypo.policy.shape import RopeScaling
+from megatron_dypo.policy.shape import RopeScaling, model_shape
 from tests.full_disk import small_disk
 from tests.launch import copy_task, train_here
 from tests.ranks import run_ranks
@@ -33,6 +34,7 @@ SHAPES = {
     for family in FAMILIES
     for tied in (False, True)
 }
+EXTENDED = {"max_position": 1024, "rope_base": 2000.0}  # a run may give its model more positions
 TP2 = ["parallel.tensor=2", "parallel.sequence_parallel=true"]
 VPP = ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]
 LAYOUTS = {  # (ranks that convert, layout that verifies) by shape
@@ -157,16 +159,14 @@ def trained(folder: str, hf: str, parallel: dict) -> dict:
     from megatron_dypo.checkpoint.counters import Counters
     from megatron_dypo.checkpoint.saver import Saver
     from megatron_dypo.config.load import dump
-    from megatron_dypo.config.schema import Model
     from megatron_dypo.convert.hf_folder import folder_weights
     from megatron_dypo.policy.policy import Policy
-    from megatron_dypo.policy.shape import model_shape
     from megatron_dypo.runtime import distributed
     from megatron_dypo.update import logprob_passes, make_work, run_updates
     from tests.batches import make_config, make_groups, trace_ids
 
     config = make_config(parallel=parallel, optimizer={"distributed": True})
-    config.model = Model(hf=hf)
+    config.model = Model(hf=hf, shape=Shape(**EXTENDED))
     config.trainer.run_dir, config.trainer.save_every = folder, 1
     layout, shape = distributed.init(config.parallel), model_shape(config.model)
     policy = Policy(config, shape, layout, folder_weights(hf))
@@ -187,6 +187,9 @@ def test_a_trained_checkpoint_of_any_layout_is_exported_as_it_was_trained(folder
     layout = {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}
     weights = run_ranks(4, trained, str(run_dir), str(folders["qwen3"]), layout)[0]
     done(1, "export", "--checkpoint", run_dir, "--out", tmp_path / "out")
+    written, origin = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "out", folders["qwen3"]))
+    assert written["max_position_embeddings"] == EXTENDED["max_position"] != origin["max_position_embeddings"]
+    assert model_shape(Model(hf=str(tmp_path / "out"))).rope_base == EXTENDED["rope_base"] != SHAPE.rope_base
     found, before = tensors(tmp_path / "out"), tensors(folders["qwen3"])
     assert found.keys() == weights.keys() == before.keys()
     for name, tensor in found.items():

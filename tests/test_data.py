@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dypo.config.schema import Data
+from megatron_dypo.config.schema import Data, Reward
 from megatron_dypo.data import load_data, load_prompts, rows
 from megatron_dypo.data.order import batch_indices
 from megatron_dypo.data.reasoning_gym_task import generate
 from megatron_dypo.data.tokenizer import Tokenizer, arithmetic_backend
 from megatron_dypo.errors import UserError
 from megatron_dypo.records import Prompt, Teacher
-from megatron_dypo.reward import MathReward
+from megatron_dypo.reward import build_reward
 from megatron_dypo.rollout.collect import encode_prompts
 
 GSM8K = Path(__file__).resolve().parents[2] / "shared/data/gsm8k"
@@ -297,12 +297,9 @@ def test_real_problems_load_from_both_forms_with_their_answers(tmp_path):
     loaded = [load_prompts(on_disk(tmp_path, form, *records), False) for form in ("jsonl", "parquet")]
     assert loaded[0] == loaded[1]
     assert [prompt.messages[0]["content"] for prompt in loaded[0]] == [item["question"] for item in real]
-    with MathReward() as reward:
-        traces, truths = (
-            [prompt.teachers[0].trace for prompt in loaded[0]],
-            [prompt.ground_truth for prompt in loaded[0]],
-        )
-        assert reward(traces, truths, [prompt.id for prompt in loaded[0]]) == [1.0] * len(real)
+    with build_reward(Reward()) as reward:
+        traces = [prompt.teachers[0].trace for prompt in loaded[0]]
+        assert [score.value for score in reward(loaded[0], traces)] == [1.0] * len(real)
 
 
 # --- generated tasks
@@ -343,13 +340,10 @@ def test_teachers_end_in_the_right_answer_by_different_ways(tokenizer, options):
     prompts = generate(SUMS.replace("min_terms=2", "min_terms=3").format(100, 1) + options)
     assert options == "" or any("+ -" in prompt.text or "- -" in prompt.text for prompt in prompts)
     traces = [[teacher.trace for teacher in prompt.teachers] for prompt in prompts]
-    with MathReward() as reward:
+    with build_reward(Reward()) as reward:
         for teacher in range(2):
             texts = [pair[teacher] for pair in traces]
-            assert (
-                reward(texts, [prompt.ground_truth for prompt in prompts], [prompt.id for prompt in prompts])
-                == [1.0] * 100
-            )
+            assert [score.value for score in reward(prompts, texts)] == [1.0] * 100
     for prompt, pair in zip(prompts, traces, strict=True):
         assert pair[0] != pair[1]
         assert all(trace.endswith(f" \\boxed{{{prompt.ground_truth}}}") for trace in pair)

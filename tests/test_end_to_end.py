@@ -23,7 +23,15 @@ STEPS = 24
 def straight(tmp_path_factory):
     """An uninterrupted run with recorded rollouts: (folder, torchrun's result)."""
     folder = tmp_path_factory.mktemp("straight")
-    config = copy_task(folder, rollout__record=str(folder / "rollouts"), logging__wandb="offline")
+    suite = [{"question": f"{word}{digit}=", "answer": f"#### {digit}"} for word in ("a", "b") for digit in range(10)]
+    (folder / "gsm8k.jsonl").write_text("\n".join(map(json.dumps, suite)))
+    evaluation = {"suites": ["gsm8k"], "data": str(folder), "instruction": None, "temperature": 0.0}
+    config = copy_task(
+        folder,
+        rollout__record=str(folder / "rollouts"),
+        logging__wandb="offline",
+        **{f"evaluation__{key}": value for key, value in evaluation.items()},
+    )
     result = torchrun(2, "train", str(config), WANDB_SILENT="true")
     assert result.returncode == 0, result.stderr
     return folder, result
@@ -50,6 +58,25 @@ def test_run_folder_holds_what_the_contract_names(straight):
     assert "Traceback" not in result.stderr
     resolved = yaml.safe_load((folder / "run" / "config.yaml").read_text())
     assert resolved["objective"]["beta_gal"] == 1.0, "defaults are written out"
+
+
+def test_evaluate_finds_on_the_checkpoint_what_training_found(straight):
+    """Greedily, by the same engine with the same weights: the same share and length; a second call asks nothing."""
+    folder, _ = straight
+    config, last = str(folder / "config.yaml"), metrics(folder / "run")[-1]
+    assert last["eval/gsm8k/pass@1"] > 0.25, "else nothing was learnt that could be measured"
+    result = torchrun(2, "evaluate", config, "--suite", "gsm8k", "evaluation.limit=20")
+    assert result.returncode == 0, result.stderr
+    out = folder / "run" / "evaluation" / f"step_{STEPS}"
+    found = json.loads((out / "results.json").read_text())["gsm8k"]
+    assert found["figures"]["pass@1"]["value"] == last["eval/gsm8k/pass@1"]
+    assert found["response_tokens"] == last["eval/gsm8k/response_tokens"]
+    assert f"{found['figures']['pass@1']['value']:.1%} [" in result.stdout and "gsm8k: 20/20 responses" in result.stdout
+    answers = (out / "gsm8k.jsonl").read_text()
+    assert len(answers.splitlines()) == 21
+    again = torchrun(1, "evaluate", config)
+    assert again.returncode == 0 and "gsm8k: 0/20" not in again.stdout
+    assert (out / "gsm8k.jsonl").read_text() == answers
 
 
 def test_a_resume_with_turns_on_the_device_is_bit_equal(straight, tmp_path):

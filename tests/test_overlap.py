@@ -230,9 +230,9 @@ def from_seeds(requests, sampling):
     ]
 
 
-def easy_below(digit: int, texts, truths, ids) -> list[float]:
+def easy_below(digit: int, prompts, texts) -> list[tuple[float, None]]:
     """Prompts of the digits below ``digit`` are solved by all four samples, the others by half of them."""
-    return [float(int(truth) < digit or index % 2) for index, truth in enumerate(truths)]
+    return [(float(int(prompt.ground_truth) < digit or index % 2), None) for index, prompt in enumerate(prompts)]
 
 
 def batches(config: str, overrides: list[str], easy: int) -> list[tuple[str, str]]:
@@ -295,7 +295,7 @@ def failures_beside(config: str) -> list[tuple[str, str, str]]:
     def refuse(requests, sampling):
         raise UserError("no such address")
 
-    def divide(texts, truths, ids):
+    def divide(prompts, texts):
         return [1 / 0]
 
     found = []

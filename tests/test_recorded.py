@@ -20,15 +20,17 @@ PROMPTS = {"p-1": PROMPT, "é\u2028": Prompt("é\u2028", "6", (), text="3+3=")}
 
 log_prob = st.floats(-1e4, 0, width=32)
 response = st.builds(
-    lambda tokens, reward, reason: Response(
+    lambda tokens, reward, reason, fault: Response(
         np.array([token for token, _ in tokens], np.int32),
         np.array([logp for _, logp in tokens], np.float32),
         reason,
         reward,
+        fault=fault,
     ),
     st.lists(st.tuples(st.integers(0, 2**31 - 1), log_prob), min_size=1, max_size=8),
     st.floats(-1, 1),
     st.sampled_from(["stop", "length"]),
+    st.none() | st.text(),
 )
 group = st.builds(
     lambda prompt, ids, responses, version, draw: Group(

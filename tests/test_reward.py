@@ -17,13 +17,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.reward import hangs, simple
+from megatron_dypo.config.schema import Reward
 from megatron_dypo.errors import TrainingError
-from megatron_dypo.reward import MathReward, last_boxed
+from megatron_dypo.records import Prompt
+from megatron_dypo.reward import RewardFunction, Score, build_reward, last_boxed
 from megatron_dypo.reward.math import MAX_CHARACTERS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 HANGS_IN_C = "9^{9^{9^{9}}}"  # one integer power that holds the interpreter lock
 HANGS_IN_PYTHON = "(" * 3_000  # the LaTeX parser backtracks
+
+
+def hard(number: int, wrong: int = 0) -> tuple[str, str]:
+    """(ground truth, answer) that only math-verify can judge; the answer is off by ``wrong``."""
+    return f"\\sqrt{{{2 * number**2}}}", f"{number + wrong}\\sqrt{{2}}"
+
 
 balanced = st.recursive(
     st.text(st.characters(exclude_characters="\\{}"), max_size=8) | st.sampled_from([r"\{", r"\}", r"\\", r"\frac"]),
@@ -32,17 +41,27 @@ balanced = st.recursive(
 )
 
 
+def math_reward(workers: int = 1, cpu_seconds: float = 5.0) -> RewardFunction:
+    return build_reward(Reward(workers=workers, cpu_seconds=cpu_seconds))
+
+
 @pytest.fixture(scope="module")
-def reward() -> Iterator[MathReward]:
-    with MathReward(workers=1, cpu_seconds=5.0) as function:
+def reward() -> Iterator[RewardFunction]:
+    with math_reward() as function:
         yield function
-        assert function.timeouts == 0
 
 
-def score(reward: MathReward, *cases: tuple[str, str]) -> list[float]:
-    """Rewards of (ground truth, boxed answer) cases."""
-    truths, answers = [truth for truth, _ in cases], [f"So \\boxed{{{answer}}}." for _, answer in cases]
-    return reward(answers, truths, [f"prompt-{index}" for index in range(len(cases))])
+def scores_of(reward: RewardFunction, *cases: tuple[str, str]) -> list[Score]:
+    """Scores of (ground truth, boxed answer) cases."""
+    prompts = [Prompt(f"prompt-{index}", truth, ()) for index, (truth, _) in enumerate(cases)]
+    return reward(prompts, [f"So \\boxed{{{answer}}}." for _, answer in cases])
+
+
+def score(reward: RewardFunction, *cases: tuple[str, str]) -> list[float]:
+    """Their values, where none has a fault."""
+    scores = scores_of(reward, *cases)
+    assert [score.fault for score in scores] == [None] * len(cases)
+    return [score.value for score in scores]
 
 
 @pytest.fixture
@@ -52,7 +71,7 @@ def new_children() -> Callable[[], list[int]]:
     return lambda: [child.pid for child in psutil.Process().children() if child not in before]
 
 
-def workers_of(function: MathReward) -> list[int]:
+def workers_of(function: RewardFunction) -> list[int]:
     """Process ids of one function's workers."""
     return [worker.process.pid for worker in function._pool._workers]
 
@@ -143,7 +162,7 @@ def test_time_to_find_the_box_is_linear(text: str) -> None:
 def test_text_that_agrees_earns_the_reward_without_any_process(
     truth: str, answer: str, new_children: Callable[[], list[int]]
 ) -> None:
-    with MathReward() as function:
+    with math_reward() as function:
         assert score(function, (truth, answer)) == [1.0]
         assert not new_children()
 
@@ -163,17 +182,17 @@ def test_text_that_agrees_earns_the_reward_without_any_process(
 def test_text_that_cannot_agree_earns_nothing_without_any_process(
     truth: str, answer: str, new_children: Callable[[], list[int]]
 ) -> None:
-    with MathReward() as function:
+    with math_reward() as function:
         assert score(function, (truth, answer)) == [0.0]
         assert not new_children()
 
 
 def test_a_response_without_a_box_earns_nothing() -> None:
-    with MathReward() as function:
-        assert function(["The answer is 5", r"\boxed{5", ""], ["5"] * 3, ["a", "b", "c"]) == [0.0] * 3
+    with math_reward() as function:
+        assert function([Prompt("a", "5", ())] * 3, ["The answer is 5", r"\boxed{5", ""]) == [Score(0.0)] * 3
 
 
-def test_equivalent_answers_earn_the_reward(reward: MathReward) -> None:
+def test_equivalent_answers_earn_the_reward(reward: RewardFunction) -> None:
     cases = [
         (r"\frac{1}{2}", "0.5"),
         (r"\frac{1}{2}", "1/2"),
@@ -190,7 +209,7 @@ def test_equivalent_answers_earn_the_reward(reward: MathReward) -> None:
     assert score(reward, *cases) == [1.0] * len(cases)
 
 
-def test_wrong_answers_earn_nothing(reward: MathReward) -> None:
+def test_wrong_answers_earn_nothing(reward: RewardFunction) -> None:
     cases = [
         (r"\frac{1}{2}", "0.51"),
         ("42", "42.5"),
@@ -205,25 +224,25 @@ def test_wrong_answers_earn_nothing(reward: MathReward) -> None:
     assert score(reward, *cases) == [0.0] * len(cases)
 
 
-def test_order_is_kept_when_answers_of_every_kind_are_mixed(reward: MathReward) -> None:
-    cases = [("5", "5"), ("5", "5.0"), ("5", "6"), ("5", "5.5"), ("a", ""), ("5", "5.0"), ("1/2", "0.5")]
+def test_order_is_kept_when_answers_of_every_kind_are_mixed(reward: RewardFunction) -> None:
+    cases = [("5", "5"), hard(5), ("5", "6"), hard(5, wrong=1), ("a", ""), hard(5), ("1/2", "0.5")]
     assert score(reward, *cases) == [1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0]
 
 
-def test_lists_of_unequal_length_are_refused(reward: MathReward) -> None:
+def test_lists_of_unequal_length_are_refused(reward: RewardFunction) -> None:
     with pytest.raises(ValueError, match="zip"):
-        reward([r"\boxed{5}"], ["5", "6"], ["a"])
+        reward([Prompt("a", "5", ())] * 2, [r"\boxed{5}"])
 
 
-def test_grading_works_from_another_thread_and_outlives_it(reward: MathReward) -> None:
+def test_grading_works_from_another_thread_and_outlives_it(reward: RewardFunction) -> None:
     rewards: list[float] = []
-    with MathReward() as function:
-        thread = threading.Thread(target=lambda: rewards.extend(score(function, ("5", "5.0"), ("5", "5.1"))))
+    with math_reward() as function:
+        thread = threading.Thread(target=lambda: rewards.extend(score(function, hard(5), hard(5, wrong=1))))
         thread.start()
         thread.join()
         assert rewards == [1.0, 0.0]
         [worker] = workers_of(function)
-        assert score(function, ("1/2", "0.5")) == [1.0]
+        assert score(function, hard(7)) == [1.0]
         assert workers_of(function) == [worker]
 
 
@@ -233,53 +252,81 @@ def test_grading_works_from_another_thread_and_outlives_it(reward: MathReward) -
 def test_a_hanging_answer_costs_its_deadline_only_and_is_counted(
     caplog: pytest.LogCaptureFixture, new_children: Callable[[], list[int]]
 ) -> None:
-    cases = [("5", "5.0"), ("5", HANGS_IN_C), ("1/2", "0.5"), ("5", HANGS_IN_PYTHON), ("5", HANGS_IN_C), ("4", "4.0")]
-    with MathReward(workers=2, cpu_seconds=0.5) as function, caplog.at_level(logging.WARNING, "megatron_dypo.reward"):
+    cases = [hard(5), ("5", HANGS_IN_C), hard(2), ("5", HANGS_IN_PYTHON), ("5", HANGS_IN_C), hard(4)]
+    with math_reward(workers=2, cpu_seconds=0.5) as function, caplog.at_level(logging.WARNING, "megatron_dypo.reward"):
         start = time.monotonic()
-        assert score(function, *cases) == [1.0, 0.0, 1.0, 0.0, 0.0, 1.0]
+        scores = scores_of(function, *cases)
         assert time.monotonic() - start < 20.0  # two starts of a few seconds each
-        assert function.timeouts == 2  # the same answer to the same truth is graded once
-        assert len(new_children()) >= 1
+        fault = "over 0.5 s of CPU time"
+        assert scores == [Score(1), Score(0, fault), Score(1), Score(0, fault), Score(0, fault), Score(1)]
+        pids = workers_of(function)
+        assert set(pids) == set(new_children())
+        assert scores_of(function, ("5", HANGS_IN_C), hard(8)) == [Score(0, fault), Score(1)]
+        assert workers_of(function) == pids  # what was killed are their children
     assert not new_children()
-    [in_c] = [record.getMessage() for record in caplog.records if HANGS_IN_C in record.getMessage()]
-    assert "prompt-1, prompt-4" in in_c
-    assert "0.5 s of CPU time" in in_c
+    first, _ = [record.getMessage() for record in caplog.records]
+    assert first.startswith(f"3 responses score 0: {fault}; prompts prompt-1, prompt-3, prompt-4; ")
+    assert HANGS_IN_C in first
     assert {record.name for record in caplog.records} == {"megatron_dypo.reward"}
 
 
 def test_a_worker_that_dies_or_sleeps_is_replaced(new_children: Callable[[], list[int]]) -> None:
-    with MathReward(workers=1, cpu_seconds=0.2) as function:
-        assert score(function, ("5", "5.0")) == [1.0]
-        os.kill(*workers_of(function), signal.SIGKILL)
-        time.sleep(0.2)
-        assert score(function, ("6", "6.0")) == [1.0]
-        assert function.timeouts == 0  # it died between two answers
+    with math_reward(cpu_seconds=0.2) as function:
+        assert score(function, hard(5)) == [1.0]
+        [worker] = workers_of(function)
+        children = psutil.Process(worker).children()
+        os.kill(worker, signal.SIGKILL)
+        assert len(children) == 1
+        assert psutil.wait_procs(children, timeout=5)[1] == []
+        assert score(function, hard(6)) == [1.0]  # it died between two answers
         [asleep] = workers_of(function)
         os.kill(asleep, signal.SIGSTOP)
-        assert score(function, ("7", "7.0"), ("8", "8.0")) == [0.0, 1.0]
-        assert function.timeouts == 1
+        late, good = scores_of(function, hard(7), hard(8))
+        assert (late, good) == (Score(0, "worker over its wall-clock ceiling"), Score(1))
         [at_work] = workers_of(function)
         os.kill(at_work, signal.SIGSTOP)
         threading.Timer(0.3, os.kill, (at_work, signal.SIGKILL)).start()
-        assert score(function, ("9", "9.0"), ("5", "5")) == [0.0, 1.0]
-        assert function.timeouts == 2
+        assert scores_of(function, hard(9), ("5", "5")) == [Score(0, "worker ended, -9"), Score(1)]
         assert {asleep, at_work}.isdisjoint(new_children())
     assert not new_children()
 
 
-def test_an_interrupted_call_leaves_no_reply_for_the_next(reward: MathReward) -> None:
-    assert score(reward, ("5", "5.0")) == [1.0]
+def test_a_grading_process_that_dies_or_sleeps_is_replaced(new_children: Callable[[], list[int]]) -> None:
+    with math_reward(cpu_seconds=0.2) as function:
+        assert score(function, hard(5)) == [1.0]
+        [worker] = workers_of(function)
+        [child] = psutil.Process(worker).children()
+        child.suspend()
+        late, good = scores_of(function, hard(6), hard(7))
+        assert (late, good) == (Score(0, "over the wall-clock ceiling of 2 s"), Score(1))
+        assert not child.is_running()
+        [child] = psutil.Process(worker).children()
+        child.kill()
+        psutil.wait_procs([child], 5)
+        dead, good = scores_of(function, hard(8), hard(9))
+        assert (dead, good) == (Score(0, "the grading process was ended by SIGKILL"), Score(1))
+        assert workers_of(function) == [worker]
+        family = psutil.Process(worker).children()
+        assert len(family) == 1
+    assert not new_children()
+    assert not family[0].is_running()
+
+
+def test_an_interrupted_call_leaves_no_reply_for_the_next(reward: RewardFunction) -> None:
+    assert score(reward, hard(5)) == [1.0]
     [worker] = workers_of(reward)
-    os.kill(worker, signal.SIGSTOP)
+    [child] = psutil.Process(worker).children()
+    child.suspend()
     threading.Timer(0.3, signal.pthread_kill, (threading.get_ident(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
-        score(reward, ("5", "5.5"))
+        score(reward, hard(5, wrong=1))
     assert not psutil.pid_exists(worker)
-    assert score(reward, ("6", "6.0"), ("6", "6.5")) == [1.0, 0.0]
+    assert not child.is_running()
+    assert score(reward, hard(6), hard(6, wrong=1)) == [1.0, 0.0]
 
 
 def test_close_leaves_no_process_even_in_the_middle_of_a_start(new_children: Callable[[], list[int]]) -> None:
-    function = MathReward(workers=2)
+    function = math_reward(workers=2)
     function._pool._staff(2)
     assert len(new_children()) == 2
     function.close()
@@ -287,12 +334,12 @@ def test_close_leaves_no_process_even_in_the_middle_of_a_start(new_children: Cal
     assert not new_children()
 
 
-def test_close_leaves_the_call_of_another_thread_to_itself(reward: MathReward) -> None:
-    assert score(reward, ("5", "5.0")) == [1.0]
+def test_close_leaves_the_call_of_another_thread_to_itself(reward: RewardFunction) -> None:
+    assert score(reward, hard(5)) == [1.0]
     [worker] = workers_of(reward)
     os.kill(worker, signal.SIGSTOP)
     scores: list[float] = []
-    caller = threading.Thread(target=lambda: scores.extend(score(reward, ("6", "6.0"))))
+    caller = threading.Thread(target=lambda: scores.extend(score(reward, hard(6))))
     caller.start()
     while not reward._turn.locked():
         time.sleep(0.01)
@@ -303,12 +350,24 @@ def test_close_leaves_the_call_of_another_thread_to_itself(reward: MathReward) -
     assert scores == [1.0]
 
 
+def test_many_hangs_cost_their_deadlines_and_leave_no_process(new_children: Callable[[], list[int]]) -> None:
+    cases = [("5", f"{HANGS_IN_C}+{number}") if number % 100 == 50 else hard(number + 1) for number in range(500)]
+    with math_reward(workers=2, cpu_seconds=0.5) as function:
+        scores = scores_of(function, *cases)
+        assert [case for case, score in zip(cases, scores, strict=True) if score.fault] == cases[50::100]
+        assert sum(score.value for score in scores) == 495
+        assert len(new_children()) == 2
+        for worker in new_children():
+            assert all(child.status() != psutil.STATUS_ZOMBIE for child in psutil.Process(worker).children(True))
+    assert not new_children()
+
+
 def test_workers_that_cannot_start_stop_the_run(
     monkeypatch: pytest.MonkeyPatch, new_children: Callable[[], list[int]]
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with MathReward() as function, pytest.raises(TrainingError, match="did not start"):
-        score(function, ("5", "5.0"))
+    with math_reward() as function, pytest.raises(TrainingError, match="did not start"):
+        score(function, hard(5))
     assert not new_children()
 
 
@@ -316,22 +375,25 @@ def test_workers_end_with_a_killed_trainer() -> None:
     trainer = subprocess.Popen(
         [sys.executable, "-c", _TRAINER, HANGS_IN_PYTHON], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
     )
-    assert trainer.stdout.readline() == "[1.0]\n"
-    [worker] = psutil.Process(trainer.pid).children()
-    spent = sum(worker.cpu_times()[:2])
-    while sum(worker.cpu_times()[:2]) < spent + 0.2:  # until it is at work on the answer that hangs
+    assert trainer.stdout.readline() == "Score(value=1.0, fault=None)\n"
+    _, child = family = psutil.Process(trainer.pid).children(recursive=True)
+    spent = sum(child.cpu_times()[:2])
+    while sum(child.cpu_times()[:2]) < spent + 0.2:  # until it is at work on the answer that hangs
         time.sleep(0.02)
     trainer.kill()
     trainer.communicate()
-    assert psutil.wait_procs([worker], timeout=5)[1] == []
+    assert psutil.wait_procs(family, timeout=5)[1] == []
 
 
 _TRAINER = r"""
 import sys
-from megatron_dypo.reward import MathReward
-reward = MathReward(cpu_seconds=60)
-print(reward([r"\boxed{5.0}"], ["5"], ["a"]), flush=True)
-reward([r"\boxed{%s}" % sys.argv[1]], ["5"], ["b"])
+from benchmarks.reward import hangs, simple
+from megatron_dypo.config.schema import Reward
+from megatron_dypo.records import Prompt
+from megatron_dypo.reward import build_reward
+reward = build_reward(Reward(cpu_seconds=60))
+print(*reward([Prompt("a", r"\sqrt{8}", ())], [r"\boxed{2\sqrt{2}}"]), sep="", flush=True)
+reward([Prompt("b", "5", ())], [r"\boxed{%s}" % sys.argv[1]])
 """
 
 
@@ -339,10 +401,20 @@ def test_neither_trainer_nor_worker_imports_what_it_must_not() -> None:
     listing = "import sys, megatron_dypo.reward{}; print(*sorted(sys.modules))"
     trainer, worker = (
         subprocess.check_output([sys.executable, "-c", listing.format(part)], cwd=REPOSITORY, text=True).split()
-        for part in ("", ".worker")
+        for part in ("", ".worker, megatron_dypo.reward.equivalence")
     )
     heavy = {"torch", "megatron", "vllm", "numpy"}
     assert "megatron_dypo.reward.function" in trainer
     assert "math_verify" in worker
     assert not (heavy | {"math_verify", "sympy"}) & set(trainer)
     assert not heavy & set(worker)
+
+
+def test_the_benchmark_counts_what_it_measures() -> None:
+    mix, slow = simple(300), hangs(100, 0.5)
+    assert (mix["responses"], mix["faults"]) == (300, 0)
+    assert 0.3 < mix["right"] < 0.7
+    assert 0 < mix["to_math_verify"] < 0.1
+    assert mix["per_second_text_rules"] > mix["per_second_math_verify"] > 0
+    assert (slow["hangs"], slow["faults"], slow["right"]) == (1, 1, 99)
+    assert (slow["zombies"], slow["processes_after_close"]) == (0, 0)

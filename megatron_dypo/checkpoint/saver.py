@@ -59,8 +59,10 @@ class Saver:
                 shutil.rmtree(left_over, ignore_errors=True)
         dist.barrier()
 
-    def after_step(self, counters: Counters, score: float | None, in_flight: Sequence[Group] = ()) -> None:
-        """Complete what has been written, and save where ``trainer.save_every`` says so.
+    def after_step(
+        self, counters: Counters, score: float | None, in_flight: Sequence[Group] = (), last: bool = False
+    ) -> None:
+        """Complete what has been written, and save where ``trainer.save_every`` says so, or this step is the ``last``.
 
         ``score`` is this step's held-out accuracy, if it was evaluated: the best checkpoint is kept. ``in_flight`` is
         what has been sampled for the next step already.
@@ -68,7 +70,7 @@ class Saver:
         began = time.perf_counter()
         self._complete(wait=False)
         every, step = self._trainer.save_every, counters.step
-        if every and (step % every == 0 or step == self._trainer.steps or self._retry):
+        if every and (step % every == 0 or step == self._trainer.steps or last or self._retry):
             self._complete(wait=True)
             self._score = score
             self._save(counters, score, in_flight)

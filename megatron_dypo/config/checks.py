@@ -6,8 +6,9 @@ import math
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from megatron_dypo.config.schema import Config, Parallel
+from megatron_dypo.config.schema import Config, Parallel, Reward
 from megatron_dypo.errors import UserError
+from megatron_dypo.reward.judges import JUDGES, is_own
 
 if TYPE_CHECKING:
     from megatron_dypo.policy.shape import ModelShape
@@ -107,15 +108,44 @@ def _rules(config: Config):
         "rollout.overlap, trainer.deterministic: an engine in this process switches the mode off while it samples, "
         "for training beside it, too; use rollout.engine: server",
     )
-    yield config.trainer.eval_every > 0 and config.data.valid is None, "data.valid: needed by trainer.eval_every"
+    yield (
+        config.trainer.eval_every > 0 and config.data.valid is None and not config.evaluation.suites,
+        "trainer.eval_every: needs data.valid or evaluation.suites",
+    )
     yield (
         config.parallel.sequence_parallel and config.parallel.tensor == 1,
         "parallel.sequence_parallel: needs parallel.tensor > 1",
     )
+    yield from _reward_rules(config.reward, rollout.max_response_tokens)
     local = {"sdpa", "flash"}
     yield (
         (model.layer_spec, model.attention_backend) in {("local", "te"), *(("te", backend) for backend in local)},
         f"model.attention_backend: {model.attention_backend} does not go with model.layer_spec: {model.layer_spec}",
+    )
+
+
+def _reward_rules(reward: Reward, longest: int):
+    yield (
+        reward.function not in JUDGES and not is_own(reward.function),
+        f"reward.function: {reward.function!r} is none of {', '.join(JUDGES)}, package.module:function and "
+        "path/file.py:function",
+    )
+    yield (
+        (reward.format == "none") != (reward.format_penalty == 0),
+        "reward.format, reward.format_penalty: of no effect without each other",
+    )
+    default = Reward.model_fields["overlong_penalty"].default
+    yield (
+        not reward.overlong_tokens and reward.overlong_penalty != default,
+        "reward.overlong_penalty: of no effect without reward.overlong_tokens",
+    )
+    yield (
+        reward.overlong_tokens > 0 and reward.overlong_penalty == 0,
+        "reward.overlong_tokens: of no effect with reward.overlong_penalty: 0",
+    )
+    yield (
+        reward.overlong_tokens > longest,
+        f"reward.overlong_tokens: {reward.overlong_tokens} exceeds rollout.max_response_tokens: {longest}",
     )
 
 
@@ -138,6 +168,14 @@ def warnings(config: Config) -> list[str]:
     if config.rollout.overlap and config.rollout.engine != "server":
         found.append(
             "rollout.overlap with an engine in this process: both share one device, and little or nothing is gained"
+        )
+    reward = config.reward
+    penalties = {"reward.format_penalty": reward.format_penalty} if reward.format != "none" else {}
+    penalties |= {"reward.overlong_penalty": reward.overlong_penalty} if reward.overlong_tokens else {}
+    if 1 - sum(penalties.values()) < objective.reward_threshold <= 1:
+        found.append(
+            f"{', '.join(penalties)}: can take the 1 of a right response below objective.reward_threshold: "
+            f"{objective.reward_threshold:g}, so that it is graded as wrong"
         )
     if config.rollout.top_p < 1:
         found.append(

@@ -118,6 +118,34 @@ class Data(Section):
     skip_bad_rows: bool = key(False, "Leave out malformed rows (and count them) instead of stopping.")
 
 
+class Reward(Section):
+    """How responses are scored."""
+
+    function: str = key(
+        "math",
+        "Who scores: `math` (the final answer is equivalent to the ground truth), `choice` (the letter of an option), `reasoning_gym` (the task's own score), or `package.module:function` or `path/file.py:function`, called as verl calls `compute_score(data_source, solution_str, ground_truth, extra_info)`.",
+    )
+    extract: Literal["boxed", "marked", "number"] = key(
+        "boxed",
+        "What counts as the final answer (`math`, `choice`, `reasoning_gym`): the last complete `\\boxed{}`; without one, what follows the last `####` (`marked`); without that, the last number or option of the response (`number`).",
+    )
+    format: Literal["none", "boxed", "think"] = key(
+        "none",
+        "The form that a response ought to have: a complete box, or `<think>...</think>` (whose first tag the chat template may have written) and a box after it.",
+    )
+    format_penalty: float = key(0.0, "Taken off the reward of a response of another form.", ge=0)
+    overlong_tokens: int = key(
+        0, "The last so many tokens before `rollout.max_response_tokens` cost (DAPO's soft punishment).", ge=0
+    )
+    overlong_penalty: float = key(
+        1.0, "Taken off the reward at the full length, linearly less before; needs `overlong_tokens`.", ge=0
+    )
+    cpu_seconds: float = key(
+        5.0, "One answer may take so much CPU time; past it, it scores 0 and is counted.", gt=0, le=YEAR, resumable=True
+    )
+    workers: int = key(1, "Worker processes of each rank.", ge=1, le=1024, resumable=True)
+
+
 class Rollout(Section):
     """Sampling from the policy."""
 
@@ -297,6 +325,41 @@ class Trainer(Section):
     run_dir: str = key(..., "Run folder.", resumable=True)
 
 
+class Evaluation(Section):
+    """The suites that `evaluate` and `trainer.eval_every` run."""
+
+    suites: list[str] = key(
+        [],
+        "Suites for `trainer.eval_every`: `aime24`, `aime25`, `amc23`, `math500`, `minerva`, `arc_c`, `gpqa_diamond`, `gsm8k`.",
+        resumable=True,
+    )
+    data: str | None = key(
+        None, "Folder of the suites' files; default: the Hugging Face hub (library `datasets`).", resumable=True
+    )
+    samples: int | None = key(
+        None, "Responses per problem; default: each suite's own (32 for AIME and AMC, else 1).", ge=1, resumable=True
+    )
+    temperature: float = key(0.6, "Sampling temperature; 0 is greedy.", ge=0, resumable=True)
+    top_p: float = key(1.0, "Nucleus sampling.", gt=0, le=1, resumable=True)
+    max_response_tokens: int | None = key(
+        None, "Longest response; default: `rollout.max_response_tokens`.", ge=1, resumable=True
+    )
+    extract: Literal["boxed", "marked", "number"] | None = key(
+        None, "As `reward.extract`; default: each suite's own (`number` for GSM8K, else `boxed`).", resumable=True
+    )
+    system: str | None = key(
+        None, "System message before each problem; default: the file's own, or none.", resumable=True
+    )
+    instruction: str | None = key(
+        "Please reason step by step, and put your final answer within \\boxed{}.",
+        "Follows each problem, after a blank line; null: nothing does.",
+        resumable=True,
+    )
+    shuffle_options: bool = key(True, "Multiple choice: shuffle the options, by `seed`.", resumable=True)
+    limit: int | None = key(None, "The first so many problems of each suite; default: all.", ge=1, resumable=True)
+    seed: int = key(0, "Seed of samples, shuffles and confidence intervals.", ge=0, lt=2**63, resumable=True)
+
+
 class Logging(Section):
     """Who is told."""
 
@@ -312,10 +375,18 @@ class Config(Section):
     parallel: Parallel = Field(Parallel(), description="The layout.")
     data: Data = Field(description="Prompts, answers and teacher traces.")
     rollout: Rollout = Field(Rollout(), description="Sampling from the policy.")
+    reward: Reward = Field(Reward(), description="How responses are scored.")
     objective: Objective = Field(Objective(), description="What is optimised.")
     optimizer: Optimizer = Field(Optimizer(), description="Adam.")
     trainer: Trainer = Field(description="The loop.")
+    evaluation: Evaluation = Field(Evaluation(), description="Evaluation suites.")
     logging: Logging = Field(Logging(), description="Who is told.")
+
+    @property
+    def window(self) -> int:
+        """Tokens of the longest prompt and response that the engine makes room for."""
+        responses = self.rollout.max_response_tokens, self.evaluation.max_response_tokens or 0
+        return self.data.max_prompt_tokens + max(responses)
 
 
 def walk(section: type[BaseModel] = Config, prefix: str = ""):

@@ -33,7 +33,7 @@ from megatron_dypo.convert.mapping import hf_shapes, rules
 from megatron_dypo.convert.megatron_folder import MegatronFolder, checkpoint_folder, megatron_pieces
 from megatron_dypo.data.tokenizer import load_tokenizer
 from megatron_dypo.errors import UserError
-from megatron_dypo.policy.shape import ModelShape, RopeScaling, hf_folder, model_shape
+from megatron_dypo.policy.shape import POSITIONS, ModelShape, RopeScaling, hf_folder, model_shape
 from megatron_dypo.runtime.distributed import all_gather_objects, join
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,8 @@ def export_folder(checkpoint: Path, out: Path, hf: str | None, dtype: str | None
     folder = checkpoint_folder(checkpoint)
     check_checkpoint(folder)
     origin = hf or metadata_folder(folder)
-    metadata, shape = source_folder(origin) if origin else (None, checkpoint_shape(folder))
+    metadata = source_folder(origin)[0] if origin else None
+    shape = model_of(folder, origin)
     weights = MegatronFolder(folder, shape)
     shapes = hf_shapes(shape)
     dtypes = {name: DTYPES[dtype] if dtype else weights.dtype(name) for name in shapes}
@@ -130,7 +131,8 @@ def _write_metadata(
     run = run_config(folder)
     if metadata:
         own = run.model.tokenizer if run else None
-        copy_metadata(metadata, target, dtype, Path(hf_folder(own)) if own else None)
+        changed = shape if source_folder(str(metadata))[1] != shape else None
+        copy_metadata(metadata, target, dtype, Path(hf_folder(own)) if own else None, changed)
     elif run:
         tokenizer = load_tokenizer(run, shape)
         write_config(shape, target, tokenizer.eos_id)
@@ -138,6 +140,20 @@ def _write_metadata(
     else:
         log.warning("%s: nothing tells of its tokenizer, so the folder will hold none", folder)
         write_config(shape, target, None)
+
+
+def model_of(folder: Path, origin: str | None) -> ModelShape:
+    """The shape of a checkpoint's model: the folder's where its weights came from, or as the checkpoint tells itself.
+
+    A run may have changed ``POSITIONS`` of what it began with.
+    """
+    if not origin:
+        return checkpoint_shape(folder)
+    shape = source_folder(origin)[1]
+    with contextlib.suppress(UserError):  # Megatron-LM's own tell nothing
+        trained = checkpoint_shape(folder)
+        shape = dataclasses.replace(shape, **{name: getattr(trained, name) for name in POSITIONS})
+    return shape
 
 
 def checkpoint_shape(folder: Path) -> ModelShape:

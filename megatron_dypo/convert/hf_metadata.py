@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import shutil
@@ -23,15 +24,28 @@ def write_config(shape: ModelShape, folder: Path, eos_id: int | None) -> None:
     (folder / "generation_config.json").write_text(json.dumps(end, indent=2))
 
 
-def copy_metadata(source: Path, target: Path, dtype: torch.dtype | None, tokenizer: Path | None = None) -> None:
-    """Copy it from one folder to another, naming ``dtype`` where it is another; a missing tokenizer is a warning.
+def copy_metadata(
+    source: Path,
+    target: Path,
+    dtype: torch.dtype | None,
+    tokenizer: Path | None = None,
+    extended: ModelShape | None = None,
+) -> None:
+    """Copy it from one folder to another; a missing tokenizer is a warning.
 
-    ``tokenizer``: the folder of another tokenizer than the source's own.
+    ``dtype`` is named where it is another. ``tokenizer``: the folder of another one than the source's own.
+    ``extended``: the shape, where a run has changed how many positions it has, or its RoPE.
     """
-    config = json.loads((source / "config.json").read_text())
+    before = json.loads((source / "config.json").read_text())
+    config = copy.deepcopy(before)
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")
+    if extended:
+        config["max_position_embeddings"] = extended.max_position
+        nested = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        (nested if "rope_theta" in nested else config)["rope_theta"] = extended.rope_base
+    if config != before:
         (target / "config.json").write_text(json.dumps(config, indent=2))
     else:
         shutil.copyfile(source / "config.json", target / "config.json")

@@ -5,13 +5,16 @@ The teachers solve a sum in different orders, so their traces differ in every in
     left   7 - 2 + 8:  first 7-2=5 then 5+8=13 \boxed{13}
     last   7 - 2 + 8:  last 7+8=15 back 15-2=13 \boxed{13}
 
-reasoning-gym seeds item i with seed + i: use distant seeds for training and held-out sets. Overlaps are removed anyway.
+reasoning-gym seeds item i with seed + i (0 + i without one): use distant seeds for training and held-out sets. Overlaps
+are removed anyway.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
+from typing import Any
 from urllib.parse import parse_qsl
 
 from megatron_dypo.config.yaml_text import parse_yaml
@@ -45,16 +48,31 @@ def _last(item: dict) -> str:
 TEACHERS: dict[str, dict[str, Callable[[dict], str]]] = {"chain_sum": {"left": _left, "last": _last}}
 
 
+def dataset(task: str) -> Any:
+    """The task set of ``TASK?option=value&...``, the same in every process; without a ``seed``, that of seed 0.
+
+    Raises whatever the task raises on options that are not for it.
+    """
+    import reasoning_gym
+
+    name, _, query = task.partition("?")
+    options = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+    return reasoning_gym.create_dataset(name, **{"seed": 0} | {option: parse_yaml(value) for option, value in options})
+
+
 def generate(source: str) -> list[Prompt]:
-    """All items of the task. Raises UserError for an unknown task or option."""
-    name, _, query = source.removeprefix(PREFIX).partition("?")
+    """All items of the task. Raises UserError for an unknown task or option.
+
+    ``extra`` holds what ``dataset`` builds an item from again (``reward.function: reasoning_gym`` asks it for a score).
+    """
+    task = source.removeprefix(PREFIX)
+    name = task.partition("?")[0]
     import reasoning_gym
 
     if name not in reasoning_gym.factory.DATASETS:
         raise UserError(f"{source}: reasoning-gym has no task {name!r}")
     try:
-        options = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
-        items = list(reasoning_gym.create_dataset(name, **{option: parse_yaml(value) for option, value in options}))
+        items = list(dataset(task))
     except Exception as error:  # whatever a task raises on options that are not for it
         raise UserError(f"{source}: {error}") from None
     teachers = TEACHERS.get(name, {})
@@ -67,6 +85,7 @@ def generate(source: str) -> list[Prompt]:
             teachers=tuple(Teacher(teacher, write(item)) for teacher, write in teachers.items()),
             source=PREFIX + name,
             text=item["question"],
+            extra=json.dumps({"dataset": task, "index": i}),
         )
         for i, item in enumerate(items)
     ]

@@ -38,7 +38,7 @@ def read(path: str, skip_bad_rows: bool = False) -> list[Prompt]:
     prompts, seen, skipped = [], set(), 0
     for line, row in _raw_rows(file):
         try:
-            prompt = _prompt(row, line)
+            prompt = read_row(row, line)
             if prompt.id in seen:
                 raise BadRow(f"id: {prompt.id!r} occurs twice")
         except BadRow as error:
@@ -80,7 +80,8 @@ def _parsed(line: bytes) -> Any:
         return BadRow(f"not valid JSON: {error}")
 
 
-def _prompt(row: Any, line: int) -> Prompt:
+def read_row(row: Any, line: int) -> Prompt:
+    """One row; one without an id is called by its line. Raises BadRow."""
     if isinstance(row, BadRow):
         raise row
     if not isinstance(row, dict):
@@ -108,7 +109,11 @@ def _prompt(row: Any, line: int) -> Prompt:
     ):
         if any(map(_SURROGATE.search, texts)):
             raise BadRow(f"{field}: holds half a surrogate pair, which is no text")
-    return Prompt(str(identity), truth, teachers, str(row.get("data_source") or ""), messages, text)
+    extra = row.get("extra_info")
+    if extra is not None and not isinstance(extra, dict):
+        raise BadRow(f"extra_info: expected an object, got {_short(extra)}")
+    kept = json.dumps(extra, default=str) if extra else ""
+    return Prompt(str(identity), truth, teachers, str(row.get("data_source") or ""), messages, text, kept)
 
 
 def _prompt_field(value: Any) -> tuple[str, tuple[dict[str, str], ...]]:

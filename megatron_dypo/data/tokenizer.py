@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import string
 from pathlib import Path
 
 import numpy as np
 from jinja2 import TemplateError
 
 from megatron_dypo.config.schema import Config
+from megatron_dypo.data.arithmetic import arithmetic_tokens
 from megatron_dypo.errors import UserError
 from megatron_dypo.policy.shape import ModelShape, hf_folder
 from megatron_dypo.records import Prompt
 from megatron_dypo.runtime.seeding import stable_hash
-
-# One token each, so that a generated problem is its numbers and a few words; every other character is its own token.
-WORDS = (
-    "State the final answer to the following arithmetic problem: ",
-    " \\boxed{",
-    "first ",
-    " then ",
-    "last ",
-    " back ",
-)
 
 
 class Tokenizer:
@@ -94,13 +84,9 @@ def load_tokenizer(config: Config, shape: ModelShape) -> Tokenizer:
 
 
 def arithmetic_backend():
-    """Printable ASCII, one token a character, plus ``WORDS``: 105 tokens in all."""
-    from tokenizers import AddedToken, decoders, models
-    from tokenizers import Tokenizer as Backend
+    """The built-in tokens (``arithmetic.py``) with their pad, end and unknown token."""
     from transformers import PreTrainedTokenizerFast
 
-    characters = ["<pad>", "<eos>", "<unk>", *string.printable[:95], "\n"]
-    backend = Backend(models.BPE({token: i for i, token in enumerate(characters)}, [], unk_token="<unk>"))
-    backend.add_tokens([AddedToken(word, normalized=False) for word in WORDS])
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=arithmetic_tokens(), pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )

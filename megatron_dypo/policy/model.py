@@ -133,11 +133,11 @@ def whole_model_names(gpt: GPTModel, local: Mapping[str, T]) -> dict[str, T]:
 
 
 def _mark_sharded(gpt: GPTModel) -> None:
-    """mcore marks its sharded weights while initialising them, which we leave out; unmarked ones would be taken for
-    copies and left out of the gradient norm on every tensor-parallel rank but the first."""
+    """mcore (before 0.19) marks its sharded weights while initialising them, which we leave out; unmarked ones would be
+    taken for copies and left out of the gradient norm on every tensor-parallel rank but the first."""
     for module in gpt.modules():
         dimension = _SHARDED_DIMENSION.get(type(module))
-        if dimension is not None and module.weight is not None:
+        if dimension is not None and not hasattr(module.weight, "tensor_model_parallel") and module.weight is not None:
             set_tensor_model_parallel_attributes(module.weight, True, dimension, 1)
 
 

@@ -16,6 +16,7 @@ from megatron_dypo.config.schema import Model
 from megatron_dypo.convert.families import FAMILIES
 from megatron_dypo.errors import UserError
 
+POSITIONS = ("max_position", "rope_base")  # what no weight's shape depends on, so that a run may extend its context
 VOCAB_MULTIPLE = 1024  # padded vocabularies do not depend on tensor parallelism, so neither does initialisation
 
 
@@ -119,10 +120,10 @@ def model_shape(config: Model) -> ModelShape:
         shape = dataclasses.replace(PRESETS[config.preset], **overrides)
     else:
         shape = _from_hf(Path(hf_folder(config.hf)) / "config.json")
-        if overrides:
-            changed = [name for name, value in overrides.items() if getattr(shape, name) != value]
-            if changed:
-                raise UserError(f"model.shape.{changed[0]}: the weights in model.hf: {config.hf} have another shape")
+        for name, value in overrides.items():
+            if name not in POSITIONS and getattr(shape, name) != value:
+                raise UserError(f"model.shape.{name}: the weights in model.hf: {config.hf} have another shape")
+        shape = dataclasses.replace(shape, **overrides)
     if shape.num_attention_heads % shape.num_query_groups:
         name = "model.shape.num_query_groups" if config.preset else f"model.hf: {config.hf}: num_key_value_heads"
         raise UserError(

@@ -1,56 +1,79 @@
-"""The reward function that the training loop calls on a batch of responses."""
+"""The reward function that the training loop and the evaluation call on responses."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from typing import Self
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Self
 
-from megatron_dypo.reward.boxed import last_boxed
-from megatron_dypo.reward.math import bare_truth, canonical, compare
-from megatron_dypo.reward.workers import WorkerPool
+from megatron_dypo.errors import TrainingError, UserError
+from megatron_dypo.reward.judges import JUDGES, by_own, is_own, unusable
+from megatron_dypo.reward.workers import Score, WorkerPool
+
+if TYPE_CHECKING:
+    from megatron_dypo.config.schema import Reward
+    from megatron_dypo.records import Prompt
 
 logger = logging.getLogger("megatron_dypo.reward")
+_NAMED_AT_MOST = 20
 
 
-class MathReward:
-    """Scores responses 1.0 (right) or 0.0 by the last boxed answer of each.
+def build_reward(settings: Reward) -> RewardFunction:
+    """What ``reward.function`` names. Raises UserError where that does not exist, or cannot be imported or called."""
+    if settings.function not in JUDGES and not is_own(settings.function):
+        raise UserError(f"reward.function: {settings.function!r} is no reward function")
+    reward = RewardFunction(settings)
+    if settings.function not in JUDGES:
+        reward.start()
+    return reward
 
-    ``workers`` processes start at the first answer that needs math-verify; an answer may take ``cpu_seconds`` of CPU
-    time in one. An answer over that, or whose worker crashed, scores 0, is logged with its prompt ids and adds one to
-    ``timeouts``. May be called from any thread; calls from several take turns.
+
+class RewardFunction:
+    """Scores responses, usually 1.0 (right) or 0.0; penalties are not part of it.
+
+    ``reward.workers`` processes start at the first response that needs one. A response that takes more than
+    ``reward.cpu_seconds`` in one, waits for ten times that, or makes it raise or crash scores 0 with a fault, and is
+    logged with its prompt's id. May be called from any thread; calls from several take turns.
     """
 
-    def __init__(self, workers: int = 1, cpu_seconds: float = 5.0) -> None:
-        self.timeouts = 0
-        self._pool = WorkerPool(workers, cpu_seconds)
+    def __init__(self, settings: Reward) -> None:
+        self._settings = settings
+        self._judge = JUDGES.get(settings.function, by_own)
+        self._pool = WorkerPool(settings.function, settings.workers, settings.cpu_seconds)
         self._turn = threading.Lock()
 
-    def __call__(self, texts: list[str], ground_truths: list[str], prompt_ids: list[str]) -> list[float]:
-        """One reward a response, in order; the three lists run in parallel. Raises TrainingError without workers."""
-        rewards = [0.0] * len(texts)
-        undecided: dict[tuple[str, str], list[int]] = {}
-        for index, (text, ground_truth, _) in enumerate(zip(texts, ground_truths, prompt_ids, strict=True)):
-            boxed = last_boxed(text)
-            if boxed is None:
-                continue
-            pair = canonical(boxed), bare_truth(ground_truth)
-            agrees = compare(*pair)
-            if agrees is None:
-                undecided.setdefault(pair, []).append(index)
+    def __call__(self, prompts: list[Prompt], texts: list[str]) -> list[Score]:
+        """One score a response, in order; the lists run in parallel. Raises TrainingError when workers cannot start."""
+        scores = [Score(0.0)] * len(texts)
+        jobs: dict[str, list[int]] = {}
+        for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+            verdict = self._judge(prompt, text, self._settings.extract)
+            if isinstance(verdict, str):
+                jobs.setdefault(verdict, []).append(index)
             else:
-                rewards[index] = float(agrees)
+                scores[index] = Score(verdict)
         with self._turn:
-            verdicts = self._pool.grade(list(undecided))
-            for (pair, indices), verdict in zip(undecided.items(), verdicts, strict=True):
-                if isinstance(verdict, str):
-                    self.timeouts += 1
-                    ids = ", ".join(sorted({prompt_ids[index] for index in indices}))
-                    logger.warning("prompt %s: answer %.200r scores 0: %s", ids, pair[0], verdict)
-                    continue
-                for index in indices:
-                    rewards[index] = float(verdict)
-        return rewards
+            graded = self._pool.grade(list(jobs))
+        for indices, score in zip(jobs.values(), graded, strict=True):
+            for index in indices:
+                scores[index] = score
+        _log_faults(prompts, texts, scores)
+        return scores
+
+    def check(self, prompts: Iterable[Prompt]) -> None:
+        """Raises UserError naming the first prompt to which no response could ever be scored."""
+        for prompt in prompts:
+            if why := unusable(self._settings.function, prompt):
+                raise UserError(f"reward.function: {self._settings.function}: prompt {prompt.id}: {why}")
+
+    def start(self) -> None:
+        """Starts one worker. Raises UserError where it cannot start."""
+        try:
+            with self._turn:
+                self._pool.start()
+        except TrainingError as error:
+            raise UserError(f"reward.function: {self._settings.function}: {error}") from None
 
     def close(self) -> None:
         """Ends the worker processes; a later call starts new ones.
@@ -68,3 +91,18 @@ class MathReward:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _log_faults(prompts: list[Prompt], texts: list[str], scores: list[Score]) -> None:
+    """One line a reason: how many responses, to which prompts, and how the first of them ends."""
+    reasons: dict[str, list[int]] = {}
+    for index, score in enumerate(scores):
+        if score.fault is not None:
+            reasons.setdefault(score.fault, []).append(index)
+    for fault, indices in reasons.items():
+        ids = list(dict.fromkeys(prompts[index].id for index in indices))
+        more = f" and {len(ids) - _NAMED_AT_MOST} more" if len(ids) > _NAMED_AT_MOST else ""
+        logger.warning(
+            "%d responses score 0: %s; prompts %s; the first ends in %r",
+            *(len(indices), fault, ", ".join(ids[:_NAMED_AT_MOST]) + more, texts[indices[0]][-200:]),
+        )

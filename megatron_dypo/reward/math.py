@@ -1,50 +1,196 @@
-r"""How an answer compares with a ground truth, as far as text alone can tell; the rest is math-verify's.
+r"""How an answer compares with a ground truth, as far as text and exact fractions can tell; the rest is math-verify's.
 
-Most answers of a training run are integers or copies of the ground truth, so these rules spare nearly all of the
-trips to a worker process (microseconds instead of milliseconds).
+Most answers of a training run are numbers or copies of the ground truth, so these rules spare nearly all of the trips
+to a worker process (microseconds instead of milliseconds). They also decide what math-verify takes for right and is
+not: anagrams of a word, two numbers side by side (it adds them), a pair for a set, another unit, another base.
 """
 
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from megatron_dypo.reward.boxed import last_boxed
+from megatron_dypo.reward.characters import plain
+from megatron_dypo.reward.numbers import Number, in_base, number
+from megatron_dypo.reward.units import PERCENT, Quantity, quantity, same_unit
 
 MAX_CHARACTERS = 4_000
 """A longer answer (or ground truth) never reaches math-verify: only the same text earns its reward."""
 
-_DOLLARS = re.compile(r"\${1,2}([^$]*)\${1,2}")
-_INTEGER = re.compile(r"[-+]?[0-9]+")
-_WORDS = re.compile(r"(?:\\(?:text|textbf|textit|mathrm)\{\s*)?([A-Za-z]{3,}(?: [A-Za-z]+)*)(?:\s*\})?")
+_ENCLOSED = re.compile(
+    r"\$\$([^$]*)\$\$|\$([^$]*)\$|\\\(((?:(?!\\[()]).)*)\\\)|\\\[((?:(?!\\[\[\]]).)*)\\\]|\*\*([^*]*)\*\*"
+)
+_WRAPPED = re.compile(r"\\(?:text|textrm|textbf|textit|textnormal|mbox|mathrm|mathbf|displaystyle)\s*\{([^{}]*)\}")
+_THOUSANDS = re.compile(r"(?<=[0-9])(?:\\,|\{,\}|~)\s*(?=[0-9]{3}(?![0-9]))")
+_NOTHING = re.compile(r"(?<!\\)\\!\s*|\\(?:left|right)(?:\.|(?![a-zA-Z]))|\\displaystyle(?![a-zA-Z])")
+_SPACE = re.compile(r"(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|~")
+_FRACTION = re.compile(r"\\[dtc]?frac(?![a-zA-Z])")
+_BARE_TOP, _BARE_BOTTOM = re.compile(r"(\\frac)\s*([0-9])"), re.compile(r"(\\frac\s*\{[^{}]*\})\s*([0-9])")
+_LOOSE = re.compile(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])")
+_SIDE_BY_SIDE = re.compile(r"(?<![_^0-9])[0-9]+ [0-9]")
+_MEMBER = re.compile(r"\\in(?![a-zA-Z])")
+_NAME = r"[A-Za-z](?:_\{?[A-Za-z0-9]\}?|\([a-z0-9]{1,3}\))?"  # x, x_1, f(2)
+_NAMED = re.compile(rf"(?:{_NAME}|\([a-z](?:, ?[a-z])+\))\s*(?:=|\\in(?![a-zA-Z]))\s*([^=]+)")
+_CHAIN = re.compile(rf"{_NAME}\s*=[^<>]*")  # A = 3 \cdot 4 = 12
+_COMPUTED = re.compile(r"([^A-Za-z=<>]*)=([^=<>]+)")  # 2 + 2 = 4
+_WORDS = re.compile(r"(?:(?:an?|the) )?((?:[A-Za-z]{3,}|[Nn]o)(?:[ '-][A-Za-z]+)*)")
+_VARIABLE = re.compile(r"\\[a-z]+\{[A-Za-z ]{2,}\}|\\[A-Za-z]+|([A-Za-z])")
+_LETTERS = re.compile(r"[A-Za-z][A-Za-z '-]+")
+_LETTER = re.compile(r"\(?([A-Za-z])\)?")
+_CLOSE, _UNLIKE = 1e-6, 1e-4  # math-verify rounds to six decimals, whatever the size of the numbers
 
 
 def canonical(text: str) -> str:
-    """``text`` with its whitespace collapsed and, where dollars enclose all of it, without them."""
+    r"""``text`` in one spelling: ASCII, single spaces, no layout commands, and out of ``$...$`` or ``\text{...}``."""
+    text = plain(text)
+    if "\\" in text or "~" in text or "{" in text:
+        text = _SPACE.sub(" ", _NOTHING.sub("", _THOUSANDS.sub(",", text)))
+        if "frac" in text:
+            text = _BARE_BOTTOM.sub(r"\1{\2}", _BARE_TOP.sub(r"\1{\2}", _FRACTION.sub(r"\\frac", text)))
     text = " ".join(text.split())
-    enclosed = _DOLLARS.fullmatch(text)
-    return enclosed[1].strip() if enclosed else text
+    for _ in range(3):  # $\text{...}.$ is three layers
+        text = text.rstrip(" .,;")
+        enclosed = _ENCLOSED.fullmatch(text) or _WRAPPED.fullmatch(text)
+        if not enclosed:
+            break
+        text = next((part for part in enclosed.groups() if part is not None), "").strip()
+    return text
 
 
+@lru_cache(maxsize=65_536)
 def bare_truth(ground_truth: str) -> str:
     r"""The ground truth out of its ``\boxed{...}`` or ``$...$``, if it came in one."""
     boxed = last_boxed(ground_truth)
     return canonical(ground_truth if boxed is None else boxed)
 
 
-def compare(answer: str, truth: str) -> bool | None:
-    """Whether two canonical texts agree; None where only math-verify can tell.
+def compare(answer: str, truth: str) -> bool | tuple[str, str]:
+    """Whether two canonical texts agree; the (answer, truth) to ask math-verify about where only it can tell.
 
-    In order: the same text agrees; an empty or overlong one agrees with nothing else; two integers compare by value;
-    two plain words (or phrases) agree up to case. Math-verify reads a word as a product of its letters, which commute:
-    it takes any anagram of the ground truth for right.
+    In order: the same text agrees, an empty or overlong one with nothing else; a name before an equals sign on one side
+    does not count; units must not contradict each other; then numbers by value, numbers with a base, words and phrases
+    up to case, letters of options; a set is no tuple, and two numbers side by side are no number.
     """
     if answer == truth:
         return answer != ""
-    if not answer or max(len(answer), len(truth)) > MAX_CHARACTERS:
+    if not answer or not truth or max(len(answer), len(truth)) > MAX_CHARACTERS:
         return False
-    if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(truth):
-        return int(answer) == int(truth)
-    answer_words, truth_words = _WORDS.fullmatch(answer), _WORDS.fullmatch(truth)
-    if answer_words and truth_words:
-        return answer_words[1].casefold() == truth_words[1].casefold()
-    return None
+    if _LOOSE.sub("", answer) == _LOOSE.sub("", truth):
+        return True
+    answer, truth = _without_name(answer, truth), _without_name(truth, answer)
+    given, asked = quantity(answer), _quantity_of_truth(truth)
+    if PERCENT in (given.unit, asked.unit) and given.unit != asked.unit:
+        return _one_percentage(given, asked)
+    if not same_unit(given.unit, asked.unit):
+        return False
+    if given.bare == asked.bare:
+        return True
+    return _without_unit(given.bare, asked.bare)
+
+
+def _without_unit(answer: str, truth: str) -> bool | tuple[str, str]:
+    x, y = number(answer), _number_of_truth(truth)
+    if x and y:
+        verdict = _equal(x, y)
+        return (answer, truth) if verdict is None else verdict
+    if in_base(truth) or in_base(answer):
+        return _equal_in_base(answer, truth)
+    words, true_words = _WORDS.fullmatch(answer), _WORDS.fullmatch(truth)
+    if (words or true_words) and _LETTERS.fullmatch(answer) and _LETTERS.fullmatch(truth):
+        return words is not None and true_words is not None and words[1].casefold() == true_words[1].casefold()
+    if (words and y) or (true_words and x):
+        return False
+    letter, true_letter = _LETTER.fullmatch(answer), _LETTER.fullmatch(truth)
+    if letter and true_letter:
+        return letter[1] == true_letter[1]
+    if ("=" in answer) != ("=" in truth):
+        return _equation_and_value(answer, truth)
+    if {_brackets(answer), _brackets(truth)} == {"{}", "()"} or _SIDE_BY_SIDE.search(answer):
+        return False
+    if _differ_in_case(_variables(answer), _variables(truth)):
+        return False
+    return answer, truth
+
+
+_quantity_of_truth = lru_cache(maxsize=65_536)(quantity)
+_number_of_truth = lru_cache(maxsize=65_536)(number)
+
+
+def _without_name(text: str, other: str) -> str:
+    r"""``5`` for ``x = 5``, ``[1,2]`` for ``x \in [1,2]``, where the other text names nothing."""
+    named = None if "=" in other or _MEMBER.search(other) else _NAMED.fullmatch(text)
+    return named[1].strip() if named else text
+
+
+def _equal(answer: Number, truth: Number) -> bool | None:
+    """By value. A rounded number that is close, also in relation to its size, is for math-verify to judge."""
+    if answer.value == truth.value:
+        return True
+    apart = abs(answer.value - truth.value)
+    if (answer.rounded or truth.rounded) and apart <= _CLOSE and apart <= _UNLIKE * abs(truth.value):
+        return None
+    return False
+
+
+def _one_percentage(answer: Quantity, truth: Quantity) -> bool | tuple[str, str]:
+    """One side is a percentage, and the other is not said to be one.
+
+    50% is 0.5. It is also 50, where a percentage was asked for: taken for meant above 1, where no share can be.
+    """
+    if answer.unit and truth.unit:
+        return False
+    x, y = number(answer.bare), number(truth.bare)
+    verdict = None
+    if x and y:
+        if x.value == y.value > 1:
+            return True
+        sides = ((x, answer.unit), (y, truth.unit))
+        verdict = _equal(*(Number(side.value / 100, True) if unit else side for side, unit in sides))
+    if verdict is not None:
+        return verdict
+    return answer.bare + bool(answer.unit) * r"\%", truth.bare + bool(truth.unit) * r"\%"
+
+
+def _equation_and_value(answer: str, truth: str) -> bool | tuple[str, str]:
+    """Math-verify would take an equation for its right-hand side. That is done for a list of named values alone, for a
+    chain of names, and for a computation that is an answer's.
+    """
+    if "=" in truth:
+        return (answer, truth) if "," in truth else False
+    computed = _COMPUTED.fullmatch(answer)
+    if computed and not number(computed[1].strip()):
+        return compare(computed[2].strip(), truth)
+    return (answer, truth) if "," in answer or _CHAIN.fullmatch(answer) else False
+
+
+def _equal_in_base(answer: str, truth: str) -> bool:
+    """Numbers with a base agree by value; digits alone do with a truth that has a base, which the problem asked for."""
+    given, asked, plain_truth = in_base(answer), in_base(truth), number(truth)
+    if given and asked:
+        return given[1] == asked[1]
+    if given:
+        return plain_truth is not None and given[1] == plain_truth.value
+    return answer.isdigit() and asked is not None and (answer.lstrip("0") or "0") == asked[0]
+
+
+def _variables(text: str) -> set[str]:
+    return {letter for letter in _VARIABLE.findall(text) if letter}
+
+
+def _differ_in_case(some: set[str], others: set[str]) -> bool:
+    """Math-verify reads R as r."""
+    return some != others and {letter.lower() for letter in some} == {letter.lower() for letter in others}
+
+
+def _brackets(text: str) -> str:
+    """``{}`` or ``()`` where such brackets enclose all of a list."""
+    bare = text.replace(r"\{", "{").replace(r"\}", "}") if text.startswith(r"\{") else text
+    if bare[0] not in "{([" or "," not in bare:
+        return ""
+    depth = 0
+    for index, character in enumerate(bare):
+        depth += (character in "{([") - (character in "})]")
+        if depth == 0:
+            return "" if index < len(bare) - 1 else "{}" if bare[0] == "{" else "()"
+    return ""

@@ -1,7 +1,7 @@
-"""A small pool of processes that ask math-verify, each of which may be killed and replaced at any time.
+"""A small pool of worker processes (``worker.py``), any of which may be killed and replaced at any time.
 
-A worker bounds the CPU time of an answer itself, through a kernel timer (see ``worker.py``), so here is no polling:
-its end shows as an end of file. The pool adds a wall-clock ceiling for a worker that waits instead of computing.
+A worker bounds the time of an answer itself, so here is no polling; the pool's own deadline, past the worker's, is for
+a worker that cannot even do that.
 """
 
 from __future__ import annotations
@@ -10,52 +10,68 @@ import contextlib
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections import deque
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_dypo.errors import TrainingError
+from megatron_dypo.reward.child import WALL_FACTOR
 
 START_SECONDS = 120.0  # wall clock; importing sympy from a cold shared file system takes its time
-WALL_FACTOR = 10  # wall-clock ceiling of an answer, in units of its CPU time; generous, since a trainer fills the cores
+GRACE_SECONDS = 5.0  # what a worker may take on top of an answer's ceiling, and to end
+
+
+class Score(NamedTuple):
+    """``fault``: why nobody could score the response (``value`` is 0 then); None where it was scored."""
+
+    value: float
+    fault: str | None = None
 
 
 class WorkerPool:
-    """At most ``size`` workers, started when first needed; an answer may take ``cpu_seconds`` of CPU time."""
+    """At most ``size`` workers of one reward function, started when first needed."""
 
-    def __init__(self, size: int, cpu_seconds: float) -> None:
+    def __init__(self, function: str, size: int, cpu_seconds: float) -> None:
+        self._function = function
         self._size = size
         self._cpu_seconds = cpu_seconds
         self._workers: list[_Worker] = []
 
-    def grade(self, pairs: list[tuple[str, str]]) -> list[bool | str]:
-        """For each (answer, truth) whether they are equivalent or, as text, why nobody knows; in order.
-
-        Raises TrainingError when a worker cannot start.
-        """
-        verdicts: list[bool | str] = [""] * len(pairs)
-        waiting = deque(enumerate(pairs))
-        left = len(pairs)
+    def grade(self, jobs: list[str]) -> list[Score]:
+        """The jobs' scores, in order. Raises TrainingError when a worker cannot start."""
+        scores = [Score(0.0)] * len(jobs)
+        waiting = deque(enumerate(jobs))
+        left = len(jobs)
         try:
             while left:
                 self._staff(left)
                 for worker in self._workers:
                     if worker.idle and waiting:
                         worker.send(*waiting.popleft())
-                for job, verdict in self._replies():
-                    verdicts[job] = verdict
+                for job, score in self._replies():
+                    scores[job] = score
                     left -= 1
         except BaseException:
             self.close()  # a reply that nobody read would pass for the reply to the next call's question
             raise
-        return verdicts
+        return scores
+
+    def start(self) -> None:
+        """Starts one worker and waits for it. Raises TrainingError when it cannot start."""
+        try:
+            self._staff(1)
+            while not self._workers[0].ready:
+                self._replies()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        """Kills and reaps every worker."""
+        """Ends and reaps every worker."""
         while self._workers:
             self._workers.pop().stop()
 
@@ -63,44 +79,53 @@ class WorkerPool:
         for worker in [worker for worker in self._workers if worker.idle and worker.process.poll() is not None]:
             self._dismiss(worker)  # ended between two answers, so no answer is to blame
         while len(self._workers) < min(self._size, jobs):
-            self._workers.append(_Worker(self._cpu_seconds))
+            self._workers.append(_Worker(self._function, self._cpu_seconds))
 
-    def _replies(self) -> list[tuple[int, bool | str]]:
-        """Waits until something happens; returns the (job, verdict) pairs that came of it, often none."""
+    def _replies(self) -> list[tuple[int, Score]]:
+        """Waits until something happens; returns the (job, score) pairs that came of it, often none."""
         timeout = min(worker.deadline for worker in self._workers) - time.monotonic()
         readable = wait(self._workers, max(0.0, timeout))
-        replies: list[tuple[int, bool | str]] = []
+        replies: list[tuple[int, Score]] = []
         for worker in list(self._workers):
             late = time.monotonic() > worker.deadline
-            if worker not in readable and not late:
+            if worker in readable:
+                job, was_ready, line = worker.job, worker.ready, worker.receive()
+            elif late:
+                job, was_ready, line = worker.job, worker.ready, b""
+            else:
                 continue
-            job, line = worker.job, worker.receive() if worker in readable else b""
-            if line and job is not None:
-                replies.append((job, json.loads(line)))
-            elif not line:
-                self._dismiss(worker)
-                if not worker.ready:
-                    raise TrainingError(f"a reward worker did not start ({worker.reason(late)}); see its errors above")
+            if not line:
+                self._dismiss(worker, kill=late)
+                fault = "worker over its wall-clock ceiling" if late else f"worker ended, {worker.process.returncode}"
+                if not was_ready:
+                    raise TrainingError(f"a reward worker did not start ({fault}); see its errors above")
                 if job is not None:
-                    replies.append((job, worker.reason(late)))
+                    replies.append((job, Score(0.0, fault)))
+            elif not was_ready:
+                if (reason := json.loads(line)) is not None:
+                    raise TrainingError(reason)
+            else:
+                replies.append((job, Score(*json.loads(line))))
         return replies
 
-    def _dismiss(self, worker: _Worker) -> None:
+    def _dismiss(self, worker: _Worker, kill: bool = False) -> None:
         self._workers.remove(worker)
-        worker.stop()
+        worker.stop(kill)
 
 
 class _Worker:
     """One process and what it is doing: starting, then in turn idle and at work on ``job``, until ``deadline``."""
 
-    def __init__(self, cpu_seconds: float) -> None:
+    def __init__(self, function: str, cpu_seconds: float) -> None:
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        self._cpu_seconds = cpu_seconds
+        command = [sys.executable, "-P", "-m", "megatron_dypo.reward.worker", function, str(cpu_seconds)]
+        self._ceiling = WALL_FACTOR * cpu_seconds + GRACE_SECONDS
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "megatron_dypo.reward.worker", str(cpu_seconds), str(os.getpid())],
+            [*command, str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            process_group=0,  # torchrun signals the rank's whole group; the rank closes its workers itself
             env={**os.environ, "PYTHONPATH": path},
         )
         self.ready = False
@@ -114,11 +139,11 @@ class _Worker:
     def fileno(self) -> int:
         return self.process.stdout.fileno()
 
-    def send(self, job: int, pair: tuple[str, str]) -> None:
-        self.job = job
-        self.deadline = time.monotonic() + WALL_FACTOR * self._cpu_seconds
+    def send(self, index: int, job: str) -> None:
+        self.job = index
+        self.deadline = time.monotonic() + self._ceiling
         with contextlib.suppress(BrokenPipeError):  # its end of file tells the same
-            self.process.stdin.write(json.dumps(pair).encode() + b"\n")
+            self.process.stdin.write(job.encode() + b"\n")
             self.process.stdin.flush()
 
     def receive(self) -> bytes:
@@ -128,16 +153,15 @@ class _Worker:
             self.ready, self.job, self.deadline = True, None, math.inf
         return line
 
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.process.stdout.close()
+    def stop(self, kill: bool = False) -> None:
+        """Ends it by the end of its input, on which it ends its children; one that starts, or is stuck, is killed."""
         with contextlib.suppress(BrokenPipeError):  # what it did not read goes nowhere
             self.process.stdin.close()
-
-    def reason(self, late: bool) -> str:
-        if late:
-            return "over the wall-clock ceiling"
-        if self.process.returncode == -signal.SIGPROF:
-            return f"over {self._cpu_seconds:g} s of CPU time"
-        return f"worker crashed, exit status {self.process.returncode}"
+        if kill or not self.ready:
+            self.process.kill()
+        try:
+            self.process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()

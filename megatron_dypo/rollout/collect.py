@@ -12,11 +12,13 @@ from megatron_dypo.config.schema import Config
 from megatron_dypo.data.tokenizer import Tokenizer
 from megatron_dypo.errors import UserError
 from megatron_dypo.records import Group, Prompt, Response
+from megatron_dypo.reward import Score
+from megatron_dypo.reward.penalties import penalty
 from megatron_dypo.rollout.engine import Engine, Request, Sampling
 from megatron_dypo.runtime.distributed import Layout, all_gather_objects
 from megatron_dypo.runtime.seeding import stable_hash
 
-Reward = Callable[[list[str], list[str], list[str]], list[float]]
+Reward = Callable[[list[Prompt], list[str]], list[Score]]
 
 
 def encode_prompts(prompts: list[Prompt], tokenizer: Tokenizer, longest: int) -> list[Group]:
@@ -52,13 +54,15 @@ def sample(groups: list[Group], engine: Engine, config: Config, eos_id: int, ste
         group.responses = responses[i * k : (i + 1) * k]
 
 
-def score(groups: list[Group], tokenizer: Tokenizer, reward: Reward) -> None:
-    """Set every response's reward."""
+def score(groups: list[Group], tokenizer: Tokenizer, reward: Reward, config: Config | None = None) -> None:
+    """Set every response's reward and fault; with ``config``, which training gives, less the penalties it asks for."""
     pairs = [(group.prompt, response) for group in groups for response in group.responses]
     texts = [tokenizer.decode(response.ids) for _, response in pairs]
-    rewards = reward(texts, [prompt.ground_truth for prompt, _ in pairs], [prompt.id for prompt, _ in pairs])
-    for (_, response), value in zip(pairs, rewards, strict=True):
-        response.reward = value
+    scores = reward([prompt for prompt, _ in pairs], texts)
+    for (_, response), text, (value, fault) in zip(pairs, texts, scores, strict=True):
+        response.reward, response.fault = value, fault
+        if config:
+            response.reward -= penalty(config.reward, text, len(response.ids), config.rollout.max_response_tokens)
 
 
 def share(tried: list[list[Group]], layout: Layout, seconds: float) -> tuple[list[list[list[Response]]], list[float]]:

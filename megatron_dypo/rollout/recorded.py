@@ -78,6 +78,7 @@ def _line(group: Group) -> dict:
             "reward": response.reward,
             "finish_reason": response.finish_reason,
         }
+        | ({} if response.fault is None else {"fault": response.fault})
         for response in group.responses
     ]
     return {
@@ -121,6 +122,7 @@ def _group(line: dict, prompts: dict[str, Prompt], vocab_size: int, longest: int
             _of_kind(r, "finish_reason", str),
             float(r["reward"]),
             version,
+            None if r.get("fault") is None else _of_kind(r, "fault", str),
         )
         for r in line["responses"]
     ]

@@ -140,7 +140,7 @@ class RolloutSource:
             with clock("rollout"), phase("rollout"):
                 sample(fresh, self.engine, self.config, self.tokenizer.eos_id, step)
             with clock("reward"), phase("reward"):
-                score(fresh, self.tokenizer, self.reward)
+                score(fresh, self.tokenizer, self.reward, self.config)
             if refill == self._refill.rounds:
                 break
             fresh = []

@@ -25,7 +25,7 @@ MOST_SEQUENCES = {"cuda": 1024, "cpu": 512}  # sampled at a time
 
 def longest(config: Config, shape: ModelShape) -> int:
     """Tokens of prompt and response that the engine makes room for."""
-    return min(shape.max_position, config.data.max_prompt_tokens + config.rollout.max_response_tokens)
+    return min(shape.max_position, config.window)
 
 
 def engine_arguments(config: Config, shape: ModelShape, folder: Path) -> dict:

@@ -39,7 +39,10 @@ class Board:
     """The job's board as one rank sees it. No method waits for another rank. ``usable``: the store is there."""
 
     def __init__(self, store: dist.TCPStore, rank: int, world: int):
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # a restarted job keeps its launcher's store
+        # A launcher that keeps its store over restarts counts them. Where the store is a new one each time, launchers
+        # may count differently: one that was started again joins others that were not.
+        kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] if kept else "0"
         self._store = dist.PrefixStore(f"megatron_dypo/{attempt}", store)
         self._others = [other for other in range(world) if other != rank]
         self._rank, self._known, self._failure = rank, set(), None

@@ -36,6 +36,7 @@ def batch_metrics(groups: list[Group], works: list[Work]) -> dict[str, float | N
         truncated = sum(response.finish_reason == "length" for response in responses)
         metrics |= {
             "reward/mean": sum(response.reward for response in responses) / len(responses),
+            "reward/failed": sum(response.fault is not None for response in responses),
             "rollout/response_tokens": sampled / len(responses),
             "rollout/truncated_frac": truncated / len(responses),
             "rollout/entropy": -sum(float(response.logprobs.sum()) for response in responses) / sampled,

@@ -1,0 +1,276 @@
+"""The commands: their arguments, and what each calls. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from pathlib import Path
+
+from megatron_dypo.errors import UserError
+
+_OVERRIDE = re.compile(r"[a-z_0-9]+\.[a-z_0-9.]+=")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command's options. Overrides may stand before and after them, which argparse alone does not take."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not (hasattr(options, "overrides") and all(_OVERRIDE.match(word) for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megatron_dypo", description="DYPO post-training on Megatron-Core and vLLM.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    from megatron_dypo.config.render import key_reference
+
+    train = commands.add_parser(
+        "train",
+        help="the training run; resumes by itself from the run folder's newest complete checkpoint",
+        epilog=key_reference(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument("config", metavar="CONFIG", help="YAML file")
+    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key; a later one wins")
+    train.set_defaults(run=_train)
+
+    serve = commands.add_parser("serve", help="one vLLM server for rollout.engine: server (see launch/servers.sh)")
+    serve.add_argument("config", metavar="CONFIG", help="the training run's YAML file")
+    serve.add_argument("overrides", nargs="*", metavar="section.key=value", help="the training run's overrides")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8000, help="(default: 8000)")
+    serve.add_argument("--tensor", type=int, default=1, metavar="N", help="tensor-parallel devices (default: 1)")
+    serve.set_defaults(run=_serve)
+
+    _add_evaluate(commands)
+    _add_plan(commands)
+
+    doctor = commands.add_parser("doctor", help="what is installed, what it enables, what is wrong and how to mend it")
+    doctor.add_argument("--no-selftest", action="store_true", help="leave out the ten seconds on two ranks")
+    doctor.set_defaults(run=_doctor)
+
+    report = commands.add_parser("report", help="one self-contained HTML page: a run, or several compared")
+    report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="a run folder; several are compared")
+    report.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="default: report.html, in the run folder for one run, in the current folder for several",
+    )
+    report.set_defaults(run=_report)
+
+    _add_convert(commands)
+    return parser
+
+
+def _add_evaluate(commands) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="accuracy on evaluation suites: pass@1, avg@n, pass@n, with confidence intervals",
+        description="Suites: aime24, aime25, amc23, math500, minerva, arc_c, gpqa_diamond, gsm8k. Without --hf and "
+        "--checkpoint: the run folder's newest checkpoint, else model.hf. A killed evaluation goes on where it was.",
+    )
+    evaluate.add_argument("config", metavar="CONFIG", help="the run's YAML file; its section `evaluation` says how")
+    evaluate.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key; a later one wins")
+    evaluate.add_argument("--suite", metavar="NAME[,NAME]", default="", help="default: evaluation.suites")
+    which = evaluate.add_mutually_exclusive_group()
+    which.add_argument("--hf", metavar="DIR", help="evaluate a Hugging Face folder")
+    which.add_argument("--checkpoint", type=Path, metavar="DIR", help="evaluate a Megatron checkpoint, or a run folder")
+    which.add_argument(
+        "--server", metavar="URL", help="evaluate what an OpenAI-compatible address serves (http://host:8000/v1)"
+    )
+    evaluate.add_argument("--model", metavar="NAME", help="with --server: the name that it serves the model under")
+    evaluate.add_argument(
+        "--key-env", metavar="VARIABLE", help="with --server: the environment variable of its API key"
+    )
+    evaluate.add_argument("--concurrency", type=int, default=32, metavar="N", help="with --server: requests at a time")
+    evaluate.add_argument("--out", type=Path, metavar="DIR", help="default: RUN_DIR/evaluation/NAME_OF_THE_WEIGHTS")
+    evaluate.add_argument("--restart", action="store_true", help="drop the responses that --out holds already")
+    evaluate.set_defaults(run=_evaluate)
+
+
+def _add_plan(commands) -> None:
+    plan = commands.add_parser(
+        "plan", help="memory and time of every layout, best first, and why the others do not fit"
+    )
+    plan.add_argument("config", metavar="CONFIG", help="YAML file")
+    plan.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key; a later one wins")
+    plan.add_argument("--gpus", type=int, required=True, metavar="N")
+    plan.add_argument("--gpu-memory", type=float, required=True, metavar="GiB", help="of one GPU")
+    plan.add_argument("--gpu", default="h100", metavar="NAME", help="a100, a800, h100 (default), h800, h200 or b200")
+    plan.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="(default: 8)")
+    plan.add_argument("--response-tokens", type=float, metavar="N", help="mean; default: a third of the longest")
+    plan.add_argument("--prompt-tokens", type=float, metavar="N", help="mean; default: half of the longest")
+    plan.add_argument("--mid", type=float, default=0.5, metavar="SHARE", help="of prompts that are Mid (default: 0.5)")
+    plan.add_argument(
+        "--hard", type=float, default=0.25, metavar="SHARE", help="of prompts that are Hard (default: 0.25)"
+    )
+    plan.add_argument("--all", action="store_true", help="every layout, with virtual pipelines and numbers of servers")
+    plan.set_defaults(run=_plan)
+
+
+def _add_convert(commands) -> None:
+    """``convert import | export | verify``."""
+    convert = commands.add_parser("convert", help="Hugging Face folder <-> Megatron checkpoint, and proof of equality")
+    ways = convert.add_subparsers(metavar="WAY", required=True)
+    hf = {"metavar": "DIR", "help": "a Hugging Face folder, or a hub name"}
+    checkpoint = {
+        "type": Path,
+        "metavar": "DIR",
+        "required": True,
+        "help": "a checkpoint, or a run folder",
+    }
+    out = {"type": Path, "metavar": "DIR", "required": True, "help": "a new folder"}
+    dtype = {"choices": ("fp32", "bf16", "fp16"), "help": "default: as it is"}
+
+    way = ways.add_parser("import", help="write a Megatron checkpoint, which loads at any layout")
+    way.add_argument("--hf", required=True, **hf)
+    way.add_argument("--out", **out)
+    way.add_argument("--dtype", **dtype)
+    way.add_argument("--bin", action="store_true", help="read pytorch_model.bin, a pickle (tensors alone), if need be")
+    way.add_argument("overrides", nargs="*", metavar="parallel.KEY=VALUE", help="check that the model can be cut so")
+    way.set_defaults(run=_import)
+
+    way = ways.add_parser("export", help="write a Hugging Face folder, which transformers and vLLM load")
+    way.add_argument("--checkpoint", **checkpoint)
+    way.add_argument("--out", **out)
+    way.add_argument(
+        "--hf", **hf | {"help": "whose configuration and tokenizer to take; default: where the weights came from"}
+    )
+    way.add_argument("--dtype", **dtype)
+    way.add_argument("--shard-size", type=float, default=5.0, metavar="GB", help="of a file, at most (default: 5)")
+    way.set_defaults(run=_export)
+
+    way = ways.add_parser("verify", help="compare every tensor, and a text's log-probs; exit code 1 if they differ")
+    way.add_argument("--hf", required=True, **hf)
+    way.add_argument("--checkpoint", **checkpoint)
+    way.add_argument("--tensors-only", action="store_true", help="leave out log-probs: they need the model in memory")
+    way.add_argument("overrides", nargs="*", metavar="parallel.KEY=VALUE", help="layout of the log-probs' model")
+    way.set_defaults(run=_verify)
+
+
+def _import(options: argparse.Namespace) -> None:
+    from megatron_dypo.config.load import load_parallel
+
+    parallel = load_parallel(options.overrides, "convert import")  # before torch is imported
+
+    from megatron_dypo.convert.commands import import_folder
+
+    _say(import_folder(options.hf, options.out, parallel, options.dtype, options.bin))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from megatron_dypo.convert.commands import export_folder
+
+    if not 0 < options.shard_size < 1e6:
+        raise UserError(f"--shard-size: {options.shard_size:g} GB is no size of a file")
+    shard_bytes = int(options.shard_size * 1e9)
+    _say(export_folder(options.checkpoint, options.out, options.hf, options.dtype, shard_bytes))
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from megatron_dypo.config.load import load_parallel
+
+    parallel = load_parallel(options.overrides, "convert verify")
+
+    from megatron_dypo.convert.verify import verify
+
+    comparison = verify(options.hf, options.checkpoint, parallel, options.tensors_only)
+    for line in comparison.lines():
+        _say(line)
+    return 0 if comparison.equal else 1
+
+
+def _say(line: str) -> None:
+    """Once, whatever the number of ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from megatron_dypo.runtime.process import settle
+
+    settle()
+    from megatron_dypo.config import load_config
+
+    config = load_config(options.config, options.overrides)  # before torch is imported: a typing error is seen at once
+
+    from megatron_dypo.preflight import prepare
+    from megatron_dypo.runtime.failure import phase
+
+    with phase("reading the inputs"):
+        inputs = prepare(config, options.config)  # before megatron-core is imported
+
+    from megatron_dypo.runtime.stop_request import EXIT_CODE
+    from megatron_dypo.train import train
+
+    return 0 if train(config, inputs) else EXIT_CODE
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from megatron_dypo.runtime.process import settle
+
+    settle()
+    from megatron_dypo.config import load_config
+
+    config = load_config(options.config, options.overrides)
+
+    from megatron_dypo.evaluate.command import Server, evaluate, evaluate_server
+
+    names = list(filter(None, options.suite.split(",")))
+    if options.server is None:
+        evaluate(config, names, options.hf, options.checkpoint, options.out, options.restart)
+        return
+    if not options.model or options.concurrency < 1:
+        raise UserError("evaluate: --server needs --model, and a --concurrency of at least 1")
+    key = os.environ.get(options.key_env) if options.key_env else None
+    if options.key_env and not key:
+        raise UserError(f"evaluate: --key-env: the environment has no {options.key_env}")
+    server = Server(options.server, options.model, key, options.concurrency)
+    evaluate_server(config, names, server, options.out, options.restart)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from megatron_dypo.config import load_config
+
+    config = load_config(options.config, options.overrides)
+
+    from megatron_dypo.plan.cluster import Cluster
+    from megatron_dypo.plan.command import show_plan, work_of
+    from megatron_dypo.plan.gpus import gpu
+
+    for name in ("gpus", "gpu_memory", "gpus_per_node"):
+        if not 0 < getattr(options, name) < 1e6:
+            raise UserError(f"plan: --{name.replace('_', '-')}: {getattr(options, name):g} is out of range")
+    cluster = Cluster(options.gpus, options.gpu_memory * 2**30, gpu(options.gpu), options.gpus_per_node)
+    work = work_of(config, options.response_tokens, options.prompt_tokens, options.mid, options.hard)
+    return show_plan(config, cluster, work, options.all)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from megatron_dypo.doctor.command import doctor
+
+    return doctor(not options.no_selftest)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from megatron_dypo.config import load_config
+
+    if not 0 < options.port < 65536 or options.tensor < 1:
+        raise UserError(f"--port {options.port}, --tensor {options.tensor}: out of range")
+    config = load_config(options.config, options.overrides)
+
+    from megatron_dypo.rollout.serve import serve
+
+    serve(config, options.host, options.port, options.tensor)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from megatron_dypo.monitor.report import write_report
+
+    print(write_report(*options.run_dirs, out=options.out))

@@ -1,0 +1,184 @@
+"""``evaluate``: the suites on a run's newest checkpoint, another checkpoint, a Hugging Face folder or a server.
+
+Under torchrun every rank has an engine of its own, and they share the problems. What is answered stays answered: a
+killed evaluation goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_dypo.checkpoint.folders import complete_steps
+from megatron_dypo.config.schema import Config, Parallel
+from megatron_dypo.convert.commands import check_checkpoint, metadata_folder, model_of, source_folder
+from megatron_dypo.convert.hf_folder import check_folder, folder_weights
+from megatron_dypo.convert.megatron_folder import MegatronFolder, checkpoint_folder
+from megatron_dypo.data.tokenizer import load_tokenizer
+from megatron_dypo.errors import UserError
+from megatron_dypo.evaluate.answers import AnswerFile
+from megatron_dypo.evaluate.respond import Respond, Server, engine_responses, longest_response, server_responses
+from megatron_dypo.evaluate.run import run_suite, samples_of
+from megatron_dypo.evaluate.suites import SUITES, check_suites, load_suite
+from megatron_dypo.evaluate.table import Progress, show
+from megatron_dypo.policy.shape import ModelShape, hf_folder, model_shape
+from megatron_dypo.records import Prompt
+from megatron_dypo.rollout.collect import encode_prompts
+from megatron_dypo.rollout.engine import build_engine, check_head_size, engine_name
+from megatron_dypo.runtime import distributed
+from megatron_dypo.runtime.distributed import Layout
+from megatron_dypo.runtime.failure import phase
+from megatron_dypo.runtime.seeding import stable_hash
+from megatron_dypo.runtime.whole_file import write_whole
+from megatron_dypo.sync.weights import StoredWeights
+
+ROUND = {"cuda": 4096, "cpu": 128}  # responses asked for at a time, and lost by a kill; vLLM samples fewer at once
+
+
+@dataclass(frozen=True)
+class Model:
+    """Whom to ask: ``name`` for the results; ``digest`` tells whether the files are the same as they were."""
+
+    name: str
+    digest: str
+    shape: ModelShape
+    read: Callable[[str], Tensor]
+
+
+def evaluate(
+    config: Config, names: list[str], hf: str | None, checkpoint: Path | None, out: Path | None, restart: bool
+) -> None:
+    """Run the suites and print their table; ``out`` gets ``results.json`` and each suite's responses.
+
+    ``hf`` or ``checkpoint``: which weights; default: the run folder's newest checkpoint, else `model.hf`. ``out``
+    defaults to a folder of the run's. ``restart`` drops responses of before. Raises UserError before any engine starts.
+    """
+    if engine_name(config) == "replay":
+        raise UserError("evaluate: rollout.engine: replay samples nothing; add rollout.engine=auto")
+    with phase("reading the inputs"):
+        suites = _load(config, names)
+        model = _choose(config, hf, checkpoint)
+        check_head_size(model.shape)
+        tokenizer = load_tokenizer(config, model.shape)
+        for prompts in suites.values():
+            encode_prompts(prompts, tokenizer, config.data.max_prompt_tokens)
+        if config.window > model.shape.max_position:
+            raise UserError(
+                f"data.max_prompt_tokens and the longest response make {config.window} tokens, "
+                f"more than the model's {model.shape.max_position}"
+            )
+    with phase("joining the job"):
+        layout = distributed.init(Parallel(timeout=config.parallel.timeout))
+    out = out or Path(config.trainer.run_dir) / "evaluation" / model.name
+    with phase("rollout engine start"):
+        engine = build_engine(config, model.shape, tokenizer, out / "engine" / f"rank_{layout.rank}", layout)
+        distributed.claim_device()
+    with phase("weight sync", limit=(config.rollout.sync_timeout, "rollout.sync_timeout")):
+        engine.sync(StoredWeights(model.shape, distributed.training_dtype(config.model.dtype), model.read))
+    about = {"model": model.name, "weights": model.digest}
+    respond = engine_responses(engine, tokenizer, config)
+    _run(config, suites, respond, about, layout, out, restart, ROUND["cuda" if torch.cuda.is_available() else "cpu"])
+
+
+def evaluate_server(config: Config, names: list[str], server: Server, out: Path | None, restart: bool) -> None:
+    """``evaluate`` with whoever is behind an address; ranks share the problems, if there are several."""
+    with phase("reading the inputs"):
+        suites = _load(config, names)
+    distributed.join(config.parallel.timeout)
+    layout = Layout(rank=dist.get_rank(), world=dist.get_world_size())
+    out = out or Path(config.trainer.run_dir) / "evaluation" / re.sub("[^A-Za-z0-9._-]+", "_", server.model)
+    about = {"model": server.model, "weights": server.url}
+    _run(config, suites, server_responses(server, config), about, layout, out, restart, 4 * server.concurrency)
+
+
+def _load(config: Config, names: list[str]) -> dict[str, list[Prompt]]:
+    names = names or config.evaluation.suites
+    if not names:
+        raise UserError("evaluate: no suite: give --suite, or evaluation.suites in the configuration")
+    check_suites(names, "--suite")
+    return {name: load_suite(name, config.evaluation) for name in names}
+
+
+def _choose(config: Config, hf: str | None, checkpoint: Path | None) -> Model:
+    """The model to evaluate. Its tokenizer becomes ``config.model.tokenizer``."""
+    run_dir = Path(config.trainer.run_dir)
+    if hf is None and checkpoint is None and complete_steps(run_dir):
+        checkpoint = run_dir
+    if checkpoint is not None:
+        folder = checkpoint_folder(checkpoint)
+        distributed.join()
+        check_checkpoint(folder)
+        origin = metadata_folder(folder)
+        shape = model_of(folder, origin)
+        config.model.tokenizer = config.model.tokenizer or origin
+        return Model(folder.name, _digest(folder), shape, MegatronFolder(folder, shape).read)
+    source = hf or config.model.hf
+    if source is None:
+        raise UserError(f"evaluate: {run_dir} holds no checkpoint, and a preset no weights: give --hf or --checkpoint")
+    folder = Path(hf_folder(source))
+    shape = source_folder(source)[1] if hf else model_shape(config.model)
+    check_folder(folder, shape)
+    config.model.tokenizer = hf or config.model.tokenizer
+    return Model(folder.name, _digest(folder), shape, folder_weights(folder))
+
+
+def _digest(folder: Path) -> str:
+    """Tells one state of a folder of weights from another, by its files' names, sizes and times."""
+    listed = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir())
+    return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
+
+
+def _run(
+    config: Config,
+    suites: dict[str, list[Prompt]],
+    respond: Respond,
+    about: dict[str, Any],
+    layout: Layout,
+    out: Path,
+    restart: bool,
+    round_size: int,
+) -> None:
+    """Ask, write and print. ``about`` goes with every suite's results; ``round_size`` is a rank's."""
+    results: dict[str, Any] = {}
+    for name, prompts in suites.items():
+        asked = about | _asked(config, name, prompts)
+        progress = Progress(name, layout.is_main)
+        with phase(f"evaluation of {name}"), _file(out / f"{name}.jsonl", asked, layout, restart) as file:
+            options = {"file": file, "round_size": round_size * layout.world, "progress": progress}
+            results[name] = asked | run_suite(name, prompts, config, respond, layout, **options)
+    if layout.is_main:
+        path = out / "results.json"
+        write_whole(path, json.dumps(results, indent=2) + "\n")
+        show(results, f"{about['model']}: {path}")
+
+
+def _asked(config: Config, name: str, prompts: list[Prompt]) -> dict[str, Any]:
+    """All that decides what a suite's responses are, but the weights."""
+    settings = config.evaluation
+    return {
+        "suite": name,
+        "problems": len(prompts),
+        "prompts": stable_hash(*prompts),
+        "samples": samples_of(name, settings),
+        "extract": settings.extract or SUITES[name].extract,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "max_response_tokens": longest_response(config),
+        "seed": settings.seed,
+    }
+
+
+def _file(
+    path: Path, about: dict[str, Any], layout: Layout, restart: bool
+) -> AbstractContextManager[AnswerFile | None]:
+    return closing(AnswerFile(path, about, restart)) if layout.is_main else nullcontext()

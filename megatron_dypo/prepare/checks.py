@@ -1,0 +1,42 @@
+"""What keeps a problem or a trace out, apart from what needs all of the data: pure functions, and token counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_dypo.errors import UserError
+from megatron_dypo.prepare.layouts import Trace
+from megatron_dypo.records import Prompt
+
+_MOST_TOKENS = 1 << 22  # no vocabulary is larger
+
+
+def is_complete(trace: Trace) -> bool:
+    """Not cut off: neither by the data set's own mark, nor within its thoughts."""
+    return trace.complete and trace.text.rfind("<think>") <= trace.text.rfind("</think>")
+
+
+class TokenCounter:
+    """Lengths as training will count them. ``folder``: a tokenizer's."""
+
+    def __init__(self, folder: str):
+        """Raises UserError where nothing there can be loaded."""
+        from megatron_dypo.data.backend import load_backend
+        from megatron_dypo.data.tokenizer import Tokenizer
+
+        try:
+            backend = load_backend(Path(folder), _MOST_TOKENS)
+        except Exception as error:  # whatever the tokenizer libraries raise on files that are not theirs
+            reason = " ".join(str(error).split())
+            raise UserError(f"--tokenizer {folder}: cannot be loaded: {type(error).__name__}: {reason}") from None
+        if backend.eos_token_id is None:
+            raise UserError(f"--tokenizer {folder}: has no end-of-sequence token")
+        self._tokenizer = Tokenizer(backend, backend.eos_token_id)
+
+    def prompt(self, prompt: Prompt) -> int:
+        """Tokens, those of the chat template included."""
+        return len(self._tokenizer.encode_prompt(prompt))
+
+    def trace(self, text: str) -> int:
+        """Tokens, the end token included."""
+        return len(self._tokenizer.encode_trace(text))

@@ -1,0 +1,376 @@
+"""Evaluation: suites as they circulate, estimators against brute force, options, and what a kill leaves behind."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+from aiohttp import web
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_dypo.cli import main
+from megatron_dypo.config.schema import Config, Data, Evaluation, Model, Reward, Trainer
+from megatron_dypo.errors import UserError
+from megatron_dypo.evaluate import run as evaluation_run
+from megatron_dypo.evaluate.answers import Answer, AnswerFile
+from megatron_dypo.evaluate.options import Choices, find_choices
+from megatron_dypo.evaluate.respond import Question, Said, Server, server_responses
+from megatron_dypo.evaluate.run import metrics, run_suite
+from megatron_dypo.evaluate.statistics import figures, interval, pass_at_k
+from megatron_dypo.evaluate.suites import SUITES, load_suite
+from megatron_dypo.evaluate.table import rows
+from megatron_dypo.reward import build_reward
+from megatron_dypo.runtime.distributed import Layout
+from tests.launch import copy_task
+from tests.test_teacher_traces import Imitation
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+needs_shared = pytest.mark.skipif(not (SHARED / "eval").is_dir(), reason=f"no data sets in {SHARED}")
+COUNTS = {"aime24": 30, "aime25": 30, "amc23": 40, "math500": 500, "arc_c": 1172, "gsm8k": 1319}
+
+
+# --- the suites
+
+
+@needs_shared
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_suite_loads_as_it_circulates_and_grades_its_own_answers_as_right_and_others_as_wrong(name):
+    """Every problem's own answer, boxed; and that of the next problem with another one."""
+    prompts = load_suite(name, Evaluation(data=str(SHARED)))
+    assert len(prompts) == COUNTS[name] and len({prompt.id for prompt in prompts}) == len(prompts)
+    assert all(prompt.messages[-1]["content"].endswith("within \\boxed{}.") for prompt in prompts)
+    truths = [
+        prompt.ground_truth.removeprefix("\\boxed{").removesuffix("}")
+        if "boxed" in prompt.ground_truth
+        else prompt.ground_truth
+        for prompt in prompts
+    ]
+    others = [next(t for t in truths[i + 1 :] + truths if t != truth) for i, truth in enumerate(truths)]
+    suite = SUITES[name]
+    with build_reward(Reward(function=suite.reward, extract=suite.extract)) as reward:
+        right, wrong = (reward(prompts, [f"So \\boxed{{{text}}}." for text in texts]) for texts in (truths, others))
+    assert not any(score.fault for score in right + wrong)
+    assert [prompt.ground_truth for prompt, score in zip(prompts, right, strict=True) if score.value < 1] == []
+    equal = [
+        (prompt.ground_truth, other)
+        for prompt, other, score in zip(prompts, others, wrong, strict=True)
+        if score.value > 0
+    ]
+    assert equal == EQUAL_NEIGHBOURS.get(name, [])
+
+
+# Different texts of the same value.
+EQUAL_NEIGHBOURS = {"math500": [("5", "x=5")]}
+
+
+@pytest.mark.parametrize(
+    ("suite", "file", "row", "question", "truth"),
+    [
+        ("aime24", "aime_2024.jsonl", {"problem": "1+1?", "solution": "It is \\boxed{2}.", "answer": "2"}, "1+1?", "2"),
+        ("aime25", "AIME25/test.jsonl", {"problem": "1+1?", "answer": 2}, "1+1?", "2"),
+        ("math500", "MATH-500.json", {"prompt": "1+1?", "answer": "2", "id": "x"}, "1+1?", "2"),
+        ("minerva", "minerva_math.jsonl", {"question": "1+1?", "answer": "2"}, "1+1?", "2"),
+        ("gsm8k", "gsm8k/main/test.jsonl", {"question": "1+1?", "answer": "1+1=2\n#### 2"}, "1+1?", "2"),
+        ("gsm8k", "gsm8k/test-00000-of-00001.parquet", {"question": "1+1?", "answer": "#### 2"}, "1+1?", "2"),
+        (
+            "arc_c",
+            "ARC-Challenge/test.parquet",
+            {"question": "Sky?", "choices": {"text": ["red", "blue"], "label": ["A", "B"]}, "answerKey": "B"},
+            "Sky?\n\nA) red\nB) blue",
+            "B",
+        ),
+        (
+            "gpqa_diamond",
+            "gpqa_diamond.jsonl",
+            {"Question": "Sky?", "Correct Answer": "blue\n"} | {f"Incorrect Answer {i}": f"no {i}" for i in (1, 2, 3)},
+            "Sky?\n\nA) blue\nB) no 1\nC) no 2\nD) no 3",
+            "A",
+        ),
+    ],
+)
+def test_the_hub_s_columns_and_the_files_that_circulate_are_read_alike(tmp_path, suite, file, row, question, truth):
+    path = tmp_path / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        parquet.write_table(pa.Table.from_pylist([row]), path)
+    else:
+        path.write_text(json.dumps([row] if path.suffix == ".json" else row))
+    settings = Evaluation(data=str(tmp_path), shuffle_options=False, instruction=None, system="Think.")
+    [prompt] = load_suite(suite, settings)
+    assert prompt.messages == ({"role": "system", "content": "Think."}, {"role": "user", "content": question})
+    assert (prompt.ground_truth, prompt.source, prompt.id) == (truth, suite, f"{suite}-0")
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({}, "no file of the suite gsm8k"),
+        ({"gsm8k.jsonl": "{}", "gsm8k/test.jsonl": "{}"}, "two files of the suite gsm8k"),
+        ({"gsm8k.jsonl": "{"}, "gsm8k.jsonl: cannot be read"),
+        ({"gsm8k.json": "{}"}, "expected a list"),
+        ({"gsm8k.jsonl": ""}, "holds no problem"),
+        ({"gsm8k.jsonl": '{"question": "1+1?", "answer": "2"}\n{"question": "1+2?"}'}, "problem 2: no answer"),
+        ({"gsm8k.jsonl": '{"answer": "2"}'}, "problem 1: no question"),
+        ({"gsm8k.jsonl": "[]"}, "problem 1: expected an object"),
+        ({"gsm8k.parquet": "PAR1"}, "gsm8k.parquet: cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_suite_is_an_error_that_names_it(tmp_path, files, said):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=said):
+        load_suite("gsm8k", Evaluation(data=str(tmp_path)))
+
+
+# --- options
+
+
+def test_options_move_and_the_answer_goes_with_its_text():
+    choices = Choices("Sky?", tuple("ABCD"), ("red", "blue", "green", "pink"), "B")
+    seen = {choices.shuffled(0, i) for i in range(200)}
+    assert all(one.texts[one.labels.index(one.answer)] == "blue" and one.labels == choices.labels for one in seen)
+    assert len({one.texts for one in seen}) == 24 and {one.answer for one in seen} == set("ABCD")
+    assert choices.shuffled(0, 7) == choices.shuffled(0, 7)
+
+
+@needs_shared
+def test_shuffled_arc_asks_the_same_questions():
+    plain, moved = (load_suite("arc_c", Evaluation(data=str(SHARED), shuffle_options=on)) for on in (False, True))
+    differing = 0
+    for before, after in zip(plain, moved, strict=True):
+        one, other = (
+            find_choices(p.messages[-1]["content"].rpartition("\n\n")[0], p.ground_truth) for p in (before, after)
+        )
+        right = [c.texts[c.labels.index(c.answer)] for c in (one, other)]
+        assert one.question == other.question and sorted(one.texts) == sorted(other.texts) and right[0] == right[1]
+        differing += one != other
+    assert differing > 1000
+
+
+@pytest.mark.parametrize("text", ["What?", "What?\nA) one", "A) one\nB) two\nthree"])
+def test_a_question_without_options_is_refused(text):
+    with pytest.raises(ValueError, match="no options"):
+        find_choices(text, "A")
+    with pytest.raises(ValueError, match="none of the options"):
+        find_choices("What?\nA) one\nB) two", "C")
+
+
+# --- figures
+
+
+@given(st.integers(1, 7).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
+def test_pass_at_k_is_the_mean_over_all_draws_of_k(case):
+    n, right, k = case
+    draws = list(itertools.combinations([True] * right + [False] * (n - right), k))
+    assert pass_at_k(n, right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_figures_of_a_suite():
+    found = figures([0, 1, 4, 2], 4, seed=0)
+    assert list(found) == ["avg@4", "pass@1", "pass@2", "pass@4"]
+    assert found["avg@4"]["value"] == found["pass@1"]["value"] == pytest.approx(7 / 16)
+    assert found["pass@4"]["value"] == 0.75
+    for figure in found.values():
+        assert 0 <= figure["low"] <= figure["value"] <= figure["high"] <= 1
+    assert figures([0, 1, 4, 2], 4, seed=0) == found
+    assert list(figures([1], 32, 0)) == ["avg@32", *(f"pass@{k}" for k in (1, 2, 4, 8, 16, 32))]
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    generator = np.random.default_rng(1)
+    covered = 0
+    for trial in range(200):
+        low, high = interval((generator.random(100) < 0.4).astype(float), trial)
+        covered += low <= 0.4 <= high
+    assert 180 <= covered <= 199
+
+
+# --- a suite, asked
+
+
+def sums(folder: Path, count: int = 6) -> Evaluation:
+    """A suite of sums in ``folder``."""
+    folder.mkdir(exist_ok=True)
+    lines = [json.dumps({"question": f"What is {i}+{i}?", "answer": str(2 * i)}) for i in range(count)]
+    (folder / "gsm8k.jsonl").write_text("\n".join(lines))
+    return Evaluation(data=str(folder), instruction=None, samples=4)
+
+
+def config_of(settings: Evaluation) -> Config:
+    return Config(
+        model=Model(preset="tiny"),
+        data=Data(train="none"),
+        trainer=Trainer(steps=1, run_dir="none"),
+        evaluation=settings,
+    )
+
+
+def respond(questions: list[Question]) -> list[Said]:
+    """Right for every other sample of an even problem."""
+    found = []
+    for question in questions:
+        number = int(question.prompt.messages[-1]["content"].removeprefix("What is ").partition("+")[0])
+        right = number % 2 == 0 and question.sample % 2 == 0
+        found.append(Said(f"It is \\boxed{{{2 * number + (not right)}}}.", 10 + question.sample, "stop"))
+    return found
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """One rank, no process group."""
+    monkeypatch.setattr(evaluation_run, "all_gather_objects", lambda value: [value])
+    return Layout()
+
+
+def test_a_suite_s_summary_counts_what_was_right(tmp_path, alone):
+    settings = sums(tmp_path)
+    told: list[tuple[int, int]] = []
+    result = run_suite(
+        "gsm8k",
+        load_suite("gsm8k", settings),
+        config_of(settings),
+        respond,
+        alone,
+        round_size=5,
+        progress=lambda *c: told.append(c),
+    )
+    assert result["figures"]["avg@4"]["value"] == 0.25 and result["figures"]["pass@4"]["value"] == 0.5
+    assert result["figures"]["pass@2"]["value"] == pytest.approx(0.5 * 5 / 6)
+    assert (result["problems"], result["samples"], result["faults"]) == (6, 4, 0)
+    assert result["response_tokens"] == 11.5 and result["truncated_frac"] == 0
+    assert told == [(0, 24), (5, 24), (10, 24), (15, 24), (20, 24), (24, 24)]
+    assert metrics("gsm8k", result) == {
+        "eval/gsm8k/avg@4": 0.25,
+        "eval/gsm8k/pass@4": 0.5,
+        "eval/gsm8k/response_tokens": 11.5,
+        "eval/gsm8k/truncated_frac": 0.0,
+    }
+    header, row = rows({"gsm8k": result})
+    assert len(header) == len(row) and row[3].startswith("25.0% [")
+
+
+def _ask_until_killed(folder: str) -> None:
+    """Ends itself with SIGKILL while the third round is being asked."""
+    settings = sums(Path(folder))
+    asked = []
+
+    def dying(questions: list[Question]) -> list[Said]:
+        asked.append(questions)
+        if len(asked) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return respond(questions)
+
+    evaluation_run.all_gather_objects = lambda value: [value]
+    file = AnswerFile(Path(folder) / "answers.jsonl", {"suite": "gsm8k"})
+    run_suite("gsm8k", load_suite("gsm8k", settings), config_of(settings), dying, Layout(), file=file, round_size=5)
+
+
+def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(tmp_path, alone):
+    process = multiprocessing.get_context("spawn").Process(target=_ask_until_killed, args=(str(tmp_path),))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    path, settings = tmp_path / "answers.jsonl", sums(tmp_path)
+    path.write_bytes(path.read_bytes() + b'{"problem": "gsm8k-2", "sam')  # and a line that was torn
+    asked: list[Question] = []
+
+    def noting(questions: list[Question]) -> list[Said]:
+        asked.extend(questions)
+        return respond(questions)
+
+    prompts = load_suite("gsm8k", settings)
+    file = AnswerFile(path, {"suite": "gsm8k"})
+    assert len(file.answers) == 10
+    result = run_suite("gsm8k", prompts, config_of(settings), noting, alone, file=file)
+    assert len(asked) == 14 and len(file.answers) == 24
+    file.close()
+    assert result == run_suite("gsm8k", prompts, config_of(settings), respond, alone)
+    assert len({(answer.problem, answer.sample) for answer in AnswerFile(path, {"suite": "gsm8k"}).answers}) == 24
+
+
+def test_responses_of_another_evaluation_are_not_counted_in(tmp_path):
+    path, answer = tmp_path / "answers.jsonl", Answer("a", 0, "x", 1, "stop", True)
+    first = AnswerFile(path, {"temperature": 0.6})
+    first.add([answer])
+    first.close()
+    with pytest.raises(UserError, match=r"answers.jsonl: is of another evaluation: temperature \(was 0.6, now 1.0\)"):
+        AnswerFile(path, {"temperature": 1.0})
+    assert AnswerFile(path, {"temperature": 0.6}).answers == [answer]
+    assert AnswerFile(path, {"temperature": 1.0}, restart=True).answers == []
+    path.write_text("no JSON\n")
+    with pytest.raises(UserError, match="holds no evaluation's responses"):
+        AnswerFile(path, {})
+
+
+def test_a_pure_guess_is_told_from_knowledge_by_the_interval(alone, tmp_path):
+    """Shuffled labels and a model that always says A: a quarter, and the interval says so."""
+    generator = random.Random(0)
+    path = tmp_path / "gpqa_diamond.jsonl"
+    lines = []
+    for _ in range(198):
+        texts = generator.sample(range(1000), 4)
+        row = {"Question": f"{texts}?", "Correct Answer": str(texts[0])}
+        lines.append(json.dumps(row | {f"Incorrect Answer {i}": str(texts[i]) for i in (1, 2, 3)}))
+    path.write_text("\n".join(lines))
+    settings = Evaluation(data=str(tmp_path))
+    prompts = load_suite("gpqa_diamond", settings)
+    always_a = lambda questions: [Said("\\boxed{A}", 3, "stop") for _ in questions]  # noqa: E731
+    figure = run_suite("gpqa_diamond", prompts, config_of(settings), always_a, alone)["figures"]["pass@1"]
+    assert figure["low"] < 0.25 < figure["high"] < 0.36
+
+
+def test_a_server_is_asked_with_a_seed_for_each_response_and_its_refusal_is_one_line(alone, tmp_path):
+    async def wrong_for_one(server, body, n):
+        return {"content": "It is \\boxed{1}."} if "1+1" in body["messages"][-1]["content"] else None
+
+    settings = sums(tmp_path)
+    config, prompts = config_of(settings), load_suite("gsm8k", settings)
+    with Imitation(wrong_for_one) as endpoint:
+        asked = server_responses(Server(endpoint.url, "m", "secret", concurrency=3), config)
+        result = run_suite("gsm8k", prompts, config, asked, alone)
+        assert endpoint.keys == {"Bearer secret"} and endpoint.most_under_way <= 3
+        bodies = endpoint.asked
+    assert len({body["seed"] for body in bodies}) == len(bodies) == 24
+    assert {(body["temperature"], body["max_tokens"]) for body in bodies} == {(0.6, 8192)}
+    assert result["figures"]["pass@4"]["value"] == pytest.approx(5 / 6) and result["response_tokens"] == 11
+
+    async def unknown(server, body, n):
+        return web.json_response({"error": "no such model"}, status=404)
+
+    with Imitation(unknown) as endpoint, pytest.raises(UserError, match=r"'m': HTTP 404: .*no such model") as caught:
+        run_suite("gsm8k", prompts, config, server_responses(Server(endpoint.url, "m", None, 3), config), alone)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--suite", "gsm9k"], "--suite: 'gsm9k' is none of the suites aime24"),
+        ([], "no suite: give --suite, or evaluation.suites"),
+        (["--suite", "gsm8k"], "holds no checkpoint, and a preset no weights"),
+        (["--suite", "gsm8k", "--checkpoint", "nowhere"], "nowhere: holds no checkpoint"),
+        (["--suite", "gsm8k", "--server", "http://127.0.0.1:1/v1"], "--server needs --model"),
+        (["--suite", "gsm8k", "--server", "x", "--model", "m", "--key-env", "NOWHERE_SET"], "has no NOWHERE_SET"),
+        (["--suite", "gsm8k", "--server", "x", "--model", "m"], "url: expected http"),
+        (["--suite", "gsm8k", "rollout.engine=replay", "rollout.replay=x"], "replay samples nothing"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_in_one_line(tmp_path, capsys, arguments, said):
+    """Options before overrides and after them are taken alike."""
+    sums(tmp_path)
+    config = copy_task(tmp_path)
+    here = [f"evaluation.data={tmp_path}", "evaluation.instruction=null"]
+    assert main(["evaluate", str(config), here[0], *arguments, here[1]]) == 2
+    line = capsys.readouterr().err
+    assert said in line and line.count("\n") == 1
