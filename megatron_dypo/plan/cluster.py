@@ -1,0 +1,110 @@
+"""What is planned for: GPUs, the work of a step, and one candidate of how to lay it out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_dypo.plan.gpus import Gpu
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """``memory`` in bytes, of one GPU."""
+
+    gpus: int
+    memory: float
+    gpu: Gpu
+    per_node: int = 8
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step: prompts, samples of each, mean and longest lengths in tokens, and what becomes of the groups.
+
+    ``mid`` and ``hard`` are shares of the prompts; the rest is Easy and trains nothing. ``budget``: a micro-batch's
+    tokens. ``passes``: of log-probs over the rollouts, 2 with a reference. ``overlap``: servers sample meanwhile.
+    """
+
+    prompts: int
+    samples: int
+    prompt_tokens: float
+    response_tokens: float
+    longest: int
+    teacher_tokens: float
+    budget: int
+    mid: float
+    hard: float
+    passes: int = 1
+    updates: int = 1
+    overlap: bool = False
+
+    @property
+    def sampled(self) -> float:
+        """Response tokens."""
+        return self.prompts * self.samples * self.response_tokens
+
+    @property
+    def rollout_trained(self) -> float:
+        """Tokens, prompts included, of the responses that are trained on."""
+        return self.prompts * self.mid * self.samples * (self.prompt_tokens + self.response_tokens)
+
+    @property
+    def trained(self) -> float:
+        return self.rollout_trained + self.prompts * self.hard * (self.prompt_tokens + self.teacher_tokens)
+
+    @property
+    def mean_sequence(self) -> float:
+        return self.prompt_tokens + self.response_tokens
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout of the trainer's ranks, and where vLLM is.
+
+    ``placement``: ``beside`` the policy on every GPU for good, in ``turns`` with it (trainer.offload), or on
+    ``servers``: ``server_gpus`` of their own. ``engine_tensor`` GPUs to an engine: 1 in process.
+    """
+
+    tensor: int
+    pipeline: int
+    virtual: int
+    context: int
+    data: int
+    recompute: str
+    placement: str
+    server_gpus: int = 0
+    engine_tensor: int = 1
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def shards(self) -> int:
+        """Ranks that share the distributed optimizer's state."""
+        return self.data * self.context
+
+    @property
+    def engines(self) -> int:
+        return (self.server_gpus or self.ranks) // self.engine_tensor
+
+    def overrides(self, engine_memory: float) -> str:
+        """As the command line of ``train`` takes them."""
+        keys = {
+            "parallel.tensor": (self.tensor, 1),
+            "parallel.sequence_parallel": (str(self.tensor > 1).lower(), "false"),
+            "parallel.pipeline": (self.pipeline, 1),
+            "parallel.virtual_pipeline": (self.virtual, 1),
+            "parallel.context": (self.context, 1),
+            "model.recompute": (self.recompute, "none"),
+            "optimizer.distributed": (str(self.shards > 1).lower(), "false"),
+            "trainer.offload": (str(self.placement == "turns").lower(), "false"),
+            "rollout.engine": ("server" if self.placement == "servers" else "vllm", None),
+            "rollout.engine_memory": (f"{engine_memory:.2f}", None),
+        }
+        return " ".join(f"{name}={value}" for name, (value, default) in keys.items() if value != default)
+
+    def __str__(self) -> str:
+        parts = [f"TP{self.tensor}", f"PP{self.pipeline}"]
+        parts += [f"VPP{self.virtual}"] * (self.virtual > 1) + [f"CP{self.context}"] * (self.context > 1)
+        return " ".join([*parts, f"DP{self.data}"])

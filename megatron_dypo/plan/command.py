@@ -1,0 +1,116 @@
+"""``plan CONFIG --gpus N --gpu-memory GiB``: what fits, how fast, and why the rest does not."""
+
+from __future__ import annotations
+
+from rich.table import Table
+from rich.text import Text
+
+from megatron_dypo.config.schema import Config
+from megatron_dypo.errors import UserError
+from megatron_dypo.monitor.progress import default_console
+from megatron_dypo.objectives.coefficients import needs_reference
+from megatron_dypo.plan.cluster import Cluster, Work
+from megatron_dypo.plan.layouts import Plan, Rejected, plan
+from megatron_dypo.plan.memory import GIB
+from megatron_dypo.plan.released import planned_shape
+
+BEST, WORST = 12, 12  # lines of what fits, and of what does not
+
+
+def work_of(
+    config: Config, response_tokens: float | None, prompt_tokens: float | None, mid: float, hard: float
+) -> Work:
+    """A step as ``config`` has it; lengths that nobody gave are a third of the longest response, half of a prompt."""
+    longest = config.rollout.max_response_tokens
+    response = longest / 3 if response_tokens is None else response_tokens
+    prompt = config.data.max_prompt_tokens / 2 if prompt_tokens is None else prompt_tokens
+    for name, value, most in (
+        ("--response-tokens", response, longest),
+        ("--prompt-tokens", prompt, config.data.max_prompt_tokens),
+        ("--mid plus --hard", mid + hard, 1.0),
+    ):
+        if not 0 < value <= most:
+            raise UserError(f"plan: {name}: {value:g} is not between 0 and {most:g}")
+    return Work(
+        prompts=config.data.prompts_per_step,
+        samples=config.rollout.samples_per_prompt,
+        prompt_tokens=prompt,
+        response_tokens=response,
+        longest=config.data.max_prompt_tokens + longest,
+        teacher_tokens=response,
+        budget=config.data.max_tokens_per_microbatch,
+        mid=mid,
+        hard=hard,
+        passes=1 + needs_reference(config.objective),
+        updates=config.objective.updates_per_rollout,
+        overlap=config.rollout.overlap,
+    )
+
+
+def show_plan(config: Config, cluster: Cluster, work: Work, everything: bool = False) -> int:
+    """Print; returns 0, or 1 where nothing fits."""
+    shape = planned_shape(config.model)
+    fits, rejected = plan(shape, cluster, work)
+    console = default_console()
+    print(
+        f"{config.model.hf or config.model.preset}: {shape.parameters / 1e9:.2f}e9 parameters, {cluster.gpus} GPUs of "
+        f"{cluster.memory / GIB:g} GiB, bf16. A step: {work.prompts} x {work.samples} responses of "
+        f"{work.response_tokens:.0f} tokens (prompts {work.prompt_tokens:.0f}, longest {work.longest}), "
+        f"{work.mid:.0%} Mid, {work.hard:.0%} Hard; micro-batches of {work.budget} tokens."
+    )
+    shown = fits if everything else _of_each_cut(fits)[:BEST]
+    header, rows = _rows(shown)
+    if console.is_terminal:
+        table = Table(border_style="dim")
+        for column in header:
+            table.add_column(Text(column), justify="left" if column in ("layout", "recompute", "vLLM") else "right")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        console.print(table)
+    else:
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        for row in (header, *rows):
+            print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    if fits:
+        best = fits[0]
+        ranks = f"{best.candidate.ranks} trainer ranks"
+        if best.candidate.placement == "servers":
+            ranks += f", {best.candidate.engines} servers of {best.candidate.engine_tensor} GPUs"
+        print(f"best ({ranks}): {best.candidate.overrides(best.engine_memory)}")
+    else:
+        print("nothing fits")
+    _print_rejected(rejected, everything)
+    return 0 if fits else 1
+
+
+def _of_each_cut(fits: list[Plan]) -> list[Plan]:
+    """The best of each (TP, PP, CP) and placement, in order."""
+    first: dict[tuple, Plan] = {}
+    for made in fits:
+        c = made.candidate
+        first.setdefault((c.tensor, c.pipeline, c.context, c.placement), made)
+    return list(first.values())
+
+
+def _rows(plans: list[Plan]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    header = ("layout", "recompute", "vLLM", "policy GiB", "static", "activations", "vLLM GiB")
+    header += ("step s", "rollout", "log-probs", "update", "sync", "offload", "tokens/s/GPU")
+    rows = []
+    for made in plans:
+        c, need, seconds = made.candidate, made.need, made.seconds
+        where = f"{c.engines} servers x {c.engine_tensor}" if c.placement == "servers" else c.placement
+        sizes = (need.policy, need.static, need.activations, need.engine)
+        times = (seconds.step, seconds.rollout, seconds.logprob, seconds.update, seconds.sync, seconds.offload)
+        numbers = [f"{size / GIB:.1f}" for size in sizes] + [f"{time:.1f}" for time in times]
+        rows.append((str(c), c.recompute, where, *numbers, f"{made.tokens_per_second:.0f}"))
+    return header, rows
+
+
+def _print_rejected(rejected: list[Rejected], everything: bool) -> None:
+    if not rejected:
+        return
+    print(f"does not fit ({len(rejected)} of the layouts, the closest attempt of each):")
+    for each in rejected if everything else rejected[:WORST]:
+        print(f"  {each.layout}: {each.reason}")
+    if len(rejected) > WORST and not everything:
+        print(f"  ... and {len(rejected) - WORST} more (--all)")

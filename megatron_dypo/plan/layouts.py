@@ -1,0 +1,122 @@
+"""Every layout that the model and the number of GPUs admit: what fits, best first, and why the others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from megatron_dypo.config.checks import check_layout
+from megatron_dypo.config.schema import Parallel
+from megatron_dypo.errors import UserError
+from megatron_dypo.plan.cluster import Candidate, Cluster, Work
+from megatron_dypo.plan.memory import Need, engine_room, misfit, policy_need
+from megatron_dypo.plan.steptime import Seconds, step_seconds
+from megatron_dypo.policy.shape import ModelShape
+
+SIZES = (1, 2, 4, 8)
+CONTEXTS = (1, 2, 4)
+RECOMPUTE = ("none", "selective", "full")
+ALIKE = 0.03  # of a step's time
+SERVER_SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A candidate that fits. ``engine_memory`` is vLLM's share of a GPU."""
+
+    candidate: Candidate
+    need: Need
+    seconds: Seconds
+    engine_memory: float
+    tokens_per_second: float  # of prompts and responses, on each GPU
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A layout of the model that does not fit, however vLLM is placed and whatever is recomputed."""
+
+    layout: str
+    reason: str
+
+
+def plan(shape: ModelShape, cluster: Cluster, work: Work) -> tuple[list[Plan], list[Rejected]]:
+    """The best of each (layout, placement), fastest first; and a line for each (TP, PP, CP) of which none fits."""
+    best: dict[tuple, Plan] = {}
+    closest: dict[str, tuple[float, str]] = {}
+    fitting: set[str] = set()
+    for cut, fault, candidates in _cuts(shape, cluster):
+        if fault:
+            closest[cut] = (float("inf"), fault)
+            continue
+        for candidate in candidates:
+            need = policy_need(shape, candidate, work)
+            if found := misfit(shape, candidate, cluster, work, need):
+                closest[cut] = min(closest.get(cut, found), found)
+                continue
+            fitting.add(cut)
+            room = engine_room(shape, candidate, cluster, need)
+            engine = 0.0 if candidate.placement == "servers" else room
+            seconds = step_seconds(shape, candidate, cluster, work, replace(need, engine=room))
+            rate = work.prompts * work.samples * work.mean_sequence / seconds.step / cluster.gpus
+            made = Plan(candidate, replace(need, engine=engine), seconds, room / cluster.memory, rate)
+            key = str(candidate), candidate.placement, candidate.engine_tensor
+            if key not in best or made.seconds.step < best[key].seconds.step:
+                best[key] = made
+    fastest = min((made.seconds.step for made in best.values()), default=0.0)
+    ranked = sorted(best.values(), key=lambda made: _rank(made, fastest))
+    return ranked, [Rejected(cut, reason) for cut, (_, reason) in closest.items() if cut not in fitting]
+
+
+def _rank(made: Plan, fastest: float) -> tuple[float, ...]:
+    """Those that no estimate tells from the fastest, simplest first; then the others by their time."""
+    cut, step = made.candidate, made.seconds.step
+    if step > (1 + ALIKE) * fastest:
+        return (1, step)
+    return 0, cut.pipeline * cut.virtual * cut.context, cut.tensor * cut.engine_tensor, step
+
+
+def _cuts(shape: ModelShape, cluster: Cluster) -> Iterator[tuple[str, str | None, Iterator[Candidate]]]:
+    """(name of a cut, why the model cannot be cut so, its candidates) for each TP, PP and CP."""
+    for tensor in SIZES:
+        for pipeline in (size for size in range(1, shape.num_layers + 1) if tensor * size <= cluster.gpus):
+            if shape.num_layers % pipeline or cluster.gpus % (tensor * pipeline):
+                continue
+            for context in CONTEXTS:
+                if tensor * pipeline * context > cluster.gpus:
+                    continue
+                name = f"TP{tensor} PP{pipeline}" + (f" CP{context}" if context > 1 else "")
+                fault = None
+                try:
+                    check_layout(Parallel(tensor=tensor, pipeline=pipeline, context=context), shape, 0, "")
+                except UserError as error:
+                    fault = str(error).removeprefix(": ")
+                if tensor > cluster.per_node:
+                    fault = fault or f"tensor parallelism over nodes of {cluster.per_node} GPUs is slow"
+                yield name, fault, _candidates(shape, cluster, tensor, pipeline, context)
+
+
+def _candidates(shape: ModelShape, cluster: Cluster, tensor: int, pipeline: int, context: int) -> Iterator[Candidate]:
+    replica = tensor * pipeline * context
+    for virtual in SIZES[: 3 if pipeline > 1 else 1]:
+        if shape.num_layers % (pipeline * virtual):
+            continue
+        for recompute in RECOMPUTE:
+            cut = {"tensor": tensor, "pipeline": pipeline, "virtual": virtual, "context": context}
+            cut["recompute"] = recompute
+            if cluster.gpus % replica == 0:
+                for placement in ("beside", "turns"):
+                    yield Candidate(**cut, data=cluster.gpus // replica, placement=placement)
+            for share in SERVER_SHARES:
+                servers = round(cluster.gpus * share)
+                if not 0 < servers <= cluster.gpus - replica or (cluster.gpus - servers) % replica:
+                    continue
+                for engine_tensor in (size for size in SIZES if servers % size == 0 and _divides(shape, size)):
+                    data = (cluster.gpus - servers) // replica
+                    yield Candidate(
+                        **cut, data=data, placement="servers", server_gpus=servers, engine_tensor=engine_tensor
+                    )
+
+
+def _divides(shape: ModelShape, tensor: int) -> bool:
+    """Whether vLLM can cut the model so."""
+    return shape.num_attention_heads % tensor == 0 and shape.num_query_groups % tensor == 0

@@ -1,0 +1,123 @@
+"""Seconds of a step: rollout, log-prob passes, update, weight sync, and what moves between host and device.
+
+A roofline with a few measured efficiencies, which are below in one place. It ranks layouts, and comes within a third of
+published step times (docs/scaling.md); it knows nothing of stragglers, of slow file systems, or of rewards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_dypo.plan.cluster import Candidate, Cluster, Work
+from megatron_dypo.plan.memory import (
+    ENGINE_RESERVE,
+    WEIGHT,
+    Need,
+    cache_bytes,
+    rank_parameters,
+)
+from megatron_dypo.policy.shape import ModelShape
+
+TRAIN, FORWARD, PREFILL = 0.40, 0.45, 0.50  # of the peak FLOPs: Megatron-Core pre-trains at 0.41-0.48 on H100
+STREAM = 0.65  # of the peak memory bandwidth that decoding gets
+LINK = 0.70  # of a link's bandwidth that a collective gets
+DECODE_STEP = 0.004  # seconds of one decoding step that are neither memory nor arithmetic: scheduling, sampling, launch
+HOP = 20e-6  # seconds of one small all-reduce within a node: two a layer in each decoding step with tensor parallelism
+
+
+@dataclass(frozen=True)
+class Seconds:
+    rollout: float
+    logprob: float
+    update: float
+    sync: float
+    offload: float
+    overlap: bool
+
+    @property
+    def training(self) -> float:
+        return self.logprob + self.update + self.offload
+
+    @property
+    def step(self) -> float:
+        return (max if self.overlap else sum)((self.rollout, self.training)) + self.sync
+
+
+def step_seconds(shape: ModelShape, candidate: Candidate, cluster: Cluster, work: Work, need: Need) -> Seconds:
+    """Of one step of ``work``; ``need.engine`` is vLLM's memory on a GPU."""
+    forward = _pass_seconds(shape, candidate, cluster, work, work.rollout_trained, 1, FORWARD)
+    factor = {"none": 3.0, "selective": 3.5, "full": 4.0}[candidate.recompute]  # forward, backward, some of it again
+    update = _pass_seconds(shape, candidate, cluster, work, work.trained, factor, TRAIN)
+    update += work.updates * _reduce_seconds(candidate, cluster, need)
+    if work.updates > 1:  # the trajectory coefficients are refreshed before each
+        update += forward
+    moved = 2 * (need.weights + need.optimizer) if candidate.placement == "turns" else 0.0
+    return Seconds(
+        rollout=_rollout_seconds(shape, candidate, cluster, work, need.engine),
+        logprob=work.passes * forward,
+        update=update,
+        sync=_sync_seconds(shape, candidate, cluster),
+        offload=moved / (LINK * cluster.gpu.host),
+        overlap=work.overlap and candidate.placement == "servers",
+    )
+
+
+def _pass_seconds(
+    shape: ModelShape, candidate: Candidate, cluster: Cluster, work: Work, tokens: float, factor: float, share: float
+) -> float:
+    """``factor`` forward passes' worth of arithmetic over ``tokens``, the exchanges within layers, and the bubble."""
+    if not tokens:
+        return 0.0
+    gpu = cluster.gpu
+    dense = 2 * (shape.parameters - shape.vocab_size * shape.hidden_size * (not shape.tied_embeddings))
+    attention = 2 * shape.num_layers * shape.num_attention_heads * shape.head_dim * work.mean_sequence  # causal: half
+    compute = tokens * factor * (dense + attention) / (candidate.ranks * share * gpu.flops)
+    batches = -(-tokens // (candidate.data * work.budget))
+    bubble = (candidate.pipeline - 1) / (candidate.virtual * batches)
+    # A layer and forward pass: two gathers and two scatters of hidden states, with sequence parallelism; with context
+    # parallelism one gather of keys and values.
+    t, c = candidate.tensor, candidate.context
+    hidden = 4 * 2 * shape.hidden_size * (t - 1) / t / gpu.node
+    gathered = 2 * 2 * shape.num_query_groups * shape.head_dim / t * (c - 1)
+    gathered /= gpu.node if t * c <= cluster.per_node else gpu.network
+    mine = tokens / (candidate.data * c) * shape.num_layers / candidate.pipeline
+    return (compute + mine * factor * (hidden + gathered) / LINK) * (1 + bubble)
+
+
+def _reduce_seconds(candidate: Candidate, cluster: Cluster, need: Need) -> float:
+    """Gradients summed over data-parallel ranks, weights gathered again; and the optimizer's pass over its state."""
+    d = candidate.shards
+    link = cluster.gpu.node if candidate.ranks <= cluster.per_node else cluster.gpu.network
+    exchanged = (need.gradients + need.weights) * (d - 1) / d / (LINK * link)
+    return exchanged + 2 * (need.gradients / d + need.optimizer) / (STREAM * cluster.gpu.memory)
+
+
+def _rollout_seconds(shape: ModelShape, candidate: Candidate, cluster: Cluster, work: Work, room: float) -> float:
+    """Decoding, by memory bandwidth or arithmetic, whichever is slower; then the longest responses, nearly alone."""
+    tensor = candidate.engine_tensor
+    gpu, weights = cluster.gpu, WEIGHT * rank_parameters(shape, tensor, 1)
+    share = work.prompts * work.samples / candidate.engines
+    cache = cache_bytes(shape) / tensor
+    fitting = (room - weights - ENGINE_RESERVE) / (cache * (work.prompt_tokens + work.response_tokens))
+    concurrent = max(1.0, min(share, fitting))
+    hops = 2 * shape.num_layers * HOP if tensor > 1 else 0.0
+
+    def step(sequences: float) -> float:
+        read = weights + sequences * cache * (work.prompt_tokens + work.response_tokens / 2)
+        arithmetic = 2 * shape.parameters / tensor * sequences / (PREFILL * gpu.flops)
+        return max(read / (STREAM * gpu.memory), arithmetic) + DECODE_STEP + hops
+
+    bulk = share / concurrent * work.response_tokens * step(concurrent)
+    tail = max(0.0, work.longest - work.prompt_tokens - work.response_tokens) * step(max(1.0, concurrent / 16))
+    prefill = 2 * shape.parameters / tensor * work.prompts / candidate.engines * work.prompt_tokens
+    return bulk + tail + prefill / (PREFILL * gpu.flops)
+
+
+def _sync_seconds(shape: ModelShape, candidate: Candidate, cluster: Cluster) -> float:
+    """Every tensor is gathered over TP and PP, and written into vLLM's weights; servers get it over the network."""
+    total = WEIGHT * shape.parameters
+    replica = candidate.tensor * candidate.pipeline
+    link = cluster.gpu.node if replica <= cluster.per_node else cluster.gpu.network
+    gathered = total * (replica - 1) / replica / (LINK * link)
+    sent = total / (LINK * cluster.gpu.network) if candidate.placement == "servers" else 0.0
+    return gathered + sent + 2 * total / (STREAM * cluster.gpu.memory)
