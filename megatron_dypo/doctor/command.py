@@ -1,0 +1,41 @@
+"""``doctor``: the findings as a table, and the self-test."""
+
+from __future__ import annotations
+
+from rich.table import Table
+from rich.text import Text
+
+from megatron_dypo.doctor import selftest
+from megatron_dypo.doctor.checks import BAD, GOOD, Finding, examine, this_machine
+from megatron_dypo.monitor.progress import default_console
+
+_COLOURS = {GOOD: "#35c99b", BAD: "#e5484d"}
+
+
+def doctor(with_selftest: bool) -> int:
+    """Print; returns 1 where something is wrong, else 0."""
+    findings = examine(this_machine())
+    if with_selftest and not any(each.verdict == BAD for each in findings):
+        passed, says = selftest.run()
+        findings.append(Finding("self-test", GOOD if passed else BAD, "passed" if passed else "failed", says))
+    _show(findings)
+    wrong = sum(each.verdict == BAD for each in findings)
+    print(f"{wrong} wrong" if wrong else "nothing is wrong")
+    return int(wrong > 0)
+
+
+def _show(findings: list[Finding]) -> None:
+    console = default_console()
+    if not console.is_terminal:
+        for each in findings:
+            mend = f"   -> {each.mend}" if each.mend else ""
+            print(f"{each.verdict:5}  {each.name:18} {each.found:24} {each.says}{mend}".rstrip())
+        return
+    table = Table(border_style="dim", show_header=False)
+    for each in findings:
+        verdict = Text(each.verdict, style=_COLOURS.get(each.verdict, "yellow"))
+        says = Text(each.says)
+        if each.mend:
+            says.append(f"\n{each.mend}" if each.says else each.mend, style="bold")
+        table.add_row(verdict, each.name, each.found, says)
+    console.print(table)

@@ -1,0 +1,75 @@
+"""Two ranks: a collective, and a tensor-parallel Megatron-Core policy whose weights are cut and gathered again.
+
+torchrun --nproc-per-node 2 -m megatron_dypo.doctor.selftest
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+DEADLINE = 120.0  # seconds; it takes about ten, most of them imports
+
+
+def run() -> tuple[bool, str]:
+    """Start it; (whether it passed, one line that says so or why not)."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    began = time.monotonic()
+    try:
+        ran = subprocess.run(
+            [*launcher, "-m", "megatron_dypo.doctor.selftest"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+        )
+    except subprocess.TimeoutExpired:
+        return False, f"two ranks did not finish within {DEADLINE:g} s"
+    if ran.returncode == 0:
+        said = next(line for line in ran.stdout.splitlines() if line.startswith("selftest: "))
+        return True, f"{said.removeprefix('selftest: ')} ({time.monotonic() - began:.0f} s)"
+    errors = [line for line in ran.stderr.splitlines() if "Error" in line]
+    return False, f"two ranks failed: {errors[0].strip() if errors else f'exit code {ran.returncode}'}"
+
+
+def main() -> None:
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    import torch
+    import torch.distributed as dist
+
+    from megatron_dypo.config.schema import Config, Data, Model, Parallel, Trainer
+    from megatron_dypo.convert.stream import random_weights
+    from megatron_dypo.policy.policy import Policy
+    from megatron_dypo.policy.shape import model_shape
+    from megatron_dypo.runtime import distributed
+
+    config = Config(
+        model=Model(preset="tiny", dtype="fp32"),
+        data=Data(train="none"),
+        parallel=Parallel(tensor=2, sequence_parallel=True, timeout=60.0),
+        trainer=Trainer(steps=1, run_dir="none"),
+    )
+    shape = model_shape(config.model)
+    layout = distributed.init(config.parallel)
+    read = random_weights(shape, 0)
+    policy = Policy(config, shape, layout, read)
+    total = torch.tensor([float(layout.rank + 1)], device=distributed.device())
+    dist.all_reduce(total)
+    if total.item() != 3.0:
+        raise RuntimeError(f"Error: an all-reduce of 1 and 2 gives {total.item()}")
+    gathered = dict(policy.named_tensors())
+    for name, tensor in gathered.items():
+        if not torch.equal(tensor.cpu(), read(name)):
+            raise RuntimeError(f"Error: {name} is another tensor after it was cut and gathered")
+    if layout.is_main:
+        print(f"selftest: 2 ranks, tensor parallel, {len(gathered)} tensors cut and gathered", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
