@@ -1,15 +1,34 @@
 #!/usr/bin/env bash
 # Rollout servers of this machine, one per GPU (or SERVERS of them, each on TENSOR GPUs), on ports PORT, PORT + 1, ...:
 #     export MEGATRON_DYPO_SERVER_TOKEN=$(openssl rand -hex 32)     # the same for servers and trainer
-#     launch/servers.sh CONFIG [section.key=value ...]
+#     launch/servers.sh [--dry-run] CONFIG [section.key=value ...]
 # They listen on this machine only; for trainers on other machines: HOST=0.0.0.0. CUDA_VISIBLE_DEVICES says which GPUs
 # (default: all). A server that dies is started again; all end with this script.
 set -euo pipefail
-: "${MEGATRON_DYPO_SERVER_TOKEN:?a secret that servers and trainer share (openssl rand -hex 32)}"
+# shellcheck source=launch/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+[ "$dry_run" = yes ] || : "${MEGATRON_DYPO_SERVER_TOKEN:?a secret that servers and trainer share (openssl rand -hex 32)}"
 IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, || true)}"
 tensor=${TENSOR:-1}
 servers=${SERVERS:-$((${#gpus[@]} > 0 ? ${#gpus[@]} / tensor : 1))}
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # servers share the cores
+devices() { # NUMBER: of that server, where there are GPUs
+    IFS=,
+    echo "${gpus[*]:$1 * tensor:tensor}"
+}
+
+command_of() { # NUMBER ARGUMENTS...: that server's command, in `command`
+    command=(python -m megatron_dypo serve "${@:2}" --host "${HOST:-127.0.0.1}" --port $((${PORT:-8000} + $1)) --tensor "$tensor")
+}
+
+if [ "$dry_run" = yes ]; then
+    for ((i = 0; i < servers; i++)); do
+        command_of "$i" "$@"
+        if ((${#gpus[@]} > 0)); then command=("CUDA_VISIBLE_DEVICES=$(devices "$i")" "${command[@]}"); fi
+        quote "${command[@]}"
+    done
+    exit
+fi
+
 trap 'trap - TERM; kill $(jobs -p) 2>/dev/null || true; wait' EXIT
 trap 'exit 143' INT TERM
 
@@ -19,13 +38,13 @@ keep_up() { # NUMBER ARGUMENTS...
     trap - EXIT
     trap '[ -z "$server" ] || kill -KILL -- "-$server" 2>/dev/null; exit 143' TERM
     if ((${#gpus[@]} > 0)); then
-        CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${gpus[*]:number * tensor:tensor}")
+        CUDA_VISIBLE_DEVICES=$(devices "$number")
         export CUDA_VISIBLE_DEVICES
     fi
+    command_of "$number" "$@"
     while true; do
         began=$SECONDS code=0
-        setsid python -m megatron_dypo serve "$@" --host "${HOST:-127.0.0.1}" --port $((${PORT:-8000} + number)) \
-            --tensor "$tensor" &
+        setsid "${command[@]}" &
         server=$!
         wait "$server" || code=$?
         kill -KILL -- "-$server" 2>/dev/null || true # a killed server leaves its engine behind, which holds the GPU

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# All GPUs of this machine (or NPROC ranks): launch/single_node.sh CONFIG [section.key=value ...]
+# All GPUs of this machine (or NPROC ranks): launch/single_node.sh [--dry-run] CONFIG [section.key=value ...]
 # Rendezvous `loopback` (megatron_dypo must be installed): as --standalone, but nothing is reached from other machines.
+# SIGTERM or SIGUSR1 ends it after the step and a save; the same command goes on from there (docs/launch.md).
 set -euo pipefail
-gpus=$(nvidia-smi -L 2>/dev/null | grep -c GPU || true)
-export CUDA_DEVICE_MAX_CONNECTIONS=1 # lets tensor-parallel communication overlap as Megatron schedules it
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # ranks share the cores
-exec torchrun --rdzv-backend loopback --rdzv-endpoint localhost --nproc-per-node "${NPROC:-$((gpus > 0 ? gpus : 1))}" -m megatron_dypo train "$@"
+# shellcheck source=launch/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+start_ranks --rdzv-backend loopback --rdzv-endpoint localhost \
+    --max-restarts "${MAX_RESTARTS:-0}" -m megatron_dypo train "$@"

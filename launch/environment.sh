@@ -1,0 +1,49 @@
+# shellcheck shell=bash
+# Sourced by the scripts beside it: the environment of every rank and server, and `--dry-run`.
+# A variable that is set already stays as it is. Left alone on purpose: NCCL's and Transformer Engine's own switches,
+# right by default in the versions that requirements/ names (`trainer.deterministic` sets those that it needs), and
+# PYTORCH_CUDA_ALLOC_CONF, whose expandable segments vLLM's sleep mode (`trainer.offload`) refuses.
+
+settings=(
+    CUDA_DEVICE_MAX_CONNECTIONS=1 # kernels start in the order issued: communication before the matmul that hides it
+    OMP_NUM_THREADS=1 # ranks and servers share the cores
+    TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1800 # s that torchrun, told to stop, leaves its ranks to step and save (else 30)
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a new store at every restart, told to all: a node may come back
+)
+
+dry_run=no
+if [ "${1-}" = --dry-run ]; then
+    dry_run=yes
+    shift
+fi
+
+quote() { # WORDS...: as one line of shell, in quotes where they are needed
+    local word line=()
+    for word in "$@"; do
+        if [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then line+=("$word"); else line+=("${word@Q}"); fi
+    done
+    echo "${line[*]}"
+}
+
+default() { # NAME=VALUE, unless NAME is set
+    local name=${1%%=*}
+    if [ -z "${!name+set}" ]; then export "${1?}"; fi
+    if [ "$dry_run" = yes ]; then quote export "$name=${!name}"; fi
+}
+
+run() { # COMMAND...: become it, or print it
+    if [ "$dry_run" = no ]; then exec "$@"; fi
+    quote "$@"
+}
+
+start_ranks() { # TORCHRUN'S OPTIONS... -m megatron_dypo ...: by default torchrun would die of Slurm's SIGUSR1
+    run torchrun --nproc-per-node "$(ranks_here)" --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 "$@"
+}
+
+ranks_here() { # NPROC, or one a GPU, or one
+    local gpus
+    gpus=$(nvidia-smi -L 2>/dev/null | grep -c GPU || true)
+    echo "${NPROC:-$((gpus > 0 ? gpus : 1))}"
+}
+
+for setting in "${settings[@]}"; do default "$setting"; done
