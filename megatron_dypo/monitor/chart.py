@@ -23,18 +23,21 @@ MAX_POINTS = 600  # of a line; 10,000 steps must stay a page that a phone opens
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: ``values[n]`` float64, NaN where there is none; ``color`` is a CSS class that sets ``color``."""
+    """One curve: ``values[n]`` float64 over ``steps[n]``, NaN where there is none.
+
+    ``color`` is a CSS class that sets ``color``; one that dashes the line may follow it.
+    """
 
     label: str
     color: str
+    steps: np.ndarray
     values: np.ndarray
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves over ``steps[n]``. ``layers`` are stacked areas from the bottom up; ``lines`` go on top of them."""
+    """``layers`` are stacked areas from the bottom up, over the same steps; ``lines`` go on top of them."""
 
-    steps: np.ndarray
     lines: list[Series] = field(default_factory=list)
     layers: list[Series] = field(default_factory=list)
     unit: str = ""
@@ -44,6 +47,7 @@ class Chart:
     points: bool = False  # few, separate measurements: marked, joined over the steps between, not smoothed
     exact: bool = False  # settings and counts: drawn as they are, not smoothed
     extent: tuple[int, int] = (0, 1)  # first and last step of the axis
+    limit: int = MAX_POINTS  # of a line
 
 
 def draw(chart: Chart, title: str) -> tuple[str, dict[str, Any]]:
@@ -130,13 +134,13 @@ def thin(values: np.ndarray, limit: int = MAX_POINTS) -> np.ndarray:
 def _prepare(chart: Chart, series: Series) -> dict[str, Any]:
     """Thinned raw values and rolling statistics of a line, in the axis' unit (log10 on a log axis)."""
     values = np.clip(series.values, -1e30, 1e30)  # keeps squares and differences finite
-    steps = chart.steps
+    steps = series.steps
     if chart.log:
         values = np.log10(np.where(values > 0, values, np.nan))
     if chart.points:
         steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
-    kept = thin(values)
-    at = np.unique(np.linspace(0, len(values) - 1, MAX_POINTS // 2).round().astype(int)) if len(values) else kept
+    kept = thin(values, chart.limit)
+    at = np.unique(np.linspace(0, len(values) - 1, chart.limit // 2).round().astype(int)) if len(values) else kept
     known = np.flatnonzero(np.isfinite(values))
     at = at[(at >= known[0]) & (at <= known[-1])] if len(known) else at  # a mean bridges gaps but invents no ends
     mean, std = rolling(values, at, max(5, len(values) // 25))
@@ -157,8 +161,9 @@ def _stack(chart: Chart) -> list[dict[str, Any]]:
     """Lower and upper edge of each layer; steps where no layer has a value are gaps."""
     if not chart.layers:
         return []
-    count = len(chart.steps)
-    at = np.unique(np.linspace(0, count - 1, min(count, MAX_POINTS)).round().astype(int))
+    steps = chart.layers[0].steps
+    count = len(steps)
+    at = np.unique(np.linspace(0, count - 1, min(count, chart.limit)).round().astype(int))
     window = round(count / len(at))  # means of what lies between the kept steps; 1 in all but long runs
     values = np.array([rolling(np.clip(layer.values, 0.0, 1e30), at, window)[0] for layer in chart.layers])
     nothing = np.isnan(values).all(0)
@@ -166,7 +171,7 @@ def _stack(chart: Chart) -> list[dict[str, Any]]:
     tops[:, nothing] = np.nan
     bottoms = np.vstack([np.where(nothing, np.nan, 0.0), tops[:-1]])
     return [
-        {"color": layer.color, "x": chart.steps[at], "raw": value, "low": low, "high": high}
+        {"color": layer.color, "x": steps[at], "raw": value, "low": low, "high": high}
         for layer, value, low, high in zip(chart.layers, values, bottoms, tops, strict=True)
     ]
 

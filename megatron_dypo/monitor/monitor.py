@@ -135,12 +135,21 @@ def summary_rows(metrics: list[dict], held_out: int) -> list[tuple[str, str]]:
         change("response tokens", "rollout/response_tokens", "{:.1f}"),
         change("tokens per second", "perf/tokens_per_second", "{:.0f}"),
     ]
-    name = "eval/valid/greedy_accuracy"
-    evaluations = [line for line in metrics if line.get(name) is not None]
-    if evaluations:
+    for name, label, problems in _evaluations(metrics, held_out):
+        evaluations = [line for line in metrics if line.get(name) is not None]
         first, last = (f"{line[name]:.1%} (step {line['step']})" for line in (evaluations[0], evaluations[-1]))
-        rows.append(("held-out greedy accuracy", f"{first} -> {last}, {held_out} problems"))
+        rows.append((label, f"{first} -> {last}{problems}"))
     skipped = steps[-1].get("train/skipped_steps")
     if skipped:
         rows.append(("skipped steps", str(skipped)))
     return [row for row in rows if row is not None]
+
+
+def _evaluations(metrics: list[dict], held_out: int) -> list[tuple[str, str, str]]:
+    """(metric, its name in the summary, on how many problems) of each evaluation's accuracy."""
+    names = sorted({name for line in metrics for name in line if name.startswith("eval/")})
+    suites = [name for name in names if name.endswith("/pass@1") or "/avg@" in name]
+    found = [(name, name.removeprefix("eval/").replace("/", " "), "") for name in suites]
+    if "eval/valid/greedy_accuracy" in names:
+        found.insert(0, ("eval/valid/greedy_accuracy", "held-out greedy accuracy", f", {held_out} problems"))
+    return found

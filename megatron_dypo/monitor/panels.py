@@ -39,6 +39,8 @@ class Panel:
 
 
 PALETTE = ("c1", "c2", "c3", "c4", "c5", "c6")  # Okabe and Ito's, which colour-blind readers can tell apart
+EVALUATION = "Held-out evaluation"
+RUN_COLORS = ("c1", "c2", "c3", "c4", "c5", "ink")  # of compared runs: without the second blue
 
 LEARNING = (
     Panel(
@@ -90,9 +92,9 @@ OPTIMISATION = (
     ),
     Panel(
         "Policy entropy",
-        "A quick fall to 0 is a collapse of exploration.",
+        "A quick fall to 0 is a collapse of exploration. Trained: over the tokens that GRPO trains on.",
         "nats per token",
-        (Curve("policy/entropy", "entropy", "c3"),),
+        (Curve("policy/entropy", "trained", "c3"), Curve("rollout/entropy", "sampled", "c1")),
     ),
     Panel(
         "Clip fraction",
@@ -185,6 +187,14 @@ ROLLOUT = (
         percent=True,
     ),
     Panel(
+        "Responses not scored",
+        "The reward function failed on them; they count as wrong.",
+        "responses per step",
+        (Curve("reward/failed", "not scored", "c2"),),
+        exact=True,
+        quiet=True,
+    ),
+    Panel(
         "Refilled prompts",
         "Sampled in place of prompts whose group would train nothing.",
         "prompts per step",
@@ -205,6 +215,7 @@ SPEED = (
             Curve("time/update", "update", "c5"),
             Curve("time/sync", "sync", "c4"),
             Curve("time/offload", "offload", "c2"),
+            Curve("time/save", "save", "s6"),
         ),
         lines=(Curve("time/step", "step", "ink"),),
     ),
@@ -275,7 +286,7 @@ def sections(keys: Iterable[str], shares: set[str], zeros: set[str]) -> list[tup
 
 def _eval_panels(keys: set[str], shares: set[str]) -> list[Panel]:
     """All shares (accuracies) in one panel; any other metric, with its own unit, in a panel for all suites."""
-    together = _eval_panel("Held-out evaluation", "share of problems", sorted(keys & shares), percent=True)
+    together = _eval_panel(EVALUATION, "share of problems", sorted(keys & shares), percent=True)
     others = sorted({key.rsplit("/", 1)[-1] for key in keys - shares})
     apart = [
         _eval_panel(

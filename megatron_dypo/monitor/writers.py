@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from megatron_dypo.config.schema import Config, Logging
 from megatron_dypo.errors import UserError
+from megatron_dypo.monitor.layouts import tensorboard_layout
 
 
 class Writer(Protocol):
@@ -67,7 +68,10 @@ class WandbWriter:
 
 
 class TensorBoardWriter:
-    """Event files in ``run_dir/tensorboard``; on resume, later steps of the stopped run are hidden."""
+    """Event files in ``run_dir/tensorboard``; on resume, later steps of the stopped run are hidden.
+
+    The tab "Custom scalars" has the report's panels.
+    """
 
     name = "TensorBoard"
 
@@ -76,6 +80,7 @@ class TensorBoardWriter:
 
         purge_step = resume_step + 1 if resume_step > 0 else None
         self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
+        self._events.add_custom_scalars(tensorboard_layout())
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         for name, value in _finite(metrics).items():

@@ -1,0 +1,110 @@
+"""What the report knows of a run: its folder's files, read once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_dypo.config.yaml_text import parse_yaml
+from megatron_dypo.errors import UserError
+from megatron_dypo.monitor.metrics import read_metrics
+
+
+@dataclass(frozen=True)
+class Run:
+    """``steps[n]`` and one float64 column [n] for each metric, NaN where a step lacks it or has null.
+
+    ``config`` is the configuration as written (``config_text``), empty where the folder has none.
+    """
+
+    name: str
+    folder: Path
+    rows: list[dict[str, Any]]
+    steps: np.ndarray
+    columns: dict[str, np.ndarray]
+    config: dict[str, Any]
+    config_text: str
+    environment_text: str
+
+    def known(self, key: str) -> np.ndarray:
+        """The metric's finite values, in order; empty where the run has none."""
+        return finite(self.columns.get(key))
+
+    def setting(self, section: str, key: str) -> Any:
+        """A configuration key's value, None where it is not there."""
+        values = self.config.get(section)
+        return values.get(key) if isinstance(values, dict) else None
+
+
+def read_runs(folders: list[Path]) -> list[Run]:
+    """The runs, named by the shortest ends of their paths that tell them apart.
+
+    Raises UserError if a folder is given twice, if metrics are missing, empty or unreadable, or if a configuration is
+    not YAML.
+    """
+    resolved = [folder.resolve() for folder in folders]
+    for folder in resolved:
+        if resolved.count(folder) > 1:
+            raise UserError(f"{folder}: given twice")
+    return [_read(folder, name) for folder, name in zip(folders, _names(resolved), strict=True)]
+
+
+def finite(column: np.ndarray | None) -> np.ndarray:
+    return np.empty(0) if column is None else column[np.isfinite(column)]
+
+
+def is_share(values: np.ndarray) -> bool:
+    return bool(((values >= 0) & (values <= 1)).all())
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """Last parts of the paths, as few as keep them different."""
+    longest = max(len(folder.parts) for folder in folders)
+    for count in range(1, longest + 1):
+        names = ["/".join(folder.parts[-count:]) for folder in folders]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _read(folder: Path, name: str) -> Run:
+    rows = read_metrics(folder / "metrics.jsonl")
+    if not rows:
+        raise UserError(f"{folder / 'metrics.jsonl'}: no step has been written yet")
+    keys = dict.fromkeys(key for row in rows for key in row if key != "step")
+    config_text = _text(folder / "config.yaml")
+    return Run(
+        name=name,
+        folder=folder,
+        rows=rows,
+        steps=np.array([row["step"] for row in rows]),
+        columns={key: np.array([_float(row.get(key)) for row in rows]) for key in keys},
+        config=_config(folder / "config.yaml", config_text),
+        config_text=config_text,
+        environment_text=_text(folder / "environment.json"),
+    )
+
+
+def _float(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else np.nan
+
+
+def _text(path: Path) -> str:
+    """What a file of the run folder says, for people; nothing where there is none."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _config(path: Path, text: str) -> dict[str, Any]:
+    try:
+        tree = parse_yaml(text)
+    except ValueError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    return tree if isinstance(tree, dict) else {}

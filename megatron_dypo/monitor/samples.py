@@ -1,0 +1,155 @@
+"""Sample rollouts of the report: what the policy was asked, answered and got for it, from recorded steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from html import escape
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from megatron_dypo.errors import UserError
+from megatron_dypo.monitor.run_data import Run
+from megatron_dypo.monitor.tokens import decoder
+
+REGIMES = ("easy", "mid", "hard")
+GROUPS = 3  # of a step: one of each regime where there are, since each is trained on in its own way
+SEARCHED = 64  # groups of a step that are looked through for them; a step may be gigabytes
+RESPONSES = 8  # of a group
+LONGEST = 1600  # characters of a text; what is more is cut out of its middle
+_STEP = re.compile(r"step_(\d+)\.jsonl")
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def sample_rollouts(run: Run, last_only: bool = False) -> str:
+    """Markup of a few groups of the first, a middle and the last recorded step (or of the last only).
+
+    Empty where the run recorded none. Raises UserError for a file that is not a recorded step.
+    """
+    files = _files(run)
+    if not files:
+        return ""
+    numbers = sorted(files)
+    chosen = numbers[-1:] if last_only else sorted({numbers[0], numbers[len(numbers) // 2], numbers[-1]})
+    text, how = decoder(run)
+    parts = [_step(files[number], number, run, text, opened=number == chosen[-1]) for number in chosen]
+    lead = f"One prompt of each regime where the step has one; a filled mark is a right response. {how}"
+    return f'<p class="lead">{escape(lead)}</p>{"".join(parts)}'
+
+
+def regime(rewards: list[float], threshold: float, hard_max_solved: int) -> str:
+    """A group's regime as ``objectives.grading.grade`` has it, without torch."""
+    solved = sum(reward >= threshold for reward in rewards)
+    return "easy" if solved == len(rewards) else "hard" if solved <= hard_max_solved else "mid"
+
+
+def _files(run: Run) -> dict[int, Path]:
+    """The recorded steps that the run's metrics know, by number."""
+    name = run.setting("rollout", "record")
+    if not isinstance(name, str) or "\0" in name:
+        return {}
+    folders = [folder for folder in (Path(name), run.folder / name) if os.path.isdir(folder)]
+    found = {
+        int(match[1]): path
+        for path in (folders[0].iterdir() if folders else ())
+        if (match := _STEP.fullmatch(path.name))
+    }
+    return {number: path for number, path in found.items() if number <= run.steps[-1]}
+
+
+def _step(path: Path, step: int, run: Run, text: Callable[[list[int]], str], opened: bool) -> str:
+    threshold, most = run.setting("objective", "reward_threshold"), run.setting("objective", "hard_max_solved")
+    threshold = threshold if isinstance(threshold, (int, float)) else 0.5
+    most = most if isinstance(most, int) else 0
+    groups: dict[str, list[dict[str, Any]]] = {name: [] for name in REGIMES}
+    for group in islice(_groups(path), SEARCHED):
+        groups[regime([response["reward"] for response in group["responses"]], threshold, most)].append(group)
+        if all(groups.values()):
+            break
+    # One of each regime first, then more of those there are.
+    ranked = sorted(
+        (place, REGIMES.index(name), group["id"], name) for name in REGIMES for place, group in enumerate(groups[name])
+    )
+    picked = [(name, groups[name][place]) for place, _, _, name in ranked[:GROUPS]]
+    order = sorted(picked, key=lambda item: REGIMES.index(item[0]))
+    shown = [_group(name, group, threshold, text, opened and not place) for place, (name, group) in enumerate(order)]
+    return f"<h4>Step {step:,}</h4>{''.join(shown)}"
+
+
+def _groups(path: Path) -> Iterator[dict[str, Any]]:
+    """The file's groups, as far as the report needs them."""
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    with file:
+        for number, line in enumerate(file, start=1):
+            try:
+                group = _checked(json.loads(line))
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+                raise UserError(f"{path}:{number}: not a recorded rollout: {error}") from None
+            yield group
+
+
+def _checked(line: dict[str, Any]) -> dict[str, Any]:
+    responses = [
+        {
+            "ids": _ids(response["ids"]),
+            "reward": float(response["reward"]),
+            "finish_reason": str(response["finish_reason"]),
+            "fault": response.get("fault"),
+        }
+        for response in line["responses"]
+    ]
+    if not responses:
+        raise ValueError("no response")
+    return {"id": str(line["id"]), "prompt_ids": _ids(line["prompt_ids"]), "responses": responses}
+
+
+def _ids(values: list[int]) -> list[int]:
+    if not all(type(value) is int and 0 <= value < 2**31 for value in values):
+        raise ValueError("token ids must be whole numbers from 0 on")
+    return values
+
+
+def _group(name: str, group: dict[str, Any], threshold: float, text: Callable[[list[int]], str], opened: bool) -> str:
+    responses = group["responses"]
+    right = [response["reward"] >= threshold for response in responses]
+    marks = "".join(f'<i class="{_class(good)}"></i>' for good in right[:64])
+    answers = "".join(
+        _response(response, good, text) for response, good in list(zip(responses, right, strict=True))[:RESPONSES]
+    )
+    more = len(responses) - RESPONSES
+    rest = f'<div class="asked"><p>and {more} more</p></div>' if more > 0 else ""
+    return (
+        f'<details class="group"{" open" if opened else ""}><summary><i class="badge {name}">{name}</i>'
+        f"<b>{escape(_short(group['id'], 80))}</b><span>{sum(right)} of {len(right)} right</span>"
+        f'<span class="marks">{marks}</span></summary>'
+        f'<div class="asked"><p>prompt, {len(group["prompt_ids"]):,} tokens</p>'
+        f"<pre>{escape(_short(text(group['prompt_ids'])))}</pre></div>{answers}{rest}</details>"
+    )
+
+
+def _response(response: dict[str, Any], good: bool, text: Callable[[list[int]], str]) -> str:
+    facts = [f"{len(response['ids']):,} tokens", response["finish_reason"]]
+    if response["fault"] is not None:
+        facts.append(f"not scored: {response['fault']}")
+    return (
+        f'<div class="said {_class(good)}"><p><b>reward {response["reward"]:g}</b> · {_class(good)} · '
+        f"{escape(_short(' · '.join(facts), 200))}</p><pre>{escape(_short(text(response['ids'])))}</pre></div>"
+    )
+
+
+def _class(good: bool) -> str:
+    return "right" if good else "wrong"
+
+
+def _short(text: str, limit: int = LONGEST) -> str:
+    """At most ``limit`` characters and a note, without characters that no page may hold."""
+    if len(text) > limit:
+        head, tail = text[: limit * 2 // 3], text[-limit // 3 :]
+        text = f"{head} … [{len(text) - len(head) - len(tail):,} characters left out] … {tail}"
+    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)

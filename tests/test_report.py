@@ -1,0 +1,345 @@
+"""The report of several runs, and its tables, samples and layouts."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_dypo.cli import main
+from megatron_dypo.data.arithmetic import arithmetic_tokens
+from megatron_dypo.errors import UserError
+from megatron_dypo.monitor.compare import differing_keys
+from megatron_dypo.monitor.figures import run_color
+from megatron_dypo.monitor.panels import LEARNING, OPTIMISATION, ROLLOUT, SPEED
+from megatron_dypo.monitor.report import write_report
+from megatron_dypo.monitor.run_data import read_runs
+from megatron_dypo.monitor.samples import GROUPS, LONGEST, RESPONSES, SEARCHED, regime
+from megatron_dypo.monitor.writers import Writers
+from megatron_dypo.objectives.grading import grade
+from megatron_dypo.records import Group, Prompt, Response
+from megatron_dypo.rollout import recorded
+from tests.test_monitor import Outline, config, fill
+
+HOSTILE = "</script></pre><script>alert(1)</script><img src=x onerror=alert(2)>"
+KINDS = {"all right": [1.0, 1.0], "one right": [0.0, 1.0], "all wrong": [0.0, 0.0]}
+
+
+def write_config(run_dir: Path, text: str) -> Path:
+    (run_dir / "config.yaml").write_text(text)
+    return run_dir
+
+
+def record(folder: Path, step: int, groups: list[tuple[str, str, list[float]]], answer: str = "7") -> None:
+    """A recorded step of (id, prompt, rewards) in the built-in tokenizer's ids."""
+
+    def ids(text: str) -> np.ndarray:
+        return np.asarray(arithmetic_tokens().encode(text).ids, np.int32)
+
+    made = [
+        Group(
+            Prompt(name, "", ()),
+            ids(prompt),
+            [Response(ids(answer), np.zeros(len(ids(answer)), np.float32), "stop", reward) for reward in rewards],
+        )
+        for name, prompt, rewards in groups
+    ]
+    recorded.record(folder, step, made)
+
+
+def results(value: float = 0.5, low: float = 0.25, high: float = 0.75) -> dict:
+    figures = {name: {"value": value, "low": low, "high": high} for name in ("avg@4", "pass@1", "pass@4")}
+    return {
+        "model": "m",
+        "problems": 30,
+        "samples": 4,
+        "figures": figures,
+        "response_tokens": 812.4,
+        "truncated_frac": 0.125,
+        "faults": 0,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- several runs
+
+
+def test_runs_are_laid_over_one_another_each_in_its_colour(tmp_path):
+    runs = [
+        fill(tmp_path / name / "run", steps, value=value) for name, steps, value in (("a", 30, 0.25), ("b", 60, 0.5))
+    ]
+    path = write_report(*runs, out=tmp_path / "both.html")
+    page = Outline(path.read_text())
+    assert path == tmp_path / "both.html" and not (runs[0] / "report.html").exists()
+    charts = {title: json.loads(data) for title, data in zip(page.data["h3"], page.data["script"][:-1], strict=True)}
+    # A panel of several metrics is a chart for each; the axis spans the longer run.
+    assert {"Regimes: easy", "Regimes: offline ratio", "Losses: KL", "Reward", "Mismatch by size: ≥ 1"} <= set(charts)
+    for series in charts["Reward"]["series"], charts["Losses: GRPO"]["series"]:
+        assert [line["x"][-1] for line in series] == [30, 60]
+        assert np.mean(series[0]["y"][1:]) == pytest.approx(0.25, rel=0.1)
+        assert np.mean(series[1]["y"][1:]) == pytest.approx(0.5, rel=0.1)
+    assert charts["Reward"]["x"] == [0, 60]
+    assert all(len(chart["series"]) == 2 for chart in charts.values())
+    text = path.read_text()
+    for place, name in enumerate(("a/run", "b/run")):
+        assert f'<i class="{run_color(place)}"></i>{name} <b>' in text
+    assert page.tags.count("svg") == len(charts)
+
+
+def test_gradient_shares_are_each_runs_own(tmp_path):
+    for name, grpo, sft in (("a", 1.0, 3.0), ("b", 6.0, 2.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(
+            json.dumps({"step": 1, "grad_share/grpo": grpo, "grad_share/sft": sft}) + "\n"
+        )
+    page = Outline(write_report(tmp_path / "a", tmp_path / "b", out=tmp_path / "r.html").read_text())
+    charts = dict(zip(page.data["h3"], map(json.loads, page.data["script"][:-1]), strict=True))
+    assert [line["y"] for line in charts["Gradient shares: GRPO"]["series"]] == [[0.25], [0.75]]
+    assert [line["y"] for line in charts["Gradient shares: SFT"]["series"]] == [[0.75], [0.25]]
+
+
+def test_final_figures_and_differing_keys_stand_side_by_side(tmp_path):
+    a = write_config(fill(tmp_path / "a", 30, value=0.25), "trainer: {run_dir: a, steps: 30}\noptimizer: {lr: 1e-6}\n")
+    b = write_config(
+        fill(tmp_path / "b", 60, value=0.5), "trainer: {run_dir: b, steps: 60}\noptimizer: {lr: 1e-6}\nx: {y: [1, 2]}\n"
+    )
+    assert differing_keys(read_runs([a, b])) == {"trainer.steps": ["30", "60"], "x.y": ["–", "[1, 2]"]}
+    page = Outline(write_report(a, b, out=tmp_path / "r.html").read_text())
+    cells = page.data["td"]
+    assert cells[:2] == ["30", "60"]  # steps
+    rewards = [
+        np.mean([row["reward/mean"] for row in map(json.loads, (run / "metrics.jsonl").open()) if row["step"]][-10:])
+        for run in (a, b)
+    ]
+    place = cells.index(f"{rewards[0]:.3f}")
+    assert cells[place + 1] == f"{rewards[1]:.3f}"
+    assert "1 keys that only some of the runs have" in page.data["summary"]
+
+
+def test_eighteen_runs_can_be_told_apart_and_stay_small(tmp_path):
+    assert len({run_color(place) for place in range(18)}) == 18
+    runs = [fill(tmp_path / f"run{place}", 1000) for place in range(18)]
+    path = write_report(*runs, out=tmp_path / "r.html")
+    assert path.stat().st_size < 5_000_000
+    Outline(path.read_text())
+
+
+def test_three_runs_of_ten_thousand_steps_are_small_and_quick(tmp_path):
+    runs = [fill(tmp_path / name, 10_000, every=100) for name in "abc"]
+    start = time.process_time()  # not wall time: others may be using the machine
+    path = write_report(*runs, out=tmp_path / "r.html")
+    assert time.process_time() - start < 15.0
+    assert path.stat().st_size < 2_000_000
+
+
+def test_runs_that_share_nothing_and_a_run_given_twice(tmp_path):
+    for name, row in (("a", {"step": 1, "loss/grpo": 1.0}), ("b", {"step": 7, "x<y": None})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    page = Outline(write_report(tmp_path / "a", tmp_path / "b", out=tmp_path / "r.html").read_text())
+    assert page.data["h3"] == ["Losses", "x<y"]
+    with pytest.raises(UserError, match="given twice"):
+        write_report(tmp_path / "a", tmp_path / "b" / ".." / "a")
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    a, b = (fill(tmp_path / name, 5) for name in "ab")
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", str(a)]) == 0 and (a / "report.html").exists() and not Path("report.html").exists()
+    assert main(["report", str(a), str(b)]) == 0 and "2 runs compared" in Path("report.html").read_text()
+    assert main(["report", str(b), "--out", "other.html"]) == 0 and Path("other.html").exists()
+    assert not (b / "report.html").exists()
+    assert main(["report", str(a), str(tmp_path / "none")]) == 2
+    assert "none/metrics.jsonl: cannot read" in capsys.readouterr().err
+
+
+def test_report_is_written_without_torch(tmp_path):
+    """Also where it decodes samples: a laptop that the run folder was copied to need not have it."""
+    run = write_config(fill(tmp_path / "run", 5), f"rollout: {{record: {tmp_path / 'r'}}}\nmodel: {{preset: tiny}}\n")
+    record(tmp_path / "r", 1, [("p", "first 1=", [1.0])])
+    check = "import sys; from megatron_dypo.cli import main; sys.exit(main(sys.argv[1:]) or 'torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", check, "report", str(run)], check=True, timeout=120)
+    assert "first 1=" in (run / "report.html").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------- evaluations
+
+
+def test_evaluation_table_has_training_and_results_files(tmp_path):
+    rows = [
+        {"step": step, "eval/aime24/avg@4": accuracy, "eval/aime24/pass@4": 0.5, "eval/aime24/response_tokens": 90.0}
+        for step, accuracy in ((0, 0.125), (5, 0.25), (10, 0.375))
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, value in (("step_10", 0.5), ("base", 0.3)):
+        folder = tmp_path / "evaluation" / name
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps({"math500": results(value)}))
+    page = Outline(write_report(tmp_path).read_text())
+    cells = page.data["td"]
+    for text in (
+        "training, step 0",
+        "12.5%",
+        "training, step 10",
+        "37.5%",
+        "50.0% [25.0%, 75.0%]",
+        "30.0% [25.0%, 75.0%]",
+    ):
+        assert text in cells, text
+    assert "training, step 5" not in cells and {"base", "step_10", "812", "12.5%", "90"} <= set(cells)
+    # Suites of one name stand together, and intervals are where they should be on the bar.
+    assert [cell for cell in page.data["th"] if cell in ("aime24", "math500")] == ["aime24"] * 2 + ["math500"] * 2
+    assert 'style="left:25.0%;width:50.0%"' in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "3",
+        '{"a": 1}',
+        '{"a": {}}',
+        json.dumps({"a": results(low=0.6)}),
+        json.dumps({"a": results(high=math.inf)}),
+        json.dumps({"a": results() | {"problems": None}}),
+        json.dumps({"a": results() | {"figures": {}}}),
+        "[" * 100_000,
+    ],
+)
+def test_results_that_evaluate_did_not_write_are_one_line(tmp_path, content):
+    fill(tmp_path, 3)
+    (tmp_path / "evaluation" / "x").mkdir(parents=True)
+    (tmp_path / "evaluation" / "x" / "results.json").write_text(content)
+    with pytest.raises(UserError, match=r"results\.json: not the results of an evaluation: ") as error:
+        write_report(tmp_path)
+    assert "\n" not in str(error.value) and not (tmp_path / "report.html").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- samples
+
+
+def test_samples_show_one_group_of_each_regime(tmp_path):
+    run = write_config(fill(tmp_path / "run", 9), "rollout: {record: ../rec}\nmodel: {preset: tiny}\n")
+    record(tmp_path / "rec", 1, [(f"h{i}", f"last {i}=", [0.0, 0.0]) for i in range(5)])
+    groups = [(f"{name} {i}", f"first {i}=", rewards) for name, rewards in KINDS.items() for i in range(3)]
+    for step in (4, 7, 12):  # 12 is after what the metrics know: of a run that was resumed from an older checkpoint
+        record(tmp_path / "rec", step, groups, answer=" \\boxed{7}")
+    page = Outline(write_report(run).read_text())
+    assert page.data["h4"] == ["Step 1", "Step 4", "Step 7"]
+    names = page.data["b"]
+    assert [name for name in names if name in {group[0] for group in groups} or name[0] == "h"] == [
+        *("h0", "h1", "h2"),
+        *("all right 0", "one right 0", "all wrong 0") * 2,
+    ]
+    badges = [text for text in page.data["i"] if text in ("easy", "mid", "hard")]
+    assert badges == ["hard"] * 3 + ["easy", "mid", "hard"] * 2
+    assert "first 0=" in page.data["pre"] and " \\boxed{7}" in page.data["pre"]
+    assert page.data["p"].count(" · right · 3 tokens · stop") == 2 * 3  # two steps, 2 + 1 + 0 responses
+    several = Outline(write_report(run, fill(tmp_path / "other", 3), out=tmp_path / "r.html").read_text())
+    assert several.data["h4"] == ["run", "Step 7"]
+
+
+def test_hostile_and_long_texts_do_nothing(tmp_path):
+    run = write_config(fill(tmp_path / "run", 3), f"rollout: {{record: {tmp_path / 'rec'}}}\nmodel: {{preset: tiny}}\n")
+    record(tmp_path / "rec", 1, [(HOSTILE, HOSTILE, [0.0] * 20)], answer="x" * 5 * LONGEST)
+    path = tmp_path / "rec" / "step_000001.jsonl"
+    line = json.loads(path.read_text())
+    line["responses"][0] |= {"fault": "\ud800\x00" + HOSTILE}
+    path.write_text(json.dumps(line) + "\n")
+    (run / "evaluation" / "x<b>").mkdir(parents=True)
+    (run / "evaluation" / "x<b>" / "results.json").write_text(json.dumps({HOSTILE + "\udc00": results()}))
+    text = write_report(run).read_text()
+    page = Outline(text)
+    assert not {"img", "b>"} & set(page.tags) and "onerror" not in page.attributes
+    assert page.tags.count("script") == page.tags.count("figure") + 1
+    assert HOSTILE in page.data["pre"] and any(HOSTILE[:60] in name for name in page.data["b"])
+    assert page.data["p"].count("and 12 more") == 1 and text.count("characters left out") == RESPONSES
+    assert not re.search(r"[\x00-\x08\x0b-\x1f]", text)
+
+
+def test_a_large_step_is_not_read_to_its_end(tmp_path):
+    run = write_config(fill(tmp_path / "run", 3), f"rollout: {{record: {tmp_path / 'rec'}}}\n")
+    record(tmp_path / "rec", 1, [(f"p{i}", "1=", [0.0, 0.0]) for i in range(SEARCHED)])
+    with (tmp_path / "rec" / "step_000001.jsonl").open("a") as file:
+        file.write("never read\n")
+    text = write_report(run).read_text()
+    page = Outline(text)
+    assert text.count('<details class="group"') == GROUPS
+    assert any("Token ids: the tokenizer has no tokenizer.json here." in text for text in page.data["p"])
+    assert "1 82" not in page.data["pre"] and any(re.fullmatch(r"\d+ \d+", text) for text in page.data["pre"])
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", "{}", '{"id": 1, "prompt_ids": [1], "responses": []}', "null", "[" * 100_000]
+)
+def test_a_file_that_is_no_recorded_step_is_named(tmp_path, line):
+    run = write_config(fill(tmp_path / "run", 3), f"rollout: {{record: {tmp_path / 'rec'}}}\n")
+    record(tmp_path / "rec", 2, [("p", "1=", [0.0])])
+    with (tmp_path / "rec" / "step_000002.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(UserError, match=r"step_000002\.jsonl:2: not a recorded rollout"):
+        write_report(run)
+
+
+def test_a_models_own_tokenizer_decodes(tmp_path):
+    run = write_config(
+        fill(tmp_path / "run", 3), f"rollout: {{record: {tmp_path / 'rec'}}}\nmodel: {{hf: {tmp_path / 'model'}}}\n"
+    )
+    record(tmp_path / "rec", 1, [("p", "last 5=", [0.0])])
+    (tmp_path / "model").mkdir()
+    tokens = arithmetic_tokens()
+    tokens.save(str(tmp_path / "model" / "tokenizer.json"))
+    assert "last 5=" in Outline(write_report(run).read_text()).data["pre"]
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    assert "last 5=" not in Outline(write_report(run).read_text()).data["pre"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(-2, 2), min_size=1, max_size=9), st.floats(0, 1), st.integers(0, 3))
+def test_regimes_are_those_that_training_uses(rewards, threshold, hard_max_solved):
+    rewards = [float(np.float32(reward)) for reward in rewards]
+    threshold = float(np.float32(threshold))
+    (expected,) = grade(torch.tensor([rewards]), threshold, hard_max_solved)
+    assert regime(rewards, threshold, hard_max_solved) == expected.name.lower()
+
+
+# ---------------------------------------------------------------------------------------------------- TensorBoard
+
+
+def test_tensorboard_gets_the_reports_panels(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.custom_scalar import layout_pb2
+
+    writers = Writers(config(tmp_path, tensorboard=True), tmp_path)
+    writers.write(1, {"gal/eta": 0.5})
+    writers.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (event,) = events.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    tables = {"Learning": LEARNING, "Optimisation": OPTIMISATION, "Rollout": ROLLOUT, "Speed": SPEED}
+    found = {category.title: [chart.title for chart in category.chart] for category in layout.category}
+    assert found == {
+        heading: [panel.title for panel in panels] + ["Held-out evaluation"] * (heading == "Learning")
+        for heading, panels in tables.items()
+    }
+    charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
+    keys = [curve.key for panels in tables.values() for panel in panels for curve in panel.curves]
+    for key in random.Random(0).sample(keys, 20):
+        assert sum(bool(re.match(tag, key)) for tags in charts.values() for tag in tags) == 1, key
+    (evaluation,) = charts["Held-out evaluation"]
+    assert [bool(re.match(evaluation, f"eval/x/{name}")) for name in ("avg@32", "pass@4", "response_tokens")] == [
+        1,
+        1,
+        0,
+    ]
