@@ -1,4 +1,4 @@
-# make quickstart | test | faults | lint | venv | bench | test-gpu
+# make quickstart | test | faults | lint | docs | venv | bench | test-gpu | test-mcore-latest
 # PYTHON       the interpreter that .venv is made from (3.11 or later)
 # TORCH_INDEX  on a CPU machine where pip finds no CPU build of torch: the address of PyTorch's CPU wheel index
 PYTHON ?= python3
@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 # One OpenMP thread a rank: two ranks share two cores, and vLLM's samples are then bit-reproducible.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: venv quickstart test faults lint bench test-gpu
+.PHONY: venv quickstart test faults lint docs bench test-gpu test-mcore-latest
 
 venv:
 	@tools/make_venv.sh
@@ -24,12 +24,25 @@ test: venv
 faults: venv
 	MEGATRON_DYPO_FUZZ=10 $(BIN)/python -m pytest tests/faults -m "not gpu"
 
+# The parallel and training tests with another Megatron-Core, in a folder of its own (requirements/mcore-latest.txt).
+LATEST = $(abspath $(VENV))/mcore-latest
+test-mcore-latest: venv
+	$(BIN)/python -m pip install -q --no-deps --ignore-requires-python --upgrade --target $(LATEST) -r requirements/mcore-latest.txt
+	PYTHONPATH=$(LATEST) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_layouts.py \
+	    tests/test_end_to_end.py tests/test_checkpoint.py tests/test_rollout.py tests/test_convert_commands.py tests/test_offload.py \
+	    tests/test_update.py tests/test_head_parallel.py tests/test_convert.py tests/test_attention.py tests/test_plan.py
+
 test-gpu:
 	$(BIN)/python -m pytest tests -m gpu
 
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck -x launch/*.sh launch/slurm.sbatch examples/*/run.sh tools/*.sh
+
+# The pages of docs/ as a site, in site/; a link that leads nowhere is an error.
+docs: venv
+	$(BIN)/mkdocs build --quiet --strict
 
 # The head takes about 10 minutes on 2 cores, the layouts half an hour, the recipes hours. Results:
 # benchmarks/results/, docs/performance.md.
@@ -39,6 +52,7 @@ bench: venv
 	$(BIN)/torchrun --rdzv-backend loopback --rdzv-endpoint localhost --nproc-per-node 2 -m benchmarks.checkpoints --out benchmarks/results/checkpoints_cpu.json
 	$(BIN)/python -m benchmarks.packing
 	$(BIN)/python -m benchmarks.weight_sync
+	$(BIN)/python -m benchmarks.reward
 	$(BIN)/python -m benchmarks.rollout
 	$(BIN)/python -m benchmarks.layouts
 	$(BIN)/python -m benchmarks.tables

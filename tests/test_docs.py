@@ -1,0 +1,74 @@
+"""The documentation is true as far as a program can tell: links lead somewhere, commands parse, keys, files exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_dypo.commands import parse
+from megatron_dypo.config.schema import Config, walk
+from tests.test_config import KEYS
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*/README.md"))]
+SECTIONS = "|".join(Config.model_fields)
+KEY = re.compile(rf"`((?:{SECTIONS})(?:\.[a-z_]+)+)(?::[^`]*|=[^`]*)?`")
+PATH = re.compile(r"`((?:megatron_dypo|benchmarks|tests|tools|launch|examples|requirements|docs)/[\w./-]+)`")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> subprocess.CompletedProcess:
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_site_builds_and_every_link_leads_somewhere(site):
+    assert site.returncode == 0, site.stderr
+
+
+def test_a_broken_link_is_seen(tmp_path):
+    """The site's own check, with a page that is not there."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/index.md").write_text("[gone](gone.md)")
+    (tmp_path / "mkdocs.yml").write_text("site_name: x\nstrict: true\n")
+    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path / "site")]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 1 and "gone.md" in ran.stderr
+
+
+def commands(page: Path) -> list[str]:
+    """What follows ``python -m megatron_dypo`` in the page's code blocks, continued lines joined."""
+    found = []
+    for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+        for line in block.replace("\\\n", " ").splitlines():
+            _, there, rest = line.partition("-m megatron_dypo ")
+            if there:
+                found.append(rest.partition("#")[0].strip())
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_parse_and_keys_and_files_exist(page):
+    text = page.read_text()
+    for command in commands(page):
+        if re.search(r"[|\[\]]|\.\.\.|\bN\b", command):  # a form, not a command
+            continue
+        options = parse(shlex.split(command))
+        for override in getattr(options, "overrides", []):
+            assert override.partition("=")[0] in KEYS, f"{command}: {override}"
+    sections = {name.rpartition(".")[0] for name, _ in walk()}
+    unknown = [key for key in KEY.findall(text) if key not in KEYS and key not in sections]
+    assert unknown == []
+    assert [path for path in PATH.findall(text) if not (ROOT / path).exists()] == []
+
+
+def test_there_are_commands_keys_and_files_to_check():
+    texts = "".join(page.read_text() for page in PAGES)
+    assert sum(len(commands(page)) for page in PAGES) > 15
+    assert len(set(KEY.findall(texts))) > 40 and len(set(PATH.findall(texts))) > 20
