@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from megatron_dypo.cli import main
 from megatron_dypo.config.schema import Config, Data, Evaluation, Model, Reward, Trainer
 from megatron_dypo.errors import UserError
+from megatron_dypo.evaluate import command
 from megatron_dypo.evaluate import run as evaluation_run
 from megatron_dypo.evaluate.answers import Answer, AnswerFile
 from megatron_dypo.evaluate.options import Choices, find_choices
@@ -166,6 +167,21 @@ def test_a_question_without_options_is_refused(text):
         find_choices("What?\nA) one\nB) two", "C")
 
 
+def test_numbered_statements_above_the_options_stay_where_they_are():
+    text = "Which?\n1. Water is wet\n2. Ice is hot\nA) 1 only\nB) 2 only"
+    found = find_choices(text, "A")
+    assert found.labels == ("A", "B") and found.question.endswith("2. Ice is hot")
+
+
+def test_results_of_other_suites_of_the_same_weights_stay(tmp_path):
+    path = tmp_path / "results.json"
+    for weights, name in (("a", "aime24"), ("a", "math500")):
+        command._write(path, {name: {"weights": weights}}, {"weights": weights})
+    assert set(json.loads(path.read_text())) == {"aime24", "math500"}
+    command._write(path, {"gsm8k": {"weights": "b"}}, {"weights": "b"})
+    assert set(json.loads(path.read_text())) == {"gsm8k"}
+
+
 # --- figures
 
 
@@ -304,6 +320,8 @@ def test_responses_of_another_evaluation_are_not_counted_in(tmp_path):
     first = AnswerFile(path, {"temperature": 0.6})
     first.add([answer])
     first.close()
+    with AnswerFile(path, {"temperature": 0.6})._file, pytest.raises(UserError, match="another evaluation is at work"):
+        AnswerFile(path, {"temperature": 0.6})
     with pytest.raises(UserError, match=r"answers.jsonl: is of another evaluation: temperature \(was 0.6, now 1.0\)"):
         AnswerFile(path, {"temperature": 1.0})
     assert AnswerFile(path, {"temperature": 0.6}).answers == [answer]
@@ -345,6 +363,16 @@ def test_a_server_is_asked_with_a_seed_for_each_response_and_its_refusal_is_one_
     assert {(body["temperature"], body["max_tokens"]) for body in bodies} == {(0.6, 8192)}
     assert result["figures"]["pass@4"]["value"] == pytest.approx(5 / 6) and result["response_tokens"] == 11
 
+    async def too_long(server, body, n):
+        if "3+3" in body["messages"][-1]["content"]:
+            return web.json_response({"error": "this prompt is too long"}, status=400)
+
+    path = tmp_path / "answers.jsonl"
+    with Imitation(too_long) as endpoint, pytest.raises(UserError, match=r"HTTP 400: .*too long.*is kept"):
+        asked, file = server_responses(Server(endpoint.url, "m", None, 3), config), AnswerFile(path, {})
+        run_suite("gsm8k", prompts, config, asked, alone, file=file)
+    assert len(file.answers) == 20, "what came is there"
+
     async def unknown(server, body, n):
         return web.json_response({"error": "no such model"}, status=404)
 
@@ -364,6 +392,10 @@ def test_a_server_is_asked_with_a_seed_for_each_response_and_its_refusal_is_one_
         (["--suite", "gsm8k", "--server", "x", "--model", "m", "--key-env", "NOWHERE_SET"], "has no NOWHERE_SET"),
         (["--suite", "gsm8k", "--server", "x", "--model", "m"], "url: expected http"),
         (["--suite", "gsm8k", "rollout.engine=replay", "rollout.replay=x"], "replay samples nothing"),
+        (
+            ["--suite", "gsm8k", "rollout.engine=server", "rollout.servers=[http://127.0.0.1:1]"],
+            "would take the servers",
+        ),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_in_one_line(tmp_path, capsys, arguments, said):

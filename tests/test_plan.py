@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from megatron_dypo.cli import main
+from megatron_dypo.config import load_config
 from megatron_dypo.config.checks import check_layout
 from megatron_dypo.config.schema import Parallel
 from megatron_dypo.errors import UserError
@@ -14,7 +15,7 @@ from megatron_dypo.plan.cluster import Candidate, Cluster, Work
 from megatron_dypo.plan.gpus import gpu
 from megatron_dypo.plan.layouts import plan
 from megatron_dypo.plan.memory import GIB, activation_bytes, policy_need, rank_parameters
-from megatron_dypo.plan.released import RELEASED
+from megatron_dypo.plan.released import RELEASED, planned_shape
 from megatron_dypo.plan.steptime import step_seconds
 from megatron_dypo.policy.shape import PRESETS, ModelShape
 from tests.ranks import run_ranks
@@ -27,13 +28,13 @@ WORK = Work(
     mid=0.5, hard=0.25,
 )  # fmt: skip
 PLACED = {"virtual": 1, "context": 1, "recompute": "none", "placement": "beside"}
-LAYOUTS = [
-    ({}, 1, False),
-    ({"tensor": 2, "sequence_parallel": True}, 2, False),
-    ({"pipeline": 2}, 4, True),
-    ({"pipeline": 2, "virtual_pipeline": 2}, 2, False),
-    ({"tensor": 2, "sequence_parallel": True, "pipeline": 2}, 8, True),
-    ({"tensor": 2, "sequence_parallel": True, "context": 2}, 4, True),
+LAYOUTS = [  # (cut, ranks, distributed optimizer, tied embedding)
+    ({}, 1, False, True),
+    ({"tensor": 2, "sequence_parallel": True}, 2, False, False),
+    ({"pipeline": 2}, 4, True, True),
+    ({"pipeline": 2, "virtual_pipeline": 2}, 2, False, False),
+    ({"tensor": 2, "sequence_parallel": True, "pipeline": 2}, 4, True, False),
+    ({"tensor": 2, "sequence_parallel": True, "context": 2}, 4, True, True),
 ]
 
 
@@ -56,8 +57,7 @@ def counted(shape: ModelShape, parallel: dict, distributed: bool) -> tuple[int, 
     return weights, gradients, state, sum(p.numel() for p in policy.parameters.values())
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize(("parallel", "ranks", "distributed"), LAYOUTS, ids=[str(each[0]) for each in LAYOUTS])
+@pytest.mark.parametrize(("parallel", "ranks", "distributed", "tied"), LAYOUTS, ids=[str(each[0]) for each in LAYOUTS])
 def test_weights_gradients_and_optimizer_are_what_ranks_hold(parallel, ranks, distributed, tied):
     """The busiest of real ranks; in bf16, as the planner has it. Weights exactly, the padded rest within 5%."""
     shape = dataclasses.replace(SHAPE, tied_embeddings=tied)
@@ -159,7 +159,7 @@ def test_the_command_prints_a_table_the_best_overrides_and_reasons(capsys, tmp_p
     assert main(["plan", config, "--gpus", "16", "--gpu-memory", "80", "--gpu", "a800"]) == 0
     printed = capsys.readouterr().out
     assert "7.62e9 parameters, 16 GPUs of 80 GiB" in printed and "tokens/s/GPU" in printed
-    assert "best (16 trainer ranks): parallel.tensor=" in printed
+    assert "best (16 trainer ranks): parallel.tensor=2 " in printed
     assert "TP8 PP1: parallel.tensor: 8 does not divide the model's 28 attention heads" in printed
     assert main(["plan", config, "--gpus", "1", "--gpu-memory", "24"]) == 1
     assert "nothing fits" in capsys.readouterr().out
@@ -183,9 +183,29 @@ def test_a_plan_for_nothing_is_refused_in_one_line(arguments, said, capsys):
 
 def test_a_released_model_s_shape_cannot_be_overridden_but_for_its_positions():
     from megatron_dypo.config.schema import Model, Shape
-    from megatron_dypo.plan.released import planned_shape
 
     name = "Qwen/Qwen3-32B"
     assert planned_shape(Model(hf=name, shape=Shape(max_position=16384))).max_position == 16384
     with pytest.raises(UserError, match=r"model\.shape\.num_layers"):
         planned_shape(Model(hf=name, shape=Shape(num_layers=3)))
+
+
+@pytest.mark.parametrize("example", ["qwen2.5_math_7b_dypo", "qwen3_32b_dypo"])
+def test_the_overrides_of_a_plan_make_that_layout_whatever_the_file_has(example):
+    path = f"examples/{example}/config.yaml"
+    shape = planned_shape(load_config(path).model)
+    for made in plan(shape, Cluster(32, 192 * GIB, gpu("h200")), WORK)[0]:
+        c = made.candidate
+        if c.placement == "servers" and "32b" not in example:
+            continue  # whose addresses nobody knows
+        config = load_config(path, made.candidate.overrides(made.engine_memory).split())
+        cut = config.parallel
+        assert (cut.tensor, cut.pipeline, cut.virtual_pipeline, cut.context) == (
+            c.tensor,
+            c.pipeline,
+            c.virtual,
+            c.context,
+        )
+        assert cut.sequence_parallel == (c.tensor > 1) and config.model.recompute == c.recompute
+        assert config.optimizer.distributed == (c.shards > 1) and config.trainer.offload == (c.placement == "turns")
+        assert (config.rollout.engine == "server") == (c.placement == "servers")

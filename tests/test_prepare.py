@@ -564,6 +564,24 @@ def test_other_options_or_inputs_do_not_go_on_from_what_was_left(tmp_path, monke
     assert prepare(Options((source,)), out, restart=True)["rows read"] == 9
 
 
+def test_a_name_that_is_taken_twice_over_leaves_the_whole_key(tmp_path):
+    store = Store(tmp_path / "out.jsonl.work", {})
+    key = "0123456789abcdef" * 2
+    for number, (each, name) in enumerate([("k1", "a"), ("k2", key[:16]), (key, "a")], start=1):
+        assert store.add_problem(each, name, "1", {}) == number
+    store.close()
+
+
+def test_extra_info_of_two_kinds_is_refused_for_parquet_in_one_line(tmp_path):
+    rows = [
+        {"prompt": f"{i}?", "ground_truth": "1", "extra_info": {"index": value}} for i, value in enumerate((1, "x"))
+    ]
+    source = write(tmp_path / "in.jsonl", *rows)
+    options = Options((source,), layout="rows", verify="none", keep_without_trace=True)
+    with pytest.raises(UserError, match=r"extra_info does not fit into one Parquet column, write \.jsonl"):
+        prepare(options, tmp_path / "out.parquet")
+
+
 def test_two_runs_do_not_share_a_work_file(tmp_path):
     source = write(tmp_path / "in.jsonl", *mixed(8))
     store = Store(tmp_path / "out.jsonl.work", {})

@@ -178,6 +178,7 @@ def test_report_is_written_without_torch(tmp_path):
 def test_evaluation_table_has_training_and_results_files(tmp_path):
     rows = [
         {"step": step, "eval/aime24/avg@4": accuracy, "eval/aime24/pass@4": 0.5, "eval/aime24/response_tokens": 90.0}
+        | {"eval/gsm8k/pass@1": accuracy / 2}  # one response a problem
         for step, accuracy in ((0, 0.125), (5, 0.25), (10, 0.375))
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -198,7 +199,8 @@ def test_evaluation_table_has_training_and_results_files(tmp_path):
         assert text in cells, text
     assert "training, step 5" not in cells and {"base", "step_10", "812", "12.5%", "90"} <= set(cells)
     # Suites of one name stand together, and intervals are where they should be on the bar.
-    assert [cell for cell in page.data["th"] if cell in ("aime24", "math500")] == ["aime24"] * 2 + ["math500"] * 2
+    suites = [cell for cell in page.data["th"] if cell in ("aime24", "gsm8k", "math500")]
+    assert suites == ["aime24"] * 2 + ["gsm8k"] * 2 + ["math500"] * 2
     assert 'style="left:25.0%;width:50.0%"' in (tmp_path / "report.html").read_text()
 
 

@@ -29,7 +29,7 @@ from megatron_dypo.data.reasoning_gym_task import dataset, generate
 from megatron_dypo.errors import UserError
 from megatron_dypo.preflight import prepare
 from megatron_dypo.records import Group, Prompt, Response
-from megatron_dypo.reward import RewardFunction, Score, build_reward, final_answer
+from megatron_dypo.reward import RewardFunction, Score, build_reward, final_answer, workers
 from megatron_dypo.reward.penalties import has_form, penalty
 from megatron_dypo.rollout.collect import score
 from megatron_dypo.update.metrics import batch_metrics
@@ -260,6 +260,34 @@ def test_items_of_every_task_are_rebuilt_in_the_worker_from_what_the_prompt_hold
 def test_an_answer_that_a_task_cannot_read_is_wrong_and_no_fault(tasks):
     (prompt,) = generate("reasoning_gym:prime_factorization?size=1&seed=1")
     assert tasks([prompt], ["#### nonsense"]) == [Score(0.0)]
+
+
+def test_an_answer_is_never_run_as_a_program(tasks, tmp_path, monkeypatch):
+    """Tasks that evaluate answers: nothing but mathematics gets to them, and no answer changes how later ones score."""
+    monkeypatch.chdir(tmp_path)
+    (prompt,) = generate("reasoning_gym:countdown?size=1&seed=3")
+    patch = "import reasoning_gym.games.countdown as c; c.CountdownDataset.score_answer = lambda *a, **k: 1.0"
+    attacks = [
+        "__import__('os').system('touch ran')",
+        f'exec("{patch}")',
+        "eval(chr(49))",
+        "open('ran', 'w')",
+        "().__class__",
+        "1 .real",
+        "S('open')('ran','w')",
+        "getattr(1, 'real')",
+    ]
+    assert tasks([prompt] * len(attacks), [f"#### {attack}" for attack in attacks]) == [Score(0.0)] * len(attacks)
+    assert not (tmp_path / "ran").exists()
+    right = json.loads(prompt.extra) and dataset("countdown?size=1&seed=3")[0]["metadata"]["expression"]
+    assert tasks([prompt] * 2, [f"#### {right}", "#### 1 + 1"])[0] == Score(1.0)
+    assert tasks([prompt], ["#### 1 + 1"])[0].value < 1
+
+
+def test_a_worker_of_our_own_graders_sees_no_secret_and_a_user_s_does(monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", "x")
+    assert "SOME_API_KEY" not in workers._environment("reasoning_gym")
+    assert "PATH" in workers._environment("math") and "SOME_API_KEY" in workers._environment("judge.py:score")
 
 
 def test_an_item_that_comes_out_otherwise_is_a_fault(tasks):

@@ -62,7 +62,8 @@ class Saver:
     def after_step(
         self, counters: Counters, score: float | None, in_flight: Sequence[Group] = (), last: bool = False
     ) -> None:
-        """Complete what has been written, and save where ``trainer.save_every`` says so, or this step is the ``last``.
+        """Complete what has been written, and save where ``trainer.save_every`` says so, or, whatever that says,
+        after the ``last`` step before a stop.
 
         ``score`` is this step's held-out accuracy, if it was evaluated: the best checkpoint is kept. ``in_flight`` is
         what has been sampled for the next step already.
@@ -70,7 +71,8 @@ class Saver:
         began = time.perf_counter()
         self._complete(wait=False)
         every, step = self._trainer.save_every, counters.step
-        if every and (step % every == 0 or step == self._trainer.steps or last or self._retry):
+        due = every and (step % every == 0 or step == self._trainer.steps or self._retry)
+        if due or last:
             self._complete(wait=True)
             self._score = score
             self._save(counters, score, in_flight)

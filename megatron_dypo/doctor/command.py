@@ -14,9 +14,10 @@ _COLOURS = {GOOD: "#35c99b", BAD: "#e5484d"}
 
 def doctor(with_selftest: bool) -> int:
     """Print; returns 1 where something is wrong, else 0."""
-    findings = examine(this_machine())
+    machine = this_machine()
+    findings = examine(machine)
     if with_selftest and not any(each.verdict == BAD for each in findings):
-        passed, says = selftest.run()
+        passed, says = selftest.run(machine.devices)
         findings.append(Finding("self-test", GOOD if passed else BAD, "passed" if passed else "failed", says))
     _show(findings)
     wrong = sum(each.verdict == BAD for each in findings)

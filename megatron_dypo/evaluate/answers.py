@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -30,15 +31,19 @@ class Answer:
 class AnswerFile:
     """``answers`` holds what is in the file, which ``add`` appends to. Only one process may write it.
 
-    Raises UserError where the file is of another evaluation (``about`` differs), or damaged.
+    Raises UserError where it does, and where the file is of another evaluation (``about`` differs), or damaged.
     """
 
     def __init__(self, path: Path, about: dict[str, Any], restart: bool = False):
         self.answers: list[Answer] = []
         path.parent.mkdir(parents=True, exist_ok=True)
-        if restart:
-            path.unlink(missing_ok=True)
         self._file = path.open("ab+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{path}: another evaluation is at work with this file") from None
+        if restart:
+            self._file.truncate(0)
         self._file.seek(0)
         *lines, torn = self._file.read().split(b"\n")
         if torn:  # by a kill in the middle of a line
@@ -47,7 +52,7 @@ class AnswerFile:
             self._write([about])
             return
         try:
-            before = json.loads(lines[0])
+            before = dict(json.loads(lines[0]))
             self.answers = [Answer(**json.loads(line)) for line in lines[1:]]
         except (ValueError, TypeError) as error:
             raise UserError(f"{path}: holds no evaluation's responses: {error} (--restart removes it)") from None

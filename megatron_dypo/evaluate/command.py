@@ -47,12 +47,16 @@ ROUND = {"cuda": 4096, "cpu": 128}  # responses asked for at a time, and lost by
 
 @dataclass(frozen=True)
 class Model:
-    """Whom to ask: ``name`` for the results; ``digest`` tells whether the files are the same as they were."""
+    """Whom to ask: ``name`` for the results; ``digest`` tells whether the files are the same as they were.
+
+    ``checkpoint``: the folder, where it is one, whose files are still to be checked.
+    """
 
     name: str
     digest: str
     shape: ModelShape
     read: Callable[[str], Tensor]
+    checkpoint: Path | None = None
 
 
 def evaluate(
@@ -63,8 +67,10 @@ def evaluate(
     ``hf`` or ``checkpoint``: which weights; default: the run folder's newest checkpoint, else `model.hf`. ``out``
     defaults to a folder of the run's. ``restart`` drops responses of before. Raises UserError before any engine starts.
     """
-    if engine_name(config) == "replay":
-        raise UserError("evaluate: rollout.engine: replay samples nothing; add rollout.engine=auto")
+    if (name := engine_name(config)) in ("replay", "server"):
+        why = {"replay": "samples nothing", "server": "would take the servers from the run that they belong to"}[name]
+        instead = "rollout.engine=auto rollout.servers=[] rollout.replay=null rollout.overlap=false"
+        raise UserError(f"evaluate: rollout.engine: {name} {why}; add {instead}, or give --server")
     with phase("reading the inputs"):
         suites = _load(config, names)
         model = _choose(config, hf, checkpoint)
@@ -79,13 +85,16 @@ def evaluate(
             )
     with phase("joining the job"):
         layout = distributed.init(Parallel(timeout=config.parallel.timeout))
+        if model.checkpoint:
+            check_checkpoint(model.checkpoint)
     out = out or Path(config.trainer.run_dir) / "evaluation" / model.name
     with phase("rollout engine start"):
         engine = build_engine(config, model.shape, tokenizer, out / "engine" / f"rank_{layout.rank}", layout)
         distributed.claim_device()
     with phase("weight sync", limit=(config.rollout.sync_timeout, "rollout.sync_timeout")):
         engine.sync(StoredWeights(model.shape, distributed.training_dtype(config.model.dtype), model.read))
-    about = {"model": model.name, "weights": model.digest}
+    about = {"model": model.name, "weights": model.digest, "tokenizer": str(tokenizer.digest)}
+    about["dtype"] = str(distributed.training_dtype(config.model.dtype))
     respond = engine_responses(engine, tokenizer, config)
     _run(config, suites, respond, about, layout, out, restart, ROUND["cuda" if torch.cuda.is_available() else "cpu"])
 
@@ -116,12 +125,10 @@ def _choose(config: Config, hf: str | None, checkpoint: Path | None) -> Model:
         checkpoint = run_dir
     if checkpoint is not None:
         folder = checkpoint_folder(checkpoint)
-        distributed.join()
-        check_checkpoint(folder)
         origin = metadata_folder(folder)
         shape = model_of(folder, origin)
         config.model.tokenizer = config.model.tokenizer or origin
-        return Model(folder.name, _digest(folder), shape, MegatronFolder(folder, shape).read)
+        return Model(folder.name, _digest(folder), shape, MegatronFolder(folder, shape).read, folder)
     source = hf or config.model.hf
     if source is None:
         raise UserError(f"evaluate: {run_dir} holds no checkpoint, and a preset no weights: give --hf or --checkpoint")
@@ -156,10 +163,20 @@ def _run(
         with phase(f"evaluation of {name}"), _file(out / f"{name}.jsonl", asked, layout, restart) as file:
             options = {"file": file, "round_size": round_size * layout.world, "progress": progress}
             results[name] = asked | run_suite(name, prompts, config, respond, layout, **options)
+        if layout.is_main:
+            _write(out / "results.json", results, about)
     if layout.is_main:
-        path = out / "results.json"
-        write_whole(path, json.dumps(results, indent=2) + "\n")
-        show(results, f"{about['model']}: {path}")
+        show(results, f"{about['model']}: {out / 'results.json'}")
+
+
+def _write(path: Path, results: dict[str, Any], about: dict[str, Any]) -> None:
+    """Beside what the file holds of other suites of the same weights."""
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError):
+        before = {}
+    kept = {name: each for name, each in before.items() if each.get("weights") == about["weights"]}
+    write_whole(path, json.dumps(kept | results, indent=2) + "\n")
 
 
 def _asked(config: Config, name: str, prompts: list[Prompt]) -> dict[str, Any]:

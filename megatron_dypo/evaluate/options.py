@@ -48,6 +48,8 @@ def find_choices(text: str, answer: str) -> Choices:
     lines = text.rstrip().split("\n")
     labels, texts = [], []
     while lines and (option := _OPTION.fullmatch(lines[-1])):
+        if labels and ord(option[1]) + 1 != ord(labels[0]):
+            break  # a numbered statement of the question, above its options
         labels.insert(0, option[1])
         texts.insert(0, option[2].strip())
         lines.pop()

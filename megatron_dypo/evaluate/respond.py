@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from megatron_dypo.config.schema import Config
 from megatron_dypo.data.tokenizer import Tokenizer
-from megatron_dypo.errors import UserError
 from megatron_dypo.prepare.endpoint import Answer, Endpoint, EndpointFault
 from megatron_dypo.records import Prompt
 from megatron_dypo.rollout.engine import Engine, Request, Sampling
@@ -36,7 +35,7 @@ class Said:
     finish_reason: str
 
 
-Respond = Callable[[list[Question]], list[Said]]
+Respond = Callable[[list[Question]], list[Said | EndpointFault]]  # a question without an answer has a fault instead
 
 
 def longest_response(config: Config) -> int:
@@ -72,34 +71,37 @@ class Server:
 
 
 def server_responses(server: Server, config: Config) -> Respond:
-    """By a server. A request that gets no answer after all retries raises UserError."""
+    """By a server."""
     settings, most = config.evaluation, longest_response(config)
 
-    async def ask(questions: list[Question]) -> list[Answer]:
+    async def ask(questions: list[Question]) -> list[Answer | EndpointFault]:
+        """Each answer that came, whatever became of the others."""
         timeouts = {"concurrency": server.concurrency, "seconds": config.rollout.request_timeout}
-        async with (
-            Endpoint(server.url, server.model, key=server.key, **timeouts) as endpoint,
-            asyncio.TaskGroup() as all_,
-        ):
-            tasks = [
-                all_.create_task(
-                    endpoint.ask(
-                        list(question.prompt.messages),
-                        temperature=settings.temperature,
-                        top_p=settings.top_p,
-                        max_tokens=most,
-                        extra={"seed": question.seed(settings.seed)},
-                    )
-                )
-                for question in questions
-            ]
-        return [task.result() for task in tasks]
-
-    def respond(questions: list[Question]) -> list[Said]:
         try:
-            answers = asyncio.run(ask(questions))
-        except* EndpointFault as faults:
-            raise UserError(f"{faults.exceptions[0]} (what was answered before is kept)") from None
-        return [Said(answer.trace, answer.completion_tokens or 0, answer.finish_reason) for answer in answers]
+            async with Endpoint(server.url, server.model, key=server.key, **timeouts) as endpoint:
+                asked = (one(endpoint, question) for question in questions)
+                return await asyncio.gather(*asked)
+        except EndpointFault as fault:  # an address that no request could be made with
+            return [fault] * len(questions)
+
+    async def one(endpoint: Endpoint, question: Question) -> Answer | EndpointFault:
+        try:
+            return await endpoint.ask(
+                list(question.prompt.messages),
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                max_tokens=most,
+                extra={"seed": question.seed(settings.seed)},
+            )
+        except EndpointFault as fault:
+            return fault
+
+    def respond(questions: list[Question]) -> list[Said | EndpointFault]:
+        return [
+            answer
+            if isinstance(answer, EndpointFault)
+            else Said(answer.trace, answer.completion_tokens or 0, answer.finish_reason)
+            for answer in asyncio.run(ask(questions))
+        ]
 
     return respond

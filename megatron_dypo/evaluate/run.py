@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_dypo.config.schema import Config, Evaluation
+from megatron_dypo.errors import UserError
 from megatron_dypo.evaluate.answers import Answer, AnswerFile
-from megatron_dypo.evaluate.respond import Question, Respond
+from megatron_dypo.evaluate.respond import Question, Respond, Said
 from megatron_dypo.evaluate.statistics import figures
 from megatron_dypo.evaluate.suites import SUITES
 from megatron_dypo.records import Prompt
@@ -35,7 +36,8 @@ def run_suite(
 ) -> dict[str, Any]:
     """Ask what is not in ``file`` yet, ``round_size`` responses at a time; returns ``summary``. Collective.
 
-    ``file`` is rank 0's. ``progress`` is told how many responses there are, of how many.
+    ``file`` is rank 0's. ``progress`` is told how many responses there are, of how many. Raises UserError where a
+    question got no answer, after those that came are in the file.
     """
     settings = config.evaluation
     suite, samples = SUITES[name], samples_of(name, settings)
@@ -49,21 +51,28 @@ def run_suite(
             progress(len(answers), total)
             mine = questions[start : start + size][layout.rank :: layout.world]
             shares = all_gather_objects(_answers(mine, respond, reward))
-            fresh = [answer for share in shares for answer in share]
+            fresh = [answer for theirs, _ in shares for answer in theirs]
             if file:
                 file.add(fresh)
+            if faults := [fault for _, fault in shares if fault]:
+                raise UserError(f"{faults[0]} (what was answered is kept)")
             answers = answers + fresh
     progress(total, total)
     return summary(prompts, samples, answers, settings.seed)
 
 
-def _answers(questions: list[Question], respond: Respond, reward: RewardFunction) -> list[Answer]:
-    said = respond(questions)
+def _answers(questions: list[Question], respond: Respond, reward: RewardFunction) -> tuple[list[Answer], str | None]:
+    """What was answered, graded; and why the first question that was not got none."""
+    every = list(zip(questions, respond(questions), strict=True))
+    fault = next((str(one) for _, one in every if not isinstance(one, Said)), None)
+    questions = [asked for asked, one in every if isinstance(one, Said)]
+    said = [one for _, one in every if isinstance(one, Said)]
     scores = reward([question.prompt for question in questions], [one.text for one in said])
-    return [
+    answers = [
         Answer(asked.prompt.id, asked.sample, **vars(one), right=score.value >= RIGHT, fault=score.fault)
         for asked, one, score in zip(questions, said, scores, strict=True)
     ]
+    return answers, fault
 
 
 def samples_of(name: str, settings: Evaluation) -> int:

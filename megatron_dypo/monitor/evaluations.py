@@ -16,7 +16,7 @@ from megatron_dypo.monitor.run_data import Run
 from megatron_dypo.monitor.tables import cell, share, table
 
 HEADER = ["suite", "weights", "accuracy (pass@1)", "pass@n", "problems", "tokens", "truncated"]
-_AVERAGE = re.compile(r"avg@\d+|greedy_accuracy")
+_AVERAGE = re.compile(r"avg@\d+|pass@1|greedy_accuracy")
 _BEST = re.compile(r"pass@(?!1$)\d+")
 
 

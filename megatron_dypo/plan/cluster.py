@@ -89,20 +89,22 @@ class Candidate:
         return (self.server_gpus or self.ranks) // self.engine_tensor
 
     def overrides(self, engine_memory: float) -> str:
-        """As the command line of ``train`` takes them."""
+        """As the command line of ``train`` takes them: all that makes this layout, whatever the file has."""
         keys = {
-            "parallel.tensor": (self.tensor, 1),
-            "parallel.sequence_parallel": (str(self.tensor > 1).lower(), "false"),
-            "parallel.pipeline": (self.pipeline, 1),
-            "parallel.virtual_pipeline": (self.virtual, 1),
-            "parallel.context": (self.context, 1),
-            "model.recompute": (self.recompute, "none"),
-            "optimizer.distributed": (str(self.shards > 1).lower(), "false"),
-            "trainer.offload": (str(self.placement == "turns").lower(), "false"),
-            "rollout.engine": ("server" if self.placement == "servers" else "vllm", None),
-            "rollout.engine_memory": (f"{engine_memory:.2f}", None),
+            "parallel.tensor": self.tensor,
+            "parallel.sequence_parallel": self.tensor > 1,
+            "parallel.pipeline": self.pipeline,
+            "parallel.virtual_pipeline": self.virtual,
+            "parallel.context": self.context,
+            "model.recompute": self.recompute,
+            "optimizer.distributed": self.shards > 1,
+            "trainer.offload": self.placement == "turns",
+            "rollout.engine": "server" if self.placement == "servers" else "vllm",
+            "rollout.engine_memory": f"{engine_memory:.2f}",
         }
-        return " ".join(f"{name}={value}" for name, (value, default) in keys.items() if value != default)
+        if self.placement != "servers":
+            keys |= {"rollout.servers": "[]", "rollout.overlap": False}
+        return " ".join(f"{name}={str(value).lower() if value is not None else value}" for name, value in keys.items())
 
     def __str__(self) -> str:
         parts = [f"TP{self.tensor}", f"PP{self.pipeline}"]

@@ -47,7 +47,7 @@ def step_seconds(shape: ModelShape, candidate: Candidate, cluster: Cluster, work
     """Of one step of ``work``; ``need.engine`` is vLLM's memory on a GPU."""
     forward = _pass_seconds(shape, candidate, cluster, work, work.rollout_trained, 1, FORWARD)
     factor = {"none": 3.0, "selective": 3.5, "full": 4.0}[candidate.recompute]  # forward, backward, some of it again
-    update = _pass_seconds(shape, candidate, cluster, work, work.trained, factor, TRAIN)
+    update = _pass_seconds(shape, candidate, cluster, work, work.trained, factor, TRAIN, work.updates)
     update += work.updates * _reduce_seconds(candidate, cluster, need)
     if work.updates > 1:  # the trajectory coefficients are refreshed before each
         update += forward
@@ -63,7 +63,14 @@ def step_seconds(shape: ModelShape, candidate: Candidate, cluster: Cluster, work
 
 
 def _pass_seconds(
-    shape: ModelShape, candidate: Candidate, cluster: Cluster, work: Work, tokens: float, factor: float, share: float
+    shape: ModelShape,
+    candidate: Candidate,
+    cluster: Cluster,
+    work: Work,
+    tokens: float,
+    factor: float,
+    share: float,
+    updates: int = 1,
 ) -> float:
     """``factor`` forward passes' worth of arithmetic over ``tokens``, the exchanges within layers, and the bubble."""
     if not tokens:
@@ -72,7 +79,7 @@ def _pass_seconds(
     dense = 2 * (shape.parameters - shape.vocab_size * shape.hidden_size * (not shape.tied_embeddings))
     attention = 2 * shape.num_layers * shape.num_attention_heads * shape.head_dim * work.mean_sequence  # causal: half
     compute = tokens * factor * (dense + attention) / (candidate.ranks * share * gpu.flops)
-    batches = -(-tokens // (candidate.data * work.budget))
+    batches = -(-tokens // (candidate.data * work.budget * updates))  # each update drains the pipeline
     bubble = (candidate.pipeline - 1) / (candidate.virtual * batches)
     # A layer and forward pass: two gathers and two scatters of hidden states, with sequence parallelism; with context
     # parallelism one gather of keys and values.

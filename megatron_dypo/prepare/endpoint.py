@@ -163,8 +163,8 @@ class Endpoint:
                 text,
                 reasoning,
                 str(choice.get("finish_reason")),
-                usage.get("prompt_tokens"),
-                usage.get("completion_tokens"),
+                _count(usage.get("prompt_tokens")),
+                _count(usage.get("completion_tokens")),
                 str(tree.get("model") or self.model),
             )
         except (ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError):
@@ -174,6 +174,11 @@ class Endpoint:
         """On one line, short, and without the key, which some servers quote."""
         text = " ".join((text.replace(self._key, "[key]") if self._key else text).split())
         return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _count(value: Any) -> int | None:
+    """What a server says, if it is a number of tokens."""
+    return value if type(value) is int and 0 <= value < 2**31 else None
 
 
 async def _content(answer: aiohttp.ClientResponse) -> bytes:

@@ -98,6 +98,8 @@ def _elements(name: str) -> Iterator[Any]:
                         return
                     try:
                         element, end = decoder.raw_decode(text)
+                    except RecursionError as error:
+                        raise UserError(f"{name}: row {number + 1}: not valid JSON: {error}") from None
                     except ValueError as error:
                         if len(text) > _LONGEST:
                             raise UserError(f"{name}: row {number + 1}: not valid JSON: {error}") from None

@@ -92,11 +92,14 @@ class Store:
 
     def add_problem(self, key: str, name: str, answer: str, row: dict[str, Any]) -> int:
         """Its number. It is called ``name``, unless it has none or another is called so: then by its key."""
-        if not name or self._db.execute("SELECT 1 FROM problems WHERE name = ?", (name,)).fetchone():
-            name = key[:16]
+        free = (each for each in (name, key[:16], key) if each and not self._is_taken(each))
+        name = next(free)
         return self._db.execute(
             "INSERT INTO problems (key, name, answer, row) VALUES (?, ?, ?, ?)", (key, name, answer, json.dumps(row))
         ).lastrowid
+
+    def _is_taken(self, name: str) -> bool:
+        return self._db.execute("SELECT 1 FROM problems WHERE name = ?", (name,)).fetchone() is not None
 
     def has_trace(self, problem: int, text: str) -> bool:
         found = self._db.execute("SELECT 1 FROM traces WHERE problem = ? AND digest = ?", (problem, digest(text)))

@@ -86,6 +86,14 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], extra: Any) -> No
 
 def _extra_type(values: Iterable[dict[str, Any]]) -> Any:
     """The Arrow type that holds all of them; None where there are none."""
+    try:
+        return _unified(values)
+    except (ValueError, TypeError) as error:  # Arrow's own are of these kinds
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--out: extra_info does not fit into one Parquet column, write .jsonl: {reason}") from None
+
+
+def _unified(values: Iterable[dict[str, Any]]) -> Any:
     import pyarrow as pa
 
     schema = None

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from megatron_dypo.reward.harmless import evaluates, harmless
+
 Grader = Callable[..., float]
 
 
@@ -42,6 +44,8 @@ def _task_score(source: str, index: int, question: str, truth: str, answer: str)
     item = dataset[index]
     if question != item["question"] if question else truth != str(item["answer"]):
         raise Unscored("the task builds another item in each process: set PYTHONHASHSEED for the whole run")
+    if evaluates(dataset) and not harmless(answer):
+        return 0.0
     try:
         value = dataset.score_answer(answer, entry=item)
     except Exception:  # several tasks read an answer without a check: what they cannot read is wrong

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from typing import NamedTuple
 from megatron_dypo.errors import TrainingError
 from megatron_dypo.reward.child import WALL_FACTOR
 
+_SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 START_SECONDS = 120.0  # wall clock; importing sympy from a cold shared file system takes its time
 GRACE_SECONDS = 5.0  # what a worker may take on top of an answer's ceiling, and to end
 
@@ -113,6 +115,12 @@ class WorkerPool:
         worker.stop(kill)
 
 
+def _environment(function: str) -> dict[str, str]:
+    """This process's, without what looks like a secret, but for a user's own function, which may need it."""
+    own = ":" in function
+    return {name: value for name, value in os.environ.items() if own or not _SECRET.search(name)}
+
+
 class _Worker:
     """One process and what it is doing: starting, then in turn idle and at work on ``job``, until ``deadline``."""
 
@@ -126,7 +134,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             process_group=0,  # torchrun signals the rank's whole group; the rank closes its workers itself
-            env={**os.environ, "PYTHONPATH": path},
+            env={**_environment(function), "PYTHONPATH": path},
         )
         self.ready = False
         self.job: int | None = None
