@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+import torch.distributed as dist
 from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
@@ -406,3 +407,4 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(tmp_path, capsys, argum
     assert main(["evaluate", str(config), here[0], *arguments, here[1]]) == 2
     line = capsys.readouterr().err
     assert said in line and line.count("\n") == 1
+    assert not dist.is_initialized()

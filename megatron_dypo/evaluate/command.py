@@ -32,6 +32,7 @@ from megatron_dypo.evaluate.run import run_suite, samples_of
 from megatron_dypo.evaluate.suites import SUITES, check_suites, load_suite
 from megatron_dypo.evaluate.table import Progress, show
 from megatron_dypo.policy.shape import ModelShape, hf_folder, model_shape
+from megatron_dypo.prepare.endpoint import Endpoint, EndpointFault
 from megatron_dypo.records import Prompt
 from megatron_dypo.rollout.collect import encode_prompts
 from megatron_dypo.rollout.engine import build_engine, check_head_size, engine_name
@@ -103,6 +104,10 @@ def evaluate_server(config: Config, names: list[str], server: Server, out: Path 
     """``evaluate`` with whoever is behind an address; ranks share the problems, if there are several."""
     with phase("reading the inputs"):
         suites = _load(config, names)
+        try:
+            Endpoint(server.url, server.model, key=server.key)
+        except EndpointFault as fault:
+            raise UserError(str(fault)) from None
     distributed.join(config.parallel.timeout)
     layout = Layout(rank=dist.get_rank(), world=dist.get_world_size())
     out = out or Path(config.trainer.run_dir) / "evaluation" / re.sub("[^A-Za-z0-9._-]+", "_", server.model)
