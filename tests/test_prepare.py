@@ -646,7 +646,7 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
         ({"columns": {"prompt": "q"}}, "--columns: expected prompt=..,ground_truth=.."),
         ({"columns": {"prompt": "q", "ground_truth": "a"}, "layout": "math"}, "--columns and --layout"),
         ({"ngram": 0}, "--ngram is at least 1"),
-        ({"tokenizer": "none"}, "--tokenizer none: cannot be loaded"),
+        ({"tokenizer": str(Path(__file__).parent)}, "tests: cannot be loaded"),
     ],
 )
 def test_unusable_options(tmp_path, options, complaint):
