@@ -61,7 +61,7 @@ def test_run_folder_holds_what_the_contract_names(straight):
 
 
 def test_evaluate_finds_on_the_checkpoint_what_training_found(straight):
-    """Greedily, by the same engine with the same weights: the same share and length; a second call asks nothing."""
+    """Greedily, by the same engine with the same weights: the same share and length."""
     folder, _ = straight
     config, last = str(folder / "config.yaml"), metrics(folder / "run")[-1]
     assert last["eval/gsm8k/pass@1"] > 0.25, "else nothing was learnt that could be measured"
@@ -72,11 +72,7 @@ def test_evaluate_finds_on_the_checkpoint_what_training_found(straight):
     assert found["figures"]["pass@1"]["value"] == last["eval/gsm8k/pass@1"]
     assert found["response_tokens"] == last["eval/gsm8k/response_tokens"]
     assert f"{found['figures']['pass@1']['value']:.1%} [" in result.stdout and "gsm8k: 20/20 responses" in result.stdout
-    answers = (out / "gsm8k.jsonl").read_text()
-    assert len(answers.splitlines()) == 21
-    again = torchrun(1, "evaluate", config)
-    assert again.returncode == 0 and "gsm8k: 0/20" not in again.stdout
-    assert (out / "gsm8k.jsonl").read_text() == answers
+    assert len((out / "gsm8k.jsonl").read_text().splitlines()) == 21
 
 
 def test_a_resume_with_turns_on_the_device_is_bit_equal(straight, tmp_path):

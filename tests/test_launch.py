@@ -113,6 +113,7 @@ def undisturbed(tmp_path_factory) -> list[dict]:
     return lines
 
 
+@pytest.mark.faults
 def test_a_node_killed_and_started_again_is_taken_in_and_the_run_ends_as_if_undisturbed(undisturbed, tmp_path):
     starts = two_nodes(tmp_path, make_task(tmp_path))
     with nodes(starts) as started:
