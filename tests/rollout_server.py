@@ -6,43 +6,31 @@ It answers what vLLM answers (the paths and fields that are used), with tokens t
 
 from __future__ import annotations
 
-import asyncio
 import random
-import threading
 from collections.abc import Awaitable, Callable
-from typing import Any, Self
+from typing import Any
 
 from aiohttp import web
 
 from megatron_dypo.rollout.server_guard import VARIABLE
+from tests.loopback_server import LoopbackServer
 
 SECRET = "only for these tests"  # noqa: S105
 EOS = 1
 Behaviour = Callable[["Imitation", str, dict], Awaitable[Any]]
 
 
-class Imitation:
+class Imitation(LoopbackServer):
     """A context manager round a server in a thread of its own. ``asked``: path and body of every request so far."""
 
     def __init__(self, name: str = "the model", behave: Behaviour | None = None, port: int = 0):
-        self.name, self.behave, self.label, self.port = name, behave, "default", port
+        super().__init__(port)
+        self.name, self.behave, self.label = name, behave, "default"
         self.asked: list[tuple[str, dict]] = []
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        self._run(self._start())
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.stop()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
 
     def stop(self) -> None:
         """As a killed server: connections are reset, and nobody listens."""
@@ -55,25 +43,6 @@ class Imitation:
 
     def count(self, path: str) -> int:
         return sum(asked == path for asked, _ in self.asked)
-
-    def _run(self, coroutine: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
-
-    async def _start(self) -> None:
-        app = web.Application()
-        app.router.add_route("*", "/{path:.*}", self._answer)
-        self._runner = web.AppRunner(app, shutdown_timeout=0.01)
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self.port)
-        await site.start()
-        self.port = self._runner.addresses[0][1]
-
-    async def _end(self) -> None:
-        await self._runner.cleanup()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         if request.headers.get("Authorization") != f"Bearer {SECRET}":

@@ -262,9 +262,9 @@ def test_an_answer_that_a_task_cannot_read_is_wrong_and_no_fault(tasks):
     assert tasks([prompt], ["#### nonsense"]) == [Score(0.0)]
 
 
-def test_an_answer_is_never_run_as_a_program(tasks, tmp_path, monkeypatch):
+def test_an_answer_is_never_run_as_a_program(tmp_path, monkeypatch):
     """Tasks that evaluate answers: nothing but mathematics gets to them, and no answer changes how later ones score."""
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)  # before the worker starts, which works in the folder that it starts in
     (prompt,) = generate("reasoning_gym:countdown?size=1&seed=3")
     patch = "import reasoning_gym.games.countdown as c; c.CountdownDataset.score_answer = lambda *a, **k: 1.0"
     attacks = [
@@ -277,11 +277,12 @@ def test_an_answer_is_never_run_as_a_program(tasks, tmp_path, monkeypatch):
         "S('open')('ran','w')",
         "getattr(1, 'real')",
     ]
-    assert tasks([prompt] * len(attacks), [f"#### {attack}" for attack in attacks]) == [Score(0.0)] * len(attacks)
-    assert not (tmp_path / "ran").exists()
-    right = json.loads(prompt.extra) and dataset("countdown?size=1&seed=3")[0]["metadata"]["expression"]
-    assert tasks([prompt] * 2, [f"#### {right}", "#### 1 + 1"])[0] == Score(1.0)
-    assert tasks([prompt], ["#### 1 + 1"])[0].value < 1
+    with build_reward(Reward(function="reasoning_gym", extract="marked")) as tasks:
+        assert tasks([prompt] * len(attacks), [f"#### {attack}" for attack in attacks]) == [Score(0.0)] * len(attacks)
+        assert list(tmp_path.iterdir()) == []
+        right = dataset("countdown?size=1&seed=3")[0]["metadata"]["expression"]
+        scores = tasks([prompt] * 2, [f"#### {right}", "#### 1 + 1"])
+    assert scores[0] == Score(1.0) and scores[1].value < 1
 
 
 def test_a_worker_of_our_own_graders_sees_no_secret_and_a_user_s_does(monkeypatch):

@@ -11,13 +11,12 @@ import signal
 import ssl
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from email.utils import formatdate
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 import yaml
@@ -32,6 +31,7 @@ from megatron_dypo.prepare.generate import generate
 from megatron_dypo.prepare.options import Options
 from megatron_dypo.prepare.prepare import prepare
 from megatron_dypo.prepare.teachers import Tally, load_teachers
+from tests.loopback_server import LoopbackServer
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "tools/generate_teacher_traces.py"
@@ -39,49 +39,25 @@ KEY = "only-for-these-tests"
 Behaviour = Callable[["Imitation", dict, int], Awaitable[Any]]
 
 
-class Imitation:
+class Imitation(LoopbackServer):
     """A chat endpoint in a thread of its own, that answers the sum in the prompt. ``asked``: every request's body.
 
     ``behave(self, body, n)``, for the n-th request with that model and prompt: a dict changes the usual
     answer's message or finish_reason, a response replaces it, None leaves it.
     """
 
+    route = ("POST", "/v1/chat/completions")
+
     def __init__(self, behave: Behaviour | None = None, tls: ssl.SSLContext | None = None):
-        self.behave, self._tls = behave, tls
+        super().__init__(tls=tls)
+        self.behave = behave
         self.asked: list[dict] = []
         self.keys: set[str | None] = set()
         self.under_way = self.most_under_way = 0
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
     @property
     def url(self) -> str:
         return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}/v1"
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(30)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(30)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-
-    async def _start(self) -> None:
-        app = web.Application()
-        app.router.add_post("/v1/chat/completions", self._answer)
-        self._runner = web.AppRunner(app, shutdown_timeout=0.01)
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0, ssl_context=self._tls).start()
-        self.port = self._runner.addresses[0][1]
-
-    async def _end(self) -> None:
-        await self._runner.cleanup()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()

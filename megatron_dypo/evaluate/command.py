@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -31,7 +30,7 @@ from megatron_dypo.evaluate.respond import Respond, Server, engine_responses, lo
 from megatron_dypo.evaluate.run import run_suite, samples_of
 from megatron_dypo.evaluate.suites import SUITES, check_suites, load_suite
 from megatron_dypo.evaluate.table import Progress, show
-from megatron_dypo.policy.shape import ModelShape, hf_folder, model_shape
+from megatron_dypo.policy.shape import ModelShape, of_weights
 from megatron_dypo.prepare.endpoint import Endpoint, EndpointFault
 from megatron_dypo.records import Prompt
 from megatron_dypo.rollout.collect import encode_prompts
@@ -93,11 +92,11 @@ def evaluate(
         engine = build_engine(config, model.shape, tokenizer, out / "engine" / f"rank_{layout.rank}", layout)
         distributed.claim_device()
     with phase("weight sync", limit=(config.rollout.sync_timeout, "rollout.sync_timeout")):
-        engine.sync(StoredWeights(model.shape, distributed.training_dtype(config.model.dtype), model.read))
-    about = {"model": model.name, "weights": model.digest, "tokenizer": str(tokenizer.digest)}
-    about["dtype"] = str(distributed.training_dtype(config.model.dtype))
+        dtype = distributed.training_dtype(config.model.dtype)
+        engine.sync(StoredWeights(model.shape, dtype, model.read))
+    about = {"model": model.name, "weights": model.digest, "tokenizer": str(tokenizer.digest), "dtype": str(dtype)}
     respond = engine_responses(engine, tokenizer, config)
-    _run(config, suites, respond, about, layout, out, restart, ROUND["cuda" if torch.cuda.is_available() else "cpu"])
+    _run(config, suites, respond, about, layout, out, restart, ROUND[distributed.device().type])
 
 
 def evaluate_server(config: Config, names: list[str], server: Server, out: Path | None, restart: bool) -> None:
@@ -137,8 +136,8 @@ def _choose(config: Config, hf: str | None, checkpoint: Path | None) -> Model:
     source = hf or config.model.hf
     if source is None:
         raise UserError(f"evaluate: {run_dir} holds no checkpoint, and a preset no weights: give --hf or --checkpoint")
-    folder = Path(hf_folder(source))
-    shape = source_folder(source)[1] if hf else model_shape(config.model)
+    folder, shape = source_folder(source)
+    shape = shape if hf else of_weights(shape, config.model)
     check_folder(folder, shape)
     config.model.tokenizer = hf or config.model.tokenizer
     return Model(folder.name, _digest(folder), shape, folder_weights(folder))

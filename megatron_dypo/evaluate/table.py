@@ -5,10 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
-
-from megatron_dypo.monitor.progress import default_console
+from megatron_dypo.monitor.progress import print_table
 
 SECONDS = 10.0  # between two lines
 
@@ -42,18 +39,6 @@ def _share(figure: dict[str, float]) -> str:
 
 
 def show(results: dict[str, dict[str, Any]], title: str) -> None:
-    """Print the table; not on a terminal: aligned plain lines, never wrapped."""
-    console, (header, *lines) = default_console(), rows(results)
-    if console.is_terminal:
-        table = Table(title=Text(title, style="bold"), title_justify="left", border_style="dim")
-        for column in header:
-            table.add_column(column, justify="left" if column == "suite" else "right")
-        for line in lines:
-            table.add_row(*line)
-        console.print(table)
-        return
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-    print(title)
-    for line in (header, *lines):
-        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        print("  " + "  ".join(cells).rstrip(), flush=True)
+    """Print the table."""
+    header, *lines = rows(results)
+    print_table(header, lines, {"suite"}, title)

@@ -6,7 +6,7 @@ import errno
 import math
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Self
 
@@ -86,6 +86,25 @@ def summary(rows: Iterable[tuple[str, str]], title: str, console: Console | None
         return
     width = max((len(name) for name, _ in rows), default=0)
     for line in (title, *(f"  {name:<{width}}  {value}" for name, value in rows)):
+        _print(console, Text(line))
+
+
+def print_table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], words: set[str], title: str | None = None
+) -> None:
+    """Print columns, those named in ``words`` to the left; not on a terminal: aligned plain lines, never wrapped."""
+    console, rows = default_console(), list(rows)
+    if console.is_terminal:
+        table = Table(title=title and Text(title, style="bold"), title_justify="left", border_style="dim")
+        for column in header:
+            table.add_column(Text(column), justify="left" if column in words else "right")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        _print(console, table)
+        return
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
+    for line in ([title] if title else []) + [f"  {line}".rstrip() for line in lines]:
         _print(console, Text(line))
 
 

@@ -39,14 +39,9 @@ class Work:
     overlap: bool = False
 
     @property
-    def sampled(self) -> float:
-        """Response tokens."""
-        return self.prompts * self.samples * self.response_tokens
-
-    @property
     def rollout_trained(self) -> float:
         """Tokens, prompts included, of the responses that are trained on."""
-        return self.prompts * self.mid * self.samples * (self.prompt_tokens + self.response_tokens)
+        return self.prompts * self.mid * self.samples * self.mean_sequence
 
     @property
     def trained(self) -> float:
@@ -104,7 +99,7 @@ class Candidate:
         }
         if self.placement != "servers":
             keys |= {"rollout.servers": "[]", "rollout.overlap": False}
-        return " ".join(f"{name}={str(value).lower() if value is not None else value}" for name, value in keys.items())
+        return " ".join(f"{name}={str(value).lower()}" for name, value in keys.items())
 
     def __str__(self) -> str:
         parts = [f"TP{self.tensor}", f"PP{self.pipeline}"]

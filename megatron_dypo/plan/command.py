@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from rich.table import Table
-from rich.text import Text
-
 from megatron_dypo.config.schema import Config
 from megatron_dypo.errors import UserError
-from megatron_dypo.monitor.progress import default_console
+from megatron_dypo.monitor.progress import print_table
 from megatron_dypo.objectives.coefficients import needs_reference
 from megatron_dypo.plan.cluster import Cluster, Work
 from megatron_dypo.plan.layouts import Plan, Rejected, plan
@@ -51,7 +48,6 @@ def show_plan(config: Config, cluster: Cluster, work: Work, everything: bool = F
     """Print; returns 0, or 1 where nothing fits."""
     shape = planned_shape(config.model)
     fits, rejected = plan(shape, cluster, work)
-    console = default_console()
     print(
         f"{config.model.hf or config.model.preset}: {shape.parameters / 1e9:.2f}e9 parameters, {cluster.gpus} GPUs of "
         f"{cluster.memory / GIB:g} GiB, bf16. A step: {work.prompts} x {work.samples} responses of "
@@ -59,18 +55,7 @@ def show_plan(config: Config, cluster: Cluster, work: Work, everything: bool = F
         f"{work.mid:.0%} Mid, {work.hard:.0%} Hard; micro-batches of {work.budget} tokens."
     )
     shown = fits if everything else _of_each_cut(fits)[:BEST]
-    header, rows = _rows(shown)
-    if console.is_terminal:
-        table = Table(border_style="dim")
-        for column in header:
-            table.add_column(Text(column), justify="left" if column in ("layout", "recompute", "vLLM") else "right")
-        for row in rows:
-            table.add_row(*map(Text, row))
-        console.print(table)
-    else:
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        for row in (header, *rows):
-            print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print_table(*_rows(shown), {"layout", "recompute", "vLLM"})
     if fits:
         best = fits[0]
         ranks = f"{best.candidate.ranks} trainer ranks"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from megatron_dypo.config.schema import Model
-from megatron_dypo.errors import UserError
-from megatron_dypo.policy.shape import ModelShape, model_shape
+from megatron_dypo.policy.shape import ModelShape, model_shape, of_weights
 
 _QWEN2 = {"family": "qwen2", "rope_base": 1e6, "norm_eps": 1e-6, "vocab_size": 152064, "head_dim": 128}
 _QWEN3 = {"family": "qwen3", "rope_base": 1e6, "norm_eps": 1e-6, "vocab_size": 151936, "head_dim": 128}
@@ -44,9 +43,4 @@ def planned_shape(config: Model) -> ModelShape:
     """
     if config.hf not in RELEASED:
         return model_shape(config)
-    changes = {name: value for name, value in config.shape.model_dump().items() if value is not None}
-    shape = RELEASED[config.hf]
-    for name in changes:
-        if name not in ("max_position", "rope_base") and changes[name] != getattr(shape, name):
-            raise UserError(f"model.shape.{name}: the weights in model.hf: {config.hf} have another shape")
-    return ModelShape(**vars(shape) | changes)
+    return of_weights(RELEASED[config.hf], config)

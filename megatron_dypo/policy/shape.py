@@ -113,23 +113,31 @@ def model_shape(config: Model) -> ModelShape:
 
     Raises UserError for an unknown preset, an unreadable ``config.json``, or an architecture we do not know.
     """
-    overrides = {name: value for name, value in config.shape.model_dump().items() if value is not None}
     if config.preset is not None:
         if config.preset not in PRESETS:
             raise UserError(f"model.preset: unknown preset {config.preset!r}; known: {', '.join(PRESETS)}")
-        shape = dataclasses.replace(PRESETS[config.preset], **overrides)
+        shape = dataclasses.replace(PRESETS[config.preset], **_overrides(config))
     else:
-        shape = _from_hf(Path(hf_folder(config.hf)) / "config.json")
-        for name, value in overrides.items():
-            if name not in POSITIONS and getattr(shape, name) != value:
-                raise UserError(f"model.shape.{name}: the weights in model.hf: {config.hf} have another shape")
-        shape = dataclasses.replace(shape, **overrides)
+        shape = of_weights(_from_hf(Path(hf_folder(config.hf)) / "config.json"), config)
     if shape.num_attention_heads % shape.num_query_groups:
         name = "model.shape.num_query_groups" if config.preset else f"model.hf: {config.hf}: num_key_value_heads"
         raise UserError(
             f"{name}: {shape.num_query_groups} does not divide num_attention_heads: {shape.num_attention_heads}"
         )
     return shape
+
+
+def of_weights(shape: ModelShape, config: Model) -> ModelShape:
+    """The shape of `model.hf`'s weights with the overrides of ``model.shape``, which may change ``POSITIONS`` alone."""
+    overrides = _overrides(config)
+    for name, value in overrides.items():
+        if name not in POSITIONS and getattr(shape, name) != value:
+            raise UserError(f"model.shape.{name}: the weights in model.hf: {config.hf} have another shape")
+    return dataclasses.replace(shape, **overrides)
+
+
+def _overrides(config: Model) -> dict[str, Any]:
+    return {name: value for name, value in config.shape.model_dump().items() if value is not None}
 
 
 def hf_folder(name: str) -> str:
