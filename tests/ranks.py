@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -20,12 +19,10 @@ def run_ranks(world: int, function: Callable, *arguments: Any, seconds: float = 
 
     ``function`` must be importable by name. Fails with the first rank's traceback, or when ``seconds`` have passed.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    store = _Store()
     pipes = [_context.Pipe(duplex=False) for _ in range(world)]
     processes = _start(
-        world, {"MASTER_PORT": str(port)}, _send_result, [(send, function, arguments) for _, send in pipes]
+        world, store.environment, _send_result, [(send, function, arguments) for _, send in pipes]
     )
     for _, send in pipes:
         send.close()
@@ -55,16 +52,23 @@ class Launch:
     """
 
     def __init__(self, world: int, function: Callable, *arguments: Any):
+        self._store = _Store()
+        environment = self._store.environment | {"TORCHELASTIC_RUN_ID": "test"}
+        self.ranks = _start(world, environment, _exit_with_result, [(function, arguments)] * world)
+
+
+class _Store:
+    """A rendezvous store of this process, like a launcher's: nobody else can take its port before the ranks come."""
+
+    def __init__(self) -> None:
         from torch.distributed import TCPStore
 
-        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        environment = {
-            "MASTER_PORT": str(self._store.port),
-            "TORCHELASTIC_RUN_ID": "test",
+        self._server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.environment = {
+            "MASTER_PORT": str(self._server.port),
             "TORCHELASTIC_RESTART_COUNT": "0",
             "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
-        self.ranks = _start(world, environment, _exit_with_result, [(function, arguments)] * world)
 
 
 def _start(world: int, environment: dict[str, str], target: Callable, arguments: list[tuple]) -> list[BaseProcess]:
