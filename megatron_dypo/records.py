@@ -52,7 +52,8 @@ class Response:
 
     ``logprobs[t]`` is the engine's log-prob of ``ids[t]`` under the distribution it sampled from (nats), and
     ``weight_version`` the optimizer updates behind the weights it sampled from. ``fault`` says why nobody could score
-    it (its reward is then 0); None where it was scored.
+    it (its reward is then 0); None where it was scored. ``experts`` [tokens, layers, experts per token] is where the
+    engine's routers sent the tokens of prompt and response, but for the last, which it never read.
     """
 
     ids: np.ndarray
@@ -61,6 +62,7 @@ class Response:
     reward: float = float("nan")
     weight_version: int = 0
     fault: str | None = None
+    experts: np.ndarray | None = None
 
 
 @dataclass

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_dypo.config.schema import Config, Data, Model, Objective, Optimizer, Parallel, Rollout, Shape, Trainer
+from megatron_dypo.config.schema import (
+    Config,
+    Data,
+    Model,
+    Objective,
+    Optimizer,
+    Parallel,
+    Policy,
+    Rollout,
+    Shape,
+    Trainer,
+)
 from megatron_dypo.records import Group, Prompt, Regime, Response, Teacher
 
 SHAPES = {
@@ -13,6 +24,16 @@ SHAPES = {
     "llama-tied": Shape(tied_embeddings=True, num_layers=4),
     "qwen2-tied": Shape(family="qwen2", tied_embeddings=True, num_query_groups=2),
     "qwen3": Shape(family="qwen3", num_query_groups=2),
+    "qwen3_moe": Shape(family="qwen3_moe", num_layers=4, ffn_hidden_size=96, num_experts=8, experts_per_token=2),
+    "mixtral": Shape(family="mixtral", ffn_hidden_size=96, num_experts=4, experts_per_token=2, num_query_groups=2),
+    "qwen2_moe": Shape(
+        family="qwen2_moe",
+        ffn_hidden_size=96,
+        num_experts=4,
+        experts_per_token=2,
+        normalized_routing=False,
+        shared_ffn_hidden_size=64,
+    ),
 }
 
 
@@ -22,6 +43,7 @@ def make_config(shape: str = "llama", budget: int = 200, **sections) -> Config:
     return Config(
         model=Model(preset="tiny", shape=SHAPES[shape], **sections.get("model", {})),
         data=Data(train="none", prompts_per_step=12, max_tokens_per_microbatch=budget),
+        policy=Policy(**sections.get("policy", {})),
         parallel=Parallel(**sections.get("parallel", {})),
         rollout=Rollout(samples_per_prompt=4, max_response_tokens=40, temperature=0.8, **sections.get("rollout", {})),
         objective=Objective(**objective | sections.get("objective", {})),

@@ -21,9 +21,7 @@ def run_ranks(world: int, function: Callable, *arguments: Any, seconds: float = 
     """
     store = _Store()
     pipes = [_context.Pipe(duplex=False) for _ in range(world)]
-    processes = _start(
-        world, store.environment, _send_result, [(send, function, arguments) for _, send in pipes]
-    )
+    processes = _start(world, store.environment, _send_result, [(send, function, arguments) for _, send in pipes])
     for _, send in pipes:
         send.close()
     deadline = time.monotonic() + seconds

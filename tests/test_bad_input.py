@@ -376,6 +376,17 @@ def test_a_run_folder_of_this_run_is_resumed_whatever_may_change(config):
     assert prepare(load_config(config), "config").checkpoints == [1]
 
 
+def test_a_run_of_before_a_key_was_there_goes_on_with_its_default(config, capsys):
+    path = checkpointed(config) / "fingerprint.json"
+    before = json.loads(path.read_text())
+    del before["policy.routing"]
+    path.write_text(json.dumps(before))
+    assert prepare(load_config(config), "config").checkpoints == [1]
+    assert "policy.routing (was own, now replay_old)" in refusal(capsys, config, "policy.routing=replay_old").replace(
+        "'", ""
+    )
+
+
 def test_a_run_folder_without_a_complete_checkpoint_is_not_trained_over(config, capsys):
     run_dir = checkpointed(config)
     (run_dir / "checkpoints/step_1/state.json").write_text("{")

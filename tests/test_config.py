@@ -28,7 +28,14 @@ SIX_HEADS = {"num_attention_heads": 6, "num_query_groups": 6, "ffn_hidden_size":
 # an operational key (a deadline, how often to save) is none of model, objective, data, optimizer and seed either.
 LAYOUT = {
     *("parallel.tensor", "parallel.pipeline", "parallel.sequence_parallel"),
-    *("parallel.virtual_pipeline", "parallel.context", "optimizer.distributed", "optimizer.overlap_grad_reduce"),
+    *(
+        "parallel.virtual_pipeline",
+        "parallel.context",
+        "parallel.expert",
+        "parallel.expert_tensor",
+        "optimizer.distributed",
+        "optimizer.overlap_grad_reduce",
+    ),
 }
 LOGGING = {"logging.wandb", "logging.wandb_project", "logging.tensorboard"}
 PATHS = {"rollout.record", "rollout.replay", "trainer.run_dir"}
@@ -153,11 +160,6 @@ def test_an_unknown_key_names_the_nearest_known_one(tmp_path, smallest, section,
 @pytest.mark.parametrize("dotted", KEYS)
 def test_every_key_misspelt_in_its_last_letter_is_named(smallest, dotted):
     assert complaint(smallest, f"{dotted}_=1") == f"{dotted}_: unknown key; the nearest known key is {dotted}"
-
-
-@pytest.mark.parametrize("dotted", ["parallel.expert", "parallel.expert_tensor"])
-def test_a_name_that_is_reserved_says_that_it_is_not_built_yet(smallest, dotted):
-    assert complaint(smallest, f"{dotted}=1") == f"{dotted}: not built yet"
 
 
 @pytest.mark.parametrize(

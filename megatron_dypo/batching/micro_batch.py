@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,14 +19,21 @@ from torch import Tensor
 from megatron_dypo.batching.zigzag import aligned_to, held_tokens
 from megatron_dypo.records import Kind, Sequence
 
+if TYPE_CHECKING:
+    from megatron_dypo.policy.routing import Routing
+
 
 @dataclass
 class MicroBatch:
-    """``cu_seqlens`` [S + 1] are the offsets over all context-parallel ranks' tokens, a filler segment at the end
-    included; streams are in the order of ``places``; ``tail_N`` is where in its sequence's tail a target stands."""
+    """``owner_T`` says whose token it is: an index into ``places``, -1 for what only fills up. ``cu_seqlens`` [S + 1]
+    are the offsets over all context-parallel ranks' tokens, a filler segment at the end included; streams are in the
+    order of ``places``; ``tail_N`` is where in its sequence's tail a target stands. ``experts_TLK`` is the rollout
+    engine's choice of experts, -1 where it made none; ``routing`` is where the policy keeps what it is to take again.
+    """
 
     ids_T: Tensor
     positions_T: Tensor
+    owner_T: Tensor
     cu_seqlens: list[int]
     loss_index_N: Tensor
     targets_N: Tensor
@@ -33,6 +41,8 @@ class MicroBatch:
     temperature_N: Tensor
     places: list[int]
     counts: list[int]
+    experts_TLK: Tensor | None = None
+    routing: Routing | None = None
 
     @classmethod
     def pack(
@@ -57,8 +67,10 @@ class MicroBatch:
         lengths += [filler] if filler else []
         cu_seqlens = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         ids, tail = np.zeros(cu_seqlens[-1] + 1, np.int64), np.full(cu_seqlens[-1], -1)
-        for start, sequence in zip(cu_seqlens, chosen, strict=False):
+        owner = np.full(cu_seqlens[-1], -1)
+        for i, (start, sequence) in enumerate(zip(cu_seqlens, chosen, strict=False)):
             ids[start : start + sequence.length] = sequence.ids
+            owner[start : start + sequence.length] = i
             before = start + sequence.prompt_length - 1
             tail[before : before + sequence.loss_tokens] = np.arange(sequence.loss_tokens)
         positions = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
@@ -71,6 +83,7 @@ class MicroBatch:
         return cls(
             ids_T=torch.from_numpy(ids[held_T]),
             positions_T=torch.from_numpy(positions[held_T]),
+            owner_T=torch.from_numpy(owner[held_T]),
             cu_seqlens=cu_seqlens.tolist(),
             loss_index_N=torch.from_numpy(loss_index_N),
             targets_N=torch.from_numpy(ids[target_N + 1]),

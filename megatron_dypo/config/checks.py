@@ -189,7 +189,10 @@ def check_layout(parallel: Parallel, shape: ModelShape, world_size: int, source:
     heads, query_groups, layers = shape.num_attention_heads, shape.num_query_groups, shape.num_layers
     tensor, pipeline, virtual = parallel.tensor, parallel.pipeline, parallel.virtual_pipeline
     replica = {"tensor": tensor, "pipeline": pipeline} | ({"context": parallel.context} if parallel.context > 1 else {})
-    ranks = math.prod(replica.values())
+    ranks, width = (
+        math.prod(replica.values()),
+        shape.shared_ffn_hidden_size if shape.num_experts else shape.ffn_hidden_size,
+    )
     product = " x ".join(f"parallel.{name}" for name in replica) + " = " + " x ".join(map(str, replica.values()))
     for broken, message in (
         (world_size % ranks, f"{product} does not divide the {world_size} ranks"),
@@ -200,9 +203,10 @@ def check_layout(parallel: Parallel, shape: ModelShape, world_size: int, source:
             f"parallel.tensor: {tensor} does not divide the model's {query_groups} key/value heads",
         ),
         (
-            shape.ffn_hidden_size % tensor,
-            f"parallel.tensor: {tensor} does not divide the model's MLP width {shape.ffn_hidden_size}",
+            width % tensor,
+            f"parallel.tensor: {tensor} does not divide the model's MLP width {width}",
         ),
+        *_expert_faults(parallel, shape, world_size),
         (layers % pipeline, f"parallel.pipeline: {pipeline} does not divide the model's {layers} layers"),
         (
             layers % (pipeline * virtual),
@@ -216,3 +220,31 @@ def check_layout(parallel: Parallel, shape: ModelShape, world_size: int, source:
     ):
         if broken:
             raise UserError(f"{source}: {message}")
+
+
+def _expert_faults(parallel: Parallel, shape: ModelShape, world_size: int):
+    """As ``check_layout``'s, of a layout's experts."""
+    expert, cut = parallel.expert, parallel.expert_tensor
+    if not shape.num_experts:
+        for name, value in (("expert", expert), ("expert_tensor", cut)):
+            yield value > 1, f"parallel.{name}: {value}, but the model has no experts"
+        return
+    ranks = expert * cut * parallel.pipeline
+    yield (
+        shape.num_experts % expert,
+        f"parallel.expert: {expert} does not divide the model's {shape.num_experts} experts",
+    )
+    yield (
+        shape.ffn_hidden_size % cut,
+        f"parallel.expert_tensor: {cut} does not divide the width of an expert: {shape.ffn_hidden_size}",
+    )
+    yield (
+        world_size % ranks,
+        f"parallel.expert x parallel.expert_tensor x parallel.pipeline = {expert} x {cut} x {parallel.pipeline} "
+        f"does not divide the {world_size} ranks",
+    )
+    yield (
+        parallel.tensor > 1 and not parallel.sequence_parallel,
+        "parallel.sequence_parallel: a mixture of experts needs it with parallel.tensor > 1 (the ranks share out the "
+        "tokens that they route)",
+    )

@@ -16,8 +16,6 @@ from megatron_dypo.config.schema import Config, Parallel, walk
 from megatron_dypo.config.yaml_text import parse_yaml
 from megatron_dypo.errors import UserError
 
-# Keys that are reserved and do nothing yet.
-_NOT_BUILT = {"parallel.expert", "parallel.expert_tensor"}
 # What must not get into a run folder or a log, even in the line that refuses it.
 _CREDENTIALS = re.compile(r"://[^/\s@]*:[^/\s@]*@")
 _SECRET_NAME = re.compile("token$|password|passwd|secret|credential|api_?key", re.IGNORECASE)
@@ -119,8 +117,6 @@ def _validate(tree: dict[str, Any], source: str) -> Config:
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
     dotted = ".".join(str(part) for part in first["loc"])
-    if dotted in _NOT_BUILT:
-        return f"{dotted}: not built yet"
     if first["type"] == "extra_forbidden" and _SECRET_NAME.search(dotted):
         return f"{dotted}: no key holds a secret; it comes from the environment"
     if first["type"] == "extra_forbidden":

@@ -24,10 +24,12 @@ class Section(BaseModel):
 class Shape(Section):
     """Overrides of the model's shape; unset keys come from `model.hf` or `model.preset`."""
 
-    family: Literal["llama", "mistral", "qwen2", "qwen3"] | None = key(None, "Architecture family.")
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"] | None = key(
+        None, "Architecture family."
+    )
     num_layers: int | None = key(None, "Transformer layers.", ge=1, le=10_000)
     hidden_size: int | None = key(None, "Width of the residual stream.", ge=1, lt=2**31)
-    ffn_hidden_size: int | None = key(None, "Width of the gated MLP.", ge=1, lt=2**31)
+    ffn_hidden_size: int | None = key(None, "Width of the gated MLP, or of each expert's.", ge=1, lt=2**31)
     num_attention_heads: int | None = key(None, "Query heads.", ge=1, lt=2**31)
     num_query_groups: int | None = key(None, "Key/value heads (grouped-query attention).", ge=1, lt=2**31)
     head_dim: int | None = key(None, "Width of one attention head.", ge=2, lt=2**31)
@@ -39,13 +41,21 @@ class Shape(Section):
     norm_eps: float | None = key(None, "RMSNorm epsilon.", gt=0)
     tied_embeddings: bool | None = key(None, "Share the input embedding with the output head.")
     init_std: float | None = key(None, "Standard deviation of the random initial weights.", gt=0)
+    num_experts: int | None = key(None, "Experts of each layer (families with a mixture of experts).", ge=1, lt=2**15)
+    experts_per_token: int | None = key(None, "Experts that a token goes through.", ge=1, lt=2**15)
+    normalized_routing: bool | None = key(None, "The weights of a token's experts sum to 1.")
+    shared_ffn_hidden_size: int | None = key(
+        None, "Width of the experts that all tokens go through (`qwen2_moe`).", ge=1, lt=2**31
+    )
 
 
 class Model(Section):
     """The policy network."""
 
     hf: str | None = key(None, "Hugging Face folder or hub name to start from. Give this or `preset`.")
-    preset: str | None = key(None, "Built-in shape with random initial weights (`tiny`). Give this or `hf`.")
+    preset: str | None = key(
+        None, "Built-in shape with random initial weights (`tiny`, `tiny-moe`). Give this or `hf`."
+    )
     shape: Shape = key(Shape(), "Overrides of single shape values.")
     tokenizer: str | None = key(
         None, "Tokenizer folder; default: `model.hf`, or the built-in arithmetic tokenizer for a preset."
@@ -66,6 +76,20 @@ class Model(Section):
     )
 
 
+class Policy(Section):
+    """How a mixture of experts is trained; a dense policy asks for nothing here."""
+
+    routing: Literal["own", "replay_old", "replay_rollout"] = key(
+        "own",
+        "Who chooses a token's experts in training: the router as it is (`own`), as it was in the pass of old log-probs (`replay_old`), or the rollout engine (`replay_rollout`).",
+    )
+    aux_loss: float = key(
+        0.0,
+        "Coefficient of the load-balancing loss, over a whole mini-batch whatever the layout; above 0 a forward pass comes before each training pass.",
+        ge=0,
+    )
+
+
 class Parallel(Section):
     """The layout. Data parallel is what is left of the world size."""
 
@@ -80,6 +104,13 @@ class Parallel(Section):
     context: int = key(
         1, "Context-parallel ranks: each holds two slices of every packed sequence (zigzag).", ge=1, resumable=True
     )
+    expert: int = key(
+        1,
+        "Expert-parallel ranks, which share out a layer's experts; they are taken from the tensor-, context- and data-parallel ones.",
+        ge=1,
+        resumable=True,
+    )
+    expert_tensor: int = key(1, "Ranks that cut each expert, as `tensor` cuts the rest.", ge=1, resumable=True)
     sequence_parallel: bool = key(
         False, "Shard activations between the tensor-parallel regions along the sequence.", resumable=True
     )
@@ -372,6 +403,7 @@ class Config(Section):
     """A whole run."""
 
     model: Model = Field(description="The policy network.")
+    policy: Policy = Field(Policy(), description="How a mixture of experts is trained.")
     parallel: Parallel = Field(Parallel(), description="The layout.")
     data: Data = Field(description="Prompts, answers and teacher traces.")
     rollout: Rollout = Field(Rollout(), description="Sampling from the policy.")

@@ -14,9 +14,11 @@ TIED_HEAD_RULE = embedding("output_layer.weight", EMBEDDING)  # of a last stage 
 
 def rules(shape: ModelShape) -> list[Rule]:
     """A tied head is the embedding and not listed."""
-    table = FAMILIES[shape.family].layer
+    layer: list[Rule] = []
+    for rule in FAMILIES[shape.family].layer:
+        layer += [rule.of_expert(e) for e in range(shape.num_experts)] if "*" in rule.mcore else [rule]
     decoder = [
-        rule.within(f"decoder.layers.{i}.", f"model.layers.{i}.") for i in range(shape.num_layers) for rule in table
+        rule.within(f"decoder.layers.{i}.", f"model.layers.{i}.") for i in range(shape.num_layers) for rule in layer
     ]
     return [EMBEDDING_RULE, *decoder, NORM_RULE, *([] if shape.tied_embeddings else [HEAD_RULE])]
 

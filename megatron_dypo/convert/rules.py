@@ -9,8 +9,12 @@ A weight is *folded* into a layout in which tensor parallelism cuts one axis int
     rows       [H, in]                                 axis 1
     copied                                             not cut
 
-Shapes are written in letters: H hidden size, F MLP width, V vocabulary, D head width, Q and K the width of all query
-heads and of all key (or value) heads.
+Shapes are written in letters: H hidden size, F width of the MLP (of each expert's), S of what all tokens go through
+beside their experts, E experts, V vocabulary, D head width, Q and K the width of all query heads and of all key (or
+value) heads.
+
+A star in the names stands for an expert's number: such a line is as many weights, each a rule of its own, so that
+nobody ever has to hold all experts of a layer. An expert is cut over expert-tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -32,6 +36,9 @@ def letters(shape: ModelShape) -> dict[str, int]:
     return {
         "H": shape.hidden_size,
         "F": shape.ffn_hidden_size,
+        "S": shape.shared_ffn_hidden_size,
+        "E": shape.num_experts,
+        "1": 1,
         "V": shape.vocab_size,
         "D": shape.head_dim,
         "Q": shape.num_attention_heads * shape.head_dim,
@@ -77,7 +84,7 @@ class Rule:
     """One Megatron weight: its name, (name, shape in letters) of the Hugging Face tensors, and the axis that is cut.
 
     ``leading``: the folded layout's leading sizes, from the number of TP ranks that share it; None where folding leaves
-    the weight as Megatron has it.
+    the weight as Megatron has it. ``expert``: whose it is, where it is an expert's.
     """
 
     mcore: str
@@ -86,6 +93,7 @@ class Rule:
     fold: Callable[[Sequence[Tensor], ModelShape], Tensor] = _only
     unfold: Callable[[Tensor, ModelShape], list[Tensor]] = _single
     leading: Callable[[ModelShape, int], tuple[int, ...]] | None = None
+    expert: int | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -99,6 +107,12 @@ class Rule:
     def within(self, mcore: str, hf: str) -> Rule:
         """With these prefixes."""
         return replace(self, mcore=mcore + self.mcore, hf=tuple((hf + name, size) for name, size in self.hf))
+
+    def of_expert(self, expert: int) -> Rule:
+        """With its number for the star."""
+        number = str(expert)
+        hf = tuple((name.replace("*", number), size) for name, size in self.hf)
+        return replace(self, mcore=self.mcore.replace("*", number), hf=hf, expert=expert)
 
     def folded_shard(self, weight: Tensor, shape: ModelShape, tp: int) -> Tensor:
         """A rank's Megatron weight in the folded layout."""
@@ -117,7 +131,7 @@ def columns(mcore: str, hf: str, size: str) -> Rule:
     return Rule(mcore, ((hf, size),), 0)
 
 
-def rows(mcore: str, hf: str, size: str) -> Rule:
+def rows(mcore: str, hf: str, size: str = "H F") -> Rule:
     return Rule(mcore, ((hf, size),), 1)
 
 
@@ -131,5 +145,5 @@ def qkv(mcore: str, query: str, key: str, value: str, inputs: str = "H") -> Rule
     return Rule(mcore, parts, 0, _group_qkv, _ungroup_qkv, lambda shape, tp: (shape.num_query_groups // tp,))
 
 
-def gate_up(mcore: str, gate: str, up: str) -> Rule:
-    return Rule(mcore, ((gate, "F H"), (up, "F H")), 1, _stack, _unstack, lambda shape, tp: (2,))
+def gate_up(mcore: str, gate: str, up: str, size: str = "F H") -> Rule:
+    return Rule(mcore, ((gate, size), (up, size)), 1, _stack, _unstack, lambda shape, tp: (2,))

@@ -52,7 +52,8 @@ def load_weights(local: Mapping[str, Tensor], shape: ModelShape, layout: Layout,
                 raise UserError(f"{name}: shape {list(part.shape)} in the file, {list(shapes[name])} in the model")
         folded = rule.fold(parts, shape)
         if rule.axis is not None:
-            folded = folded.chunk(layout.tp, dim=rule.axis)[layout.tp_rank]
+            ranks, rank = (layout.tp, layout.tp_rank) if rule.expert is None else (layout.etp, layout.etp_rank)
+            folded = folded.chunk(ranks, dim=rule.axis)[rank]
         local[rule.mcore].copy_(rule.as_megatron(folded))
 
 
@@ -76,24 +77,33 @@ def hf_tensors(
 
 
 def _gather(rule: Rule, weight: Tensor | None, dtype: torch.dtype, shape: ModelShape, layout: Layout) -> Tensor:
-    """The folded full tensor on every rank: all-gather over TP on the owning stage, then broadcast over PP."""
-    full = None
+    """The folded full tensor on every rank: all-gather over TP where the weight is, then broadcast to the others.
+
+    An expert is cut over expert-tensor-parallel ranks, broadcast over expert-parallel ones, and then over PP.
+    """
+    full, tp = None, layout.tp if rule.expert is None else layout.etp
     if weight is not None:
-        shard = rule.folded_shard(weight, shape, layout.tp)
-        if rule.axis is None or layout.tp == 1:
+        shard = rule.folded_shard(weight, shape, tp)
+        if rule.axis is None or tp == 1:
             full = shard
         else:
-            shards = [torch.empty_like(shard) for _ in range(layout.tp)]
-            dist.all_gather(shards, shard.contiguous(), group=mpu.get_tensor_model_parallel_group())
+            is_expert = rule.expert is not None
+            group = mpu.get_expert_tensor_parallel_group() if is_expert else mpu.get_tensor_model_parallel_group()
+            shards = [torch.empty_like(shard) for _ in range(tp)]
+            dist.all_gather(shards, shard.contiguous(), group=group)
             full = torch.cat(shards, dim=rule.axis)
-    if layout.pp == 1:
-        return full
-    group = mpu.get_pipeline_model_parallel_group()
+    owner = _stage(rule, shape, layout)
+    spread = []
+    if rule.expert is not None and layout.ep > 1 and layout.pp_rank == owner:
+        spread.append((mpu.get_expert_model_parallel_group(), rule.expert // (shape.num_experts // layout.ep)))
+    if layout.pp > 1:
+        spread.append((mpu.get_pipeline_model_parallel_group(), owner))
     if full is None:
         parts = [torch.empty(size, device="meta") for size in rule.sizes(shape)]
         full = torch.empty(rule.fold(parts, shape).shape, dtype=dtype, device=device())
-    full = full.contiguous()
-    dist.broadcast(full, dist.get_global_rank(group, _stage(rule, shape, layout)), group=group)
+    full = full.contiguous() if spread else full
+    for group, rank in spread:
+        dist.broadcast(full, dist.get_global_rank(group, rank), group=group)
     return full
 
 

@@ -23,6 +23,7 @@ from torch.nn.functional import rms_norm
 from megatron_dypo.config.schema import Model
 from megatron_dypo.convert.families import FAMILIES
 from megatron_dypo.policy.attention import PackedAttention
+from megatron_dypo.policy.experts import MixtureOfExperts, RecomputedMixture, RoutedLayer, Router
 from megatron_dypo.policy.shape import ModelShape
 from megatron_dypo.runtime.distributed import training_dtype
 
@@ -42,12 +43,17 @@ class RMSNorm(torch.nn.Module):
 
 def layer_spec(model: Model, shape: ModelShape, layers: int) -> TransformerBlockSubmodules:
     """The decoder stack of a model chunk of so many layers, as ``model`` asks for it."""
-    qk_norm = FAMILIES[shape.family].qk_norm
+    qk_norm, mixture = FAMILIES[shape.family].qk_norm, shape.num_experts > 0
+    experts = RecomputedMixture if model.recompute == "selective" else MixtureOfExperts
     if _uses_transformer_engine(model):
         from megatron.core.extensions.transformer_engine import TENorm
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
+        grouped = {"num_experts": shape.num_experts, "moe_grouped_gemm": True} if mixture else {}
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm, **grouped)
+        if mixture:  # Transformer Engine's grouped experts, our router
+            layer.module, mlp = RoutedLayer, layer.submodules.mlp
+            mlp.module, mlp.submodules.router = experts, Router
         return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=TENorm)
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
@@ -56,8 +62,9 @@ def layer_spec(model: Model, shape: ModelShape, layers: int) -> TransformerBlock
         q_layernorm=RMSNorm if qk_norm else IdentityOp,
         k_layernorm=RMSNorm if qk_norm else IdentityOp,
     )
+    linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     layer = ModuleSpec(
-        module=TransformerLayer,
+        module=RoutedLayer if mixture else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
@@ -65,9 +72,7 @@ def layer_spec(model: Model, shape: ModelShape, layers: int) -> TransformerBlock
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-            ),
+            mlp=experts if mixture else ModuleSpec(MLP, submodules=linear),
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -26,6 +27,9 @@ _TRANSFORMER_ENGINE_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
+_EXPERT = re.compile(
+    r"mlp\.experts\.(local_experts\.(?P<sequential>\d+)\.)?(?P<linear>linear_fc[12])\.weight(?P<grouped>\d+)?"
+)
 T = TypeVar("T")
 _RECOMPUTE = {
     "none": {},
@@ -33,6 +37,26 @@ _RECOMPUTE = {
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
+
+
+def _mixture(config: Config, shape: ModelShape) -> dict:
+    """mcore's settings of a mixture of experts. Its own auxiliary losses are per micro-batch and stay off."""
+    if not shape.num_experts:
+        return {}
+    return {
+        "num_moe_experts": shape.num_experts,
+        "moe_ffn_hidden_size": shape.ffn_hidden_size,
+        "moe_router_topk": shape.experts_per_token,
+        "moe_router_pre_softmax": not shape.normalized_routing,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_shared_expert_intermediate_size": shape.shared_ffn_hidden_size or None,
+        "moe_shared_expert_gate": shape.shared_ffn_hidden_size > 0,
+        "expert_model_parallel_size": config.parallel.expert,
+        "expert_tensor_parallel_size": config.parallel.expert_tensor,
+        # the mixture sees to its own (experts.py), in the routing that it had
+        **({"recompute_granularity": None, "recompute_modules": None} if config.model.recompute == "selective" else {}),
+    }
 
 
 def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
@@ -77,7 +101,7 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
         persist_layer_norm=False,
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
-        **_RECOMPUTE[config.model.recompute],
+        **_RECOMPUTE[config.model.recompute] | _mixture(config, shape),
     )
 
 
@@ -120,13 +144,18 @@ def build_model(config: Config, shape: ModelShape, layout: Layout) -> list[Distr
 def whole_model_names(gpt: GPTModel, local: Mapping[str, T]) -> dict[str, T]:
     """What a chunk keys by its own names, by the names in the whole model as one local-spec chunk.
 
-    mcore numbers layers from 0 in every chunk, and Transformer Engine keeps norms in the linear layer behind them.
+    mcore numbers layers from 0 in every chunk, and experts on every rank; Transformer Engine keeps norms in the linear
+    layer behind them, and a rank's experts in one module.
     """
     found = {}
     for name, value in local.items():
         if name.startswith("decoder.layers."):
             _, _, index, rest = name.split(".", 3)
             rest = _TRANSFORMER_ENGINE_NAMES.get(rest, rest)
+            if expert := _EXPERT.fullmatch(rest):
+                local = int(expert["sequential"] or expert["grouped"])
+                first = gpt.decoder.layers[int(index)].mlp.local_expert_indices[0]
+                rest = f"mlp.experts.{first + local}.{expert['linear']}.weight"
             name = f"decoder.layers.{gpt.decoder.layers[int(index)].layer_number - 1}.{rest}"
         found[name] = value
     return found
@@ -134,11 +163,15 @@ def whole_model_names(gpt: GPTModel, local: Mapping[str, T]) -> dict[str, T]:
 
 def _mark_sharded(gpt: GPTModel) -> None:
     """mcore (before 0.19) marks its sharded weights while initialising them, which we leave out; unmarked ones would be
-    taken for copies and left out of the gradient norm on every tensor-parallel rank but the first."""
+    taken for copies and left out of the gradient norm on every tensor-parallel rank but the first. And experts of one
+    expert-parallel rank pass for dense weights in mcore, though tensor-parallel ranks send them different tokens."""
     for module in gpt.modules():
         dimension = _SHARDED_DIMENSION.get(type(module))
         if dimension is not None and not hasattr(module.weight, "tensor_model_parallel") and module.weight is not None:
             set_tensor_model_parallel_attributes(module.weight, True, dimension, 1)
+    for name, parameter in gpt.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False
 
 
 def build_optimizer(optimizer: Optimizer, dtype: torch.dtype, chunks: list[DistributedDataParallel]):

@@ -26,6 +26,7 @@ from megatron_dypo.objectives.coefficients import needs_reference
 from megatron_dypo.policy.attention import Segments
 from megatron_dypo.policy.model import build_model, build_optimizer, whole_model_names
 from megatron_dypo.policy.offload import Offload
+from megatron_dypo.policy.routing import Routing, balance_weights, routed_counts, routing_metrics
 from megatron_dypo.policy.shape import ModelShape
 from megatron_dypo.runtime import cpu_shim
 from megatron_dypo.runtime.distributed import Layout, device, training_dtype
@@ -52,6 +53,8 @@ class Policy:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             schedule.no_sync_func = no_sync if layout.vpp > 1 else no_sync[0]
         self.version = 0
+        self._replays = config.policy.routing != "own"
+        self._routed: list[Routing] = []  # of the last training pass
         self.reference: dict[str, Tensor] | None = None  # by parameter name, in host memory
         if needs_reference(config.objective) and config.objective.reference != "previous":
             self.keep_reference()
@@ -73,6 +76,9 @@ class Policy:
     def accumulate(self, batches: list[MicroBatch], streams: list[TokenStreams]) -> None:
         """Forward and backward over the micro-batches; gradients end up summed over all ranks in ``main_grad``."""
         self.zero_gradients()
+        self._routed = self._routings(batches)
+        if self._routed and self.config.policy.aux_loss:
+            self._balance(batches)
         by_batch = {id(batch): stream for batch, stream in zip(batches, streams, strict=True)}
 
         def loss(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, LogProbs]:
@@ -80,7 +86,13 @@ class Policy:
             value, logprobs = linear_loss(*inputs, by_batch[id(batch)].terms, entropy=True, **self._head_options(batch))
             return value, torch.zeros((), dtype=torch.int), logprobs
 
-        self._run(batches, loss, forward_only=False)
+        self._run(batches, loss, forward_only=False, routings=self._routed)
+
+    def routing_metrics(self) -> dict[str, float]:
+        """``moe/...`` of the last training pass, the same on every rank; none of a dense policy. Collective."""
+        if not self._routed:
+            return {}
+        return routing_metrics(self._routed, self.shape, self.config.policy.aux_loss, self._replays)
 
     def zero_gradients(self) -> None:
         self.offload.require_device()
@@ -121,11 +133,13 @@ class Policy:
 
     @contextmanager
     def reference_weights(self) -> Iterator[None]:
-        """Swap the reference into the modules, and the policy back, bit for bit."""
+        """Swap the reference into the modules, and the policy back, bit for bit. Its routers choose for themselves."""
         assert self.reference is not None
-        current = self._on_host()
+        current, replays = self._on_host(), self._replays
         self._fill(self.reference)
+        self._replays = False
         yield
+        self._replays = replays
         self._fill(current)
 
     def _on_host(self) -> dict[str, Tensor]:
@@ -141,15 +155,22 @@ class Policy:
             parameter.copy_(weights[name], non_blocking=True)
 
     def _run(
-        self, batches: list[MicroBatch], finish: Callable[[Tensor, MicroBatch], tuple], forward_only: bool
+        self,
+        batches: list[MicroBatch],
+        finish: Callable[[Tensor, MicroBatch], tuple],
+        forward_only: bool,
+        routings: list[Routing] | None = None,
     ) -> list:
         """mcore's schedule over the micro-batches. ``finish(hidden, batch)`` runs on the last stage, on each output."""
         self.offload.require_device()
+        routings = self._routings(batches) if routings is None else routings
+        routed = dict(zip(map(id, batches), routings, strict=False))  # an empty one for a dense policy
 
         def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module):
             batch = next(iterator)
             ids, positions = batch.ids_T.to(device()), batch.positions_T.to(device())
             packed = self._packed_params(batch)
+            packed.routing = routed.get(id(batch))
             output = model(ids.unsqueeze(0), positions.unsqueeze(0), None, packed_seq_params=packed)
             return output, lambda hidden, **_: finish(hidden, batch)
 
@@ -163,6 +184,38 @@ class Policy:
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
+
+    def _routings(self, batches: list[MicroBatch]) -> list[Routing]:
+        """For a pass over the micro-batches; empty for a dense policy."""
+        if not self.shape.num_experts:
+            return []
+        if not self._replays:
+            return [Routing(self._own_slice(batch.owner_T) >= 0) for batch in batches]
+        for batch in batches:
+            if batch.routing is None:
+                batch.routing = Routing(self._own_slice(batch.owner_T) >= 0, self._given(batch))
+        return [batch.routing for batch in batches]
+
+    def _given(self, batch: MicroBatch) -> dict[int, Tensor]:
+        """The rollout engine's choice in this rank's layers; -1 for tokens that it did not route."""
+        if batch.experts_TLK is None:
+            return {}
+        layers = [layer.layer_number for chunk in self.chunks for layer in chunk.module.decoder.layers]
+        given_TLK = self._own_slice(batch.experts_TLK)
+        return {layer: given_TLK[:, layer - 1].contiguous() for layer in layers}
+
+    def _own_slice(self, values_T: Tensor) -> Tensor:
+        """Of this tensor-parallel rank, which under sequence parallelism routes a slice of the tokens."""
+        return values_T.chunk(self.layout.tp)[self.layout.tp_rank].to(device())
+
+    def _balance(self, batches: list[MicroBatch]) -> None:
+        """Fix what a unit of router probability costs: the load of the whole mini-batch, by a forward pass over it."""
+        with torch.no_grad():
+            self._run(batches, lambda hidden, batch: (), forward_only=True, routings=self._routed)
+        counts_LE = routed_counts(self._routed, self.shape)
+        weights_LE = balance_weights(counts_LE, self.config.policy.aux_loss, self.shape.experts_per_token)
+        for routing in self._routed:
+            routing.weights = weights_LE
 
     def _head_inputs(self, hidden_1TH: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states of the loss tokens only, the head's weight, and the targets."""

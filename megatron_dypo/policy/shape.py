@@ -36,7 +36,12 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes in elements. ``vocab_size`` is the true vocabulary; ``padded_vocab`` is what the weights hold."""
+    """Sizes in elements. ``vocab_size`` is the true vocabulary; ``padded_vocab`` is what the weights hold.
+
+    With ``num_experts`` every MLP is a mixture of so many, each of width ``ffn_hidden_size``, of which a token goes
+    through ``experts_per_token``. Their weights are the router's probabilities, made to sum to 1 where
+    ``normalized_routing``; ``shared_ffn_hidden_size`` is the width of what all tokens go through besides.
+    """
 
     family: str
     num_layers: int
@@ -52,6 +57,10 @@ class ModelShape:
     norm_eps: float = 1e-6
     tied_embeddings: bool = False
     init_std: float = 0.02
+    num_experts: int = 0
+    experts_per_token: int = 0
+    normalized_routing: bool = True
+    shared_ffn_hidden_size: int = 0
 
     @property
     def padded_vocab(self) -> int:
@@ -59,9 +68,20 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """Number of weights, the vocabulary unpadded."""
+        """Number of weights, the vocabulary unpadded, without biases and what only some families have beside norms."""
+        return self._weights(max(1, self.num_experts))
+
+    @property
+    def active_parameters(self) -> int:
+        """Of them, those that one token meets."""
+        return self._weights(max(1, self.experts_per_token))
+
+    def _weights(self, experts: int) -> int:
+        """With so many MLPs in a layer."""
         attention = self.hidden_size * self.head_dim * (2 * self.num_attention_heads + 2 * self.num_query_groups)
-        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size
+        mlp = 3 * self.hidden_size * (experts * self.ffn_hidden_size + self.shared_ffn_hidden_size)
+        router = self.hidden_size * (self.num_experts + (self.shared_ffn_hidden_size > 0))
+        layer = attention + mlp + router + 2 * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
 
@@ -87,7 +107,9 @@ class ModelShape:
             "hidden_act": "silu",
             "attention_dropout": 0.0,
             "torch_dtype": "float32",
-        } | {name: values[0] for name, values in family.only.items()}
+            **{name: values[0] for name, values in family.only.items()},
+            **{name: getattr(self, field) for field, name in family.keys.items()},
+        }
 
 
 PRESETS = {
@@ -106,6 +128,13 @@ PRESETS = {
         init_std=0.06,
     ),
 }
+PRESETS["tiny-moe"] = dataclasses.replace(
+    PRESETS["tiny"],
+    family="qwen3_moe",
+    ffn_hidden_size=192,
+    num_experts=8,
+    experts_per_token=2,
+)
 
 
 def model_shape(config: Model) -> ModelShape:
@@ -119,11 +148,27 @@ def model_shape(config: Model) -> ModelShape:
         shape = dataclasses.replace(PRESETS[config.preset], **_overrides(config))
     else:
         shape = of_weights(_from_hf(Path(hf_folder(config.hf)) / "config.json"), config)
-    if shape.num_attention_heads % shape.num_query_groups:
-        name = "model.shape.num_query_groups" if config.preset else f"model.hf: {config.hf}: num_key_value_heads"
-        raise UserError(
-            f"{name}: {shape.num_query_groups} does not divide num_attention_heads: {shape.num_attention_heads}"
-        )
+    family = FAMILIES[shape.family]
+    heads, experts = shape.num_attention_heads, shape.num_experts
+    for broken, name, message in (
+        (heads % shape.num_query_groups, "num_query_groups", f"does not divide num_attention_heads: {heads}"),
+        (experts and not family.has_experts, "num_experts", f"family {shape.family} has no experts"),
+        (family.has_experts and not experts, "num_experts", f"family {shape.family} is a mixture of experts"),
+        (
+            family.has_experts and not 0 < shape.experts_per_token <= experts,
+            "experts_per_token",
+            f"must be 1 to num_experts: {experts}",
+        ),
+        (
+            shape.shared_ffn_hidden_size and "shared_ffn_hidden_size" not in family.keys,
+            "shared_ffn_hidden_size",
+            f"family {shape.family} shares no experts",
+        ),
+    ):
+        if broken:
+            key = family.keys.get(name, _HF_NAMES.get(name, name))
+            where = f"model.shape.{name}" if config.preset else f"model.hf: {config.hf}: {key}"
+            raise UserError(f"{where}: {getattr(shape, name)} {message}")
     return shape
 
 
@@ -166,6 +211,16 @@ _KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
+# Fields that only mixtures of experts have: their kind and, where config.json may leave them out, Hugging Face's value.
+_MIXTURE: dict[str, tuple] = {
+    "num_experts": (int,),
+    "experts_per_token": (int,),
+    "normalized_routing": (bool, False),
+    "shared_ffn_hidden_size": (int,),
+}
+_HF_NAMES = {"num_query_groups": "num_key_value_heads"}
+
+
 def _from_hf(path: Path) -> ModelShape:
     try:
         raw = json.loads(path.read_bytes())
@@ -206,11 +261,12 @@ def _from_hf(path: Path) -> ModelShape:
         if scaling.low_freq_factor >= scaling.high_freq_factor:
             raise UserError(f"model.hf: {path}: rope scaling's low_freq_factor must be less than its high_freq_factor")
     hidden, heads = get("hidden_size", int), get("num_attention_heads", int)
+    own = {field: get(name, *_MIXTURE[field]) for field, name in FAMILIES[family].keys.items() if field in _MIXTURE}
     return ModelShape(
         family=family,
         num_layers=get("num_hidden_layers", int),
         hidden_size=hidden,
-        ffn_hidden_size=get("intermediate_size", int),
+        ffn_hidden_size=get(FAMILIES[family].keys.get("ffn_hidden_size", "intermediate_size"), int),
         num_attention_heads=heads,
         num_query_groups=get("num_key_value_heads", int, heads),
         head_dim=get("head_dim", int, hidden // heads),
@@ -221,4 +277,5 @@ def _from_hf(path: Path) -> ModelShape:
         norm_eps=get("rms_norm_eps", float, 1e-6),
         tied_embeddings=get("tie_word_embeddings", bool, False),
         init_std=get("initializer_range", float, 0.02),
+        **own,
     )

@@ -27,6 +27,7 @@ _LAZY_MODULES = (
     "megatron.core.optimizer.distrib_optimizer",
     "megatron.core.optimizer_param_scheduler",
     "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.transformer.moe.moe_layer",
     "megatron.core.transformer.transformer_layer",
 )
 _FACTORIES = [
@@ -82,9 +83,16 @@ class _Proxy(types.ModuleType):
 
 
 class _Stream:
-    """The only stream a CPU has."""
+    """The only stream a CPU has, and each of its events."""
 
     def wait_stream(self, other: object) -> None: ...
+
+    def wait_event(self, event: object) -> None: ...
+
+    def record_stream(self, other: object) -> None: ...
+
+    def record_event(self) -> _Stream:
+        return self
 
     def synchronize(self) -> None: ...
 
@@ -106,6 +114,35 @@ def _cuda_proxy() -> _Proxy:
     )
 
 
+def _uneven_all_gather(outputs: list[torch.Tensor], mine: torch.Tensor, group=None, **options) -> object:
+    """gloo gathers tensors of one size alone; ranks that cut experts together have different numbers of tokens."""
+    sizes = {len(output) for output in outputs}
+    if len(sizes) == 1:
+        return torch.distributed.all_gather(outputs, mine, group=group, **options)
+    padded = mine.new_zeros(max(sizes), *mine.shape[1:])
+    padded[: len(mine)] = mine
+    gathered = [torch.empty_like(padded) for _ in outputs]
+    torch.distributed.all_gather(gathered, padded, group=group)
+    for output, part in zip(outputs, gathered, strict=True):
+        output.copy_(part[: len(output)])
+    return None
+
+
+def _uneven_reduce_scatter(mine: torch.Tensor, parts: list[torch.Tensor], group=None, **options) -> object:
+    """The reverse."""
+    if len({len(part) for part in parts}) == 1:
+        return torch.distributed.reduce_scatter(mine, parts, group=group, **options)
+    whole = torch.cat(parts)
+    torch.distributed.all_reduce(whole, group=group)
+    mine.copy_(whole.split([len(part) for part in parts])[torch.distributed.get_rank(group)])
+    return None
+
+
+def _as_moved_from_cuda(tensor: object, as_numpy: bool = False, record_stream: bool = False) -> object:
+    """What mcore makes of a CUDA tensor: an array, where sizes are asked for; one that is here it would leave alone."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
 def install() -> bool:
     """Make the imported Megatron-Core run without CUDA. Idempotent; returns whether the shim is in force."""
     if torch.cuda.is_available():
@@ -118,7 +155,9 @@ def install() -> bool:
         )
     for name in _LAZY_MODULES:
         importlib.import_module(name)
-    proxy = _Proxy(torch, cuda=_cuda_proxy(), **{name: _on_cpu_factory(getattr(torch, name)) for name in _FACTORIES})
+    factories = {name: _on_cpu_factory(getattr(torch, name)) for name in _FACTORIES}
+    uneven = _Proxy(torch.distributed, all_gather=_uneven_all_gather, reduce_scatter=_uneven_reduce_scatter)
+    proxy = _Proxy(torch, cuda=_cuda_proxy(), distributed=uneven, **factories)
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = proxy
@@ -127,6 +166,9 @@ def install() -> bool:
     mcore_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     mcore_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    from megatron.core.transformer.moe import token_dispatcher
+
+    token_dispatcher.maybe_move_tensor_to_cpu = _as_moved_from_cuda
     return True
 
 

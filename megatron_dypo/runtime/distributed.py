@@ -20,7 +20,8 @@ _LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "VLLM_HOST_
 class Layout:
     """This rank's place. ``dp`` counts data-parallel replicas; replica = tensor x pipeline x context ranks.
 
-    ``vpp`` is the number of model chunks of each pipeline rank: chunk c of rank p is virtual stage c * pp + p.
+    ``vpp`` is the number of model chunks of each pipeline rank: chunk c of rank p is virtual stage c * pp + p. Experts
+    are cut on their own: of a pipeline stage's ranks, each ``etp`` x ``ep`` hold all of its experts once.
     """
 
     rank: int = 0
@@ -30,15 +31,21 @@ class Layout:
     vpp: int = 1
     cp: int = 1
     dp: int = 1
+    ep: int = 1
+    etp: int = 1
     tp_rank: int = 0
     pp_rank: int = 0
     cp_rank: int = 0
     dp_rank: int = 0
+    ep_rank: int = 0
+    etp_rank: int = 0
 
     def __str__(self) -> str:
         virtual = f" (virtual {self.vpp})" if self.vpp > 1 else ""
         context = f" x context {self.cp}" if self.cp > 1 else ""
-        return f"{self.world} ranks: tensor {self.tp} x pipeline {self.pp}{virtual}{context} x data {self.dp}"
+        cut = f" x tensor {self.etp}" if self.etp > 1 else ""
+        experts = f", experts {self.ep}{cut}" if self.ep * self.etp > 1 else ""
+        return f"{self.world} ranks: tensor {self.tp} x pipeline {self.pp}{virtual}{context} x data {self.dp}{experts}"
 
     @property
     def is_main(self) -> bool:
@@ -134,6 +141,8 @@ def init(parallel: Parallel = ALONE, reaches_out: bool = False) -> Layout:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
         distributed_timeout_minutes=max(1, round(parallel.timeout / 60)),
         create_gloo_process_groups=backend == "nccl",
     )
@@ -146,10 +155,14 @@ def init(parallel: Parallel = ALONE, reaches_out: bool = False) -> Layout:
         vpp=parallel.virtual_pipeline,
         cp=parallel.context,
         dp=mpu.get_data_parallel_world_size(),
+        ep=parallel.expert,
+        etp=parallel.expert_tensor,
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         pp_rank=mpu.get_pipeline_model_parallel_rank(),
         cp_rank=mpu.get_context_parallel_rank(),
         dp_rank=mpu.get_data_parallel_rank(),
+        ep_rank=mpu.get_expert_model_parallel_rank(),
+        etp_rank=mpu.get_expert_tensor_parallel_rank(),
     )
 
 

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from megatron_dypo.checkpoint.folders import complete_steps, none_left
 from megatron_dypo.config.load import dump, fingerprint
-from megatron_dypo.config.schema import Config
+from megatron_dypo.config.schema import Config, walk
 from megatron_dypo.errors import UserError
 from megatron_dypo.monitor.metrics import read_metrics
 from megatron_dypo.runtime.whole_file import write_whole
@@ -64,6 +64,7 @@ def checkpoints(config: Config) -> list[int]:
     theirs = _recorded_fingerprint(run_dir / "fingerprint.json")
     if theirs is not None:
         ours = json.loads(json.dumps(fingerprint(config)))
+        theirs = {name: info.default for name, info in walk() if name in ours} | theirs  # of before a key was there
         differing = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
         if differing:
             changes = ", ".join(f"{name} (was {theirs.get(name)!r}, now {ours.get(name)!r})" for name in differing)

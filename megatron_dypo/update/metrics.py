@@ -48,11 +48,13 @@ def batch_metrics(groups: list[Group], works: list[Work]) -> dict[str, float | N
 
 @dataclass(frozen=True)
 class Shared:
-    """What all ranks know of an update before it is applied: token sums, gradient norm, peaks of memory (GiB)."""
+    """What all ranks know of an update before it is applied: token sums, gradient norm, peaks of memory (GiB), and
+    where tokens were routed."""
 
     totals: dict[str, float]
     norm: float
     memory: dict[str, float]
+    routing: dict[str, float]
 
 
 def share_update(policy: Policy, streams: list[TokenStreams]) -> Shared:
@@ -74,7 +76,8 @@ def share_update(policy: Policy, streams: list[TokenStreams]) -> Shared:
         for name, value in peaks.items():
             memory[name] = max(memory.get(name, 0.0), value)
     norms = [norm for _, norm, _ in everyone]
-    return Shared(totals, next((norm for norm in norms if not math.isfinite(norm)), max(norms)), memory)
+    norm = next((norm for norm in norms if not math.isfinite(norm)), max(norms))
+    return Shared(totals, norm, memory, policy.routing_metrics())
 
 
 def update_metrics(shared: Shared, terms: BatchTerms, objective: Objective) -> dict[str, float]:
@@ -92,6 +95,8 @@ def update_metrics(shared: Shared, terms: BatchTerms, objective: Objective) -> d
     if totals["rollout_tokens"]:
         metrics["policy/entropy"] = totals["entropy"] / totals["rollout_tokens"]
         metrics["policy/clip_frac"] = (totals["clipped"] + terms.clipped_tokens) / totals["rollout_tokens"]
+    metrics |= shared.routing
+    metrics["loss/total"] += shared.routing.get("loss/aux", 0.0)
     if terms.eta is not None:
         metrics |= {"gal/eta": terms.eta, "gal/spread": terms.spread, "gal/saturated_frac": terms.saturated}
     return metrics

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from megatron_dypo.convert.families import llama, mistral, qwen2, qwen3
+from megatron_dypo.convert.families import llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe
 from megatron_dypo.convert.families.family import Family
 
-FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in (llama, mistral, qwen2, qwen3)}
+_MODULES = (llama, mistral, qwen2, qwen3, mixtral, qwen2_moe, qwen3_moe)
+FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
 
 __all__ = ["FAMILIES", "Family"]

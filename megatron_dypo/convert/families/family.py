@@ -14,7 +14,9 @@ class Family:
     """``layer``: the table of one layer's weights, names within the layer.
 
     ``only``: keys of ``config.json`` that must have one of these values, since nothing else is supported; an absent key
-    is None. ``qkv_bias`` and ``qk_norm`` say which layers Megatron-Core builds.
+    is None. ``keys``: what ``config.json`` calls a field of ``ModelShape``, where it is not Llama's name; with
+    ``num_experts`` among them the MLPs are mixtures of experts. ``qkv_bias`` and ``qk_norm`` say which layers
+    Megatron-Core builds.
     """
 
     model_type: str
@@ -23,3 +25,8 @@ class Family:
     qkv_bias: bool = False
     qk_norm: bool = False
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    keys: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def has_experts(self) -> bool:
+        return "num_experts" in self.keys

@@ -3,7 +3,7 @@
 from megatron_dypo.convert.families.family import Family
 from megatron_dypo.convert.rules import copied, gate_up, qkv, rows
 
-LAYER = (
+ATTENTION = (
     copied("input_layernorm.weight", "input_layernorm.weight", "H"),
     qkv(
         "self_attention.linear_qkv.weight",
@@ -13,8 +13,11 @@ LAYER = (
     ),
     rows("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H Q"),
     copied("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", "H"),
+)
+LAYER = (
+    *ATTENTION,
     gate_up("mlp.linear_fc1.weight", gate="mlp.gate_proj.weight", up="mlp.up_proj.weight"),
-    rows("mlp.linear_fc2.weight", "mlp.down_proj.weight", "H F"),
+    rows("mlp.linear_fc2.weight", "mlp.down_proj.weight"),
 )
 
 FAMILY = Family(

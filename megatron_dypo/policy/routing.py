@@ -1,0 +1,119 @@
+"""Which experts a micro-batch's tokens go to: taken once, counted, and taken again where ``policy.routing`` asks.
+
+Legend: T this rank's tokens (its slice of them under sequence parallelism), L layers, E experts, K of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_dypo.policy.shape import ModelShape
+from megatron_dypo.runtime.distributed import device
+
+
+class Routing:
+    """The experts of one micro-batch's tokens, by layer (from 1) as mcore numbers them.
+
+    ``real_T`` is false for what only fills up. ``given``: layer -> [T, K], rows of -1 where nothing is known.
+    """
+
+    def __init__(self, real_T: Tensor, given: dict[int, Tensor] | None = None):
+        self.real_T = real_T
+        self.chosen: dict[int, Tensor] = given or {}
+        self.score_sums: dict[int, Tensor] = {}  # [E], of the router's probabilities in a training pass
+        self.weights: Tensor | None = None  # [L, E]: what a unit of probability costs, the auxiliary loss being linear
+        self.differing = torch.zeros(
+            2, dtype=torch.float64
+        )  # assignments that were given and not the router's own, all
+
+    def choose(self, layer: int, probs_TE: Tensor, k: int) -> Tensor:
+        """[T, K]: those of before, else the ``k`` most probable ones, which are kept."""
+        own_TK = probs_TE.topk(k).indices
+        given_TK = self.chosen.get(layer)
+        if given_TK is None:
+            self.chosen[layer] = own_TK.to(torch.int16)
+            return own_TK
+        chosen_TK = given_TK.long()
+        unknown_T = chosen_TK[:, 0] < 0
+        if unknown_T.any():
+            chosen_TK = torch.where(unknown_T[:, None], own_TK, chosen_TK)
+            self.chosen[layer] = chosen_TK.to(torch.int16)
+        if not torch.is_grad_enabled():
+            return chosen_TK
+        known_T = self.real_T & ~unknown_T
+        same_TK = (chosen_TK[:, :, None] == own_TK[:, None, :]).any(-1)
+        counts = ((~same_TK & known_T[:, None]).sum(), k * known_T.sum())
+        self.differing += torch.stack(counts).double().cpu()
+        return chosen_TK
+
+    def balance(self, layer: int, probs_TE: Tensor) -> Tensor | None:
+        """This rank's part of the auxiliary loss of a layer; None where there is none."""
+        sums_E = (probs_TE * self.real_T[:, None]).sum(0)
+        self.score_sums[layer] = sums_E.detach()
+        return None if self.weights is None else sums_E @ self.weights[layer - 1]
+
+
+def balance_weights(counts_LE: Tensor, coefficient: float, k: int) -> Tensor:
+    """[L, E] for ``Routing.weights``, from all ranks' ``counts_LE`` of a whole mini-batch.
+
+    The loss is the Switch Transformer's (arXiv 2101.03961, eq. 4), summed over layers: coefficient x E x sum_e f_e P_e
+    with f_e the share of the assignments and P_e the mean probability of expert e, over all tokens of the mini-batch.
+    """
+    tokens = counts_LE.sum(-1, keepdim=True).clamp(min=1) / k
+    return (coefficient * counts_LE.shape[1] * counts_LE / (tokens * k) / tokens).float()
+
+
+def routed_counts(routings: Iterable[Routing], shape: ModelShape) -> Tensor:
+    """[L, E] assignments of real tokens in these micro-batches, over all ranks. Collective."""
+    return _all_ranks(_sums(routings, shape)[0])
+
+
+def routing_metrics(routings: list[Routing], shape: ModelShape, coefficient: float, replayed: bool) -> dict[str, float]:
+    """Of one training pass, the same on every rank; collective.
+
+    ``moe/load_max`` and ``moe/load_min``: the busiest and the idlest expert's load against an even one, each the mean
+    over layers. ``moe/aux_loss``: E x sum_e f_e P_e, the mean over layers; 1 where the load is even.
+    ``moe/rerouted_frac``: replayed choices that the router would not have made.
+    """
+    counts_LE, scores_LE = _sums(routings, shape)
+    differing = torch.zeros_like(counts_LE[:1])
+    differing[0, :2] = sum((routing.differing for routing in routings), torch.zeros(2)).to(differing.device)
+    counts_LE, scores_LE, differing = _all_ranks(torch.cat([counts_LE, scores_LE, differing])).split(
+        [shape.num_layers, shape.num_layers, 1]
+    )
+    share_LE = counts_LE / counts_LE.sum(-1, keepdim=True).clamp(min=1)
+    load_LE = shape.num_experts * share_LE
+    score_LE = scores_LE / scores_LE.sum(-1, keepdim=True).clamp(min=1)
+    loss = shape.num_experts * (share_LE * score_LE).sum(-1)
+    metrics = {
+        "moe/load_max": load_LE.max(-1).values.mean().item(),
+        "moe/load_min": load_LE.min(-1).values.mean().item(),
+        "moe/aux_loss": loss.mean().item(),
+    }
+    if coefficient:
+        metrics["loss/aux"] = coefficient * loss.sum().item()
+    if replayed and differing[0, 1] > 0:
+        metrics["moe/rerouted_frac"] = (differing[0, 0] / differing[0, 1]).item()
+    return metrics
+
+
+def _sums(routings: Iterable[Routing], shape: ModelShape) -> tuple[Tensor, Tensor]:
+    """This rank's [L, E] assignments and probabilities, zero in the layers of other pipeline stages."""
+    counts_LE, scores_LE = torch.zeros(2, shape.num_layers, shape.num_experts, dtype=torch.float64)
+    for routing in routings:
+        for layer, chosen_TK in routing.chosen.items():
+            taken = chosen_TK[routing.real_T].flatten().long()
+            counts_LE[layer - 1] += torch.bincount(taken, minlength=shape.num_experts).cpu()
+        for layer, sums_E in routing.score_sums.items():
+            scores_LE[layer - 1] += sums_E.cpu()
+    return counts_LE, scores_LE
+
+
+def _all_ranks(sums: Tensor) -> Tensor:
+    sums = sums.to(device())
+    dist.all_reduce(sums)
+    return sums
