@@ -23,7 +23,7 @@ from megatron_dypo.records import Group, Prompt
 from megatron_dypo.reward import build_reward
 from megatron_dypo.rollout import recorded
 from megatron_dypo.rollout.collect import encode_prompts
-from megatron_dypo.rollout.engine import check_head_size, engine_name
+from megatron_dypo.rollout.engine import check_vllm, engine_name
 from megatron_dypo.rollout.server_guard import server_token
 from megatron_dypo.runtime import distributed, run_folder
 from megatron_dypo.runtime.seeding import stable_hash
@@ -46,6 +46,8 @@ def prepare(config: Config, source: str) -> Inputs:
     """Read and check model shape, layout, weights, tokenizer, data and run folder. Raises UserError, one line."""
     shape = model_shape(config.model)
     check_layout(config.parallel, shape, distributed.world_size(), source)
+    if not shape.num_experts and config.policy != type(config.policy)():
+        raise UserError(f"{source}: policy.routing, policy.aux_loss: the model has no experts")
     if config.window > shape.max_position:
         raise UserError(
             f"{source}: data.max_prompt_tokens + the longer of rollout.max_response_tokens and "
@@ -53,7 +55,7 @@ def prepare(config: Config, source: str) -> Inputs:
         )
     engine = engine_name(config)
     if engine in ("vllm", "server"):
-        check_head_size(shape)
+        check_vllm(config, shape)
     if engine == "server":
         server_token()
     config.model.dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[distributed.training_dtype(config.model.dtype)]

@@ -10,13 +10,16 @@ import numpy as np
 from tests.batches import make_config
 
 LAYOUTS = ({"tensor": 2}, {"pipeline": 2})
+EXPERT_LAYOUTS = ({"expert": 2}, {"tensor": 2, "sequence_parallel": True, "expert_tensor": 2})
 SEEDS = (1, 2)
 PROMPT_LENGTHS = (200, 3, 11, 2, 5, 7, 4, 9, 6, 10, 8, 2)  # the first fills blocks of vLLM's prefix cache
-MODELS = {  # family, tied
-    "llama": ("llama", False),
-    "llama-tied": ("llama", True),
-    "qwen2-tied": ("qwen2", True),
-    "qwen3": ("qwen3", False),
+MODELS = {  # what differs from the preset `tiny`
+    "llama": {},
+    "llama-tied": {"tied_embeddings": True},
+    "qwen2-tied": {"family": "qwen2", "tied_embeddings": True},
+    "qwen3": {"family": "qwen3"},
+    "qwen3_moe": {"family": "qwen3_moe", "ffn_hidden_size": 96, "num_experts": 8, "experts_per_token": 2},
+    "mixtral": {"family": "mixtral", "ffn_hidden_size": 96, "num_experts": 4, "experts_per_token": 2},
 }
 SAMPLES = 4
 TEMPERATURE = 0.8
@@ -30,8 +33,7 @@ def build(name: str, model: str, folder: str, **rollout: object):
     from megatron_dypo.runtime import distributed
 
     config = make_config(rollout={"engine": name, **rollout})
-    family, tied = MODELS[model]
-    shape = dataclasses.replace(PRESETS["tiny"], tied_embeddings=tied, family=family)
+    shape = dataclasses.replace(PRESETS["tiny"], **MODELS[model])
     layout = distributed.init()
     tokenizer = load_tokenizer(config, shape)
     return config, shape, layout, build_engine(config, shape, tokenizer, Path(folder) / f"rank_{layout.rank}", layout)
@@ -46,15 +48,22 @@ def policy_at(parallel: dict[str, int], seed: int, config, shape, layout):
     from megatron_dypo.policy.policy import Policy
 
     config.parallel = Parallel(**parallel)
-    tp, pp = config.parallel.tensor, config.parallel.pipeline
+    tp, pp, ep, etp = (parallel.get(name, 1) for name in ("tensor", "pipeline", "expert", "expert_tensor"))
     mpu.destroy_model_parallel()
-    mpu.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
+    )
     ranks = {
+        "ep_rank": mpu.get_expert_model_parallel_rank(),
+        "etp_rank": mpu.get_expert_tensor_parallel_rank(),
         "tp_rank": mpu.get_tensor_model_parallel_rank(),
         "pp_rank": mpu.get_pipeline_model_parallel_rank(),
         "dp_rank": mpu.get_data_parallel_rank(),
     }
-    layout = dataclasses.replace(layout, tp=tp, pp=pp, dp=layout.world // (tp * pp), **ranks)
+    layout = dataclasses.replace(layout, tp=tp, pp=pp, ep=ep, etp=etp, dp=layout.world // (tp * pp), **ranks)
     return Policy(config, shape, layout, random_weights(shape, seed))
 
 
@@ -100,7 +109,8 @@ def agreement(name: str, model: str, folder: str, rollout: dict) -> list[dict]:
 
     config, shape, layout, engine = build(name, model, folder, **rollout)
     asked, found = requests(), []
-    for version, (parallel, seed) in enumerate((parallel, seed) for parallel in LAYOUTS for seed in SEEDS):
+    layouts = EXPERT_LAYOUTS if shape.num_experts else LAYOUTS
+    for version, (parallel, seed) in enumerate((parallel, seed) for parallel in layouts for seed in SEEDS):
         policy = policy_at(parallel, seed, config, shape, layout)
         policy.version = version
         sync_weights(policy, engine, 60)

@@ -75,6 +75,17 @@ def make_groups(prompts: int = 12, k: int = 4, seed: int = 0, vocabulary: int = 
     return groups
 
 
+def route(groups: list[Group], layers: int, k: int, experts: int, seed: int = 0) -> list[Group]:
+    """With made-up choices of a rollout engine's routers: distinct experts for each token and layer."""
+    random = np.random.default_rng(seed)
+    for group in groups:
+        for response in group.responses:
+            tokens = len(group.prompt_ids) + len(response.ids) - 1
+            scores = random.random((tokens, layers, experts))
+            response.experts = scores.argsort(-1)[..., :k].astype(np.uint8)
+    return groups
+
+
 def trace_ids(group: Group, teacher: int) -> np.ndarray:
     """Ids of a made-up teacher trace."""
     seed = sum(map(ord, group.prompt.id)) + 1000 * teacher

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from megatron_dypo.rollout.recorded import record
-from tests.batches import make_config, make_groups, trace_ids
+from tests.batches import make_config, make_groups, route, trace_ids
 from tests.launch import copy_task, metrics, torchrun, train_here
 from tests.ranks import run_ranks
 
@@ -34,7 +34,10 @@ def train_steps(shape: str, budget: int, steps: int, sections: dict, prompts: in
     initial = hashlib.sha256(b"".join(tensor.numpy().tobytes() for _, tensor in policy.named_tensors())).hexdigest()
     history, gradients = [], {}
     for step in range(steps):
-        works = make_work(policy.layout, make_groups(prompts, seed=step), config, trace_ids)
+        groups = make_groups(prompts, seed=step)
+        if config.policy.routing == "replay_rollout":
+            route(groups, model.num_layers, model.experts_per_token, model.num_experts)
+        works = make_work(policy.layout, groups, config, trace_ids)
         mismatch, offender = logprob_passes(policy, works, config)
         assert offender is None
         outcome = run_updates(policy, works, config, lr=1e-3)

@@ -22,11 +22,13 @@ import yaml
 
 from benchmarks.servers import Servers, free_ports, running
 from megatron_dypo.rollout.server_guard import VARIABLE
-from tests.agreement import agreement, build, check, compare, policy_at, sampling
+from tests.agreement import MODELS, agreement, build, check, compare, policy_at, sampling
 from tests.agreement import requests as requests_to_sample
 from tests.launch import copy_task, metrics
 from tests.ranks import run_ranks
 from tests.rollout_server import SECRET
+
+MODEL = "qwen3_moe"  # whose layers come in parts where a bucket is small
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def servers(tmp_path_factory) -> Iterator[Servers]:
 def served_config(urls: list[str], folder: Path) -> dict:
     """As ``tests.agreement`` builds it, in a file."""
     return {
-        "model": {"preset": "tiny"},
+        "model": {"preset": "tiny", "shape": MODELS[MODEL]},
         "data": {"train": "none"},
         "rollout": {"engine": "server", "servers": urls, "max_response_tokens": 40, "engine_memory": 0.25},
         "trainer": {"steps": 1, "run_dir": str(folder / "run")},
@@ -58,7 +60,7 @@ def agreement_with_token(*arguments) -> list[dict]:
 
 def test_logprobs_agree_after_a_sync_of_different_weights_over_http_and_shared_memory(servers, tmp_path):
     rollout = {"servers": servers.urls, "verify_sync": True, "server_timeout": 10.0}
-    check(run_ranks(2, agreement_with_token, "server", "llama", str(tmp_path), rollout, seconds=200), 1e-5)
+    check(run_ranks(2, agreement_with_token, "server", MODEL, str(tmp_path), rollout, seconds=200), 1e-5)
 
 
 def listeners(pids: list[int]) -> set[str]:
@@ -92,11 +94,11 @@ def sample_while_one_is_killed(folder: str, servers: Servers) -> dict:
     from megatron_dypo.sync.sync import sync_weights
 
     os.environ[VARIABLE] = SECRET
-    transfer.BUCKET_BYTES = 1  # a bucket a layer: both are filled again and again
+    transfer.BUCKET_BYTES = 1  # a bucket a tensor: both are filled again and again
     said: list[str] = []
     log = logging.getLogger("megatron_dypo.rollout.dispatch")
     log.addFilter(lambda record: bool(said.append(record.getMessage())) or True)
-    config, shape, layout, engine = build("server", "llama", folder, servers=servers.urls, server_timeout=5.0)
+    config, shape, layout, engine = build("server", MODEL, folder, servers=servers.urls, server_timeout=5.0)
     first, second = (policy_at({}, seed, config, shape, layout) for seed in (1, 2))
     sync_weights(first, engine, 60)
     asked = requests_to_sample() * 12
@@ -140,6 +142,7 @@ def test_a_server_killed_in_the_middle_loses_no_response_and_is_synced_when_it_i
     assert "server 1 ended with code 137 and is started again" in servers.log.read_text()
 
 
+@pytest.mark.faults
 def test_without_any_server_a_run_ends_with_one_line_and_goes_on_from_its_checkpoint(servers, tmp_path):
     config = copy_task(
         tmp_path,

@@ -34,7 +34,7 @@ from megatron_dypo.policy.shape import ModelShape, of_weights
 from megatron_dypo.prepare.endpoint import Endpoint, EndpointFault
 from megatron_dypo.records import Prompt
 from megatron_dypo.rollout.collect import encode_prompts
-from megatron_dypo.rollout.engine import build_engine, check_head_size, engine_name
+from megatron_dypo.rollout.engine import build_engine, check_vllm, engine_name
 from megatron_dypo.runtime import distributed
 from megatron_dypo.runtime.distributed import Layout
 from megatron_dypo.runtime.failure import phase
@@ -74,7 +74,8 @@ def evaluate(
     with phase("reading the inputs"):
         suites = _load(config, names)
         model = _choose(config, hf, checkpoint)
-        check_head_size(model.shape)
+        if engine_name(config) != "transformers":
+            check_vllm(config, model.shape)
         tokenizer = load_tokenizer(config, model.shape)
         for prompts in suites.values():
             encode_prompts(prompts, tokenizer, config.data.max_prompt_tokens)

@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_dypo.batching.micro_batch import MicroBatch
 from megatron_dypo.config.schema import Config
 from megatron_dypo.convert.stream import hf_tensors, load_weights
+from megatron_dypo.errors import TrainingError
 from megatron_dypo.kernels import LogProbs, linear_logprob, linear_loss
 from megatron_dypo.objectives import TokenStreams
 from megatron_dypo.objectives.coefficients import needs_reference
@@ -77,6 +78,8 @@ class Policy:
         """Forward and backward over the micro-batches; gradients end up summed over all ranks in ``main_grad``."""
         self.zero_gradients()
         self._routed = self._routings(batches)
+        for routing in self._routed:
+            routing.begin_training()
         if self._routed and self.config.policy.aux_loss:
             self._balance(batches)
         by_batch = {id(batch): stream for batch, stream in zip(batches, streams, strict=True)}
@@ -92,7 +95,7 @@ class Policy:
         """``moe/...`` of the last training pass, the same on every rank; none of a dense policy. Collective."""
         if not self._routed:
             return {}
-        return routing_metrics(self._routed, self.shape, self.config.policy.aux_loss, self._replays)
+        return routing_metrics(self._routed, self.shape, self.config.policy.aux_loss)
 
     def zero_gradients(self) -> None:
         self.offload.require_device()
@@ -197,9 +200,19 @@ class Policy:
         return [batch.routing for batch in batches]
 
     def _given(self, batch: MicroBatch) -> dict[int, Tensor]:
-        """The rollout engine's choice in this rank's layers; -1 for tokens that it did not route."""
+        """The rollout engine's choice in this rank's layers; -1 for tokens that it did not route.
+
+        Raises TrainingError where they are not of this model.
+        """
         if batch.experts_TLK is None:
             return {}
+        shape = self.shape
+        known, largest = tuple(batch.experts_TLK.shape[1:]), int(batch.experts_TLK.max())
+        if known != (shape.num_layers, shape.experts_per_token) or largest >= shape.num_experts:
+            raise TrainingError(
+                f"policy.routing: replay_rollout: a rollout has (layers, a token's experts) {known}, up to expert "
+                f"{largest}; the model has {shape.num_layers}, {shape.experts_per_token} of {shape.num_experts}"
+            )
         layers = [layer.layer_number for chunk in self.chunks for layer in chunk.module.decoder.layers]
         given_TLK = self._own_slice(batch.experts_TLK)
         return {layer: given_TLK[:, layer - 1].contiguous() for layer in layers}

@@ -26,9 +26,12 @@ class Routing:
         self.chosen: dict[int, Tensor] = given or {}
         self.score_sums: dict[int, Tensor] = {}  # [E], of the router's probabilities in a training pass
         self.weights: Tensor | None = None  # [L, E]: what a unit of probability costs, the auxiliary loss being linear
-        self.differing = torch.zeros(
-            2, dtype=torch.float64
-        )  # assignments that were given and not the router's own, all
+        self.replayed: set[int] = set()  # layers whose choice is older than the training pass
+        self.differing = torch.zeros(2, dtype=torch.float64)  # of their assignments: not the router's own, and all
+
+    def begin_training(self) -> None:
+        """What is known now is what the training pass replays."""
+        self.replayed = set(self.chosen)
 
     def choose(self, layer: int, probs_TE: Tensor, k: int) -> Tensor:
         """[T, K]: those of before, else the ``k`` most probable ones, which are kept."""
@@ -42,12 +45,10 @@ class Routing:
         if unknown_T.any():
             chosen_TK = torch.where(unknown_T[:, None], own_TK, chosen_TK)
             self.chosen[layer] = chosen_TK.to(torch.int16)
-        if not torch.is_grad_enabled():
-            return chosen_TK
-        known_T = self.real_T & ~unknown_T
-        same_TK = (chosen_TK[:, :, None] == own_TK[:, None, :]).any(-1)
-        counts = ((~same_TK & known_T[:, None]).sum(), k * known_T.sum())
-        self.differing += torch.stack(counts).double().cpu()
+        if layer in self.replayed and torch.is_grad_enabled():
+            same_TK = (chosen_TK[:, :, None] == own_TK[:, None, :]).any(-1)
+            counts = (~same_TK & self.real_T[:, None]).sum(), k * self.real_T.sum()
+            self.differing += torch.stack(counts).double().cpu()
         return chosen_TK
 
     def balance(self, layer: int, probs_TE: Tensor) -> Tensor | None:
@@ -72,19 +73,17 @@ def routed_counts(routings: Iterable[Routing], shape: ModelShape) -> Tensor:
     return _all_ranks(_sums(routings, shape)[0])
 
 
-def routing_metrics(routings: list[Routing], shape: ModelShape, coefficient: float, replayed: bool) -> dict[str, float]:
+def routing_metrics(routings: list[Routing], shape: ModelShape, coefficient: float) -> dict[str, float]:
     """Of one training pass, the same on every rank; collective.
 
     ``moe/load_max`` and ``moe/load_min``: the busiest and the idlest expert's load against an even one, each the mean
     over layers. ``moe/aux_loss``: E x sum_e f_e P_e, the mean over layers; 1 where the load is even.
     ``moe/rerouted_frac``: replayed choices that the router would not have made.
     """
-    counts_LE, scores_LE = _sums(routings, shape)
-    differing = torch.zeros_like(counts_LE[:1])
-    differing[0, :2] = sum((routing.differing for routing in routings), torch.zeros(2)).to(differing.device)
-    counts_LE, scores_LE, differing = _all_ranks(torch.cat([counts_LE, scores_LE, differing])).split(
-        [shape.num_layers, shape.num_layers, 1]
-    )
+    differing = sum((routing.differing for routing in routings), torch.zeros(2))
+    parts = [*_sums(routings, shape), differing]
+    flat = _all_ranks(torch.cat([part.flatten() for part in parts])).split([part.numel() for part in parts])
+    counts_LE, scores_LE, differing = (values.view(part.shape) for values, part in zip(flat, parts, strict=True))
     share_LE = counts_LE / counts_LE.sum(-1, keepdim=True).clamp(min=1)
     load_LE = shape.num_experts * share_LE
     score_LE = scores_LE / scores_LE.sum(-1, keepdim=True).clamp(min=1)
@@ -96,8 +95,8 @@ def routing_metrics(routings: list[Routing], shape: ModelShape, coefficient: flo
     }
     if coefficient:
         metrics["loss/aux"] = coefficient * loss.sum().item()
-    if replayed and differing[0, 1] > 0:
-        metrics["moe/rerouted_frac"] = (differing[0, 0] / differing[0, 1]).item()
+    if differing[1] > 0:
+        metrics["moe/rerouted_frac"] = (differing[0] / differing[1]).item()
     return metrics
 
 

@@ -71,11 +71,17 @@ def engine_name(config: Config) -> str:
     return wanted if wanted != "auto" else "vllm" if installed else "transformers"
 
 
-def check_head_size(shape: ModelShape) -> None:
-    """Raises UserError where vLLM has no attention kernel for the head size (CPU only: known before it is loaded)."""
-    if not torch.cuda.is_available() and shape.head_dim not in VLLM_CPU_HEAD_SIZES:
+def check_vllm(config: Config, shape: ModelShape) -> None:
+    """Raises UserError for what vLLM cannot do on a CPU: known before it is loaded."""
+    if torch.cuda.is_available():
+        return
+    if shape.head_dim not in VLLM_CPU_HEAD_SIZES:
         sizes = ", ".join(map(str, VLLM_CPU_HEAD_SIZES))
         raise UserError(f"model.shape.head_dim: vLLM on CPU serves head sizes {sizes}, not {shape.head_dim}")
+    if config.policy.routing == "replay_rollout":
+        raise UserError(
+            "policy.routing: replay_rollout: vLLM tells its routing with CUDA alone; take rollout.engine: transformers"
+        )
 
 
 def build_engine(
@@ -97,5 +103,5 @@ def build_engine(
             log.warning("vLLM is not installed: sampling with transformers, many times slower")
         from megatron_dypo.rollout.transformers_engine import TransformersEngine
 
-        return TransformersEngine(shape)
+        return TransformersEngine(shape, returns_experts=config.policy.routing == "replay_rollout")
     return None

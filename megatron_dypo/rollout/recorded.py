@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_dypo.errors import UserError
 from megatron_dypo.records import Group, Prompt, Response
+from megatron_dypo.rollout.routed import as_text, from_text
 from megatron_dypo.runtime.whole_file import write_whole
 
 
@@ -79,6 +80,7 @@ def _line(group: Group) -> dict:
             "finish_reason": response.finish_reason,
         }
         | ({} if response.fault is None else {"fault": response.fault})
+        | ({} if response.experts is None else {"experts": as_text(response.experts)})
         for response in group.responses
     ]
     return {
@@ -123,6 +125,9 @@ def _group(line: dict, prompts: dict[str, Prompt], vocab_size: int, longest: int
             float(r["reward"]),
             version,
             None if r.get("fault") is None else _of_kind(r, "fault", str),
+            None
+            if r.get("experts") is None
+            else from_text(_of_kind(r, "experts", str), len(prompt_ids) + len(r["ids"])),
         )
         for r in line["responses"]
     ]

@@ -15,7 +15,7 @@ from megatron_dypo.convert.hf_metadata import write_config
 from megatron_dypo.data.tokenizer import load_tokenizer
 from megatron_dypo.errors import UserError
 from megatron_dypo.policy.shape import model_shape
-from megatron_dypo.rollout.engine import check_head_size
+from megatron_dypo.rollout.engine import check_vllm
 from megatron_dypo.rollout.identity import identity
 from megatron_dypo.rollout.server_guard import VARIABLE, server_token
 from megatron_dypo.rollout.vllm_arguments import CPU_ENVIRONMENT, ENVIRONMENT, as_flags, engine_arguments
@@ -31,7 +31,7 @@ def serve(config: Config, host: str, port: int, tensor: int) -> NoReturn:
     """
     server_token()
     shape = model_shape(config.model)
-    check_head_size(shape)
+    check_vllm(config, shape)
     tokenizer = load_tokenizer(config, shape)
     name, folder = identity(config, shape, tokenizer), Path(config.trainer.run_dir) / "engine" / f"server_{port}"
     write_config(shape, folder, tokenizer.eos_id)

@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_dypo.records import Response
 from megatron_dypo.rollout.engine import Request, Sampling
+from megatron_dypo.rollout.routed import from_text
 from megatron_dypo.rollout.server_guard import VARIABLE, server_token
 from megatron_dypo.rollout.vllm_arguments import sampling_arguments
 from megatron_dypo.runtime.addresses import is_loopback
@@ -100,12 +101,12 @@ class Server:
         }
         answer = await self.call(http, "POST", "inference/v1/generate", body, seconds=seconds)
         try:
-            return _response(answer, sampling, label)
+            return _response(answer, request, sampling, label)
         except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             raise BadAnswer(f"{self.url}: answers no usable response: {error or type(error).__name__}") from None
 
 
-def _response(answer: dict, sampling: Sampling, label: str) -> Response:
+def _response(answer: dict, request: Request, sampling: Sampling, label: str) -> Response:
     """Raises one of several errors where it is not what was asked for."""
     (choice,) = answer["choices"]
     versions = {span["version"] for span in choice["weight_versions"]}
@@ -127,7 +128,9 @@ def _response(answer: dict, sampling: Sampling, label: str) -> Response:
     cut = not ends and len(ids) == sampling.max_tokens
     if (finish, stopped, cut) not in (("stop", True, False), ("length", False, True)):
         raise ValueError(f"{len(ids)} tokens with the end token at {ends} do not go with finish_reason {finish!r}")
-    return Response(np.array(ids, np.int32), np.array(logprobs, np.float32), finish)
+    routed = choice.get("routed_experts")
+    experts = None if routed is None else from_text(routed, len(request.prompt_ids) + len(ids))
+    return Response(np.array(ids, np.int32), np.array(logprobs, np.float32), finish, experts=experts)
 
 
 def _shown(content: bytes) -> str:

@@ -45,6 +45,7 @@ def engine_arguments(config: Config, shape: ModelShape, folder: Path) -> dict:
         "disable_log_stats": True,
         "seed": config.trainer.seed,
         "worker_extension_cls": "megatron_dypo.sync.worker.WorkerExtension",
+        **({"enable_return_routed_experts": True} if config.policy.routing == "replay_rollout" else {}),
     } | (
         {"gpu_memory_utilization": size}
         if cuda

@@ -119,4 +119,4 @@ def _response(output, version: int) -> Response:
     ids = list(output.token_ids)
     logprobs = [step[token].logprob for step, token in zip(output.logprobs, ids, strict=True)]
     arrays = np.array(ids, np.int32), np.array(logprobs, np.float32)
-    return Response(*arrays, output.finish_reason, weight_version=version)
+    return Response(*arrays, output.finish_reason, weight_version=version, experts=output.routed_experts)

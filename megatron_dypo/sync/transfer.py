@@ -1,17 +1,19 @@
 """The trainer's side of a weight transfer: vLLM's four phases (init, start, update, finish) over each of its backends.
 
 ``nccl`` and ``ipc`` are vLLM's own. ``hand_over`` and ``shared_memory``, which need no CUDA, end in
-``worker.LocalEngine``. Whole layers go at a time, so that neither side ever holds a second model.
+``worker.LocalEngine``. The stream is cut into buckets of whole layers, and a layer that is larger (one of many experts)
+into several, so that neither side ever holds a second model, nor the trainer all experts of a layer.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import groupby
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from dataclasses import dataclass
+from itertools import groupby, islice
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -19,8 +21,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from megatron_dypo.sync.weights import Meta
 
-_Item = TypeVar("_Item")
-BUCKET_BYTES = 256 * 2**20  # more only where one layer has more
+BUCKET_BYTES = 256 * 2**20  # more only where one tensor has more
 
 
 class Source(Protocol):
@@ -43,16 +44,42 @@ class Client(Protocol):
     def finish_weight_update(self, weight_version: str | None = None) -> None: ...
 
 
+@dataclass(frozen=True)
+class Cut:
+    """The next ``count`` tensors of the stream, ``nbytes`` of them; ``part`` of a layer, or some whole ones."""
+
+    count: int
+    nbytes: int
+    part: bool
+
+
+def cuts(weights: list[Meta], limit: int) -> list[Cut]:
+    """The stream in buckets of at most ``limit`` bytes, or one tensor."""
+    found: list[Cut] = []
+    for _, members in groupby(weights, key=lambda meta: _layer(meta.name)):
+        layer = [meta.nbytes for meta in members]
+        part = sum(layer) > limit and len(layer) > 1
+        for piece in ([size] for size in layer) if part else [layer]:
+            last = found[-1] if found else None
+            if last and last.part == part and last.nbytes + sum(piece) <= limit:
+                found[-1] = Cut(last.count + len(piece), last.nbytes + sum(piece), part)
+            else:
+                found.append(Cut(len(piece), sum(piece), part))
+    return found
+
+
 def hand_over(client: Client, weights: Source) -> None:
-    """To an engine in this process: each layer as it is gathered, without a copy. Collective."""
+    """To an engine in this process: the tensors as they are gathered, without a copy. Collective."""
     client.start_weight_update()
-    for tensors in _by_layer(weights):
-        client.update_weights({"tensors": tensors})
+    stream = iter(weights)
+    for cut in cuts(weights.metadata(), BUCKET_BYTES):
+        client.update_weights({"tensors": list(islice(stream, cut.count))})
     client.finish_weight_update()
 
 
 class SharedMemory:
-    """To engines in other processes of this machine. Two buckets: one is filled while the engines load the other.
+    """To engines in other processes of this machine. Two buckets: one is filled, a tensor at a time, while the engines
+    load the other.
 
     The memory has no name, so a kill leaves nothing behind.
     """
@@ -61,9 +88,8 @@ class SharedMemory:
         self._client, self.source, self._is_sender = client, weights, is_sender
         self._buckets: list[_Memory] = []
         if is_sender:
-            layers = _by_layer((meta.name, meta.nbytes) for meta in weights.metadata())
-            sizes = [sum(nbytes for _, nbytes in layer) for layer in layers]
-            size = min(max(BUCKET_BYTES, *sizes), sum(sizes))
+            self._cuts = cuts(weights.metadata(), BUCKET_BYTES)
+            size = max(cut.nbytes for cut in self._cuts)
             self._buckets = [_Memory(size), _Memory(size)]
             client.init_weight_transfer_engine({})
 
@@ -77,12 +103,13 @@ class SharedMemory:
         with ThreadPoolExecutor(1) as loader:
             loading: Future | None = None
             filling, spare = self._buckets
-            for tensors in _by_layer(self.source):
-                if not filling.fits(tensors):
-                    loading = _after(loading, loader.submit, self._client.update_weights, filling.take())
-                    filling, spare = spare, filling
-                filling.add(tensors)
-            _after(loading, self._client.update_weights, filling.take())
+            stream = iter(self.source)
+            for cut in self._cuts:
+                for name, tensor in islice(stream, cut.count):
+                    filling.add(name, tensor)
+                loading = _after(loading, loader.submit, self._client.update_weights, filling.take(cut.part))
+                filling, spare = spare, filling
+            _after(loading, lambda: None)
         self._client.finish_weight_update()
 
     def shutdown(self) -> None:
@@ -100,21 +127,17 @@ class _Memory:
         self._places: list[tuple] = []
         self._used = 0
 
-    def fits(self, tensors: list[tuple[str, Tensor]]) -> bool:
-        return self._used + sum(tensor.nbytes for _, tensor in tensors) <= self._size
+    def add(self, name: str, tensor: Tensor) -> None:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        place = torch.frombuffer(self._map, dtype=tensor.dtype, count=tensor.numel(), offset=self._used)
+        place.view(tensor.shape).copy_(tensor)
+        self._places.append((name, dtype, list(tensor.shape), self._used))
+        self._used += tensor.nbytes
 
-    def add(self, tensors: list[tuple[str, Tensor]]) -> None:
-        for name, tensor in tensors:
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            place = torch.frombuffer(self._map, dtype=tensor.dtype, count=tensor.numel(), offset=self._used)
-            place.view(tensor.shape).copy_(tensor)
-            self._places.append((name, dtype, list(tensor.shape), self._used))
-            self._used += tensor.nbytes
-
-    def take(self) -> dict:
+    def take(self, part: bool) -> dict:
         """The bucket as ``worker.Bucket`` has it; afterwards there is room again."""
         places, self._places, self._used = self._places, [], 0
-        return {"tensors": places, "memory": (os.getpid(), self._descriptor, self._size)}
+        return {"tensors": places, "memory": (os.getpid(), self._descriptor, self._size), "part": part}
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -125,12 +148,6 @@ def _after(before: Future | None, action: Callable, *arguments):
     if before is not None:
         before.result()
     return action(*arguments)
-
-
-def _by_layer(named: Iterable[tuple[str, _Item]]) -> Iterator[list[tuple[str, _Item]]]:
-    """The stream in whole layers: the engine holds on to a layer's tensors until it has them all."""
-    for _, layer in groupby(named, key=lambda pair: _layer(pair[0])):
-        yield list(layer)
 
 
 def _layer(name: str) -> str:

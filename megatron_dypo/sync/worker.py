@@ -33,7 +33,7 @@ class _Nothing(WeightTransferInitInfo):
 
 @dataclass
 class Bucket(WeightTransferUpdateInfo):
-    """Whole layers, and nothing of any other.
+    """Whole layers, or ``part`` of one.
 
     ``tensors``: (name, tensor), or with ``memory`` (process id, descriptor of that process, bytes) where they lie:
     (name, dtype, shape, offset in bytes).
@@ -41,22 +41,35 @@ class Bucket(WeightTransferUpdateInfo):
 
     tensors: list[tuple]
     memory: tuple[int, int, int] | None = None
+    part: bool = False
 
 
 class LocalEngine(WeightTransferEngine[_Nothing, Bucket]):
-    """vLLM loads and repacks a layer when its last tensor has come (its layerwise reload)."""
+    """vLLM loads and repacks a layer when its last tensor has come (its layerwise reload), and until then holds on to
+    the others: what comes in parts has to be copied out of a memory that will be filled again."""
 
     init_info_cls = _Nothing
     update_info_cls = Bucket
+    _kernels: tuple[tuple, ...] = ()  # (what runs a layer's experts, its kernel), during an update on a CPU
 
     def init_transfer_engine(self, init_info: _Nothing) -> None:
         self.shutdown()
 
     def start_weight_update(self) -> None:
+        """On a CPU, vLLM (0.32) packs experts' weights for its kernel only when it makes one, at the first load: taken
+        away, it is made anew."""
+        methods = {id(method): method for method in map(_expert_method, self.model.modules()) if method}
+        if self.device.type == "cpu":
+            self._kernels = tuple((method, method.moe_kernel) for method in methods.values())
+        for method, _ in self._kernels:
+            method.moe_kernel = None
         initialize_layerwise_reload(self.model)
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
+        for method, kernel in self._kernels:  # of a layer that got no weights
+            method.moe_kernel = method.moe_kernel or kernel
+        self._kernels = ()
 
     def update_weights(self, update_info: dict) -> None:
         self.receive_weights(self.parse_update_info(update_info))
@@ -64,20 +77,29 @@ class LocalEngine(WeightTransferEngine[_Nothing, Bucket]):
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: Bucket) -> None:
-        tensors = update_info.tensors
-        self.model.load_weights(tensors if update_info.memory is None else self._in_memory(tensors, update_info.memory))
+        tensors, memory = update_info.tensors, update_info.memory
+        self.model.load_weights(tensors if memory is None else self._in_memory(tensors, memory, update_info.part))
 
     def shutdown(self) -> None:
         self._maps: dict[tuple[int, int, int], mmap.mmap] = {}
 
-    def _in_memory(self, places: Iterable[tuple], memory: tuple[int, int, int]) -> Iterator[tuple[str, Tensor]]:
-        """The tensors as they lie in the trainer's memory, without a copy."""
+    def _in_memory(
+        self, places: Iterable[tuple], memory: tuple[int, int, int], copied: bool
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The tensors as they lie in the trainer's memory, or ``copied``."""
         key = tuple(memory)
         if key not in self._maps:
             self._maps[key] = _map(*key)
         for name, dtype, shape, offset in places:
             count, kind = torch.Size(shape).numel(), getattr(torch, dtype)
-            yield name, torch.frombuffer(self._maps[key], dtype=kind, count=count, offset=offset).view(shape)
+            tensor = torch.frombuffer(self._maps[key], dtype=kind, count=count, offset=offset).view(shape)
+            yield name, tensor.clone() if copied else tensor
+
+
+def _expert_method(module: torch.nn.Module) -> object | None:
+    """What runs a module's experts; None where it has none."""
+    method = getattr(module, "quant_method", None)
+    return method if getattr(method, "moe_kernel", None) is not None else None
 
 
 def _map(process: int, descriptor: int, size: int) -> mmap.mmap:

@@ -14,6 +14,7 @@ from megatron_dypo.batching.sequences import training_sequences
 from megatron_dypo.config.schema import Config
 from megatron_dypo.objectives.coefficients import SequenceSums
 from megatron_dypo.records import Group, Kind, Sequence
+from megatron_dypo.rollout.routed import packed_experts
 from megatron_dypo.runtime.distributed import Layout
 
 
@@ -43,9 +44,13 @@ def make_work(
             lengths = [sequences[place].length for place in places]
             budget = config.data.max_tokens_per_microbatch
             shares = plan_micro_batches(lengths, layout.dp, budget, layout.micro_batch_multiple)
-            packed[kind] = [
+            batches = [
                 MicroBatch.pack(sequences, [places[i] for i in members], config.rollout.temperature, **layout.packing)
                 for members in shares[layout.dp_rank]
             ]
+            if kind == Kind.ROLLOUT and config.policy.routing == "replay_rollout":
+                for batch in batches:
+                    batch.experts_TLK = packed_experts(batch, sequences, chosen)
+            packed[kind] = batches
         works.append(Work(chosen, sequences, packed[Kind.ROLLOUT], packed[Kind.TEACHER]))
     return works

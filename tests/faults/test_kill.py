@@ -42,7 +42,7 @@ STEP = [
     Kill(Point("call torch.optim.adam:adam", "after")),
     Kill(Point("phase optimizer step", "after")),
     Kill(Point(f"call {ENGINE}.sync")),
-    Kill(Point("call torch.nn:Module.load_state_dict")),
+    Kill(Point("call megatron_dypo.rollout.transformers_engine:_target", nth=5)),
     Kill(Point("phase weight sync", "after")),
     Kill(Point("phase evaluation", from_step=5)),
     Kill(Point("phase evaluation", "after", from_step=10)),

@@ -1,0 +1,164 @@
+"""Mixtures of experts: the same loss and gradient at any layout, whoever chose the experts; and the load told."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.launch import checkpoint_digests, copy_task, metrics, train_here, without_times
+from tests.ranks import run_ranks
+from tests.test_layouts import CP2, DISTRIBUTED, PP2, SEVERAL, SP, VPP, assert_same, train_steps
+
+EP2, EP4, ETP2 = {"expert": 2}, {"expert": 4}, {"expert_tensor": 2}
+BALANCED = {"policy": {"aux_loss": 0.1}}
+LAYOUTS = [
+    *((2, EP2), (2, SP), (2, SP | ETP2), (2, CP2 | EP2), (4, EP4), (4, VPP | EP2), (4, SP | EP2 | ETP2)),
+    *((4, SP | CP2 | EP4), (8, {"expert": 8}), (8, SP | VPP | CP2 | EP4), (8, SP | PP2 | EP2 | ETP2)),
+]
+
+
+@functools.cache
+def alone(shape: str, routing: str = "own", aux_loss: float = 0.0) -> dict:
+    """Three updates on one rank."""
+    policy = {"routing": routing, "aux_loss": aux_loss}
+    return run_ranks(1, train_steps, shape, 100_000, 1, SEVERAL | {"policy": policy})[0]
+
+
+@pytest.mark.parametrize(("world", "parallel"), LAYOUTS, ids=str)
+def test_layout_invariance_with_the_auxiliary_loss(world, parallel):
+    """Loss, every gradient, the routers' included, and the load: nothing of a mini-batch is counted per cut."""
+    one = alone("qwen3_moe", aux_loss=0.1)
+    assert one["history"][0]["loss/aux"] > 0.1 and one["history"][0]["moe/load_max"] > 1.2
+    for result in run_ranks(world, train_steps, "qwen3_moe", 150, 1, SEVERAL | BALANCED | {"parallel": parallel}):
+        assert_same(result, one)
+
+
+@pytest.mark.parametrize("routing", ["replay_old", "replay_rollout"])
+def test_layout_invariance_whoever_routes(routing):
+    """The engine's choice has to find its tokens on context- and tensor-parallel ranks, and its layers on stages."""
+    parallel = SP | CP2 | PP2 | EP4
+    for result in run_ranks(
+        8, train_steps, "qwen3_moe", 150, 1, SEVERAL | {"policy": {"routing": routing}, "parallel": parallel}
+    ):
+        assert_same(result, alone("qwen3_moe", routing))
+
+
+@pytest.mark.parametrize(("shape", "parallel"), [("mixtral", EP2), ("qwen2_moe", SP | EP2)], ids=str)
+def test_families_layout_invariance(shape, parallel):
+    for result in run_ranks(2, train_steps, shape, 150, 1, SEVERAL | {"parallel": parallel}):
+        assert_same(result, alone(shape))
+
+
+@pytest.mark.parametrize(("world", "parallel"), [(4, EP2), (4, SP | EP2)], ids=str)
+def test_distributed_optimizer_layout_invariance(world, parallel):
+    sections = SEVERAL | {"parallel": parallel, "optimizer": DISTRIBUTED}
+    for result in run_ranks(world, train_steps, "qwen3_moe", 150, 1, sections):
+        assert_same(result, alone("qwen3_moe"), kinds=["weights"])
+
+
+@pytest.mark.parametrize(("recompute", "routing"), [("selective", "own"), ("full", "own"), ("full", "replay_rollout")])
+def test_recompute_changes_nothing_and_counts_nothing_twice(recompute, routing):
+    """In two stages a micro-batch's backward pass comes after the forward pass of the next."""
+    sections = SEVERAL | {"policy": {"routing": routing}, "parallel": PP2, "model": {"recompute": recompute}}
+    for result in run_ranks(2, train_steps, "qwen3_moe", 150, 1, sections):
+        assert_same(result, alone("qwen3_moe", routing))
+
+
+def first_ratios(routing: str, parallel: dict) -> tuple[float, dict]:
+    """Largest |logp - old| that the training pass of the first update sees, and the step's metrics."""
+    from megatron_dypo.objectives import TokenStreams
+
+    largest, plain = [0.0], TokenStreams.terms
+
+    def watched(self, logp_t, entropy_t, t):
+        if self.old_N is not None:
+            largest.append((logp_t - self.old_N[t]).abs().max().item())
+        return plain(self, logp_t, entropy_t, t)
+
+    TokenStreams.terms = watched
+    sections = {"policy": {"routing": routing}, "parallel": parallel, "model": {"recompute": "selective"}}
+    result = train_steps("qwen3_moe", 150, 1, sections)
+    return max(largest), result["history"][0]
+
+
+@pytest.mark.parametrize("routing", ["own", "replay_old", "replay_rollout"])
+def test_first_ratio_is_exactly_one(routing):
+    for largest, found in run_ranks(2, first_ratios, routing, EP2):
+        assert largest == 0.0
+        assert found["policy/clip_frac"] == 0.0
+
+
+def test_replay_takes_the_routing_of_before_the_update():
+    """Own routing moves with the weights from the second update on: that is what replay keeps out of the ratio."""
+    own, old, engine = (
+        alone("qwen3_moe", routing)["history"][0] for routing in ("own", "replay_old", "replay_rollout")
+    )
+    assert "moe/rerouted_frac" not in own
+    assert 0 < old["moe/rerouted_frac"] < 0.5
+    assert engine["moe/rerouted_frac"] > 0.5  # made up, so most of it is not what the routers would have taken
+    assert old["policy/clip_frac"] != own["policy/clip_frac"]
+
+
+def test_the_auxiliary_loss_evens_the_load():
+    before, after = (
+        run_ranks(1, train_steps, "qwen3_moe", 100_000, 8, {"policy": {"aux_loss": aux_loss}})[0]["history"][-1]
+        for aux_loss in (0.0, 1.0)
+    )
+    assert after["moe/load_max"] < before["moe/load_max"]
+    assert 1 <= after["moe/aux_loss"] < before["moe/aux_loss"]
+
+
+def test_the_auxiliary_loss_is_the_switch_transformers():
+    """Against its formula and autograd on made-up logits."""
+    import torch
+
+    from megatron_dypo.policy.routing import Routing, balance_weights
+
+    logits_TE = torch.randn(50, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    real_T = torch.arange(50) < 40
+    probs_TE = logits_TE.softmax(-1)
+    taken_TE = torch.zeros(50, 6).scatter(1, probs_TE.topk(2).indices, 1.0)[real_T]
+    expected = 0.3 * 6 * (taken_TE.mean(0) / 2 * probs_TE[real_T].mean(0)).sum()
+    routing = Routing(real_T)
+    routing.weights = balance_weights(taken_TE.sum(0)[None].double(), 0.3, k=2)
+    loss = routing.balance(1, probs_TE)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    gradients = (torch.autograd.grad(value, logits_TE, retain_graph=True)[0] for value in (loss, expected))
+    assert torch.allclose(*gradients, rtol=1e-5, atol=1e-9)
+
+
+def mixture_task(folder: Path, **keys: object) -> str:
+    shape = {"hidden_size": 64, "num_attention_heads": 2, "num_query_groups": 2, "ffn_hidden_size": 64}
+    model = {"preset": "tiny-moe", "shape": shape | {"num_experts": 4}}
+    engine = {"engine": "transformers", "samples_per_prompt": 4, "max_response_tokens": 8}
+    trainer = {"steps": 4, "save_every": 2, "eval_every": 0, "run_dir": str(folder / "run")}
+    sections = {"model": model, "rollout": engine, "trainer": trainer, "parallel": EP2, "optimizer": DISTRIBUTED}
+    config = yaml.safe_load(copy_task(folder).read_text())
+    for name, section in (sections | keys).items():
+        config[name] = config.get(name, {}) | section
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return str(folder / "config.yaml")
+
+
+def test_a_run_that_replays_its_engines_routing_resumes_bit_for_bit(tmp_path):
+    """Experts, moments and the recorded routing; the trainer's routers agree with the engine's, token by token."""
+    replay = {"policy": {"routing": "replay_rollout", "aux_loss": 0.01}}
+    straight, broken = mixture_task(tmp_path / "a", **replay), mixture_task(tmp_path / "b", **replay)
+    run_ranks(2, train_here, straight, [f"rollout.record={tmp_path / 'rollouts'}"])
+    run_ranks(2, train_here, broken, ["trainer.steps=2"])
+    run_ranks(2, train_here, broken, [])
+    runs = [tmp_path / name / "run" for name in "ab"]
+    ours, theirs = (without_times(metrics(run)) for run in runs)
+    assert ours == theirs and len(ours) == 4
+    digests = (run_ranks(1, checkpoint_digests, str(run / "checkpoints/step_4"))[0] for run in runs)
+    assert next(digests) == next(digests)
+    mixed = [line for line in ours if "rollout/mismatch_max" in line]
+    assert mixed and all(line["rollout/mismatch_max"] < 1e-4 for line in mixed)
+    assert all(line["moe/rerouted_frac"] < 0.01 for line in mixed), "the same weights, so the same choice"
+    replayed = [f"rollout.replay={tmp_path / 'rollouts'}", f"trainer.run_dir={tmp_path / 'again'}"]
+    run_ranks(1, train_here, straight, ["rollout.engine=replay", "parallel.expert=1", *replayed])
+    for line, again in zip(ours, metrics(tmp_path / "again"), strict=True):
+        assert again["loss/total"] == pytest.approx(line["loss/total"], rel=1e-4)
