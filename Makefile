@@ -22,7 +22,8 @@ test: venv
 	$(BIN)/python -m pytest tests -m "not gpu and not faults" -n 2 --dist loadfile --no-loadscope-reorder
 
 faults: venv
-	MEGATRON_DYPO_FUZZ=10 $(BIN)/python -m pytest tests/faults tests/test_launch.py -m "not gpu"
+	MEGATRON_DYPO_FUZZ=10 $(BIN)/python -m pytest tests/faults -m "not gpu"
+	$(BIN)/python -m pytest tests --ignore tests/faults -m faults
 
 # The parallel and training tests with another Megatron-Core, in a folder of its own (requirements/mcore-latest.txt).
 LATEST = $(abspath $(VENV))/mcore-latest

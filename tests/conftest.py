@@ -8,7 +8,15 @@ settings.load_profile("shared")
 
 # By CPU-seconds, most first: with two workers (make test), none is left alone with a long file at the end.
 LONG = (
-    *("test_servers", "test_layouts", "test_end_to_end", "test_checkpoint", "test_watchdog", "test_rollout"),
+    *(
+        "test_servers",
+        "test_layouts",
+        "test_experts",
+        "test_end_to_end",
+        "test_checkpoint",
+        "test_watchdog",
+        "test_rollout",
+    ),
     *("test_offload", "test_convert_commands", "test_smollm2", "test_kill", "test_benchmarks", "test_health"),
     *("test_damage", "test_full_disk", "test_frozen", "test_triton_head", "test_overlap"),
     *("test_launch", "test_reward", "test_prepare", "test_plan", "test_teacher_traces", "test_reward_functions"),

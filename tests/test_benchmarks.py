@@ -79,6 +79,7 @@ def test_layouts_are_read_from_their_names():
         parse("tp2-ep2")
 
 
+@pytest.mark.faults
 def test_layouts_benchmark_trains_the_same_batch_in_every_layout(tmp_path):
     out = tmp_path / "layouts_cpu.json"
     sizes = {"hidden": 64, "ffn": 64, "vocab": 64, "heads": 2, "groups": 2, "prompts": 2, "mean": 32, "cap": 64}

@@ -75,6 +75,7 @@ def test_evaluate_finds_on_the_checkpoint_what_training_found(straight):
     assert len((out / "gsm8k.jsonl").read_text().splitlines()) == 21
 
 
+@pytest.mark.faults
 def test_a_resume_with_turns_on_the_device_is_bit_equal(straight, tmp_path):
     """From its checkpoint of half the steps on, now with ``trainer.offload``, a run is the uninterrupted one.
 
@@ -144,6 +145,7 @@ def test_non_finite_reward_skips_the_step_and_many_in_a_row_stop_the_run(straigh
     assert "train/grad_norm" not in lines[1] and lines[2]["train/grad_norm"] > 0
 
 
+@pytest.mark.faults
 def test_a_killed_rank_takes_the_job_down(tmp_path):
     config = copy_task(tmp_path, rollout__engine="transformers", trainer__steps=100_000)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

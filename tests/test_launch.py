@@ -174,6 +174,7 @@ def namespaces() -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
+@pytest.mark.faults
 def test_two_nodes_with_addresses_of_their_own_train_together(undisturbed, namespaces, tmp_path):
     """Neither sees the other's loopback, nor anything else; host names lead nowhere."""
     config = make_task(tmp_path)

@@ -90,7 +90,6 @@ BF16 = {"model": {"dtype": "bf16"}}
 DISTRIBUTED = {"optimizer": {"distributed": True}}
 CASES = [
     (1, "llama", {}),
-    (1, "llama-tied", BF16),
     (2, "llama-tied", BF16 | DISTRIBUTED),
     (2, "llama", DISTRIBUTED | {"parallel": {"tensor": 2, "sequence_parallel": True}}),
     (2, "llama-tied", DISTRIBUTED | {"parallel": {"pipeline": 2, "virtual_pipeline": 2}}),

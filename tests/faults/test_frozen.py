@@ -17,7 +17,8 @@ from tests.faults.task import STEPS, make_task, reference
 HEARTBEAT_TIMEOUT = 5.0  # seconds
 
 
-@pytest.mark.parametrize("frozen", [1, pytest.param(0, marks=pytest.mark.faults)])
+@pytest.mark.faults
+@pytest.mark.parametrize("frozen", [1, 0])
 def test_a_frozen_rank_is_named_and_ends_the_job(references, tmp_path, frozen):
     config, begun = make_task(tmp_path), tmp_path / "begun"
     begins = (Point("phase rollout", from_step=5), partial(mark, begun), (0,))
