@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import io
 import json
+import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,29 +16,31 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from megatron_dypo.checkpoint.safe_pickle import read_index
 from megatron_dypo.config.schema import Model, Shape
 from megatron_dypo.convert.families import FAMILIES
+from megatron_dypo.convert.rules import Rule
 from megatron_dypo.policy.shape import RopeScaling, model_shape
 from tests.full_disk import small_disk
 from tests.launch import copy_task, train_here
 from tests.ranks import run_ranks
-from tests.test_convert import SHAPE, hf_model
+from tests.test_convert import FAMILY_SHAPES, SHAPE, hf_model
 
 ROPE = RopeScaling("llama3", 8.0, 1.0, 4.0, 64)  # of an original length other than 8192, which mcore would assume
 SHAPES = {
     f"{family}{'-tied' if tied else ''}": dataclasses.replace(
-        SHAPE,
-        family=family,
+        FAMILY_SHAPES[family],
         tied_embeddings=tied,
         num_layers=4,
         rope_scaling=ROPE if family == "llama" else None,
     )
     for family in FAMILIES
-    for tied in (False, True)
+    for tied in ((family == "mixtral",) if FAMILIES[family].has_experts else (False, True))
 }
 EXTENDED = {"max_position": 1024, "rope_base": 2000.0}  # a run may give its model more positions
 TP2 = ["parallel.tensor=2", "parallel.sequence_parallel=true"]
 VPP = ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]
+EP2 = ["parallel.expert=2"]
 LAYOUTS = {  # (ranks that convert, layout that verifies) by shape
     "llama": (1, []),
     "llama-tied": (2, VPP),
@@ -46,6 +50,9 @@ LAYOUTS = {  # (ranks that convert, layout that verifies) by shape
     "qwen2-tied": (2, ["parallel.pipeline=2"]),
     "qwen3": (8, [*TP2, *VPP]),
     "qwen3-tied": (2, TP2),
+    "qwen3_moe": (4, [*TP2, *EP2, "parallel.expert_tensor=2"]),
+    "mixtral-tied": (2, EP2),
+    "qwen2_moe": (2, VPP),
 }
 
 
@@ -181,16 +188,23 @@ def trained(folder: str, hf: str, parallel: dict) -> dict:
     return {name: tensor.numpy().copy() for name, tensor in policy.named_tensors()}
 
 
-def test_a_trained_checkpoint_of_any_layout_is_exported_as_it_was_trained(folders, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("qwen3", {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}),
+        ("qwen3_moe", {"tensor": 2, "sequence_parallel": True, "expert": 2, "expert_tensor": 2}),
+    ],
+    ids=["qwen3", "qwen3_moe"],
+)
+def test_a_trained_checkpoint_of_any_layout_is_exported_as_it_was_trained(folders, name, layout, tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    layout = {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}
-    weights = run_ranks(4, trained, str(run_dir), str(folders["qwen3"]), layout)[0]
+    weights = run_ranks(4, trained, str(run_dir), str(folders[name]), layout)[0]
     done(1, "export", "--checkpoint", run_dir, "--out", tmp_path / "out")
-    written, origin = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "out", folders["qwen3"]))
+    written, origin = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "out", folders[name]))
     assert written["max_position_embeddings"] == EXTENDED["max_position"] != origin["max_position_embeddings"]
     assert model_shape(Model(hf=str(tmp_path / "out"))).rope_base == EXTENDED["rope_base"] != SHAPE.rope_base
-    found, before = tensors(tmp_path / "out"), tensors(folders["qwen3"])
+    found, before = tensors(tmp_path / "out"), tensors(folders[name])
     assert found.keys() == weights.keys() == before.keys()
     for name, tensor in found.items():
         assert torch.equal(tensor, torch.from_numpy(weights[name])), name
@@ -246,41 +260,60 @@ def test_a_run_from_a_preset_is_exported_with_its_own_tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("first", "second"),
-    [("mlp.gate_proj", "mlp.up_proj"), ("self_attn.k_proj", "self_attn.v_proj")],
+    ("model", "first", "second", "layout"),
+    [
+        ("llama", "mlp.gate_proj", "mlp.up_proj", "parallel.tensor=2"),
+        ("llama", "self_attn.k_proj", "self_attn.v_proj", "parallel.tensor=2"),
+        ("qwen2_moe", "mlp.experts.1", "mlp.experts.2", "parallel.expert=2"),
+    ],
 )
-def test_a_transposition_is_found_and_the_tensors_named(folders, tmp_path, first, second):
-    """In the checkpoint: one layer's two tensors have changed places."""
-    hf, swapped = folders["llama"], tmp_path / "swapped"
+def test_a_transposition_is_found_and_the_tensors_named(folders, tmp_path, model, first, second, layout):
+    """In the checkpoint: one layer's two tensors, or two experts, have changed places."""
+    hf, swapped = folders[model], tmp_path / "swapped"
     shutil.copytree(hf, swapped)
-    one, two = (f"model.layers.2.{name}.weight" for name in (first, second))
-    all_tensors = tensors(hf)
+    one, two = (f"model.layers.2.{name}." for name in (first, second))
+    all_tensors, exchanged = tensors(hf), {}
+    for name in all_tensors:
+        if name.startswith(one):
+            other = name.replace(one, two)
+            exchanged |= {name: other, other: name}
     for file in swapped.glob("*.safetensors"):
         with safe_open(file, framework="pt") as shard:
             names = list(shard.keys())
-        exchanged = {one: two, two: one}
         save_file({name: all_tensors[exchanged.get(name, name)] for name in names}, file, {"format": "pt"})
     done(1, "import", "--hf", swapped, "--out", tmp_path / "checkpoint")
-    code, told = run(2, "verify", "--hf", hf, "--checkpoint", tmp_path / "checkpoint", "parallel.tensor=2")
+    code, told = run(2, "verify", "--hf", hf, "--checkpoint", tmp_path / "checkpoint", layout)
     assert code == 1 and told.endswith("NOT the same model\n")
-    assert [line.split(":")[1].strip() for line in told.splitlines() if line.startswith("differs")] == [one, two]
+    named = [line.split(":")[1].strip() for line in told.splitlines() if line.startswith("differs")]
+    assert named == sorted(exchanged) and len(named) == (6 if "expert" in first else 2)
     assert "log-probs: 255 tokens of text, more than 0.0001 nats from transformers'" in told
 
 
-def verify_with_a_table_wrong_both_ways(hf: str, checkpoint: str) -> tuple[int, str]:
-    """gate and up changed places, on the way in and on the way out: their tensors come back as they were."""
+def gate_for_up() -> None:
     from megatron_dypo.convert.families import llama
 
     at = next(i for i, rule in enumerate(llama.LAYER) if "gate" in rule.names[0])
     rule = llama.LAYER[at]
     table = (*llama.LAYER[:at], dataclasses.replace(rule, hf=rule.hf[::-1]), *llama.LAYER[at + 1 :])
     object.__setattr__(llama.FAMILY, "layer", table)
+
+
+def each_expert_for_the_next() -> None:
+    of_expert, count = Rule.of_expert, FAMILY_SHAPES["qwen2_moe"].num_experts
+    Rule.of_expert = lambda self, e: dataclasses.replace(of_expert(self, e), hf=of_expert(self, (e + 1) % count).hf)
+
+
+def verify_with_a_table_wrong_both_ways(change: Callable[[], None], hf: str, checkpoint: str) -> tuple[int, str]:
+    """On the way in and on the way out: all tensors come back as they were."""
+    change()
     assert convert("import", "--hf", hf, "--out", checkpoint)[0] == 0
     return convert("verify", "--hf", hf, "--checkpoint", checkpoint)
 
 
-def test_a_table_that_is_wrong_both_ways_is_found_by_the_log_probs(folders, tmp_path):
-    ((code, told),) = run_ranks(1, verify_with_a_table_wrong_both_ways, str(folders["llama"]), str(tmp_path / "out"))
+@pytest.mark.parametrize(("model", "change"), [("llama", gate_for_up), ("qwen2_moe", each_expert_for_the_next)])
+def test_a_table_that_is_wrong_both_ways_is_found_by_the_log_probs(folders, tmp_path, model, change):
+    arguments = (change, str(folders[model]), str(tmp_path / "out"))
+    ((code, told),) = run_ranks(1, verify_with_a_table_wrong_both_ways, *arguments)
     assert code == 1 and "are equal, bit for bit" in told and "NOT the same model" in told
 
 
@@ -324,6 +357,28 @@ def test_a_checkpoint_of_another_shape_is_refused_by_tensor(checkpoint, folders,
     assert "output_layer.weight has no place" in refusal(
         "verify", "--checkpoint", checkpoint, "--hf", folders["llama-tied"], "--tensors-only"
     )
+
+
+def test_a_dropped_expert_is_named_on_either_side(folders, tmp_path):
+    hf, checkpoint = tmp_path / "hf", tmp_path / "checkpoint"
+    done(1, "import", "--hf", folders["qwen3_moe"], "--out", checkpoint)
+    index = read_index(checkpoint / ".metadata")
+    name = "decoder.layers.mlp.experts.experts.linear_fc2.weight"
+    chunks = index.state_dict_metadata[name].chunks
+    chunks[:] = [chunk for chunk in chunks if tuple(chunk.offsets[:2]) != (1, 2)]
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(index))
+    (checkpoint / "manifest.json").unlink()
+    line = refusal("verify", "--hf", folders["qwen3_moe"], "--checkpoint", checkpoint)
+    assert line == f"{checkpoint}/.metadata: tensor {name} of layer 1, expert 2 has 0 of {48 * 80} elements"
+
+    shutil.copytree(folders["qwen3_moe"], hf)
+    name = "model.layers.1.mlp.experts.2.down_proj.weight"
+    file = hf / json.loads((hf / "model.safetensors.index.json").read_text())["weight_map"][name]
+    with safe_open(file, framework="pt") as shard:
+        rest = {other: shard.get_tensor(other) for other in shard.keys() if other != name}  # noqa: SIM118 - no mapping
+    save_file(rest, file, {"format": "pt"})
+    line = refusal("import", "--hf", hf, "--out", tmp_path / "out")
+    assert line == f"{file}: tensor {name} is missing"
 
 
 def test_what_is_no_checkpoint_is_named(folders, tmp_path):

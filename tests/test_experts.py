@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -128,6 +129,17 @@ def test_the_auxiliary_loss_is_the_switch_transformers():
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     gradients = (torch.autograd.grad(value, logits_TE, retain_graph=True)[0] for value in (loss, expected))
     assert torch.allclose(*gradients, rtol=1e-5, atol=1e-9)
+
+
+def test_grouped_experts_have_the_names_of_sequential_ones():
+    """Transformer Engine numbers a rank's experts behind the weight's name; it is not installed here."""
+    from megatron_dypo.policy.model import whole_model_names
+
+    layer = SimpleNamespace(layer_number=7, mlp=SimpleNamespace(local_expert_indices=[4, 5]))
+    gpt = SimpleNamespace(decoder=SimpleNamespace(layers=[layer]))
+    for local in ("linear_fc2.weight1", "local_experts.1.linear_fc2.weight"):
+        (name,) = whole_model_names(gpt, {f"decoder.layers.0.mlp.experts.{local}": 0})
+        assert name == "decoder.layers.6.mlp.experts.5.linear_fc2.weight"
 
 
 def mixture_task(folder: Path, **keys: object) -> str:

@@ -3,7 +3,8 @@
 All of it is cut and keyed as mcore cuts the weights (``fully_reshardable``): a tensor of the whole model per weight
 and moment, so that it loads at any layout, with the plain or the distributed optimizer alike. Of the data-parallel
 ranks, the one that holds most of a parameter's Adam state writes everything of that parameter; only slices of
-parameters that straddle two ranks travel.
+parameters that straddle two ranks travel. An expert's data-parallel ranks are those that hold the same cut of the same
+experts; mcore stacks its weight along an axis of layers and one of experts.
 """
 
 from __future__ import annotations
@@ -29,19 +30,21 @@ from megatron_dypo.runtime.distributed import all_gather_objects, device
 
 @dataclass(frozen=True)
 class Holders:
-    """Which slice of a parameter's Adam state each data-parallel rank holds: (rank, start, end), by rank."""
+    """Which slice of a parameter's Adam state each of its data-parallel ranks holds: (rank, start, end), by rank."""
 
     slices: tuple[tuple[int, int, int], ...]
     writer: int
 
 
 def exchange_holders(policy: Policy) -> dict[str, Holders]:
-    """Every parameter's holders; the same on all ranks of a data-parallel group. Collective; constant for a run."""
+    """Every parameter's holders; the same on all its data-parallel ranks. Collective; constant for a run."""
     parts = adam_parts(policy.optimizer, policy.parameters)
     mine = {name: (part.start, part.end) for name, part in parts.items()}
-    everyone = all_gather_objects(mine, _data_parallel_group())
+    dense = all_gather_objects(mine, mpu.get_data_parallel_group(with_context_parallel=True))
+    expert = all_gather_objects(mine, mpu.get_expert_data_parallel_group()) if policy.shape.num_experts else []
     holders = {}
-    for index, name in enumerate(policy.parameters):
+    for index, (name, parameter) in enumerate(policy.parameters.items()):
+        everyone = expert if _is_expert(parameter) else dense
         slices = tuple((rank, *theirs[name]) for rank, theirs in enumerate(everyone) if name in theirs)
         most = max(end - start for _, start, end in slices)
         candidates = [rank for rank, start, end in slices if end - start == most]
@@ -50,20 +53,20 @@ def exchange_holders(policy: Policy) -> dict[str, Holders]:
 
 
 def snapshot(policy: Policy, holders: dict[str, Holders]) -> list[tuple[Place, Tensor]]:
-    """Copies in host memory of the pieces that this rank is to write. Collective over data-parallel ranks."""
+    """Copies in host memory of the pieces that this rank is to write. Collective."""
     policy.offload.require_device()
     templates = _templates(policy)
     parts = adam_parts(policy.optimizer, policy.parameters)
-    me = dist.get_rank(_data_parallel_group())
     pieces = []
     for name, parameter in policy.parameters.items():
+        group = _data_parallel_group(parameter)
         whole: dict[str, Tensor] = {}
-        if holders[name].writer == me:
+        if holders[name].writer == dist.get_rank(group):
             whole[""] = parameter.detach()
             if policy.reference is not None:
                 whole["reference."] = policy.reference[name]
         if policy.version > 0:  # Adam has no state before the first applied update
-            for kind, tensor in _gather_adam(parameter, parts.get(name), holders[name], me):
+            for kind, tensor in _gather_adam(parameter, parts.get(name), holders[name], group):
                 whole[f"optimizer.state.{kind}."] = tensor
         for prefix, tensor in whole.items():
             pieces += _cut(templates[name], prefix, tensor)
@@ -107,11 +110,13 @@ def _templates(policy: Policy) -> dict:
     return found
 
 
-def _gather_adam(parameter: Tensor, part: Part | None, holders: Holders, me: int) -> Iterator[tuple[str, Tensor]]:
+def _gather_adam(
+    parameter: Tensor, part: Part | None, holders: Holders, group: dist.ProcessGroup
+) -> Iterator[tuple[str, Tensor]]:
     """(kind, whole tensor in the parameter's shape) on the writer; the other holders send it their slices."""
     if part is None:
         return
-    group = _data_parallel_group()
+    me = dist.get_rank(group)
     for kind in part.names:
         mine = part.flat(kind)
         if holders.writer != me:
@@ -161,5 +166,13 @@ def _on_host(tensor: Tensor) -> Tensor:
     return copy.copy_(tensor.detach(), non_blocking=True)
 
 
-def _data_parallel_group() -> dist.ProcessGroup:
+def _is_expert(parameter: Tensor) -> bool:
+    """mcore marks what it does not reduce over the dense weights' data-parallel ranks."""
+    return not getattr(parameter, "allreduce", True)
+
+
+def _data_parallel_group(parameter: Tensor) -> dist.ProcessGroup:
+    """The ranks that hold the same shard of it."""
+    if _is_expert(parameter):
+        return mpu.get_expert_data_parallel_group()
     return mpu.get_data_parallel_group(with_context_parallel=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_dypo.convert.mapping import hf_shapes
+from megatron_dypo.convert.mapping import hf_shapes, last_names
 from megatron_dypo.convert.rules import HEAD
 from megatron_dypo.errors import UserError
 from megatron_dypo.policy.shape import ModelShape
@@ -40,9 +40,9 @@ def check_folder(folder: str | Path, shape: ModelShape, allow_bin: bool = False)
     Only the files' headers are read. What a checkpoint may hold besides: a tied model's head, and rotary frequencies.
     """
     listing, where = _contents(Path(folder), allow_bin)
-    last = f"model.layers.{shape.num_layers - 1}.input_layernorm.weight"
-    if last not in where:  # before a number of layers that is none makes a table of their tensors
-        raise UserError(f"{listing}: tensor {last} is missing")
+    for last in last_names(shape):  # before a number of layers or experts that is none makes a table of their tensors
+        if last not in where:
+            raise UserError(f"{listing}: tensor {last} is missing")
     expected = hf_shapes(shape)
     opened = {file: _open(file) for file in set(where.values())}
     held = {file: set(shard.keys()) for file, shard in opened.items()}

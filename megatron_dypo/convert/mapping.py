@@ -23,6 +23,13 @@ def rules(shape: ModelShape) -> list[Rule]:
     return [EMBEDDING_RULE, *decoder, NORM_RULE, *([] if shape.tied_embeddings else [HEAD_RULE])]
 
 
+def last_names(shape: ModelShape) -> list[str]:
+    """Of the last layer's norm and the last expert's tensors: where they are, the model has so many of both."""
+    of_expert = [rule.of_expert(shape.num_experts - 1) for rule in FAMILIES[shape.family].layer if "*" in rule.mcore]
+    names = ["input_layernorm.weight", *(name for rule in of_expert for name in rule.names)]
+    return [f"model.layers.{shape.num_layers - 1}.{name}" for name in names]
+
+
 def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Shape of every Hugging Face tensor of the model."""
     return {name: size for rule in rules(shape) for name, size in zip(rule.names, rule.sizes(shape), strict=True)}

@@ -1,7 +1,8 @@
 """A Megatron checkpoint on disk, one weight at a time: no model is built and no layout chosen.
 
 The format is mcore's ``torch_dist``, in which a weight is the whole model's whatever layout wrote it: layers stacked
-along a first axis, q, k and v in groups, gate above up. So a weight folds and unfolds as at TP 1.
+along a first axis, experts along a second, q, k and v in groups, gate above up. So a weight folds and unfolds as at
+TP 1.
 """
 
 from __future__ import annotations
@@ -61,19 +62,18 @@ class MegatronFolder:
         self._files = {at: place.relative_path for at, place in index.storage_data.items()}
         self._reader = FileSystemReader(folder)
         self._reader.set_up_storage_reader(index, is_coordinator=True)
-        self._pieces: dict[tuple[str, int | None], list] = defaultdict(list)  # by name and layer
-        for name, entry in self._entries.items():
-            for chunk in entry.chunks:
-                layer = chunk.offsets[0] if name.startswith(_LAYERS) else None
-                self._pieces[name, layer].append(chunk)
         table = rules(shape)
+        self._pieces: dict[tuple[str, tuple[int, ...]], list] = defaultdict(list)  # by name, and place in the stack
+        stacked = {key: len(at) for key, at in map(_key, table)}
+        for name, entry in self._entries.items():
+            for chunk in entry.chunks if name in stacked else ():
+                self._pieces[name, tuple(chunk.offsets[: stacked[name]])].append(chunk)
         self._rule_of = {name: rule for rule in table for name in rule.names}
         self._last: tuple[Rule | None, dict[str, Tensor]] = (None, {})
         for rule in table:
             self._check(rule)
-        known = {_key(rule)[0] for rule in table}
         for name in self._entries:
-            if name.split(".")[0] in _WEIGHTS and name not in known:
+            if name.split(".")[0] in _WEIGHTS and name not in stacked:
                 raise UserError(f"{folder}: tensor {name} has no place in a model of family {shape.family}")
 
     def dtype(self, name: str) -> torch.dtype:
@@ -88,29 +88,30 @@ class MegatronFolder:
         return self._last[1][name]
 
     def _check(self, rule: Rule) -> None:
-        (key, layer), index = _key(rule), self.folder / ".metadata"
+        (key, at), index = _key(rule), self.folder / ".metadata"
         parts = [torch.empty(size, device="meta") for size in rule.sizes(self.shape)]
         size = tuple(rule.as_megatron(rule.fold(parts, self.shape)).shape)
-        stacked = size if layer is None else (self.shape.num_layers, *size)
+        stacked = (*_stack(rule, self.shape), *size)
         if key not in self._entries:
             raise UserError(f"{index}: tensor {key} is missing")
         found = tuple(self._entries[key].size)
         if found != stacked:
             raise UserError(f"{index}: tensor {key} has shape {list(found)}, the model's is {list(stacked)}")
-        where = key if layer is None else f"{key} of layer {layer}"
-        elements = sum(math.prod(piece.sizes) for piece in self._pieces[key, layer])
+        places = ", ".join(f"{axis} {i}" for axis, i in zip(("layer", "expert"), at, strict=False))
+        where = f"{key} of {places}" if places else key
+        elements = sum(math.prod(piece.sizes) for piece in self._pieces[key, at])
         if elements != math.prod(size):
             raise UserError(f"{index}: tensor {where} has {elements} of {math.prod(size)} elements")
-        for piece in self._pieces[key, layer]:
+        for piece in self._pieces[key, at]:
             if (key, tuple(piece.offsets)) not in self._stored:
                 raise UserError(f"{index}: does not say where {where} at {tuple(piece.offsets)} lies")
 
     def _whole(self, rule: Rule) -> Tensor:
-        key, layer = _key(rule)
-        entry, items = self._entries[key], []
-        whole = torch.empty(entry.size if layer is None else (1, *entry.size[1:]), dtype=entry.properties.dtype)
-        for piece in self._pieces[key, layer]:
-            corner = piece.offsets if layer is None else torch.Size((0, *piece.offsets[1:]))
+        key, at = _key(rule)
+        entry, items, first = self._entries[key], [], (0,) * len(at)
+        whole = torch.empty((*(1 for _ in at), *entry.size[len(at) :]), dtype=entry.properties.dtype)
+        for piece in self._pieces[key, at]:
+            corner = torch.Size((*first, *piece.offsets[len(at) :]))
             stored, zeros = self._stored[key, tuple(piece.offsets)], torch.Size([0] * len(piece.offsets))
             here = MetadataIndex(key, corner)
             items.append(ReadItem(LoadItemType.TENSOR, here, corner, stored, zeros, piece.sizes))
@@ -120,7 +121,7 @@ class MegatronFolder:
             except Exception as error:  # whatever torch's reader raises on bytes that are not its own
                 path = self.folder / self._files[item.storage_index]
                 raise UserError(f"{path}: tensor {key} cannot be read: {type(error).__name__}: {error}") from None
-        return whole if layer is None else whole[0]
+        return whole[first]
 
 
 class _Into:
@@ -141,22 +142,25 @@ def megatron_pieces(
 ) -> Iterator[tuple[Place, Tensor]]:
     """The pieces of the ``chosen`` weights, whole ones, of Hugging Face tensors; one in memory at a time."""
     for rule in chosen:
-        key, layer = _key(rule)
+        key, at = _key(rule)
         parts = [read(name) for name in rule.names]
         weight = rule.as_megatron(rule.fold(parts, shape))
         del parts
-        size, zeros = tuple(weight.shape), (0,) * weight.dim()
-        if layer is None:
-            place = Place(key, size, zeros, size, weight.dtype)
-        else:
-            place = Place(key, (shape.num_layers, *size), (layer, *zeros), (1, *size), weight.dtype)
-        yield place, weight
+        size, zeros, ones = tuple(weight.shape), (0,) * weight.dim(), (1,) * len(at)
+        yield Place(key, (*_stack(rule, shape), *size), (*at, *zeros), (*ones, *size), weight.dtype), weight
         del weight
 
 
-def _key(rule: Rule) -> tuple[str, int | None]:
-    """(the weight's name in a checkpoint, its layer there)."""
+def _key(rule: Rule) -> tuple[str, tuple[int, ...]]:
+    """(the weight's name in a checkpoint, its place in the stack there: layer and expert, as far as it has them)."""
     if not rule.mcore.startswith(_LAYERS):
-        return rule.mcore, None
+        return rule.mcore, ()
     layer, _, rest = rule.mcore.removeprefix(_LAYERS).partition(".")
-    return _LAYERS + rest, int(layer)
+    if rule.expert is None:
+        return _LAYERS + rest, (int(layer),)
+    return _LAYERS + rest.replace(f".{rule.expert}.", ".experts."), (int(layer), rule.expert)
+
+
+def _stack(rule: Rule, shape: ModelShape) -> tuple[int, ...]:
+    """Sizes of the axes along which weights like this one are stacked."""
+    return (shape.num_layers, shape.num_experts)[: len(_key(rule)[1])]

@@ -68,6 +68,7 @@ OPTIMISATION = (
             Curve("loss/gal", "GAL", "c4"),
             Curve("loss/sft", "SFT", "c2"),
             Curve("loss/kl", "KL", "c6"),
+            Curve("loss/aux", "load balance", "c5"),
             Curve("loss/total", "total", "ink"),
         ),
     ),
@@ -114,6 +115,19 @@ OPTIMISATION = (
         "Spread of the log-ratio difference between right and wrong responses.",
         "nats",
         (Curve("gal/spread", "spread", "c4"),),
+    ),
+    Panel(
+        "Expert load",
+        "Tokens of a layer's busiest and idlest expert, 1 being an even share: means over layers.",
+        "even shares",
+        (Curve("moe/load_max", "busiest", "c2"), Curve("moe/load_min", "idlest", "c1")),
+    ),
+    Panel(
+        "Rerouted",
+        "Replayed choices of experts that the router would not have made.",
+        "share of choices",
+        (Curve("moe/rerouted_frac", "rerouted", "c5"),),
+        percent=True,
     ),
     Panel("Learning rate", "", "learning rate", (Curve("train/lr", "learning rate", "c3"),), exact=True),
     Panel(

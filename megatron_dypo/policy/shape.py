@@ -261,6 +261,7 @@ def _from_hf(path: Path) -> ModelShape:
         if scaling.low_freq_factor >= scaling.high_freq_factor:
             raise UserError(f"model.hf: {path}: rope scaling's low_freq_factor must be less than its high_freq_factor")
     hidden, heads = get("hidden_size", int), get("num_attention_heads", int)
+    raw.setdefault("num_experts", raw.get("num_local_experts"))  # as transformers 5 writes Qwen3-MoE's
     own = {field: get(name, *_MIXTURE[field]) for field, name in FAMILIES[family].keys.items() if field in _MIXTURE}
     return ModelShape(
         family=family,
