@@ -17,7 +17,8 @@ from megatron_dypo.plan.released import planned_shape
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*/config.yaml"))
 RANKS = {"qwen2.5_math_7b_dypo": 16, "qwen3_4b_base_dypo": 16, "qwen3_32b_dypo": 24, "llama3.1_70b_dypo": 32}
-RANKS |= {"smollm2_gsm8k": 2, "quickstart": 2}
+RANKS |= {"smollm2_gsm8k": 2, "quickstart": 2, "qwen3_30b_a3b_dypo": 8, "qwen3_235b_a22b_dypo": 64}
+NODES = {"qwen3_30b_a3b_dypo": 1, "qwen3_235b_a22b_dypo": 8}  # that train, where it is not 2
 SMOLLM2 = {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "head_dim": 64} | {
     "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
     "max_position_embeddings": 8192, "rope_theta": 100000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
@@ -47,4 +48,4 @@ def test_an_example_s_script_starts_its_own_configuration(script, tmp_path):
     ran = subprocess.run([script, "trainer.steps=3"], env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert f"train examples/{script.parent.name}/config.yaml trainer.steps=3" in ran.stdout
-    assert "--nnodes 2" in ran.stdout and "--rdzv-endpoint node0:29500" in ran.stdout
+    assert f"--nnodes {NODES.get(script.parent.name, 2)} " in ran.stdout and "--rdzv-endpoint node0:29500" in ran.stdout

@@ -57,7 +57,8 @@ class Candidate:
     """A layout of the trainer's ranks, and where vLLM is.
 
     ``placement``: ``beside`` the policy on every GPU for good, in ``turns`` with it (trainer.offload), or on
-    ``servers``: ``server_gpus`` of their own. ``engine_tensor`` GPUs to an engine: 1 in process.
+    ``servers``: ``server_gpus`` of their own. ``engine_tensor`` GPUs to an engine: 1 in process. A mixture's experts
+    lie on ``expert`` x ``expert_tensor`` of a stage's ranks.
     """
 
     tensor: int
@@ -69,6 +70,8 @@ class Candidate:
     placement: str
     server_gpus: int = 0
     engine_tensor: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
 
     @property
     def ranks(self) -> int:
@@ -78,6 +81,11 @@ class Candidate:
     def shards(self) -> int:
         """Ranks that share the distributed optimizer's state."""
         return self.data * self.context
+
+    @property
+    def expert_shards(self) -> int:
+        """Of them, those that share an expert's: expert data parallelism."""
+        return self.ranks // (self.pipeline * self.expert * self.expert_tensor)
 
     @property
     def engines(self) -> int:
@@ -91,6 +99,8 @@ class Candidate:
             "parallel.pipeline": self.pipeline,
             "parallel.virtual_pipeline": self.virtual,
             "parallel.context": self.context,
+            "parallel.expert": self.expert,
+            "parallel.expert_tensor": self.expert_tensor,
             "model.recompute": self.recompute,
             "optimizer.distributed": self.shards > 1,
             "trainer.offload": self.placement == "turns",
@@ -104,4 +114,9 @@ class Candidate:
     def __str__(self) -> str:
         parts = [f"TP{self.tensor}", f"PP{self.pipeline}"]
         parts += [f"VPP{self.virtual}"] * (self.virtual > 1) + [f"CP{self.context}"] * (self.context > 1)
-        return " ".join([*parts, f"DP{self.data}"])
+        return " ".join([*parts, f"DP{self.data}", *expert_parts(self.expert, self.expert_tensor)])
+
+
+def expert_parts(expert: int, expert_tensor: int) -> list[str]:
+    """How a layout's name says where experts are; nothing where they are not cut."""
+    return [f"EP{expert}"] * (expert > 1) + [f"ETP{expert_tensor}"] * (expert_tensor > 1)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron_dypo.config.checks import check_layout
 from megatron_dypo.config.schema import Parallel
 from megatron_dypo.errors import UserError
-from megatron_dypo.plan.cluster import Candidate, Cluster, Work
+from megatron_dypo.plan.cluster import Candidate, Cluster, Work, expert_parts
 from megatron_dypo.plan.memory import Need, engine_room, misfit, policy_need
 from megatron_dypo.plan.steptime import Seconds, step_seconds
 from megatron_dypo.policy.shape import ModelShape
 
 SIZES = (1, 2, 4, 8)
+EXPERTS = (1, 2, 4, 8, 16, 32, 64, 128)
 CONTEXTS = (1, 2, 4)
 RECOMPUTE = ("none", "selective", "full")
 ALIKE = 0.03  # of a step's time
@@ -40,7 +43,7 @@ class Rejected:
 
 
 def plan(shape: ModelShape, cluster: Cluster, work: Work) -> tuple[list[Plan], list[Rejected]]:
-    """The best of each (layout, placement), fastest first; and a line for each (TP, PP, CP) of which none fits."""
+    """The best of each (layout, placement), fastest first; and a line for each cut of which none fits."""
     best: dict[tuple, Plan] = {}
     closest: dict[str, tuple[float, str]] = {}
     fitting: set[str] = set()
@@ -72,11 +75,12 @@ def _rank(made: Plan, fastest: float) -> tuple[float, ...]:
     cut, step = made.candidate, made.seconds.step
     if step > (1 + ALIKE) * fastest:
         return (1, step)
-    return 0, cut.pipeline * cut.virtual * cut.context, cut.tensor * cut.engine_tensor, step
+    parts = cut.pipeline * cut.virtual * cut.context, cut.tensor * cut.expert_tensor * cut.engine_tensor, cut.expert
+    return 0, *parts, step, made.seconds.training
 
 
 def _cuts(shape: ModelShape, cluster: Cluster) -> Iterator[tuple[str, str | None, Iterator[Candidate]]]:
-    """(name of a cut, why the model cannot be cut so, its candidates) for each TP, PP and CP."""
+    """(name of a cut, why the model cannot be cut so, its candidates) for each TP, PP, CP and place of experts."""
     for tensor in SIZES:
         for pipeline in (size for size in range(1, shape.num_layers + 1) if tensor * size <= cluster.gpus):
             if shape.num_layers % pipeline or cluster.gpus % (tensor * pipeline):
@@ -85,38 +89,50 @@ def _cuts(shape: ModelShape, cluster: Cluster) -> Iterator[tuple[str, str | None
                 if tensor * pipeline * context > cluster.gpus:
                     continue
                 name = f"TP{tensor} PP{pipeline}" + (f" CP{context}" if context > 1 else "")
-                fault = None
-                try:
-                    check_layout(Parallel(tensor=tensor, pipeline=pipeline, context=context), shape, 0, "")
-                except UserError as error:
-                    fault = str(error).removeprefix(": ")
+                cut = {"tensor": tensor, "pipeline": pipeline, "context": context}
+                fault = _fault(cut, shape)
                 if tensor > cluster.per_node:
                     fault = fault or f"tensor parallelism over nodes of {cluster.per_node} GPUs is slow"
-                yield name, fault, _candidates(shape, cluster, tensor, pipeline, context)
+                if fault or not shape.num_experts:
+                    yield name, fault, _candidates(shape, cluster, cut)
+                    continue
+                for expert, expert_tensor in itertools.product(EXPERTS, sorted({1, tensor})):
+                    if expert * expert_tensor * pipeline <= cluster.gpus:
+                        experts = {"expert": expert, "expert_tensor": expert_tensor}
+                        parts = [name, *expert_parts(expert, expert_tensor)]
+                        yield " ".join(parts), _fault(cut | experts, shape), _candidates(shape, cluster, cut | experts)
 
 
-def _candidates(shape: ModelShape, cluster: Cluster, tensor: int, pipeline: int, context: int) -> Iterator[Candidate]:
-    replica = tensor * pipeline * context
+def _fault(cut: dict[str, int], shape: ModelShape) -> str | None:
+    """Why the model cannot be cut so."""
+    try:
+        check_layout(Parallel(**cut, sequence_parallel=cut["tensor"] > 1), shape, 0, "")
+    except UserError as error:
+        return str(error).removeprefix(": ")
+    return None
+
+
+def _candidates(shape: ModelShape, cluster: Cluster, cut: dict[str, int]) -> Iterator[Candidate]:
+    """Of a cut that the model admits."""
+    pipeline, replica = cut["pipeline"], cut["tensor"] * cut["pipeline"] * cut["context"]
+    experts = pipeline * cut.get("expert", 1) * cut.get("expert_tensor", 1)
+    multiple = math.lcm(replica, experts)  # of the trainer's ranks
     for virtual in SIZES[: 3 if pipeline > 1 else 1]:
         if shape.num_layers % (pipeline * virtual):
             continue
         for recompute in RECOMPUTE:
-            cut = {"tensor": tensor, "pipeline": pipeline, "virtual": virtual, "context": context}
-            cut["recompute"] = recompute
-            if cluster.gpus % replica == 0:
+            more = {"virtual": virtual, "recompute": recompute}
+            if cluster.gpus % multiple == 0:
                 for placement in ("beside", "turns"):
-                    yield Candidate(**cut, data=cluster.gpus // replica, placement=placement)
-            for share in SERVER_SHARES:
-                servers = round(cluster.gpus * share)
-                if not 0 < servers <= cluster.gpus - replica or (cluster.gpus - servers) % replica:
-                    continue
+                    yield Candidate(**cut, **more, data=cluster.gpus // replica, placement=placement)
+            trainers = {multiple * round(cluster.gpus * (1 - share) / multiple) for share in SERVER_SHARES}
+            for servers in sorted(cluster.gpus - ranks for ranks in trainers if 0 < ranks < cluster.gpus):
                 for engine_tensor in (size for size in SIZES if servers % size == 0 and _divides(shape, size)):
-                    data = (cluster.gpus - servers) // replica
-                    yield Candidate(
-                        **cut, data=data, placement="servers", server_gpus=servers, engine_tensor=engine_tensor
-                    )
+                    placed = {"placement": "servers", "server_gpus": servers, "engine_tensor": engine_tensor}
+                    yield Candidate(**cut, **more, data=(cluster.gpus - servers) // replica, **placed)
 
 
 def _divides(shape: ModelShape, tensor: int) -> bool:
-    """Whether vLLM can cut the model so."""
-    return shape.num_attention_heads % tensor == 0 and shape.num_query_groups % tensor == 0
+    """Whether vLLM can cut the model so; it repeats key/value heads where there are fewer than GPUs."""
+    groups = shape.num_query_groups
+    return shape.num_attention_heads % tensor == 0 and (groups % tensor == 0 or tensor % groups == 0)

@@ -1,7 +1,8 @@
 """Bytes on the busiest GPU of a layout: weights, gradients, optimizer, activations, head, and vLLM (docs/memory.md).
 
-Legend: P parameters of a rank, T tokens of a micro-batch on a rank, L layers, h hidden size, F MLP width, q and k
-widths of all query and of all key heads, V padded vocabulary.
+Legend: P parameters of a rank, T tokens of a micro-batch on a rank, L layers, h hidden size, F width of the MLP or of
+an expert, S of the shared experts, E experts, K of a token, q and k widths of all query and of all key heads, V padded
+vocabulary.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ RESERVE = 5 * GIB  # CUDA's context, NCCL's buffers, CUDA graphs, and what an al
 ENGINE_RESERVE = 2 * GIB  # vLLM's own activations and graphs
 ENGINE_MOST = 0.9  # vLLM's share of a GPU at most
 SEQUENCES = 8  # of the longest kind, the fewest that vLLM must have room for
+UNEVEN = 1.5  # tokens of the busiest rank's experts against an even share; a guess
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,23 @@ class Need:
         return self.static + self.activations + self.head + RESERVE
 
 
+def rank_parameters(shape: ModelShape, tensor: int, pipeline: int, expert: int = 1, expert_tensor: int = 1) -> int:
+    """Parameters of the rank with the most."""
+    return dense_parameters(shape, tensor, pipeline) + expert_parameters(shape, pipeline, expert, expert_tensor)
+
+
 @functools.lru_cache
-def rank_parameters(shape: ModelShape, tensor: int, pipeline: int) -> int:
-    """Parameters of the rank with the most: a stage at an end has the embedding, or the head, besides its layers."""
-    layers = shape.num_layers // pipeline * _count(FAMILIES[shape.family].layer, shape, tensor)
+def expert_parameters(shape: ModelShape, pipeline: int, expert: int, expert_tensor: int) -> int:
+    """A rank's part of its stage's experts; of a dense model none. What all tokens go through is not among them."""
+    one = _count([rule for rule in FAMILIES[shape.family].layer if "*" in rule.mcore], shape, expert_tensor)
+    return shape.num_layers // pipeline * shape.num_experts // expert * one
+
+
+@functools.lru_cache
+def dense_parameters(shape: ModelShape, tensor: int, pipeline: int) -> int:
+    """All others, of the rank with the most: a stage at an end has the embedding, or the head, besides its layers."""
+    one = _count([rule for rule in FAMILIES[shape.family].layer if "*" not in rule.mcore], shape, tensor)
+    layers = shape.num_layers // pipeline * one
     embedding, norm = (_count([rule], shape, tensor) for rule in (EMBEDDING_RULE, NORM_RULE))
     head = _count([HEAD_RULE], shape, tensor)  # of a last stage that is not the first, also where it is tied
     if pipeline == 1:
@@ -69,37 +84,51 @@ def _count(rules: Iterable[Rule], shape: ModelShape, tensor: int) -> int:
 def activation_bytes(shape: ModelShape, candidate: Candidate, tokens: float) -> float:
     """What the forward passes under way keep for their backward passes, in bf16.
 
-    Per token and layer 8h + 6q + 4k + 6F, of which ``selective`` keeps all but the MLP's 6F and ``full`` 2h; what is
-    recomputed exists for one layer at a time (Korthikanti et al. 2022, section 4, for this model).
+    Per token and layer 8h + 6q + 4k and the MLP's, of which ``selective`` keeps all but the MLP's and ``full`` 2h; what
+    is recomputed exists for one layer at a time (Korthikanti et al. 2022, section 4, for this model).
     """
-    h, ffn, q, k = _widths(shape)
-    everything, without_mlp, inputs = 8 * h + 6 * q + 4 * k + 6 * ffn, 8 * h + 6 * q + 4 * k, 2 * h
-    kept = {"none": everything, "selective": without_mlp, "full": inputs}[candidate.recompute]
-    again = everything - kept
+    h = shape.hidden_size
+    query, key = shape.num_attention_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
+    mlp, passing = _mlp_bytes(shape, candidate)
+    without_mlp = 8 * h + 6 * query + 4 * key
+    kept = {"none": without_mlp + mlp, "selective": without_mlp, "full": 2 * h}[candidate.recompute]
+    once = without_mlp + mlp - kept + passing
     layers = shape.num_layers
     if candidate.virtual > 1:
         layers *= 1 + (candidate.pipeline - 1) / (candidate.pipeline * candidate.virtual)
-    return tokens * (layers * kept + again) / candidate.tensor
+    return tokens * (layers * kept + once) / candidate.tensor
 
 
-def _widths(shape: ModelShape) -> tuple[int, int, int, int]:
-    query, key = shape.num_attention_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
-    return shape.hidden_size, shape.ffn_hidden_size, query, key
+def _mlp_bytes(shape: ModelShape, candidate: Candidate) -> tuple[float, float]:
+    """(kept, there for one layer at a time), per token and layer.
+
+    A mixture keeps the router's fp32 input, two fp32 arrays of E and one of bools, and for each of a token's K experts
+    their input (which expert-tensor-parallel ranks all have) and 6F; on the way out and back there are three more
+    copies of that input.
+    """
+    h, ffn = shape.hidden_size, shape.ffn_hidden_size
+    if not shape.num_experts:
+        return 6 * ffn, 0.0
+    copies = UNEVEN * shape.experts_per_token
+    experts = copies * (2 * h * candidate.expert_tensor + 6 * ffn)
+    router = 4 * h + 9 * shape.num_experts
+    return router + experts + 6 * shape.shared_ffn_hidden_size, 3 * copies * 2 * h * candidate.expert_tensor
 
 
-def cache_bytes(shape: ModelShape) -> int:
-    """Keys and values of one token, in bf16."""
-    return 2 * 2 * shape.num_layers * shape.num_query_groups * shape.head_dim
+def cache_bytes(shape: ModelShape, tensor: int) -> float:
+    """Keys and values of one token on each of vLLM's ``tensor`` GPUs, in bf16: one key/value head at least."""
+    return 2 * 2 * shape.num_layers * max(1, shape.num_query_groups / tensor) * shape.head_dim
 
 
 def policy_need(shape: ModelShape, candidate: Candidate, work: Work) -> Need:
     """What training takes on the busiest rank. Sequence parallelism wherever tensor parallelism is."""
-    count = rank_parameters(shape, candidate.tensor, candidate.pipeline)
+    dense = dense_parameters(shape, candidate.tensor, candidate.pipeline)
+    experts = expert_parameters(shape, candidate.pipeline, candidate.expert, candidate.expert_tensor)
     tokens = max(work.budget, work.longest) / candidate.context
     return Need(
-        weights=WEIGHT * count,
-        gradients=GRADIENT * count,
-        optimizer=OPTIMIZER * count / candidate.shards,
+        weights=WEIGHT * (dense + experts),
+        gradients=GRADIENT * (dense + experts),
+        optimizer=OPTIMIZER * (dense / candidate.shards + experts / candidate.expert_shards),
         activations=activation_bytes(shape, candidate, tokens),
         head=tokens * shape.hidden_size * 8,  # hidden states in bf16, their gradient in fp32 and in bf16
     )
@@ -107,8 +136,12 @@ def policy_need(shape: ModelShape, candidate: Candidate, work: Work) -> Need:
 
 def engine_need(shape: ModelShape, tensor: int, work: Work) -> float:
     """The least that vLLM can work with on each of its ``tensor`` GPUs: weights, and room for a few sequences."""
-    weights = WEIGHT * rank_parameters(shape, tensor, 1)
-    return weights + SEQUENCES * work.longest * cache_bytes(shape) / tensor + ENGINE_RESERVE
+    return engine_weights(shape, tensor) + SEQUENCES * work.longest * cache_bytes(shape, tensor) + ENGINE_RESERVE
+
+
+def engine_weights(shape: ModelShape, tensor: int) -> float:
+    """vLLM's on each of its ``tensor`` GPUs, which cut every expert."""
+    return WEIGHT * rank_parameters(shape, tensor, 1, expert_tensor=tensor)
 
 
 def engine_room(shape: ModelShape, candidate: Candidate, cluster: Cluster, need: Need) -> float:
@@ -130,7 +163,7 @@ def misfit(
         parts = f"weights, gradients, optimizer {need.static / GIB:.0f}, activations {need.activations / GIB:.0f}"
         return over, f"policy {need.policy / GIB:.0f} GiB ({parts})"
     tensor = candidate.engine_tensor
-    both = need.static + WEIGHT * rank_parameters(shape, tensor, 1) + RESERVE
+    both = need.static + engine_weights(shape, tensor) + RESERVE
     if candidate.placement == "turns" and both > cluster.memory:
         return both - cluster.memory, f"policy and vLLM's weights take {both / GIB:.0f} GiB in a weight sync"
     least, room = engine_need(shape, tensor, work), engine_room(shape, candidate, cluster, need)
