@@ -161,7 +161,7 @@ def second_half(folder: str, parallel: dict, optimizer: dict) -> dict:
         ((4, VIRTUAL | {"context": 2}, DISTRIBUTED), (2, {"tensor": 2}, {})),
         ((2, {"context": 2}, {}), (4, SEQUENCE | VIRTUAL, DISTRIBUTED)),
         ((4, EXPERTS, DISTRIBUTED), (2, {"expert": 1} | SEQUENCE, DISTRIBUTED)),
-        ((2, EXPERTS, {}), (4, EXPERTS | SEQUENCE | {"expert_tensor": 2}, DISTRIBUTED)),
+        ((2, {"expert": 1, "expert_tensor": 2} | SEQUENCE, {}), (2, EXPERTS, DISTRIBUTED)),
     ],
     ids=str,
 )

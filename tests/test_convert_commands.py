@@ -19,8 +19,11 @@ from safetensors.torch import save_file
 from megatron_dypo.checkpoint.safe_pickle import read_index
 from megatron_dypo.config.schema import Model, Shape
 from megatron_dypo.convert.families import FAMILIES
+from megatron_dypo.convert.mapping import hf_shapes
+from megatron_dypo.convert.megatron_folder import MegatronFolder
 from megatron_dypo.convert.rules import Rule
 from megatron_dypo.policy.shape import RopeScaling, model_shape
+from tests.batches import make_config
 from tests.full_disk import small_disk
 from tests.launch import copy_task, train_here
 from tests.ranks import run_ranks
@@ -497,3 +500,45 @@ def test_vllm_loads_what_is_exported(tmp_path):
     (found,) = run_ranks(1, vllm_logprobs, folders, seconds=240)
     for ours, theirs in zip(found, expected, strict=True):
         assert (torch.tensor(ours) - theirs).abs().max() < 1e-4
+
+
+def written_by_megatron_core(folder: str) -> dict[str, bool]:
+    """A GPT of mcore's own layer spec in mcore's own pieces; whether each tensor is read back bit for bit.
+
+    Our writer writes them: mcore's takes 20 s to start its helpers, and changes no name.
+    """
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    from megatron_dypo.checkpoint.files import write_index, write_pieces
+    from megatron_dypo.checkpoint.state import _cut
+    from megatron_dypo.convert.stream import load_weights, random_weights
+    from megatron_dypo.policy.model import transformer_config, whole_model_names
+    from megatron_dypo.runtime import distributed
+
+    config, shape = make_config("llama"), model_shape(make_config("llama").model)
+    layout = distributed.init()
+    gpt = GPTModel(
+        config=transformer_config(config, shape),
+        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
+        vocab_size=shape.padded_vocab,
+        max_sequence_length=shape.max_position,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+    )
+    read = random_weights(shape, seed=3)
+    load_weights(whole_model_names(gpt, dict(gpt.named_parameters())), shape, layout, read)
+    weights = [entry for entry in gpt.sharded_state_dict().values() if not isinstance(entry, ShardedObject)]
+    part = write_pieces(
+        Path(folder) / "__0_0.distcp", [piece for each in weights for piece in _cut(each, "", each.data)]
+    )
+    write_index(Path(folder), [part], {"step": 0})
+    stored = MegatronFolder(Path(folder), shape)
+    return {name: bool((stored.read(name) == read(name)).all()) for name in hf_shapes(shape)}
+
+
+def test_a_checkpoint_that_megatron_core_wrote_by_itself_is_read(tmp_path):
+    """Its norms have Transformer Engine's names, whatever layers it was written with."""
+    (found,) = run_ranks(1, written_by_megatron_core, str(tmp_path))
+    assert all(found.values()), found

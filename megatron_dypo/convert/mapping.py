@@ -12,6 +12,19 @@ HEAD_RULE = embedding("output_layer.weight", HEAD)
 TIED_HEAD_RULE = embedding("output_layer.weight", EMBEDDING)  # of a last stage that is not the first
 
 
+# In a checkpoint a norm is called as Transformer Engine has it, which keeps it in the linear layer behind it; so are
+# mcore's own. A mixture's is a module by itself there, too.
+STORED_NORMS = {
+    "input_layernorm": "self_attention.linear_qkv.layer_norm",
+    "pre_mlp_layernorm": "mlp.linear_fc1.layer_norm",
+}
+
+
+def stored_norms(shape: ModelShape) -> dict[str, str]:
+    """Module of a layer -> what a checkpoint calls it, where that is something else."""
+    return {name: stored for name, stored in STORED_NORMS.items() if name == "input_layernorm" or not shape.num_experts}
+
+
 def rules(shape: ModelShape) -> list[Rule]:
     """A tied head is the embedding and not listed."""
     layer: list[Rule] = []

@@ -21,12 +21,13 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from megatron_dypo.checkpoint.files import Place
 from megatron_dypo.checkpoint.folders import complete_steps, step_folder
 from megatron_dypo.checkpoint.safe_pickle import read_index
-from megatron_dypo.convert.mapping import rules
+from megatron_dypo.convert.mapping import rules, stored_norms
 from megatron_dypo.convert.rules import Rule
 from megatron_dypo.errors import UserError
 from megatron_dypo.policy.shape import ModelShape
 
 _LAYERS = "decoder.layers."
+_NO_WEIGHT = "._extra_state"  # what Transformer Engine keeps beside weights (FP8 scales)
 _WEIGHTS = ("decoder", "embedding", "output_layer")  # how the names of weights begin; optimizer state has others
 
 
@@ -64,7 +65,7 @@ class MegatronFolder:
         self._reader.set_up_storage_reader(index, is_coordinator=True)
         table = rules(shape)
         self._pieces: dict[tuple[str, tuple[int, ...]], list] = defaultdict(list)  # by name, and place in the stack
-        stacked = {key: len(at) for key, at in map(_key, table)}
+        stacked = {key: len(at) for key, at in (_key(rule, shape) for rule in table)}
         for name, entry in self._entries.items():
             for chunk in entry.chunks if name in stacked else ():
                 self._pieces[name, tuple(chunk.offsets[: stacked[name]])].append(chunk)
@@ -73,11 +74,12 @@ class MegatronFolder:
         for rule in table:
             self._check(rule)
         for name in self._entries:
-            if name.split(".")[0] in _WEIGHTS and name not in stacked:
+            is_weight = name.split(".")[0] in _WEIGHTS and _NO_WEIGHT not in name
+            if is_weight and name not in stacked:
                 raise UserError(f"{folder}: tensor {name} has no place in a model of family {shape.family}")
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._entries[_key(self._rule_of[name])[0]].properties.dtype
+        return self._entries[_key(self._rule_of[name], self.shape)[0]].properties.dtype
 
     def read(self, name: str) -> Tensor:
         rule = self._rule_of[name]
@@ -88,7 +90,7 @@ class MegatronFolder:
         return self._last[1][name]
 
     def _check(self, rule: Rule) -> None:
-        (key, at), index = _key(rule), self.folder / ".metadata"
+        (key, at), index = _key(rule, self.shape), self.folder / ".metadata"
         parts = [torch.empty(size, device="meta") for size in rule.sizes(self.shape)]
         size = tuple(rule.as_megatron(rule.fold(parts, self.shape)).shape)
         stacked = (*_stack(rule, self.shape), *size)
@@ -107,7 +109,7 @@ class MegatronFolder:
                 raise UserError(f"{index}: does not say where {where} at {tuple(piece.offsets)} lies")
 
     def _whole(self, rule: Rule) -> Tensor:
-        key, at = _key(rule)
+        key, at = _key(rule, self.shape)
         entry, items, first = self._entries[key], [], (0,) * len(at)
         whole = torch.empty((*(1 for _ in at), *entry.size[len(at) :]), dtype=entry.properties.dtype)
         for piece in self._pieces[key, at]:
@@ -142,7 +144,7 @@ def megatron_pieces(
 ) -> Iterator[tuple[Place, Tensor]]:
     """The pieces of the ``chosen`` weights, whole ones, of Hugging Face tensors; one in memory at a time."""
     for rule in chosen:
-        key, at = _key(rule)
+        key, at = _key(rule, shape)
         parts = [read(name) for name in rule.names]
         weight = rule.as_megatron(rule.fold(parts, shape))
         del parts
@@ -151,11 +153,14 @@ def megatron_pieces(
         del weight
 
 
-def _key(rule: Rule) -> tuple[str, tuple[int, ...]]:
+def _key(rule: Rule, shape: ModelShape) -> tuple[str, tuple[int, ...]]:
     """(the weight's name in a checkpoint, its place in the stack there: layer and expert, as far as it has them)."""
     if not rule.mcore.startswith(_LAYERS):
         return rule.mcore, ()
     layer, _, rest = rule.mcore.removeprefix(_LAYERS).partition(".")
+    module, _, parameter = rest.partition(".")
+    if stored := stored_norms(shape).get(module):
+        rest = f"{stored}_{parameter}"
     if rule.expert is None:
         return _LAYERS + rest, (int(layer),)
     return _LAYERS + rest.replace(f".{rule.expert}.", ".experts."), (int(layer), rule.expert)
@@ -163,4 +168,4 @@ def _key(rule: Rule) -> tuple[str, tuple[int, ...]]:
 
 def _stack(rule: Rule, shape: ModelShape) -> tuple[int, ...]:
     """Sizes of the axes along which weights like this one are stacked."""
-    return (shape.num_layers, shape.num_experts)[: len(_key(rule)[1])]
+    return (shape.num_layers, shape.num_experts)[: len(_key(rule, shape)[1])]

@@ -22,6 +22,7 @@ from torch.nn.functional import rms_norm
 
 from megatron_dypo.config.schema import Model
 from megatron_dypo.convert.families import FAMILIES
+from megatron_dypo.convert.mapping import stored_norms
 from megatron_dypo.policy.attention import PackedAttention
 from megatron_dypo.policy.experts import MixtureOfExperts, RecomputedMixture, RoutedLayer, Router
 from megatron_dypo.policy.shape import ModelShape
@@ -74,6 +75,7 @@ def layer_spec(model: Model, shape: ModelShape, layers: int) -> TransformerBlock
             pre_mlp_layernorm=RMSNorm,
             mlp=experts if mixture else ModuleSpec(MLP, submodules=linear),
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={f"{name}.": f"{stored}_" for name, stored in stored_norms(shape).items()},
         ),
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)

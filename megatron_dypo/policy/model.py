@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dypo.config.schema import Config, Optimizer
 from megatron_dypo.convert.families import FAMILIES
+from megatron_dypo.convert.mapping import STORED_NORMS
 from megatron_dypo.policy.layers import layer_spec
 from megatron_dypo.policy.rope import frequencies
 from megatron_dypo.policy.shape import ModelShape
@@ -23,10 +24,7 @@ from megatron_dypo.runtime import cpu_shim
 from megatron_dypo.runtime.distributed import Layout, device, training_dtype
 
 _SHARDED_DIMENSION = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
-_TRANSFORMER_ENGINE_NAMES = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
+_TRANSFORMER_ENGINE_NAMES = {f"{stored}_weight": f"{name}.weight" for name, stored in STORED_NORMS.items()}
 _EXPERT = re.compile(
     r"mlp\.experts\.(local_experts\.(?P<sequential>\d+)\.)?(?P<linear>linear_fc[12])\.weight(?P<grouped>\d+)?"
 )
