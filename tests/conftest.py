@@ -19,7 +19,8 @@ LONG = (
     ),
     *("test_offload", "test_convert_commands", "test_smollm2", "test_kill", "test_benchmarks", "test_health"),
     *("test_damage", "test_full_disk", "test_frozen", "test_triton_head", "test_overlap"),
-    *("test_launch", "test_reward", "test_prepare", "test_plan", "test_teacher_traces", "test_reward_functions"),
+    *("test_launch", "test_reward", "test_prepare", "test_plan", "test_teacher_traces", "test_snippets"),
+    "test_reward_functions",
 )
 
 

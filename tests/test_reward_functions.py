@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -467,24 +464,6 @@ def test_penalties_that_can_make_a_right_response_wrong_are_told(tmp_path, rewar
     (told,) = [line for line in warnings(configured(tmp_path, **reward)) if "reward." in line]
     assert "reward.overlong_penalty" in told
     assert "below objective.reward_threshold: 0.5" in told
-
-
-# --- the page
-
-
-def snippets() -> list[str]:
-    page = Path(__file__).resolve().parents[1] / "docs" / "rewards.md"
-    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-
-
-@pytest.mark.parametrize("snippet", snippets(), ids=lambda snippet: snippet.splitlines()[-1][:40])
-def test_snippets_of_the_page_run(snippet, tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, env=environment, check=True, timeout=120)
-
-
-def test_the_page_has_a_snippet_for_each_function():
-    assert len(snippets()) == 5
 
 
 # --- before a run

@@ -21,6 +21,19 @@ LAYOUTS = {
     "tensor": {"parallel__tensor": 2, "parallel__sequence_parallel": True},
     "pipeline": {"parallel__pipeline": 2},
     "distributed": {"optimizer__distributed": True},
+    "experts": {
+        "model__preset": "tiny-moe",
+        "model__shape": {
+            "hidden_size": 64,
+            "num_attention_heads": 2,
+            "num_query_groups": 2,
+            "ffn_hidden_size": 64,
+            "num_experts": 4,
+        },
+        "policy__routing": "replay_rollout",
+        "parallel__expert": 2,
+        "optimizer__distributed": True,
+    },
 }
 
 
