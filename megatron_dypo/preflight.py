@@ -10,7 +10,7 @@ from typing import IO
 
 import torch
 
-from megatron_dypo.config.checks import check_layout
+from megatron_dypo.config.checks import check_layout, check_policy
 from megatron_dypo.config.load import dump
 from megatron_dypo.config.schema import Config
 from megatron_dypo.convert.hf_folder import check_folder
@@ -46,8 +46,7 @@ def prepare(config: Config, source: str) -> Inputs:
     """Read and check model shape, layout, weights, tokenizer, data and run folder. Raises UserError, one line."""
     shape = model_shape(config.model)
     check_layout(config.parallel, shape, distributed.world_size(), source)
-    if not shape.num_experts and config.policy != type(config.policy)():
-        raise UserError(f"{source}: policy.routing, policy.aux_loss: the model has no experts")
+    check_policy(config.policy, shape, source)
     if config.window > shape.max_position:
         raise UserError(
             f"{source}: data.max_prompt_tokens + the longer of rollout.max_response_tokens and "

@@ -128,6 +128,20 @@ def test_the_configurations_that_the_cases_spoil_are_usable(config, hf):
         (["model.layer_spec=te", "model.attention_backend=sdpa"], "{config}: model.attention_backend: sdpa does not "),
         (["model.preset=huge"], "model.preset: unknown preset 'huge'"),
         (["model.shape.num_query_groups=3"], "model.shape.num_query_groups: 3 "),
+        (["model.shape.experts_per_token=2"], "model.shape.experts_per_token: 2 family llama has no experts"),
+        (
+            ["model.preset=tiny-moe", "model.shape.experts_per_token=9"],
+            "model.shape.experts_per_token: 9 must be 1 to ",
+        ),
+        (["model.preset=tiny-moe", "model.shape.experts_per_token=1"], "model.shape.experts_per_token: 1 leaves "),
+        (
+            ["model.preset=tiny-moe", "model.shape.family=mixtral", "model.shape.normalized_routing=false"],
+            "model.shape.normalized_routing: False is not what family mixtral does",
+        ),
+        (
+            ["model.preset=tiny-moe", "model.shape.family=qwen2_moe"],
+            "model.shape.shared_ffn_hidden_size: 0 family qwen2_moe shares experts",
+        ),
         (
             ["model.shape.max_position=15"],
             "{config}: data.max_prompt_tokens + the longer of rollout.max_response_tokens and evaluation.",
@@ -379,12 +393,10 @@ def test_a_run_folder_of_this_run_is_resumed_whatever_may_change(config):
 def test_a_run_of_before_a_key_was_there_goes_on_with_its_default(config, capsys):
     path = checkpointed(config) / "fingerprint.json"
     before = json.loads(path.read_text())
-    del before["policy.routing"]
+    del before["objective.gamma"]
     path.write_text(json.dumps(before))
     assert prepare(load_config(config), "config").checkpoints == [1]
-    assert "policy.routing (was own, now replay_old)" in refusal(capsys, config, "policy.routing=replay_old").replace(
-        "'", ""
-    )
+    assert "objective.gamma (was 1.0, now 2.0)" in refusal(capsys, config, "objective.gamma=2.0")
 
 
 def test_a_run_folder_without_a_complete_checkpoint_is_not_trained_over(config, capsys):

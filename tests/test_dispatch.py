@@ -109,6 +109,7 @@ BAD = {
     "no choice": (answering({"choices": []}), "no usable response"),
     "no end": (changed(finish_reason="length"), "do not go with finish_reason 'length'"),
     "text for ids": (changed(token_ids="12"), "no usable response"),
+    "no experts": (changed(routed_experts=""), "no usable response"),
     "other log-probs": (changed(logprobs={"content": []}), "log-probs are of other tokens"),
     "no log-prob": (with_first_logprob(float("nan")), "a log-prob is none"),
     "a probability above 1": (with_first_logprob(0.5), "a log-prob is none"),

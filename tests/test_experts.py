@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 
+from tests.batches import make_config, make_groups, route, trace_ids
 from tests.launch import checkpoint_digests, copy_task, metrics, train_here, without_times
 from tests.ranks import run_ranks
 from tests.test_layouts import CP2, DISTRIBUTED, PP2, SEVERAL, SP, VPP, assert_same, train_steps
@@ -55,9 +58,12 @@ def test_families_layout_invariance(shape, parallel):
 
 @pytest.mark.parametrize(("world", "parallel"), [(4, EP2), (4, SP | EP2)], ids=str)
 def test_distributed_optimizer_layout_invariance(world, parallel):
-    sections = SEVERAL | {"parallel": parallel, "optimizer": DISTRIBUTED}
+    """Clipped: by the norm over experts and all the rest."""
+    sections = SEVERAL | {"optimizer": {"clip_grad": 0.01}}
+    (one,) = run_ranks(1, train_steps, "qwen3_moe", 100_000, 1, sections)
+    sections = SEVERAL | {"parallel": parallel, "optimizer": DISTRIBUTED | {"clip_grad": 0.01}}
     for result in run_ranks(world, train_steps, "qwen3_moe", 150, 1, sections):
-        assert_same(result, alone("qwen3_moe"), kinds=["weights"])
+        assert_same(result, one, kinds=["weights"])
 
 
 @pytest.mark.parametrize(("recompute", "routing"), [("selective", "own"), ("full", "own"), ("full", "replay_rollout")])
@@ -103,6 +109,38 @@ def test_replay_takes_the_routing_of_before_the_update():
     assert old["policy/clip_frac"] != own["policy/clip_frac"]
 
 
+def spoilt_rollout(spoil: str) -> str:
+    """What is said of a rollout with another routing than this model's."""
+    from megatron_dypo.convert.stream import random_weights
+    from megatron_dypo.errors import TrainingError
+    from megatron_dypo.policy.policy import Policy
+    from megatron_dypo.policy.shape import model_shape
+    from megatron_dypo.runtime import distributed
+    from megatron_dypo.update import make_work
+
+    config = make_config("qwen3_moe", 100_000, policy={"routing": "replay_rollout"})
+    layout, shape = distributed.init(), model_shape(config.model)
+    policy = Policy(config, shape, layout, random_weights(shape, seed=1))
+    groups = route(make_groups(), shape.num_layers, shape.experts_per_token, shape.num_experts)
+    response = groups[0].responses[0]
+    response.experts = {
+        "twice": np.zeros_like(response.experts),
+        "layers": response.experts[:, 1:],
+        "none": None,
+    }[spoil]
+    with pytest.raises(TrainingError) as refused:
+        policy.logprobs(make_work(layout, groups, config, trace_ids)[0].rollouts)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [("twice", "one expert twice"), ("layers", "experts) [(3, 2), (4, 2)]"), ("none", "says nothing of its routing")],
+)
+def test_a_rollout_of_another_routing_is_refused(spoil, said):
+    assert said in run_ranks(1, spoilt_rollout, spoil)[0]
+
+
 def test_the_auxiliary_loss_evens_the_load():
     before, after = (
         run_ranks(1, train_steps, "qwen3_moe", 100_000, 8, {"policy": {"aux_loss": aux_loss}})[0]["history"][-1]
@@ -140,6 +178,34 @@ def test_grouped_experts_have_the_names_of_sequential_ones():
     for local in ("linear_fc2.weight1", "local_experts.1.linear_fc2.weight"):
         (name,) = whole_model_names(gpt, {f"decoder.layers.0.mlp.experts.{local}": 0})
         assert name == "decoder.layers.6.mlp.experts.5.linear_fc2.weight"
+
+
+def most_experts_held(parallel: dict) -> tuple[int, int]:
+    """While the weights pass by as they do in a sync: most matrices of other ranks' experts here at once, and seen."""
+    from megatron_dypo.convert.stream import random_weights
+    from megatron_dypo.policy.policy import Policy
+    from megatron_dypo.policy.shape import model_shape
+    from megatron_dypo.runtime import distributed
+
+    config = make_config("qwen3_moe", parallel=parallel)
+    shape, layout = model_shape(config.model), distributed.init(config.parallel)
+    policy = Policy(config, shape, layout, random_weights(shape, seed=1))
+    own = {parameter.untyped_storage().data_ptr() for parameter in policy.parameters.values()}
+    passed, most, seen = [], 0, 0
+    for name, tensor in policy.named_tensors():
+        if ".experts." in name and tensor.untyped_storage().data_ptr() not in own:
+            seen += 1
+            passed.append(weakref.ref(tensor))
+            most = max(most, sum(held() is not None for held in passed))
+        del tensor
+    return most, seen
+
+
+def test_a_sync_holds_one_expert_at_a_time():
+    """Of 8 x 3 matrices a layer; a gate and its up-projection are one weight."""
+    for most, seen in run_ranks(2, most_experts_held, EP2):
+        assert seen == 4 * 3 * 4, "half of the experts of four layers come from the other rank"
+        assert most <= 2
 
 
 def mixture_task(folder: Path, **keys: object) -> str:

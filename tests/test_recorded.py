@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from base64 import b64encode
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -148,6 +150,38 @@ def edited(folder: Path, **changes: object) -> Path:
 RESPONSE = {"ids": [5, 1], "logprobs": [-0.1, -0.2], "reward": 1.0, "finish_reason": "stop"}
 
 
+def npy(header: str, content: bytes = b"") -> str:
+    """Base64 of an ``.npy`` file, as ``experts`` are written."""
+    return b64encode(b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header.encode() + content).decode()
+
+
+def of_experts(dtype: str = "<i2", shape: str = "(3, 1, 2)", content: bytes = bytes(12)) -> str:
+    return npy(f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}}}", content)
+
+
+def archive() -> str:
+    stream = io.BytesIO()
+    np.savez(stream, experts=np.zeros((3, 1, 2), np.int16))
+    return b64encode(stream.getvalue()).decode()
+
+
+EXPERTS = [
+    (5, "experts must be of type str, not int"),
+    ("###", "base64"),
+    ("", "EOF"),
+    (archive(), "the magic string is not correct"),
+    (npy("'" * 3), "EOF in multi-line string"),
+    (npy("{[]: 1}"), "unhashable"),
+    (of_experts(dtype="|O"), "experts [3, 1, 2] (object) of 4 tokens"),
+    (of_experts(shape="(4, 1, 2)"), "experts [4, 1, 2] (int16) of 4 tokens"),
+    (of_experts(shape="(3, 0, 2)"), "experts [3, 0, 2]"),
+    (of_experts(shape="(3, 200000, 200000)"), "12 bytes are no [3, 200000, 200000] of int16"),
+    (of_experts(content=bytes(14)), "14 bytes are no [3, 1, 2] of int16"),
+    (of_experts(content=b"\xff" * 12), "experts -1 to -1"),
+    (of_experts(dtype="<u2", content=b"\xff" * 12), "experts 65535 to 65535"),
+]
+
+
 @pytest.mark.parametrize(
     "changes, about",
     [
@@ -182,6 +216,7 @@ RESPONSE = {"ids": [5, 1], "logprobs": [-0.1, -0.2], "reward": 1.0, "finish_reas
         ({"responses": [RESPONSE, RESPONSE | {"ids": [], "logprobs": []}]}, "0 ids and 0 logprobs"),
         ({"responses": [RESPONSE, RESPONSE | {"reward": None}]}, "NoneType"),
         ({"responses": [RESPONSE, {"ids": [1], "logprobs": [0.0], "reward": 0.0}]}, "finish_reason"),
+        *(({"responses": [RESPONSE, RESPONSE | {"experts": text}]}, about) for text, about in EXPERTS),
     ],
 )
 def test_an_unusable_line_is_named_by_file_and_number(tmp_path, changes, about):

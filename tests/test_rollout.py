@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
+import torch
 
 from megatron_dypo.errors import TrainingError
-from tests.agreement import agreement, build, check, compare, policy_at, requests, sampling
+from tests.agreement import MODELS, agreement, build, check, compare, policy_at, requests, sampling
 from tests.ranks import run_ranks
 
 
@@ -78,6 +81,32 @@ def test_a_dropped_tensor_a_missing_head_and_a_stale_prefix_cache_are_noticed(tm
     for name in ("lm_head.weight", "model.layers.1.mlp.down_proj.weight"):
         assert f"vLLM of rank 0, worker 0: {name}: was not received (rollout.verify_sync)" in found[name]
     assert found["no head"] > 0.1 and found["stale cache"] > 0.1, "log-probs show both without verify_sync, too"
+
+
+class Given(dict):
+    """Weights by name, as a sync takes them."""
+
+    version = 1
+
+    def __iter__(self):
+        return iter(self.items())
+
+
+def test_a_dropped_expert_and_a_weight_of_another_shape_are_noticed_by_transformers():
+    from megatron_dypo.policy.shape import PRESETS
+    from megatron_dypo.rollout.transformers_engine import TransformersEngine
+    from megatron_dypo.sync.weights import sent_shapes
+
+    shape = dataclasses.replace(PRESETS["tiny"], **MODELS["mixtral"])
+    engine, expert = TransformersEngine(shape), "model.layers.1.block_sparse_moe.experts.3.w3.weight"
+    weights = Given((name, torch.zeros(size)) for name, size in sent_shapes(shape).items())
+    engine.sync(weights)
+    weights[expert] = torch.ones(1)
+    with pytest.raises(RuntimeError, match=f"{expert}: \\[1\\], not"):
+        engine.sync(weights)
+    del weights[expert]
+    with pytest.raises(RuntimeError, match=r"missing \['model.layers.1.mlp.experts.gate_up_proj'\]"):
+        engine.sync(weights)
 
 
 def test_samples_differ_between_seeds(tmp_path):

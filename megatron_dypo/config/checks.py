@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from megatron_dypo.config.schema import Config, Parallel, Reward
+from megatron_dypo.config.schema import Config, Parallel, Policy, Reward
 from megatron_dypo.errors import UserError
 from megatron_dypo.reward.judges import JUDGES, is_own
 
@@ -189,10 +189,8 @@ def check_layout(parallel: Parallel, shape: ModelShape, world_size: int, source:
     heads, query_groups, layers = shape.num_attention_heads, shape.num_query_groups, shape.num_layers
     tensor, pipeline, virtual = parallel.tensor, parallel.pipeline, parallel.virtual_pipeline
     replica = {"tensor": tensor, "pipeline": pipeline} | ({"context": parallel.context} if parallel.context > 1 else {})
-    ranks, width = (
-        math.prod(replica.values()),
-        shape.shared_ffn_hidden_size if shape.num_experts else shape.ffn_hidden_size,
-    )
+    ranks = math.prod(replica.values())
+    width = shape.shared_ffn_hidden_size if shape.num_experts else shape.ffn_hidden_size
     product = " x ".join(f"parallel.{name}" for name in replica) + " = " + " x ".join(map(str, replica.values()))
     for broken, message in (
         (world_size % ranks, f"{product} does not divide the {world_size} ranks"),
@@ -220,6 +218,13 @@ def check_layout(parallel: Parallel, shape: ModelShape, world_size: int, source:
     ):
         if broken:
             raise UserError(f"{source}: {message}")
+
+
+def check_policy(policy: Policy, shape: ModelShape, source: str) -> None:
+    """UserError where something is asked of routers that the model has not."""
+    for name, info in Policy.model_fields.items():
+        if not shape.num_experts and getattr(policy, name) != info.default:
+            raise UserError(f"{source}: policy.{name}: {getattr(policy, name)}, but the model has no experts")
 
 
 def _expert_faults(parallel: Parallel, shape: ModelShape, world_size: int):

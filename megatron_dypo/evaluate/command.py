@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dypo.checkpoint.folders import complete_steps
+from megatron_dypo.config.checks import check_policy
 from megatron_dypo.config.schema import Config, Parallel
 from megatron_dypo.convert.commands import check_checkpoint, metadata_folder, model_of, source_folder
 from megatron_dypo.convert.hf_folder import check_folder, folder_weights
@@ -74,6 +75,7 @@ def evaluate(
     with phase("reading the inputs"):
         suites = _load(config, names)
         model = _choose(config, hf, checkpoint)
+        check_policy(config.policy, model.shape, "evaluate")
         if engine_name(config) != "transformers":
             check_vllm(config, model.shape)
         tokenizer = load_tokenizer(config, model.shape)

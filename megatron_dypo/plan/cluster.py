@@ -23,6 +23,7 @@ class Work:
 
     ``mid`` and ``hard`` are shares of the prompts; the rest is Easy and trains nothing. ``budget``: a micro-batch's
     tokens. ``passes``: of log-probs over the rollouts, 2 with a reference. ``overlap``: servers sample meanwhile.
+    ``balanced``: with policy.aux_loss.
     """
 
     prompts: int
@@ -37,6 +38,7 @@ class Work:
     passes: int = 1
     updates: int = 1
     overlap: bool = False
+    balanced: bool = False
 
     @property
     def rollout_trained(self) -> float:

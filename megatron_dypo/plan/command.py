@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_dypo.config.checks import check_policy
 from megatron_dypo.config.schema import Config
 from megatron_dypo.errors import UserError
 from megatron_dypo.monitor.progress import print_table
@@ -41,12 +42,14 @@ def work_of(
         passes=1 + needs_reference(config.objective),
         updates=config.objective.updates_per_rollout,
         overlap=config.rollout.overlap,
+        balanced=config.policy.aux_loss > 0,
     )
 
 
 def show_plan(config: Config, cluster: Cluster, work: Work, everything: bool = False) -> int:
     """Print; returns 0, or 1 where nothing fits."""
     shape = planned_shape(config.model)
+    check_policy(config.policy, shape, "plan")
     fits, rejected = plan(shape, cluster, work)
     print(
         f"{config.model.hf or config.model.preset}: {shape.parameters / 1e9:.2f}e9 parameters, {cluster.gpus} GPUs of "

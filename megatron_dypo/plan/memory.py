@@ -163,10 +163,12 @@ def misfit(
         parts = f"weights, gradients, optimizer {need.static / GIB:.0f}, activations {need.activations / GIB:.0f}"
         return over, f"policy {need.policy / GIB:.0f} GiB ({parts})"
     tensor = candidate.engine_tensor
-    both = need.static + engine_weights(shape, tensor) + RESERVE
+    # in a weight sync vLLM holds on to a layer's experts, uncut, until the last of them has come
+    layer = WEIGHT * expert_parameters(shape, shape.num_layers, 1, 1)
+    both = need.static + engine_weights(shape, tensor) + layer + RESERVE
     if candidate.placement == "turns" and both > cluster.memory:
         return both - cluster.memory, f"policy and vLLM's weights take {both / GIB:.0f} GiB in a weight sync"
-    least, room = engine_need(shape, tensor, work), engine_room(shape, candidate, cluster, need)
+    least, room = engine_need(shape, tensor, work) + layer, engine_room(shape, candidate, cluster, need)
     if least > room:
         where = {"beside": "beside the policy", "turns": "in turns with the policy", "servers": "on a server's GPU"}
         return (

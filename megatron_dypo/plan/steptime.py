@@ -54,6 +54,8 @@ def step_seconds(shape: ModelShape, candidate: Candidate, cluster: Cluster, work
     factor = {"none": 3.0, "selective": 3.5, "full": 4.0}[candidate.recompute]  # forward, backward, some of it again
     update = _pass_seconds(shape, candidate, cluster, work, work.trained, factor, TRAIN, work.updates)
     update += work.updates * _reduce_seconds(shape, candidate, cluster)
+    if work.balanced:  # the load of all tokens, before the first gradient
+        update += _pass_seconds(shape, candidate, cluster, work, work.trained, 1, FORWARD)
     if work.updates > 1:  # the trajectory coefficients are refreshed before each
         update += forward
     moved = 2 * (need.weights + need.optimizer) if candidate.placement == "turns" else 0.0

@@ -55,7 +55,7 @@ class Policy:
             schedule.no_sync_func = no_sync if layout.vpp > 1 else no_sync[0]
         self.version = 0
         self._replays = config.policy.routing != "own"
-        self._routed: list[Routing] = []  # of the last training pass
+        self._routed: list[Routing] = []  # of the last training pass, until its metrics are taken
         self.reference: dict[str, Tensor] | None = None  # by parameter name, in host memory
         if needs_reference(config.objective) and config.objective.reference != "previous":
             self.keep_reference()
@@ -92,10 +92,11 @@ class Policy:
         self._run(batches, loss, forward_only=False, routings=self._routed)
 
     def routing_metrics(self) -> dict[str, float]:
-        """``moe/...`` of the last training pass, the same on every rank; none of a dense policy. Collective."""
+        """``moe/...`` of the last training pass, once; the same on every rank, none of a dense policy. Collective."""
         if not self._routed:
             return {}
-        return routing_metrics(self._routed, self.shape, self.config.policy.aux_loss)
+        routed, self._routed = self._routed, []  # else it would take up the device while the engine samples
+        return routing_metrics(routed, self.shape, self.config.policy.aux_loss)
 
     def zero_gradients(self) -> None:
         self.offload.require_device()
@@ -215,6 +216,9 @@ class Policy:
             )
         layers = [layer.layer_number for chunk in self.chunks for layer in chunk.module.decoder.layers]
         given_TLK = self._own_slice(batch.experts_TLK)
+        sorted_TLK = given_TLK.sort(-1).values
+        if ((sorted_TLK.diff(dim=-1) == 0) & (sorted_TLK[..., 1:] >= 0)).any():
+            raise TrainingError("policy.routing: replay_rollout: a rollout sends a token to one expert twice")
         return {layer: given_TLK[:, layer - 1].contiguous() for layer in layers}
 
     def _own_slice(self, values_T: Tensor) -> Tensor:

@@ -152,6 +152,7 @@ def model_shape(config: Model) -> ModelShape:
     heads, experts = shape.num_attention_heads, shape.num_experts
     for broken, name, message in (
         (heads % shape.num_query_groups, "num_query_groups", f"does not divide num_attention_heads: {heads}"),
+        (experts >= 2**15, "num_experts", "are more than 32,767"),
         (experts and not family.has_experts, "num_experts", f"family {shape.family} has no experts"),
         (family.has_experts and not experts, "num_experts", f"family {shape.family} is a mixture of experts"),
         (
@@ -160,9 +161,24 @@ def model_shape(config: Model) -> ModelShape:
             f"must be 1 to num_experts: {experts}",
         ),
         (
-            shape.shared_ffn_hidden_size and "shared_ffn_hidden_size" not in family.keys,
+            shape.experts_per_token and not family.has_experts,
+            "experts_per_token",
+            f"family {shape.family} has no experts",
+        ),
+        (
+            shape.experts_per_token == 1 and shape.normalized_routing,
+            "experts_per_token",
+            "leaves routers nothing to learn where weights are made to sum to 1",
+        ),
+        (
+            not shape.normalized_routing and "normalized_routing" not in family.keys,
+            "normalized_routing",
+            f"is not what family {shape.family} does",
+        ),
+        (
+            (shape.shared_ffn_hidden_size > 0) != ("shared_ffn_hidden_size" in family.keys),
             "shared_ffn_hidden_size",
-            f"family {shape.family} shares no experts",
+            f"family {shape.family} shares {'no ' if shape.shared_ffn_hidden_size else ''}experts",
         ),
     ):
         if broken:

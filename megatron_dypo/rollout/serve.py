@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import torch
 
+from megatron_dypo.config.checks import check_policy
 from megatron_dypo.config.schema import Config
 from megatron_dypo.convert.hf_metadata import write_config
 from megatron_dypo.data.tokenizer import load_tokenizer
@@ -31,6 +32,7 @@ def serve(config: Config, host: str, port: int, tensor: int) -> NoReturn:
     """
     server_token()
     shape = model_shape(config.model)
+    check_policy(config.policy, shape, "serve")
     check_vllm(config, shape)
     tokenizer = load_tokenizer(config, shape)
     name, folder = identity(config, shape, tokenizer), Path(config.trainer.run_dir) / "engine" / f"server_{port}"

@@ -79,6 +79,7 @@ class RolloutSource:
             limits = {"vocab_size": self.shape.vocab_size, "longest": self.shape.max_position}
             groups = recorded.replay(self.config.rollout.replay, step, self._by_id, self._samples, **limits)
             self._check_replayed_draws(step, groups)
+            self._check_replayed_routing(step, groups)
             return Batch(groups)
         groups = self._prompts(step)
         if not self._samples:
@@ -177,6 +178,19 @@ class RolloutSource:
                     raise UserError(
                         f"{self.config.rollout.replay}: step {step}: prompt {group.prompt.id!r} with the trace of "
                         f"teacher {teacher} has {tokens} tokens, more than the model's {self.shape.max_position}"
+                    )
+
+    def _check_replayed_routing(self, step: int, groups: list[Group]) -> None:
+        """Where it is to be taken again, every response must say where this model's routers sent it."""
+        if self.config.policy.routing != "replay_rollout":
+            return
+        wanted = self.shape.num_layers, self.shape.experts_per_token
+        for group in groups:
+            for experts in (response.experts for response in group.responses):
+                if experts is None or experts.shape[1:] != wanted or experts.max() >= self.shape.num_experts:
+                    raise UserError(
+                        f"{self.config.rollout.replay}: step {step}: prompt {group.prompt.id!r} was recorded without "
+                        "this model's routing (policy.routing: replay_rollout)"
                     )
 
     def record(self, step: int, groups: list[Group]) -> None:

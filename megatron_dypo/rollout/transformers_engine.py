@@ -44,13 +44,17 @@ class TransformersEngine:
 
     @torch.no_grad()
     def sync(self, weights: Weights) -> None:
-        waiting = set(self._model.state_dict())
+        missing = {name: weight.numel() for name, weight in self._model.state_dict().items()}
         for name, tensor in weights:
             place, target = _target(self._model, name)
+            if tensor.shape != target.shape:
+                raise RuntimeError(
+                    f"weight sync to transformers: {name}: {list(tensor.shape)}, not {list(target.shape)}"
+                )
             target.copy_(tensor)
-            waiting.discard(place)
-        if waiting:
-            raise RuntimeError(f"weight sync to transformers: missing {sorted(waiting)}")
+            missing[place] -= target.numel()
+        if any(missing.values()):
+            raise RuntimeError(f"weight sync to transformers: missing {sorted(filter(missing.get, missing))}")
         self._version = weights.version
 
     def sleep(self, keep_weights: bool) -> None:

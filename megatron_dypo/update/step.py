@@ -60,6 +60,8 @@ def update_policy(
         return Outcome(works, agreement, skipped=offenders)
     with clock("update"), phase("update"):
         outcome = run_updates(policy, works, config, lr, norms)
+    for work in works:
+        work.forget_routing()
     outcome.works, outcome.metrics = works, agreement | outcome.metrics
     return outcome
 

@@ -29,6 +29,11 @@ class Work:
     logp: dict[str, list[Tensor]] = field(default_factory=dict)  # per rollout micro-batch [N], last stage only
     sums: list[SequenceSums | None] = field(default_factory=list)
 
+    def forget_routing(self) -> None:
+        """When it has been trained on: the engine may need the device."""
+        for batch in self.rollouts + self.teachers:
+            batch.routing = batch.experts_TLK = None
+
 
 def make_work(
     layout: Layout, groups: list[Group], config: Config, encode_trace: Callable[[Group, int], np.ndarray]
