@@ -81,7 +81,7 @@ def main() -> None:
     torch.set_num_threads(1)
     distributed.init()
     shape = dataclasses.replace(
-        PRESETS["tiny-moe"], num_layers=4, num_experts=options.experts, experts_per_token=4, ffn_hidden_size=64
+        PRESETS["tiny-moe"], num_layers=4, num_experts=options.experts, router_topk=4, ffn_hidden_size=64
     )
     groups = sampled(shape)
     rows = {}

@@ -18,8 +18,8 @@ MODELS = {  # what differs from the preset `tiny`
     "llama-tied": {"tied_embeddings": True},
     "qwen2-tied": {"family": "qwen2", "tied_embeddings": True},
     "qwen3": {"family": "qwen3"},
-    "qwen3_moe": {"family": "qwen3_moe", "ffn_hidden_size": 96, "num_experts": 8, "experts_per_token": 2},
-    "mixtral": {"family": "mixtral", "ffn_hidden_size": 96, "num_experts": 4, "experts_per_token": 2},
+    "qwen3_moe": {"family": "qwen3_moe", "ffn_hidden_size": 96, "num_experts": 8, "router_topk": 2},
+    "mixtral": {"family": "mixtral", "ffn_hidden_size": 96, "num_experts": 4, "router_topk": 2},
 }
 SAMPLES = 4
 TEMPERATURE = 0.8

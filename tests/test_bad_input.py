@@ -128,12 +128,12 @@ def test_the_configurations_that_the_cases_spoil_are_usable(config, hf):
         (["model.layer_spec=te", "model.attention_backend=sdpa"], "{config}: model.attention_backend: sdpa does not "),
         (["model.preset=huge"], "model.preset: unknown preset 'huge'"),
         (["model.shape.num_query_groups=3"], "model.shape.num_query_groups: 3 "),
-        (["model.shape.experts_per_token=2"], "model.shape.experts_per_token: 2 family llama has no experts"),
+        (["model.shape.router_topk=2"], "model.shape.router_topk: 2 family llama has no experts"),
         (
-            ["model.preset=tiny-moe", "model.shape.experts_per_token=9"],
-            "model.shape.experts_per_token: 9 must be 1 to ",
+            ["model.preset=tiny-moe", "model.shape.router_topk=9"],
+            "model.shape.router_topk: 9 must be 1 to ",
         ),
-        (["model.preset=tiny-moe", "model.shape.experts_per_token=1"], "model.shape.experts_per_token: 1 leaves "),
+        (["model.preset=tiny-moe", "model.shape.router_topk=1"], "model.shape.router_topk: 1 leaves "),
         (
             ["model.preset=tiny-moe", "model.shape.family=mixtral", "model.shape.normalized_routing=false"],
             "model.shape.normalized_routing: False is not what family mixtral does",

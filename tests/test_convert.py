@@ -26,7 +26,7 @@ SHAPE = dataclasses.replace(
     vocab_size=131,
     rope_base=500.0,
 )
-MIXTURE = {"num_experts": 4, "experts_per_token": 2}
+MIXTURE = {"num_experts": 4, "router_topk": 2}
 FAMILY_SHAPES = {
     family: dataclasses.replace(SHAPE, family=family, **(MIXTURE if FAMILIES[family].has_experts else {}))
     for family in FAMILIES

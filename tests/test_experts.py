@@ -121,7 +121,7 @@ def spoilt_rollout(spoil: str) -> str:
     config = make_config("qwen3_moe", 100_000, policy={"routing": "replay_rollout"})
     layout, shape = distributed.init(), model_shape(config.model)
     policy = Policy(config, shape, layout, random_weights(shape, seed=1))
-    groups = route(make_groups(), shape.num_layers, shape.experts_per_token, shape.num_experts)
+    groups = route(make_groups(), shape.num_layers, shape.router_topk, shape.num_experts)
     response = groups[0].responses[0]
     response.experts = {
         "twice": np.zeros_like(response.experts),

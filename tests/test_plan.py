@@ -37,7 +37,7 @@ LAYOUTS = [  # (cut, ranks, distributed optimizer, tied embedding)
     ({"tensor": 2, "sequence_parallel": True, "context": 2}, 4, True, True),
 ]
 MIXTURE = dataclasses.replace(
-    SHAPE, family="qwen2_moe", num_layers=4, ffn_hidden_size=96, num_experts=8, experts_per_token=2,
+    SHAPE, family="qwen2_moe", num_layers=4, ffn_hidden_size=96, num_experts=8, router_topk=2,
     shared_ffn_hidden_size=64,
 )  # fmt: skip
 EXPERT_LAYOUTS = [  # (cut, ranks): in each of them experts and the rest are shared by different numbers of ranks
@@ -144,14 +144,14 @@ def test_a_mixture_keeps_the_documented_bytes():
     hidden, ffn, experts, each, tokens = 256, 128, 16, 4, 64
     shape = dataclasses.replace(
         MIXTURE, family="qwen3_moe", shared_ffn_hidden_size=0, num_layers=1, hidden_size=hidden, ffn_hidden_size=ffn,
-        num_experts=experts, experts_per_token=each,
+        num_experts=experts, router_topk=each,
     )  # fmt: skip
     [found] = run_ranks(1, saved_by_a_mixture, shape, tokens)
     found -= 6 * ffn * each + 4 * hidden * experts / tokens
     assert found == pytest.approx(4 * hidden + 9 * experts + each * (2 * hidden + 6 * ffn), rel=0.02)
     candidate = Candidate(tensor=1, pipeline=1, data=8, **PLACED)
     counted = [
-        activation_bytes(dataclasses.replace(shape, experts_per_token=k), candidate, tokens) / tokens for k in (0, each)
+        activation_bytes(dataclasses.replace(shape, router_topk=k), candidate, tokens) / tokens for k in (0, each)
     ]
     assert counted[1] - counted[0] == UNEVEN * each * (2 * hidden + 6 * ffn + 3 * 2 * hidden)
     again = activation_bytes(shape, dataclasses.replace(candidate, recompute="selective"), tokens) / tokens

@@ -312,7 +312,15 @@ def test_a_grading_process_that_dies_or_sleeps_is_replaced(new_children: Callabl
     assert not family[0].is_running()
 
 
-def test_an_interrupted_call_leaves_no_reply_for_the_next(reward: RewardFunction) -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell starts what it runs in the background without this handler."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupted_call_leaves_no_reply_for_the_next(reward: RewardFunction, interruptible: None) -> None:
     assert score(reward, hard(5)) == [1.0]
     [worker] = workers_of(reward)
     [child] = psutil.Process(worker).children()

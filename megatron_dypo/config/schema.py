@@ -42,7 +42,7 @@ class Shape(Section):
     tied_embeddings: bool | None = key(None, "Share the input embedding with the output head.")
     init_std: float | None = key(None, "Standard deviation of the random initial weights.", gt=0)
     num_experts: int | None = key(None, "Experts of each layer (families with a mixture of experts).", ge=1, lt=2**15)
-    experts_per_token: int | None = key(None, "Experts that a token goes through.", ge=1, lt=2**15)
+    router_topk: int | None = key(None, "Experts that a token goes through.", ge=1, lt=2**15)
     normalized_routing: bool | None = key(None, "The weights of a token's experts sum to 1.")
     shared_ffn_hidden_size: int | None = key(
         None, "Width of the experts that all tokens go through (`qwen2_moe`).", ge=1, lt=2**31

@@ -109,7 +109,7 @@ def _mlp_bytes(shape: ModelShape, candidate: Candidate) -> tuple[float, float]:
     h, ffn = shape.hidden_size, shape.ffn_hidden_size
     if not shape.num_experts:
         return 6 * ffn, 0.0
-    copies = UNEVEN * shape.experts_per_token
+    copies = UNEVEN * shape.router_topk
     experts = copies * (2 * h * candidate.expert_tensor + 6 * ffn)
     router = 4 * h + 9 * shape.num_experts
     return router + experts + 6 * shape.shared_ffn_hidden_size, 3 * copies * 2 * h * candidate.expert_tensor

@@ -7,7 +7,7 @@ from megatron_dypo.policy.shape import ModelShape, model_shape, of_weights
 
 _QWEN2 = {"family": "qwen2", "rope_base": 1e6, "norm_eps": 1e-6, "vocab_size": 152064, "head_dim": 128}
 _QWEN3 = {"family": "qwen3", "rope_base": 1e6, "norm_eps": 1e-6, "vocab_size": 151936, "head_dim": 128}
-_QWEN3_MOE = _QWEN3 | {"family": "qwen3_moe", "num_experts": 128, "experts_per_token": 8}
+_QWEN3_MOE = _QWEN3 | {"family": "qwen3_moe", "num_experts": 128, "router_topk": 8}
 _LLAMA = {"family": "llama", "rope_base": 5e5, "norm_eps": 1e-5, "vocab_size": 128256, "head_dim": 128}
 
 

@@ -111,7 +111,7 @@ def _routed_seconds(shape: ModelShape, candidate: Candidate, cluster: Cluster) -
     """A token's way to its experts and back, in one layer and forward pass, over the slowest link among their ranks."""
     e, x = candidate.expert, candidate.expert_tensor
     link = cluster.gpu.node if e * x <= cluster.per_node else cluster.gpu.network
-    copies = shape.experts_per_token * 2 * shape.hidden_size / candidate.tensor  # of a rank's slice of the tokens
+    copies = shape.router_topk * 2 * shape.hidden_size / candidate.tensor  # of a rank's slice of the tokens
     return 2 * copies * ((e - 1) / e + (x - 1)) / link
 
 
@@ -144,7 +144,7 @@ def _rollout_seconds(shape: ModelShape, candidate: Candidate, cluster: Cluster, 
     hops = 2 * shape.num_layers * HOP if tensor > 1 else 0.0
 
     def step(sequences: float) -> float:
-        idle = (1 - shape.experts_per_token / shape.num_experts) ** sequences if shape.num_experts else 0.0
+        idle = (1 - shape.router_topk / shape.num_experts) ** sequences if shape.num_experts else 0.0
         read = dense + (1 - idle) * experts  # of those that some token of the batch goes through
         read += sequences * cache * (work.prompt_tokens + work.response_tokens / 2)
         arithmetic = 2 * shape.active_parameters / tensor * sequences / (PREFILL * gpu.flops)

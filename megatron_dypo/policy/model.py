@@ -44,7 +44,7 @@ def _mixture(config: Config, shape: ModelShape) -> dict:
     return {
         "num_moe_experts": shape.num_experts,
         "moe_ffn_hidden_size": shape.ffn_hidden_size,
-        "moe_router_topk": shape.experts_per_token,
+        "moe_router_topk": shape.router_topk,
         "moe_router_pre_softmax": not shape.normalized_routing,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",

@@ -209,10 +209,10 @@ class Policy:
             return {}
         shape = self.shape
         known, largest = tuple(batch.experts_TLK.shape[1:]), int(batch.experts_TLK.max())
-        if known != (shape.num_layers, shape.experts_per_token) or largest >= shape.num_experts:
+        if known != (shape.num_layers, shape.router_topk) or largest >= shape.num_experts:
             raise TrainingError(
                 f"policy.routing: replay_rollout: a rollout has (layers, a token's experts) {known}, up to expert "
-                f"{largest}; the model has {shape.num_layers}, {shape.experts_per_token} of {shape.num_experts}"
+                f"{largest}; the model has {shape.num_layers}, {shape.router_topk} of {shape.num_experts}"
             )
         layers = [layer.layer_number for chunk in self.chunks for layer in chunk.module.decoder.layers]
         given_TLK = self._own_slice(batch.experts_TLK)
@@ -230,7 +230,7 @@ class Policy:
         with torch.no_grad():
             self._run(batches, lambda hidden, batch: (), forward_only=True, routings=self._routed)
         counts_LE = routed_counts(self._routed, self.shape)
-        weights_LE = balance_weights(counts_LE, self.config.policy.aux_loss, self.shape.experts_per_token)
+        weights_LE = balance_weights(counts_LE, self.config.policy.aux_loss, self.shape.router_topk)
         for routing in self._routed:
             routing.weights = weights_LE
 

@@ -39,7 +39,7 @@ class ModelShape:
     """Sizes in elements. ``vocab_size`` is the true vocabulary; ``padded_vocab`` is what the weights hold.
 
     With ``num_experts`` every MLP is a mixture of so many, each of width ``ffn_hidden_size``, of which a token goes
-    through ``experts_per_token``. Their weights are the router's probabilities, made to sum to 1 where
+    through ``router_topk``. Their weights are the router's probabilities, made to sum to 1 where
     ``normalized_routing``; ``shared_ffn_hidden_size`` is the width of what all tokens go through besides.
     """
 
@@ -58,7 +58,7 @@ class ModelShape:
     tied_embeddings: bool = False
     init_std: float = 0.02
     num_experts: int = 0
-    experts_per_token: int = 0
+    router_topk: int = 0
     normalized_routing: bool = True
     shared_ffn_hidden_size: int = 0
 
@@ -74,7 +74,7 @@ class ModelShape:
     @property
     def active_parameters(self) -> int:
         """Of them, those that one token meets."""
-        return self._weights(max(1, self.experts_per_token))
+        return self._weights(max(1, self.router_topk))
 
     def _weights(self, experts: int) -> int:
         """With so many MLPs in a layer."""
@@ -133,7 +133,7 @@ PRESETS["tiny-moe"] = dataclasses.replace(
     family="qwen3_moe",
     ffn_hidden_size=192,
     num_experts=8,
-    experts_per_token=2,
+    router_topk=2,
 )
 
 
@@ -156,18 +156,18 @@ def model_shape(config: Model) -> ModelShape:
         (experts and not family.has_experts, "num_experts", f"family {shape.family} has no experts"),
         (family.has_experts and not experts, "num_experts", f"family {shape.family} is a mixture of experts"),
         (
-            family.has_experts and not 0 < shape.experts_per_token <= experts,
-            "experts_per_token",
+            family.has_experts and not 0 < shape.router_topk <= experts,
+            "router_topk",
             f"must be 1 to num_experts: {experts}",
         ),
         (
-            shape.experts_per_token and not family.has_experts,
-            "experts_per_token",
+            shape.router_topk and not family.has_experts,
+            "router_topk",
             f"family {shape.family} has no experts",
         ),
         (
-            shape.experts_per_token == 1 and shape.normalized_routing,
-            "experts_per_token",
+            shape.router_topk == 1 and shape.normalized_routing,
+            "router_topk",
             "leaves routers nothing to learn where weights are made to sum to 1",
         ),
         (
@@ -230,7 +230,7 @@ _KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
 # Fields that only mixtures of experts have: their kind and, where config.json may leave them out, Hugging Face's value.
 _MIXTURE: dict[str, tuple] = {
     "num_experts": (int,),
-    "experts_per_token": (int,),
+    "router_topk": (int,),
     "normalized_routing": (bool, False),
     "shared_ffn_hidden_size": (int,),
 }

@@ -184,7 +184,7 @@ class RolloutSource:
         """Where it is to be taken again, every response must say where this model's routers sent it."""
         if self.config.policy.routing != "replay_rollout":
             return
-        wanted = self.shape.num_layers, self.shape.experts_per_token
+        wanted = self.shape.num_layers, self.shape.router_topk
         for group in groups:
             for experts in (response.experts for response in group.responses):
                 if experts is None or experts.shape[1:] != wanted or experts.max() >= self.shape.num_experts:

@@ -16,5 +16,5 @@ FAMILY = Family(
         rows("mlp.experts.*.linear_fc2.weight", f"{_EXPERT}.w2.weight"),
     ),
     only={"sliding_window": (None,)},
-    keys={"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"},
+    keys={"num_experts": "num_local_experts", "router_topk": "num_experts_per_tok"},
 )

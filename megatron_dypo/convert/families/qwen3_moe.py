@@ -13,7 +13,7 @@ EXPERTS = (
 KEYS = {
     "ffn_hidden_size": "moe_intermediate_size",
     "num_experts": "num_experts",
-    "experts_per_token": "num_experts_per_tok",
+    "router_topk": "num_experts_per_tok",
     "normalized_routing": "norm_topk_prob",
 }
 EVERY_LAYER = {"decoder_sparse_step": (1, None), "mlp_only_layers": ([], None)}
