@@ -418,6 +418,7 @@ def test_neither_trainer_nor_worker_imports_what_it_must_not() -> None:
     assert not heavy & set(worker)
 
 
+@pytest.mark.faults
 def test_the_benchmark_counts_what_it_measures() -> None:
     mix, slow = simple(300), hangs(100, 0.5)
     assert (mix["responses"], mix["faults"]) == (300, 0)
