@@ -31,7 +31,8 @@ test-mcore-latest: venv
 	$(BIN)/python -m pip install -q --no-deps --ignore-requires-python --upgrade --target $(LATEST) -r requirements/mcore-latest.txt
 	PYTHONPATH=$(LATEST) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_layouts.py \
 	    tests/test_end_to_end.py tests/test_checkpoint.py tests/test_rollout.py tests/test_convert_commands.py tests/test_offload.py \
-	    tests/test_update.py tests/test_head_parallel.py tests/test_convert.py tests/test_attention.py tests/test_plan.py
+	    tests/test_update.py tests/test_head_parallel.py tests/test_convert.py tests/test_attention.py tests/test_plan.py \
+	    tests/test_experts.py
 
 test-gpu:
 	$(BIN)/python -m pytest tests -m gpu
