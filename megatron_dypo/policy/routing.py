@@ -27,7 +27,8 @@ class Routing:
         self.score_sums: dict[int, Tensor] = {}  # [E], of the router's probabilities in a training pass
         self.weights: Tensor | None = None  # [L, E]: what a unit of probability costs, the auxiliary loss being linear
         self.replayed: set[int] = set()  # layers whose choice is older than the training pass
-        self.differing = torch.zeros(2, dtype=torch.float64)  # of their assignments: not the router's own, and all
+        # of their assignments: not the router's own, and all; on the device, which no layer has to wait for
+        self.differing = torch.zeros(2, dtype=torch.int64, device=real_T.device)
 
     def begin_training(self) -> None:
         """What is known now is what the training pass replays."""
@@ -40,15 +41,11 @@ class Routing:
         if given_TK is None:
             self.chosen[layer] = own_TK.to(torch.int16)
             return own_TK
-        chosen_TK = given_TK.long()
-        unknown_T = chosen_TK[:, 0] < 0
-        if unknown_T.any():
-            chosen_TK = torch.where(unknown_T[:, None], own_TK, chosen_TK)
-            self.chosen[layer] = chosen_TK.to(torch.int16)
+        chosen_TK = torch.where(given_TK[:, :1] < 0, own_TK, given_TK.long())
+        self.chosen[layer] = chosen_TK.to(torch.int16)
         if layer in self.replayed and torch.is_grad_enabled():
             same_TK = (chosen_TK[:, :, None] == own_TK[:, None, :]).any(-1)
-            counts = (~same_TK & self.real_T[:, None]).sum(), k * self.real_T.sum()
-            self.differing += torch.stack(counts).double().cpu()
+            self.differing += torch.stack([(~same_TK & self.real_T[:, None]).sum(), k * self.real_T.sum()])
         return chosen_TK
 
     def balance(self, layer: int, probs_TE: Tensor) -> Tensor | None:
@@ -80,7 +77,7 @@ def routing_metrics(routings: list[Routing], shape: ModelShape, coefficient: flo
     over layers. ``moe/aux_loss``: E x sum_e f_e P_e, the mean over layers; 1 where the load is even.
     ``moe/rerouted_frac``: replayed choices that the router would not have made.
     """
-    differing = sum((routing.differing for routing in routings), torch.zeros(2))
+    differing = sum(routing.differing for routing in routings).double().cpu()
     parts = [*_sums(routings, shape), differing]
     flat = _all_ranks(torch.cat([part.flatten() for part in parts])).split([part.numel() for part in parts])
     counts_LE, scores_LE, differing = (values.view(part.shape) for values, part in zip(flat, parts, strict=True))
