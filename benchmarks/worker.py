@@ -7,8 +7,8 @@ A request is a line of JSON: {"setting": {...}, "repeats": int, "reference": fol
 folder. An untimed step comes first where the shape is new; on CUDA always, as memory is given back after every request.
 
 On the CPU a step's time is wall time and the process's CPU time, over all threads, and its peak is resident memory
-(VmHWM) over what the inputs took; on CUDA time is by events and the peak is allocated memory. Both peaks include the
-gradients that the step leaves.
+(VmHWM) over what the inputs took, with what our head keeps from step to step; on CUDA time is by events and the peak is
+allocated memory. Both peaks include the gradients that the step leaves.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.heads import HEADS, Batch, Head, Setting, naive_logp
+from megatron_dypo.kernels import workspace
 
 CHUNK = 128  # tokens that the reference takes at a time
 ROWS = 4096  # of a gradient, read at a time: the file never takes part in the resident memory
@@ -44,7 +45,8 @@ def timed_cpu(head: Head, batch: Batch) -> tuple[dict[str, float], Tensor | None
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what is free but resident would hide as much of the step's memory
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is resident now
-    base, wall, cpu = status_mib("VmRSS"), time.perf_counter(), time.process_time()
+    base = status_mib("VmRSS") - workspace.held() * torch.float32.itemsize / MIB
+    wall, cpu = time.perf_counter(), time.process_time()
     logp = head.step(batch)
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     return {"cpu_seconds": cpu, "wall_seconds": wall, "peak_mib": status_mib("VmHWM") - base}, logp

@@ -16,8 +16,9 @@ def problem():
 
     draw = torch.Generator().manual_seed(0)
     slope_T = torch.randn(TOKENS, generator=draw) * (torch.rand(TOKENS, generator=draw) < 0.6)
+    far_T1 = torch.where(torch.arange(TOKENS) % 10 == 0, 60.0, 1.0).unsqueeze(1)  # exponentials that leave fp32
     return (
-        torch.randn(TOKENS, HIDDEN, generator=draw),
+        torch.randn(TOKENS, HIDDEN, generator=draw) * far_T1,
         torch.randn(PADDED, HIDDEN, generator=draw) / 4,
         torch.randint(0, VOCABULARY, (TOKENS,), generator=draw),
         0.5 + torch.rand(TOKENS, generator=draw),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dypo.kernels import linear_logprob, linear_loss
+from megatron_dypo.kernels import linear_logprob, linear_loss, workspace
 from megatron_dypo.kernels.chunked import CHUNK
 
 BACKENDS = ["reference", "chunked"]
@@ -222,6 +222,32 @@ def test_a_local_loss_of_flat_and_confident_distributions(backend: str, scale: f
         assert_near(actual, exact, 1e-5)
 
 
+def test_logits_far_from_zero_beside_others() -> None:
+    """Rows whose exponentials leave fp32, below and above, in all tiles or in one; every third token has no slope.
+
+    fp32 rounds a logit of 300 by 3e-5.
+    """
+    tokens, rows = CHUNK + 40, 96
+    hidden_TH, weight_VH, targets_T, temperature_T = make_head(tokens, rows, scale=3.0)
+    offsets, place_T = torch.tensor([0.0, -300.0, -60.0, 0.0, -44.0, 44.0, 0.0, 60.0, 300.0]), torch.arange(tokens)
+    weight_VH[:, 0], weight_VH[:, 1] = 1.0, (torch.arange(rows) < rows / 8).float()
+    hidden_TH[:, 0] = offsets[place_T % 9] * temperature_T
+    hidden_TH[:, 1] = torch.tensor([0.0, 0.0, 90.0, -90.0])[place_T % 4] * temperature_T
+    assert_same_head((hidden_TH, weight_VH, targets_T, temperature_T), "chunked", tolerance=3e-5)
+
+    slope_T = torch.where(place_T % 3 == 0, 0.0, directions(tokens)[0])
+    inputs = hidden_TH.requires_grad_(), weight_VH.requires_grad_()
+    loss, logprobs = linear_loss(
+        *inputs, targets_T, lambda logp_t, _, t: (slope_T[t] * logp_t, slope_T[t]), temperature=temperature_T
+    )
+    expected = gradients([plain(*inputs, targets_T, temperature_T)[0]], [slope_T], *inputs)
+    for actual, exact in zip(torch.autograd.grad(loss, inputs), expected, strict=True):
+        assert_near(actual, exact, 3e-5)
+    some_T = torch.arange(0, tokens, 7)  # among other neighbours
+    again = linear_logprob(hidden_TH[some_T], weight_VH, targets_T[some_T], temperature=temperature_T[some_T])
+    assert_near(again.logp, logprobs.logp[some_T], 1e-6)
+
+
 def test_the_gradients_of_a_local_loss_are_given_once() -> None:
     """They are not copied: a second backward pass would find what the first one's receiver has made of them."""
     hidden_TH, weight_VH, targets_T, _ = make_head(10)
@@ -255,6 +281,24 @@ def test_both_functions_and_every_run_give_the_same_bits(tokens: int) -> None:
         assert all(torch.equal(a, b) for a, b in zip(old, now, strict=True))
         runs.append([*now, loss.detach(), *torch.autograd.grad(loss, inputs)])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_memory_is_used_again_but_never_by_two_calls_at_once() -> None:
+    """One call within another's loss, as an own critic might: neither writes over the other's logits."""
+    head = make_head(40)[:3]
+    expected_T = linear_logprob(*head).logp
+    assert workspace.held() >= 40 * 96 / 8
+    inner, held = [], []
+
+    def with_a_call_inside(logp_t: Tensor, entropy_t: Tensor | None, t: slice) -> tuple[Tensor, Tensor]:
+        held.append(workspace.held())
+        inner.append(linear_logprob(*head).logp)
+        return negative_log_likelihood(logp_t, entropy_t, t)
+
+    alone, nested = (head[0].clone().requires_grad_() for _ in range(2))
+    linear_loss(alone, *head[1:], negative_log_likelihood)[0].backward()
+    linear_loss(nested, *head[1:], with_a_call_inside)[0].backward()
+    assert held == [0] and torch.equal(inner[0], expected_T) and torch.equal(nested.grad, alone.grad)
 
 
 def test_a_token_s_result_does_not_depend_on_its_place_in_the_pack() -> None:

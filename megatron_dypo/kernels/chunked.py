@@ -1,27 +1,25 @@
 """The head in plain torch: a chunk of tokens and a tile of the vocabulary at a time.
 
-What is not a matrix product is bound by memory: logits become exponentials in place, a block of rows at a time that
-stays in the cache, and a factor of a whole row is left to the products. ``flow.py`` has the rest and the legend.
+What is not a matrix product is bound by memory, so it is kept to few passes, in few fresh pages: no maximum is taken
+where none is needed (``vocab.py``), exponentials of a chunk lie side by side for one product over all columns, a factor
+of a whole row is left to the products, and the memory is used again (``workspace.py``). ``flow.py`` has the rest and
+the legend.
 """
 
 from __future__ import annotations
-
-import contextlib
-import functools
-import mmap
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from megatron_dypo.kernels import flow
-from megatron_dypo.kernels.vocab import VocabShard, no_statistics, target_columns, tile_statistics
+from megatron_dypo.kernels import flow, workspace
+from megatron_dypo.kernels.vocab import FAR, VocabShard, no_statistics, target_columns, tile_statistics
 
 CHUNK = 1024
 CHUNK_ELEMENTS = 96 << 20  # of the whole vocabulary's logits, 384 MiB: a large one is taken in shorter chunks
-# A thread's share of a block of rows: much smaller ones are many short operations, much larger ones leave the cache.
-BLOCK_ELEMENTS = 512 << 10
-SMALLEST_SHARE = -60.0  # log of p's sum over a tile; see ``formed``
+
+# A thread's share of the rows whose statistics are taken together: logits and exponentials stay in its 1 MiB of cache.
+BLOCK_ELEMENTS = 128 << 10
 
 
 def logprob(
@@ -37,16 +35,19 @@ def loss(hidden, weight, targets, token_loss, temperature_T, shard: VocabShard, 
 
 
 class ChunkedHead(flow.Head):
-    """Keeps exp(z - the tile's max) of a chunk, at most CHUNK_ELEMENTS numbers, or else of one tile."""
+    """Keeps exp(z - top) of a chunk, at most CHUNK_ELEMENTS numbers, or else of one tile; top is 0 for most rows."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         widest = max(tile.stop - tile.start for tile in self.shard.tiles)
-        # of one tile after the other, unless all are kept
-        tiles, size = len(self.shard.tiles) if self.keep else 1, self.longest * widest
-        self.exp_K = _large_buffer(tiles * size, self.weight_VH, self.dtype).view(tiles, size)
         self.block = max(1, torch.get_num_threads() * BLOCK_ELEMENTS // max(1, widest) // flow.ROWS) * flow.ROWS
-        self.scratch = self.exp_K.new_empty(min(self.block, self.longest) * widest)
+        self.columns = self.shard.real.stop if self.keep else widest
+        sizes = [self.longest * widest, self.longest * self.columns]
+        self.memory = workspace.take(sum(sizes), self.weight_VH, self.dtype)
+        self.z, self.exp = self.memory[: sum(sizes)].split(sizes)  # z of one tile after the other
+
+    def close(self) -> None:
+        workspace.give_back(self.memory)
 
     def chunk_length(self) -> int:
         """Chunks of about one length: the products of a short last one would take as long as those of a whole one."""
@@ -55,53 +56,55 @@ class ChunkedHead(flow.Head):
         return -(-tokens // (chunks * flow.ROWS)) * flow.ROWS
 
     def statistics(self, chunk: slice) -> Tensor:
-        """[K, 4, t]; leaves exp(z - the tile's max) in ``exp_K``.
+        """[K, 4, t]; leaves exp(z - the tile's top) in ``exp``.
 
         Rows that fill up the chunk take part until the end: torch sums few rows in another order than many.
         """
         hidden_tH, tokens, stats = self._scaled_rows(chunk), chunk.stop - chunk.start, []
         targets_t = pad(self.targets_T[chunk], (0, hidden_tH.shape[0] - tokens))
-        for k, tile in enumerate(self.shard.tiles):
+        for tile in self.shard.tiles:
             if tile.start == tile.stop:
-                stats.append(no_statistics(hidden_tH.shape[0], self.exp_K))
+                stats.append(no_statistics(hidden_tH.shape[0], self.z))
                 continue
-            z_tv = self._logits(hidden_tH, k if self.keep else 0, tile)
-            blocks = self._blocks(z_tv, *target_columns(targets_t, self.shard, tile))
-            stats.append(torch.cat([tile_statistics(*block, self.scratch, self.entropy) for block in blocks], dim=1))
+            place = tile if self.keep else slice(0, tile.stop - tile.start)
+            exp_tv = self._exp_tV(hidden_tH.shape[0])[:, place]
+            by_row = (self._logits(hidden_tH, tile), *target_columns(targets_t, self.shard, tile), exp_tv)
+            blocks = zip(*(x.split(self.block) for x in by_row), strict=True)
+            stats.append(torch.cat([tile_statistics(*block, self.entropy) for block in blocks], dim=1))
         return torch.stack(stats)[..., :tokens]
 
     def formed(
         self, chunk: slice, a: Tensor, stats_K4t: Tensor, logp_t: Tensor, lse_t: Tensor, slope_t: Tensor
     ) -> flow.Tiles:
-        """dz = slope (onehot - p) = -slope share (exp - onehot / share), where p = exp share.
+        """dz = slope (onehot - p) = -slope share (exp - onehot / share), where p = exp share; of all columns at once.
 
-        A share below e^-60 is taken for that: 1 / share stays finite, and p is wrong by e^-60 at most.
+        share is exp(-lse), but 1 where that is far from 1 or a tile had to have a top: such rows become p itself.
         """
-        slope_a, targets_a = slope_t[a], self.targets_T[chunk][a]
-        for k, tile in self.tiles():
-            width = tile.stop - tile.start
-            exp_av = self._picked(self.exp_K[k, : len(slope_t) * width].view(-1, width), a)
-            share_a = (stats_K4t[k, 0] - lse_t)[a].clamp_(min=SMALLEST_SHARE).exp_()
-            _add_at_targets(exp_av, -1 / share_a, *target_columns(targets_a, self.shard, tile))
-            yield tile, exp_av, -slope_a * share_a
+        if not self.columns:
+            return
+        exp_tV, top_Kt = self._exp_tV(len(lse_t)), stats_K4t[:, 0]
+        far_t = (lse_t.abs() > FAR) | ((top_Kt != 0) & (stats_K4t[:, 1] != 0)).any(0)
+        if bool(far_t.any()):
+            for k, tile in self.tiles():
+                exp_tV[:, tile].mul_(torch.where(far_t, top_Kt[k] - lse_t, 0.0).exp_().unsqueeze(1))
+        share_a = torch.where(far_t, 0.0, -lse_t)[a].exp_()
+        exp_aV = self._in_front(exp_tV, a)
+        _add_at_targets(exp_aV, -1 / share_a, *target_columns(self.targets_T[chunk][a], self.shard, self.shard.real))
+        yield self.shard.real, exp_aV, -slope_t[a] * share_a
 
     def recomputed(self, chunk: slice, upstream: tuple[Tensor, ...], entropy_t: Tensor, lse_t: Tensor) -> flow.Tiles:
         dlogp_t, dentropy_t, dlse_t = upstream
         hidden_tH, has_entropy = self._scaled_rows(chunk), bool(dentropy_t.any())
-        by_row = [x.unsqueeze(1) for x in (lse_t, lse_t - entropy_t, -dentropy_t, dlse_t - dlogp_t)]
+        pull = (dlse_t - dlogp_t).unsqueeze(1)
         for _, tile in self.tiles():
-            dz_tv = self._logits(hidden_tH, 0, tile)[: len(lse_t)]
-            for z_bv, lse_b1, mean_b1, pull_entropy_b1, pull in self._blocks(dz_tv, *by_row):
-                if has_entropy:
-                    surprise_bv = torch.sub(z_bv, mean_b1, out=self.scratch[: z_bv.numel()].view(z_bv.shape))
-                    pull = surprise_bv.mul_(pull_entropy_b1).add_(pull)
-                z_bv.sub_(lse_b1).exp_().mul_(pull)
+            dz_tv = self._logits(hidden_tH, tile)[: len(lse_t)]
+            if has_entropy:
+                surprise_tv = self.exp[: dz_tv.numel()].view(dz_tv.shape)
+                torch.sub(dz_tv, (lse_t - entropy_t).unsqueeze(1), out=surprise_tv)
+                pull = surprise_tv.mul_(-dentropy_t.unsqueeze(1)).add_((dlse_t - dlogp_t).unsqueeze(1))
+            dz_tv.sub_(lse_t.unsqueeze(1)).exp_().mul_(pull)
             _add_at_targets(dz_tv, dlogp_t, *target_columns(self.targets_T[chunk], self.shard, tile))
             yield tile, dz_tv, None
-
-    def _blocks(self, *by_row: Tensor):
-        """The same few rows of each, block after block."""
-        return zip(*(x.split(self.block) for x in by_row), strict=True)
 
     def _scaled_rows(self, chunk: slice) -> Tensor:
         """``rows`` / temperature: their products with the weight are the scaled logits."""
@@ -111,32 +114,22 @@ class ChunkedHead(flow.Head):
         missing = hidden_tH.shape[0] - (chunk.stop - chunk.start)
         return hidden_tH / pad(self.temperature_T[chunk], (0, missing), value=1.0).unsqueeze(1)
 
-    def _logits(self, hidden_tH: Tensor, k: int, tile: slice) -> Tensor:
-        """Scaled logits [t, v] (t as ``rows`` fills it up), in ``exp_K[k]``."""
+    def _logits(self, hidden_tH: Tensor, tile: slice) -> Tensor:
+        """Scaled logits [t, v] (t as ``rows`` fills it up), good until the next call."""
         weight_vH = self.weight(tile)
-        z_tv = self.exp_K[k, : hidden_tH.shape[0] * weight_vH.shape[0]].view(hidden_tH.shape[0], -1)
+        z_tv = self.z[: hidden_tH.shape[0] * weight_vH.shape[0]].view(hidden_tH.shape[0], -1)
         return flow.multiply(hidden_tH, weight_vH.t(), z_tv)
 
-    def _picked(self, exp_tv: Tensor, a: Tensor) -> Tensor:
-        """The rows ``a``, good until the next call."""
-        if len(a) == len(exp_tv):
-            return exp_tv
-        out = self._picked_rows[: len(a) * exp_tv.shape[1]].view(len(a), -1)
-        return torch.index_select(exp_tv, 0, a, out=out)
+    def _exp_tV(self, rows: int) -> Tensor:
+        return self.exp.view(self.longest, self.columns)[:rows]
 
-    @functools.cached_property
-    def _picked_rows(self) -> Tensor:
-        return torch.empty_like(self.exp_K[0])
-
-
-def _large_buffer(elements: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Uninitialised; in huge pages where Linux gives them, since fresh small ones cost more than a pass over them."""
-    if like.device.type != "cpu" or elements == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return like.new_empty(elements, dtype=dtype)
-    memory = mmap.mmap(-1, elements * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype)
+    def _in_front(self, exp_tV: Tensor, a: Tensor) -> Tensor:
+        """The rows ``a``, moved to where they are not yet (``flow.in_front``); by tiles, which bounds the copies."""
+        moved = (a >= len(a)).nonzero().flatten()
+        if len(moved):
+            for _, tile in self.tiles():
+                exp_tV[:, tile].index_copy_(0, moved, exp_tV[:, tile].index_select(0, a[moved]))
+        return exp_tV[: len(a)]
 
 
 def _add_at_targets(dz_tv: Tensor, value_t: Tensor, column_t: Tensor, here_t: Tensor) -> None:

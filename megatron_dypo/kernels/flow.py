@@ -64,6 +64,9 @@ class Head(ABC):
     def recomputed(self, chunk: slice, upstream: tuple[Tensor, ...], entropy_t: Tensor, lse_t: Tensor) -> Tiles:
         """Of all tokens of a chunk; ``upstream`` gradients [t] of logp, entropy and lse, each / temperature."""
 
+    def close(self) -> None:  # noqa: B027 - not every head has something to give back
+        """Ends the use of its memory."""
+
     def shortened(self, chunk: int, elements: int) -> int:
         """``chunk`` tokens, or as many as the whole vocabulary's logits are ``elements`` of; a multiple of ROWS.
 
@@ -110,7 +113,8 @@ class Gradients:
             dtype = head.dtype if head.shard.ranks > 1 else head.hidden_TH.dtype
             self.dhidden_TH = torch.zeros_like(head.hidden_TH, dtype=dtype)
         if needs[1]:
-            self.dweight_VH = torch.zeros_like(weight, dtype=head.dtype) if self.main_grad is None else self.main_grad
+            self.dweight_VH = torch.empty_like(weight, dtype=head.dtype) if self.main_grad is None else self.main_grad
+        self.begun = self.main_grad is not None  # or else the first tokens' products need nothing to be added to
 
     def add(self, rows: slice | Tensor, hidden_aH: Tensor, tiles: Tiles) -> None:
         """``tiles`` are all of this rank's, of the tokens ``rows``."""
@@ -118,10 +122,11 @@ class Gradients:
         for tile, dz_av, scale_a in tiles:
             dz_av = dz_av.to(hidden_aH.dtype)
             if self.dhidden_TH is not None:
-                _add_product(dhidden_aH, dz_av, self.head.weight(tile), scale_a)
+                _add_product(dz_av, self.head.weight(tile), dhidden_aH, scale_a)
             if self.dweight_VH is not None:
                 scaled_aH = hidden_aH if scale_a is None else hidden_aH * scale_a.unsqueeze(1)
-                _add_product(self.dweight_VH[tile], dz_av.t(), scaled_aH)
+                (_add_product if self.begun else multiply)(dz_av.t(), scaled_aH, self.dweight_VH[tile])
+        self.begun = True
         if self.dhidden_TH is not None:
             self.dhidden_TH[rows] = dhidden_aH.to(self.dhidden_TH.dtype)
 
@@ -142,7 +147,10 @@ class Gradients:
         weight = self.head.weight_VH
         if self.main_grad is not None:
             return torch.zeros_like(weight)
-        return None if self.dweight_VH is None else self.dweight_VH.to(weight.dtype)
+        if self.dweight_VH is None:
+            return None
+        self.dweight_VH[self.head.shard.real.stop if self.begun else 0 :] = 0  # padding, or all without a gradient
+        return self.dweight_VH.to(weight.dtype)
 
 
 class LogProb(Function):
@@ -154,6 +162,7 @@ class LogProb(Function):
         head = forms(_all_tokens(hidden, shard, sequence_parallel), weight, targets, temperature_T, shard, entropy)
         nothing = hidden.new_zeros(TILES // shard.ranks, STATISTICS, 0, dtype=head.dtype)
         stats = [head.statistics(chunk) for chunk in head.chunks()]
+        head.close()
         logp_T, entropy_T, lse_T = combine(torch.cat([nothing, *stats], dim=2), shard)
         ctx.save_for_backward(head.hidden_TH, weight, targets, temperature_T, entropy_T, lse_T)
         ctx.shard, ctx.sequence_parallel = shard, sequence_parallel
@@ -170,6 +179,7 @@ class LogProb(Function):
             scaled = tuple(head.by_temperature(gradient_A[chunk], chunk) for gradient_A in upstream)
             tiles = head.recomputed(chunk, scaled, entropy_A[chunk], lse_A[chunk])
             gradients.add(chunk, head.rows(chunk)[: chunk.stop - chunk.start], tiles)
+        head.close()
         dhidden = gradients.hidden()
         if dhidden is not None:
             dhidden = torch.zeros_like(hidden_TH).index_copy_(0, a, dhidden)
@@ -194,11 +204,12 @@ class Loss(Function):
             summands_t, slope_t = token_loss(logp_t, entropy_t if entropy else None, chunk)
             results[:, chunk] = torch.stack([logp_t, entropy_t, lse_t])
             total += summands_t.double().sum()
-            a = (slope_t != 0).nonzero().flatten()
+            a = in_front(slope_t != 0)
             if len(a) and wanted:
                 scaled_t = head.by_temperature(slope_t.to(head.dtype), chunk)
                 tiles = head.formed(chunk, a, stats_K4t, logp_t, lse_t, scaled_t)
                 gradients.add(chunk.start + a, pick(head.rows(chunk)[: len(slope_t)], a), tiles)
+        head.close()
         ctx.added = gradients.main_grad is not None
         dhidden = _own_rows(gradients.hidden(), shard, sequence_parallel)
         ctx.save_for_backward(weight if ctx.added else None)
@@ -223,6 +234,16 @@ class Loss(Function):
         return None, dhidden, dweight_VH, *[None] * 7
 
 
+def in_front(active_t: Tensor) -> Tensor:
+    """The active tokens: those among the first len(a) in their own places, the rest where others are not active.
+
+    So few rows have to move for the active ones to lie side by side.
+    """
+    a = torch.arange(int(active_t.sum()), device=active_t.device)
+    a[~active_t[: len(a)]] = active_t[len(a) :].nonzero().flatten() + len(a)
+    return a
+
+
 def pick(rows_tx: Tensor, a: Tensor) -> Tensor:
     """The rows ``a``, without a copy where they are all."""
     return rows_tx if len(a) == len(rows_tx) else rows_tx[a]
@@ -235,14 +256,14 @@ def multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     return torch.mm(left, right, out_dtype=out.dtype, out=out)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: Tensor | None = None) -> None:
-    """total += left @ right, in total's precision, the rows times ``scale``."""
+def _add_product(left: Tensor, right: Tensor, out: Tensor, scale: Tensor | None = None) -> None:
+    """out += left @ right, in out's precision, the rows times ``scale``."""
     if scale is not None:
-        total.addcmul_(left @ right, scale.unsqueeze(1))
-    elif left.dtype == total.dtype:
-        total.addmm_(left, right)
+        out.addcmul_(left @ right, scale.unsqueeze(1))
+    elif left.dtype == out.dtype:
+        out.addmm_(left, right)
     else:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+        torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
 
 
 def _fp32_main_grad(weight: Tensor) -> Tensor | None:

@@ -1,7 +1,8 @@
 """One rank's share of the vocabulary, and the statistics that join the shares into a softmax.
 
-The vocabulary is cut into TILES tiles whatever the tensor-parallel size. Each tile of the logits yields (max, sum of
-exp, sum of z exp, z of the target); one all-gather brings them to all ranks, which combine them in the same order.
+The vocabulary is cut into TILES tiles whatever the tensor-parallel size. Each tile of the logits yields a top, the sums
+of exp(z - top) and of z exp(z - top), and the target's z; one all-gather brings them to all ranks, which combine them
+in the same order.
 A rank forms the logits tile by tile, too, so that every matrix product has the same shape at any tensor-parallel size:
 log-prob and entropy are then the same bit for bit. Padding is left out of the tiles, so nothing needs a mask.
 
@@ -11,6 +12,7 @@ Legend: t tokens, K tiles (8 over all ranks), v columns of a tile.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 
 TILES = 8
 STATISTICS = 4
+FAR = 46.0  # |log of a sum of exp| up to which sums, products and quotients stay well inside fp32: e^46 is 1e20
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,13 @@ class VocabShard:
     @property
     def tiles(self) -> list[slice]:
         """This rank's tiles as ranges of local columns, without padding; one may be empty."""
-        width, real = self.tile_width, max(0, min(self.rows, self.vocab_size - self.start))
+        width, real = self.tile_width, self.real.stop
         return [slice(min(k * width, real), min((k + 1) * width, real)) for k in range(TILES // self.ranks)]
+
+    @property
+    def real(self) -> slice:
+        """All of this rank's tiles."""
+        return slice(0, max(0, min(self.rows, self.vocab_size - self.start)))
 
 
 def target_columns(targets_t: Tensor, shard: VocabShard, tile: slice) -> tuple[Tensor, Tensor]:
@@ -60,13 +68,20 @@ def target_columns(targets_t: Tensor, shard: VocabShard, tile: slice) -> tuple[T
     return column_t.clamp(0, width - 1), (column_t >= 0) & (column_t < width)
 
 
-def tile_statistics(z_tv: Tensor, column_t: Tensor, here_t: Tensor, scratch: Tensor, entropy: bool) -> Tensor:
-    """Statistics [4, t] of one tile's scaled logits; leaves exp(z - max) in ``z_tv``."""
-    top_t = z_tv.amax(1)
+def tile_statistics(z_tv: Tensor, column_t: Tensor, here_t: Tensor, exp_tv: Tensor, entropy: bool) -> Tensor:
+    """Statistics [4, t] of one tile's scaled logits, which it uses up; leaves exp(z - top) in ``exp_tv``.
+
+    top is 0 as long as the sum of exp(z) is far from where fp32 ends, which saves two passes; or else it is the max.
+    That depends on the row alone, not on its neighbours or the ranks.
+    """
     target_t = torch.where(here_t, z_tv.gather(1, column_t.unsqueeze(1)).squeeze(1), 0.0)
-    below_tv = torch.sub(z_tv, top_t.unsqueeze(1), out=scratch[: z_tv.numel()].view(z_tv.shape))
-    sum_t = torch.exp(below_tv, out=z_tv).sum(1)
-    weighted_t = below_tv.mul_(z_tv).sum(1) + top_t * sum_t if entropy else torch.zeros_like(top_t)
+    sum_t = torch.exp(z_tv, out=exp_tv).sum(1)
+    top_t = torch.zeros_like(sum_t)
+    far_t = ~((sum_t > math.exp(-FAR)) & (sum_t < math.exp(FAR)))  # so is not-a-number
+    if bool(far_t.any()):
+        top_t = torch.where(far_t, z_tv.amax(1), top_t)
+        sum_t = torch.exp(z_tv.sub_(top_t.unsqueeze(1)), out=exp_tv).sum(1)
+    weighted_t = z_tv.mul_(exp_tv).sum(1) + top_t * sum_t if entropy else torch.zeros_like(top_t)
     return torch.stack([top_t, sum_t, weighted_t, target_t])
 
 
