@@ -93,29 +93,29 @@ def naive_compacted(b: Batch) -> Tensor:
     return backward(naive_logp(hidden_AH, b.weight_VH, b.targets_T[b.active_A]), b.slopes_T[b.active_A])
 
 
-def ours(b: Batch, entropy: bool = True) -> Tensor:
+def ours(b: Batch) -> Tensor:
     def token_loss(logp_t, entropy_t, t):
         return b.slopes_T[t] * logp_t, b.slopes_T[t]
 
-    loss, logprobs = linear_loss(b.hidden_TH, b.weight_VH, b.targets_T, token_loss, entropy=entropy)
+    loss, logprobs = linear_loss(b.hidden_TH, b.weight_VH, b.targets_T, token_loss, entropy=True)
     loss.backward()
     return logprobs.logp
 
 
-def ours_without_entropy(b: Batch) -> Tensor:
-    return ours(b, entropy=False)
-
-
-def ours_compacted(b: Batch) -> Tensor:
+def ours_compacted(b: Batch, entropy: bool = True) -> Tensor:
     slopes_A = b.slopes_T[b.active_A]
 
     def token_loss(logp_a, entropy_a, a):
         return slopes_A[a] * logp_a, slopes_A[a]
 
     hidden_AH = b.hidden_TH.index_select(0, b.active_A)
-    loss, logprobs = linear_loss(hidden_AH, b.weight_VH, b.targets_T[b.active_A], token_loss, entropy=True)
+    loss, logprobs = linear_loss(hidden_AH, b.weight_VH, b.targets_T[b.active_A], token_loss, entropy=entropy)
     loss.backward()
     return logprobs.logp
+
+
+def ours_without_entropy(b: Batch) -> Tensor:
+    return ours_compacted(b, entropy=False)
 
 
 def ours_logprob(b: Batch) -> Tensor:
@@ -222,7 +222,7 @@ HEADS = {
     ),
     "ours_without_entropy": Head(
         "ours, no entropy",
-        "slopes zero; computes just what the peers compute",
+        "compacted; computes just what the peers compute",
         ours_without_entropy,
         main_grad=True,
     ),

@@ -29,7 +29,7 @@ def rules(shape: ModelShape) -> list[Rule]:
     """A tied head is the embedding and not listed."""
     layer: list[Rule] = []
     for rule in FAMILIES[shape.family].layer:
-        layer += [rule.of_expert(e) for e in range(shape.num_experts)] if "*" in rule.mcore else [rule]
+        layer += [rule.of_expert(e) for e in range(shape.num_experts)] if rule.of_every_expert else [rule]
     decoder = [
         rule.within(f"decoder.layers.{i}.", f"model.layers.{i}.") for i in range(shape.num_layers) for rule in layer
     ]
@@ -38,7 +38,7 @@ def rules(shape: ModelShape) -> list[Rule]:
 
 def last_names(shape: ModelShape) -> list[str]:
     """Of the last layer's norm and the last expert's tensors: where they are, the model has so many of both."""
-    of_expert = [rule.of_expert(shape.num_experts - 1) for rule in FAMILIES[shape.family].layer if "*" in rule.mcore]
+    of_expert = [rule.of_expert(shape.num_experts - 1) for rule in FAMILIES[shape.family].layer if rule.of_every_expert]
     names = ["input_layernorm.weight", *(name for rule in of_expert for name in rule.names)]
     return [f"model.layers.{shape.num_layers - 1}.{name}" for name in names]
 

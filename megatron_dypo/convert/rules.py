@@ -96,6 +96,11 @@ class Rule:
     expert: int | None = None
 
     @property
+    def of_every_expert(self) -> bool:
+        """Whether a star stands for the expert's number."""
+        return "*" in self.mcore
+
+    @property
     def names(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.hf)
 

@@ -52,7 +52,7 @@ def load_weights(local: Mapping[str, Tensor], shape: ModelShape, layout: Layout,
                 raise UserError(f"{name}: shape {list(part.shape)} in the file, {list(shapes[name])} in the model")
         folded = rule.fold(parts, shape)
         if rule.axis is not None:
-            ranks, rank = (layout.tp, layout.tp_rank) if rule.expert is None else (layout.etp, layout.etp_rank)
+            ranks, rank = layout.tensor(rule.expert is not None)
             folded = folded.chunk(ranks, dim=rule.axis)[rank]
         local[rule.mcore].copy_(rule.as_megatron(folded))
 
@@ -81,20 +81,20 @@ def _gather(rule: Rule, weight: Tensor | None, dtype: torch.dtype, shape: ModelS
 
     An expert is cut over expert-tensor-parallel ranks, broadcast over expert-parallel ones, and then over PP.
     """
-    full, tp = None, layout.tp if rule.expert is None else layout.etp
+    is_expert = rule.expert is not None
+    full, (tp, _) = None, layout.tensor(is_expert)
     if weight is not None:
         shard = rule.folded_shard(weight, shape, tp)
         if rule.axis is None or tp == 1:
             full = shard
         else:
-            is_expert = rule.expert is not None
             group = mpu.get_expert_tensor_parallel_group() if is_expert else mpu.get_tensor_model_parallel_group()
             shards = [torch.empty_like(shard) for _ in range(tp)]
             dist.all_gather(shards, shard.contiguous(), group=group)
             full = torch.cat(shards, dim=rule.axis)
     owner = _stage(rule, shape, layout)
     spread = []
-    if rule.expert is not None and layout.ep > 1 and layout.pp_rank == owner:
+    if is_expert and layout.ep > 1 and layout.pp_rank == owner:
         spread.append((mpu.get_expert_model_parallel_group(), rule.expert // (shape.num_experts // layout.ep)))
     if layout.pp > 1:
         spread.append((mpu.get_pipeline_model_parallel_group(), owner))

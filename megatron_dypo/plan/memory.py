@@ -57,14 +57,14 @@ def rank_parameters(shape: ModelShape, tensor: int, pipeline: int, expert: int =
 @functools.lru_cache
 def expert_parameters(shape: ModelShape, pipeline: int, expert: int, expert_tensor: int) -> int:
     """A rank's part of its stage's experts; of a dense model none. What all tokens go through is not among them."""
-    one = _count([rule for rule in FAMILIES[shape.family].layer if "*" in rule.mcore], shape, expert_tensor)
+    one = _count([rule for rule in FAMILIES[shape.family].layer if rule.of_every_expert], shape, expert_tensor)
     return shape.num_layers // pipeline * shape.num_experts // expert * one
 
 
 @functools.lru_cache
 def dense_parameters(shape: ModelShape, tensor: int, pipeline: int) -> int:
     """All others, of the rank with the most: a stage at an end has the embedding, or the head, besides its layers."""
-    one = _count([rule for rule in FAMILIES[shape.family].layer if "*" not in rule.mcore], shape, tensor)
+    one = _count([rule for rule in FAMILIES[shape.family].layer if not rule.of_every_expert], shape, tensor)
     layers = shape.num_layers // pipeline * one
     embedding, norm = (_count([rule], shape, tensor) for rule in (EMBEDDING_RULE, NORM_RULE))
     head = _count([HEAD_RULE], shape, tensor)  # of a last stage that is not the first, also where it is tied

@@ -66,6 +66,10 @@ class Layout:
         """An interleaved schedule goes through micro-batches in rounds of one a pipeline rank."""
         return self.pp if self.vpp > 1 else 1
 
+    def tensor(self, expert: bool) -> tuple[int, int]:
+        """(ranks, this rank's number) of those that share a weight: an expert's, or any other."""
+        return (self.etp, self.etp_rank) if expert else (self.tp, self.tp_rank)
+
     @property
     def packing(self) -> dict[str, int]:
         """This rank's part of packed tokens, as ``MicroBatch.pack`` takes it."""
