@@ -229,7 +229,7 @@ def test_logits_far_from_zero_beside_others() -> None:
     """
     tokens, rows = CHUNK + 40, 96
     hidden_TH, weight_VH, targets_T, temperature_T = make_head(tokens, rows, scale=3.0)
-    offsets, place_T = torch.tensor([0.0, -300.0, -60.0, 0.0, -44.0, 44.0, 0.0, 60.0, 300.0]), torch.arange(tokens)
+    offsets, place_T = torch.tensor([0.0, -300.0, -60.0, 0.0, -28.0, 28.0, 0.0, 60.0, 300.0]), torch.arange(tokens)
     weight_VH[:, 0], weight_VH[:, 1] = 1.0, (torch.arange(rows) < rows / 8).float()
     hidden_TH[:, 0] = offsets[place_T % 9] * temperature_T
     hidden_TH[:, 1] = torch.tensor([0.0, 0.0, 90.0, -90.0])[place_T % 4] * temperature_T
@@ -299,6 +299,16 @@ def test_memory_is_used_again_but_never_by_two_calls_at_once() -> None:
     linear_loss(alone, *head[1:], negative_log_likelihood)[0].backward()
     linear_loss(nested, *head[1:], with_a_call_inside)[0].backward()
     assert held == [0] and torch.equal(inner[0], expected_T) and torch.equal(nested.grad, alone.grad)
+
+
+def test_memory_of_inference_mode_serves_training() -> None:
+    workspace.release()
+    hidden_TH, weight_VH, targets_T, _ = make_head(40)
+    with torch.inference_mode():
+        expected_T = linear_logprob(hidden_TH, weight_VH, targets_T).logp
+    logp_T = linear_logprob(hidden_TH.requires_grad_(), weight_VH, targets_T).logp
+    logp_T.sum().backward()
+    assert torch.equal(logp_T, expected_T) and hidden_TH.grad.any()
 
 
 def test_a_token_s_result_does_not_depend_on_its_place_in_the_pack() -> None:

@@ -132,6 +132,7 @@ def test_a_node_killed_and_started_again_is_taken_in_and_the_run_ends_as_if_undi
     assert without_times(metrics(tmp_path / "run")) == undisturbed
 
 
+@pytest.mark.faults
 def test_a_signal_to_the_launcher_ends_the_run_after_a_step_and_a_save(undisturbed, tmp_path):
     """To torchrun's agent, as a cluster sends it: SIGUSR1, then, to the run started again, SIGTERM; then to the end."""
     config, run_dir, done = make_task(tmp_path), tmp_path / "run", 0

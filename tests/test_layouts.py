@@ -256,6 +256,7 @@ def recorded_steps(tmp_path_factory) -> tuple[Path, list[str], list[dict]]:
     return config, replay, metrics(folder / "alone")
 
 
+@pytest.mark.faults
 def test_torchrun_layout_invariance(recorded_steps, tmp_path):
     """The command as users give it."""
     config, replay, alone = recorded_steps

@@ -44,6 +44,7 @@ def updates(shape: str, sections: dict, offloaded: bool, chunk: int = 1000) -> d
     """
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
+    from megatron_dypo.kernels import workspace
     from megatron_dypo.policy import offload
     from megatron_dypo.policy.adam_state import adam_parts
     from megatron_dypo.runtime.stopwatch import Stopwatch
@@ -59,7 +60,8 @@ def updates(shape: str, sections: dict, offloaded: bool, chunk: int = 1000) -> d
             return
         host = lambda: sum(tensor.nbytes for tensor in policy.offload._host)  # noqa: E731
         reference = sum(tensor.nbytes for tensor in policy.reference.values())
-        found["on_device"].append(live_bytes() - host() - reference)
+        head = 4 * workspace.held()  # given up, not moved
+        found["on_device"].append(live_bytes() - host() - reference - head)
         with policy.offload.on_host():
             found["away"].append(live_bytes() - host() - reference)
             found["host"].append(host())

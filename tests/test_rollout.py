@@ -16,7 +16,8 @@ from tests.ranks import run_ranks
 @pytest.mark.parametrize(
     "engine, model",
     [
-        *(("vllm", "llama"), ("vllm", "qwen2-tied"), ("vllm", "qwen3"), ("vllm", "qwen3_moe"), ("vllm", "mixtral")),
+        *(("vllm", "llama"), ("vllm", "qwen2-tied"), ("vllm", "qwen3"), ("vllm", "qwen3_moe")),
+        pytest.param("vllm", "mixtral", marks=pytest.mark.faults),
         *(("transformers", "llama-tied"), ("transformers", "qwen3_moe")),
     ],
 )

@@ -90,7 +90,10 @@ class ChunkedHead(flow.Head):
         share_a = torch.where(far_t, 0.0, -lse_t)[a].exp_()
         exp_aV = self._in_front(exp_tV, a)
         _add_at_targets(exp_aV, -1 / share_a, *target_columns(self.targets_T[chunk][a], self.shard, self.shard.real))
-        yield self.shard.real, exp_aV, -slope_t[a] * share_a
+        scale_a = -slope_t[a] * share_a
+        if self.native:  # half precision would not hold exp
+            exp_aV, scale_a = exp_aV.mul_(scale_a.unsqueeze(1)), None
+        yield self.shard.real, exp_aV, scale_a
 
     def recomputed(self, chunk: slice, upstream: tuple[Tensor, ...], entropy_t: Tensor, lse_t: Tensor) -> flow.Tiles:
         dlogp_t, dentropy_t, dlse_t = upstream
@@ -123,8 +126,14 @@ class ChunkedHead(flow.Head):
     def _exp_tV(self, rows: int) -> Tensor:
         return self.exp.view(self.longest, self.columns)[:rows]
 
+    def order(self, active_t: Tensor) -> Tensor:
+        """Those among the first in their own places, the rest where others are not active: few rows have to move."""
+        a = torch.arange(int(active_t.sum()), device=active_t.device)
+        a[~active_t[: len(a)]] = active_t[len(a) :].nonzero().flatten() + len(a)
+        return a
+
     def _in_front(self, exp_tV: Tensor, a: Tensor) -> Tensor:
-        """The rows ``a``, moved to where they are not yet (``flow.in_front``); by tiles, which bounds the copies."""
+        """The rows ``a``, side by side (``order``); by tiles, which bounds the copies."""
         moved = (a >= len(a)).nonzero().flatten()
         if len(moved):
             for _, tile in self.tiles():

@@ -80,6 +80,10 @@ class Head(ABC):
         """Rows of the longest chunk, filled up to a multiple of ROWS."""
         return min(self.length, -(-self.targets_T.shape[0] // ROWS) * ROWS)
 
+    def order(self, active_t: Tensor) -> Tensor:
+        """Numbers of a chunk's active tokens, as ``formed`` takes them."""
+        return active_t.nonzero().flatten()
+
     def chunks(self) -> Iterator[slice]:
         tokens = self.targets_T.shape[0]
         return (slice(start, min(start + self.length, tokens)) for start in range(0, tokens, self.length))
@@ -204,7 +208,7 @@ class Loss(Function):
             summands_t, slope_t = token_loss(logp_t, entropy_t if entropy else None, chunk)
             results[:, chunk] = torch.stack([logp_t, entropy_t, lse_t])
             total += summands_t.double().sum()
-            a = in_front(slope_t != 0)
+            a = head.order(slope_t != 0)
             if len(a) and wanted:
                 scaled_t = head.by_temperature(slope_t.to(head.dtype), chunk)
                 tiles = head.formed(chunk, a, stats_K4t, logp_t, lse_t, scaled_t)
@@ -232,16 +236,6 @@ class Loss(Function):
                 if gradient is not None:
                     gradient.mul_(dloss)
         return None, dhidden, dweight_VH, *[None] * 7
-
-
-def in_front(active_t: Tensor) -> Tensor:
-    """The active tokens: those among the first len(a) in their own places, the rest where others are not active.
-
-    So few rows have to move for the active ones to lie side by side.
-    """
-    a = torch.arange(int(active_t.sum()), device=active_t.device)
-    a[~active_t[: len(a)]] = active_t[len(a) :].nonzero().flatten() + len(a)
-    return a
 
 
 def pick(rows_tx: Tensor, a: Tensor) -> Tensor:

@@ -29,6 +29,11 @@ def give_back(block: Tensor) -> None:
         _kept[block.dtype] = block
 
 
+def release() -> None:
+    """Keep nothing."""
+    _kept.clear()
+
+
 def held(dtype: torch.dtype = torch.float32) -> int:
     """Elements kept for the next call."""
     return len(_kept.get(dtype, ()))
@@ -36,9 +41,10 @@ def held(dtype: torch.dtype = torch.float32) -> int:
 
 def _fresh(elements: int, dtype: torch.dtype) -> Tensor:
     """In huge pages where Linux gives them: the products then miss fewer addresses."""
-    if elements == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(elements, dtype=dtype)
-    memory = mmap.mmap(-1, elements * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype)
+    with torch.inference_mode(False):  # a later call outside of it must be able to write there
+        if elements == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
+            return torch.empty(elements, dtype=dtype)
+        memory = mmap.mmap(-1, elements * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(memory, dtype=dtype)

@@ -18,6 +18,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor, UntypedStorage
 
+from megatron_dypo.kernels import workspace
 from megatron_dypo.runtime.distributed import device
 from megatron_dypo.runtime.failure import phase
 
@@ -61,6 +62,7 @@ class Offload:
             for storage, _ in self._kept + self._gradients:
                 storage.resize_(0)
             _drop_scratch(self._chunks)
+            workspace.release()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # else the memory stays torch's own
 
