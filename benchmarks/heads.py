@@ -93,25 +93,22 @@ def naive_compacted(b: Batch) -> Tensor:
     return backward(naive_logp(hidden_AH, b.weight_VH, b.targets_T[b.active_A]), b.slopes_T[b.active_A])
 
 
-def ours(b: Batch) -> Tensor:
+def local_loss(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, slopes_T: Tensor, entropy: bool) -> Tensor:
     def token_loss(logp_t, entropy_t, t):
-        return b.slopes_T[t] * logp_t, b.slopes_T[t]
+        return slopes_T[t] * logp_t, slopes_T[t]
 
-    loss, logprobs = linear_loss(b.hidden_TH, b.weight_VH, b.targets_T, token_loss, entropy=True)
+    loss, logprobs = linear_loss(hidden_TH, weight_VH, targets_T, token_loss, entropy=entropy)
     loss.backward()
     return logprobs.logp
+
+
+def ours(b: Batch) -> Tensor:
+    return local_loss(b.hidden_TH, b.weight_VH, b.targets_T, b.slopes_T, entropy=True)
 
 
 def ours_compacted(b: Batch, entropy: bool = True) -> Tensor:
-    slopes_A = b.slopes_T[b.active_A]
-
-    def token_loss(logp_a, entropy_a, a):
-        return slopes_A[a] * logp_a, slopes_A[a]
-
-    hidden_AH = b.hidden_TH.index_select(0, b.active_A)
-    loss, logprobs = linear_loss(hidden_AH, b.weight_VH, b.targets_T[b.active_A], token_loss, entropy=entropy)
-    loss.backward()
-    return logprobs.logp
+    a = b.active_A
+    return local_loss(b.hidden_TH.index_select(0, a), b.weight_VH, b.targets_T[a], b.slopes_T[a], entropy)
 
 
 def ours_without_entropy(b: Batch) -> Tensor:

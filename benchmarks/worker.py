@@ -45,7 +45,7 @@ def timed_cpu(head: Head, batch: Batch) -> tuple[dict[str, float], Tensor | None
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what is free but resident would hide as much of the step's memory
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is resident now
-    base = status_mib("VmRSS") - workspace.held() * torch.float32.itemsize / MIB
+    base = status_mib("VmRSS") - workspace.held() / MIB
     wall, cpu = time.perf_counter(), time.process_time()
     logp = head.step(batch)
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall

@@ -60,7 +60,7 @@ def updates(shape: str, sections: dict, offloaded: bool, chunk: int = 1000) -> d
             return
         host = lambda: sum(tensor.nbytes for tensor in policy.offload._host)  # noqa: E731
         reference = sum(tensor.nbytes for tensor in policy.reference.values())
-        head = 4 * workspace.held()  # given up, not moved
+        head = workspace.held()  # given up, not moved
         found["on_device"].append(live_bytes() - host() - reference - head)
         with policy.offload.on_host():
             found["away"].append(live_bytes() - host() - reference)

@@ -98,13 +98,13 @@ class ChunkedHead(flow.Head):
     def recomputed(self, chunk: slice, upstream: tuple[Tensor, ...], entropy_t: Tensor, lse_t: Tensor) -> flow.Tiles:
         dlogp_t, dentropy_t, dlse_t = upstream
         hidden_tH, has_entropy = self._scaled_rows(chunk), bool(dentropy_t.any())
-        pull = (dlse_t - dlogp_t).unsqueeze(1)
+        pull = pull_t1 = (dlse_t - dlogp_t).unsqueeze(1)
         for _, tile in self.tiles():
             dz_tv = self._logits(hidden_tH, tile)[: len(lse_t)]
             if has_entropy:
                 surprise_tv = self.exp[: dz_tv.numel()].view(dz_tv.shape)
                 torch.sub(dz_tv, (lse_t - entropy_t).unsqueeze(1), out=surprise_tv)
-                pull = surprise_tv.mul_(-dentropy_t.unsqueeze(1)).add_((dlse_t - dlogp_t).unsqueeze(1))
+                pull = surprise_tv.mul_(-dentropy_t.unsqueeze(1)).add_(pull_t1)
             dz_tv.sub_(lse_t.unsqueeze(1)).exp_().mul_(pull)
             _add_at_targets(dz_tv, dlogp_t, *target_columns(self.targets_T[chunk], self.shard, tile))
             yield tile, dz_tv, None

@@ -25,7 +25,7 @@ def take(elements: int, like: Tensor, dtype: torch.dtype) -> Tensor:
 
 def give_back(block: Tensor) -> None:
     """What ``take`` gave: nobody may use it any more."""
-    if block.device.type == "cpu" and len(block) > held(block.dtype):
+    if block.device.type == "cpu" and len(block) > len(_kept.get(block.dtype, ())):
         _kept[block.dtype] = block
 
 
@@ -34,9 +34,9 @@ def release() -> None:
     _kept.clear()
 
 
-def held(dtype: torch.dtype = torch.float32) -> int:
-    """Elements kept for the next call."""
-    return len(_kept.get(dtype, ()))
+def held() -> int:
+    """Bytes kept for the next calls."""
+    return sum(block.nbytes for block in _kept.values())
 
 
 def _fresh(elements: int, dtype: torch.dtype) -> Tensor:
