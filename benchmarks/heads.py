@@ -8,6 +8,7 @@ Legend: T tokens, A active ones, H hidden size, V vocabulary, B sequences (of eq
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,7 +20,14 @@ from megatron_dypo.kernels import linear_logprob, linear_loss
 
 SEQUENCES = 8
 IGNORED = -100
-NAIVE, CEILING = "naive", "matmul"
+NAIVE, CEILING, FLOOR = "naive", "matmul", "three_products"
+# an importable package -> what pip calls it
+DISTRIBUTIONS = {
+    "liger_kernel": "liger-kernel",
+    "cutlass": "nvidia-cutlass-dsl",
+    "cut_cross_entropy": "cut-cross-entropy",
+    "quack": "quack-kernels",
+}
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,8 @@ def ours(b: Batch) -> Tensor:
 
 def ours_compacted(b: Batch, entropy: bool = True) -> Tensor:
     a = b.active_A
-    return local_loss(b.hidden_TH.index_select(0, a), b.weight_VH, b.targets_T[a], b.slopes_T[a], entropy)
+    hidden_AH = b.hidden_TH if len(a) == len(b.hidden_TH) else b.hidden_TH.index_select(0, a)
+    return local_loss(hidden_AH, b.weight_VH, b.targets_T[a], b.slopes_T[a], entropy)
 
 
 def ours_without_entropy(b: Batch) -> Tensor:
@@ -160,6 +169,12 @@ def cce_torch_compile(b: Batch) -> Tensor:
     return cut_cross_entropy(b, "torch_compile")
 
 
+def quack(b: Batch) -> None:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    chunked_linear_cross_entropy(b.hidden_TH, b.weight_VH, b.targets_or_ignored_T, ignore_index=IGNORED).backward()
+
+
 def torch_lce(b: Batch, **chunks: int) -> Tensor:
     options = torch.nn.LinearCrossEntropyOptions(**chunks)
     nll_T = F.linear_cross_entropy(
@@ -180,6 +195,19 @@ def matmul(b: Batch) -> None:
         torch.mm(hidden_tH, b.weight_VH.t(), out=out[: len(hidden_tH)])
 
 
+@torch.no_grad()
+def three_products(b: Batch) -> None:
+    """Those of a head that keeps its logits: of the logits, of dhidden, of dweight; all in the inputs' precision."""
+    rows = min(8192, len(b.hidden_TH))
+    z_tV = b.weight_VH.new_empty(rows, len(b.weight_VH))
+    dhidden_tH, dweight_VH = b.hidden_TH.new_empty(rows, b.hidden_TH.shape[1]), torch.empty_like(b.weight_VH)
+    for hidden_tH in b.hidden_TH.split(rows):
+        t = slice(0, len(hidden_tH))
+        torch.mm(hidden_tH, b.weight_VH.t(), out=z_tV[t])
+        torch.mm(z_tV[t], b.weight_VH, out=dhidden_tH[t])
+        torch.mm(z_tV[t].t(), hidden_tH, out=dweight_VH)
+
+
 @dataclass(frozen=True)
 class Head:
     """``note`` says how it is called and what it does with inactive tokens."""
@@ -191,6 +219,15 @@ class Head:
     devices: tuple[str, ...] = ("cpu", "cuda")
     main_grad: bool = False  # on CUDA the weight has Megatron's fp32 ``main_grad``, and the gradient goes there
     where: Callable[[Setting], bool] = lambda setting: True
+    cuda_package: str = "torch"  # needed on CUDA as well
+    comparable: bool = True  # its gradients are those of the same loss
+    products: int = 0  # of a head that is nothing but matrix products
+
+    def missing(self, device: str) -> str | None:
+        """The package to install, by pip's name, or None."""
+        needed = {self.package, self.cuda_package} if device == "cuda" else {self.package}
+        absent = [name for name in sorted(needed) if importlib.util.find_spec(name) is None]
+        return ", ".join(DISTRIBUTIONS[name] for name in absent) or None
 
 
 def some_inactive(setting: Setting) -> bool:
@@ -198,7 +235,14 @@ def some_inactive(setting: Setting) -> bool:
 
 
 HEADS = {
-    CEILING: Head("one matrix product", "hidden @ weight.T alone: the ceiling", matmul, devices=("cuda",)),
+    CEILING: Head("one matrix product", "hidden @ weight.T alone: the ceiling", matmul, devices=("cuda",), products=1),
+    FLOOR: Head(
+        "three matrix products",
+        "of the logits and of both gradients, alone, in the inputs' precision: the floor of forward and backward",
+        three_products,
+        devices=("cuda",),
+        products=3,
+    ),
     NAIVE: Head("naive", "torch autograd through materialised fp32 logits; works on inactive tokens too", naive),
     "naive_compacted": Head(
         "naive, compacted", "inactive tokens dropped by `index_select` before it", naive_compacted, where=some_inactive
@@ -246,6 +290,7 @@ HEADS = {
         "`LigerFusedLinearScaledCrossEntropyFunction` (CuTe on Hopper, else its torch fallback); `ignore_index`",
         liger_scaled_ce,
         "liger_kernel",
+        cuda_package="cutlass",
     ),
     "cce": Head(
         "cut-cross-entropy",
@@ -259,6 +304,14 @@ HEADS = {
         "a compiled materialised head; `ignore_index` drops tokens first",
         cce_torch_compile,
         "cut_cross_entropy",
+    ),
+    "quack": Head(
+        "QuACK",
+        "`chunked_linear_cross_entropy` (CuTe): the mean over the active tokens, no slopes, no tokens' log-probs",
+        quack,
+        "quack",
+        ("cuda",),
+        comparable=False,
     ),
     "torch_lce_512": Head(
         "torch `linear_cross_entropy`, 512",

@@ -194,7 +194,7 @@ def head_cuda(report: Report) -> str:
 def flops(shape: Shape, head: str, active: float) -> float | None:
     """FLOP/s by the 4-product count, over active tokens; the ceiling's is one product over all tokens."""
     seconds = shape.value(head, active, "cuda_seconds")
-    products, tokens = (1, shape.tokens) if head == CEILING else (4, shape.tokens * active)
+    products, tokens = (HEADS[head].products, shape.tokens) if HEADS[head].products else (4, shape.tokens * active)
     return None if seconds is None else products * 2 * tokens * shape.hidden * shape.vocab / seconds
 
 

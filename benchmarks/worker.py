@@ -154,7 +154,7 @@ def run(head: Head, batch: Batch, timed, warm: bool, repeats: int, folder: Path 
         figures, logp = timed(head, batch)
         if number >= untimed:
             answer["rounds"].append(figures)
-    if folder is not None:
+    if folder is not None and head.comparable:
         answer["errors"] = errors(batch, logp, folder)
     clear_gradients(batch)
     return answer

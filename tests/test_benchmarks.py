@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
@@ -9,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import packing
+from benchmarks import linear_logprob, packing
 from benchmarks.layouts import parse
 from benchmarks.tables import PAGE, RESULTS, ROOT, written
 from megatron_dypo.batching.micro_batch import MicroBatch
@@ -49,6 +51,48 @@ def test_head_benchmark_checks_every_head_against_float64(tmp_path):
     assert all(0.2 < peak < 20 for peak in naive[512]), naive
     page = written(PAGE.read_text(), tmp_path)
     assert "| CPU-seconds at most 0.5x naive at 42% active, slopes zero | 64, 32, 512 |" in page
+
+
+def test_head_benchmark_has_written_what_it_measured_before_it_was_stopped(tmp_path, monkeypatch):
+    plan = linear_logprob.PRESETS["tiny"]
+    measure, stopped_at = linear_logprob.measure, plan.settings[1]
+
+    def stopped(workers, setting, plan):
+        if setting == stopped_at:
+            raise KeyboardInterrupt
+        return measure(workers, setting, plan)
+
+    monkeypatch.setattr(linear_logprob, "measure", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        linear_logprob.compare(plan, tmp_path / "out.json")
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert [(r["head"], r["active"]) for r in report["results"]] == [("naive", 1.0), ("ours", 1.0)]
+    assert all(r["errors"]["dhidden"] < 1e-5 and r["rounds"] for r in report["results"])
+
+
+def test_head_benchmark_goes_on_without_a_head_that_does_not_answer_or_whose_package_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(linear_logprob.HEADS, "cce", dataclasses.replace(linear_logprob.HEADS["cce"], devices=("cpu",)))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "cut_cross_entropy" else object())
+    plan = dataclasses.replace(linear_logprob.PRESETS["tiny"], heads=("cce",), answer_seconds=0.01, checked=frozenset())
+    report = linear_logprob.compare(plan, tmp_path / "out.json")
+    assert report["missing"] == {"cce": "cut-cross-entropy is not installed"}
+    assert [(r["head"], r["failed"], r["tflops"]) for r in report["results"]] == [
+        ("naive", "no answer within 0.01 s", {}) for _ in plan.settings
+    ]
+
+
+def test_tflops_are_given_in_both_conventions_and_of_a_bare_product_as_it_is():
+    """T 32768, H 3584, V 152064: 35.7 TFLOP a product."""
+    sizes = {"tokens": 32768, "hidden": 3584, "vocab": 152064}
+
+    def of(head: str, active: float, seconds: float) -> dict:
+        rounds = [{"cuda_seconds": x} for x in (1.0, seconds, seconds)]
+        return linear_logprob.tflops(sizes | {"head": head, "active": active, "rounds": rounds})
+
+    assert of("ours", 1.0, 0.1827) == pytest.approx({"useful": 586.5, "four_products": 782.0}, rel=1e-3)
+    assert of("ours", 0.5, 0.1827) == pytest.approx({"useful": 293.2, "four_products": 391.0}, rel=1e-3)
+    assert of("matmul", 0.5, 0.0515) == pytest.approx(dict.fromkeys(["useful", "four_products"], 693.5), rel=1e-3)
+    assert of("three_products", 1.0, 0.1545)["useful"] == pytest.approx(693.5, rel=1e-3)
 
 
 def test_stored_packing_is_the_planners():
