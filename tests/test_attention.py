@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import numpy as np
@@ -13,7 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_dypo.batching.micro_batch import MicroBatch
 from megatron_dypo.batching.zigzag import aligned_to, held_tokens
-from megatron_dypo.policy.attention import Segments, padded_length, sdpa
+from megatron_dypo.policy import attention
+from megatron_dypo.policy.attention import Segments, padded_length, repeats_of_keys, sdpa
 from megatron_dypo.records import Kind, Sequence
 
 CPU = torch.device("cpu")
@@ -140,3 +142,38 @@ def test_context_parallel_ranks_share_a_micro_batch_without_gap_or_overlap(sizes
         assert sum(part.counts[order] for part in parts) == len(found) == sequences[place].loss_tokens
         tail = sequences[place].ids[sequences[place].prompt_length :].tolist()
         assert [found[i] for i in range(len(tail))] == tail
+
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "heads", "groups", "repeats"),
+    [
+        ("cuda", FP32, 28, 4, 7),  # SDPA would form scores: 28 x 16k x 16k in fp32 is 30 GB
+        ("cuda", FP32, 8, 8, 1),
+        ("cuda", BF16, 28, 4, 1),
+        ("cpu", FP32, 28, 4, 1),
+        ("cpu", BF16, 28, 4, 1),
+    ],
+)
+def test_keys_are_repeated_where_no_kernel_takes_groups_without_writing_scores(device, dtype, heads, groups, repeats):
+    assert repeats_of_keys(device, dtype, heads, groups) == repeats
+
+
+@given(lengths_of_segments, contexts)
+def test_repeated_keys_are_the_same_attention(lengths, context):
+    """Values and gradients, with the branch of CUDA's fp32 forced."""
+    cu_seqlens = offsets(lengths, context)
+    held = torch.from_numpy(held_tokens(cu_seqlens, context))
+    query, key, value = made_up(cu_seqlens[-1])
+    segments = Segments(cu_seqlens, CPU, context, 0)
+    found = []
+    for device in ("cpu", "cuda"):
+        choice = functools.partial(repeats_of_keys, device)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "repeats_of_keys", lambda _, *rest, choice=choice: choice(*rest))
+            out = sdpa(query[held[0]], key[held.reshape(-1)], value[held.reshape(-1)], segments, WIDTH**-0.5)
+        found.append((out, *torch.autograd.grad(out.square().sum(), (query, key, value))))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_dypo.batching.zigzag import held_tokens
+from megatron_dypo.runtime.signatures import accepted
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,9 @@ def _size(block: Block) -> tuple[bool, int, int]:
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> Tensor:
     """query [T, A, D], key and value [T of all ranks, A_kv, D] -> [T, A * D]."""
+    repeats = repeats_of_keys(query.device.type, query.dtype, query.shape[1], key.shape[1])
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     outputs, grouped = [], query.shape[1] != key.shape[1]
     for bucket in segments.buckets:
         q, k, v = (
@@ -135,6 +139,15 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: f
     return torch.cat(outputs).index_select(0, segments.order)
 
 
+def repeats_of_keys(device: str, dtype: torch.dtype, heads: int, groups: int) -> int:
+    """How often SDPA is to be given each of ``groups`` key heads, so that no kernel writes scores [Q, K] to memory.
+
+    On CUDA fp32 has no flash kernel, and the memory-efficient one takes as many key heads as query heads: with fewer,
+    SDPA would fall back to plain products. Half precision and the CPU have kernels that take groups.
+    """
+    return heads // groups if device == "cuda" and dtype == torch.float32 else 1
+
+
 def flash(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> Tensor:
     """The same by torch's variable-length flash attention: CUDA, 16-bit types, no stacking and no mask."""
     from torch.nn.attention.varlen import varlen_attn
@@ -142,9 +155,19 @@ def flash(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: 
     keys, query_offsets, key_offsets, most_queries, most_keys = segments.varlen
     if segments.context > 1:
         key, value = key.index_select(0, keys), value.index_select(0, keys)
-    grouped = query.shape[1] != key.shape[1]
-    causal = {"window_size": (-1, 0), "scale": scale, "enable_gqa": grouped}
-    return varlen_attn(query, key, value, query_offsets, key_offsets, most_queries, most_keys, **causal).flatten(1)
+    options = varlen_options(varlen_attn, scale, grouped=query.shape[1] != key.shape[1])
+    if "scale" not in options:  # torch 2.10, which divides by sqrt(D)
+        query = query * (scale * math.sqrt(query.shape[-1]))
+    return varlen_attn(query, key, value, query_offsets, key_offsets, most_queries, most_keys, **options).flatten(1)
+
+
+def varlen_options(varlen_attn: Callable, scale: float, grouped: bool) -> dict[str, object]:
+    """What makes torch's ``varlen_attn`` causal, in the words of its version, each block's last query seeing all keys.
+
+    2.10 knows ``is_causal`` and no scale, later ones a window that is open to the left. From 2.12 on grouped queries
+    must be announced; before, the operator takes them as they come.
+    """
+    return accepted(varlen_attn, is_causal=True, window_size=(-1, 0), scale=scale, enable_gqa=grouped)
 
 
 BACKENDS: dict[str, Callable[..., Tensor]] = {"sdpa": sdpa, "flash": flash}

@@ -1,4 +1,4 @@
-"""Ask a function which keywords it takes: torch and vLLM change them between the versions that this project supports."""
+"""Ask a function which keywords it takes: torch and vLLM change them between versions that this project supports."""
 
 from __future__ import annotations
 
