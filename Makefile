@@ -1,14 +1,16 @@
-# make quickstart | test | faults | lint | docs | venv | bench | test-gpu | test-mcore-latest
+# make quickstart | test | faults | lint | docs | venv | bench | test-gpu | gpu-report | test-mcore-latest
 # PYTHON       the interpreter that .venv is made from (3.11 or later)
 # TORCH_INDEX  on a CPU machine where pip finds no CPU build of torch: the address of PyTorch's CPU wheel index
 PYTHON ?= python3
 VENV ?= .venv
 export PYTHON VENV TORCH_INDEX
 BIN = $(VENV)/bin
+# A GPU machine's own installation will do where there is no $(VENV).
+HERE = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 # One OpenMP thread a rank: two ranks share two cores, and vLLM's samples are then bit-reproducible.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: venv quickstart test faults lint docs bench test-gpu test-mcore-latest
+.PHONY: venv quickstart test faults lint docs bench test-gpu gpu-report test-mcore-latest
 
 venv:
 	@tools/make_venv.sh
@@ -35,7 +37,12 @@ test-mcore-latest: venv
 	    tests/test_experts.py
 
 test-gpu:
-	$(BIN)/python -m pytest tests -m gpu
+	$(HERE) -m pytest tests/test_gpu.py -m gpu -p no:cacheprovider
+
+# One page on what works on this machine's GPU and how fast: benchmarks/results/gpu_report_*.md (docs/gpu-report.md).
+# PART=trainer|engine|many   one part, at most 5 minutes; ONLY=STAGE,STAGE   those alone; results are merged.
+gpu-report:
+	$(HERE) -m benchmarks.gpu_report $(if $(PART),--part $(PART)) $(if $(ONLY),--only $(ONLY))
 
 lint: venv
 	$(BIN)/ruff check .

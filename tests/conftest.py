@@ -1,10 +1,17 @@
-"""Settings for all tests: machines are shared, so no example is judged by its time."""
+"""Settings for all tests: machines are shared, so no example is judged by its time.
+
+``make test-gpu`` runs where pytest alone is installed of what the tests need.
+"""
+
+from importlib.util import find_spec
 
 import pytest
-from hypothesis import settings
 
-settings.register_profile("shared", deadline=None)
-settings.load_profile("shared")
+if find_spec("hypothesis"):
+    from hypothesis import settings
+
+    settings.register_profile("shared", deadline=None)
+    settings.load_profile("shared")
 
 # By CPU-seconds, most first: with two workers (make test), none is left alone with a long file at the end.
 LONG = (

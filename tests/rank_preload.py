@@ -1,14 +1,17 @@
 """What the fork server of ``tests/ranks.py`` imports once: all that a run with the transformers engine does.
 
-Nothing here computes: a fork after any OpenMP work hangs, so the server must never run a tensor operation.
+Nothing here computes: a fork after any OpenMP work hangs, so the server must never run a tensor operation. Nor may it
+start CUDA, which no forked rank could use: torch then asks the driver's management library whether there is a device.
 """
 
+import os
 import warnings
+from importlib.util import find_spec
 
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 warnings.filterwarnings("ignore")
 
-import hypothesis  # noqa: E402, F401 - with pytest, what the modules of the ranks' functions import
-import pytest  # noqa: E402, F401
+import pytest  # noqa: E402, F401 - what the modules of the ranks' functions import
 from transformers import AutoModelForCausalLM  # noqa: E402, F401
 from transformers.models.llama import modeling_llama  # noqa: E402, F401
 
@@ -16,4 +19,6 @@ import megatron_dypo.cli  # noqa: E402
 import megatron_dypo.train  # noqa: E402, F401
 from megatron_dypo.runtime import cpu_shim  # noqa: E402
 
+if find_spec("hypothesis"):
+    import hypothesis  # noqa: F401 - where it is installed
 cpu_shim.install()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+CUDA_START = 180  # seconds that ranks have besides on a GPU: its context, NCCL, and compilation with nothing cached
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.rank_preload"])
 
@@ -17,13 +18,17 @@ _context.set_forkserver_preload(["tests.rank_preload"])
 def run_ranks(world: int, function: Callable, *arguments: Any, seconds: float = 120) -> list:
     """``function(*arguments)`` on ``world`` ranks with torchrun's environment; the ranks' results in order.
 
-    ``function`` must be importable by name. Fails with the first rank's traceback, or when ``seconds`` have passed.
+    ``function`` must be importable by name. Fails with the first rank's traceback, or when ``seconds`` have passed, on
+    a GPU ``CUDA_START`` more.
     """
+    import torch
+
     store = _Store()
     pipes = [_context.Pipe(duplex=False) for _ in range(world)]
     processes = _start(world, store.environment, _send_result, [(send, function, arguments) for _, send in pipes])
     for _, send in pipes:
         send.close()
+    seconds += CUDA_START if torch.cuda.is_available() else 0
     deadline = time.monotonic() + seconds
     results: list = []
     try:

@@ -1,0 +1,119 @@
+"""The attentions of the policy on one pack of sequences: right, and how fast.
+
+Errors are against attention in float64 that holds all scores, on a short pack. Legend: T packed tokens, A heads, G
+key/value heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_report.results import Record
+from benchmarks.gpu_report.workload import seconds_of
+from megatron_dypo.policy.attention import BACKENDS, Segments
+from megatron_dypo.runtime.distributed import device
+
+SHORT = (700, 1, 799)  # lengths; errors
+LIMITS = {torch.bfloat16: (0.02, 0.01), torch.float32: (1e-5, 1e-5)}  # of a value; of a gradient's norm
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """Lengths of the timed pack; heads, key/value heads and their width."""
+
+    lengths: tuple[int, ...]
+    heads: int
+    groups: int
+    width: int
+
+
+CASE = Case((8192, 4096, 2048, 1024, 512, 512), 32, 8, 128)  # Qwen3-4B's heads, a micro-batch of 16,384 tokens
+TINY = Case((32, 16), 4, 2, 32)
+
+
+def inputs(case: Case, lengths: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Segments]:
+    """(query [T, A, D], key and value [T, G, D], the value strided as mcore's split hands it over), what flows back."""
+    draw, tokens = torch.Generator(device()).manual_seed(0), sum(lengths)
+
+    def make(*size: int) -> Tensor:
+        return torch.randn(tokens, *size, generator=draw, device=device(), dtype=torch.float32).to(dtype)
+
+    key_value = make(case.groups, 3, case.width)
+    leaves = [make(case.heads, case.width), key_value[:, :, 0].contiguous(), key_value[:, :, 1]]
+    offsets = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    return [x.requires_grad_() for x in leaves], make(case.heads * case.width), Segments(offsets, device())
+
+
+def definition(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> Tensor:
+    """Causal softmax attention within each sequence, with all scores."""
+    times = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+    outputs = []
+    for block in segments.blocks:
+        rows = slice(block.query, block.query + block.queries)
+        scores_ATT = torch.einsum("qad,kad->aqk", query[rows], key[rows]) * scale
+        future_TT = torch.ones(block.queries, block.queries, dtype=torch.bool, device=query.device).triu(1)
+        weights_ATT = scores_ATT.masked_fill(future_TT, float("-inf")).softmax(-1)
+        outputs.append(torch.einsum("aqk,kad->qad", weights_ATT, value[rows]).flatten(1))
+    return torch.cat(outputs)
+
+
+def both_passes(attend: Callable, leaves: list[Tensor], flow: Tensor, segments: Segments) -> list[Tensor]:
+    """Output and gradients."""
+    out = attend(*leaves, segments, leaves[0].shape[-1] ** -0.5)
+    return [out.detach(), *torch.autograd.grad(out, leaves, flow)]
+
+
+def attention(record: Record) -> None:
+    cuda = torch.cuda.is_available()
+    dtype = torch.bfloat16 if cuda else torch.float32
+    case = TINY if record.tiny else CASE
+    names = [name for name in BACKENDS if cuda or name == "sdpa"]  # all others are CUDA's
+    _errors(record, case, names, dtype)
+    leaves, flow, segments = inputs(case, case.lengths, dtype)
+    forward = 4.0 * sum(n * n / 2 for n in case.lengths) * case.heads * case.width  # causal: half of all scores
+    spent = {}
+    for name in names:
+        runs = {
+            "forward": lambda name=name: BACKENDS[name](*leaves, segments, case.width**-0.5),
+            "both": lambda name=name: both_passes(BACKENDS[name], leaves, flow, segments),
+        }
+        with torch.set_grad_enabled(True):
+            for what, run in runs.items():
+                run()
+                spent[name, what] = median(seconds_of(run) for _ in range(REPEATS))
+    rows = []
+    for name in names:
+        ahead, both = spent[name, "forward"], spent[name, "both"]
+        times = [f"{1000 * ahead:.3g}", f"{1000 * both:.3g}", f"{3.5 * forward / both / 1e12:.3g}"]
+        rows.append([f"`{name}`", *times, f"{spent['sdpa', 'both'] / both:.2f}x"])
+    shape = f"{len(case.lengths)} sequences, {sum(case.lengths):,} tokens, {case.heads} heads of {case.width}, {case.groups} key/value heads, {dtype}"
+    header = ["", "forward, ms", "forward and backward, ms", "TFLOP/s", "x SDPA"]
+    record.table(shape.replace("torch.", ""), header, rows)
+    for name in names[1:]:
+        ratio = spent["sdpa", "both"] / spent[name, "both"]
+        record.figure(f"{name}/speed", ratio, "x", f"`{name}` is faster than SDPA, forward and backward")
+    if not cuda:
+        record.note("Flash attention needs CUDA: SDPA alone has run.")
+
+
+def _errors(record: Record, case: Case, names: list[str], dtype: torch.dtype) -> None:
+    leaves, flow, segments = inputs(case, tuple(min(n, 40) for n in SHORT) if record.tiny else SHORT, dtype)
+    doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = both_passes(definition, doubles, flow.double(), segments)
+    for name in names:
+        out, *gradients = both_passes(BACKENDS[name], leaves, flow, segments)
+        ahead = (out - expected[0]).abs().max().item()
+        pairs = zip(gradients, expected[1:], strict=True)
+        back = max(((got - want).norm() / want.norm()).item() for got, want in pairs)
+        record.figure(f"{name}/forward_error", ahead, "", f"`{name}`: largest error of a value")
+        record.figure(f"{name}/backward_error", back, "", f"`{name}`: error of a gradient, of its norm")
+        most_ahead, most_back = LIMITS[dtype]
+        if not (ahead < most_ahead and back < most_back):
+            record.fail(f"{name}: errors {ahead:.2g} and {back:.2g} exceed {most_ahead:g} and {most_back:g}")

@@ -1,0 +1,36 @@
+"""The process that one stage runs in (with ``--tiny`` a part's stages, one after the other).
+
+    python -m benchmarks.gpu_report.child FOLDER COMMIT TINY STAGE...
+
+Writes FOLDER/STAGE.json. What a stage raises ends the process, and the runner says so.
+"""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from pathlib import Path
+
+import psutil
+
+from benchmarks.gpu_report.hardware import here, versions
+from benchmarks.gpu_report.results import Record
+from benchmarks.gpu_report.stages import STAGES
+
+BEGAN = psutil.Process().create_time()  # seconds since the epoch
+
+
+def main() -> None:
+    folder, commit, tiny, *names = sys.argv[1:]
+    began = BEGAN
+    for name in names:
+        date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M")
+        about = {"commit": commit, "date": date, "versions": versions(), "hardware": here()}
+        stage = STAGES[name]
+        record = Record(Path(folder) / f"{name}.json", stage.options, tiny == "yes", began, about)
+        stage.function(record)
+        began = record.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The page: one function from the results to markdown."""
+
+from __future__ import annotations
+
+from benchmarks.gpu_report.results import ABSENT, DONE, FAILED, Found, Report
+from benchmarks.gpu_report.stages import PARTS, STAGES
+from benchmarks.gpu_report.targets import NOT_MEASURED, TARGETS, Target, measured, verdict
+from benchmarks.markdown import table
+
+STATES = {DONE: "done", FAILED: "**failed**", ABSENT: "not here"}
+
+
+def page(report: Report) -> str:
+    """Targets first, then every stage that has run, in the table's order."""
+    stages = {name: report["stages"][name] for name in STAGES if name in report["stages"]}
+    title = f"GPU report: {report['gpu']}" if report["measured"] else "GPU report: CPU, no measurement"
+    parts = [f"# {title}", _intro(report, stages), "## Numbers to reach", target_table(report)]
+    parts += ["## Stages", stage_table(stages)]
+    for name, found in stages.items():
+        if found["figures"] or found["tables"] or found["notes"]:
+            parts += _stage(name, found)
+    return "\n\n".join(parts) + "\n"
+
+
+def _intro(report: Report, stages: dict[str, Found]) -> str:
+    hardware = dict.fromkeys(found["hardware"] for found in stages.values() if found["versions"])
+    done = sum(found["state"] == DONE for found in stages.values())
+    said = f"Written by `make gpu-report` ([what it measures, and how](../../docs/gpu-report.md)). {done} of {len(stages)} stages are done."
+    if not report["measured"]:
+        said = f"Tiny sizes on a CPU: every stage's code has run, and no time or size below means anything. {done} of {len(stages)} stages are done."
+    return "\n\n".join([said, *(f"- {each}" for each in hardware)])
+
+
+def target_table(report: Report) -> str:
+    rows = [
+        [target.what, _limit(target), _value(target, report), verdict(target, report), f"`{target.stage}`"]
+        for target in TARGETS
+    ]
+    return table(["what", "limit", "measured", "verdict", "stage"], rows)
+
+
+def _limit(target: Target) -> str:
+    return f"{'at most' if target.at_most else 'at least'} {target.limit:g} {target.unit}"
+
+
+def _value(target: Target, report: Report) -> str:
+    value = measured(target, report)
+    return NOT_MEASURED if value is None else shown(value, target.unit)
+
+
+def stage_table(stages: dict[str, Found]) -> str:
+    """Each with its own commit and date: one stage may have been measured again alone."""
+    newest = max((found["date"] for found in stages.values()), default="")
+    latest = next((found["commit"] for found in stages.values() if found["date"] == newest), "")
+    rows = []
+    for name, found in stages.items():
+        older = "" if found["commit"] == latest else " (an earlier commit)"
+        rows.append(
+            [
+                f"`{name}`",
+                STAGES[name].title,
+                f"{STATES[found['state']]}{': ' if found['says'] else ''}{cell(found['says'])}",
+                f"{found['seconds']:.0f}",
+                f"{found['commit']}{older}",
+                found["date"],
+            ]
+        )
+    return table(["stage", "what", "state", "s", "commit", "date (UTC)"], rows)
+
+
+def _stage(name: str, found: Found) -> list[str]:
+    parts = [f"## `{name}`: {STAGES[name].title}"]
+    parts.append(", ".join(f"{package} {version}" for package, version in found["versions"].items()) + ".")
+    if found["figures"]:
+        rows = [[figure["label"], shown(figure["value"], figure["unit"])] for figure in found["figures"].values()]
+        parts.append(table(["figure", "value"], rows))
+    for each in found["tables"]:
+        parts += [f"### {each['title']}", table(each["header"], [[cell(text) for text in row] for row in each["rows"]])]
+    return parts + [f"- {cell(note)}" for note in found["notes"]]
+
+
+def shown(value: float | bool | str, unit: str) -> str:
+    """With its unit; three significant digits at least, whole numbers whole."""
+    if isinstance(value, bool):
+        return "yes" if value else "**no**"
+    if isinstance(value, str):
+        return cell(value)
+    large = isinstance(value, int) or abs(value) >= 1000
+    return f"{value:,.0f} {unit}".rstrip() if large else f"{value:.3g} {unit}".rstrip()
+
+
+def cell(text: str) -> str:
+    """What a table's cell can hold."""
+    return " ".join(text.replace("|", "\\|").split())
+
+
+assert set(PARTS) >= {stage.part for stage in STAGES.values()}

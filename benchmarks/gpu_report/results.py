@@ -1,0 +1,99 @@
+"""What was measured: one JSON file a GPU, to which every stage adds its own part as soon as it has one.
+
+    {"gpu": "NVIDIA H200", "measured": true, "stages": {"head": {"state": "done", "says": "", "commit": "8af92cb",
+     "date": "2026-11-30 02:00", "seconds": 61.2, "versions": {...}, "hardware": "...",
+     "figures": {"t32768/over_products": {"label": "...", "value": 1.18, "unit": "x"}},
+     "tables": [{"title": "...", "header": [...], "rows": [[...]]}], "notes": ["..."]}}}
+
+States: ``done``; ``failed`` (also after its deadline, or where the part's time was over before it began); ``absent``: a
+package, or a second GPU, is not there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_dypo.runtime.whole_file import write_whole
+
+DONE, FAILED, ABSENT, STARTED = "done", "failed", "absent", "started"
+CPU = "CPU"
+Report = dict[str, Any]
+Found = dict[str, Any]
+
+
+class Record:
+    """A stage's findings on their way into a file: whole after every figure, so that a stop loses none of them.
+
+    ``began``: when, in seconds since the epoch.
+    """
+
+    def __init__(self, file: Path, options: dict[str, Any], tiny: bool, began: float, about: dict[str, Any]):
+        self.options, self.tiny = options, tiny
+        self._file, self._began = file, began
+        self._found: Found = {"state": STARTED, "says": "", **about, "figures": {}, "tables": [], "notes": []}
+        self._write()
+
+    def figure(self, name: str, value: float | bool | str, unit: str, label: str) -> None:
+        """``unit`` is of ``value``: s, ms, GiB, TFLOP/s, x (a ratio), nats, tokens/s; empty for a yes or no."""
+        self._found["figures"][name] = {"label": label, "value": value, "unit": unit}
+        self._write()
+
+    def table(self, title: str, header: list[str], rows: list[list[str]]) -> None:
+        """``header`` has the units."""
+        self._found["tables"].append({"title": title, "header": header, "rows": rows})
+        self._write()
+
+    def note(self, text: str) -> None:
+        self._found["notes"].append(text)
+        self._write()
+
+    def fail(self, why: str) -> None:
+        """The stage goes on, and counts as failed."""
+        self._found["says"] = f"{self._found['says']}; {why}".removeprefix("; ")
+        self._write()
+
+    def finish(self) -> float:
+        """Returns the time."""
+        self._found["state"] = FAILED if self._found["says"] else DONE
+        self._write()
+        return time.time()
+
+    def _write(self) -> None:
+        self._found["seconds"] = round(time.time() - self._began, 1)
+        write_whole(self._file, json.dumps(self._found, indent=1))
+
+
+def report_file(folder: Path, gpu: str) -> Path:
+    """NVIDIA H200 is h200."""
+    name = re.sub(r"[^a-z0-9.]+", "_", gpu.lower().removeprefix("nvidia ")).strip("_")
+    return folder / f"gpu_report_{name}.json"
+
+
+def read(file: Path, gpu: str, measured: bool = True) -> Report:
+    """What is there already, or an empty report."""
+    return json.loads(file.read_text()) if file.exists() else {"gpu": gpu, "measured": measured, "stages": {}}
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Two parts may run at a time; only one of them may write."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_name(f".{file.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def merged(report: Report, found: dict[str, Found]) -> Report:
+    """``report`` with what was ``found`` in place of the same stages; what could not run here leaves an older figure."""
+    stages = dict(report["stages"])
+    for name, new in found.items():
+        if new["state"] != ABSENT or stages.get(name, new)["state"] == ABSENT:
+            stages[name] = new
+    return report | {"stages": stages}

@@ -1,0 +1,141 @@
+"""Runs stages, each in a process group of its own and with a deadline, and merges what they found after each.
+
+Nothing that a stage does can stop the others: it may crash, hang, or leave processes behind. What it has found by then
+is kept. A stop of the runner (Ctrl-C, SIGTERM) ends the running stage and loses none of the finished ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from benchmarks.gpu_report.page import page
+from benchmarks.gpu_report.results import (
+    ABSENT,
+    DONE,
+    FAILED,
+    STARTED,
+    Found,
+    Report,
+    locked,
+    merged,
+    read,
+)
+from benchmarks.gpu_report.stages import PARTS, Stage
+from benchmarks.machine import ROOT
+from megatron_dypo.runtime.whole_file import write_whole
+
+ENVIRONMENT = {
+    "PYTHONUNBUFFERED": "1",
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # a stage may fork after it has asked whether there is a device
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",  # as under torchrun
+}
+LAST_LINES, LONGEST = 40, 300  # what a failed stage says at its end, on the terminal; characters of its last line
+
+
+@dataclass(frozen=True)
+class Machine:
+    """``gpu``: its name, or CPU; ``gpus``: how many."""
+
+    gpu: str
+    gpus: int
+
+
+def absence(stage: Stage, machine: Machine) -> str | None:
+    """Why a stage cannot run here; None where it can."""
+    missing = [name for name in stage.needs if find_spec(name) is None]
+    if missing:
+        return f"{', '.join(missing)} is not installed"
+    return f"needs {stage.gpus} GPUs" if stage.gpus > max(1, machine.gpus) else None
+
+
+class Runner:
+    """``file``: the results, beside which the page is written. ``tiny``: a part's stages share a process."""
+
+    def __init__(self, file: Path, machine: Machine, commit: str, tiny: bool):
+        self.file, self.machine, self.commit, self.tiny = file, machine, commit, tiny
+        self.failed: list[str] = []
+
+    def run(self, stages: list[Stage]) -> int:
+        """Returns 1 where a stage failed, else 0."""
+        for part, seconds in PARTS.items():
+            own = [stage for stage in stages if stage.part == part]
+            able = [stage for stage in own if (why := absence(stage, self.machine)) is None]
+            absent = {stage.name: absence(stage, self.machine) for stage in own if stage not in able}
+            self._keep({name: self._blank(ABSENT, why) for name, why in absent.items()})
+            self._part(able, time.monotonic() + seconds)
+        return int(bool(self.failed))
+
+    def _part(self, stages: list[Stage], ends: float) -> None:
+        groups = [stages] if self.tiny and stages else [[stage] for stage in stages]
+        for group in groups:
+            left = ends - time.monotonic()
+            if left < 1:
+                why = "not run: the part's time was over; measure it alone with ONLY"
+                self._keep({stage.name: self._blank(FAILED, f"{why}={stage.name}") for stage in group})
+                continue
+            self._keep(self._measure(group, min(left, sum(stage.seconds for stage in group))))
+
+    def _measure(self, group: list[Stage], seconds: float) -> dict[str, Found]:
+        with tempfile.TemporaryDirectory(prefix="gpu_report_") as folder:
+            log = Path(folder) / "log"
+            names = [stage.name for stage in group]
+            arguments = [folder, self.commit, "yes" if self.tiny else "no", *names]
+            with log.open("wb") as output:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "benchmarks.gpu_report.child", *arguments],
+                    cwd=ROOT,
+                    env=os.environ | ENVIRONMENT,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+                try:
+                    process.wait(seconds)
+                    ended = f"ended with exit code {process.returncode}"
+                except subprocess.TimeoutExpired:
+                    ended = f"stopped after {seconds:.0f} s, its deadline"
+                finally:
+                    with suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+            said = log.read_text(errors="replace").strip().splitlines()[-LAST_LINES:]
+            why = ended + (f": {said[-1].strip()[:LONGEST]}" if said else "")
+            found = {}
+            for name in names:
+                file = Path(folder) / f"{name}.json"
+                found[name] = json.loads(file.read_text()) if file.exists() else self._blank(FAILED, f"not run: {why}")
+                if found[name]["state"] == STARTED:
+                    found[name] |= {"state": FAILED, "says": why}
+                    print("\n".join(said), file=sys.stderr)
+            return found
+
+    def _blank(self, state: str, says: str) -> Found:
+        now = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
+        empty = {"figures": {}, "tables": [], "notes": []}
+        about = {"commit": self.commit, "date": now, "versions": {}, "hardware": self.machine.gpu}
+        return {"state": state, "says": says, **about, "seconds": 0.0, **empty}
+
+    def _keep(self, found: dict[str, Found]) -> None:
+        """Into the file and the page, and one line a stage to the terminal."""
+        if not found:
+            return
+        with locked(self.file):
+            report: Report = merged(read(self.file, self.machine.gpu, measured=not self.tiny), found)
+            write_whole(self.file, json.dumps(report, indent=1) + "\n")
+            write_whole(self.file.with_suffix(".md"), page(report))
+        for name, each in found.items():
+            print(f"{each['state']:7} {name:18} {each['seconds']:6.1f} s  {each['says']}".rstrip(), flush=True)
+            if each["state"] not in (DONE, ABSENT):
+                self.failed.append(name)

@@ -1,0 +1,100 @@
+"""The table of stages: part, deadline, what each needs, and the function that measures.
+
+A stage is a function of one ``Record``; it runs in a process of its own (``child.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+PARTS = {"trainer": 300, "engine": 300, "many": 600}  # seconds that a part may take, whatever its stages need
+
+
+@dataclass(frozen=True)
+class Stage:
+    """``seconds``: its deadline. ``run``: the module's function. ``needs``: packages, by the name they are imported by.
+
+    ``options`` go to the function; ``gpus`` is how many it needs.
+    """
+
+    name: str
+    part: str
+    seconds: int
+    run: str
+    title: str
+    needs: tuple[str, ...] = ()
+    gpus: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def function(self) -> Callable:
+        module, name = self.run.split(":")
+        return getattr(import_module(f"benchmarks.gpu_report.{module}"), name)
+
+
+_VLLM = ("vllm",)
+_RUN = ("vllm", "reasoning_gym", "math_verify")
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("environment", "trainer", 60, "environment:environment", "What is installed"),
+        Stage("tests", "trainer", 100, "environment:tests", "`make test-gpu`", ("pytest",)),
+        Stage("attention", "trainer", 45, "attention:attention", "Flash attention against SDPA"),
+        Stage("head", "trainer", 120, "head:head", "The output head against its peers"),
+        Stage(
+            "update_1.5b",
+            "trainer",
+            120,
+            "update:update",
+            "Policy updates at Qwen2.5-1.5B's shape",
+            options={"model": "qwen2.5-1.5b", "updates": 10},
+        ),
+        Stage(
+            "update_4b",
+            "trainer",
+            120,
+            "update:update",
+            "Policy updates at Qwen3-4B's shape",
+            options={"model": "qwen3-4b", "updates": 3},
+        ),
+        Stage("engine", "engine", 120, "engine:engine", "vLLM in turns with a policy of Qwen3-4B's shape", _VLLM),
+        *(
+            Stage(
+                f"agreement_{dtype}",
+                "engine",
+                90,
+                "engine:agreement",
+                f"vLLM's log-probs against the policy's, head in {dtype}",
+                _VLLM,
+                options={"head_dtype": dtype},
+            )
+            for dtype in ("model", "float32")
+        ),
+        Stage("quickstart", "engine", 120, "runs:quickstart", "30 steps of the quickstart, in turns with vLLM", _RUN),
+        Stage(
+            "deterministic",
+            "engine",
+            90,
+            "runs:deterministic",
+            "Deterministic mode: stopped, resumed, the same bits",
+            ("reasoning_gym", "math_verify"),
+        ),
+        Stage("layouts", "many", 400, "many:layouts", "Losses on two GPUs against one GPU's", gpus=2),
+        *(
+            Stage(
+                f"server_{way}",
+                "many",
+                180,
+                "many:server",
+                f"A server on a second GPU, weights by {way}",
+                _RUN,
+                gpus=2,
+                options={"way": way},
+            )
+            for way in ("nccl", "ipc")
+        ),
+    )
+}

@@ -1,0 +1,217 @@
+"""Policy updates at a real model's shape: the passes, memory, the reference's swap, the weight gather, offload turns.
+
+An update is what training does with one graded batch: plan, log-prob passes of the old policy and the reference,
+training pass, optimizer step. MFU is model FLOPs (no recomputation counted) over seconds, of the fastest square matrix
+product in this process.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from statistics import median
+
+import torch
+
+from benchmarks.gpu_report import child
+from benchmarks.gpu_report.results import Record
+from benchmarks.gpu_report.workload import (
+    BATCH,
+    TINY_BATCH,
+    Batch,
+    forward_flops,
+    gib,
+    join,
+    make_groups,
+    matrix_peak,
+    now,
+    seconds_of,
+    sequences_of,
+    trace,
+    update_config,
+    weights_on_device,
+)
+from megatron_dypo.config.schema import Config
+from megatron_dypo.plan.cluster import Candidate
+from megatron_dypo.plan.cluster import Work as PlannedWork
+from megatron_dypo.plan.memory import RESERVE, policy_need
+from megatron_dypo.policy.policy import Policy
+from megatron_dypo.policy.shape import ModelShape, model_shape
+from megatron_dypo.records import Kind
+from megatron_dypo.runtime.memory import take_peaks
+from megatron_dypo.update import logprob_passes, make_work, run_updates
+
+HEAVIEST = 10  # kernels
+SWAPS = 3
+
+
+class Timed:
+    """Seconds of some of the policy's methods, device included, since the last ``take``."""
+
+    def __init__(self, policy: Policy, *methods: str):
+        self._seconds: dict[str, list[float]] = {}
+        for name in methods:
+            setattr(policy, name, functools.partial(self._call, name, getattr(policy, name)))
+
+    def _call(self, name: str, method, *arguments):
+        began = now()
+        result = method(*arguments)
+        self._seconds.setdefault(name, []).append(now() - began)
+        return result
+
+    def take(self) -> dict[str, list[float]]:
+        taken, self._seconds = self._seconds, {}
+        return taken
+
+
+def update(record: Record) -> None:
+    tiny, batch = record.tiny, TINY_BATCH if record.tiny else BATCH
+    config = update_config(record.options["model"], batch, tiny)
+    layout, shape = join(config.parallel), model_shape(config.model)
+    built = now()
+    policy = Policy(config, shape, layout, weights_on_device(shape))
+    record.figure("parameters", shape.parameters, "", "parameters")
+    record.figure("build", now() - built, "s", "policy built, its weights drawn on the device")
+    peak = matrix_peak()
+    record.figure("matrix_peak", peak / 1e12, "TFLOP/s", "fastest square matrix product")
+    timed = Timed(policy, "logprobs", "accumulate", "step")
+    warming = now()
+    for part in (2, 3):  # the last prompt is Hard; two sizes: what is compiled anew for the second is then general
+        one_update(policy, config, batch, part)
+    timed.take()
+    record.figure("warm_up", now() - warming, "s", "first passes, at two small sizes: compilation")
+    record.figure("start", time.time() - child.BEGAN, "s", "from the start of the process to the first step")
+    take_peaks()
+    _updates(record, policy, config, batch, timed, peak)
+    _memory(record, shape, config, batch)
+    _profile(record, policy, config, batch)
+    _swaps(record, policy)
+    _gather(record, policy)
+    _turns(record, policy)
+
+
+def one_update(policy: Policy, config: Config, batch: Batch, prompts: int = 0) -> tuple[list, float, float]:
+    """(works, seconds of the log-prob passes, of the whole update). Raises where it is skipped."""
+    began = now()
+    groups = make_groups(batch, policy.shape.vocab_size)[-prompts:]
+    works = make_work(policy.layout, groups, config, trace(batch, policy.shape.vocab_size))
+    _, offenders = logprob_passes(policy, works, config)
+    passes = now() - began
+    outcome = run_updates(policy, works, config, lr=1e-6)
+    if offenders or outcome.skipped:
+        raise RuntimeError(offenders or outcome.skipped)
+    return works, passes, now() - began
+
+
+def _updates(record: Record, policy: Policy, config: Config, batch: Batch, timed: Timed, peak: float) -> None:
+    training, steps, old, swapped, whole = [], [], [], [], []
+    for _ in range(3 if record.tiny else record.options["updates"]):
+        works, passes, total = one_update(policy, config, batch)
+        taken = timed.take()
+        training += taken["accumulate"]
+        steps += taken["step"]
+        old.append(taken["logprobs"][0])
+        swapped.append(passes - sum(taken["logprobs"]))
+        whole.append(total)
+    everything, sampled = sequences_of(works), sequences_of(works, Kind.ROLLOUT)
+    tokens = sum(sequence.length for sequence in everything)
+    all_flops, old_flops = forward_flops(policy.shape, everything), forward_flops(policy.shape, sampled)
+    batches = len(works[0].rollouts) + len(works[0].teachers)
+    passes = len(taken["logprobs"])
+    record.note(f"An update: {len(everything)} sequences, {tokens:,} tokens, {batches} micro-batches, {passes} log-prob passes; medians of {len(whole)}.")
+    rows = []
+    for key, what, seconds, flops in (
+        ("old", "log-prob pass of the old policy", median(old), old_flops),
+        ("training", "training pass", median(training), 3 * all_flops),
+        ("update", "whole update", median(whole), 3 * all_flops + passes * old_flops),
+    ):
+        rate = flops / seconds
+        rows.append([what, f"{seconds:.4g}", f"{flops / 1e12:.4g}", f"{rate / 1e12:.4g}", f"{rate / peak:.1%}"])
+        record.figure(f"mfu/{key}", 100 * rate / peak, "%", f"MFU of the {what}")
+    for what, seconds in (("optimizer step", median(steps)), ("plan, swaps of the reference, exchanges", median(swapped))):
+        rows.append([what, f"{seconds:.4g}", "", "", ""])
+    record.table("An update", ["", "s", "model TFLOP", "TFLOP/s", "MFU"], rows)
+    record.figure("tokens_per_second", round(tokens / median(whole)), "tokens/s", "whole update")
+    record.figure("first_step", training[0], "s", "first training pass after the warm-up")
+    if len(training) >= 10 or record.tiny:
+        record.figure("last_step", training[-1], "s", f"training pass number {len(training)}")
+        record.figure("first_over_tenth", training[0] / training[-1], "x", "first training pass, of the last")
+
+
+def _memory(record: Record, shape: ModelShape, config: Config, batch: Batch) -> None:
+    """``plan``'s prediction without its reserve for contexts and fragments, which torch does not count either."""
+    candidate = Candidate(1, 1, 1, 1, 1, config.model.recompute, "turns")
+    work = PlannedWork(
+        prompts=batch.prompts,
+        samples=batch.samples,
+        prompt_tokens=batch.prompt_tokens,
+        response_tokens=batch.mean,
+        longest=batch.longest,
+        teacher_tokens=batch.mean,
+        budget=batch.budget,
+        mid=0.75,
+        hard=0.25,
+        passes=2,
+    )
+    planned = gib(policy_need(shape, candidate, work).policy - RESERVE)
+    peaks = take_peaks()
+    record.figure("memory/planned", planned, "GiB", "`plan`'s prediction, without its reserve")
+    if "perf/device_memory_gib" not in peaks:
+        record.note("Peak memory is the device's: it is not counted on a CPU.")
+        return
+    peak = peaks["perf/device_memory_gib"]
+    record.figure("memory/peak", peak, "GiB", "peak of allocated device memory")
+    record.figure("memory/reserved", gib(torch.cuda.max_memory_reserved()), "GiB", "peak of what torch held")
+    record.figure("memory/off_plan", 100 * abs(peak / planned - 1), "%", "peak away from `plan`")
+
+
+def _profile(record: Record, policy: Policy, config: Config, batch: Batch) -> None:
+    """One more update, under torch's profiler."""
+    cuda = torch.cuda.is_available()
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CUDA if cuda else activity.CPU]) as profile:
+        one_update(policy, config, batch)
+    field = "self_device_time_total" if cuda else "self_cpu_time_total"
+    events = sorted(profile.key_averages(), key=lambda event: getattr(event, field), reverse=True)
+    total = sum(getattr(event, field) for event in events)
+    rows = [
+        [f"`{event.key[:90]}`", str(event.count), f"{getattr(event, field) / 1000:.4g}", f"{getattr(event, field) / total:.1%}"]
+        for event in events[:HEAVIEST]
+    ]
+    record.table("The ten heaviest kernels of an update", ["kernel", "calls", "ms", "of all"], rows)
+
+
+def _swaps(record: Record, policy: Policy) -> None:
+    """Reference in, and the policy back."""
+    ahead, back = [], []
+    for _ in range(SWAPS):
+        began = now()
+        with policy.reference_weights():
+            within = now()
+            ahead.append(within - began)
+            within = now()
+        back.append(now() - within)
+    where = next(iter(policy.reference.values())).device.type
+    kept = "device" if where == "cuda" else "host"
+    record.figure(f"reference/swap_{kept}", median(ahead) + median(back), "s", f"reference in and out; kept on the {kept}")
+    record.figure("reference/in", median(ahead), "s", "reference in")
+    record.figure("reference/out", median(back), "s", "the policy back")
+
+
+def _gather(record: Record, policy: Policy) -> None:
+    sizes = [tensor.nbytes for _, tensor in policy.named_tensors()]
+    spent = median(seconds_of(lambda: [None for _ in policy.named_tensors()]) for _ in range(SWAPS))
+    record.figure("gather/tensors", len(sizes), "", "tensors of a weight sync")
+    record.figure("gather/size", gib(sum(sizes)), "GiB", "their size")
+    record.figure("gather/seconds", spent, "s", "all of them gathered")
+
+
+def _turns(record: Record, policy: Policy) -> None:
+    for turn in ("first", "second"):
+        ahead = seconds_of(policy.offload.to_host)
+        if torch.cuda.is_available() and turn == "first":
+            left = gib(torch.cuda.memory_allocated())
+            record.figure("offload/left", left, "GiB", "left on the device with the policy away")
+        back = seconds_of(policy.offload.to_device)
+        record.figure(f"offload/{turn}_away", ahead, "s", f"{turn} turn: policy to the host")
+        record.figure(f"offload/{turn}_back", back, "s", f"{turn} turn: policy back")
