@@ -23,6 +23,7 @@ import select
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -124,8 +125,8 @@ class Worker:
         self.process.communicate()
 
 
-def compare(plan: Plan, out: Path) -> dict[str, Any]:
-    """Measures all of ``plan``; the report, which ``out`` has after every setting."""
+def compare(plan: Plan, out: Path, after: Callable[[dict[str, Any]], None] = lambda report: None) -> dict[str, Any]:
+    """Measures all of ``plan``; the report, which after every setting ``out`` has and ``after`` is called with."""
     report = environment(plan.device, f"{plan.threads} threads", PACKAGES) | {"missing": {}, "results": []}
     workers = {}
     for name in dict.fromkeys([NAIVE, *plan.heads]):
@@ -146,6 +147,7 @@ def compare(plan: Plan, out: Path) -> dict[str, Any]:
             unfinished = out.with_name(out.name + ".part")
             unfinished.write_text(json.dumps(report, indent=1) + "\n")
             unfinished.replace(out)
+            after(report)
     finally:
         for worker in workers.values():
             worker.close()

@@ -1,4 +1,4 @@
-"""Puts the results under benchmarks/results/ into docs/performance.md, so that the two never disagree.
+"""Puts the results under benchmarks/results/ into docs/performance.md and README, so that they never disagree.
 
     python -m benchmarks.tables
 
@@ -15,7 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.heads import CEILING, HEADS, NAIVE
+from benchmarks.gpu_report.published import README, performance, with_gpu_column
+from benchmarks.heads import HEADS, NAIVE
 from benchmarks.machine import RESULTS, ROOT
 from benchmarks.markdown import measured_on, table
 from benchmarks.rollout_tables import overlap, weight_sync
@@ -165,61 +166,6 @@ def yes(met: bool) -> str:
     return "yes" if met else "**no**"
 
 
-def head_cuda(report: Report) -> str:
-    shapes = Shape.all_of(report)
-    parts = [heads_measured_on(report), head_list(report)]
-    for vocab in dict.fromkeys(shape.vocab for shape in shapes):
-        some = [shape for shape in shapes if shape.vocab == vocab]
-        for active in some[0].actives:
-            parts.append(f"### H {some[0].hidden}, V {vocab}, bf16, {percent(active)}")
-            heads = [head for head in some[0].heads if any((head, active) in shape.records for shape in some)]
-            rows = [[HEADS[head].label, *(speed(shape, head, active) for shape in some)] for head in heads]
-            parts.append(table(["ms; TFLOP/s, share of the ceiling", *(f"T {s.tokens}" for s in some)], rows))
-            rows = [
-                [
-                    HEADS[head].label,
-                    *(shape.cell(head, active, "peak_mib", "{:.0f}") for shape in some),
-                    error(max(shape.worst(head, "logp") or 0 for shape in some) or None),
-                    error(max(shape.worst(head, "dhidden", "dweight") or 0 for shape in some) or None),
-                ]
-                for head in heads
-                if head != CEILING
-            ]
-            header = ["peak MiB", *(f"T {s.tokens}" for s in some), "log-prob error", "gradient error"]
-            parts.append(table(header, rows))
-    parts += ["### Targets", table(["target", "T, H, V", "measured", "met"], targets_cuda(shapes))]
-    return "\n\n".join(parts)
-
-
-def flops(shape: Shape, head: str, active: float) -> float | None:
-    """FLOP/s by the 4-product count, over active tokens; the ceiling's is one product over all tokens."""
-    seconds = shape.value(head, active, "cuda_seconds")
-    products, tokens = (HEADS[head].products, shape.tokens) if HEADS[head].products else (4, shape.tokens * active)
-    return None if seconds is None else products * 2 * tokens * shape.hidden * shape.vocab / seconds
-
-
-def speed(shape: Shape, head: str, active: float) -> str:
-    own, ceiling = flops(shape, head, active), flops(shape, CEILING, active)
-    text = shape.cell(head, active, "cuda_seconds", "{:.4f} s")
-    if own is not None:
-        text = f"{1000 * shape.value(head, active, 'cuda_seconds'):.1f}; {own / 1e12:.0f}"
-    return text if own is None or ceiling is None else f"{text}, {own / ceiling:.0%}"
-
-
-def targets_cuda(shapes: list[Shape]) -> Iterable[list[str]]:
-    for shape in shapes:
-        place, own = f"{shape.tokens}, {shape.hidden}, {shape.vocab}", flops(shape, "ours", 1.0)
-        if own is None:
-            continue
-        yield ["at least 600 TFLOP/s, all active", place, f"{own / 1e12:.0f}", yes(own >= 600e12)]
-        ratio = shape.ratio("ours", 1.0, "peak_mib")
-        what = "of naive's"
-        if ratio is None:  # naive did not fit: its fp32 logits and their gradient alone
-            ratio = shape.value("ours", 1.0, "peak_mib") * 2**20 / (2 * 4 * shape.tokens * shape.vocab)
-            what = "of two fp32 [T, V] (naive did not fit)"
-        yield ["peak memory at most 2% of the materialised path's", place, f"{ratio:.1%} {what}", yes(ratio <= 0.02)]
-
-
 def checkpoints(report: Report) -> str:
     names = {
         "held_up_seconds": "training held up, s",
@@ -297,9 +243,7 @@ def layout_label(name: str) -> str:
 SECTIONS = {
     "packing": packing,
     "layouts_cpu": layouts,
-    "layouts_cuda": layouts,
     "linear_logprob_cpu": head_cpu,
-    "linear_logprob_cuda": head_cuda,
     "checkpoints_cpu": checkpoints,
     "weight_sync_cpu": weight_sync,
     "rollout_cpu": overlap,
@@ -307,11 +251,13 @@ SECTIONS = {
 
 
 def written(page: str, results: Path) -> str:
-    """``page`` with every section rendered from ``results``/NAME.json."""
+    """``page`` with every section rendered from ``results``: NAME.json, and what ``make gpu-report`` left."""
+    bodies = {"gpu_report": performance(results)}
     for name, render in SECTIONS.items():
         file = results / f"{name}.json"
-        body = render(json.loads(file.read_text())) if file.exists() else "Not measured yet."
-        marked = re.compile(f"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        bodies[name] = render(json.loads(file.read_text())) if file.exists() else "Not measured yet."
+    for name, body in bodies.items():
+        marked = re.compile(f"(<!-- {name} -->\\n).*?(<!-- end {name} -->)", re.DOTALL)
         page, count = marked.subn(lambda m, body=body: f"{m[1]}\n{body}\n\n{m[2]}", page)
         if count != 1:
             raise ValueError(f"{PAGE}: {count} places marked {name}, expected one")
@@ -320,6 +266,7 @@ def written(page: str, results: Path) -> str:
 
 def main() -> None:
     PAGE.write_text(written(PAGE.read_text(), RESULTS))
+    README.write_text(with_gpu_column(README.read_text(), RESULTS))
 
 
 if __name__ == "__main__":

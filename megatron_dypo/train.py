@@ -7,7 +7,7 @@ response is sampled across an update.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from megatron_dypo.policy.schedule import learning_rate
 from megatron_dypo.policy.shape import hf_folder
 from megatron_dypo.preflight import Inputs, check_agreement
 from megatron_dypo.reward import build_reward
-from megatron_dypo.rollout.engine import build_engine, engine_name
+from megatron_dypo.rollout.engine import Engine, build_engine, engine_name
 from megatron_dypo.rollout.source import RolloutSource
 from megatron_dypo.rollout.staleness import check_staleness
 from megatron_dypo.runtime import deterministic, distributed
@@ -45,9 +45,10 @@ from megatron_dypo.update.metrics import batch_metrics
 log = logging.getLogger(__name__)
 
 
-def train(config: Config, inputs: Inputs) -> bool:
+def train(config: Config, inputs: Inputs, start_engine: Callable[..., Engine | None] = build_engine) -> bool:
     """Run, or resume from the run folder's newest complete checkpoint, until ``trainer.steps``.
 
+    ``start_engine``: called as ``build_engine`` is; one that is running already may be handed over.
     Returns False where a signal stopped it before (``runtime/stop_request.py``). Raises TrainingError when more than
     ``trainer.max_skipped_steps`` steps in a row were skipped.
     """
@@ -56,16 +57,18 @@ def train(config: Config, inputs: Inputs) -> bool:
     with phase("joining the job"):
         layout = distributed.init(config.parallel, reaches_out=not all_here(config.rollout.servers))
     with Watchdog(config.parallel) as watchdog:
-        return _train(config, inputs, layout, watchdog)
+        return _train(config, inputs, layout, watchdog, start_engine)
 
 
-def _train(config: Config, inputs: Inputs, layout: Layout, watchdog: Watchdog) -> bool:
+def _train(
+    config: Config, inputs: Inputs, layout: Layout, watchdog: Watchdog, start_engine: Callable[..., Engine | None]
+) -> bool:
     trainer, run_dir, tokenizer = config.trainer, Path(config.trainer.run_dir), inputs.tokenizer
     check_agreement(config, inputs)
     log.info("%s; %s parameters; starting %s", layout, f"{inputs.shape.parameters:,}", engine_name(config))
     with phase("rollout engine start"):
         folder = run_dir / "engine" / f"rank_{layout.rank}"
-        engine = build_engine(config, inputs.shape, tokenizer, folder, layout)
+        engine = start_engine(config, inputs.shape, tokenizer, folder, layout)
         distributed.claim_device()  # an engine may have chosen another
         if engine and trainer.offload:
             engine.sleep(keep_weights=False)

@@ -46,6 +46,7 @@ NOT_HERE = {  # (page, first words of the command or block): why, and what else 
         "with two imitated teachers: tests/test_teacher_traces.py::test_commands_of_the_docs_run; "
         "the rows: tests/test_teacher_traces.py::test_rows_of_the_docs_are_rows"
     ),
+    ("docs/gpu-report.md", "make gpu-report"): f"{GPUS}: tests/test_gpu_report.py",
     ("examples/qwen2.5_math_7b_dypo/README.md", "python tools/prepare_data.py"): NETWORK,
     ("examples/qwen2.5_math_7b_dypo/README.md", "HEAD=node0:29500"): (
         f"{GPUS}: tests/test_examples.py::test_an_example_s_script_starts_its_own_configuration"

@@ -50,9 +50,8 @@ def machine(tiny: bool) -> Machine:
 
 def git_commit() -> str:
     """With a + where the work tree has other changes; "unknown" in a copy without git."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=9", "--dirty=+", "--exclude=*"], cwd=ROOT, capture_output=True, text=True
-    )
+    command = ["git", "describe", "--always", "--abbrev=9", "--dirty=+", "--exclude=*"]
+    described = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return described.stdout.strip() or "unknown"
 
 

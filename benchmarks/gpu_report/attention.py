@@ -93,9 +93,10 @@ def attention(record: Record) -> None:
         ahead, both = spent[name, "forward"], spent[name, "both"]
         times = [f"{1000 * ahead:.3g}", f"{1000 * both:.3g}", f"{3.5 * forward / both / 1e12:.3g}"]
         rows.append([f"`{name}`", *times, f"{spent['sdpa', 'both'] / both:.2f}x"])
-    shape = f"{len(case.lengths)} sequences, {sum(case.lengths):,} tokens, {case.heads} heads of {case.width}, {case.groups} key/value heads, {dtype}"
+    shape = f"{len(case.lengths)} sequences, {sum(case.lengths):,} tokens, {case.heads} heads of {case.width}, "
+    shape += f"{case.groups} key/value heads, {str(dtype).removeprefix('torch.')}"
     header = ["", "forward, ms", "forward and backward, ms", "TFLOP/s", "x SDPA"]
-    record.table(shape.replace("torch.", ""), header, rows)
+    record.table(shape, header, rows)
     for name in names[1:]:
         ratio = spent["sdpa", "both"] / spent[name, "both"]
         record.figure(f"{name}/speed", ratio, "x", f"`{name}` is faster than SDPA, forward and backward")

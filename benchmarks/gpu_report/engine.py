@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import os
 import tempfile
 from pathlib import Path
 from statistics import median
@@ -14,7 +12,6 @@ import torch
 from benchmarks.gpu_report.results import Record
 from benchmarks.gpu_report.workload import (
     device_gib,
-    gib,
     join,
     model,
     now,
@@ -95,7 +92,7 @@ def mismatch(policy: Policy, config: Config, requests: list[Request], responses:
 
 
 def engine(record: Record) -> None:
-    config, count, prompt_tokens = rollout_config("qwen3-4b", record.tiny, **_eager())
+    config, count, prompt_tokens = rollout_config("qwen3-4b", record.tiny)
     layout, shape = join(config.parallel), model_shape(config.model)
     began = now()
     llm = shared_engine(config, shape)
@@ -134,7 +131,7 @@ def engine(record: Record) -> None:
 
 def agreement(record: Record) -> None:
     """The bound is that of ``docs/rollout.md``'s warning; on a CPU, in fp32, log-probs agree to 1e-5."""
-    config, count, prompt_tokens = rollout_config("qwen2.5-1.5b", record.tiny, **_eager(), **_head(record))
+    config, count, prompt_tokens = rollout_config("qwen2.5-1.5b", record.tiny)
     layout, shape = join(config.parallel), model_shape(config.model)
     llm = shared_engine(config, shape)
     llm.sleep(keep_weights=False)

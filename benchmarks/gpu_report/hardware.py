@@ -24,7 +24,8 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Of Python and of what is installed of PACKAGES."""
-    found = {each.metadata["Name"].replace("_", "-").lower(): each.version for each in importlib.metadata.distributions()}
+    installed = importlib.metadata.distributions()
+    found = {each.metadata["Name"].replace("_", "-").lower(): each.version for each in installed}
     return {"python": platform.python_version()} | {name: found[name] for name in PACKAGES if name in found}
 
 

@@ -25,10 +25,10 @@ def page(report: Report) -> str:
 def _intro(report: Report, stages: dict[str, Found]) -> str:
     hardware = dict.fromkeys(found["hardware"] for found in stages.values() if found["versions"])
     done = sum(found["state"] == DONE for found in stages.values())
-    said = f"Written by `make gpu-report` ([what it measures, and how](../../docs/gpu-report.md)). {done} of {len(stages)} stages are done."
+    said = "Written by `make gpu-report` ([what it measures, and how](../../docs/gpu-report.md))."
     if not report["measured"]:
-        said = f"Tiny sizes on a CPU: every stage's code has run, and no time or size below means anything. {done} of {len(stages)} stages are done."
-    return "\n\n".join([said, *(f"- {each}" for each in hardware)])
+        said = "Tiny sizes on a CPU: every stage's code has run, and no time or size below means anything."
+    return "\n\n".join([f"{said} {done} of {len(stages)} stages are done.", *(f"- {each}" for each in hardware)])
 
 
 def target_table(report: Report) -> str:

@@ -91,7 +91,7 @@ def locked(file: Path) -> Iterator[None]:
 
 
 def merged(report: Report, found: dict[str, Found]) -> Report:
-    """``report`` with what was ``found`` in place of the same stages; what could not run here leaves an older figure."""
+    """``report`` with what was ``found`` in place of the same stages; one that cannot run keeps its old figures."""
     stages = dict(report["stages"])
     for name, new in found.items():
         if new["state"] != ABSENT or stages.get(name, new)["state"] == ABSENT:

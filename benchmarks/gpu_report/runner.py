@@ -70,10 +70,9 @@ class Runner:
         """Returns 1 where a stage failed, else 0."""
         for part, seconds in PARTS.items():
             own = [stage for stage in stages if stage.part == part]
-            able = [stage for stage in own if (why := absence(stage, self.machine)) is None]
-            absent = {stage.name: absence(stage, self.machine) for stage in own if stage not in able}
+            absent = {stage.name: why for stage in own if (why := absence(stage, self.machine))}
             self._keep({name: self._blank(ABSENT, why) for name, why in absent.items()})
-            self._part(able, time.monotonic() + seconds)
+            self._part([stage for stage in own if stage.name not in absent], time.monotonic() + seconds)
         return int(bool(self.failed))
 
     def _part(self, stages: list[Stage], ends: float) -> None:

@@ -92,9 +92,9 @@ STAGES = {
                 f"A server on a second GPU, weights by {way}",
                 _RUN,
                 gpus=2,
-                options={"way": way},
+                options={"way": way, "ranks": ranks},
             )
-            for way in ("nccl", "ipc")
+            for way, ranks in (("nccl", 1), ("ipc", 2))
         ),
     )
 }

@@ -23,9 +23,9 @@ class Target:
 
 
 TARGETS = (
-    Target("head", "t32768/over_products", "head, T 32768: time of three bare matrix products", 1.05, "x"),
-    Target("head", "t32768/memory", "head, T 32768: naive's memory beyond the inputs", 2.0, "%"),
-    Target("head", "t32768/over_cce", "head, T 32768, 42% active: time of cut-cross-entropy", 0.60, "x"),
+    Target("head", "t32768_100/over_products", "head, T 32768: time of three bare matrix products", 1.05, "x"),
+    Target("head", "t32768_100/memory", "head, T 32768: naive's memory beyond the inputs", 2.0, "%"),
+    Target("head", "t32768_42/over_cce", "head, T 32768, 42% active: time of cut-cross-entropy", 0.60, "x"),
     *(
         target
         for stage, model in (("update_1.5b", "Qwen2.5-1.5B"), ("update_4b", "Qwen3-4B"))

@@ -118,7 +118,8 @@ def _updates(record: Record, policy: Policy, config: Config, batch: Batch, timed
     all_flops, old_flops = forward_flops(policy.shape, everything), forward_flops(policy.shape, sampled)
     batches = len(works[0].rollouts) + len(works[0].teachers)
     passes = len(taken["logprobs"])
-    record.note(f"An update: {len(everything)} sequences, {tokens:,} tokens, {batches} micro-batches, {passes} log-prob passes; medians of {len(whole)}.")
+    size = f"{len(everything)} sequences, {tokens:,} tokens, {batches} micro-batches, {passes} log-prob passes"
+    record.note(f"An update: {size}; medians of {len(whole)}.")
     rows = []
     for key, what, seconds, flops in (
         ("old", "log-prob pass of the old policy", median(old), old_flops),
@@ -128,8 +129,8 @@ def _updates(record: Record, policy: Policy, config: Config, batch: Batch, timed
         rate = flops / seconds
         rows.append([what, f"{seconds:.4g}", f"{flops / 1e12:.4g}", f"{rate / 1e12:.4g}", f"{rate / peak:.1%}"])
         record.figure(f"mfu/{key}", 100 * rate / peak, "%", f"MFU of the {what}")
-    for what, seconds in (("optimizer step", median(steps)), ("plan, swaps of the reference, exchanges", median(swapped))):
-        rows.append([what, f"{seconds:.4g}", "", "", ""])
+    for what, seconds in (("optimizer step", steps), ("plan, swaps of the reference, exchanges", swapped)):
+        rows.append([what, f"{median(seconds):.4g}", "", "", ""])
     record.table("An update", ["", "s", "model TFLOP", "TFLOP/s", "MFU"], rows)
     record.figure("tokens_per_second", round(tokens / median(whole)), "tokens/s", "whole update")
     record.figure("first_step", training[0], "s", "first training pass after the warm-up")
@@ -173,10 +174,10 @@ def _profile(record: Record, policy: Policy, config: Config, batch: Batch) -> No
         one_update(policy, config, batch)
     field = "self_device_time_total" if cuda else "self_cpu_time_total"
     events = sorted(profile.key_averages(), key=lambda event: getattr(event, field), reverse=True)
-    total = sum(getattr(event, field) for event in events)
+    spent = [getattr(event, field) for event in events]  # microseconds
     rows = [
-        [f"`{event.key[:90]}`", str(event.count), f"{getattr(event, field) / 1000:.4g}", f"{getattr(event, field) / total:.1%}"]
-        for event in events[:HEAVIEST]
+        [f"`{event.key[:90]}`", str(event.count), f"{each / 1000:.4g}", f"{each / sum(spent):.1%}"]
+        for event, each in zip(events[:HEAVIEST], spent, strict=False)
     ]
     record.table("The ten heaviest kernels of an update", ["kernel", "calls", "ms", "of all"], rows)
 
@@ -193,7 +194,8 @@ def _swaps(record: Record, policy: Policy) -> None:
         back.append(now() - within)
     where = next(iter(policy.reference.values())).device.type
     kept = "device" if where == "cuda" else "host"
-    record.figure(f"reference/swap_{kept}", median(ahead) + median(back), "s", f"reference in and out; kept on the {kept}")
+    both = median(ahead) + median(back)
+    record.figure(f"reference/swap_{kept}", both, "s", f"reference in and out; kept on the {kept}")
     record.figure("reference/in", median(ahead), "s", "reference in")
     record.figure("reference/out", median(back), "s", "the policy back")
 

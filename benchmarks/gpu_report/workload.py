@@ -26,18 +26,14 @@ _COMMON = {"head_dim": 128, "vocab_size": 151936, "tied_embeddings": True, "max_
 _TINY = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4, "num_query_groups": 2}
 _TINY |= {"head_dim": 32, "vocab_size": 128, "tied_embeddings": True, "max_position": 256}
 MODELS = {
-    "qwen2.5-1.5b": {
-        **{"family": "qwen2", "num_layers": 28, "hidden_size": 1536, "ffn_hidden_size": 8960},
-        **{"num_attention_heads": 12, "num_query_groups": 2},
-        **_COMMON,
-    },
-    "qwen3-4b": {
-        **{"family": "qwen3", "num_layers": 36, "hidden_size": 2560, "ffn_hidden_size": 9728},
-        **{"num_attention_heads": 32, "num_query_groups": 8},
-        **_COMMON,
-    },
+    "qwen2.5-1.5b": _COMMON
+    | {"family": "qwen2", "num_layers": 28, "hidden_size": 1536, "ffn_hidden_size": 8960}
+    | {"num_attention_heads": 12, "num_query_groups": 2},
+    "qwen3-4b": _COMMON
+    | {"family": "qwen3", "num_layers": 36, "hidden_size": 2560, "ffn_hidden_size": 9728}
+    | {"num_attention_heads": 32, "num_query_groups": 8},
 }
-TINY_MODELS = {"qwen2.5-1.5b": {"family": "qwen2", **_TINY}, "qwen3-4b": {"family": "qwen3", **_TINY}}
+TINY_MODELS = {name: _TINY | {"family": shape["family"]} for name, shape in MODELS.items()}
 
 
 @dataclass(frozen=True)

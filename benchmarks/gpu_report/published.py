@@ -1,0 +1,100 @@
+"""What README and docs/performance.md say of GPUs: what benchmarks/results/gpu_report_*.json have, and nothing else.
+
+python -m benchmarks.tables     # writes both pages
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from benchmarks.gpu_report.page import STATES, cell, target_table
+from benchmarks.gpu_report.results import Report
+from benchmarks.gpu_report.stages import STAGES
+from benchmarks.machine import ROOT
+from benchmarks.markdown import table
+
+README = ROOT / "README.md"
+OPEN = "not yet measured on a GPU"
+NOT_ON_GPUS = "-"  # where a GPU changes nothing
+# README's rows, by how they begin -> the stages that show them on a GPU
+ROWS: dict[str, tuple[str, ...] | None] = {
+    "TP, SP, PP, virtual PP": ("layouts",),
+    "vLLM in process": ("engine", "agreement_model", "agreement_float32", "quickstart"),
+    "vLLM servers": ("server_nccl", "server_ipc"),
+    "Weights to servers by NCCL": ("server_nccl", "server_ipc"),
+    "Llama, Mistral, Qwen2.5": (),
+    "Killed at any moment": ("deterministic",),
+    "Resume at another layout": (),
+    "Same log-probs bit for bit": ("tests",),
+    "Answers graded": None,
+    "Data prepared": None,
+    "`plan`": ("update_1.5b", "update_4b"),
+    "Two nodes": (),
+    "bf16 training": ("update_1.5b", "update_4b"),
+    "CUDA, NCCL, flash attention": ("tests", "attention", "head", "quickstart"),
+    "Mixtures of experts": ("layouts",),
+    "Transformer Engine's grouped experts": (),
+}
+SHOWN = ("attention", "head", "update_1.5b", "update_4b", "engine", "layouts")  # whose tables performance.md has
+
+
+def reports(results: Path) -> list[tuple[Path, Report]]:
+    """Those of GPUs, by name."""
+    found = [(file, json.loads(file.read_text())) for file in sorted(results.glob("gpu_report_*.json"))]
+    return [(file, report) for file, report in found if report["measured"]]
+
+
+def row_on_gpus(name: str, measured: list[tuple[Path, Report]]) -> str:
+    """The GPU's cell of README's row that begins with ``name``."""
+    stages = ROWS[name]
+    if stages is None:
+        return NOT_ON_GPUS
+    said = []
+    for file, report in measured:
+        known = [f"`{each}` {STATES[report['stages'][each]['state']]}" for each in stages if each in report["stages"]]
+        if known:
+            page = f"benchmarks/results/{file.with_suffix('.md').name}"
+            said.append(f"[{report['gpu'].removeprefix('NVIDIA ')}]({page}): {', '.join(known)}")
+    return "; ".join(said) or OPEN
+
+
+def with_gpu_column(readme: str, results: Path) -> str:
+    """README with the last column of its table written anew. Raises ValueError for a row that is not in ROWS."""
+    measured, rows = reports(results), set()
+
+    def row(match: re.Match) -> str:
+        line = match[0]
+        names = [name for name in ROWS if line.startswith(f"| {name}")]
+        if len(names) != 1:
+            raise ValueError(
+                f"{README}: benchmarks/gpu_report/published.py: {len(names)} of ROWS are the row {line[:60]}"
+            )
+        rows.add(names[0])
+        return f"{line[: line.rstrip(' |').rindex(' | ')]} | {row_on_gpus(names[0], measured)} |"
+
+    head, begin, rest = readme.partition("<!-- gpu column -->\n")
+    rows_text, end, tail = rest.partition("<!-- end gpu column -->")
+    if not (begin and end):
+        raise ValueError(f"{README}: the marks of the GPU column are not there")
+    written = re.sub(r"^\| [^|\n-].*$", row, rows_text, flags=re.MULTILINE)
+    if missing := ROWS.keys() - rows:
+        raise ValueError(f"{README}: no row begins with {', '.join(sorted(missing))}")
+    return head + begin + written + end + tail
+
+
+def performance(results: Path) -> str:
+    """The section of docs/performance.md."""
+    parts = []
+    for file, report in reports(results):
+        page = f"../benchmarks/results/{file.with_suffix('.md').name}"
+        parts += [f"### {report['gpu']}", f"The whole page: `{page.removeprefix('../')}`.", target_table(report)]
+        for name in (name for name in SHOWN if name in report["stages"]):
+            found = report["stages"][name]
+            parts.append(f"#### {STAGES[name].title} (commit {found['commit']}, {found['date']})")
+            if found["says"]:
+                parts.append(f"{STATES[found['state']]}: {cell(found['says'])}")
+            for each in found["tables"]:
+                parts += [f"{each['title']}:", table(each["header"], [list(map(cell, row)) for row in each["rows"]])]
+    return "\n\n".join(parts) or "Not yet measured on a GPU."
