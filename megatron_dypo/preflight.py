@@ -15,6 +15,7 @@ from megatron_dypo.config.load import dump
 from megatron_dypo.config.schema import Config
 from megatron_dypo.convert.hf_folder import check_folder
 from megatron_dypo.data import load_data
+from megatron_dypo.data.check import with_usable_traces
 from megatron_dypo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dypo.errors import TrainingError, UserError
 from megatron_dypo.evaluate.suites import check_suites, load_suite
@@ -66,6 +67,7 @@ def prepare(config: Config, source: str) -> Inputs:
         reward.check(() if config.rollout.replay else [*train, *valid])
     tokenizer = load_tokenizer(config, shape)
     encode_prompts(train, tokenizer, config.data.max_prompt_tokens)
+    train = with_usable_traces(train, tokenizer, config.data.skip_bad_rows)
     held_out = encode_prompts(valid, tokenizer, config.data.max_prompt_tokens)
     suites = {}
     if config.trainer.eval_every:

@@ -23,6 +23,7 @@ MODELS = {  # what differs from the preset `tiny`
 }
 SAMPLES = 4
 TEMPERATURE = 0.8
+ENDS = (1, 40)  # of a response
 
 
 def build(name: str, model: str, folder: str, **rollout: object):
@@ -79,7 +80,7 @@ def requests(vocabulary: int = 104) -> list:
 def sampling(tokens: int = 24):
     from megatron_dypo.rollout.engine import Sampling
 
-    return Sampling(temperature=TEMPERATURE, top_p=1.0, max_tokens=tokens, eos_id=1)
+    return Sampling(temperature=TEMPERATURE, top_p=1.0, max_tokens=tokens, eos_id=ENDS)
 
 
 def compare(policy, asked: list, responses: list) -> dict:
@@ -133,6 +134,7 @@ def check(ranks: list[list[dict]], limit: float) -> None:
         assert again["ids"] == compared[3]["ids"][::-1][:20], "a request's seed alone decides its sample"
         assert greedy["ids"][0] == greedy["ids"][1]
         for ids, finish in zip(compared[0]["ids"], compared[0]["finish"], strict=True):
-            ends = "the end token ends a response and is part of it"
-            assert (ids[-1] == 1) == (finish == "stop") and 1 not in ids[:-1], ends
+            ends = "any of the end tokens ends a response and is part of it"
+            assert (ids[-1] in ENDS) == (finish == "stop") and not set(ENDS) & set(ids[:-1]), ends
+        assert {ids[-1] for ids in compared[0]["ids"]} >= set(ENDS)
     assert ranks[0][0]["ids"] == ranks[1][0]["ids"]

@@ -274,7 +274,7 @@ def test_a_prompt_that_template_or_tokenizer_refuse_is_named_in_one_line(templat
     backend.chat_template = template
     prompt = Prompt("the-odd-one", "1", (), messages=({"role": "user", "content": text},))
     with pytest.raises(UserError, match=r"^data: prompt the-odd-one cannot be tokenized: ") as caught:
-        Tokenizer(backend, backend.eos_token_id).encode_prompt(prompt)
+        Tokenizer(backend, backend.eos_token_id, plain_chat=True).encode_prompt(prompt)
     assert about in str(caught.value)
     assert "\n" not in str(caught.value)
 

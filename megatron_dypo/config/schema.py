@@ -147,6 +147,9 @@ class Data(Section):
         16384, "Token budget of one packed micro-batch on one data-parallel rank.", ge=1, resumable=True
     )
     skip_bad_rows: bool = key(False, "Leave out malformed rows (and count them) instead of stopping.")
+    plain_chat: bool = key(
+        False, "Without a chat template, join a chat's texts with newlines, without roles, instead of refusing it."
+    )
 
 
 class Reward(Section):

@@ -135,7 +135,7 @@ def _write_metadata(
         copy_metadata(metadata, target, dtype, Path(hf_folder(own)) if own else None, changed)
     elif run:
         tokenizer = load_tokenizer(run, shape)
-        write_config(shape, target, tokenizer.eos_id)
+        write_config(shape, target, tokenizer.end_ids)
         tokenizer.save(target)
     else:
         log.warning("%s: nothing tells of its tokenizer, so the folder will hold none", folder)

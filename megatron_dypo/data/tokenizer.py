@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,9 @@ from jinja2 import TemplateError
 
 from megatron_dypo.config.schema import Config
 from megatron_dypo.data.arithmetic import arithmetic_tokens
+from megatron_dypo.data.ends import end_ids
+from megatron_dypo.data.template import ChatTemplate, today
+from megatron_dypo.data.traces import END_MARKERS, without_ends, without_opening
 from megatron_dypo.errors import UserError
 from megatron_dypo.policy.shape import ModelShape, hf_folder
 from megatron_dypo.records import Prompt
@@ -16,21 +20,42 @@ from megatron_dypo.runtime.seeding import stable_hash
 
 
 class Tokenizer:
-    """Prompts, traces and responses as int32 ids; ``eos_id`` ends every trace and every finished response."""
+    """Text <-> int32 ids, the same in preparing data, training and evaluation. What ids they are:
 
-    def __init__(self, backend, eos_id: int):
-        self._backend, self.eos_id = backend, eos_id
+    - A **prompt's** are what the model is asked with: a chat through the chat template, the assistant's header
+      included; a plain string after what the tokenizer puts before a text (a begin token, or nothing). Nothing is put
+      after it, whatever the tokenizer does. A template that reads the clock reads ``day``.
+    - A **trace's** are what the model is to say next. They end with ``eos_id`` and hold no other end: markers of ends
+      at the end of its text are taken off, one of ``end_ids`` inside it is an error. What the prompt's end has begun
+      already (``<think>``) is not begun again.
+    - A **response** ends at any of the ``end_ids``, which is part of it, for every engine and in the loss.
+
+    ``eos_id`` is the end that the template puts after an assistant's message if it is one of ``end_ids``, else the
+    first of these, which is the tokenizer's own.
+    """
+
+    def __init__(self, backend, *end_ids: int, plain_chat: bool = False, day: date | None = None):
+        self._backend, self.end_ids, self._plain_chat = backend, end_ids, plain_chat
+        self.template = ChatTemplate(backend, day or today()) if backend.chat_template else None
         self.size = len(backend)
+        end = self.template.end_of_answer(end_ids) if self.template else None
+        self.eos_id = end_ids[0] if end is None else end
+        self._ends = tuple(map(str, backend.convert_ids_to_tokens(list(end_ids))))
+        self._markers = (*self._ends, *END_MARKERS)
+        plain, whole = backend("a", add_special_tokens=False)["input_ids"], backend("a")["input_ids"]
+        places = [i for i in range(len(whole)) if whole[i : i + len(plain)] == plain]
+        self._begin = whole[: places[0]] if places else []
 
     @property
     def digest(self) -> int:
-        """63-bit hash of every token and its id, and of the end token."""
-        return stable_hash(self.eos_id, *sorted(self._backend.get_vocab().items()))
+        """63-bit hash of every token and its id, and of the end tokens."""
+        return stable_hash(*sorted(self.end_ids), *sorted(self._backend.get_vocab().items()))
 
     def encode_prompt(self, prompt: Prompt) -> np.ndarray:
-        """The ids the policy is asked with: through the chat template where messages and a template exist.
+        """A prompt's ids, as the class says.
 
-        Raises UserError naming a prompt that the template or the tokenizer refuses.
+        Raises UserError naming a prompt that the template or the tokenizer refuses, and a chat where there is no
+        template (and plain joining was not asked for).
         """
         try:
             return np.asarray(self._prompt_ids(prompt), dtype=np.int32)
@@ -39,31 +64,57 @@ class Tokenizer:
             raise UserError(f"data: prompt {prompt.id} cannot be tokenized: {type(error).__name__}: {reason}") from None
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        if prompt.messages and self._backend.chat_template:
-            return self._backend.apply_chat_template(
-                list(prompt.messages), add_generation_prompt=True, return_dict=False
+        if prompt.messages and self.template:
+            return self.template.ids(list(prompt.messages))
+        if prompt.messages and not self._plain_chat:
+            raise UserError(
+                f"data: prompt {prompt.id} is a chat, and the tokenizer has no chat template (is a file "
+                "chat_template.jinja left behind?); data.plain_chat: true joins the messages' texts with newlines"
             )
-        text = prompt.text or "\n".join(message["content"] for message in prompt.messages)
-        return self._backend(text)["input_ids"]
+        return [*self._begin, *self._backend(joined(prompt), add_special_tokens=False)["input_ids"]]
 
-    def encode_trace(self, trace: str) -> np.ndarray:
-        """A teacher's trace and the end token."""
-        return np.asarray([*self._backend(trace, add_special_tokens=False)["input_ids"], self.eos_id], dtype=np.int32)
+    def encode_trace(self, trace: str, prompt: Prompt | None = None) -> np.ndarray:
+        """A trace's ids, as the class says, after ``prompt`` (None: any chat). Raises UserError for an end in it."""
+        opening = self.template.opening if self.template else ""
+        if prompt and not (prompt.messages and self.template):
+            opening = joined(prompt)
+        text = without_ends(without_opening(trace, opening, self._backend.all_special_tokens), self._markers)
+        ids = self._backend(text, add_special_tokens=False)["input_ids"]
+        if not set(self.end_ids).isdisjoint(ids):
+            where = f"prompt {prompt.id}: " if prompt else ""
+            raise UserError(f"data: {where}a trace holds an end token before its end: {trace!r:.80}")
+        return np.asarray([*ids, self.eos_id], dtype=np.int32)
+
+    def end_inside(self, trace: str) -> str | None:
+        """The end token that a trace holds before its end; None where it holds none."""
+        text = without_ends(trace, self._markers)
+        return next((end for end in self._ends if end in text), None)
 
     def decode(self, ids: np.ndarray) -> str:
-        """Text of a response, special tokens left out."""
-        return self._backend.decode(ids.tolist(), skip_special_tokens=True)
+        """Text of a response, special tokens and its end left out."""
+        said = ids[:-1] if len(ids) and ids[-1] in self.end_ids else ids
+        return self._backend.decode(said.tolist(), skip_special_tokens=True)
+
+    def show(self, ids: np.ndarray) -> str:
+        """Text of the ids, special tokens included."""
+        return self._backend.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def save(self, folder: Path) -> None:
         """As a Hugging Face folder has it."""
         self._backend.save_pretrained(folder)
 
 
+def joined(prompt: Prompt) -> str:
+    """A prompt as one text, for where there is no chat template."""
+    return prompt.text or "\n".join(message["content"] for message in prompt.messages)
+
+
 def load_tokenizer(config: Config, shape: ModelShape) -> Tokenizer:
     """The run's tokenizer. Raises UserError where it has no end token or its ids do not fit the model's vocabulary."""
-    folder = config.model.tokenizer or config.model.hf
+    model, plain_chat = config.model, config.data.plain_chat
+    folder = model.tokenizer or model.hf
     if folder is None:
-        backend, name = arithmetic_backend(), "model.tokenizer: the built-in tokenizer"
+        backend, name, plain_chat = arithmetic_backend(), "model.tokenizer: the built-in tokenizer", True
     else:
         from megatron_dypo.data.backend import load_backend
 
@@ -80,7 +131,8 @@ def load_tokenizer(config: Config, shape: ModelShape) -> Tokenizer:
     tokens = 1 + max(backend.get_vocab().values(), default=-1)  # ids need not be dense
     if tokens > shape.vocab_size:
         raise UserError(f"{name}: has {tokens} tokens, more than the model's vocabulary of {shape.vocab_size}")
-    return Tokenizer(backend, backend.eos_token_id)
+    folders = [Path(hf_folder(each)) for each in dict.fromkeys((folder, model.hf)) if each]
+    return Tokenizer(backend, *end_ids(backend, folders, shape.vocab_size), plain_chat=plain_chat)
 
 
 def arithmetic_backend():

@@ -15,7 +15,8 @@ def greedy_accuracy(
 ) -> dict:
     """``eval/valid/*``: share of right answers, mean length (tokens). Each rank takes its share of the prompts."""
     mine = [Group(group.prompt, group.prompt_ids) for group in groups[layout.rank :: layout.world]]
-    responses = engine.generate([Request(group.prompt_ids, None) for group in mine], sampling(config, tokenizer.eos_id))
+    requests = [Request(group.prompt_ids, None) for group in mine]
+    responses = engine.generate(requests, sampling(config, tokenizer.end_ids))
     for group, response in zip(mine, responses, strict=True):
         group.responses = [response]
     score(mine, tokenizer, reward)

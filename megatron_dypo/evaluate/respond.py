@@ -47,7 +47,7 @@ def engine_responses(engine: Engine, tokenizer: Tokenizer, config: Config) -> Re
     """By a rollout engine with the weights that it has."""
     settings = config.evaluation
     greedy = settings.temperature == 0
-    sampling = Sampling(settings.temperature or 1.0, settings.top_p, longest_response(config), tokenizer.eos_id)
+    sampling = Sampling(settings.temperature or 1.0, settings.top_p, longest_response(config), tokenizer.end_ids)
 
     def respond(questions: list[Question]) -> list[Said]:
         requests = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 
 from megatron_dypo.errors import UserError
@@ -9,6 +10,7 @@ from megatron_dypo.prepare.layouts import Trace
 from megatron_dypo.records import Prompt
 
 _MOST_TOKENS = 1 << 22  # no vocabulary is larger
+_DAY = date(2026, 1, 1)  # what templates that read the clock are given: lengths are the same on every day
 
 
 def is_complete(trace: Trace) -> bool:
@@ -22,6 +24,7 @@ class TokenCounter:
     def __init__(self, folder: str):
         """Raises UserError where nothing there can be loaded."""
         from megatron_dypo.data.backend import load_backend
+        from megatron_dypo.data.ends import end_ids
         from megatron_dypo.data.tokenizer import Tokenizer
 
         try:
@@ -31,7 +34,8 @@ class TokenCounter:
             raise UserError(f"--tokenizer {folder}: cannot be loaded: {type(error).__name__}: {reason}") from None
         if backend.eos_token_id is None:
             raise UserError(f"--tokenizer {folder}: has no end-of-sequence token")
-        self._tokenizer = Tokenizer(backend, backend.eos_token_id)
+        ends = end_ids(backend, [Path(folder)], _MOST_TOKENS)
+        self._tokenizer = Tokenizer(backend, *ends, plain_chat=True, day=_DAY)
 
     def prompt(self, prompt: Prompt) -> int:
         """Tokens, those of the chat template included."""

@@ -33,12 +33,12 @@ def encode_prompts(prompts: list[Prompt], tokenizer: Tokenizer, longest: int) ->
     return groups
 
 
-def sampling(config: Config, eos_id: int) -> Sampling:
+def sampling(config: Config, end_ids: tuple[int, ...]) -> Sampling:
     rollout = config.rollout
-    return Sampling(rollout.temperature, rollout.top_p, rollout.max_response_tokens, eos_id)
+    return Sampling(rollout.temperature, rollout.top_p, rollout.max_response_tokens, end_ids)
 
 
-def sample(groups: list[Group], engine: Engine, config: Config, eos_id: int, step: int) -> None:
+def sample(groups: list[Group], engine: Engine, config: Config, end_ids: tuple[int, ...], step: int) -> None:
     """Fill in the groups' responses.
 
     Each sample's seed is a hash of (seed, step, prompt, sample): neither layout nor order changes what is drawn.
@@ -49,7 +49,7 @@ def sample(groups: list[Group], engine: Engine, config: Config, eos_id: int, ste
         for group in groups
         for i in range(k)
     ]
-    responses = engine.generate(requests, sampling(config, eos_id))
+    responses = engine.generate(requests, sampling(config, end_ids))
     for i, group in enumerate(groups):
         group.responses = responses[i * k : (i + 1) * k]
 

@@ -38,12 +38,18 @@ class Request:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample: lengths in tokens; ``eos_id`` ends a response and is part of it."""
+    """How to sample: lengths in tokens. ``eos_id``, one token or several (as transformers' ``eos_token_id``), ends a
+    response and is part of it."""
 
     temperature: float
     top_p: float
     max_tokens: int
-    eos_id: int
+    eos_id: int | tuple[int, ...]
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Every token that ends a response."""
+        return (self.eos_id,) if isinstance(self.eos_id, int) else self.eos_id
 
 
 class Engine(Protocol):
@@ -92,7 +98,7 @@ def build_engine(
     if name == "vllm":
         from megatron_dypo.rollout.vllm_engine import VllmEngine
 
-        return VllmEngine(config, shape, tokenizer.eos_id, folder)
+        return VllmEngine(config, shape, tokenizer.end_ids, folder)
     if name == "server":
         from megatron_dypo.rollout.identity import identity
         from megatron_dypo.rollout.server_engine import ServerEngine

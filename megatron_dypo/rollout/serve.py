@@ -36,7 +36,7 @@ def serve(config: Config, host: str, port: int, tensor: int) -> NoReturn:
     check_vllm(config, shape)
     tokenizer = load_tokenizer(config, shape)
     name, folder = identity(config, shape, tokenizer), Path(config.trainer.run_dir) / "engine" / f"server_{port}"
-    write_config(shape, folder, tokenizer.eos_id)
+    write_config(shape, folder, tokenizer.end_ids)
     backend = {"auto": "nccl" if torch.cuda.is_available() else "megatron_dypo", "shared_memory": "megatron_dypo"}
     transfer = backend.get(config.rollout.sync_backend, config.rollout.sync_backend)
     environment = _ENVIRONMENT | ENVIRONMENT | ({} if torch.cuda.is_available() else CPU_ENVIRONMENT)

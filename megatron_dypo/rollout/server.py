@@ -123,11 +123,11 @@ def _response(answer: dict, request: Request, sampling: Sampling, label: str) ->
         raise ValueError("a log-prob is none")
     # What vLLM's server says for NaN and -inf. The step that trains on it is skipped, as where vLLM is in process.
     logprobs = [math.nan if value <= -9999.0 else value for value in logprobs]
-    ends = [place for place, token in enumerate(ids) if token == sampling.eos_id]
+    ends = [place for place, token in enumerate(ids) if token in sampling.end_ids]
     stopped = ends == [len(ids) - 1]
     cut = not ends and len(ids) == sampling.max_tokens
     if (finish, stopped, cut) not in (("stop", True, False), ("length", False, True)):
-        raise ValueError(f"{len(ids)} tokens with the end token at {ends} do not go with finish_reason {finish!r}")
+        raise ValueError(f"{len(ids)} tokens with end tokens at {ends} do not go with finish_reason {finish!r}")
     routed = choice.get("routed_experts")
     experts = None if routed is None else from_text(routed, len(request.prompt_ids) + len(ids))
     return Response(np.array(ids, np.int32), np.array(logprobs, np.float32), finish, experts=experts)

@@ -139,7 +139,7 @@ class RolloutSource:
         fresh = [groups[place] for place in mine]
         for refill in range(1 + self._refill.rounds):
             with clock("rollout"), phase("rollout"):
-                sample(fresh, self.engine, self.config, self.tokenizer.eos_id, step)
+                sample(fresh, self.engine, self.config, self.tokenizer.end_ids, step)
             with clock("reward"), phase("reward"):
                 score(fresh, self.tokenizer, self.reward, self.config)
             if refill == self._refill.rounds:
@@ -213,4 +213,5 @@ class RolloutSource:
         return self._trace(group.prompt.id, teacher)
 
     def _encode_trace(self, prompt_id: str, teacher: int) -> np.ndarray:
-        return self.tokenizer.encode_trace(self._by_id[prompt_id].teachers[teacher].trace)
+        prompt = self._by_id[prompt_id]
+        return self.tokenizer.encode_trace(prompt.teachers[teacher].trace, prompt)

@@ -104,7 +104,7 @@ class TransformersEngine:
                 if running[row]:
                     tokens[row].append(token)
                     logprobs[row].append(logprob)
-                    running[row] = token != sampling.eos_id
+                    running[row] = token not in sampling.end_ids
             if not any(running):
                 break
             fresh = torch.tensor([[token] for token, _ in picked], device=device())

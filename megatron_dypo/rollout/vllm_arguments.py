@@ -61,7 +61,7 @@ def sampling_arguments(seed: int | None, sampling: Sampling) -> dict:
         "top_p": 1.0 if greedy else sampling.top_p,
         "seed": seed,
         "max_tokens": sampling.max_tokens,
-        "stop_token_ids": [sampling.eos_id],
+        "stop_token_ids": list(sampling.end_ids),
         "ignore_eos": True,  # stop_token_ids alone decide
         "detokenize": False,
         "logprobs": 0,  # of the sampled token alone

@@ -31,7 +31,7 @@ class VllmEngine:
     """See ``Engine``. Greedy and sampled requests may share a batch; seeds are per request."""
 
     @deterministic.not_enforced()
-    def __init__(self, config: Config, shape: ModelShape, eos_id: int, folder: Path):
+    def __init__(self, config: Config, shape: ModelShape, eos_id: int | tuple[int, ...], folder: Path):
         cuda = torch.cuda.is_available()
         for name, value in (IN_PROCESS | ENVIRONMENT | ({} if cuda else CPU_ENVIRONMENT)).items():
             os.environ.setdefault(name, value)
@@ -58,7 +58,7 @@ class VllmEngine:
 
     @deterministic.not_enforced()
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Response]:
-        """One response per request, in order; ``ids`` ends with ``eos_id`` unless cut at ``max_tokens``."""
+        """One response per request, in order; ``ids`` ends with one of the end tokens unless cut at ``max_tokens``."""
         if not requests:
             return []
         assert not self._dropped, "the engine slept without its weights and has to be synced"
