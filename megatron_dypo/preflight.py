@@ -16,6 +16,7 @@ from megatron_dypo.config.schema import Config
 from megatron_dypo.convert.hf_folder import check_folder
 from megatron_dypo.data import load_data
 from megatron_dypo.data.check import with_usable_traces
+from megatron_dypo.data.kept import check_kept, keep, start_day
 from megatron_dypo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dypo.errors import TrainingError, UserError
 from megatron_dypo.evaluate.suites import check_suites, load_suite
@@ -65,7 +66,8 @@ def prepare(config: Config, source: str) -> Inputs:
     train, valid = load_data(config.data)
     with build_reward(config.reward) as reward:
         reward.check(() if config.rollout.replay else [*train, *valid])
-    tokenizer = load_tokenizer(config, shape)
+    run_dir = Path(config.trainer.run_dir)
+    tokenizer = load_tokenizer(config, shape, start_day(run_dir))
     encode_prompts(train, tokenizer, config.data.max_prompt_tokens)
     train = with_usable_traces(train, tokenizer, config.data.skip_bad_rows)
     held_out = encode_prompts(valid, tokenizer, config.data.max_prompt_tokens)
@@ -75,8 +77,10 @@ def prepare(config: Config, source: str) -> Inputs:
         suites = {name: load_suite(name, config.evaluation) for name in config.evaluation.suites}
     for prompts in suites.values():
         encode_prompts(prompts, tokenizer, config.data.max_prompt_tokens)
-    lock = run_folder.claim(Path(config.trainer.run_dir)) if distributed.launch_rank() == 0 else None
+    lock = run_folder.claim(run_dir) if distributed.launch_rank() == 0 else None
     checkpoints = run_folder.checkpoints(config)
+    if checkpoints:
+        check_kept(run_dir, tokenizer)
     if config.rollout.replay:
         first = max(checkpoints, default=0) + 1
         recorded.require_steps(config.rollout.replay, range(first, config.trainer.steps + 1))
@@ -101,9 +105,22 @@ def check_agreement(config: Config, inputs: Inputs) -> None:
     seen = {
         "the configuration": stable_hash(dump(config)),
         "the prompts": stable_hash(*prompts),
+        "the tokenizer": (inputs.tokenizer.digest, inputs.tokenizer.template_digest),
         "the checkpoints to resume from": inputs.checkpoints,
     }
     for rank, theirs in enumerate(distributed.all_gather_objects(seen)):
         for what, value in seen.items():
             if theirs[what] != value:
                 raise TrainingError(f"rank {distributed.launch_rank()} and rank {rank} do not agree on {what}")
+
+
+def agree_on_day(config: Config, inputs: Inputs) -> None:
+    """Collective, after ``check_agreement``: rank 0's day for all templates that read the clock, kept in the folder."""
+    tokenizer = inputs.tokenizer
+    day = distributed.all_gather_objects(tokenizer.day)[0]
+    if day != tokenizer.day:
+        tokenizer.set_day(day)
+        held_out = [group.prompt for group in inputs.held_out]
+        inputs.held_out = encode_prompts(held_out, tokenizer, config.data.max_prompt_tokens)
+    if distributed.launch_rank() == 0:
+        keep(Path(config.trainer.run_dir), tokenizer)

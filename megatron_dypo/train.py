@@ -26,7 +26,7 @@ from megatron_dypo.monitor.monitor import Monitor
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.policy.schedule import learning_rate
 from megatron_dypo.policy.shape import hf_folder
-from megatron_dypo.preflight import Inputs, check_agreement
+from megatron_dypo.preflight import Inputs, agree_on_day, check_agreement
 from megatron_dypo.reward import build_reward
 from megatron_dypo.rollout.engine import Engine, build_engine, engine_name
 from megatron_dypo.rollout.source import RolloutSource
@@ -65,6 +65,7 @@ def _train(
 ) -> bool:
     trainer, run_dir, tokenizer = config.trainer, Path(config.trainer.run_dir), inputs.tokenizer
     check_agreement(config, inputs)
+    agree_on_day(config, inputs)
     log.info("%s; %s parameters; starting %s", layout, f"{inputs.shape.parameters:,}", engine_name(config))
     with phase("rollout engine start"):
         folder = run_dir / "engine" / f"rank_{layout.rank}"

@@ -14,11 +14,13 @@ from tokenizers import Tokenizer as Library
 from transformers import PreTrainedTokenizerFast
 
 from megatron_dypo.data.check import with_usable_traces
+from megatron_dypo.data.kept import check_kept, keep, start_day
 from megatron_dypo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dypo.errors import UserError
 from megatron_dypo.policy.shape import PRESETS
 from megatron_dypo.records import Prompt, Teacher
 from tests.batches import make_config
+from tests.ranks import run_ranks
 
 SHAPE = dataclasses.replace(PRESETS["tiny"], vocab_size=320)
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<s>", "</s>")
@@ -249,3 +251,51 @@ def test_a_template_that_reads_the_clock_reads_the_given_day(tmp_path, form, sho
     assert tokenizer.template.reads_clock and not load(folder_of(tmp_path / "b", "</s>")).template.reads_clock
     assert text_of(tokenizer, tokenizer.encode_prompt(chat())).startswith(f"Today: {shown}\n<|im_start|>user")
     assert tokenizer.encode_trace("2").tolist()[-1] == ID["<|im_end|>"]
+
+
+def a_rank_of_another_day(folder: str, run: str) -> tuple[str, list[int], str]:
+    """Rank 1's clock is a day ahead."""
+    from megatron_dypo.preflight import Inputs, agree_on_day
+    from megatron_dypo.records import Group
+    from megatron_dypo.runtime import distributed
+
+    layout = distributed.init()
+    config = make_config(model={"tokenizer": folder})
+    config.trainer.run_dir = run
+    tokenizer = load_tokenizer(config, SHAPE, date(2026, 3, 5 + layout.rank))
+    held_out = [Group(chat(), tokenizer.encode_prompt(chat()))]
+    inputs = Inputs(SHAPE, tokenizer, [], held_out, {}, [], None)
+    agree_on_day(config, inputs)
+    held_out_ids, asked = inputs.held_out[0].prompt_ids.tolist(), text_of(tokenizer, tokenizer.encode_prompt(chat()))
+    return tokenizer.day.isoformat(), held_out_ids, asked
+
+
+def test_all_ranks_read_the_day_of_the_runs_start_and_a_resume_does_too(tmp_path):
+    template = "{{ strftime_now('%d %b') }}\n" + CHATML
+    folder, run = folder_of(tmp_path / "tokenizer", "<|im_end|>", template), tmp_path / "run"
+    first, second = run_ranks(2, a_rank_of_another_day, str(folder), str(run))
+    assert first == second and first[0] == "2026-03-05" and first[2].startswith("05 Mar\n")
+    assert start_day(tmp_path / "absent", run) == date(2026, 3, 5) and start_day(tmp_path / "absent") is None
+
+
+def test_a_resume_with_another_tokenizer_names_what_differs(tmp_path):
+    before = load(folder_of(tmp_path / "a", "<|im_end|>"))
+    keep(tmp_path / "run", before)
+    check_kept(tmp_path / "run", before)
+    check_kept(tmp_path / "of a version before", before)
+    changed = {
+        r"end tokens \(was \[258\], now \[256, 258\]\), vocabulary": {"generation": {"eos_token_id": [256]}},
+        r"differing: chat template \(was '": {"template": GEMMA},
+        r"end of a trace \(was 258, now 256\)": {"eos": "<|endoftext|>"},
+    }
+    for i, (what, options) in enumerate(changed.items()):
+        after = load(folder_of(tmp_path / str(i), **{"eos": "<|im_end|>"} | options))
+        with pytest.raises(UserError, match=what):
+            check_kept(tmp_path / "run", after)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"day": 3}', '{"day": "2026-13-01"}', "\xff"])
+def test_a_damaged_record_of_the_start_is_refused_by_name(tmp_path, text):
+    (tmp_path / "text.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"text\.json: not what a run keeps"):
+        start_day(tmp_path)

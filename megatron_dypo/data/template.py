@@ -24,9 +24,14 @@ class ChatTemplate:
         self._backend, self.day = backend, day
 
     @property
+    def text(self) -> str:
+        """Its source."""
+        return self._backend.get_chat_template()
+
+    @property
     def reads_clock(self) -> bool:
         """Whether prompts depend on the day."""
-        return _CLOCK.search(self._backend.get_chat_template()) is not None
+        return _CLOCK.search(self.text) is not None
 
     def ids(self, messages: list[dict[str, str]]) -> list[int]:
         """The messages and the beginning of the assistant's answer."""

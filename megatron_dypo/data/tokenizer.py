@@ -36,8 +36,8 @@ class Tokenizer:
 
     def __init__(self, backend, *end_ids: int, plain_chat: bool = False, day: date | None = None):
         self._backend, self.end_ids, self._plain_chat = backend, end_ids, plain_chat
-        self.template = ChatTemplate(backend, day or today()) if backend.chat_template else None
         self.size = len(backend)
+        self.set_day(day or today())
         end = self.template.end_of_answer(end_ids) if self.template else None
         self.eos_id = end_ids[0] if end is None else end
         self._ends = tuple(map(str, backend.convert_ids_to_tokens(list(end_ids))))
@@ -45,6 +45,21 @@ class Tokenizer:
         plain, whole = backend("a", add_special_tokens=False)["input_ids"], backend("a")["input_ids"]
         places = [i for i in range(len(whole)) if whole[i : i + len(plain)] == plain]
         self._begin = whole[: places[0]] if places else []
+
+    def set_day(self, day: date) -> None:
+        """What a template that reads the clock takes for today."""
+        self.day = day
+        self.template = ChatTemplate(self._backend, day) if self._backend.chat_template else None
+
+    @property
+    def reads_clock(self) -> bool:
+        """Whether the ids of chats depend on the day."""
+        return self.template is not None and self.template.reads_clock
+
+    @property
+    def template_digest(self) -> str | None:
+        """A hash of the chat template; None where there is none."""
+        return self.template and f"{stable_hash(self.template.text):016x}"
 
     @property
     def digest(self) -> int:
@@ -109,8 +124,11 @@ def joined(prompt: Prompt) -> str:
     return prompt.text or "\n".join(message["content"] for message in prompt.messages)
 
 
-def load_tokenizer(config: Config, shape: ModelShape) -> Tokenizer:
-    """The run's tokenizer. Raises UserError where it has no end token or its ids do not fit the model's vocabulary."""
+def load_tokenizer(config: Config, shape: ModelShape, day: date | None = None) -> Tokenizer:
+    """The run's tokenizer; ``day`` is what a template that reads the clock is given (default: today).
+
+    Raises UserError where it has no end token or its ids do not fit the model's vocabulary.
+    """
     model, plain_chat = config.model, config.data.plain_chat
     folder = model.tokenizer or model.hf
     if folder is None:
@@ -132,7 +150,7 @@ def load_tokenizer(config: Config, shape: ModelShape) -> Tokenizer:
     if tokens > shape.vocab_size:
         raise UserError(f"{name}: has {tokens} tokens, more than the model's vocabulary of {shape.vocab_size}")
     folders = [Path(hf_folder(each)) for each in dict.fromkeys((folder, model.hf)) if each]
-    return Tokenizer(backend, *end_ids(backend, folders, shape.vocab_size), plain_chat=plain_chat)
+    return Tokenizer(backend, *end_ids(backend, folders, shape.vocab_size), plain_chat=plain_chat, day=day)
 
 
 def arithmetic_backend():

@@ -24,6 +24,7 @@ from megatron_dypo.config.schema import Config, Parallel
 from megatron_dypo.convert.commands import check_checkpoint, metadata_folder, model_of, source_folder
 from megatron_dypo.convert.hf_folder import check_folder, folder_weights
 from megatron_dypo.convert.megatron_folder import MegatronFolder, checkpoint_folder
+from megatron_dypo.data.kept import keep, start_day
 from megatron_dypo.data.tokenizer import load_tokenizer
 from megatron_dypo.errors import UserError
 from megatron_dypo.evaluate.answers import AnswerFile
@@ -78,7 +79,8 @@ def evaluate(
         check_policy(config.policy, model.shape, "evaluate")
         if engine_name(config) != "transformers":
             check_vllm(config, model.shape)
-        tokenizer = load_tokenizer(config, model.shape)
+        out = out or Path(config.trainer.run_dir) / "evaluation" / model.name
+        tokenizer = load_tokenizer(config, model.shape, start_day(Path(config.trainer.run_dir), out))
         for prompts in suites.values():
             encode_prompts(prompts, tokenizer, config.data.max_prompt_tokens)
         if config.window > model.shape.max_position:
@@ -90,7 +92,10 @@ def evaluate(
         layout = distributed.init(Parallel(timeout=config.parallel.timeout))
         if model.checkpoint:
             check_checkpoint(model.checkpoint)
-    out = out or Path(config.trainer.run_dir) / "evaluation" / model.name
+    if tokenizer.reads_clock:
+        tokenizer.set_day(distributed.all_gather_objects(tokenizer.day)[0])
+        if layout.is_main:
+            keep(out, tokenizer)
     with phase("rollout engine start"):
         engine = build_engine(config, model.shape, tokenizer, out / "engine" / f"rank_{layout.rank}", layout)
         distributed.claim_device()
@@ -98,6 +103,9 @@ def evaluate(
         dtype = distributed.training_dtype(config.model.dtype)
         engine.sync(StoredWeights(model.shape, dtype, model.read))
     about = {"model": model.name, "weights": model.digest, "tokenizer": str(tokenizer.digest), "dtype": str(dtype)}
+    about["chat_template"] = tokenizer.template_digest
+    if tokenizer.reads_clock:
+        about["day"] = tokenizer.day.isoformat()
     respond = engine_responses(engine, tokenizer, config)
     _run(config, suites, respond, about, layout, out, restart, ROUND[distributed.device().type])
 
@@ -126,7 +134,7 @@ def _load(config: Config, names: list[str]) -> dict[str, list[Prompt]]:
 
 
 def _choose(config: Config, hf: str | None, checkpoint: Path | None) -> Model:
-    """The model to evaluate. Its tokenizer becomes ``config.model.tokenizer``."""
+    """The model to evaluate. It and its tokenizer become ``config.model.hf`` and ``.tokenizer``."""
     run_dir = Path(config.trainer.run_dir)
     if hf is None and checkpoint is None and complete_steps(run_dir):
         checkpoint = run_dir
@@ -134,7 +142,7 @@ def _choose(config: Config, hf: str | None, checkpoint: Path | None) -> Model:
         folder = checkpoint_folder(checkpoint)
         origin = metadata_folder(folder)
         shape = model_of(folder, origin)
-        config.model.tokenizer = config.model.tokenizer or origin
+        config.model.tokenizer, config.model.hf = config.model.tokenizer or origin, origin or config.model.hf
         return Model(folder.name, _digest(folder), shape, MegatronFolder(folder, shape).read, folder)
     source = hf or config.model.hf
     if source is None:
@@ -142,7 +150,7 @@ def _choose(config: Config, hf: str | None, checkpoint: Path | None) -> Model:
     folder, shape = source_folder(source)
     shape = shape if hf else of_weights(shape, config.model)
     check_folder(folder, shape)
-    config.model.tokenizer = hf or config.model.tokenizer
+    config.model.tokenizer, config.model.hf = hf or config.model.tokenizer, source
     return Model(folder.name, _digest(folder), shape, folder_weights(folder))
 
 
