@@ -23,6 +23,7 @@ from megatron_dypo.evaluate.suites import check_suites, load_suite
 from megatron_dypo.policy.shape import ModelShape, hf_folder, model_shape
 from megatron_dypo.records import Group, Prompt
 from megatron_dypo.reward import build_reward
+from megatron_dypo.reward.judges import is_own
 from megatron_dypo.rollout import recorded
 from megatron_dypo.rollout.collect import encode_prompts
 from megatron_dypo.rollout.engine import check_vllm, engine_name
@@ -63,7 +64,7 @@ def prepare(config: Config, source: str) -> Inputs:
     _check_attention(config, source)
     if config.model.hf:
         check_folder(hf_folder(config.model.hf), shape)
-    train, valid = load_data(config.data)
+    train, valid = load_data(config.data, is_own(config.reward.function))
     with build_reward(config.reward) as reward:
         reward.check(() if config.rollout.replay else [*train, *valid])
     run_dir = Path(config.trainer.run_dir)

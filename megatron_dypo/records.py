@@ -34,11 +34,12 @@ class Teacher:
 class Prompt:
     """One row of the data set. ``messages`` is a chat (list of role/content); a plain string is kept as ``text``.
 
-    ``extra`` is the row's ``extra_info`` as JSON, for reward functions; empty where it has none.
+    ``ground_truth`` is a list or an object only where a reward function of the user's own takes it. ``extra`` is the
+    row's ``extra_info`` as JSON, for reward functions; empty where it has none.
     """
 
     id: str
-    ground_truth: str
+    ground_truth: str | list | dict
     teachers: tuple[Teacher, ...]
     source: str = ""
     messages: tuple[dict[str, str], ...] = ()

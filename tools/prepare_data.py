@@ -52,6 +52,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--keep-without-trace", action="store_true", help="keep problems that no trace is left of")
     add("--skip-bad-rows", action="store_true", help="leave out (and count) malformed rows instead of stopping")
+    escapes = "put back (and count) the backslash of LaTeX commands where a control character stands in its place"
+    add("--repair-escapes", action="store_true", help=escapes)
     add("--workers", type=int, default=1, metavar="N", help="processes that grade (default: 1)")
     add("--restart", action="store_true", help="begin anew, whatever a killed run left")
     dry = "only count, over the first N rows (default: 1000)"

@@ -147,6 +147,10 @@ class Data(Section):
         16384, "Token budget of one packed micro-batch on one data-parallel rank.", ge=1, resumable=True
     )
     skip_bad_rows: bool = key(False, "Leave out malformed rows (and count them) instead of stopping.")
+    repair_escapes: bool = key(
+        False,
+        "Put the backslash back (and count the rows) where a control character stands in place of the begin of a LaTeX command (a form feed and `rac` for `\\frac`), instead of refusing the row.",
+    )
     plain_chat: bool = key(
         False, "Without a chat template, join a chat's texts with newlines, without roles, instead of refusing it."
     )

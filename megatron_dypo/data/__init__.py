@@ -6,38 +6,71 @@ import logging
 
 from megatron_dypo.config.schema import Data
 from megatron_dypo.data import reasoning_gym_task, rows
+from megatron_dypo.data.traces import thought_fault
 from megatron_dypo.errors import UserError
 from megatron_dypo.records import Prompt
 
 log = logging.getLogger(__name__)
 
 
-def load_prompts(source: str, skip_bad_rows: bool) -> list[Prompt]:
-    """All prompts of a file or a ``reasoning_gym:`` task, duplicates (same prompt text) dropped."""
+def load_prompts(
+    source: str, skip_bad_rows: bool, *, escapes: rows.Escapes = "refuse", any_truth: bool = False
+) -> list[Prompt]:
+    """All prompts of a file or a ``reasoning_gym:`` task, duplicates (same prompt text) dropped; the first stands.
+
+    Duplicates with another ground truth, and traces with something wrong about their thoughts, are warned of.
+    ``escapes`` and ``any_truth`` are those of ``rows.read``.
+    """
     prompts = (
         reasoning_gym_task.generate(source)
         if source.startswith(reasoning_gym_task.PREFIX)
-        else rows.read(source, skip_bad_rows)
+        else rows.read(source, skip_bad_rows, escapes=escapes, any_truth=any_truth)
     )
     first: dict[tuple, Prompt] = {}
+    differing: list[tuple[Prompt, Prompt]] = []
     for prompt in prompts:
-        first.setdefault(prompt_key(prompt), prompt)
+        known = first.setdefault(prompt_key(prompt), prompt)
+        if known.ground_truth != prompt.ground_truth:
+            differing.append((known, prompt))
     unique = list(first.values())
     if len(unique) < len(prompts):
         log.info("%s: %d duplicate prompts dropped, %d left", source, len(prompts) - len(unique), len(unique))
+    if differing:
+        known, other = differing[0]
+        log.warning(
+            "%s: %d prompts come again with another ground truth, and the first stands: %s has %.60r, %s %.60r",
+            *(source, len(differing), known.id, known.ground_truth, other.id, other.ground_truth),
+        )
+    _warn_of_thoughts(source, unique)
     if not unique:
         raise UserError(f"{source}: holds no prompt")
     return unique
 
 
-def load_data(data: Data) -> tuple[list[Prompt], list[Prompt]]:
+def _warn_of_thoughts(source: str, prompts: list[Prompt]) -> None:
+    found: dict[str, list[str]] = {}
+    for prompt in prompts:
+        for teacher in prompt.teachers:
+            if fault := thought_fault(teacher.trace):
+                found.setdefault(fault, []).append(f"{prompt.id}, teacher {teacher.name}")
+    for fault, places in found.items():
+        log.warning("%s: %d traces: each %s; the first: prompt %s", source, len(places), fault, places[0])
+
+
+def load_data(data: Data, any_truth: bool = False) -> tuple[list[Prompt], list[Prompt]]:
     """(training prompts, held-out prompts); whatever is held out is removed from training.
 
-    Raises UserError where a file is missing, a row malformed, or nothing is left to train on.
+    ``any_truth``: ground truths may be lists and objects, for a reward function of the user's own. Raises UserError
+    where a file is missing, a row malformed, or nothing is left to train on.
     """
-    valid = load_prompts(data.valid, data.skip_bad_rows) if data.valid else []
+
+    def load(source: str) -> list[Prompt]:
+        escapes = "repair" if data.repair_escapes else "refuse"
+        return load_prompts(source, data.skip_bad_rows, escapes=escapes, any_truth=any_truth)
+
+    valid = load(data.valid) if data.valid else []
     held_out = {prompt_key(prompt) for prompt in valid}
-    everything = load_prompts(data.train, data.skip_bad_rows)
+    everything = load(data.train)
     train = [prompt for prompt in everything if prompt_key(prompt) not in held_out]
     if len(train) < len(everything):
         log.info(

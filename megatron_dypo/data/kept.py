@@ -57,7 +57,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
         kept = json.loads(path.read_bytes())
         date.fromisoformat(kept["day"])
         return {name: kept[name] for name in ("day", "end tokens", "end of a trace", "vocabulary", "chat template")}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None

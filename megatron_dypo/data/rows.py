@@ -6,16 +6,18 @@ LUFFY/verl prompt (chat), reward_model {ground_truth}, target or target_lst (tra
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_dypo.errors import UserError
+from megatron_dypo.escapes import repaired, swallowed
 from megatron_dypo.records import Prompt, Teacher
 
 log = logging.getLogger(__name__)
@@ -26,19 +28,29 @@ class BadRow(ValueError):
     """A field of one row is missing or has the wrong type."""
 
 
-def read(path: str, skip_bad_rows: bool = False) -> list[Prompt]:
+Escapes = Literal["refuse", "repair", "keep"]
+
+
+def read(
+    path: str, skip_bad_rows: bool = False, *, escapes: Escapes = "refuse", any_truth: bool = False
+) -> list[Prompt]:
     """All rows of a ``.jsonl`` or ``.parquet`` file.
 
     Raises UserError naming file, line and field of the first malformed row; with ``skip_bad_rows`` they are left out
-    and counted in the log. Ids must be unique; a row without one is called by its line.
+    and counted in the log. Ids must be unique; a row without one is called by its line. ``escapes``: what becomes of
+    LaTeX commands whose backslash was swallowed. ``any_truth``: ground truths may be lists and objects.
     """
     file = Path(path)
     if not os.path.isfile(path):
         raise UserError(f"data: {path}: no such file")
-    prompts, seen, skipped = [], set(), 0
+    prompts, seen, skipped, repairs = [], set(), 0, 0
     for line, row in _raw_rows(file):
         try:
-            prompt = read_row(row, line)
+            prompt = read_row(row, line, any_truth)
+            if escapes != "keep" and (field := swallowed_in(prompt)):
+                if escapes == "refuse":
+                    raise BadRow(f"{field} (data.repair_escapes: true puts the backslash back)")
+                prompt, repairs = with_escapes(prompt), repairs + 1
             if prompt.id in seen:
                 raise BadRow(f"id: {prompt.id!r} occurs twice")
         except BadRow as error:
@@ -50,6 +62,8 @@ def read(path: str, skip_bad_rows: bool = False) -> list[Prompt]:
         prompts.append(prompt)
     if skipped:
         log.warning("%s: %d malformed rows skipped, %d read", path, skipped, len(prompts))
+    if repairs:
+        log.warning("%s: %d rows with swallowed backslashes repaired, of %d", path, repairs, len(prompts))
     return prompts
 
 
@@ -80,8 +94,8 @@ def _parsed(line: bytes) -> Any:
         return BadRow(f"not valid JSON: {error}")
 
 
-def read_row(row: Any, line: int) -> Prompt:
-    """One row; one without an id is called by its line. Raises BadRow."""
+def read_row(row: Any, line: int, any_truth: bool = False) -> Prompt:
+    """One row; one without an id is called by its line. ``any_truth`` as in ``read``. Raises BadRow."""
     if isinstance(row, BadRow):
         raise row
     if not isinstance(row, dict):
@@ -95,7 +109,9 @@ def read_row(row: Any, line: int) -> Prompt:
         raise BadRow(f"ground_truth: expected a finite number, got {truth}")
     if isinstance(truth, (int, float)) and not isinstance(truth, bool):
         truth = str(truth)
-    if not isinstance(truth, str) or not truth.strip():
+    if any_truth and isinstance(truth, (list, dict)) and truth:
+        truth = json.loads(json.dumps(truth, default=str))  # what JSON has no form for comes of Parquet
+    elif not isinstance(truth, str) or not truth.strip():
         raise BadRow(f"ground_truth: expected a non-empty string, got {_short(truth)}")
     identity = f"row-{line}" if row.get("id") is None else row["id"]
     if not isinstance(identity, (str, int)):
@@ -104,7 +120,7 @@ def read_row(row: Any, line: int) -> Prompt:
     for field, texts in (
         ("id", [str(identity)]),
         ("prompt", [text, *(message["content"] for message in messages)]),
-        ("ground_truth", [truth]),
+        ("ground_truth", strings(truth)),
         ("teachers", [teacher.trace for teacher in teachers]),
     ):
         if any(map(_SURROGATE.search, texts)):
@@ -114,6 +130,43 @@ def read_row(row: Any, line: int) -> Prompt:
         raise BadRow(f"extra_info: expected an object, got {_short(extra)}")
     kept = json.dumps(extra, default=str) if extra else ""
     return Prompt(str(identity), truth, teachers, str(row.get("data_source") or ""), messages, text, kept)
+
+
+def swallowed_in(prompt: Prompt) -> str | None:
+    """Which field of a prompt holds a LaTeX command without its backslash, and which; None where none does."""
+    fields = [("prompt", text, False) for text in (prompt.text, *(message["content"] for message in prompt.messages))]
+    fields += [("ground_truth", text, True) for text in strings(prompt.ground_truth)]
+    fields += [(f"teachers: the trace of {teacher.name}", teacher.trace, False) for teacher in prompt.teachers]
+    for field, text, formula in fields:
+        if command := swallowed(text, formula):
+            return f"{field}: holds a control character where {command!r:.40} was meant: its backslash was swallowed"
+    return None
+
+
+def with_escapes(prompt: Prompt) -> Prompt:
+    """The prompt with the backslashes that ``swallowed_in`` misses put back."""
+    return dataclasses.replace(
+        prompt,
+        text=repaired(prompt.text),
+        messages=tuple(message | {"content": repaired(message["content"])} for message in prompt.messages),
+        ground_truth=_mapped(prompt.ground_truth, lambda text: repaired(text, formula=True)),
+        teachers=tuple(Teacher(teacher.name, repaired(teacher.trace)) for teacher in prompt.teachers),
+    )
+
+
+def strings(value: Any) -> list[str]:
+    """Every string in a value of JSON, but for names of fields."""
+    if isinstance(value, (list, dict)):
+        return [text for each in (value.values() if isinstance(value, dict) else value) for text in strings(each)]
+    return [value] if isinstance(value, str) else []
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, dict):
+        return {name: _mapped(each, change) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_mapped(each, change) for each in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def _prompt_field(value: Any) -> tuple[str, tuple[dict[str, str], ...]]:

@@ -11,7 +11,13 @@ END_MARKERS = (
     *("</s>", "<end_of_turn>", "<|END_OF_TURN_TOKEN|>", "<｜end▁of▁sentence｜>", "<|endofprompt|>"),
 )
 _TAG = re.compile(r"<[^<>\n]{1,40}>|\[[A-Z_]{2,30}\]")
-_OPENED, _CLOSED = re.compile(r"<think>"), re.compile(r"</think>")
+THOUGHTS = (  # how models mark what they think before they answer
+    *(("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<thought>", "</thought>")),
+    *(("<seed:think>", "</seed:think>"), ("<|START_THINKING|>", "<|END_THINKING|>"), ("[THINK]", "[/THINK]")),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+)
+_REPEATED = 40  # characters: an answer may begin as a shorter thought does by chance
+UNENDED, TWICE, UNANSWERED = "does not end its thought", "has its thought twice", "has no answer after its thought"
 
 
 def without_ends(text: str, markers: Iterable[str] = END_MARKERS) -> str:
@@ -44,12 +50,32 @@ def without_opening(text: str, opening: str, markers: Iterable[str] = ()) -> str
 
 
 def thought_fault(text: str) -> str | None:
-    """What is wrong with a trace's ``<think>`` tags; None where nothing is, or it has none."""
-    opened, closed = len(_OPENED.findall(text)), len(_CLOSED.findall(text))
-    if closed > 1:
-        return "has its thought twice"
-    if opened > closed:
-        return "does not end its thought"
-    if closed and not without_ends(text.rpartition("</think>")[2]).strip():
-        return "has no answer after its thought"
+    """What is wrong with a trace's thought: UNENDED, TWICE or UNANSWERED; None where nothing is, or it has none.
+
+    The opening tag may be missing: the chat template may write it.
+    """
+    for opens, closes in THOUGHTS:
+        opened, closed = text.count(opens), text.count(closes)
+        if text.rfind(opens) > text.rfind(closes):
+            return UNENDED
+        if closed > 1 or opened > 1:
+            return TWICE
+        if closed and not without_ends(text.rpartition(closes)[2]).strip():
+            return UNANSWERED
     return None
+
+
+def thinking(reasoning: str, text: str) -> str:
+    """One trace of an answer whose reasoning a server keeps apart: within tags, before the answer.
+
+    Servers that repeat the reasoning at the begin of the answer, with tags or without, are not followed in that.
+    """
+    reasoning, text = reasoning.strip(), text.strip()
+    for opens, closes in THOUGHTS:
+        if text.startswith(opens) and closes in text:
+            text = text.partition(closes)[2].lstrip()
+    if len(reasoning) > _REPEATED and text.startswith(reasoning):
+        text = text.removeprefix(reasoning).lstrip()
+    for _, closes in THOUGHTS:
+        text = text.removeprefix(closes).lstrip()
+    return f"<think>\n{reasoning}\n</think>\n\n{text}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import date
 from pathlib import Path
 
+from megatron_dypo.data.traces import TWICE, UNANSWERED, UNENDED, thought_fault
 from megatron_dypo.errors import UserError
 from megatron_dypo.prepare.layouts import Trace
 from megatron_dypo.records import Prompt
@@ -13,9 +14,15 @@ _MOST_TOKENS = 1 << 22  # no vocabulary is larger
 _DAY = date(2026, 1, 1)  # what templates that read the clock are given: lengths are the same on every day
 
 
-def is_complete(trace: Trace) -> bool:
-    """Not cut off: neither by the data set's own mark, nor within its thoughts."""
-    return trace.complete and trace.text.rfind("<think>") <= trace.text.rfind("</think>")
+def fault(trace: Trace) -> str | None:
+    """Why a trace is no example to learn from, whatever its answer, by the name of its count; None where nothing is.
+
+    Cut off, by the data set's own mark or within its thought; without an answer after its thought; its thought twice.
+    """
+    thought = thought_fault(trace.text)
+    if not trace.complete or thought == UNENDED:
+        return "incomplete"
+    return {UNANSWERED: "no answer after the thought", TWICE: "thought twice"}.get(thought)
 
 
 class TokenCounter:

@@ -26,6 +26,8 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
+from megatron_dypo.data.traces import thinking, without_ends
+
 _SHOWN = 200  # characters of what a server answered
 _LONGEST = 64 << 20  # bytes of an answer
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0  # seconds before a retry; doubles from one to the next
@@ -65,8 +67,8 @@ class Answer:
 
     @property
     def trace(self) -> str:
-        """All of it, the reasoning within think tags."""
-        return f"<think>\n{self.reasoning.strip()}\n</think>\n\n{self.text.strip()}" if self.reasoning else self.text
+        """All of it, the reasoning within think tags; markers of ends that a server leaves in are taken off."""
+        return without_ends(thinking(self.reasoning, self.text) if self.reasoning.strip() else self.text)
 
 
 class Endpoint:

@@ -37,6 +37,7 @@ class Options:
     overlap_share: float = 0.5
     keep_without_trace: bool = False
     skip_bad_rows: bool = False
+    repair_escapes: bool = False
 
     def __post_init__(self) -> None:
         """Raise UserError for values that are no choice, or do not go together."""

@@ -18,7 +18,7 @@ from megatron_dypo.config.schema import YEAR, Section, key
 from megatron_dypo.config.yaml_text import parse_yaml
 from megatron_dypo.errors import UserError
 from megatron_dypo.prepare.attempts import AttemptFile, Line, Verdict
-from megatron_dypo.prepare.checks import is_complete
+from megatron_dypo.prepare.checks import fault
 from megatron_dypo.prepare.endpoint import Answer, Endpoint, EndpointFault, Refused
 from megatron_dypo.prepare.grading import Grader
 from megatron_dypo.prepare.layouts import Trace
@@ -238,8 +238,8 @@ class Generation:
 
     async def _grade(self, line: Line) -> Verdict:
         record = line.record
-        complete = is_complete(Trace("", record["trace"], complete=record["finish_reason"] != "length"))
-        verdict = await self._judge.verdict(record["ground_truth"], record["trace"]) if complete else "incomplete"
+        broken = fault(Trace("", record["trace"], complete=record["finish_reason"] != "length"))
+        verdict = "incomplete" if broken else await self._judge.verdict(record["ground_truth"], record["trace"])
         self._file.judge(line, verdict)
         del self._ungraded[line.end]
         self._count(record, verdict)

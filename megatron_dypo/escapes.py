@@ -1,0 +1,63 @@
+r"""LaTeX commands whose backslash was swallowed: ``\frac`` under-escaped in JSON is a form feed and ``rac``.
+
+Python, JSON and YAML read ``\a \b \t \n \v \f \r \e`` as one control character each. Where such a character stands in
+place of the begin of a command, the text is not what its author wrote: no right answer equals the ground truth.
+"""
+
+from __future__ import annotations
+
+import re
+
+# The rest of commands, by the control character that took the place of their first letters. Single letters and words of
+# a language after a tab or a line break are taken for commands inside formulas alone.
+_ANYWHERE = {
+    "\a": "lpha|ngle|pprox|rccos|rcsin|rctan|rg|rray|st",
+    "\b": "ackslash|ar|ecause|egin|eta|f|ig(?:cap|cup|g|gl|gr|l|r)?|inom|mod|old|oldsymbol|ot|ox|oxed|reve|ullet",
+    "\v": "arepsilon|arphi|artheta|dots|ec|ee|ert",
+    "\f": "box|lat|loor|orall|rac|rown",
+    "\x1b": "ll|mptyset|nd|psilon|quiv|ta|xists|xp",
+    "\t": "imes|heta|ilde|herefore|riangle|ext(?:bf|it|rm|sf|tt|style)?(?=\\{)|frac(?=\\{|\\d)|anh(?=[ ({\\\\])",
+    "\r": "ight(?:arrow)?|angle|ceil|floor|ho|m(?=\\{)|brace|brack",
+}
+_IN_FORMULAS = {
+    "\t": "an|au|o|op|extstyle|bin",
+    "\n": "eq|eg|abla|otin|mid|parallel|exists|earrow|subseteq|ot(?=\\s*\\\\)",
+}
+_LETTER = {"\a": "a", "\b": "b", "\v": "v", "\f": "f", "\x1b": "e", "\t": "t", "\r": "r", "\n": "n"}
+
+
+def _pattern(table: dict[str, str]) -> re.Pattern[str]:
+    rests = (f"{re.escape(control)}(?=(?:{rest})(?![a-zA-Z]))" for control, rest in table.items())
+    return re.compile("|".join(rests))
+
+
+_CERTAIN, _LIKELY = _pattern(_ANYWHERE), _pattern(_IN_FORMULAS)
+_FORMULA = re.compile(r"\$\$.+?\$\$|\$[^$\n]*(?:\n[^$\n]+)*\$|\\\(.+?\\\)|\\\[.+?\\\]", re.DOTALL)
+_WHOLE = re.compile(r".+", re.DOTALL)
+
+
+def swallowed(text: str, formula: bool = False) -> str | None:
+    r"""The first swallowed escape of ``text`` with what follows, as it should have been (``\frac{1}{2}``); or None.
+
+    ``formula``: the whole text is one, without dollar signs around it (a ground truth).
+    """
+    places = [match.start() for match in _CERTAIN.finditer(text)]
+    if _LIKELY.search(text):  # most texts have no such place at all
+        spans = _WHOLE if formula else _FORMULA
+        places += [span.start() + match.start() for span in spans.finditer(text) for match in _LIKELY.finditer(span[0])]
+    if not places:
+        return None
+    first = min(places)
+    return f"\\{_LETTER[text[first]]}{text[first + 1 : first + 20]}"
+
+
+def repaired(text: str, formula: bool = False) -> str:
+    """``text`` with its swallowed escapes put back; ``formula`` as in ``swallowed``."""
+    if swallowed(text, formula) is None:
+        return text
+
+    def put_back(match: re.Match[str]) -> str:
+        return "\\" + _LETTER[match[0]]
+
+    text = _CERTAIN.sub(put_back, text)
+    return (_WHOLE if formula else _FORMULA).sub(lambda span: _LIKELY.sub(put_back, span[0]), text)
