@@ -135,6 +135,106 @@ def test_a_file_that_is_no_suite_is_an_error_that_names_it(tmp_path, files, said
         load_suite("gsm8k", Evaluation(data=str(tmp_path)))
 
 
+def written(path: Path, rows: list[dict], begin: bytes = b"") -> None:
+    """In the form that the name says; ``begin`` stands before the text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        parquet.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        quoted = [[str(value).replace('"', '""') for value in row.values()] for row in rows]
+        lines = [",".join(rows[0]), *(",".join(f'"{value}"' for value in row) for row in quoted)]
+        path.write_bytes(begin + "\n".join(lines).encode())
+    else:
+        text = json.dumps(rows) if path.suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows)
+        path.write_bytes(begin + text.encode())
+
+
+STEM = {"stem": "q", "choices": [{"text": "x", "label": "A"}, {"text": "y", "label": "B"}]}  # ARC's own release
+GPQA_ROW = {"Question": "Sky?", "Correct Answer": "blue"} | {f"Incorrect Answer {i}": f"no {i}" for i in (1, 2, 3)}
+OPTIONS = "Sky?\n\n(A) red\n(B) blue\n(C) green\n(D) grey"
+CIRCULATING = [
+    # suite, file, row, ground truth
+    (
+        "aime24",
+        "AIME_2024_Problems.parquet",
+        {"ID": "I-1", "Problem": "q", "Solution": "so \\boxed{3}", "Answer": 204},
+        "204",
+    ),
+    ("aime24", "AIME24.jsonl", {"PROBLEM": "q", "Solution": "x \\boxed{3} no: \\boxed{\\frac12}"}, "\\frac12"),
+    ("aime24", "aime_2024/data/train-00000-of-00001.parquet", {"problem": "q", "answer": "204"}, "204"),
+    ("aime25", "aime_2025/data/test-00000-of-00001.parquet", {"problem": "q", "answer": "70"}, "70"),
+    ("aime25", "AIME2025_I.jsonl", {"question": "q", "answer": "70"}, "70"),
+    ("amc23", "amc23/data/train-00000-of-00001.parquet", {"question": "q", "answer": 27.0}, "27.0"),
+    ("math500", "datasets--HuggingFaceH4--MATH-500/snapshots/6e4e/test.jsonl", {"problem": "q", "answer": "3"}, "3"),
+    ("minerva", "minerva_math/test.jsonl", {"problem": "q", "solution": "thus $\\boxed{4.5e33}$"}, "4.5e33"),
+    ("gsm8k", "openai/gsm8k/main/test-00000-of-00001.parquet", {"question": "q", "answer": "a\n#### 18"}, "18"),
+    ("math500", "MATH500.json", {"problem": "q", "final_answer": ["3"]}, "3"),
+    ("gpqa_diamond", "gpqa_diamond.csv", GPQA_ROW, "A"),
+    (
+        "gpqa_diamond",
+        "gpqa_diamond_mc/data/test-00000-of-00001.parquet",
+        {"problem": OPTIONS, "solution": "\\boxed{B}"},
+        "B",
+    ),
+    ("gpqa_diamond", "gpqa_diamond.jsonl", {"question": OPTIONS, "answer": "(B)"}, "B"),
+    ("gpqa_diamond", "gpqa_diamond.jsonl", {"question": "Sky?", "options": ["red", "blue"], "answer": 1}, "B"),
+    ("arc_c", "ARC-Challenge-Test.jsonl", {"question": "q", "choices": {"A": "x", "B": "y"}, "answer": "y"}, "B"),
+    (
+        "arc_c",
+        "ai2_arc/ARC-Challenge/test-00000-of-00001.parquet",
+        {"question": "q", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"},
+        "2",
+    ),
+    ("arc_c", "ARC_C.jsonl", {"question": STEM, "answerKey": "B"}, "B"),
+]
+
+
+@pytest.mark.parametrize("begin", [b"", b"\xef\xbb\xbf"], ids=["", "byte order mark"])
+@pytest.mark.parametrize(("suite", "file", "row", "truth"), CIRCULATING)
+def test_files_under_the_names_and_columns_that_people_download_are_read(tmp_path, suite, file, row, truth, begin):
+    written(tmp_path / file, [row], begin)
+    [prompt] = load_suite(suite, Evaluation(data=str(tmp_path), shuffle_options=False))
+    assert prompt.ground_truth == truth
+
+
+def test_parts_are_joined_in_order_and_what_is_missing_is_said(tmp_path, caplog):
+    def asked(suite: str) -> list[str]:
+        return [p.messages[-1]["content"] for p in load_suite(suite, Evaluation(data=str(tmp_path), instruction=None))]
+
+    for part, problem in (("II", "second"), ("I", "first")):
+        written(tmp_path / f"AIME2025/aime2025-{part}.jsonl", [{"question": problem, "answer": "1"}])
+    assert asked("aime25") == ["first", "second"] and "2 problems, and the suite aime25 has 30" in caplog.text
+    for shard in (1, 0):
+        path = tmp_path / f"gsm8k/main/test-0000{shard}-of-00002.parquet"
+        written(path, [{"question": f"shard {shard}", "answer": "#### 1"}])
+        written(
+            tmp_path / f"gsm8k/socratic/test-0000{shard}-of-00002.parquet", [{"question": "no", "answer": "#### 1"}]
+        )
+        written(tmp_path / f"gsm8k/main/train-0000{shard}-of-00002.parquet", [{"question": "no", "answer": "#### 1"}])
+    assert asked("gsm8k") == ["shard 0", "shard 1"]
+    path.unlink()
+    with pytest.raises(UserError, match="1 of 00002 parts of the suite gsm8k"):
+        asked("gsm8k")
+
+
+def test_the_test_split_is_taken_where_there_is_a_training_split_too(tmp_path):
+    for split in ("train", "test"):
+        written(tmp_path / f"aime_2024/{split}.jsonl", [{"question": split, "answer": "1"}])
+    [prompt] = load_suite("aime24", Evaluation(data=str(tmp_path), instruction=None))
+    assert prompt.messages[-1]["content"] == "test"
+
+
+def test_swallowed_backslashes_of_an_evaluation_file_are_put_back_and_counted(tmp_path, caplog):
+    r"""As in an AIME25 that circulates: ``\frac`` is a form feed and ``rac``."""
+    written(
+        tmp_path / "aime25.jsonl",
+        [{"problem": "What is $\frac{m}{n}$?", "answer": "\frac12"}, {"problem": "x", "answer": "1"}],
+    )
+    first, second = load_suite("aime25", Evaluation(data=str(tmp_path), instruction=None))
+    assert (first.messages[-1]["content"], first.ground_truth) == ("What is $\\frac{m}{n}$?", "\\frac12")
+    assert "put back in 1 problems" in caplog.text and second.ground_truth == "1"
+
+
 # --- options
 
 

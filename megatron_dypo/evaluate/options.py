@@ -8,11 +8,15 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass
+from string import ascii_uppercase
+from typing import Any
 
+from megatron_dypo.reward.choice import true_label
 from megatron_dypo.runtime.seeding import stable_hash
 
 _OPTION = re.compile(r"\s*\(?([A-Z]|[1-9])[).:]\s+(.+)")
 FEWEST = 2
+_LETTERS = tuple(ascii_uppercase)
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,46 @@ class Choices:
         return "\n".join([self.question.rstrip(), "", *options])
 
 
+def choices_of(row: dict[str, Any], question: str, answer: str) -> Choices:
+    """The options of a row, names of columns in lower case: in columns of their own, or as lines that end the question.
+
+    ARC's lists of texts and labels, GPQA's right and wrong answers, a list or an object of options; the right one is
+    named by its label, its number from 0 or its text. Raises ValueError where there are none.
+    """
+    given = row.get("choices") or row.get("options")
+    if not given and isinstance(row.get("question"), dict):
+        given = row["question"].get("choices")
+    wrong = [row[name] for name in (f"incorrect answer {number}" for number in (1, 2, 3)) if row.get(name)]
+    if wrong:
+        texts = sorted(text.strip() for text in (answer, *wrong))  # the right one stands first in the file
+        labels = _LETTERS[: len(texts)]
+        return Choices(question, labels, tuple(texts), labels[texts.index(answer.strip())])
+    if isinstance(given, dict) and {"label", "text"} <= given.keys():
+        labels, texts = tuple(map(str, given["label"])), tuple(given["text"])
+    elif isinstance(given, dict):
+        labels, texts = tuple(given), tuple(given.values())
+    elif isinstance(given, list) and given and all(isinstance(each, dict) for each in given):
+        labels, texts = tuple(str(each["label"]) for each in given), tuple(each["text"] for each in given)
+    elif isinstance(given, list) and given:
+        labels, texts = _LETTERS[: len(given)], tuple(given)
+    else:
+        return find_choices(question, answer)
+    if len(labels) != len(texts) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("its options are not as many texts as labels")
+    return Choices(question, labels, texts, _named(answer, labels, texts))
+
+
+def _named(answer: str, labels: tuple[str, ...], texts: tuple[str, ...]) -> str:
+    """The label of the option that ``answer`` means; ``answer`` itself where it means none."""
+    label = true_label(answer)
+    if answer in labels or label in labels:
+        return answer if answer in labels else label
+    if answer in texts:
+        return labels[texts.index(answer)]
+    place = int(answer) if answer.isdecimal() else len(labels)
+    return labels[place] if place < len(labels) and labels == _LETTERS[: len(labels)] else answer
+
+
 def find_choices(text: str, answer: str) -> Choices:
     """The options that end ``text``, one a line. Raises ValueError where there are none."""
     lines = text.rstrip().split("\n")
@@ -55,4 +99,5 @@ def find_choices(text: str, answer: str) -> Choices:
         lines.pop()
     if len(labels) < FEWEST:
         raise ValueError("no options: the question does not end in lines such as `A) ...`")
-    return Choices("\n".join(lines), tuple(labels), tuple(texts), answer)
+    found = tuple(labels), tuple(texts)
+    return Choices("\n".join(lines), *found, _named(answer, *found))

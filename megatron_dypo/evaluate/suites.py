@@ -8,47 +8,65 @@ than the files that circulate.
 
 from __future__ import annotations
 
-import json
-import re
+import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_dypo.config.schema import Evaluation
+from megatron_dypo.data.rows import swallowed_in, with_escapes
 from megatron_dypo.errors import UserError
-from megatron_dypo.evaluate.options import Choices, find_choices
+from megatron_dypo.evaluate.files import Place, find, read
+from megatron_dypo.evaluate.options import choices_of
 from megatron_dypo.records import Prompt
+from megatron_dypo.reward import last_boxed
 
-SUFFIXES = (".json", ".jsonl", ".parquet")
-QUESTIONS = ("problem", "question", "Question", "prompt")
-ANSWERS = ("answer", "ground_truth", "expected_answer", "final_answer", "answerKey", "Correct Answer", "solution")
+log = logging.getLogger(__name__)
+
+QUESTIONS = ("problem", "question", "prompt")  # columns in any case of letters; the first that a row has
+ANSWERS = ("answer", "ground_truth", "expected_answer", "final_answer", "answerkey", "correct answer", "solution")
+ONE_SPLIT = ("test", "train")  # small suites have all they are in one split, which people call either
 
 
 @dataclass(frozen=True)
 class Suite:
-    """``stems``: names of local files, letters and digits alone. ``hub``: (data set, configuration, split).
+    """``place``: local files. ``hub``: (data set, configuration, split). ``problems``: how many it has.
 
     ``reward`` and ``extract`` are how its answers are graded (the configuration's `reward` section has the meaning),
     ``samples`` how many responses a problem gets: the small suites need many for a steady mean.
     """
 
-    stems: tuple[str, ...]
+    place: Place
     hub: tuple[str, str | None, str]
+    problems: int
     samples: int = 1
     reward: str = "math"
     extract: str = "boxed"
 
 
 SUITES = {
-    "aime24": Suite(("aime24", "aime2024"), ("HuggingFaceH4/aime_2024", None, "train"), samples=32),
-    "aime25": Suite(("aime25", "aime2025"), ("math-ai/aime25", None, "test"), samples=32),
-    "amc23": Suite(("amc23", "amc2023", "amc"), ("math-ai/amc23", None, "test"), samples=32),
-    "math500": Suite(("math500",), ("HuggingFaceH4/MATH-500", None, "test")),
-    "minerva": Suite(("minerva", "minervamath"), ("math-ai/minervamath", None, "test")),
-    "arc_c": Suite(("arcc", "arcchallenge"), ("allenai/ai2_arc", "ARC-Challenge", "test"), reward="choice"),
-    "gpqa_diamond": Suite(("gpqadiamond", "gpqad"), ("Idavidrein/gpqa", "gpqa_diamond", "train"), reward="choice"),
-    "gsm8k": Suite(("gsm8k", "gsm8ktest"), ("openai/gsm8k", "main", "test"), extract="number"),
+    "aime24": Suite(
+        Place(("aime24", "aime2024"), ONE_SPLIT), ("HuggingFaceH4/aime_2024", None, "train"), 30, samples=32
+    ),
+    "aime25": Suite(Place(("aime25", "aime2025"), ONE_SPLIT), ("math-ai/aime25", None, "test"), 30, samples=32),
+    "amc23": Suite(Place(("amc23", "amc2023", "amc"), ONE_SPLIT), ("math-ai/amc23", None, "test"), 40, samples=32),
+    "math500": Suite(Place(("math500",)), ("HuggingFaceH4/MATH-500", None, "test"), 500),
+    "minerva": Suite(Place(("minerva", "minervamath")), ("math-ai/minervamath", None, "test"), 272),
+    "arc_c": Suite(
+        Place(("arcc", "arcchallenge", "ai2arc"), configuration="ARC-Challenge"),
+        ("allenai/ai2_arc", "ARC-Challenge", "test"),
+        1172,
+        reward="choice",
+    ),
+    "gpqa_diamond": Suite(
+        Place(("gpqadiamond", "gpqad", "gpqadiamondmc"), ONE_SPLIT),
+        ("Idavidrein/gpqa", "gpqa_diamond", "train"),
+        198,
+        reward="choice",
+    ),
+    "gsm8k": Suite(Place(("gsm8k",), configuration="main"), ("openai/gsm8k", "main", "test"), 1319, extract="number"),
 }
 
 
@@ -65,59 +83,26 @@ def load_suite(name: str, settings: Evaluation) -> list[Prompt]:
     Raises UserError: no file and no library to fetch one, several files, a row without question or answer.
     """
     if settings.data:
-        file = _find(name, Path(settings.data))
-        origin, rows = str(file), _read(file)
+        files = find(name, SUITES[name].place, Path(settings.data))
+        origin, rows = ", ".join(map(str, files)), [row for file in files for row in read(file)]
     else:
         origin, rows = _hub(name)
-    prompts = []
+    prompts, repairs = [], 0
     for index, row in enumerate(rows[: settings.limit]):
         try:
-            prompts.append(_prompt(name, index, row, settings))
+            prompt = _prompt(name, index, row, settings)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{origin}: problem {index + 1}: {error}") from None
+        if swallowed_in(prompt):
+            prompt, repairs = with_escapes(prompt), repairs + 1
+        prompts.append(prompt)
     if not prompts:
         raise UserError(f"{origin}: holds no problem")
+    if len(rows) != SUITES[name].problems:
+        log.warning("%s: %d problems, and the suite %s has %d", origin, len(rows), name, SUITES[name].problems)
+    if repairs:
+        log.warning("%s: swallowed backslashes of LaTeX commands put back in %d problems", origin, repairs)
     return prompts
-
-
-def _find(name: str, folder: Path) -> Path:
-    """The suite's file: ``AIME24.json``, ``gsm8k/test.jsonl`` or ``gsm8k/main/test.jsonl``, in or below the folder."""
-    if not folder.is_dir():
-        raise UserError(f"evaluation.data: {folder}: no such folder")
-    found = []
-    for path in sorted([*folder.glob("*.*"), *folder.glob("*/*.*"), *folder.glob("*/*/*.*")]):
-        stem, above = _plain(path.stem), map(_plain, path.parts[-3:-1])
-        is_test = re.fullmatch(r"test(\d+of\d+)?", stem) and any(part in SUITES[name].stems for part in above)
-        if path.suffix in SUFFIXES and (stem in SUITES[name].stems or is_test):
-            found.append(path)
-    if not found:
-        example = f"{SUITES[name].stems[0]}.jsonl"
-        raise UserError(f"evaluation.data: {folder}: no file of the suite {name} (such as {example})")
-    if len(found) > 1:
-        raise UserError(f"evaluation.data: {folder}: two files of the suite {name}: {found[0]}, {found[1]}")
-    return found[0]
-
-
-def _plain(name: str) -> str:
-    return re.sub("[^a-z0-9]", "", name.lower())
-
-
-def _read(file: Path) -> list[Any]:
-    try:
-        if file.suffix == ".parquet":
-            import pyarrow.parquet as parquet
-
-            return parquet.read_table(file).to_pylist()
-        text = file.read_text(encoding="utf-8")
-        if file.suffix == ".json":
-            rows = json.loads(text)
-        else:
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (OSError, ValueError, RecursionError) as error:  # pyarrow's errors are of these kinds
-        raise UserError(f"{file}: cannot be read: {error}") from None
-    if not isinstance(rows, list):
-        raise UserError(f"{file}: expected a list of problems")
-    return rows
 
 
 def _hub(name: str) -> tuple[str, list[Any]]:
@@ -138,14 +123,16 @@ def _hub(name: str) -> tuple[str, list[Any]]:
 def _prompt(name: str, index: int, row: Any, settings: Evaluation) -> Prompt:
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {type(row).__name__}")
+    row = {str(column).strip().casefold(): value for column, value in row.items()}
     suite, identity = SUITES[name], f"{name}-{index}"
     question, system = _question(row)
-    answer = _answer(row)
     if suite.reward == "choice":
-        choices = _as_choices(row, question, answer)
+        choices = choices_of(row, question, _answer(row))
         if settings.shuffle_options:
             choices = choices.shuffled(settings.seed, identity)
         question, answer = str(choices), choices.answer
+    else:
+        answer = _answer(row)
     if settings.instruction:
         question = f"{question.rstrip()}\n\n{settings.instruction}"
     system = settings.system or system
@@ -156,6 +143,8 @@ def _prompt(name: str, index: int, row: Any, settings: Evaluation) -> Prompt:
 def _question(row: dict) -> tuple[str, str | None]:
     """(what is asked, the file's own system message)."""
     value = next((row[field] for field in QUESTIONS if row.get(field)), None)
+    if isinstance(value, dict):
+        value = value.get("stem")  # ARC's own release
     if isinstance(value, str):
         return value, None
     if isinstance(value, list) and all(isinstance(message, dict) for message in value):
@@ -166,25 +155,18 @@ def _question(row: dict) -> tuple[str, str | None]:
 
 
 def _answer(row: dict) -> str:
+    """A final answer; of a worked solution its last box, or what follows ``####``."""
     nested = row.get("reward_model")
     values = [row.get(field) for field in ANSWERS] + [nested.get("ground_truth") if isinstance(nested, dict) else None]
-    value = next((value for value in values if value not in (None, "")), None)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    value = next((value for value in values if value not in (None, "", [])), None)
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         value = str(value)
     if not isinstance(value, str):
         raise ValueError(f"no answer: none of {', '.join(ANSWERS)} holds one")
     marked = value.rpartition("####")  # GSM8K's, at the end of a worked solution
-    return marked[2].strip() if marked[1] else value
-
-
-def _as_choices(row: dict, question: str, answer: str) -> Choices:
-    """The options as ARC has them (lists of texts and labels), as GPQA has them, or as lines of the question."""
-    options = row.get("choices")
-    if isinstance(options, dict):
-        return Choices(question, tuple(options["label"]), tuple(options["text"]), answer)
-    wrong = [row[f"Incorrect Answer {number}"] for number in (1, 2, 3) if f"Incorrect Answer {number}" in row]
-    if wrong:
-        texts = sorted(text.strip() for text in (answer, *wrong))  # the right one stands first in the file
-        labels = tuple("ABCD"[: len(texts)])
-        return Choices(question, labels, tuple(texts), labels[texts.index(answer.strip())])
-    return find_choices(question, answer)
+    if marked[1]:
+        return marked[2].strip()
+    boxed = last_boxed(value)
+    return value if boxed is None else boxed
