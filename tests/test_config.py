@@ -100,6 +100,15 @@ def test_the_quickstart_configuration_loads():
     assert load_config(REPOSITORY / "examples/quickstart/config.yaml").trainer.run_dir == "runs/quickstart"
 
 
+@pytest.mark.parametrize("text", [r"in \boxed{}.", r"as $\frac{a}{b}$", r"\times", r"\alpha", r"\epsilon"])
+def test_a_backslash_that_double_quotes_swallow_is_refused_by_key(tmp_path, smallest, text):
+    path = write(tmp_path, yaml.safe_dump(SMALLEST) + f'evaluation: {{instruction: "{text}"}}\n')
+    with pytest.raises(UserError, match=r"evaluation\.instruction: holds a control character where .* single quotes"):
+        load_config(path)
+    path = write(tmp_path, yaml.safe_dump(SMALLEST) + f"evaluation: {{instruction: '{text}'}}\n")
+    assert load_config(path).evaluation.instruction == text
+
+
 @pytest.mark.parametrize("text", ["1e-6", "1E-6", "1.0e-6", "0.000001", ".1e-5", "+1e-6"])
 def test_every_spelling_of_a_small_number_is_a_float(tmp_path, smallest, text):
     assert load_config(smallest, [f"optimizer.lr={text}"]).optimizer.lr == 1e-6

@@ -15,6 +15,7 @@ from megatron_dypo.config.checks import check
 from megatron_dypo.config.schema import Config, Parallel, walk
 from megatron_dypo.config.yaml_text import parse_yaml
 from megatron_dypo.errors import UserError
+from megatron_dypo.escapes import swallowed
 
 # What must not get into a run folder or a log, even in the line that refuses it.
 _CREDENTIALS = re.compile(r"://[^/\s@]*:[^/\s@]*@")
@@ -102,6 +103,11 @@ def _unusable(value: Any) -> str | None:
         return "is empty (to leave a key unset, leave it out or give null)"
     if _NO_TEXT.search(value):
         return "holds a character that no path or text file takes"
+    if command := swallowed(value):
+        return (
+            f"holds a control character where {command!r:.40} was meant: within double quotes a backslash begins an "
+            "escape; take single quotes"
+        )
     if _CREDENTIALS.search(value):
         return "holds credentials, which belong in the environment: the configuration is copied into the run folder"
     return None

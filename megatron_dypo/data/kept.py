@@ -46,7 +46,7 @@ def _facts(tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "end tokens": sorted(tokenizer.end_ids),
         "end of a trace": tokenizer.eos_id,
-        "vocabulary": f"{tokenizer.digest:016x}",
+        "vocabulary": f"{tokenizer.vocabulary:016x}",
         "chat template": tokenizer.template_digest,
     }
 

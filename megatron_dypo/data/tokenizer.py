@@ -62,9 +62,14 @@ class Tokenizer:
         return self.template and f"{stable_hash(self.template.text):016x}"
 
     @property
+    def vocabulary(self) -> int:
+        """63-bit hash of every token and its id."""
+        return stable_hash(*sorted(self._backend.get_vocab().items()))
+
+    @property
     def digest(self) -> int:
         """63-bit hash of every token and its id, and of the end tokens."""
-        return stable_hash(*sorted(self.end_ids), *sorted(self._backend.get_vocab().items()))
+        return stable_hash(self.vocabulary, *sorted(self.end_ids))
 
     def encode_prompt(self, prompt: Prompt) -> np.ndarray:
         """A prompt's ids, as the class says.
