@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--tensor", type=int, default=1, metavar="N", help="tensor-parallel devices (default: 1)")
     serve.set_defaults(run=_serve)
 
+    _add_show(commands)
     _add_evaluate(commands)
     _add_plan(commands)
 
@@ -66,6 +67,17 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_convert(commands)
     return parser
+
+
+def _add_show(commands) -> None:
+    show = commands.add_parser(
+        "show", help="the first prompts, traces and options exactly as the model will see them, with warnings"
+    )
+    show.add_argument("config", metavar="CONFIG", help="the run's YAML file")
+    show.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key; a later one wins")
+    show.add_argument("--json", action="store_true", help="all of it, for other programs")
+    show.add_argument("--prompts", type=int, default=3, metavar="N", help="of data.train (default: 3)")
+    show.set_defaults(run=_show)
 
 
 def _add_evaluate(commands) -> None:
@@ -210,6 +222,18 @@ def _train(options: argparse.Namespace) -> int:
     from megatron_dypo.train import train
 
     return 0 if train(config, inputs) else EXIT_CODE
+
+
+def _show(options: argparse.Namespace) -> None:
+    from megatron_dypo.config import load_config
+
+    if options.prompts < 1:
+        raise UserError(f"show: --prompts: {options.prompts} is not at least 1")
+    config = load_config(options.config, options.overrides)
+
+    from megatron_dypo.show import show
+
+    show(config, options.prompts, options.json)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

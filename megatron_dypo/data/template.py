@@ -51,14 +51,18 @@ class ChatTemplate:
         same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False)))
         return after[same:]
 
-    def end_of_answer(self, ends: tuple[int, ...]) -> int | None:
-        """The first of the ``ends`` that the template writes after an assistant's message; None if there is none."""
+    @functools.cached_property
+    def closing(self) -> str:
+        """What the template writes after an assistant's message; "" if nothing, or if it refuses such a chat."""
         chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
         try:
-            rest = self._apply(chat, False).partition(_PROBE)[2]
+            return self._apply(chat, False).partition(_PROBE)[2]
         except (TemplateError, TypeError, ValueError):
-            return None
-        ids = self._backend(rest, add_special_tokens=False)["input_ids"] if rest else []
+            return ""
+
+    def end_of_answer(self, ends: tuple[int, ...]) -> int | None:
+        """The first of the ``ends`` in the ``closing``; None if there is none."""
+        ids = self._backend(self.closing, add_special_tokens=False)["input_ids"] if self.closing else []
         return next((index for index in ids if index in ends), None)
 
     def _apply(self, messages: list[dict[str, str]], answer: bool, tokenize: bool = False, **options: Any) -> Any:

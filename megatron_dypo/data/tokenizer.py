@@ -95,15 +95,19 @@ class Tokenizer:
 
     def encode_trace(self, trace: str, prompt: Prompt | None = None) -> np.ndarray:
         """A trace's ids, as the class says, after ``prompt`` (None: any chat). Raises UserError for an end in it."""
-        opening = self.template.opening if self.template else ""
-        if prompt and not (prompt.messages and self.template):
-            opening = joined(prompt)
+        opening = self.opening(prompt)
         text = without_ends(without_opening(trace, opening, self._backend.all_special_tokens), self._markers)
         ids = self._backend(text, add_special_tokens=False)["input_ids"]
         if not set(self.end_ids).isdisjoint(ids):
             where = f"prompt {prompt.id}: " if prompt else ""
             raise UserError(f"data: {where}a trace holds an end token before its end: {trace!r:.80}")
         return np.asarray([*ids, self.eos_id], dtype=np.int32)
+
+    def opening(self, prompt: Prompt | None = None) -> str:
+        """The text right before an answer to ``prompt`` (None: any chat), from the assistant's header on in a chat."""
+        if self.template and (prompt is None or prompt.messages):
+            return self.template.opening
+        return joined(prompt) if prompt else ""
 
     def end_inside(self, trace: str) -> str | None:
         """The end token that a trace holds before its end; None where it holds none."""
@@ -114,6 +118,10 @@ class Tokenizer:
         """Text of a response, special tokens and its end left out."""
         said = ids[:-1] if len(ids) and ids[-1] in self.end_ids else ids
         return self._backend.decode(said.tolist(), skip_special_tokens=True)
+
+    def spelled(self, text: str) -> list[str]:
+        """Special tokens that a text spells."""
+        return [token for token in self._backend.all_special_tokens if token in text]
 
     def show(self, ids: np.ndarray) -> str:
         """Text of the ids, special tokens included."""

@@ -65,6 +65,16 @@ def thought_fault(text: str) -> str | None:
     return None
 
 
+def opening_fault(opening: str, trace: str) -> str | None:
+    """What is wrong with a trace after ``opening``, which the template writes before it; None where nothing is."""
+    for opens, closes in THOUGHTS:
+        if opening.rfind(opens) > opening.rfind(closes) and closes not in trace:
+            return "does not end the thought that the chat template begins"
+        if closes in opening and opens in trace:
+            return "begins a thought after the one that the chat template ends"
+    return None
+
+
 def thinking(reasoning: str, text: str) -> str:
     """One trace of an answer whose reasoning a server keeps apart: within tags, before the answer.
 

@@ -1,0 +1,136 @@
+"""``show``: the first prompts, traces and options exactly as the model will see them, and what is odd about them.
+
+For people to look at before they spend GPU hours: what training would refuse is shown, too, with a warning.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_dypo.config.schema import Config
+from megatron_dypo.data import load_prompts
+from megatron_dypo.data.kept import start_day
+from megatron_dypo.data.rows import strings, swallowed_in
+from megatron_dypo.data.tokenizer import Tokenizer, joined, load_tokenizer
+from megatron_dypo.data.traces import THOUGHTS, opening_fault, thought_fault
+from megatron_dypo.evaluate.suites import check_suites, load_suite
+from megatron_dypo.policy.shape import model_shape
+from megatron_dypo.records import Prompt, Teacher
+from megatron_dypo.reward.judges import is_own
+
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_LONGEST = 3000  # characters of a text that is printed; JSON has all
+
+
+def show(config: Config, count: int, as_json: bool) -> None:
+    """Print the first ``count`` prompts of `data.train` with their traces, and the first problem of each suite.
+
+    The JSON is a list of ``{"id", "prompt_ids", "prompt", "traces": [{"name", "ids", "text"}], "warnings"}``. Raises
+    UserError where model, tokenizer or data cannot be read.
+    """
+    found = entries(config, count)
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    for entry in found:
+        print(f"=== {entry['id']}: {len(entry['prompt_ids'])} tokens")
+        print(_printed(entry["prompt"]))
+        for trace in entry["traces"]:
+            print(f"--- trace of {trace['name']}: {len(trace['ids'])} tokens")
+            print(_printed(trace["text"]))
+        for warning in entry["warnings"]:
+            print(f"warning: {warning}")
+        print()
+
+
+def entries(config: Config, count: int) -> list[dict[str, Any]]:
+    """What ``show`` prints."""
+    asked_plain, config.data.plain_chat = config.data.plain_chat, True  # shown with a warning instead of refused
+    tokenizer = load_tokenizer(config, model_shape(config.model), start_day(Path(config.trainer.run_dir)))
+    data, settings = config.data, config.evaluation
+    escapes = "repair" if data.repair_escapes else "keep"
+    own = is_own(config.reward.function)
+    prompts = load_prompts(data.train, data.skip_bad_rows, escapes=escapes, any_truth=own)[:count]
+    if settings.suites and (settings.data or config.trainer.eval_every):
+        check_suites(settings.suites, "evaluation.suites")
+        prompts += [load_suite(name, settings)[0] for name in settings.suites]
+    return [_entry(prompt, tokenizer, config, asked_plain) for prompt in prompts]
+
+
+def _entry(prompt: Prompt, tokenizer: Tokenizer, config: Config, plain_chat: bool) -> dict[str, Any]:
+    ids = tokenizer.encode_prompt(prompt)
+    warnings = _prompt_warnings(prompt, tokenizer, plain_chat)
+    if len(ids) > (most := config.data.max_prompt_tokens):
+        warnings.append(f"has {len(ids)} tokens, and data.max_prompt_tokens is {most}: training refuses it")
+    if len(ids) and ids[-1] in tokenizer.end_ids:
+        warnings.append("the prompt ends with an end token, after which the model is to go on")
+    traces = []
+    for teacher in prompt.teachers:
+        trace, said = _trace(prompt, teacher, tokenizer, config)
+        traces.append(trace)
+        warnings += said
+    text = tokenizer.show(ids)
+    return {"id": prompt.id, "prompt_ids": ids.tolist(), "prompt": text, "traces": traces, "warnings": warnings}
+
+
+def _prompt_warnings(prompt: Prompt, tokenizer: Tokenizer, plain_chat: bool) -> list[str]:
+    found, template, text = [], tokenizer.template, joined(prompt)
+    if prompt.messages and not template:
+        what = "joined with newlines, without roles" if plain_chat else "training refuses it without data.plain_chat"
+        found.append(f"the prompt is a chat, and the tokenizer has no chat template: {what}")
+    if prompt.messages and template:
+        if template.reads_clock:
+            found.append(f"the chat template has a date in it: {tokenizer.day}, that of the run's start, throughout")
+        if template.closing.strip() and template.end_of_answer(tokenizer.end_ids) is None:
+            end = tokenizer.show(np.array([tokenizer.eos_id]))
+            found.append(
+                f"the chat template writes {template.closing!r:.60} after an answer, which holds none of the model's "
+                f"end tokens: traces end with {end}"
+            )
+    if field := swallowed_in(prompt):
+        found.append(f"{field}; training refuses it without data.repair_escapes")
+    texts = {"prompt": [text], "ground_truth": strings(prompt.ground_truth)}
+    texts |= {f"trace of {teacher.name}": [teacher.trace] for teacher in prompt.teachers}
+    for where, parts in texts.items():
+        if controls := sorted(set(_CONTROL.findall("".join(parts)))):
+            found.append(f"{where}: holds control characters: {', '.join(f'U+{ord(each):04X}' for each in controls)}")
+    if spelled := tokenizer.spelled(text):
+        found.append(f"the prompt's own text spells special tokens: {', '.join(spelled)}")
+    return found
+
+
+def _trace(prompt: Prompt, teacher: Teacher, tokenizer: Tokenizer, config: Config) -> tuple[dict[str, Any], list[str]]:
+    """One trace, and what is odd about it."""
+    found, opening = [], tokenizer.opening(prompt)
+    if fault := thought_fault(teacher.trace):
+        found.append(fault)
+    if fault := opening_fault(opening, teacher.trace):
+        found.append(fault)
+    for opens, closes in THOUGHTS:
+        if opening.rfind(opens) > opening.rfind(closes) and teacher.trace.lstrip().startswith(opens):
+            found.append(f"begins with {opens}, which the prompt ends with already: it is given once")
+    text = teacher.trace
+    ids: list[int] = []
+    if end := tokenizer.end_inside(teacher.trace):
+        found.append(f"holds the end token {end} before its end: training refuses it, or leaves it out as a bad row")
+    else:
+        encoded = tokenizer.encode_trace(teacher.trace, prompt)
+        ids, text = encoded.tolist(), tokenizer.show(encoded)
+    most = config.data.max_teacher_tokens or config.rollout.max_response_tokens
+    if len(ids) > most:
+        found.append(f"has {len(ids)} tokens, more than {most} (data.max_teacher_tokens): it is never drawn")
+    named = [f"the trace of {teacher.name} {fault}" for fault in found]
+    return {"name": teacher.name, "ids": ids, "text": text}, named
+
+
+def _printed(text: str) -> str:
+    """For a terminal: long texts without their middle, control characters by their codes."""
+    if len(text) > _LONGEST:
+        half = _LONGEST // 2
+        text = f"{text[:half]}\n[... {len(text) - _LONGEST} characters ...]\n{text[-half:]}"
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
