@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 def write_config(shape: ModelShape, folder: Path, eos_id: int | tuple[int, ...] | None) -> None:
     """``config.json`` and ``generation_config.json`` of the shape, without weights; ``eos_id``: one or several."""
     folder.mkdir(parents=True, exist_ok=True)
-    end = {} if eos_id is None else {"eos_token_id": eos_id}
+    alone = isinstance(eos_id, tuple) and len(eos_id) == 1
+    end = {} if eos_id is None else {"eos_token_id": eos_id[0] if alone else eos_id}
     (folder / "config.json").write_text(json.dumps(shape.to_hf_config() | end, indent=2))
     (folder / "generation_config.json").write_text(json.dumps(end, indent=2))
 
