@@ -215,7 +215,115 @@ def test_a_missing_an_empty_or_a_damaged_file_is_named(tmp_path):
         assert path in str(caught.value)
 
 
+# --- swallowed backslashes
+
+SWALLOWED = [  # field, its text as Python has it (an unescaped backslash), as it was meant
+    ("prompt", "Find $\frac{1}{2}$.", r"Find $\frac{1}{2}$."),
+    ("prompt", "Put it in \boxed{}.", r"Put it in \boxed{}."),
+    ("prompt", "$x \neq y$, $a \to b$", r"$x \neq y$, $a \to b$"),
+    ("prompt", "3 \times 4", r"3 \times 4"),
+    ("prompt", "$\left( \begin{array} \right)$", r"$\left( \begin{array} \right)$"),
+    ("ground_truth", "\frac{1}{2}", r"\frac{1}{2}"),
+    ("ground_truth", "x \neq 2", r"x \neq 2"),
+    ("ground_truth", "\tan x", r"\tan x"),
+    ("ground_truth", "\alpha\vec{v}", r"\alpha\vec{v}"),
+]
+ORDINARY = [
+    "a\tan apple",
+    "so\nequal parts",
+    "1\r\n2",
+    "page\x0cNext",
+    "nul\x00",
+    "$$\na = b\n\nequal\n$$",
+    "\x1b[0m",
+    "\tword\ttext here",
+]
+
+
+@pytest.mark.parametrize("field, text, meant", SWALLOWED)
+def test_a_swallowed_backslash_is_refused_by_line_or_put_back_and_counted(tmp_path, caplog, field, text, meant):
+    row = problem("a", **{field: text})
+    path = jsonl(tmp_path, problem("good"), row)
+    with pytest.raises(
+        UserError, match=rf"rows\.jsonl:2: {field}: holds a control character where '\\\\.*repair_escapes"
+    ):
+        rows.read(path)
+    _, repaired = rows.read(path, escapes="repair")
+    assert (
+        meant in (repaired.text, repaired.ground_truth) and "1 rows with swallowed backslashes repaired" in caplog.text
+    )
+    assert [prompt.text for prompt in rows.read(path, skip_bad_rows=True)] == ["good"]
+    _, kept = rows.read(path, escapes="keep")
+    assert text in (kept.text, kept.ground_truth)
+
+
+def test_a_swallowed_backslash_of_a_chat_and_of_a_trace_is_seen(tmp_path):
+    chat = [{"role": "user", "content": "\frac12?"}]
+    for field, row in (
+        ("prompt", problem(chat)),
+        ("teachers", problem("a", teachers=[{"name": "t", "trace": "\boxed{1}"}])),
+    ):
+        with pytest.raises(UserError, match=f":1: {field}: .* control character"):
+            rows.read(jsonl(tmp_path, row))
+        (prompt,) = rows.read(jsonl(tmp_path, row), escapes="repair")
+        assert "\\frac12?" in str(prompt.messages) or prompt.teachers[0].trace == r"\boxed{1}"
+
+
+@pytest.mark.parametrize("text", ORDINARY)
+def test_ordinary_control_characters_are_left_alone(tmp_path, text):
+    for escapes in ("refuse", "repair"):
+        (prompt,) = rows.read(jsonl(tmp_path, problem(text)), escapes=escapes)
+        assert prompt.text == text
+
+
+# --- ground truths for functions of one's own
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    "truth", [["4", "four"], [1, 2], {"answer": "4", "unit": "km"}], ids=["texts", "numbers", "object"]
+)
+def test_a_function_of_ones_own_gets_a_list_as_it_stands_and_ours_refuse_it(tmp_path, form, truth):
+    path = on_disk(tmp_path, form, LUFFY | {"reward_model": {"ground_truth": truth, "style": "rule"}})
+    with pytest.raises(UserError, match=":1: ground_truth: expected a non-empty string"):
+        load_data(Data(train=path, prompts_per_step=1))
+    (prompt,), _ = load_data(Data(train=path, prompts_per_step=1), any_truth=True)
+    function = tmp_path / "own.py"
+    function.write_text(
+        "def score(data_source, solution_str, ground_truth, extra_info=None):\n"
+        f"    return 1.0 if ground_truth == {truth!r} else 0.0\n"
+    )
+    with build_reward(Reward(function=f"{function}:score")) as reward:
+        assert reward([prompt], ["x"])[0].value == 1.0
+
+
 # --- sets
+
+
+def test_a_prompt_that_comes_again_with_another_answer_is_counted_and_the_first_stands(tmp_path, caplog):
+    path = jsonl(tmp_path, problem("a"), problem("a", ground_truth="2"), problem("a"), problem("b", ground_truth="2"))
+    first, _ = load_prompts(path, False)
+    assert first.ground_truth == "1"
+    assert "1 prompts come again with another ground truth" in caplog.text and "row-1 has '1', row-2 '2'" in caplog.text
+
+
+def test_traces_with_something_wrong_about_their_thoughts_are_counted_by_kind(tmp_path, caplog):
+    traces = {
+        "has its thought twice": ["<think>a</think><think>a</think>2", "[THINK]a[/THINK][THINK]a[/THINK]2"],
+        "has no answer after its thought": [
+            "<think>a</think>",
+            "a</think>\n<|im_end|>",
+            "<|START_THINKING|>a<|END_THINKING|>",
+        ],
+        "does not end its thought": ["<think>a", "<thought>2"],
+        "": ["2", "<think>a</think>2", "a</think>2", "<seed:think>a</seed:think>2"],
+    }
+    texts = [text for each in traces.values() for text in each]
+    load_prompts(jsonl(tmp_path, problem("a", teachers=[{"name": text, "trace": text} for text in texts])), False)
+    said = "\n".join(record.getMessage() for record in caplog.records)
+    for fault, broken in traces.items():
+        assert not fault or f"{len(broken)} traces: each {fault}; the first: prompt row-1, teacher {broken[0]}" in said
+    assert len(caplog.records) == 3
 
 
 def test_duplicate_prompts_are_dropped_and_the_first_keeps_its_place(tmp_path):

@@ -255,6 +255,46 @@ def test_ids_are_kept_where_they_tell_problems_apart(tmp_path):
 # --- filters
 
 
+def test_traces_that_are_no_examples_are_counted_and_end_markers_taken_off(tmp_path):
+    folder = tmp_path / "tokenizer"
+    arithmetic_backend().save_pretrained(folder)
+    traces = {
+        "no answer after the thought": "<think>so \\boxed{5}</think>\n",
+        "thought twice": "<think>a</think>\n<think>a</think>\\boxed{5}",
+        "incomplete": "[THINK]a \\boxed{5}",
+        "end token inside": "a<eos>b \\boxed{5}",
+        "kept": "<think>a</think>\\boxed{5}<eos>\n",
+    }
+    teachers = [teacher(f"t{i}", trace) for i, trace in enumerate(traces.values())]
+    row = {"prompt": "1?", "ground_truth": "5", "teachers": teachers}
+    found, counts = run(tmp_path, row, tokenizer=str(folder))
+    assert {name: counts[f"traces: {name}"] for name in traces} == dict.fromkeys(traces, 1)
+    assert [each["trace"] for each in found[0]["teachers"]] == ["<think>a</think>\\boxed{5}"]
+    found, _ = run(tmp_path, {**row, "teachers": [teacher("t", "\\boxed{5}<|im_end|>")]})
+    assert found[0]["teachers"][0]["trace"] == "\\boxed{5}", "without a tokenizer, too"
+
+
+@pytest.mark.parametrize("layout", ["rows", "math"])
+def test_swallowed_backslashes_are_refused_by_row_or_put_back_and_counted(tmp_path, layout):
+    rows_ = {
+        "rows": {
+            "prompt": "What is $\\frac12$ of 1?",
+            "ground_truth": "\frac12",
+            "teachers": [teacher("t", "\boxed{\frac12}")],
+        },
+        "math": {"problem": "What is $\frac12$ of 1?", "solution": "It is $\boxed{\\frac12}$."},
+    }
+    good = {"rows": {"prompt": "1?", "ground_truth": "1"}, "math": {"problem": "1?", "solution": "\\boxed{1}"}}
+    records = good[layout], rows_[layout]
+    with pytest.raises(UserError, match=r"in\.jsonl:2: .* holds a control character where .* --repair-escapes"):
+        run(tmp_path, *records)
+    found, counts = run(tmp_path, *records, repair_escapes=True)
+    assert counts["swallowed backslashes put back, rows"] == 1
+    assert found[-1]["ground_truth"] == "\\frac12" and "\\boxed{\\frac12}" in found[-1]["teachers"][0]["trace"]
+    counts = prepare(Options((str(tmp_path / "in.jsonl"),), skip_bad_rows=True), tmp_path / "skipped.jsonl")
+    assert counts["rows: malformed"] == 1
+
+
 def test_every_filter_has_its_count(tmp_path):
     folder = tmp_path / "tokenizer"
     backend = arithmetic_backend()  # a token a character

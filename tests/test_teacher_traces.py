@@ -220,6 +220,9 @@ def test_attempts_go_on_until_one_verifies(tmp_path):
         ({"content": "", "reasoning": ""}, "wrong"),
         ({"content": "\\boxed{1}", "reasoning": "r"}, "right"),
         ({"content": "\ud800 \\boxed{1}"}, "right"),
+        ({"content": None, "reasoning": "It is \\boxed{1}"}, "incomplete"),
+        ({"content": "<think>so \\boxed{1}</think>"}, "incomplete"),
+        ({"content": "<think>a</think><think>a</think>\\boxed{1}"}, "incomplete"),
     ],
 )
 def test_only_whole_right_answers_are_kept(tmp_path, message, verdict):
@@ -231,6 +234,23 @@ def test_only_whole_right_answers_are_kept(tmp_path, message, verdict):
         task.run()
     (record,) = task.records()
     assert (record["verdict"], record["kept"]) == (verdict, verdict == "right")
+
+
+LONG = "First I add one and one, and then I look at what I have."
+REPEATED = [
+    # content, trace
+    (f"<think>\n{LONG}\n</think>\n\n\\boxed{{1}}", f"<think>\n{LONG}\n</think>\n\n\\boxed{{1}}"),
+    (f"{LONG}\n</think>\n\n\\boxed{{1}}", f"<think>\n{LONG}\n</think>\n\n\\boxed{{1}}"),
+    (f"{LONG}\n\n\\boxed{{1}}", f"<think>\n{LONG}\n</think>\n\n\\boxed{{1}}"),
+    (f"[THINK]{LONG}[/THINK]\\boxed{{1}}", f"<think>\n{LONG}\n</think>\n\n\\boxed{{1}}"),
+    ("\\boxed{1}<|im_end|>\n", f"<think>\n{LONG}\n</think>\n\n\\boxed{{1}}"),
+    ("First, \\boxed{1}", f"<think>\n{LONG}\n</think>\n\nFirst, \\boxed{{1}}"),
+]
+
+
+@pytest.mark.parametrize("content, trace", REPEATED)
+def test_a_thought_that_a_server_repeats_in_its_answer_is_kept_once(content, trace):
+    assert Answer(content, f"\n{LONG}\n", "stop", None, None, "m").trace == trace
 
 
 def test_no_more_requests_at_a_time_than_allowed(tmp_path):

@@ -48,6 +48,10 @@ class TokenCounter:
         """Tokens, those of the chat template included."""
         return len(self._tokenizer.encode_prompt(prompt))
 
+    def end_inside(self, text: str) -> bool:
+        """Whether a trace holds an end token before its end."""
+        return self._tokenizer.end_inside(text) is not None
+
     def trace(self, text: str) -> int:
         """Tokens, the end token included."""
         return len(self._tokenizer.encode_trace(text))

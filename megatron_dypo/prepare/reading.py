@@ -156,6 +156,8 @@ class Reading:
                 pass
             elif self._store.has_trace(problem, text):
                 fate = "duplicate"
+            elif self._tokens and self._tokens.end_inside(text):
+                fate = "end token inside"
             elif self._tokens and options.max_trace_tokens and self._tokens.trace(text) > options.max_trace_tokens:
                 fate = "too long"
             elif options.verify == "marks" and trace.mark is False:
