@@ -7,6 +7,8 @@ place of the begin of a command, the text is not what its author wrote: no right
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from typing import Any
 
 # The rest of commands, by the control character that took the place of their first letters. Single letters and words of
 # a language after a tab or a line break are taken for commands inside formulas alone.
@@ -61,3 +63,37 @@ def repaired(text: str, formula: bool = False) -> str:
 
     text = _CERTAIN.sub(put_back, text)
     return (_WHOLE if formula else _FORMULA).sub(lambda span: _LIKELY.sub(put_back, span[0]), text)
+
+
+TRUTHS = frozenset({"ground_truth", "answer", "final_answer", "expected_answer"})  # fields that hold a formula, bare
+
+
+def swallowed_in(row: dict[str, Any]) -> str | None:
+    """Which field of a row holds a LaTeX command without its backslash, in a line; None where none does."""
+    for field, value in row.items():
+        for text, formula in _strings(value, field in TRUTHS):
+            if command := swallowed(text, formula):
+                return (
+                    f"{field}: holds a control character where {command!r:.40} was meant: its backslash was swallowed"
+                )
+    return None
+
+
+def with_escapes(value: Any, formula: bool = False) -> Any:
+    """A value of JSON with the backslashes put back that ``swallowed_in`` misses."""
+    if isinstance(value, dict):
+        return {name: with_escapes(each, formula or name in TRUTHS) for name, each in value.items()}
+    if isinstance(value, list):
+        return [with_escapes(each, formula) for each in value]
+    return repaired(value, formula) if isinstance(value, str) else value
+
+
+def _strings(value: Any, formula: bool) -> Iterator[tuple[str, bool]]:
+    if isinstance(value, str):
+        yield value, formula
+    elif isinstance(value, dict):
+        for name, each in value.items():
+            yield from _strings(each, formula or name in TRUTHS)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _strings(each, formula)

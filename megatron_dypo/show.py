@@ -15,9 +15,10 @@ import numpy as np
 from megatron_dypo.config.schema import Config
 from megatron_dypo.data import load_prompts
 from megatron_dypo.data.kept import start_day
-from megatron_dypo.data.rows import strings, swallowed_in
+from megatron_dypo.data.rows import strings
 from megatron_dypo.data.tokenizer import Tokenizer, joined, load_tokenizer
 from megatron_dypo.data.traces import THOUGHTS, opening_fault, thought_fault
+from megatron_dypo.escapes import swallowed_in
 from megatron_dypo.evaluate.suites import check_suites, load_suite
 from megatron_dypo.policy.shape import model_shape
 from megatron_dypo.records import Prompt, Teacher
@@ -92,7 +93,8 @@ def _prompt_warnings(prompt: Prompt, tokenizer: Tokenizer, plain_chat: bool) -> 
                 f"the chat template writes {template.closing!r:.60} after an answer, which holds none of the model's "
                 f"end tokens: traces end with {end}"
             )
-    if field := swallowed_in(prompt):
+    teachers = [teacher.trace for teacher in prompt.teachers]
+    if field := swallowed_in({"prompt": text, "ground_truth": prompt.ground_truth, "teachers": teachers}):
         found.append(f"{field}; training refuses it without data.repair_escapes")
     texts = {"prompt": [text], "ground_truth": strings(prompt.ground_truth)}
     texts |= {f"trace of {teacher.name}": [teacher.trace] for teacher in prompt.teachers}

@@ -276,7 +276,7 @@ def test_traces_that_are_no_examples_are_counted_and_end_markers_taken_off(tmp_p
 
 @pytest.mark.parametrize("layout", ["rows", "math"])
 def test_swallowed_backslashes_are_refused_by_row_or_put_back_and_counted(tmp_path, layout):
-    rows_ = {
+    broken = {
         "rows": {
             "prompt": "What is $\\frac12$ of 1?",
             "ground_truth": "\frac12",
@@ -284,12 +284,13 @@ def test_swallowed_backslashes_are_refused_by_row_or_put_back_and_counted(tmp_pa
         },
         "math": {"problem": "What is $\frac12$ of 1?", "solution": "It is $\boxed{\\frac12}$."},
     }
-    good = {"rows": {"prompt": "1?", "ground_truth": "1"}, "math": {"problem": "1?", "solution": "\\boxed{1}"}}
-    records = good[layout], rows_[layout]
-    with pytest.raises(UserError, match=r"in\.jsonl:2: .* holds a control character where .* --repair-escapes"):
-        run(tmp_path, *records)
-    found, counts = run(tmp_path, *records, repair_escapes=True)
+    good = {"rows": problem("1?", "1", "\\boxed{1}"), "math": {"problem": "1?", "solution": "\\boxed{1}"}}
+    source = write(tmp_path / "in.jsonl", good[layout], broken[layout])
+    with pytest.raises(UserError, match=r"in\.jsonl:2: .* holds a control character where .*--repair-escapes"):
+        run_files(tmp_path, source)
+    found, counts = run_files(tmp_path, source, repair_escapes=True)
     assert counts["swallowed backslashes put back, rows"] == 1
+    assert "What is $\\frac12$" in str(found[-1]["prompt"]).replace("\\\\", "\\")
     assert found[-1]["ground_truth"] == "\\frac12" and "\\boxed{\\frac12}" in found[-1]["teachers"][0]["trace"]
     counts = prepare(Options((str(tmp_path / "in.jsonl"),), skip_bad_rows=True), tmp_path / "skipped.jsonl")
     assert counts["rows: malformed"] == 1

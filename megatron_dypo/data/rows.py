@@ -6,21 +6,21 @@ LUFFY/verl prompt (chat), reward_model {ground_truth}, target or target_lst (tra
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_dypo.errors import UserError
-from megatron_dypo.escapes import repaired, swallowed
+from megatron_dypo.escapes import swallowed_in, with_escapes
 from megatron_dypo.records import Prompt, Teacher
 
 log = logging.getLogger(__name__)
+_READ = ("prompt", "ground_truth", "reward_model", "teachers", "target", "target_lst")  # fields that hold text
 _SURROGATE = re.compile("[\ud800-\udfff]")  # what JSON can escape one by one, and no tokenizer or file takes
 
 
@@ -47,10 +47,10 @@ def read(
     for line, row in _raw_rows(file):
         try:
             prompt = read_row(row, line, any_truth)
-            if escapes != "keep" and (field := swallowed_in(prompt)):
+            if escapes != "keep" and (field := swallowed_in({name: row.get(name) for name in _READ})):
                 if escapes == "refuse":
                     raise BadRow(f"{field} (data.repair_escapes: true puts the backslash back)")
-                prompt, repairs = with_escapes(prompt), repairs + 1
+                prompt, repairs = read_row(with_escapes(row), line, any_truth), repairs + 1
             if prompt.id in seen:
                 raise BadRow(f"id: {prompt.id!r} occurs twice")
         except BadRow as error:
@@ -132,41 +132,11 @@ def read_row(row: Any, line: int, any_truth: bool = False) -> Prompt:
     return Prompt(str(identity), truth, teachers, str(row.get("data_source") or ""), messages, text, kept)
 
 
-def swallowed_in(prompt: Prompt) -> str | None:
-    """Which field of a prompt holds a LaTeX command without its backslash, and which; None where none does."""
-    fields = [("prompt", text, False) for text in (prompt.text, *(message["content"] for message in prompt.messages))]
-    fields += [("ground_truth", text, True) for text in strings(prompt.ground_truth)]
-    fields += [(f"teachers: the trace of {teacher.name}", teacher.trace, False) for teacher in prompt.teachers]
-    for field, text, formula in fields:
-        if command := swallowed(text, formula):
-            return f"{field}: holds a control character where {command!r:.40} was meant: its backslash was swallowed"
-    return None
-
-
-def with_escapes(prompt: Prompt) -> Prompt:
-    """The prompt with the backslashes that ``swallowed_in`` misses put back."""
-    return dataclasses.replace(
-        prompt,
-        text=repaired(prompt.text),
-        messages=tuple(message | {"content": repaired(message["content"])} for message in prompt.messages),
-        ground_truth=_mapped(prompt.ground_truth, lambda text: repaired(text, formula=True)),
-        teachers=tuple(Teacher(teacher.name, repaired(teacher.trace)) for teacher in prompt.teachers),
-    )
-
-
 def strings(value: Any) -> list[str]:
     """Every string in a value of JSON, but for names of fields."""
     if isinstance(value, (list, dict)):
         return [text for each in (value.values() if isinstance(value, dict) else value) for text in strings(each)]
     return [value] if isinstance(value, str) else []
-
-
-def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    if isinstance(value, dict):
-        return {name: _mapped(each, change) for name, each in value.items()}
-    if isinstance(value, list):
-        return [_mapped(each, change) for each in value]
-    return change(value) if isinstance(value, str) else value
 
 
 def _prompt_field(value: Any) -> tuple[str, tuple[dict[str, str], ...]]:

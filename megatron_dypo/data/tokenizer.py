@@ -96,7 +96,7 @@ class Tokenizer:
     def encode_trace(self, trace: str, prompt: Prompt | None = None) -> np.ndarray:
         """A trace's ids, as the class says, after ``prompt`` (None: any chat). Raises UserError for an end in it."""
         opening = self.opening(prompt)
-        text = without_ends(without_opening(trace, opening, self._backend.all_special_tokens), self._markers)
+        text = self.without_ends(without_opening(trace, opening, self._backend.all_special_tokens))
         ids = self._backend(text, add_special_tokens=False)["input_ids"]
         if not set(self.end_ids).isdisjoint(ids):
             where = f"prompt {prompt.id}: " if prompt else ""
@@ -111,8 +111,12 @@ class Tokenizer:
 
     def end_inside(self, trace: str) -> str | None:
         """The end token that a trace holds before its end; None where it holds none."""
-        text = without_ends(trace, self._markers)
+        text = self.without_ends(trace)
         return next((end for end in self._ends if end in text), None)
+
+    def without_ends(self, text: str) -> str:
+        """``text`` without the markers of ends, of this model's or others', that it ends with."""
+        return without_ends(text, self._markers)
 
     def decode(self, ids: np.ndarray) -> str:
         """Text of a response, special tokens and its end left out."""
@@ -142,10 +146,10 @@ def load_tokenizer(config: Config, shape: ModelShape, day: date | None = None) -
 
     Raises UserError where it has no end token or its ids do not fit the model's vocabulary.
     """
-    model, plain_chat = config.model, config.data.plain_chat
+    model = config.model
     folder = model.tokenizer or model.hf
     if folder is None:
-        backend, name, plain_chat = arithmetic_backend(), "model.tokenizer: the built-in tokenizer", True
+        backend, name = arithmetic_backend(), "model.tokenizer: the built-in tokenizer"
     else:
         from megatron_dypo.data.backend import load_backend
 
@@ -163,13 +167,14 @@ def load_tokenizer(config: Config, shape: ModelShape, day: date | None = None) -
     if tokens > shape.vocab_size:
         raise UserError(f"{name}: has {tokens} tokens, more than the model's vocabulary of {shape.vocab_size}")
     folders = [Path(hf_folder(each)) for each in dict.fromkeys((folder, model.hf)) if each]
-    return Tokenizer(backend, *end_ids(backend, folders, shape.vocab_size), plain_chat=plain_chat, day=day)
+    return Tokenizer(backend, *end_ids(backend, folders, shape.vocab_size), plain_chat=config.data.plain_chat, day=day)
 
 
 def arithmetic_backend():
-    """The built-in tokens (``arithmetic.py``) with their pad, end and unknown token."""
+    """The built-in tokens (``arithmetic.py``) with their special ones; a chat is its texts, a line each."""
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(
-        tokenizer_object=arithmetic_tokens(), pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    backend = PreTrainedTokenizerFast(tokenizer_object=arithmetic_tokens(), **special)
+    backend.chat_template = "{{ messages | map(attribute='content') | join('\n') }}"
+    return backend

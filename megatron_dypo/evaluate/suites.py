@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dypo.config.schema import Evaluation
-from megatron_dypo.data.rows import swallowed_in, with_escapes
 from megatron_dypo.errors import UserError
+from megatron_dypo.escapes import swallowed_in, with_escapes
 from megatron_dypo.evaluate.files import Place, find, read
 from megatron_dypo.evaluate.options import choices_of
 from megatron_dypo.records import Prompt
@@ -89,13 +89,12 @@ def load_suite(name: str, settings: Evaluation) -> list[Prompt]:
         origin, rows = _hub(name)
     prompts, repairs = [], 0
     for index, row in enumerate(rows[: settings.limit]):
+        if isinstance(row, dict) and swallowed_in(row):
+            row, repairs = with_escapes(row), repairs + 1
         try:
-            prompt = _prompt(name, index, row, settings)
+            prompts.append(_prompt(name, index, row, settings))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{origin}: problem {index + 1}: {error}") from None
-        if swallowed_in(prompt):
-            prompt, repairs = with_escapes(prompt), repairs + 1
-        prompts.append(prompt)
     if not prompts:
         raise UserError(f"{origin}: holds no problem")
     if len(rows) != SUITES[name].problems:

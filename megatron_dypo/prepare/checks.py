@@ -48,6 +48,10 @@ class TokenCounter:
         """Tokens, those of the chat template included."""
         return len(self._tokenizer.encode_prompt(prompt))
 
+    def without_ends(self, text: str) -> str:
+        """A trace without the markers of ends that it ends with."""
+        return self._tokenizer.without_ends(text)
+
     def end_inside(self, text: str) -> bool:
         """Whether a trace holds an end token before its end."""
         return self._tokenizer.end_inside(text) is not None

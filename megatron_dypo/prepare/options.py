@@ -62,7 +62,8 @@ class Options:
         fields = dataclasses.asdict(self)
         for name in ("inputs", "decontaminate"):  # the files that are meant, below, say more
             del fields[name]
-        del fields["skip_bad_rows"]  # no row that is done already was malformed, or all such were skipped
+        for name in ("skip_bad_rows", "repair_escapes"):  # no row that is done was malformed, or all such were skipped
+            del fields[name]
         settings = {f"--{name.replace('_', '-')}": json.dumps(value) for name, value in fields.items()}
         for kind, found in (("input", sources), ("evaluation file", evaluation)):
             settings[f"number of {kind}s"] = str(len(found))

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
-from megatron_dypo.data.rows import BadRow, swallowed_in, with_escapes
+from megatron_dypo.data.rows import BadRow
 from megatron_dypo.data.traces import without_ends
 from megatron_dypo.errors import UserError
+from megatron_dypo.escapes import swallowed_in, with_escapes
 from megatron_dypo.prepare.checks import TokenCounter, fault
 from megatron_dypo.prepare.grading import Grader
 from megatron_dypo.prepare.layouts import LAYOUTS, Item, columns, is_proof, layout_of
@@ -24,7 +25,7 @@ from megatron_dypo.prepare.overlap import Evaluation
 from megatron_dypo.prepare.sources import Source
 from megatron_dypo.prepare.store import Store
 from megatron_dypo.prepare.texts import is_text, problem_key, without_instruction
-from megatron_dypo.records import Prompt, Teacher
+from megatron_dypo.records import Prompt
 
 _ROWS = 128  # of a commit, and of a call of the grader
 
@@ -83,7 +84,7 @@ class Reading:
             try:
                 if not isinstance(row, dict):
                     raise BadRow("expected an object")
-                fate = self._screen(place, self._with_escapes(read(row)), batch)
+                fate = self._screen(place, read(self._with_escapes(row)), batch)
             except BadRow as error:
                 if not self._options.skip_bad_rows:
                     raise UserError(f"{place}: {error}") from None
@@ -91,20 +92,14 @@ class Reading:
             self._store.count(f"rows: {fate}")
         self._verify(batch)
 
-    def _with_escapes(self, item: Item) -> Item:
+    def _with_escapes(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row with swallowed backslashes put back where that is asked for. Raises BadRow elsewhere."""
-        teachers = tuple(Teacher(trace.teacher, trace.text) for trace in item.traces)
-        prompt = Prompt("", item.answer, teachers, messages=item.messages, text=item.problem)
-        if (field := swallowed_in(prompt)) is None:
-            return item
+        if (field := swallowed_in(row)) is None:
+            return row
         if not self._options.repair_escapes:
             raise BadRow(f"{field} (--repair-escapes puts the backslash back)")
         self._store.count("swallowed backslashes put back, rows")
-        whole = with_escapes(prompt)
-        texts = [teacher.trace for teacher in whole.teachers]
-        traces = tuple(dataclasses.replace(t, text=text) for t, text in zip(item.traces, texts, strict=True))
-        fields = {"problem": whole.text, "answer": whole.ground_truth, "messages": whole.messages, "traces": traces}
-        return dataclasses.replace(item, **fields)
+        return with_escapes(row)
 
     def _screen(self, place: str, item: Item, batch: _Batch) -> str:
         """What becomes of a row, by the name of its count. Its traces go into the batch if its problem is kept."""
@@ -149,7 +144,7 @@ class Reading:
     def _screen_traces(self, item: Item, problem: int, answer: str, batch: _Batch) -> None:
         options = self._options
         for trace in item.traces:
-            text = without_ends(trace.text).strip()
+            text = (self._tokens.without_ends if self._tokens else without_ends)(trace.text).strip()
             if not text:
                 fate = "empty"
             elif (fate := fault(trace)) is not None:
