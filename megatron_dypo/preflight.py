@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +19,7 @@ from megatron_dypo.data.kept import check_kept, keep, start_day
 from megatron_dypo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dypo.errors import TrainingError, UserError
 from megatron_dypo.evaluate.suites import check_suites, load_suite
+from megatron_dypo.policy.accelerations import refusal
 from megatron_dypo.policy.shape import ModelShape, hf_folder, model_shape
 from megatron_dypo.records import Group, Prompt
 from megatron_dypo.reward import build_reward
@@ -61,7 +61,8 @@ def prepare(config: Config, source: str) -> Inputs:
     if engine == "server":
         server_token()
     config.model.dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[distributed.training_dtype(config.model.dtype)]
-    _check_attention(config, source)
+    if why := refusal(config.model, shape.head_dim):
+        raise UserError(f"{source}: {why}")
     if config.model.hf:
         check_folder(hf_folder(config.model.hf), shape)
     train, valid = load_data(config.data, is_own(config.reward.function))
@@ -86,17 +87,6 @@ def prepare(config: Config, source: str) -> Inputs:
         first = max(checkpoints, default=0) + 1
         recorded.require_steps(config.rollout.replay, range(first, config.trainer.steps + 1))
     return Inputs(shape, tokenizer, train, held_out, suites, checkpoints, lock)
-
-
-def _check_attention(config: Config, source: str) -> None:
-    """What the layers and the attention need of this machine, as far as the configuration asks for it by name."""
-    model, cuda = config.model, torch.cuda.is_available()
-    if "te" in (model.layer_spec, model.attention_backend):
-        name = "layer_spec" if model.layer_spec == "te" else "attention_backend"
-        if not cuda or find_spec("transformer_engine") is None:
-            raise UserError(f"{source}: model.{name}: te needs CUDA and Transformer Engine, which are not both here")
-    if model.attention_backend == "flash" and not (cuda and model.dtype == "bf16"):
-        raise UserError(f"{source}: model.attention_backend: flash needs CUDA and model.dtype: bf16")
 
 
 def check_agreement(config: Config, inputs: Inputs) -> None:

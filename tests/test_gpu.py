@@ -175,3 +175,38 @@ def test_in_deterministic_mode_two_runs_are_equal_bit_for_bit():
     """In processes of their own: cuBLAS and NCCL read their variables when they start."""
     first, second = (run_ranks(1, updates, {}, True) for _ in range(2))
     assert first == second
+
+
+def waits_on_cuda(shape: str) -> list[int]:
+    """Operations of a pass that synchronise, as torch counts them: with 2 layers, and with 4."""
+    import warnings
+
+    from megatron_dypo.convert.stream import random_weights
+    from megatron_dypo.policy.policy import Policy
+    from megatron_dypo.policy.shape import model_shape
+    from megatron_dypo.runtime import distributed
+    from megatron_dypo.update import make_work
+    from tests.batches import make_config
+
+    layout, waits = distributed.init(), []
+    for layers in (2, 4):
+        config = make_config(shape)
+        config.model.shape = config.model.shape.model_copy(update={"num_layers": layers})
+        model = model_shape(config.model)
+        policy = Policy(config, model, layout, random_weights(model, seed=1))
+        (work,) = make_work(layout, make_groups(), config, trace_ids)
+        policy.logprobs(work.rollouts)  # what is done once
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            policy.logprobs(work.rollouts)
+            torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchroniz" in str(warning.message) for warning in seen))
+    return waits
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen3"])
+def test_no_layer_waits_for_the_device(shape):
+    """As tests/test_waits.py has it on the CPU."""
+    ((few, many),) = run_ranks(1, waits_on_cuda, shape, seconds=300)
+    assert few == many

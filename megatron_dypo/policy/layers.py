@@ -6,7 +6,8 @@ that takes packed sequences.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from dataclasses import replace
+from functools import partial
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -23,10 +24,10 @@ from torch.nn.functional import rms_norm
 from megatron_dypo.config.schema import Model
 from megatron_dypo.convert.families import FAMILIES
 from megatron_dypo.convert.mapping import stored_norms
+from megatron_dypo.policy.accelerations import Accelerations
 from megatron_dypo.policy.attention import PackedAttention
 from megatron_dypo.policy.experts import MixtureOfExperts, RecomputedMixture, RoutedLayer, Router
 from megatron_dypo.policy.shape import ModelShape
-from megatron_dypo.runtime.distributed import training_dtype
 
 
 class RMSNorm(torch.nn.Module):
@@ -42,23 +43,28 @@ class RMSNorm(torch.nn.Module):
         return rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def layer_spec(model: Model, shape: ModelShape, layers: int) -> TransformerBlockSubmodules:
-    """The decoder stack of a model chunk of so many layers, as ``model`` asks for it."""
+def routed(mlp: ModuleSpec | partial, experts: type[MixtureOfExperts]) -> ModuleSpec:
+    """mcore's mixture ``mlp``, with its experts, as our layer with our router. From 0.18 on mcore's is a partial."""
+    parts = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
+    return ModuleSpec(experts, submodules=replace(parts, router=Router))
+
+
+def layer_spec(model: Model, shape: ModelShape, layers: int, chosen: Accelerations) -> TransformerBlockSubmodules:
+    """The decoder stack of a model chunk of ``layers`` layers, of the kind that was ``chosen``."""
     qk_norm, mixture = FAMILIES[shape.family].qk_norm, shape.num_experts > 0
     experts = RecomputedMixture if model.recompute == "selective" else MixtureOfExperts
-    if _uses_transformer_engine(model):
+    if chosen.transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         grouped = {"num_experts": shape.num_experts, "moe_grouped_gemm": True} if mixture else {}
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm, **grouped)
-        if mixture:  # Transformer Engine's grouped experts, our router
-            layer.module, mlp = RoutedLayer, layer.submodules.mlp
-            mlp.module, mlp.submodules.router = experts, Router
+        if mixture:
+            layer.module, layer.submodules.mlp = RoutedLayer, routed(layer.submodules.mlp, experts)
         return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=TENorm)
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
-        core_attention=ModuleSpec(PackedAttention, params={"backend": _attention_backend(model)}),
+        core_attention=ModuleSpec(PackedAttention, params={"backend": chosen.attention}),
         linear_proj=RowParallelLinear,
         q_layernorm=RMSNorm if qk_norm else IdentityOp,
         k_layernorm=RMSNorm if qk_norm else IdentityOp,
@@ -79,16 +85,3 @@ def layer_spec(model: Model, shape: ModelShape, layers: int) -> TransformerBlock
         ),
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
-
-
-def _uses_transformer_engine(model: Model) -> bool:
-    if model.layer_spec == "auto" and model.attention_backend == "auto":
-        return torch.cuda.is_available() and find_spec("transformer_engine") is not None
-    return "te" in (model.layer_spec, model.attention_backend)
-
-
-def _attention_backend(model: Model) -> str:
-    """Which of torch's attentions our layers use: flash where it can, with CUDA and 16 bits."""
-    half = training_dtype(model.dtype) == torch.bfloat16
-    auto = "flash" if torch.cuda.is_available() and half else "sdpa"
-    return auto if model.attention_backend == "auto" else model.attention_backend

@@ -17,6 +17,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_dypo.config.schema import Config, Optimizer
 from megatron_dypo.convert.families import FAMILIES
 from megatron_dypo.convert.mapping import STORED_NORMS
+from megatron_dypo.policy import weight_gradients
+from megatron_dypo.policy.accelerations import choose
+from megatron_dypo.policy.flash_kernels import use_best_flash_kernel
 from megatron_dypo.policy.layers import layer_spec
 from megatron_dypo.policy.rope import frequencies
 from megatron_dypo.policy.shape import ModelShape
@@ -59,7 +62,8 @@ def _mixture(config: Config, shape: ModelShape) -> dict:
 
 def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
     """mcore's configuration of ``shape`` under this layout."""
-    dtype, cuda, family = training_dtype(config.model.dtype), torch.cuda.is_available(), FAMILIES[shape.family]
+    dtype, family = training_dtype(config.model.dtype), FAMILIES[shape.family]
+    chosen = choose(config.model, shape.head_dim)
     virtual = config.parallel.virtual_pipeline
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -90,15 +94,15 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # mcore demands it of variable lengths, dense models included
         perform_initialization=False,  # weights come from convert/, the same at every layout
-        use_cpu_initialization=not cuda,
+        use_cpu_initialization=not torch.cuda.is_available(),
         deterministic_mode=config.trainer.deterministic,
         calculate_per_token_loss=True,  # mcore divides nothing: the objective carries its own global normalisers
-        bias_activation_fusion=cuda,
-        bias_dropout_fusion=cuda,
+        bias_activation_fusion=chosen.fused_swiglu,
+        bias_dropout_fusion=False,  # without bias and dropout it is one addition, which needs no compilation
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
+        apply_rope_fusion=chosen.transformer_engine,  # mcore has no other
+        gradient_accumulation_fusion=True,
         **_RECOMPUTE[config.model.recompute] | _mixture(config, shape),
     )
 
@@ -108,7 +112,13 @@ def build_model(config: Config, shape: ModelShape, layout: Layout) -> list[Distr
 
     The head returns hidden states: kernels/ turns them into log-probs.
     """
-    transformer = transformer_config(config, shape)
+    transformer, chosen = transformer_config(config, shape), choose(config.model, shape.head_dim)
+    if not chosen.apex_gradients:
+        weight_gradients.install()
+    if chosen.attention == "flash":
+        use_best_flash_kernel(
+            shape.num_attention_heads // layout.tp, max(1, shape.num_query_groups // layout.tp), shape.head_dim
+        )
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
@@ -120,7 +130,9 @@ def build_model(config: Config, shape: ModelShape, layout: Layout) -> list[Distr
         is_last = layout.is_last_stage and c == layout.vpp - 1
         gpt = GPTModel(
             config=transformer,
-            transformer_layer_spec=layer_spec(config.model, shape, shape.num_layers // (layout.pp * layout.vpp)),
+            transformer_layer_spec=layer_spec(
+                config.model, shape, shape.num_layers // (layout.pp * layout.vpp), chosen
+            ),
             vocab_size=shape.padded_vocab,
             max_sequence_length=shape.max_position,
             pre_process=layout.pp_rank == 0 and c == 0,

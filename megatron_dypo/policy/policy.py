@@ -24,6 +24,7 @@ from megatron_dypo.errors import TrainingError
 from megatron_dypo.kernels import LogProbs, linear_logprob, linear_loss
 from megatron_dypo.objectives import TokenStreams
 from megatron_dypo.objectives.coefficients import needs_reference
+from megatron_dypo.policy.accelerations import choose
 from megatron_dypo.policy.attention import Segments
 from megatron_dypo.policy.model import build_model, build_optimizer, whole_model_names
 from megatron_dypo.policy.offload import Offload
@@ -53,6 +54,9 @@ class Policy:
         if config.optimizer.overlap_grad_reduce:  # the last micro-batch's backward pass starts the sums
             no_sync = [chunk.no_sync for chunk in self.chunks]
             schedule.no_sync_func = no_sync if layout.vpp > 1 else no_sync[0]
+        # mcore's RoPE reads a pack's offsets on the host, in every layer; Transformer Engine's kernels on the device
+        engine = choose(config.model, shape.head_dim).transformer_engine
+        self._offsets_on = device() if engine else torch.device("cpu")
         self.version = 0
         self._replays = config.policy.routing != "own"
         self._routed: list[Routing] = []  # of the last training pass, until its metrics are taken
@@ -250,7 +254,7 @@ class Policy:
 
     def _packed_params(self, batch: MicroBatch) -> PackedSeqParams:
         """What attention and RoPE read; mcore passes the object through to our attention, ``segments`` included."""
-        cu_seqlens = torch.tensor(batch.cu_seqlens, dtype=torch.int32, device=device())
+        cu_seqlens = torch.tensor(batch.cu_seqlens, dtype=torch.int32, device=self._offsets_on)
         longest = max(end - start for start, end in itertools.pairwise(batch.cu_seqlens))
         params = PackedSeqParams("thd", cu_seqlens, cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest)
         params.segments = Segments(batch.cu_seqlens, device(), self.layout.cp, self.layout.cp_rank)

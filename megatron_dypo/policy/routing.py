@@ -77,9 +77,8 @@ def routing_metrics(routings: list[Routing], shape: ModelShape, coefficient: flo
     over layers. ``moe/aux_loss``: E x sum_e f_e P_e, the mean over layers; 1 where the load is even.
     ``moe/rerouted_frac``: replayed choices that the router would not have made.
     """
-    differing = sum(routing.differing for routing in routings).double().cpu()
-    parts = [*_sums(routings, shape), differing]
-    flat = _all_ranks(torch.cat([part.flatten() for part in parts])).split([part.numel() for part in parts])
+    parts = [*_sums(routings, shape), sum(routing.differing for routing in routings).double()]
+    flat = _all_ranks(torch.cat([part.flatten() for part in parts])).cpu().split([part.numel() for part in parts])
     counts_LE, scores_LE, differing = (values.view(part.shape) for values, part in zip(flat, parts, strict=True))
     share_LE = counts_LE / counts_LE.sum(-1, keepdim=True).clamp(min=1)
     load_LE = shape.num_experts * share_LE
@@ -98,18 +97,18 @@ def routing_metrics(routings: list[Routing], shape: ModelShape, coefficient: flo
 
 
 def _sums(routings: Iterable[Routing], shape: ModelShape) -> tuple[Tensor, Tensor]:
-    """This rank's [L, E] assignments and probabilities, zero in the layers of other pipeline stages."""
-    counts_LE, scores_LE = torch.zeros(2, shape.num_layers, shape.num_experts, dtype=torch.float64)
+    """This rank's [L, E] assignments and probabilities, zero in the layers of other pipeline stages; on its device."""
+    counts_LE, scores_LE = torch.zeros(2, shape.num_layers, shape.num_experts, dtype=torch.float64, device=device())
     for routing in routings:
+        real_T = routing.real_T.double()
         for layer, chosen_TK in routing.chosen.items():
-            taken = chosen_TK[routing.real_T].flatten().long()
-            counts_LE[layer - 1] += torch.bincount(taken, minlength=shape.num_experts).cpu()
+            real_TK = real_T[:, None].expand(chosen_TK.shape)
+            counts_LE[layer - 1].index_add_(0, chosen_TK.flatten().long(), real_TK.flatten())
         for layer, sums_E in routing.score_sums.items():
-            scores_LE[layer - 1] += sums_E.cpu()
+            scores_LE[layer - 1] += sums_E
     return counts_LE, scores_LE
 
 
 def _all_ranks(sums: Tensor) -> Tensor:
-    sums = sums.to(device())
     dist.all_reduce(sums)
     return sums

@@ -1,0 +1,171 @@
+"""What makes layers faster where it is installed, chosen here and nowhere else: layers, attention, fused operations.
+
+``choose`` reads the configuration and what was ``Found``, so that a test can have any machine; ``explained`` gives the
+same as lines for ``doctor``. The optimizer's kernels are chosen where it is built (model.py), vLLM's by vLLM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from megatron_dypo.config.schema import Model
+from megatron_dypo.runtime.distributed import training_dtype
+
+_MODULES = ("amp_C", "flash_attn_interface", "fused_weight_gradient_mlp_cuda", "transformer_engine")
+MOST_FLASH_WIDTH = 256  # of a head, in torch's own flash attention and in FlashAttention 3
+_KERNELS = {  # best first; torch's name: (module, torch that trains with it, compute capabilities, widest head)
+    "FA3": ("flash_attn_interface", (2, 11), (9,), MOST_FLASH_WIDTH),
+    # its backward pass takes heads up to 128 on both devices; torch 2.11 gives it no causal window there
+    "FA4": ("flash_attn.cute", (2, 12), (9, 10), 128),
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """``cuda``: there is a device; ``torch``: its release; ``modules``: which of the optional ones can be imported."""
+
+    cuda: bool
+    torch: tuple[int, int]
+    modules: frozenset[str] = frozenset()
+
+    @property
+    def transformer_engine(self) -> bool:
+        return {"transformer_engine", "transformer_engine_torch"} <= self.modules
+
+
+class Accelerations(NamedTuple):
+    """``attention``: te, flash or sdpa, as in `model.attention_backend`."""
+
+    transformer_engine: bool  # its layers, RMSNorm, attention and RoPE
+    attention: str
+    fused_swiglu: bool  # compiled by torch
+    apex_gradients: bool  # Apex's kernel adds weight gradients to main_grad; else a product of torch does
+
+
+class Line(NamedTuple):
+    """Of ``doctor``: what it is, whether it is in use, and why or what instead."""
+
+    name: str
+    in_use: bool
+    why: str
+
+
+def on_this_machine() -> Found:
+    """Look for the optional modules; nothing is imported, and CUDA is not started."""
+    modules = {name for name in _MODULES if find_spec(name) is not None}
+    if "transformer_engine" in modules and _has_file("transformer_engine", "transformer_engine_torch*.so"):
+        modules.add("transformer_engine_torch")
+    if _has_file("flash_attn", "cute/interface.py"):
+        modules.add("flash_attn.cute")
+    major, minor = torch.__version__.split(".")[:2]
+    return Found(torch.cuda.is_available(), (int(major), int(minor)), frozenset(modules))
+
+
+def _has_file(package: str, pattern: str) -> bool:
+    """Whether a package has such a file in its folder, in ``wheel_lib`` there, or beside it, as extensions have."""
+    spec = find_spec(package)
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()] if spec else []
+    return any(next(place.glob(pattern), None) for f in folders for place in (f, f / "wheel_lib", f.parent))
+
+
+def choose(model: Model, width: int, found: Found | None = None) -> Accelerations:
+    """What ``model``, with heads of this ``width``, gets on a machine where this was ``found``; default: this one.
+
+    What it asks for by name it gets: ``refusal`` says what cannot be.
+    """
+    found = found or on_this_machine()
+    half = training_dtype(model.dtype) == torch.bfloat16
+    asked = {model.layer_spec, model.attention_backend}
+    # in fp32 Transformer Engine has no attention but one that writes scores to memory
+    engine = "te" in asked or (asked == {"auto"} and found.cuda and half and found.transformer_engine)
+    flash = "flash" if found.cuda and half and takes_flash(width) else "sdpa"
+    attention = "te" if engine else flash if model.attention_backend == "auto" else model.attention_backend
+    return Accelerations(
+        transformer_engine=engine,
+        attention=attention,
+        fused_swiglu=found.cuda,
+        apex_gradients=found.cuda and "fused_weight_gradient_mlp_cuda" in found.modules,
+    )
+
+
+def takes_flash(width: int) -> bool:
+    """Whether torch's flash attention takes heads of this ``width``."""
+    return width % 8 == 0 and width <= MOST_FLASH_WIDTH
+
+
+def refusal(model: Model, width: int, found: Found | None = None) -> str | None:
+    """Why ``model`` cannot have what it asks for by name here, and what it can have instead; None where it can."""
+    found = found or on_this_machine()
+    dtype = "bf16" if training_dtype(model.dtype) == torch.bfloat16 else "fp32"
+    if "te" in (model.layer_spec, model.attention_backend):
+        name = "layer_spec" if model.layer_spec == "te" else "attention_backend"
+        lacks = [
+            *(["CUDA, and no device is found"] if not found.cuda else ()),
+            *(["Transformer Engine, which is not installed"] if "transformer_engine" not in found.modules else ()),
+        ]
+        if not lacks and not found.transformer_engine:
+            lacks = ["Transformer Engine's PyTorch extension: only transformer_engine is installed, without it"]
+        if lacks:
+            return (
+                f"model.{name}: te needs {' and '.join(lacks)}: pip install 'transformer-engine[pytorch]' on a machine "
+                f"with a GPU, or model.{name}: auto"
+            )
+    if model.attention_backend == "flash":
+        for fails, found_here, serves in (
+            (not found.cuda, "needs CUDA, and no device is found", "model.attention_backend: sdpa"),
+            (dtype != "bf16", "takes bf16, and model.dtype is fp32", "model.dtype: bf16, or attention_backend: sdpa"),
+            (
+                not takes_flash(width),
+                f"takes heads of up to {MOST_FLASH_WIDTH} in steps of 8, and these have {width}",
+                "model.attention_backend: sdpa",
+            ),
+        ):
+            if fails:
+                return f"model.attention_backend: flash {found_here}; {serves} serves"
+    return None
+
+
+def flash_kernels(found: Found, capability: tuple[int, int], width: int) -> dict[str, str]:
+    """Of FlashAttention 3 and 4, best first: why heads of this ``width`` cannot have it here; empty: they can.
+
+    ``capability`` is the CUDA device's. Whether the installed package works with this torch is ``flash.py``'s to try.
+    """
+    reasons = {}
+    for name, (module, release, devices, widest) in _KERNELS.items():
+        checks = (
+            (module not in found.modules, f"{module} is not installed"),
+            (found.torch < release, f"needs torch {'.'.join(map(str, release))}"),
+            (capability[0] not in devices, f"is for compute capability {' and '.join(f'{d}.x' for d in devices)}"),
+            (width % 8 or width > widest, f"takes heads of up to {widest}, in steps of 8: these have {width}"),
+        )
+        reasons[name] = next((why for fails, why in checks if fails), "")
+    return reasons
+
+
+def explained(found: Found | None = None, capability: tuple[int, int] = (0, 0), width: int = 128) -> list[Line]:
+    """Each acceleration of the layers on this machine, for a bf16 model with heads of this ``width``."""
+    found = found or on_this_machine()
+    if not found.cuda:
+        return [Line("accelerations", False, "without CUDA none of them applies")]
+    chosen = choose(Model(preset="tiny", dtype="bf16"), width, found)
+    engine, lines = chosen.transformer_engine, []
+    missing = "transformer_engine is not installed"
+    if "transformer_engine" in found.modules:
+        missing = "transformer_engine is installed without its PyTorch extension (transformer_engine_torch)"
+    layers = "its layers, RMSNorm, attention and RoPE (model.layer_spec: local does without)"
+    lines.append(Line("Transformer Engine", engine, layers if engine else missing))
+    if not engine:
+        reasons = flash_kernels(found, capability, width)
+        best = next((name for name, why in reasons.items() if not why), None)
+        lines += [Line(name, name == best, why or ("if it agrees with FA2 at the start" if name == best else
+                  f"{best} goes before it")) for name, why in reasons.items()]  # fmt: skip
+        lines.append(Line("FA2", best is None, "torch's own flash attention" if best is None else f"{best} takes over"))
+    lines.append(Line("fused SwiGLU", chosen.fused_swiglu, "compiled by torch before the first step"))
+    apex = "Apex's kernel" if chosen.apex_gradients else "torch's product with fp32 sum; Apex's kernel is not needed"
+    lines.append(Line("fused weight gradients", True, "Transformer Engine's" if engine else apex))
+    return lines
