@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
@@ -21,13 +22,22 @@ _PATIENCE = 30.0  # seconds that the other ranks leave rank 0 to say what the us
 
 
 def script() -> NoReturn:
-    """The command as a process. After a failure it ends on the spot: no library's exit handler may keep it waiting."""
+    """The command as a process. After a failure it ends on the spot: no library's exit handler may keep it waiting.
+
+    Where vLLM ran in it, a good end runs exit handlers and leaves out the interpreter's own end: memory pools of vLLM's
+    sleep mode that live until then may abort the process ("pure virtual method called"), and its exit code be 134.
+    """
     try:
         code = main()
     except KeyboardInterrupt:
         code = 130  # as a shell has it; a thread may still be sampling
     sys.stdout.flush()
     sys.stderr.flush()
+    if code == 0 and "vllm" in sys.modules:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
     if code:
         os._exit(code)
     raise SystemExit(0)

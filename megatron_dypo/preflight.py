@@ -28,7 +28,7 @@ from megatron_dypo.rollout import recorded
 from megatron_dypo.rollout.collect import encode_prompts
 from megatron_dypo.rollout.engine import check_vllm, engine_name
 from megatron_dypo.rollout.server_guard import server_token
-from megatron_dypo.runtime import distributed, run_folder
+from megatron_dypo.runtime import deterministic, distributed, run_folder
 from megatron_dypo.runtime.seeding import stable_hash
 
 
@@ -58,6 +58,8 @@ def prepare(config: Config, source: str) -> Inputs:
     engine = engine_name(config)
     if engine in ("vllm", "server"):
         check_vllm(config, shape)
+    if engine == "vllm":
+        deterministic.refuse_batch_invariance(source)
     if engine == "server":
         server_token()
     config.model.dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[distributed.training_dtype(config.model.dtype)]

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from megatron_dypo.batching.grade import grade_groups
 from megatron_dypo.checkpoint.checkpoint import load_newest
 from megatron_dypo.checkpoint.counters import Counters
@@ -39,7 +41,7 @@ from megatron_dypo.runtime.stop_request import StopRequest
 from megatron_dypo.runtime.stopwatch import Stopwatch
 from megatron_dypo.runtime.watchdog import Watchdog
 from megatron_dypo.sync.sync import sync_weights
-from megatron_dypo.update import update_policy
+from megatron_dypo.update import update_policy, warm_up
 from megatron_dypo.update.metrics import batch_metrics
 
 log = logging.getLogger(__name__)
@@ -67,7 +69,7 @@ def _train(
     check_agreement(config, inputs)
     agree_on_day(config, inputs)
     log.info("%s; %s parameters; starting %s", layout, f"{inputs.shape.parameters:,}", engine_name(config))
-    with phase("rollout engine start"):
+    with phase("rollout engine start"), deterministic.trainer_kept():
         folder = run_dir / "engine" / f"rank_{layout.rank}"
         engine = start_engine(config, inputs.shape, tokenizer, folder, layout)
         distributed.claim_device()  # an engine may have chosen another
@@ -81,6 +83,9 @@ def _train(
     if inputs.checkpoints:
         with phase("checkpoint load"):
             counters = load_newest(run_dir, inputs.checkpoints, policy)
+    if torch.cuda.is_available():  # nothing is compiled on the CPU
+        with phase("warm-up"):
+            log.info("compiled and warmed up in %.1f s, before the first step", warm_up(policy, config))
     saver = Saver(config, policy)
 
     reward = build_reward(config.reward)

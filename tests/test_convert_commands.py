@@ -542,3 +542,25 @@ def test_a_checkpoint_that_megatron_core_wrote_by_itself_is_read(tmp_path):
     """Its norms have Transformer Engine's names, whatever layers it was written with."""
     (found,) = run_ranks(1, written_by_megatron_core, str(tmp_path))
     assert all(found.values()), found
+
+
+@pytest.mark.parametrize(
+    ("tensors_only", "cuda", "backend"), [(True, True, "gloo"), (False, True, "nccl"), (False, False, "gloo")]
+)
+def test_verify_joins_with_the_backend_that_the_model_is_to_speak(monkeypatch, tensors_only, cuda, backend):
+    """Megatron-Core's groups get the first group's; comparing tensors needs no GPU."""
+    from megatron_dypo.config.schema import Parallel
+    from megatron_dypo.convert import verify
+
+    class Joined(Exception):
+        pass
+
+    def join(timeout, backend):
+        raise Joined(backend)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(verify, "source_folder", lambda hf: (None, None))
+    monkeypatch.setattr(verify, "check_layout", lambda *arguments: None)
+    monkeypatch.setattr(verify, "join", join)
+    with pytest.raises(Joined, match=backend):
+        verify.verify("hf", Path("checkpoint"), Parallel(), tensors_only)

@@ -6,6 +6,8 @@ import hashlib
 
 import pytest
 
+from megatron_dypo.errors import UserError
+from megatron_dypo.runtime.deterministic import _CUDA_ENVIRONMENT, refuse_batch_invariance
 from tests.batches import make_config, make_groups, trace_ids
 from tests.ranks import run_ranks
 
@@ -69,3 +71,40 @@ def vllm_is_let_be() -> list[bool]:
 
 def test_torchs_refusal_is_off_inside_vllm_and_on_again_after_it_even_after_an_error():
     assert run_ranks(1, vllm_is_let_be) == [[True, False, True]]
+
+
+def what_batch_invariance_does(mode: str) -> tuple[dict, list[str]]:
+    """(the trainer's variables afterwards, what is raised) round vLLM's own start of that mode, as a CPU has it."""
+    import os
+
+    from vllm.model_executor.determinism.batch_invariant import init_batch_invariance
+
+    from megatron_dypo.runtime import deterministic
+
+    os.environ |= {"VLLM_BATCH_INVARIANT": mode} | deterministic._CUDA_ENVIRONMENT
+    raised = []
+    try:
+        with deterministic.trainer_kept():
+            init_batch_invariance()
+    except RuntimeError as error:
+        raised.append(str(error))
+    return {name: os.environ[name] for name in deterministic._CUDA_ENVIRONMENT}, raised
+
+
+@pytest.mark.parametrize("mode", ["0", "1"])
+def test_vllms_batch_invariant_mode_cannot_change_the_trainer_unseen(mode):
+    """It is the mode that replaces kernels, which is noticed; and the trainer's variables stay."""
+    ((variables, raised),) = run_ranks(1, what_batch_invariance_does, mode)
+    assert variables == _CUDA_ENVIRONMENT
+    assert len(raised) == int(mode)
+    assert all("softmax" in line and "replaced torch's kernels" in line for line in raised)
+
+
+def test_the_mode_asks_vllm_for_nothing_and_a_user_who_does_is_refused(monkeypatch):
+    assert not any(name.startswith("VLLM") for name in _CUDA_ENVIRONMENT)
+    for harmless in ("", "0"):
+        monkeypatch.setenv("VLLM_BATCH_INVARIANT", harmless)
+        refuse_batch_invariance("run.yaml")
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(UserError, match=r"^run.yaml: VLLM_BATCH_INVARIANT=1 .* rollout.engine: server$"):
+        refuse_batch_invariance("run.yaml")

@@ -25,7 +25,7 @@ from megatron_dypo.convert.tokenizer_files import tokenizer_files
 from megatron_dypo.data.tokenizer import load_tokenizer
 from megatron_dypo.policy.shape import ModelShape
 from megatron_dypo.records import Prompt
-from megatron_dypo.runtime.distributed import all_gather_objects, init, join, world_size
+from megatron_dypo.runtime.distributed import all_gather_objects, init, join, training_backend, world_size
 
 TOLERANCE = 1e-4  # nats, fp32, on log-probs
 NAMED = 8  # differing tensors that are named
@@ -72,7 +72,7 @@ def verify(hf: str, checkpoint: Path, parallel: Parallel, tensors_only: bool) ->
     source, shape = source_folder(hf)
     if not tensors_only:
         check_layout(parallel, shape, world_size(), "convert verify")
-    join(parallel.timeout)
+    join(parallel.timeout, "gloo" if tensors_only else training_backend())
     folder = checkpoint_folder(checkpoint)
     check_folder(source, shape)
     check_checkpoint(folder)

@@ -1,6 +1,10 @@
 """``trainer.deterministic``: on CUDA, only kernels and reductions whose result is the same every time.
 
 On the CPU there is nothing to choose; there it only makes torch refuse an operation that would not repeat.
+
+vLLM in this process repeats without a mode of its own: it runs no process and no thread beside, so which sequences
+share a batch does not depend on time (vLLM's documentation, "Reproducibility"). Its batch-invariant mode would change
+the trainer: it replaces torch's kernels, softmax without its gradient among them, and the settings of cuBLAS and NCCL.
 """
 
 from __future__ import annotations
@@ -11,16 +15,18 @@ from contextlib import contextmanager
 
 import torch
 
+from megatron_dypo.errors import UserError
+
 _CUDA_ENVIRONMENT = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS: one workspace a stream, or its sums differ
     "NCCL_NVLS_ENABLE": "0",  # sums inside the NVLink switch have no fixed order; rings and trees have
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",  # Transformer Engine's attention
-    "VLLM_BATCH_INVARIANT": "1",  # a response does not depend on what is sampled beside it
 }
+_OPERATORS = ("addmm", "bmm", "linear", "_log_softmax", "matmul", "mean.dim", "mm", "_softmax", "softmax.int")
 
 
 def enable() -> None:
-    """For the whole process, before it touches CUDA, NCCL or vLLM; these read the variables when they start.
+    """For the whole process, before it touches CUDA or NCCL; these read the variables when they start.
 
     From then on torch raises RuntimeError where an operation has no deterministic kernel.
     """
@@ -32,10 +38,37 @@ def enable() -> None:
 
 @contextmanager
 def not_enforced() -> Iterator[None]:
-    """torch's refusal off, for vLLM: its own mode makes it repeat, with operations that torch refuses (top-p's sum)."""
+    """torch's refusal off, for vLLM, which uses operations that torch refuses (top-p's sum)."""
     enforced = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(enforced)
+
+
+def refuse_batch_invariance(where: str) -> None:
+    """Raise UserError where the environment asks vLLM for its mode in the process that trains."""
+    if os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"):
+        raise UserError(
+            f"{where}: VLLM_BATCH_INVARIANT={os.environ['VLLM_BATCH_INVARIANT']} in the environment replaces torch's "
+            "kernels in this process, where the policy trains; unset it, or sample with rollout.engine: server"
+        )
+
+
+@contextmanager
+def trainer_kept() -> Iterator[None]:
+    """Round the start of an engine in this process: the trainer's variables stay; RuntimeError if kernels do not."""
+    variables, kernels = {name: os.environ.get(name) for name in _CUDA_ENVIRONMENT}, _kernels()
+    yield
+    for name, value in variables.items():
+        if os.environ.get(name) != value:
+            os.environ.pop(name, None)
+            os.environ.update({} if value is None else {name: value})
+    if replaced := [name for name, entry in _kernels().items() if entry != kernels[name]]:
+        raise RuntimeError(f"vLLM replaced torch's kernels in the process that trains: {', '.join(replaced)}")
+
+
+def _kernels() -> dict[str, str]:
+    """What torch dispatches to, by operator."""
+    return {name: torch._C._dispatch_dump(f"aten::{name}") for name in _OPERATORS}

@@ -113,13 +113,24 @@ def stay_on_loopback(reaches_out: bool = False) -> None:
                 os.environ.setdefault(name, value)
 
 
+def training_backend() -> str:
+    """What the groups of ranks that train speak: all of Megatron-Core's default to the first group's."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
 def join(timeout: float = ALONE.timeout, backend: str = "gloo", reaches_out: bool = False) -> None:
     """Join the job's ranks, if that has not been done; under plain python a group of one.
 
-    ``timeout`` (seconds) is the deadline of every collective.
+    ``timeout`` (seconds) is the deadline of every collective. torch is given no ``device_id``: with one, each of the
+    groups that Megatron-Core makes would be an NCCL communicator at once, with its buffers, whether it is used or not.
+    Raises RuntimeError where the ranks have joined with another backend.
     """
     if dist.is_initialized():
+        if dist.get_backend() != backend:
+            raise RuntimeError(f"the ranks have joined with {dist.get_backend()}, and {backend} is asked for")
         return
+    if backend == "nccl":
+        claim_device()
     deadline = datetime.timedelta(seconds=timeout)
     stay_on_loopback(reaches_out)
     if "RANK" in os.environ:
@@ -137,8 +148,7 @@ def init(parallel: Parallel = ALONE, reaches_out: bool = False) -> Layout:
     from megatron.core import parallel_state as mpu
     from megatron.core import tensor_parallel
 
-    claim_device()
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = training_backend()
     join(parallel.timeout, backend, reaches_out)
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,

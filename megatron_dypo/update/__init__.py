@@ -7,6 +7,7 @@ passes, so the first ratio is exactly 1.
 
 from megatron_dypo.update.passes import logprob_passes
 from megatron_dypo.update.step import Outcome, run_updates, update_policy
+from megatron_dypo.update.warm_up import warm_up
 from megatron_dypo.update.work import Work, make_work
 
-__all__ = ["Outcome", "Work", "logprob_passes", "make_work", "run_updates", "update_policy"]
+__all__ = ["Outcome", "Work", "logprob_passes", "make_work", "run_updates", "update_policy", "warm_up"]
