@@ -86,6 +86,7 @@ def test_a_wait_is_seen_and_a_host_value_is_none():
             lambda: weight[host > 0],
             lambda: moved.to("cpu"),
             lambda: torch.zeros(2, device=DEVICE).cpu(),
+            lambda: torch.tensor([1, 2], device=DEVICE).tolist(),
             lambda: host.repeat_interleave(weight.long()),
         ):
             before = waits.count

@@ -70,6 +70,7 @@ class Waits(TorchDispatchMode):
         for name in _READS:
             self._patches.enter_context(mock.patch.object(torch.Tensor, name, self._read(getattr(torch.Tensor, name))))
         self._patches.enter_context(mock.patch.object(torch.Tensor, "to", self._moved(torch.Tensor.to)))
+        self._patches.enter_context(mock.patch.object(torch, "tensor", self._made(torch.tensor)))
         self._patches.enter_context(mock.patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", self._to_host))
         return super().__enter__()
 
@@ -96,6 +97,17 @@ class Waits(TorchDispatchMode):
             return moved
 
         return to
+
+    def _made(self, real):
+        """``torch.tensor`` with a device, which dispatches nothing that knows it."""
+
+        def tensor(*args, **kwargs):
+            made = real(*args, **kwargs)
+            if kwargs.get("device") == DEVICE:
+                self._mark(made)
+            return made
+
+        return tensor
 
     def _to_host(self, tensor, as_numpy=False, record_stream=False):
         """mcore's, on CUDA: a copy, and one wait for it."""
