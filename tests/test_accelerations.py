@@ -173,13 +173,13 @@ def test_doctor_hears_of_each_acceleration_and_why():
     assert [line.in_use for line in explained(machine(*ENGINE, cuda=False))] == [False]
     local = {line.name: line for line in explained(machine(FA3, FA4), HOPPER)}
     assert local["FA3"].in_use and not local["FA4"].in_use and not local["FA2"].in_use
-    assert not local["Transformer Engine"].in_use and "not installed" in local["Transformer Engine"].why
+    assert not local["TE layers"].in_use and "not installed" in local["TE layers"].why
     plain = {line.name: line for line in explained(machine(), AMPERE)}
     assert plain["FA2"].in_use and "not installed" in plain["FA3"].why
     engine = {line.name: line for line in explained(machine(*ENGINE), HOPPER)}
-    assert engine["Transformer Engine"].in_use and "FA2" not in engine
+    assert engine["TE layers"].in_use and "FA2" not in engine
     half = {line.name: line for line in explained(machine("transformer_engine"), HOPPER)}
-    assert "without its PyTorch extension" in half["Transformer Engine"].why
+    assert "without its PyTorch extension" in half["TE layers"].why
     apex = {line.name: line for line in explained(machine("fused_weight_gradient_mlp_cuda"), HOPPER)}
     assert "Apex" in apex["fused weight gradients"].why
 

@@ -91,6 +91,16 @@ def test_a_package_named_apex_that_is_not_nvidia_s_is_seen_for_what_it_is(tmp_pa
     assert ran.stdout == "['wrong']\n", ran.stderr
 
 
+def test_on_cuda_it_says_which_accelerations_are_in_use(capsys, monkeypatch):
+    monkeypatch.setattr("megatron_dypo.doctor.command.this_machine", lambda: CUDA)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    assert doctor(with_selftest=False) == 0
+    printed = capsys.readouterr().out.splitlines()
+    for start in ("note   FA3                not used", "ok     FA2                in use", "ok     fused SwiGLU"):
+        assert any(line.startswith(start) for line in printed), start
+
+
 def test_this_machine_is_well_and_its_two_ranks_work(capsys):
     assert this_machine().python == sys.version_info[:2]
     assert doctor(with_selftest=True) == 0

@@ -159,7 +159,7 @@ def _kernels(machine: Machine) -> Iterator[Finding]:
         yield Finding("transformer-engine", NOTE, "missing", says, mend)
     if "flash_attn" in machine.modules:
         found = machine.versions.get("flash-attn", "?")
-        yield Finding("flash-attn", NOTE, found, "not used: torch has variable-length flash attention of its own")
+        yield Finding("flash-attn", NOTE, found, "FlashAttention 2 is not used: torch has it")
 
 
 def _apex(machine: Machine) -> Iterator[Finding]:

@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_dypo.doctor import selftest
-from megatron_dypo.doctor.checks import BAD, GOOD, Finding, examine, this_machine
+from megatron_dypo.doctor.checks import BAD, GOOD, NOTE, Finding, examine, this_machine
 from megatron_dypo.monitor.progress import default_console
 
 _COLOURS = {GOOD: "#35c99b", BAD: "#e5484d"}
@@ -15,7 +15,7 @@ _COLOURS = {GOOD: "#35c99b", BAD: "#e5484d"}
 def doctor(with_selftest: bool) -> int:
     """Print; returns 1 where something is wrong, else 0."""
     machine = this_machine()
-    findings = examine(machine)
+    findings = examine(machine) + (_accelerations() if machine.cuda else [])
     if with_selftest and not any(each.verdict == BAD for each in findings):
         passed, says = selftest.run(machine.devices)
         findings.append(Finding("self-test", GOOD if passed else BAD, "passed" if passed else "failed", says))
@@ -23,6 +23,19 @@ def doctor(with_selftest: bool) -> int:
     wrong = sum(each.verdict == BAD for each in findings)
     print(f"{wrong} wrong" if wrong else "nothing is wrong")
     return int(wrong > 0)
+
+
+def _accelerations() -> list[Finding]:
+    """What a policy's layers use of what is installed, on the first device."""
+    import torch
+
+    from megatron_dypo.policy.accelerations import explained
+
+    lines = explained(capability=torch.cuda.get_device_capability())
+    return [
+        Finding(line.name, GOOD if line.in_use else NOTE, "in use" if line.in_use else "not used", line.why)
+        for line in lines
+    ]
 
 
 def _show(findings: list[Finding]) -> None:

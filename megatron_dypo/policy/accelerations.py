@@ -158,7 +158,7 @@ def explained(found: Found | None = None, capability: tuple[int, int] = (0, 0), 
     if "transformer_engine" in found.modules:
         missing = "transformer_engine is installed without its PyTorch extension (transformer_engine_torch)"
     layers = "its layers, RMSNorm, attention and RoPE (model.layer_spec: local does without)"
-    lines.append(Line("Transformer Engine", engine, layers if engine else missing))
+    lines.append(Line("TE layers", engine, layers if engine else missing))
     if not engine:
         reasons = flash_kernels(found, capability, width)
         best = next((name for name, why in reasons.items() if not why), None)
