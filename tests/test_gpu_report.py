@@ -68,7 +68,7 @@ def stages(monkeypatch, tmp_path) -> dict[str, Stage]:
     found = {
         "good": Stage("good", "trainer", 60, "", "Good"),
         "raising": Stage("raising", "trainer", 60, "", "Raises"),
-        "hanging": Stage("hanging", "trainer", 6, "", "Hangs", options={"pid": str(tmp_path / "pid")}),
+        "hanging": Stage("hanging", "trainer", 12, "", "Hangs", options={"pid": str(tmp_path / "pid")}),
         "noting": Stage("noting", "trainer", 60, "", "Notes"),
         "lacking": Stage("lacking", "engine", 60, "", "Lacks", ("a_package_that_is_not_there",)),
         "wide": Stage("wide", "many", 60, "", "Wide", gpus=2),
@@ -112,7 +112,7 @@ def test_a_stage_that_fails_hangs_or_lacks_a_package_stops_no_other_and_the_code
         "raising": FAILED, "hanging": FAILED, "good": DONE, "lacking": ABSENT, "wide": ABSENT
     }  # fmt: skip
     assert found["raising"]["says"] == "ended with exit code 1: RuntimeError: the reason"
-    assert found["hanging"]["says"] == "stopped after 6 s, its deadline"
+    assert found["hanging"]["says"] == "stopped after 12 s, its deadline"
     assert found["lacking"]["says"] == "a_package_that_is_not_there is not installed"
     assert found["wide"]["says"] == "needs 2 GPUs"
     assert found["raising"]["figures"]["before"]["value"] == found["hanging"]["figures"]["before"]["value"] == 1
@@ -142,9 +142,10 @@ def test_a_part_ends_with_its_time_and_says_what_it_left_out(stages, tmp_path, m
 
 def test_a_stopped_runner_ends_its_stage_and_keeps_what_is_finished(stages, tmp_path):
     script = (
-        "import signal, sys; from pathlib import Path; from benchmarks.gpu_report.__main__ import *;"
+        "import dataclasses; from benchmarks.gpu_report.__main__ import *;"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143));"
-        "Runner(Path(sys.argv[1]), Machine('NVIDIA Test', 1), 'c', False).run([STAGES['good'], STAGES['hanging']])"
+        "stages = [STAGES['good'], dataclasses.replace(STAGES['hanging'], seconds=90)];"
+        "Runner(Path(sys.argv[1]), Machine('NVIDIA Test', 1), 'c', False).run(stages)"
     )
     file = report_file(tmp_path / "out", HERE.gpu)
     runner = subprocess.Popen([sys.executable, "-c", script, str(file)], cwd=ROOT)

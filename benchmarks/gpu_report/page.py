@@ -14,21 +14,27 @@ def page(report: Report) -> str:
     """Targets first, then every stage that has run, in the table's order."""
     stages = {name: report["stages"][name] for name in STAGES if name in report["stages"]}
     title = f"GPU report: {report['gpu']}" if report["measured"] else "GPU report: CPU, no measurement"
-    parts = [f"# {title}", _intro(report, stages), "## Numbers to reach", target_table(report)]
-    parts += ["## Stages", stage_table(stages)]
+    latest = max(stages.values(), key=lambda found: (bool(found["versions"]), found["date"]))
+    parts = [f"# {title}", _intro(report, stages, latest), "## Numbers to reach", target_table(report)]
+    parts += ["## Stages", stage_table(stages, latest["commit"])]
     for name, found in stages.items():
         if found["figures"] or found["tables"] or found["notes"]:
-            parts += _stage(name, found)
+            parts += _stage(name, found, shows_versions=found["versions"] != latest["versions"])
     return "\n\n".join(parts) + "\n"
 
 
-def _intro(report: Report, stages: dict[str, Found]) -> str:
+def _intro(report: Report, stages: dict[str, Found], latest: Found) -> str:
     hardware = dict.fromkeys(found["hardware"] for found in stages.values() if found["versions"])
     done = sum(found["state"] == DONE for found in stages.values())
     said = "Written by `make gpu-report` ([what it measures, and how](../../docs/gpu-report.md))."
     if not report["measured"]:
         said = "Tiny sizes on a CPU: every stage's code has run, and no time or size below means anything."
-    return "\n\n".join([f"{said} {done} of {len(stages)} stages are done.", *(f"- {each}" for each in hardware)])
+    listed = [f"- {each}" for each in hardware] + [f"- {versions(latest)}"]
+    return f"{said} {done} of {len(stages)} stages are done.\n\n" + "\n".join(listed)
+
+
+def versions(found: Found) -> str:
+    return ", ".join(f"{package} {version}" for package, version in found["versions"].items())
 
 
 def target_table(report: Report) -> str:
@@ -48,13 +54,11 @@ def _value(target: Target, report: Report) -> str:
     return NOT_MEASURED if value is None else shown(value, target.unit)
 
 
-def stage_table(stages: dict[str, Found]) -> str:
-    """Each with its own commit and date: one stage may have been measured again alone."""
-    newest = max((found["date"] for found in stages.values()), default="")
-    latest = next((found["commit"] for found in stages.values() if found["date"] == newest), "")
+def stage_table(stages: dict[str, Found], commit: str) -> str:
+    """Each with its own commit and date: one stage may have been measured again alone at ``commit``."""
     rows = []
     for name, found in stages.items():
-        older = "" if found["commit"] == latest else " (an earlier commit)"
+        older = "" if found["commit"] == commit else " (an earlier commit)"
         rows.append(
             [
                 f"`{name}`",
@@ -68,9 +72,12 @@ def stage_table(stages: dict[str, Found]) -> str:
     return table(["stage", "what", "state", "s", "commit", "date (UTC)"], rows)
 
 
-def _stage(name: str, found: Found) -> list[str]:
+def _stage(name: str, found: Found, shows_versions: bool) -> list[str]:
     parts = [f"## `{name}`: {STAGES[name].title}"]
-    parts.append(", ".join(f"{package} {version}" for package, version in found["versions"].items()) + ".")
+    if found["says"]:
+        parts.append(f"{STATES[found['state']]}: {cell(found['says'])}")
+    if shows_versions:
+        parts.append(f"With other versions: {versions(found)}.")
     if found["figures"]:
         rows = [[figure["label"], shown(figure["value"], figure["unit"])] for figure in found["figures"].values()]
         parts.append(table(["figure", "value"], rows))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -82,12 +83,15 @@ def read(file: Path, gpu: str, measured: bool = True) -> Report:
 
 
 @contextmanager
-def locked(file: Path) -> Iterator[None]:
-    """Two parts may run at a time; only one of them may write."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.with_name(f".{file.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+def locked(folder: Path) -> Iterator[None]:
+    """Two parts may run at a time; only one of them may write into ``folder``, which is made where it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)
 
 
 def merged(report: Report, found: dict[str, Found]) -> Report:

@@ -130,7 +130,7 @@ class Runner:
         """Into the file and the page, and one line a stage to the terminal."""
         if not found:
             return
-        with locked(self.file):
+        with locked(self.file.parent):
             report: Report = merged(read(self.file, self.machine.gpu, measured=not self.tiny), found)
             write_whole(self.file, json.dumps(report, indent=1) + "\n")
             write_whole(self.file.with_suffix(".md"), page(report))

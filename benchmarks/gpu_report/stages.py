@@ -50,7 +50,7 @@ STAGES = {
             120,
             "update:update",
             "Policy updates at Qwen2.5-1.5B's shape",
-            options={"model": "qwen2.5-1.5b", "updates": 10},
+            options={"model": "qwen2.5-1.5b", "updates": 10, "turns": True},
         ),
         Stage(
             "update_4b",
@@ -58,9 +58,9 @@ STAGES = {
             120,
             "update:update",
             "Policy updates at Qwen3-4B's shape",
-            options={"model": "qwen3-4b", "updates": 3},
+            options={"model": "qwen3-4b", "updates": 3, "turns": False},  # `engine` has this model's turns
         ),
-        Stage("engine", "engine", 120, "engine:engine", "vLLM in turns with a policy of Qwen3-4B's shape", _VLLM),
+        Stage("engine", "engine", 150, "engine:engine", "vLLM in turns with a policy of Qwen3-4B's shape", _VLLM),
         *(
             Stage(
                 f"agreement_{dtype}",

@@ -41,7 +41,7 @@ from megatron_dypo.records import Kind
 from megatron_dypo.runtime.memory import take_peaks
 from megatron_dypo.update import logprob_passes, make_work, run_updates
 
-HEAVIEST = 10  # kernels
+HEAVIEST, TENTH = 10, 10  # kernels; updates
 SWAPS = 3
 
 
@@ -87,7 +87,8 @@ def update(record: Record) -> None:
     _profile(record, policy, config, batch)
     _swaps(record, policy)
     _gather(record, policy)
-    _turns(record, policy)
+    if record.options["turns"]:
+        _turns(record, policy)
 
 
 def one_update(policy: Policy, config: Config, batch: Batch, prompts: int = 0) -> tuple[list, float, float]:
@@ -105,7 +106,7 @@ def one_update(policy: Policy, config: Config, batch: Batch, prompts: int = 0) -
 
 def _updates(record: Record, policy: Policy, config: Config, batch: Batch, timed: Timed, peak: float) -> None:
     training, steps, old, swapped, whole = [], [], [], [], []
-    for _ in range(3 if record.tiny else record.options["updates"]):
+    for _ in range(record.options["updates"]):
         works, passes, total = one_update(policy, config, batch)
         taken = timed.take()
         training += taken["accumulate"]
@@ -133,10 +134,10 @@ def _updates(record: Record, policy: Policy, config: Config, batch: Batch, timed
         rows.append([what, f"{median(seconds):.4g}", "", "", ""])
     record.table("An update", ["", "s", "model TFLOP", "TFLOP/s", "MFU"], rows)
     record.figure("tokens_per_second", round(tokens / median(whole)), "tokens/s", "whole update")
-    record.figure("first_step", training[0], "s", "first training pass after the warm-up")
-    if len(training) >= 10 or record.tiny:
-        record.figure("last_step", training[-1], "s", f"training pass number {len(training)}")
-        record.figure("first_over_tenth", training[0] / training[-1], "x", "first training pass, of the last")
+    record.figure("first_update", whole[0], "s", "first whole update after the warm-up")
+    record.figure("last_update", whole[-1], "s", f"whole update number {len(whole)}")
+    if len(whole) == record.options["updates"] == TENTH:
+        record.figure("first_over_tenth", whole[0] / whole[-1], "x", "first whole update, of the tenth's time")
 
 
 def _memory(record: Record, shape: ModelShape, config: Config, batch: Batch) -> None:
