@@ -44,16 +44,21 @@ def two_figures(record: Record) -> None:
     record.note("a note")
 
 
+def leave_behind(file: str) -> None:
+    """A process in a session of its own, as a server is."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    Path(file).write_text(str(child.pid))
+
+
 def raises(record: Record) -> None:
     record.figure("before", 1, "", "before it went wrong")
+    leave_behind(record.options["left"])
     raise RuntimeError("the reason")
 
 
 def hangs(record: Record) -> None:
-    """With a process of its own, in the same group."""
     record.figure("before", 1, "", "before it hung")
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    Path(record.options["pid"]).write_text(str(child.pid))
+    leave_behind(record.options["left"])
     time.sleep(600)
 
 
@@ -67,8 +72,8 @@ def stages(monkeypatch, tmp_path) -> dict[str, Stage]:
     """In processes of their own, which read the table from the plugin module written here."""
     found = {
         "good": Stage("good", "trainer", 60, "", "Good"),
-        "raising": Stage("raising", "trainer", 60, "", "Raises"),
-        "hanging": Stage("hanging", "trainer", 12, "", "Hangs", options={"pid": str(tmp_path / "pid")}),
+        "raising": Stage("raising", "trainer", 60, "", "Raises", options={"left": str(tmp_path / "raised")}),
+        "hanging": Stage("hanging", "trainer", 12, "", "Hangs", options={"left": str(tmp_path / "hung")}),
         "noting": Stage("noting", "trainer", 60, "", "Notes"),
         "lacking": Stage("lacking", "engine", 60, "", "Lacks", ("a_package_that_is_not_there",)),
         "wide": Stage("wide", "many", 60, "", "Wide", gpus=2),
@@ -119,7 +124,8 @@ def test_a_stage_that_fails_hangs_or_lacks_a_package_stops_no_other_and_the_code
     assert found["good"]["figures"]["one"] == {"label": "first", "value": 1.5, "unit": "s"}
     assert all(each["commit"] == "c0ffee" and each["date"] for each in found.values())
     assert "torch" in found["good"]["versions"] and found["good"]["hardware"]
-    assert not is_running(int((tmp_path / "pid").read_text())), "what a stage starts ends with it"
+    for name in ("raised", "hung"):
+        assert not is_running(int((tmp_path / name).read_text())), "what a stage starts ends with it"
     said = capfd.readouterr().out
     assert "failed  raising" in said and "absent  lacking" in said and "done    good" in said
 
@@ -150,7 +156,7 @@ def test_a_stopped_runner_ends_its_stage_and_keeps_what_is_finished(stages, tmp_
     file = report_file(tmp_path / "out", HERE.gpu)
     runner = subprocess.Popen([sys.executable, "-c", script, str(file)], cwd=ROOT)
     deadline = time.monotonic() + 60
-    while not (tmp_path / "pid").exists():
+    while not (tmp_path / "hung").exists():
         assert time.monotonic() < deadline and runner.poll() is None
         time.sleep(0.1)
     runner.send_signal(signal.SIGTERM)
@@ -158,7 +164,7 @@ def test_a_stopped_runner_ends_its_stage_and_keeps_what_is_finished(stages, tmp_
     report = json.loads(file.read_text())
     assert report["stages"].keys() == {"good"} and file.with_suffix(".md").exists()
     time.sleep(0.2)
-    assert not is_running(int((tmp_path / "pid").read_text()))
+    assert not is_running(int((tmp_path / "hung").read_text()))
 
 
 # --- results and page

@@ -8,6 +8,7 @@ Writes FOLDER/STAGE.json. What a stage raises ends the process, and the runner s
 from __future__ import annotations
 
 import datetime
+import os
 import sys
 from pathlib import Path
 
@@ -30,6 +31,9 @@ def main() -> None:
         record = Record(Path(folder) / f"{name}.json", stage.options, tiny == "yes", began, about)
         stage.function(record)
         began = record.finish()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # a library that hangs or aborts on its way out changes nothing of what was found
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Runs stages, each in a process group of its own and with a deadline, and merges what they found after each.
+"""Runs stages, each in a process of its own and with a deadline, and merges what they found after each.
 
 Nothing that a stage does can stop the others: it may crash, hang, or leave processes behind. What it has found by then
 is kept. A stop of the runner (Ctrl-C, SIGTERM) ends the running stage and loses none of the finished ones.
@@ -6,9 +6,9 @@ is kept. A stop of the runner (Ctrl-C, SIGTERM) ends the running stage and loses
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -17,6 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+
+import psutil
 
 from benchmarks.gpu_report.page import page
 from benchmarks.gpu_report.results import (
@@ -40,6 +42,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",  # as under torchrun
 }
+PR_SET_CHILD_SUBREAPER = 36  # what a stage started becomes this process's child when the stage is gone (prctl(2))
 LAST_LINES, LONGEST = 40, 300  # what a failed stage says at its end, on the terminal; characters of its last line
 
 
@@ -59,12 +62,25 @@ def absence(stage: Stage, machine: Machine) -> str | None:
     return f"needs {stage.gpus} GPUs" if stage.gpus > max(1, machine.gpus) else None
 
 
+def _descendants() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
+def _end(processes: set[psutil.Process]) -> None:
+    """What a stage has left behind, servers in sessions of their own among it: it would keep the GPU's memory."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=10)
+
+
 class Runner:
     """``file``: the results, beside which the page is written. ``tiny``: a part's stages share a process."""
 
     def __init__(self, file: Path, machine: Machine, commit: str, tiny: bool):
         self.file, self.machine, self.commit, self.tiny = file, machine, commit, tiny
         self.failed: list[str] = []
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
     def run(self, stages: list[Stage]) -> int:
         """Returns 1 where a stage failed, else 0."""
@@ -87,7 +103,7 @@ class Runner:
 
     def _measure(self, group: list[Stage], seconds: float) -> dict[str, Found]:
         with tempfile.TemporaryDirectory(prefix="gpu_report_") as folder:
-            log = Path(folder) / "log"
+            log, before = Path(folder) / "log", _descendants()
             names = [stage.name for stage in group]
             arguments = [folder, self.commit, "yes" if self.tiny else "no", *names]
             with log.open("wb") as output:
@@ -98,7 +114,7 @@ class Runner:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,
+                    start_new_session=True,  # Ctrl-C is the runner's alone
                 )
                 try:
                     process.wait(seconds)
@@ -106,9 +122,9 @@ class Runner:
                 except subprocess.TimeoutExpired:
                     ended = f"stopped after {seconds:.0f} s, its deadline"
                 finally:
-                    with suppress(ProcessLookupError):
-                        os.killpg(process.pid, signal.SIGKILL)
+                    process.kill()
                     process.wait()
+                    _end(_descendants() - before)
             said = log.read_text(errors="replace").strip().splitlines()[-LAST_LINES:]
             why = ended + (f": {said[-1].strip()[:LONGEST]}" if said else "")
             found = {}
@@ -116,7 +132,8 @@ class Runner:
                 file = Path(folder) / f"{name}.json"
                 found[name] = json.loads(file.read_text()) if file.exists() else self._blank(FAILED, f"not run: {why}")
                 if found[name]["state"] == STARTED:
-                    found[name] |= {"state": FAILED, "says": why}
+                    noted = found[name]["says"]
+                    found[name] |= {"state": FAILED, "says": f"{noted}; {why}".removeprefix("; ")}
                     print("\n".join(said), file=sys.stderr)
             return found
 
