@@ -15,7 +15,8 @@ from torch import Tensor
 
 from benchmarks.gpu_report.results import Record
 from benchmarks.gpu_report.workload import seconds_of
-from megatron_dypo.policy.attention import BACKENDS, Segments
+from megatron_dypo.policy.attention import Segments, flash, sdpa
+from megatron_dypo.policy.flash_kernels import use_best_flash_kernel
 from megatron_dypo.runtime.distributed import device
 
 SHORT = (700, 1, 799)  # lengths; errors
@@ -71,50 +72,58 @@ def both_passes(attend: Callable, leaves: list[Tensor], flow: Tensor, segments: 
 
 
 def attention(record: Record) -> None:
+    """torch's own flash attention first; then the installed one that policies get in its place, if there is one."""
     cuda = torch.cuda.is_available()
-    dtype = torch.bfloat16 if cuda else torch.float32
-    case = TINY if record.tiny else CASE
-    names = [name for name in BACKENDS if cuda or name == "sdpa"]  # all others are CUDA's
-    _errors(record, case, names, dtype)
-    leaves, flow, segments = inputs(case, case.lengths, dtype)
-    forward = 4.0 * sum(n * n / 2 for n in case.lengths) * case.heads * case.width  # causal: half of all scores
-    spent = {}
-    for name in names:
-        runs = {
-            "forward": lambda name=name: BACKENDS[name](*leaves, segments, case.width**-0.5),
-            "both": lambda name=name: both_passes(BACKENDS[name], leaves, flow, segments),
-        }
-        with torch.set_grad_enabled(True):
-            for what, run in runs.items():
-                run()
-                spent[name, what] = median(seconds_of(run) for _ in range(REPEATS))
-    rows = []
-    for name in names:
-        ahead, both = spent[name, "forward"], spent[name, "both"]
-        times = [f"{1000 * ahead:.3g}", f"{1000 * both:.3g}", f"{3.5 * forward / both / 1e12:.3g}"]
-        rows.append([f"`{name}`", *times, f"{spent['sdpa', 'both'] / both:.2f}x"])
+    dtype, case = torch.bfloat16 if cuda else torch.float32, TINY if record.tiny else CASE
+    spent = {"SDPA": _measured(record, "SDPA", sdpa, case, dtype)}
+    if cuda:
+        spent["FA2"] = _measured(record, "FA2", flash, case, dtype)
+        best = use_best_flash_kernel(case.heads, case.groups, case.width)
+        record.figure("kernel", best, "", "flash attention that policies use")
+        if best not in spent:
+            spent[best] = _measured(record, best, flash, case, dtype)
+    else:
+        record.note("Flash attention needs CUDA: SDPA alone has run.")
     shape = f"{len(case.lengths)} sequences, {sum(case.lengths):,} tokens, {case.heads} heads of {case.width}, "
     shape += f"{case.groups} key/value heads, {str(dtype).removeprefix('torch.')}"
-    header = ["", "forward, ms", "forward and backward, ms", "TFLOP/s", "x SDPA"]
-    record.table(shape, header, rows)
-    for name in names[1:]:
-        ratio = spent["sdpa", "both"] / spent[name, "both"]
-        record.figure(f"{name}/speed", ratio, "x", f"`{name}` is faster than SDPA, forward and backward")
-    if not cuda:
-        record.note("Flash attention needs CUDA: SDPA alone has run.")
+    flops = 3.5 * 4 * sum(n * n / 2 for n in case.lengths) * case.heads * case.width  # causal: half of all scores
+    rows = [
+        [
+            name,
+            f"{1000 * ahead:.3g}",
+            f"{1000 * both:.3g}",
+            f"{flops / both / 1e12:.3g}",
+            f"{spent['SDPA'][1] / both:.2f}",
+        ]
+        for name, (ahead, both) in spent.items()
+    ]
+    record.table(shape, ["", "forward, ms", "forward and backward, ms", "TFLOP/s", "speed, of SDPA's"], rows)
 
 
-def _errors(record: Record, case: Case, names: list[str], dtype: torch.dtype) -> None:
+def _measured(record: Record, name: str, attend: Callable, case: Case, dtype: torch.dtype) -> tuple[float, float]:
+    """Seconds of the forward pass, and of both; the errors go to ``record``."""
+    _errors(record, name, attend, case, dtype)
+    leaves, flow, segments = inputs(case, case.lengths, dtype)
+    runs = (
+        lambda: attend(*leaves, segments, case.width**-0.5),
+        lambda: both_passes(attend, leaves, flow, segments),
+    )
+    for run in runs:
+        run()
+    ahead, both = (median(seconds_of(run) for _ in range(REPEATS)) for run in runs)
+    return ahead, both
+
+
+def _errors(record: Record, name: str, attend: Callable, case: Case, dtype: torch.dtype) -> None:
     leaves, flow, segments = inputs(case, tuple(min(n, 40) for n in SHORT) if record.tiny else SHORT, dtype)
     doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
     expected = both_passes(definition, doubles, flow.double(), segments)
-    for name in names:
-        out, *gradients = both_passes(BACKENDS[name], leaves, flow, segments)
-        ahead = (out - expected[0]).abs().max().item()
-        pairs = zip(gradients, expected[1:], strict=True)
-        back = max(((got - want).norm() / want.norm()).item() for got, want in pairs)
-        record.figure(f"{name}/forward_error", ahead, "", f"`{name}`: largest error of a value")
-        record.figure(f"{name}/backward_error", back, "", f"`{name}`: error of a gradient, of its norm")
-        most_ahead, most_back = LIMITS[dtype]
-        if not (ahead < most_ahead and back < most_back):
-            record.fail(f"{name}: errors {ahead:.2g} and {back:.2g} exceed {most_ahead:g} and {most_back:g}")
+    out, *gradients = both_passes(attend, leaves, flow, segments)
+    ahead = (out - expected[0]).abs().max().item()
+    pairs = zip(gradients, expected[1:], strict=True)
+    back = max(((got - want).norm() / want.norm()).item() for got, want in pairs)
+    record.figure(f"{name}/forward_error", ahead, "", f"{name}: largest error of a value")
+    record.figure(f"{name}/backward_error", back, "", f"{name}: error of a gradient, of its norm")
+    most_ahead, most_back = LIMITS[dtype]
+    if not (ahead < most_ahead and back < most_back):
+        record.fail(f"{name}: errors {ahead:.2g} and {back:.2g} exceed {most_ahead:g} and {most_back:g}")

@@ -8,12 +8,13 @@ import pytest
 
 from benchmarks.gpu_report.results import Record
 from benchmarks.machine import ROOT
-from megatron_dypo.doctor.checks import BAD, examine, this_machine
+from megatron_dypo.doctor.checks import BAD, this_machine
+from megatron_dypo.doctor.command import all_findings
 
 
 def environment(record: Record) -> None:
     """A package that is wrong fails the stage: what comes after it may mean nothing."""
-    findings = examine(this_machine())
+    findings = all_findings(this_machine())
     rows = [[each.verdict, each.name, each.found, each.says, each.mend] for each in findings]
     record.table("`python -m megatron_dypo doctor --no-selftest`", ["", "", "found", "", "to mend it"], rows)
     wrong = [each.name for each in findings if each.verdict == BAD]

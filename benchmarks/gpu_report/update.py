@@ -39,7 +39,7 @@ from megatron_dypo.policy.policy import Policy
 from megatron_dypo.policy.shape import ModelShape, model_shape
 from megatron_dypo.records import Kind
 from megatron_dypo.runtime.memory import take_peaks
-from megatron_dypo.update import logprob_passes, make_work, run_updates
+from megatron_dypo.update import logprob_passes, make_work, run_updates, warm_up
 
 HEAVIEST, TENTH = 10, 10  # kernels; updates
 SWAPS = 3
@@ -75,11 +75,8 @@ def update(record: Record) -> None:
     peak = matrix_peak()
     record.figure("matrix_peak", peak / 1e12, "TFLOP/s", "fastest square matrix product")
     timed = Timed(policy, "logprobs", "accumulate", "step")
-    warming = now()
-    for part in (2, 3):  # the last prompt is Hard; two sizes: what is compiled anew for the second is then general
-        one_update(policy, config, batch, part)
+    record.figure("warm_up", warm_up(policy, config), "s", "warm-up before the first step: compilation")
     timed.take()
-    record.figure("warm_up", now() - warming, "s", "first passes, at two small sizes: compilation")
     record.figure("start", time.time() - child.BEGAN, "s", "from the start of the process to the first step")
     take_peaks()
     _updates(record, policy, config, batch, timed, peak)
@@ -91,10 +88,10 @@ def update(record: Record) -> None:
         _turns(record, policy)
 
 
-def one_update(policy: Policy, config: Config, batch: Batch, prompts: int = 0) -> tuple[list, float, float]:
+def one_update(policy: Policy, config: Config, batch: Batch) -> tuple[list, float, float]:
     """(works, seconds of the log-prob passes, of the whole update). Raises where it is skipped."""
     began = now()
-    groups = make_groups(batch, policy.shape.vocab_size)[-prompts:]
+    groups = make_groups(batch, policy.shape.vocab_size)
     works = make_work(policy.layout, groups, config, trace(batch, policy.shape.vocab_size))
     _, offenders = logprob_passes(policy, works, config)
     passes = now() - began

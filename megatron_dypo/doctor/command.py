@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_dypo.doctor import selftest
-from megatron_dypo.doctor.checks import BAD, GOOD, NOTE, Finding, examine, this_machine
+from megatron_dypo.doctor.checks import BAD, GOOD, NOTE, Finding, Machine, examine, this_machine
 from megatron_dypo.monitor.progress import default_console
 
 _COLOURS = {GOOD: "#35c99b", BAD: "#e5484d"}
@@ -15,7 +15,7 @@ _COLOURS = {GOOD: "#35c99b", BAD: "#e5484d"}
 def doctor(with_selftest: bool) -> int:
     """Print; returns 1 where something is wrong, else 0."""
     machine = this_machine()
-    findings = examine(machine) + (_accelerations() if machine.cuda else [])
+    findings = all_findings(machine)
     if with_selftest and not any(each.verdict == BAD for each in findings):
         passed, says = selftest.run(machine.devices)
         findings.append(Finding("self-test", GOOD if passed else BAD, "passed" if passed else "failed", says))
@@ -23,6 +23,11 @@ def doctor(with_selftest: bool) -> int:
     wrong = sum(each.verdict == BAD for each in findings)
     print(f"{wrong} wrong" if wrong else "nothing is wrong")
     return int(wrong > 0)
+
+
+def all_findings(machine: Machine) -> list[Finding]:
+    """Of packages and settings and, with CUDA, of what makes a policy's layers faster."""
+    return examine(machine) + (_accelerations() if machine.cuda else [])
 
 
 def _accelerations() -> list[Finding]:
