@@ -18,16 +18,19 @@ from safetensors.torch import save_file
 
 from megatron_dypo.checkpoint.safe_pickle import read_index
 from megatron_dypo.config.schema import Model, Shape
+from megatron_dypo.convert.commands import _write_metadata
 from megatron_dypo.convert.families import FAMILIES
+from megatron_dypo.convert.hf_metadata import write_config
 from megatron_dypo.convert.mapping import hf_shapes
 from megatron_dypo.convert.megatron_folder import MegatronFolder
 from megatron_dypo.convert.rules import Rule
-from megatron_dypo.policy.shape import RopeScaling, model_shape
+from megatron_dypo.policy.shape import PRESETS, RopeScaling, model_shape
 from tests.batches import make_config
 from tests.full_disk import small_disk
 from tests.launch import copy_task, train_here
 from tests.ranks import run_ranks
 from tests.test_convert import FAMILY_SHAPES, SHAPE, hf_model
+from tests.test_ids import ID, folder_of
 
 ROPE = RopeScaling("llama3", 8.0, 1.0, 4.0, 64)  # of an original length other than 8192, which mcore would assume
 SHAPES = {
@@ -257,6 +260,26 @@ def test_a_run_from_a_preset_is_exported_with_its_own_tokenizer(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.eos_token_id == tokenizer.eos_token_id == 1
     assert tokenizer.decode(ids[0]) == "first 1 + 2 = \\boxed{" and model(ids).logits.isfinite().all()
+
+
+def test_an_export_ends_where_the_run_s_responses_ended(tmp_path):
+    """The run had a tokenizer folder of its own, whose template ends a turn with another token than the base model."""
+    source, tokenizer, target = tmp_path / "base", tmp_path / "chat", tmp_path / "out"
+    folder_of(source, "<|endoftext|>", None, {"eos_token_id": ID["<|endoftext|>"], "top_k": 20})
+    shape = dataclasses.replace(PRESETS["tiny"], vocab_size=320)
+    write_config(shape, tmp_path, None)
+    shutil.copy(tmp_path / "config.json", source)
+    folder_of(tokenizer, "<|im_end|>")
+    step = tmp_path / "run/checkpoints/step_1"
+    step.mkdir(parents=True)
+    target.mkdir()
+    (tmp_path / "run/config.yaml").write_text(
+        f"model: {{hf: {source}, tokenizer: {tokenizer}}}\ndata: {{train: none}}\n"
+        f"trainer: {{steps: 1, run_dir: {tmp_path / 'run'}}}\n"
+    )
+    _write_metadata(step, source, shape, target, None)
+    settings = json.loads((target / "generation_config.json").read_text())
+    assert settings == {"eos_token_id": [ID["<|im_end|>"], ID["<|endoftext|>"]], "top_k": 20}
 
 
 # --- what verify finds

@@ -28,7 +28,7 @@ from megatron_dypo.config.checks import check_layout
 from megatron_dypo.config.schema import Config, Model, Parallel
 from megatron_dypo.convert import hf_writer
 from megatron_dypo.convert.hf_folder import check_folder, folder_weights
-from megatron_dypo.convert.hf_metadata import copy_metadata, write_config
+from megatron_dypo.convert.hf_metadata import copy_metadata, set_ends, write_config
 from megatron_dypo.convert.mapping import hf_shapes, rules
 from megatron_dypo.convert.megatron_folder import MegatronFolder, checkpoint_folder, megatron_pieces
 from megatron_dypo.data.tokenizer import load_tokenizer
@@ -133,6 +133,9 @@ def _write_metadata(
         own = run.model.tokenizer if run else None
         changed = shape if source_folder(str(metadata))[1] != shape else None
         copy_metadata(metadata, target, dtype, Path(hf_folder(own)) if own else None, changed)
+        if own:  # what the run's responses ended with
+            run.model.hf = str(metadata)
+            set_ends(target, load_tokenizer(run, shape).end_ids)
     elif run:
         tokenizer = load_tokenizer(run, shape)
         write_config(shape, target, tokenizer.end_ids)

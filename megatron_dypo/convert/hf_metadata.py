@@ -25,6 +25,13 @@ def write_config(shape: ModelShape, folder: Path, eos_id: int | tuple[int, ...] 
     (folder / "generation_config.json").write_text(json.dumps(end, indent=2))
 
 
+def set_ends(folder: Path, end_ids: tuple[int, ...]) -> None:
+    """Name the end tokens in ``generation_config.json``, whatever it held of them."""
+    path = folder / "generation_config.json"
+    settings = json.loads(path.read_bytes()) if path.is_file() else {}
+    path.write_text(json.dumps(settings | {"eos_token_id": list(end_ids)}, indent=2))
+
+
 def copy_metadata(
     source: Path,
     target: Path,
