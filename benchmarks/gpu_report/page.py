@@ -78,12 +78,14 @@ def _stage(name: str, found: Found, shows_versions: bool) -> list[str]:
         parts.append(f"{STATES[found['state']]}: {cell(found['says'])}")
     if shows_versions:
         parts.append(f"With other versions: {versions(found)}.")
+    if found["notes"]:
+        parts.append("\n".join(f"- {cell(note)}" for note in found["notes"]))
     if found["figures"]:
         rows = [[figure["label"], shown(figure["value"], figure["unit"])] for figure in found["figures"].values()]
         parts.append(table(["figure", "value"], rows))
     for each in found["tables"]:
         parts += [f"### {each['title']}", table(each["header"], [[cell(text) for text in row] for row in each["rows"]])]
-    return parts + [f"- {cell(note)}" for note in found["notes"]]
+    return parts
 
 
 def shown(value: float | bool | str, unit: str) -> str:

@@ -130,7 +130,7 @@ def _updates(record: Record, policy: Policy, config: Config, batch: Batch, timed
     for what, seconds in (("optimizer step", steps), ("plan, swaps of the reference, exchanges", swapped)):
         rows.append([what, f"{median(seconds):.4g}", "", "", ""])
     record.table("An update", ["", "s", "model TFLOP", "TFLOP/s", "MFU"], rows)
-    record.figure("tokens_per_second", round(tokens / median(whole)), "tokens/s", "whole update")
+    record.figure("tokens_per_second", round(tokens / median(whole)), "tokens/s", "tokens a second of the whole update")
     record.figure("first_update", whole[0], "s", "first whole update after the warm-up")
     record.figure("last_update", whole[-1], "s", f"whole update number {len(whole)}")
     if len(whole) == record.options["updates"] == TENTH:
@@ -195,15 +195,15 @@ def _swaps(record: Record, policy: Policy) -> None:
     both = median(ahead) + median(back)
     record.figure(f"reference/swap_{kept}", both, "s", f"reference in and out; kept on the {kept}")
     record.figure("reference/in", median(ahead), "s", "reference in")
-    record.figure("reference/out", median(back), "s", "the policy back")
+    record.figure("reference/out", median(back), "s", "reference out, the policy back")
 
 
 def _gather(record: Record, policy: Policy) -> None:
     sizes = [tensor.nbytes for _, tensor in policy.named_tensors()]
     spent = median(seconds_of(lambda: [None for _ in policy.named_tensors()]) for _ in range(SWAPS))
-    record.figure("gather/tensors", len(sizes), "", "tensors of a weight sync")
-    record.figure("gather/size", gib(sum(sizes)), "GiB", "their size")
-    record.figure("gather/seconds", spent, "s", "all of them gathered")
+    record.figure("gather/tensors", len(sizes), "", "weight gather: tensors")
+    record.figure("gather/size", gib(sum(sizes)), "GiB", "weight gather: size")
+    record.figure("gather/seconds", spent, "s", "weight gather: time")
 
 
 def _turns(record: Record, policy: Policy) -> None:
