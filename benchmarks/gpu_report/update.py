@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
+from dataclasses import dataclass
 from statistics import median
 
 import torch
@@ -37,9 +38,9 @@ from megatron_dypo.plan.cluster import Work as PlannedWork
 from megatron_dypo.plan.memory import RESERVE, policy_need
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.policy.shape import ModelShape, model_shape
-from megatron_dypo.records import Kind
+from megatron_dypo.records import Group, Kind
 from megatron_dypo.runtime.memory import take_peaks
-from megatron_dypo.update import logprob_passes, make_work, run_updates, warm_up
+from megatron_dypo.update import Work, logprob_passes, make_work, run_updates, warm_up
 
 HEAVIEST, TENTH = 10, 10  # kernels; updates
 SWAPS = 3
@@ -79,65 +80,82 @@ def update(record: Record) -> None:
     timed.take()
     record.figure("start", time.time() - child.BEGAN, "s", "from the start of the process to the first step")
     take_peaks()
-    _updates(record, policy, config, batch, timed, peak)
-    _memory(record, shape, config, batch)
-    _profile(record, policy, config, batch)
+    groups = make_groups(batch, shape.vocab_size)
+    _updates(record, policy, config, batch, groups, timed, peak)
+    _profile(record, policy, config, batch, groups)
     _swaps(record, policy)
     _gather(record, policy)
     if record.options["turns"]:
         _turns(record, policy)
 
 
-def one_update(policy: Policy, config: Config, batch: Batch) -> tuple[list, float, float]:
-    """(works, seconds of the log-prob passes, of the whole update). Raises where it is skipped."""
+@dataclass(frozen=True)
+class Updated:
+    """Seconds of the log-prob passes and of all; ``peak_gib`` of allocated memory, None on a CPU."""
+
+    works: list[Work]
+    passes: float
+    seconds: float
+    peak_gib: float | None
+
+
+def one_update(policy: Policy, config: Config, batch: Batch, groups: list[Group]) -> Updated:
+    """Raises RuntimeError where it is skipped."""
     began = now()
-    groups = make_groups(batch, policy.shape.vocab_size)
     works = make_work(policy.layout, groups, config, trace(batch, policy.shape.vocab_size))
     _, offenders = logprob_passes(policy, works, config)
     passes = now() - began
     outcome = run_updates(policy, works, config, lr=1e-6)
     if offenders or outcome.skipped:
         raise RuntimeError(offenders or outcome.skipped)
-    return works, passes, now() - began
+    seconds, name = now() - began, "perf/device_memory_gib"
+    peaks = [memory[name] for memory in (outcome.memory, take_peaks()) if name in memory]
+    return Updated(works, passes, seconds, max(peaks, default=None))
 
 
-def _updates(record: Record, policy: Policy, config: Config, batch: Batch, timed: Timed, peak: float) -> None:
-    training, steps, old, swapped, whole = [], [], [], [], []
+def _updates(
+    record: Record, policy: Policy, config: Config, batch: Batch, groups: list[Group], timed: Timed, peak: float
+) -> None:
+    parts: dict[str, list[float]] = {name: [] for name in ("old", "training", "step", "between")}
+    updates = []
     for _ in range(record.options["updates"]):
-        works, passes, total = one_update(policy, config, batch)
+        updates.append(one_update(policy, config, batch, groups))
         taken = timed.take()
-        training += taken["accumulate"]
-        steps += taken["step"]
-        old.append(taken["logprobs"][0])
-        swapped.append(passes - sum(taken["logprobs"]))
-        whole.append(total)
+        parts["old"].append(taken["logprobs"][0])
+        parts["training"] += taken["accumulate"]
+        parts["step"] += taken["step"]
+        parts["between"].append(updates[-1].passes - sum(taken["logprobs"]))
+    works, passes = updates[-1].works, len(taken["logprobs"])
     everything, sampled = sequences_of(works), sequences_of(works, Kind.ROLLOUT)
     tokens = sum(sequence.length for sequence in everything)
     all_flops, old_flops = forward_flops(policy.shape, everything), forward_flops(policy.shape, sampled)
     batches = len(works[0].rollouts) + len(works[0].teachers)
-    passes = len(taken["logprobs"])
     size = f"{len(everything)} sequences, {tokens:,} tokens, {batches} micro-batches, {passes} log-prob passes"
-    record.note(f"An update: {size}; medians of {len(whole)}.")
+    record.note(f"An update: {size}; medians of {len(updates)}.")
+    spent = {name: median(seconds) for name, seconds in parts.items()}
+    whole = median(each.seconds for each in updates)
     rows = []
     for key, what, seconds, flops in (
-        ("old", "log-prob pass of the old policy", median(old), old_flops),
-        ("training", "training pass", median(training), 3 * all_flops),
-        ("update", "whole update", median(whole), 3 * all_flops + passes * old_flops),
+        ("old", "log-prob pass of the old policy", spent["old"], old_flops),
+        ("training_alone", "training pass", spent["training"], 3 * all_flops),
+        ("training", "training pass and optimizer step", spent["training"] + spent["step"], 3 * all_flops),
+        ("update", "whole update", whole, 3 * all_flops + passes * old_flops),
     ):
         rate = flops / seconds
         rows.append([what, f"{seconds:.4g}", f"{flops / 1e12:.4g}", f"{rate / 1e12:.4g}", f"{rate / peak:.1%}"])
         record.figure(f"mfu/{key}", 100 * rate / peak, "%", f"MFU of the {what}")
-    for what, seconds in (("optimizer step", steps), ("plan, swaps of the reference, exchanges", swapped)):
-        rows.append([what, f"{median(seconds):.4g}", "", "", ""])
+    rows.append(["plan, swaps of the reference, exchanges", f"{spent['between']:.4g}", "", "", ""])
     record.table("An update", ["", "s", "model TFLOP", "TFLOP/s", "MFU"], rows)
-    record.figure("tokens_per_second", round(tokens / median(whole)), "tokens/s", "tokens a second of the whole update")
-    record.figure("first_update", whole[0], "s", "first whole update after the warm-up")
-    record.figure("last_update", whole[-1], "s", f"whole update number {len(whole)}")
-    if len(whole) == record.options["updates"] == TENTH:
-        record.figure("first_over_tenth", whole[0] / whole[-1], "x", "first whole update, of the tenth's time")
+    record.figure("tokens_per_second", round(tokens / whole), "tokens/s", "tokens a second of the whole update")
+    record.figure("first_update", updates[0].seconds, "s", "first whole update after the warm-up")
+    record.figure("last_update", updates[-1].seconds, "s", f"whole update number {len(updates)}")
+    if len(updates) == TENTH:
+        ratio = updates[0].seconds / updates[-1].seconds
+        record.figure("first_over_tenth", ratio, "x", "first whole update, of the tenth's time")
+    _memory(record, policy.shape, config, batch, [each.peak_gib for each in updates if each.peak_gib is not None])
 
 
-def _memory(record: Record, shape: ModelShape, config: Config, batch: Batch) -> None:
+def _memory(record: Record, shape: ModelShape, config: Config, batch: Batch, peaks: list[float]) -> None:
     """``plan``'s prediction without its reserve for contexts and fragments, which torch does not count either."""
     candidate = Candidate(1, 1, 1, 1, 1, config.model.recompute, "turns")
     work = PlannedWork(
@@ -153,23 +171,21 @@ def _memory(record: Record, shape: ModelShape, config: Config, batch: Batch) -> 
         passes=2,
     )
     planned = gib(policy_need(shape, candidate, work).policy - RESERVE)
-    peaks = take_peaks()
     record.figure("memory/planned", planned, "GiB", "`plan`'s prediction, without its reserve")
-    if "perf/device_memory_gib" not in peaks:
+    if not peaks:
         record.note("Peak memory is the device's: it is not counted on a CPU.")
         return
-    peak = peaks["perf/device_memory_gib"]
-    record.figure("memory/peak", peak, "GiB", "peak of allocated device memory")
-    record.figure("memory/reserved", gib(torch.cuda.max_memory_reserved()), "GiB", "peak of what torch held")
-    record.figure("memory/off_plan", 100 * abs(peak / planned - 1), "%", "peak away from `plan`")
+    record.figure("memory/peak", max(peaks), "GiB", "peak of allocated device memory")
+    record.figure("memory/reserved", gib(torch.cuda.memory_reserved()), "GiB", "what torch holds after it")
+    record.figure("memory/off_plan", 100 * abs(max(peaks) / planned - 1), "%", "peak away from `plan`")
 
 
-def _profile(record: Record, policy: Policy, config: Config, batch: Batch) -> None:
+def _profile(record: Record, policy: Policy, config: Config, batch: Batch, groups: list[Group]) -> None:
     """One more update, under torch's profiler."""
     cuda = torch.cuda.is_available()
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activity.CUDA if cuda else activity.CPU]) as profile:
-        one_update(policy, config, batch)
+        one_update(policy, config, batch, groups)
     field = "self_device_time_total" if cuda else "self_cpu_time_total"
     events = sorted(profile.key_averages(), key=lambda event: getattr(event, field), reverse=True)
     spent = [getattr(event, field) for event in events]  # microseconds

@@ -23,6 +23,7 @@ from megatron_dypo.runtime.distributed import Layout, device
 from megatron_dypo.update import Work
 
 _COMMON = {"head_dim": 128, "vocab_size": 151936, "tied_embeddings": True, "max_position": 32768}
+_COMMON |= {"init_std": 0.02, "rope_base": 1e6, "norm_eps": 1e-6}
 _TINY = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4, "num_query_groups": 2}
 _TINY |= {"head_dim": 32, "vocab_size": 128, "tied_embeddings": True, "max_position": 256}
 MODELS = {
