@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from datetime import date
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from megatron_dypo.policy.shape import PRESETS
 from megatron_dypo.records import Prompt, Teacher
 from tests.batches import make_config
 from tests.ranks import run_ranks
+from tests.test_tokenizers import sentencepiece_file
 
 SHAPE = dataclasses.replace(PRESETS["tiny"], vocab_size=320)
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<s>", "</s>")
@@ -48,11 +50,17 @@ GEMMA = (
     "{% for m in messages %}<start>{{ m.role }}\n{{ m.content }}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start>model\n{% endif %}"
 )
+THINKS = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
 STRICT = "{% if messages[0].role != 'system' %}{{ raise_exception('no system message') }}{% endif %}" + CHATML
 
 
 def folder_of(
-    folder: Path, eos: str, template: str | None = CHATML, generation=None, config=None, appends: str | None = None
+    folder: Path,
+    eos: str,
+    template: str | dict | None = CHATML,
+    generation=None,
+    config=None,
+    appends: str | None = None,
 ) -> Path:
     """A byte-level ``tokenizer.json`` with all of ``SPECIAL``, and the model files that name ends."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -191,6 +199,30 @@ def test_nothing_follows_a_prompt_whatever_the_tokenizer_appends(tmp_path, appen
     assert text_of(tokenizer, tokenizer.encode_trace("2")) == "2<|im_end|>"
 
 
+@pytest.mark.parametrize(
+    "settings, begin", [({"add_eos_token": True}, "<s>"), ({"add_eos_token": True, "add_bos_token": False}, "")]
+)
+def test_nothing_follows_a_prompt_of_a_sentencepiece_tokenizer_that_appends_its_end(tmp_path, settings, begin):
+    shutil.copy(sentencepiece_file("v1"), tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(
+        make_config(model={"tokenizer": str(tmp_path)}), dataclasses.replace(SHAPE, vocab_size=32_000)
+    )
+    assert tokenizer._backend("1+1?")["input_ids"][-1] == tokenizer.eos_id, "the tokenizer itself would"
+    ids = tokenizer.encode_prompt(Prompt("p", "2", (), text="1+1?")).tolist()
+    assert tokenizer.show(np.array(ids)).replace(" ", "") == f"{begin}1+1?"
+    assert tokenizer.encode_trace("2</s>").tolist().count(tokenizer.eos_id) == 1
+
+
+def test_named_templates_are_read_as_transformers_reads_them(tmp_path):
+    tokenizer = load(folder_of(tmp_path / "a", "<|im_end|>", {"default": THINKS, "tool_use": "x"}))
+    assert text_of(tokenizer, tokenizer.encode_prompt(chat())).endswith("assistant\n<think>\n")
+    other = load(folder_of(tmp_path / "b", "<|im_end|>", {"rag": CHATML, "tool_use": "x"}))
+    keep(tmp_path, other)
+    with pytest.raises(UserError, match=r"prompt p cannot be tokenized: ValueError: .*multiple chat templates"):
+        other.encode_prompt(chat())
+
+
 def test_a_chat_without_a_template_is_refused_by_name_or_joined(tmp_path):
     folder = folder_of(tmp_path, "<|im_end|>", None)
     prompt = Prompt("q7", "2", (), messages=({"role": "system", "content": "a"}, {"role": "user", "content": "b"}))
@@ -204,7 +236,6 @@ def test_a_chat_without_a_template_is_refused_by_name_or_joined(tmp_path):
 
 # --- thoughts
 
-THINKS = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
 OPENINGS = [
     # the template's end, a trace, what follows the prompt
     ("<think>\n", "<think>\nadd</think>2", "add</think>2"),

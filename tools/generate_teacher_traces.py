@@ -28,6 +28,7 @@ def main() -> int:
     add("--attempts", type=int, default=1, metavar="N", help="of a teacher at a prompt until one verifies (default: 1)")
     add("--extract", choices=("boxed", "marked", "number"), default="boxed", help="as reward.extract (default: boxed)")
     add("--workers", type=int, default=1, metavar="N", help="processes that grade (default: 1)")
+    add("--repair-escapes", action="store_true", help="as data.repair_escapes")
     arguments = parser.parse_args()
     if min(arguments.attempts, arguments.workers) < 1:
         raise UserError("--attempts and --workers are at least 1")

@@ -49,7 +49,7 @@ def read(
             prompt = read_row(row, line, any_truth)
             if escapes != "keep" and (field := swallowed_in({name: row.get(name) for name in _READ})):
                 if escapes == "refuse":
-                    raise BadRow(f"{field} (data.repair_escapes: true puts the backslash back)")
+                    raise BadRow(f"{field} (data.repair_escapes: true, or a tool's --repair-escapes, puts it back)")
                 prompt, repairs = read_row(with_escapes(row), line, any_truth), repairs + 1
             if prompt.id in seen:
                 raise BadRow(f"id: {prompt.id!r} occurs twice")

@@ -25,8 +25,9 @@ class ChatTemplate:
 
     @property
     def text(self) -> str:
-        """Its source."""
-        return self._backend.get_chat_template()
+        """Its source; of several by name, all."""
+        template = self._backend.chat_template
+        return template if isinstance(template, str) else repr(sorted(template.items()))
 
     @property
     def reads_clock(self) -> bool:

@@ -14,10 +14,12 @@ from megatron_dypo.prepare.teachers import Generation, Tally, first_error, load_
 _WIDTH = 120  # of a table in a log
 
 
-def generate(prompts: str, teachers: Path, out: Path, *, attempts: int, extract: str, workers: int) -> dict[str, Tally]:
+def generate(
+    prompts: str, teachers: Path, out: Path, *, attempts: int, extract: str, workers: int, repair_escapes: bool = False
+) -> dict[str, Tally]:
     """Ask, verify and record, going on from what ``out`` holds. Raises UserError for input that cannot be used."""
     settings = load_teachers(teachers)
-    found = rows.read(prompts)
+    found = rows.read(prompts, escapes="repair" if repair_escapes else "refuse")
     if not found:
         raise UserError(f"{prompts}: holds no prompt")
     with AttemptFile(out) as file, grader(workers, extract) as grade:
