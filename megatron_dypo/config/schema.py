@@ -249,6 +249,16 @@ class Rollout(Section):
         "After each sync compare a checksum of every tensor that the engine took with the trainer's; a difference stops the run and names the tensor.",
         resumable=True,
     )
+    engine_eager: bool = key(
+        False,
+        "vLLM without torch.compile and CUDA graphs: starts in seconds instead of minutes and samples more slowly. For short runs; on the CPU it is always so.",
+        resumable=True,
+    )
+    head_dtype: Literal["auto", "float32", "model"] = key(
+        "auto",
+        "In what vLLM forms its logits: `float32` from 16-bit hidden states and weights, as the trainer does, or the `model`'s dtype, which rounds each logit; `auto` is float32 where the installed vLLM has it (0.26 and later).",
+        resumable=True,
+    )
     engine_memory: float = key(
         0.25, "vLLM's share of the GPU's memory; on CPU, GiB of key/value cache.", gt=0, le=2**20, resumable=True
     )

@@ -9,22 +9,23 @@ import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
-import torch
 
 from megatron_dypo.config.schema import Config
 from megatron_dypo.data.tokenizer import Tokenizer
 from megatron_dypo.errors import UserError
 from megatron_dypo.policy.shape import ModelShape
 from megatron_dypo.records import Response
-from megatron_dypo.runtime.distributed import Layout
+from megatron_dypo.rollout.vllm_versions import Vllm, check_in_process, check_sender, check_server, installed
+from megatron_dypo.runtime.distributed import Layout, device_kind
 
 if TYPE_CHECKING:
     from megatron_dypo.sync.weights import Weights
 
 log = logging.getLogger(__name__)
+Role = Literal["engine", "server", "sender"]
 VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
@@ -77,10 +78,26 @@ def engine_name(config: Config) -> str:
     return wanted if wanted != "auto" else "vllm" if installed else "transformers"
 
 
-def check_vllm(config: Config, shape: ModelShape) -> None:
-    """Raises UserError for what vLLM cannot do on a CPU: known before it is loaded."""
-    if torch.cuda.is_available():
-        return
+def sync_backend(config: Config, kind: str) -> str:
+    """Return ``rollout.sync_backend`` with ``auto`` resolved for trainers and servers on devices of ``kind``."""
+    wanted = config.rollout.sync_backend
+    return wanted if wanted != "auto" else {"cuda": "nccl", "cpu": "shared_memory"}[kind]
+
+
+def check_vllm(config: Config, shape: ModelShape, role: Role = "engine") -> Vllm | None:
+    """Return the installed vLLM. Raises UserError for what it cannot do in its role, known before it is loaded.
+
+    ``role``: an ``engine`` in this process, a ``server``, or a trainer that is a ``sender`` of weights to servers.
+    """
+    kind, found = device_kind(), installed()
+    if role == "sender":
+        check_sender(sync_backend(config, kind), found)
+    elif found is None:
+        raise UserError("rollout.engine: vllm is not installed here (pip install 'megatron_dypo[vllm]')")
+    else:
+        {"engine": check_in_process, "server": check_server}[role](config, found, kind)
+    if kind == "cuda":
+        return found
     if shape.head_dim not in VLLM_CPU_HEAD_SIZES:
         sizes = ", ".join(map(str, VLLM_CPU_HEAD_SIZES))
         raise UserError(f"model.shape.head_dim: vLLM on CPU serves head sizes {sizes}, not {shape.head_dim}")
@@ -88,6 +105,7 @@ def check_vllm(config: Config, shape: ModelShape) -> None:
         raise UserError(
             "policy.routing: replay_rollout: vLLM tells its routing with CUDA alone; take rollout.engine: transformers"
         )
+    return found
 
 
 def build_engine(

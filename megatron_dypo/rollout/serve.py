@@ -8,19 +8,18 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-import torch
-
 from megatron_dypo.config.checks import check_policy
 from megatron_dypo.config.schema import Config
 from megatron_dypo.convert.hf_metadata import write_config
 from megatron_dypo.data.tokenizer import load_tokenizer
 from megatron_dypo.errors import UserError
 from megatron_dypo.policy.shape import model_shape
-from megatron_dypo.rollout.engine import check_vllm
+from megatron_dypo.rollout.engine import check_vllm, sync_backend
 from megatron_dypo.rollout.identity import identity
 from megatron_dypo.rollout.server_guard import VARIABLE, server_token
-from megatron_dypo.rollout.vllm_arguments import CPU_ENVIRONMENT, ENVIRONMENT, as_flags, engine_arguments
+from megatron_dypo.rollout.vllm_arguments import as_flags, engine_arguments, set_environment
 from megatron_dypo.runtime.addresses import is_loopback
+from megatron_dypo.runtime.distributed import device_kind
 
 _ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HOST_IP": "127.0.0.1"}  # 1: the calls that replace weights
 
@@ -33,19 +32,16 @@ def serve(config: Config, host: str, port: int, tensor: int) -> NoReturn:
     server_token()
     shape = model_shape(config.model)
     check_policy(config.policy, shape, "serve")
-    check_vllm(config, shape)
+    kind, vllm = device_kind(), check_vllm(config, shape, "server")
     tokenizer = load_tokenizer(config, shape)
     name, folder = identity(config, shape, tokenizer), Path(config.trainer.run_dir) / "engine" / f"server_{port}"
     write_config(shape, folder, tokenizer.end_ids)
-    backend = {"auto": "nccl" if torch.cuda.is_available() else "megatron_dypo", "shared_memory": "megatron_dypo"}
-    transfer = backend.get(config.rollout.sync_backend, config.rollout.sync_backend)
-    environment = _ENVIRONMENT | ENVIRONMENT | ({} if torch.cuda.is_available() else CPU_ENVIRONMENT)
-    if transfer == "ipc":
-        environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # CUDA IPC handles, from whoever has the token
-    for variable, value in environment.items():
-        os.environ.setdefault(variable, value)
+    backend = sync_backend(config, kind)
+    transfer = {"shared_memory": "megatron_dypo"}.get(backend, backend)
+    # CUDA IPC handles, from whoever has the token
+    set_environment(kind, **_ENVIRONMENT, **({"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if backend == "ipc" else {}))
     flags = as_flags(
-        engine_arguments(config, shape, folder)
+        engine_arguments(config, shape, folder, kind, vllm)
         | {
             "served_model_name": name,
             "tokens_only": True,

@@ -8,16 +8,15 @@ import socket
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-import torch
-
 from megatron_dypo.config.schema import Config
 from megatron_dypo.records import Response
 from megatron_dypo.rollout.dispatch import Dispatch, Limits
-from megatron_dypo.rollout.engine import Request, Sampling
+from megatron_dypo.rollout.engine import Request, Sampling, sync_backend
 from megatron_dypo.rollout.fleet import Fleet
 from megatron_dypo.rollout.server import Server
 from megatron_dypo.rollout.vllm_arguments import MOST_SEQUENCES
-from megatron_dypo.runtime.distributed import Layout, all_gather_objects
+from megatron_dypo.rollout.vllm_versions import weight_source
+from megatron_dypo.runtime.distributed import Layout, all_gather_objects, device_kind
 from megatron_dypo.sync.checksum import Watched
 from megatron_dypo.sync.transfer import SharedMemory
 
@@ -35,12 +34,10 @@ class ServerEngine:
         rollout, self._layout = config.rollout, layout
         self._servers = [Server(url) for url in rollout.servers]
         self._fleet = Fleet(self._servers, wanted, rollout.server_timeout, rollout.sync_timeout)
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        kind = device_kind()
         window = max(4, MOST_SEQUENCES[kind] // layout.world)  # all ranks together fill a server
         self._limits = Limits(window, rollout.server_timeout, rollout.request_timeout)
-        self._backend = rollout.sync_backend
-        if self._backend == "auto":
-            self._backend = {"cuda": "nccl", "cpu": "shared_memory"}[kind]
+        self._backend = sync_backend(config, kind)
         self._verify = rollout.verify_sync
         self._transfer = None
         self._label, self._version, self._lost = "", 0, dict[str, str]()
@@ -71,7 +68,7 @@ class ServerEngine:
             if self._transfer is not None:
                 self._transfer.shutdown()
             self._transfer = _open_transfer(self._backend, self._fleet, source, self._layout)
-        self._transfer.source = source
+        self._transfer.source = source if self._backend == "shared_memory" else weight_source(source)
         self._transfer.send_weights()
         if self._layout.is_main:
             self._fleet.all_or_none = False
@@ -100,7 +97,7 @@ def _open_transfer(backend: str, fleet: Fleet, source, layout: Layout):
         address, port = _endpoint(fleet.members) if layout.is_main else ("", 0)
         workers = sum(fleet.world_sizes()) if layout.is_main else 0
         info = NCCLTrainerInitInfo(address, port, 1 + workers, rank=layout.rank)
-    return WeightTransferTrainerFactory.trainer_init(info, client=fleet, source=source)
+    return WeightTransferTrainerFactory.trainer_init(info, client=fleet, source=weight_source(source))
 
 
 def _endpoint(servers: list[Server]) -> tuple[str, int]:

