@@ -1,4 +1,4 @@
-# make quickstart | test | faults | lint | docs | venv | bench | test-gpu | gpu-report | test-mcore-latest
+# make quickstart | test | faults | lint | docs | venv | bench | test-gpu | gpu-report | test-mcore-latest | test-vllm-older
 # PYTHON       the interpreter that .venv is made from (3.11 or later)
 # TORCH_INDEX  on a CPU machine where pip finds no CPU build of torch: the address of PyTorch's CPU wheel index
 PYTHON ?= python3
@@ -10,7 +10,7 @@ HERE = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 # One OpenMP thread a rank: two ranks share two cores, and vLLM's samples are then bit-reproducible.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: venv quickstart test faults lint docs bench test-gpu gpu-report test-mcore-latest
+.PHONY: venv quickstart test faults lint docs bench test-gpu gpu-report test-mcore-latest test-vllm-older
 
 venv:
 	@tools/make_venv.sh
@@ -35,6 +35,15 @@ test-mcore-latest: venv
 	    tests/test_end_to_end.py tests/test_checkpoint.py tests/test_rollout.py tests/test_convert_commands.py tests/test_offload.py \
 	    tests/test_update.py tests/test_head_parallel.py tests/test_convert.py tests/test_attention.py tests/test_plan.py \
 	    tests/test_experts.py
+
+# The tests of an engine in process with an older vLLM, in a folder of its own (requirements/vllm-older.txt). Its servers
+# and its side of NCCL and IPC transfers are those that are refused (docs/rollout.md).
+OLDER = $(abspath $(VENV))/vllm-older
+test-vllm-older: venv
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target $(OLDER) -r requirements/vllm-older.txt
+	PYTHONPATH=$(OLDER) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -k "not nccl" \
+	    tests/test_rollout.py tests/test_offload.py tests/test_transfer.py tests/test_deterministic.py \
+	    tests/test_vllm_versions.py tests/test_doctor.py
 
 test-gpu:
 	$(HERE) -m pytest tests/test_gpu.py -m gpu -p no:cacheprovider

@@ -2,7 +2,8 @@
 # Sourced by the scripts beside it: the environment of every rank and server, and `--dry-run`.
 # A variable that is set already stays as it is. Left alone on purpose: NCCL's and Transformer Engine's own switches,
 # right by default in the versions that requirements/ names (`trainer.deterministic` sets those that it needs), and
-# PYTORCH_CUDA_ALLOC_CONF, whose expandable segments vLLM's sleep mode (`trainer.offload`) refuses.
+# PYTORCH_CUDA_ALLOC_CONF. Its expandable segments go with vLLM's sleep mode (`trainer.offload`), which switches them off
+# round its own memory; before vLLM 0.31 set them by this name, not by PYTORCH_ALLOC_CONF (docs/rollout.md).
 
 settings=(
     CUDA_DEVICE_MAX_CONNECTIONS=1 # kernels start in the order issued: communication before the matmul that hides it

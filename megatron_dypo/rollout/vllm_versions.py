@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_dypo.config.schema import Config
@@ -39,13 +38,11 @@ class Vllm(NamedTuple):
 
 def installed() -> Vllm | None:
     """Return the vLLM of this Python, without importing it; None where there is none."""
-    spec = importlib.util.find_spec("vllm")
-    if spec is None:
+    if importlib.util.find_spec("vllm") is None:
         return None
-    sleeps = any(any(Path(folder).glob("cumem_allocator*.so")) for folder in spec.submodule_search_locations or ())
     for package in _PACKAGES:
         try:
-            return Vllm(package, metadata.version(package), sleeps)
+            return Vllm(package, metadata.version(package), versions.vllm_sleeps())
         except metadata.PackageNotFoundError:
             continue
     raise UserError("rollout.engine: the module vllm belongs to no installed package, so its release is not known")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import sys
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,6 +85,13 @@ def row_for(torch: str | None) -> Row:
     tested = [row for row in ROWS if row.tested]
     beside = [row for row in ROWS if torch and release(row.torch) == release(torch)]
     return next(iter([row for row in beside if row.tested] + beside + tested))
+
+
+def vllm_sleeps() -> bool:
+    """Return whether the installed vLLM was built with the allocator of its sleep mode."""
+    spec = find_spec("vllm")
+    folders = spec.submodule_search_locations if spec else None
+    return any(any(Path(folder).glob("cumem_allocator*.so")) for folder in folders or ())
 
 
 def transformer_engine_bounds(megatron: str) -> tuple[Release, Release] | None:
