@@ -28,7 +28,7 @@ from megatron_dypo.rollout import recorded
 from megatron_dypo.rollout.collect import encode_prompts
 from megatron_dypo.rollout.engine import check_vllm, engine_name
 from megatron_dypo.rollout.server_guard import server_token
-from megatron_dypo.runtime import deterministic, distributed, run_folder
+from megatron_dypo.runtime import deterministic, distributed, run_folder, versions
 from megatron_dypo.runtime.seeding import stable_hash
 
 
@@ -47,6 +47,7 @@ class Inputs:
 
 def prepare(config: Config, source: str) -> Inputs:
     """Read and check model shape, layout, weights, tokenizer, data and run folder. Raises UserError, one line."""
+    check_torch(distributed.device_kind(), torch.__version__)
     shape = model_shape(config.model)
     check_layout(config.parallel, shape, distributed.world_size(), source)
     check_policy(config.policy, shape, source)
@@ -89,6 +90,16 @@ def prepare(config: Config, source: str) -> Inputs:
         first = max(checkpoints, default=0) + 1
         recorded.require_steps(config.rollout.replay, range(first, config.trainer.steps + 1))
     return Inputs(shape, tokenizer, train, held_out, suites, checkpoints, lock)
+
+
+def check_torch(kind: str, version: str) -> None:
+    """Raise UserError where this torch cannot train on a device of ``kind``."""
+    if kind == "cuda" and versions.release(version) < versions.TORCH_CUDA:
+        least, row = versions.text(versions.TORCH_CUDA), versions.row_for(None)
+        raise UserError(
+            f"torch {version}: on CUDA {least} or later is needed (it adds a product of bf16 matrices to an fp32 sum): "
+            f"pip install torch=={row.torch} vllm=={row.last}"
+        )
 
 
 def check_agreement(config: Config, inputs: Inputs) -> None:

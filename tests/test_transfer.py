@@ -149,6 +149,13 @@ def test_checksums_name_what_is_missing_or_different():
     assert checksum(changed.t()) == checksum(changed.t().contiguous()) != checksum(changed)
 
 
+def test_a_checksum_leaves_the_storage_as_it_is():
+    """``trainer.offload`` empties it afterwards, and numpy would have marked it as one that may not be resized."""
+    tensor = torch.randn(4, 4)
+    checksum(tensor)
+    tensor.untyped_storage().resize_(0)
+
+
 def test_nccl_is_told_of_all_workers_of_all_servers(monkeypatch):
     """vLLM's own trainer side, up to its communicator: the handshake, the phases and the metadata are real."""
     from vllm.distributed.weight_transfer import nccl_engine

@@ -26,6 +26,8 @@ from megatron_dypo.policy.shape import ModelShape, model_shape
 from megatron_dypo.records import Group, Prompt, Regime, Response
 from megatron_dypo.rollout.engine import Engine, Request, Sampling
 from megatron_dypo.rollout.vllm_arguments import engine_arguments
+from megatron_dypo.rollout.vllm_versions import installed
+from megatron_dypo.runtime.distributed import device_kind
 from megatron_dypo.sync.weights import Weights
 from megatron_dypo.update import logprob_passes, make_work
 
@@ -40,7 +42,7 @@ def shared_engine(config: Config, shape: ModelShape, eos_id: int = EOS) -> Engin
     """One engine a process for the same arguments to vLLM: with ``--tiny`` all stages share it."""
     from megatron_dypo.rollout.vllm_engine import VllmEngine
 
-    key = repr((engine_arguments(config, shape, Path()), config.trainer.offload, eos_id))
+    key = repr((engine_arguments(config, shape, Path(), device_kind(), installed()), config.trainer.offload, eos_id))
     if key not in _engines:
         _engines[key] = VllmEngine(config, shape, eos_id, Path(tempfile.mkdtemp(prefix="gpu_report_engine_")))
     return _engines[key]

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 def checksum(tensor: Tensor) -> str:
     """SHA-256 of the elements' bytes, wherever they lie and in whatever order of strides."""
-    plain = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    # A copy: numpy would mark the storage as one that must not be resized, and offload empties storages.
+    plain = tensor.detach().to("cpu", copy=True).contiguous().view(-1).view(torch.uint8)
     return hashlib.sha256(plain.numpy()).hexdigest()
 
 
