@@ -56,7 +56,7 @@ def head_on_ranks(sequence_parallel: bool, with_main_grad: bool) -> dict[str, np
         return rows.clone().requires_grad_(), weight
 
     def gradient(weight):
-        return weight.main_grad - 1 + weight.grad if with_main_grad else weight.grad
+        return weight.main_grad - 1 if with_main_grad else weight.grad
 
     hidden, weight = inputs()
     logp_T, entropy_T, lse_T = linear_logprob(hidden, weight, targets_T, **options)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dypo.kernels import linear_logprob, linear_loss, workspace
+from megatron_dypo.kernels import flow, linear_logprob, linear_loss, workspace
 from megatron_dypo.kernels.chunked import CHUNK
 
 BACKENDS = ["reference", "chunked"]
@@ -153,6 +153,118 @@ def test_entropy_is_given_only_when_asked_for() -> None:
     for backend in BACKENDS:
         assert linear_logprob(*head[:3], backend=backend).entropy is None
         assert linear_loss(*head[:3], negative_log_likelihood, backend=backend)[1].entropy is None
+
+
+def sure(tokens: int, gaps: list[float], rows: int = 96, shift: float = 0.0) -> tuple:
+    """(hidden, weight, targets, temperature 1); the targets lie above the others by about a gap, in turn."""
+    hidden_TH, weight_VH, targets_T, _ = make_head(tokens, rows)
+    weight_VH[:, :2] = 0
+    weight_VH[0, 0], weight_VH[:, 1] = 1.0, 1.0
+    hidden_TH[:, 0] = torch.tensor(gaps)[torch.arange(tokens) % len(gaps)]
+    hidden_TH[:, 1] = shift
+    return hidden_TH, weight_VH, torch.zeros_like(targets_T), torch.ones(tokens)
+
+
+GAPS = [4.0, 9.0, 14.0, 18.0, 24.0]  # 1 - p from 0.6 to 1e-9
+
+
+def assert_sure_tokens(backend: str, shift: float, tolerance: float) -> None:
+    """Gradients and 1 - p of each token, relative to themselves: a pack's norm would hide those of sure ones."""
+    hidden_TH, weight_VH, targets_T, temperature_T = sure(20, GAPS, shift=shift)
+    inputs = hidden_TH.clone().requires_grad_(), weight_VH.clone().requires_grad_()
+    logp_T, entropy_T, _, _ = plain(*inputs, targets_T, temperature_T)
+    assert logp_T.max() > -1e-8 and logp_T.min() < -0.1
+
+    def each(outputs: list[Tensor], expected: list[Tensor]) -> None:
+        for ours, correct in zip(outputs, expected, strict=True):
+            error_T = (ours.double() - correct.double()).reshape(20, -1).norm(dim=1)
+            assert (error_T / correct.double().reshape(20, -1).norm(dim=1)).max() <= tolerance
+
+    result = linear_logprob(*inputs, targets_T, entropy=True, backend=backend)
+    each([result.logp, result.entropy], [logp_T, entropy_T])
+    through_logp = [torch.autograd.grad(x.sum(), inputs[0], retain_graph=True)[0] for x in (logp_T, result.logp)]
+    through_entropy = [torch.autograd.grad(x.sum(), inputs[0])[0] for x in (entropy_T, result.entropy)]
+    loss, logprobs = linear_loss(*inputs, targets_T, lambda logp, _, t: (logp, torch.ones_like(logp)), backend=backend)
+    each([through_logp[1], through_entropy[1]], [through_logp[0], through_entropy[0]])
+    each([torch.autograd.grad(loss, inputs[0])[0], logprobs.logp], [through_logp[0], logp_T])
+
+
+@pytest.mark.parametrize("shift", [0.0, 100.0, -100.0])
+def test_a_nearly_sure_token_keeps_the_digits_of_1_minus_p(shift: float) -> None:
+    """Down to 1e-9, where 1 - exp(logp) has none left in fp32; also where all logits are far from 0."""
+    assert_sure_tokens("chunked", shift, 1e-5 if shift == 0 else 1e-4)  # fp32 rounds a logit of 100 by 4e-6
+
+
+@pytest.fixture
+def halves_as_on_cuda(monkeypatch) -> None:
+    """The branch that half precision takes there: products of halves, added up in fp32, gradients' factors halves."""
+    monkeypatch.setattr(flow, "multiplies_halves", lambda hidden: hidden.dtype in flow.HALVES)
+
+
+def assert_same_in_halves(dtype: torch.dtype, temperature: float | str, active: float, entropy: bool, backend: str):
+    """Values as good as in fp32, gradients rounded; from ``linear_logprob`` and ``linear_loss``."""
+    tokens, rows = 37, 96
+    hidden_TH, weight_VH, targets_T, temperature_T = make_head(tokens, rows, scale=2.0, dtype=dtype)
+    slope_T = torch.where(torch.rand(tokens, generator=torch.Generator().manual_seed(2)) < active, 1.0, 0.0)
+    slope_T *= directions(tokens)[0] + 2
+    temperature_T = temperature_T if temperature == "each" else torch.full((tokens,), temperature)
+    options = {"temperature": temperature_T if temperature == "each" else temperature, "vocab_size": 90}
+    targets_T %= 90
+    inputs = hidden_TH.clone().requires_grad_(), weight_VH.clone().requires_grad_()
+    *expected, largest = plain(*inputs, targets_T, temperature_T, 90)
+    correct = torch.autograd.grad((slope_T * expected[0]).sum(), inputs, retain_graph=True)
+    result = linear_logprob(*inputs, targets_T, entropy=entropy, backend=backend, **options)
+    loss, evaluated = linear_loss(
+        *inputs,
+        targets_T,
+        lambda logp, _, t: (slope_T[t] * logp, slope_T[t]),
+        entropy=entropy,
+        backend=backend,
+        **options,
+    )
+    for found in (result, evaluated):
+        for value, exact in zip(found, expected, strict=True):
+            assert value is None or torch.all((value - exact).abs() <= VALUE * largest)
+    found = (
+        torch.autograd.grad(loss, inputs),
+        torch.autograd.grad((slope_T * result.logp).sum(), inputs, retain_graph=True),
+    )
+    for ours in found:
+        for gradient, exact in zip(ours, correct, strict=True):
+            assert gradient.dtype == dtype
+            assert_near(gradient, exact, 1e-2 if dtype == torch.bfloat16 else 2e-3)
+    if entropy:
+        mixed = result.logp * slope_T + 0.3 * result.entropy * slope_T.abs()
+        exact = expected[0] * slope_T + 0.3 * expected[1] * slope_T.abs()
+        pairs = zip(torch.autograd.grad(mixed.sum(), inputs), torch.autograd.grad(exact.sum(), inputs), strict=True)
+        for gradient, right in pairs:
+            assert_near(gradient, right, 1e-2 if dtype == torch.bfloat16 else 2e-3)
+
+
+HALF_CASES = [
+    (dtype, temperature, active, entropy)
+    for dtype in (torch.bfloat16, torch.float16)
+    for temperature in (1.0, 0.7, "each")
+    for active in (0.0, 0.42, 1.0)
+    for entropy in (False, True)
+]
+
+
+@pytest.mark.parametrize(("dtype", "temperature", "active", "entropy"), HALF_CASES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_precision_as_cuda_multiplies_it(halves_as_on_cuda, backend, dtype, temperature, active, entropy) -> None:
+    assert_same_in_halves(dtype, temperature, active, entropy, backend)
+
+
+def test_a_rank_s_share_of_1_minus_p_is_placed_by_the_rank_that_has_the_target(halves_as_on_cuda) -> None:
+    """Sure tokens in half precision: what stands at the target is rounded once, and never 1 - a rounded p."""
+    hidden_TH, weight_VH, targets_T, _ = sure(20, GAPS)
+    inputs = hidden_TH.bfloat16().requires_grad_(), weight_VH.bfloat16().requires_grad_()
+    logp_T = plain(*inputs, targets_T, torch.ones(20))[0]
+    (correct_TH,) = torch.autograd.grad(logp_T.sum(), inputs[0])
+    loss, _ = linear_loss(*inputs, targets_T, lambda logp, _, t: (logp, torch.ones_like(logp)), backend="chunked")
+    error_T = (torch.autograd.grad(loss, inputs[0])[0].double() - correct_TH.double()).norm(dim=1)
+    assert (error_T / correct_TH.double().norm(dim=1)).max() <= 1e-2
 
 
 # --- losses local to a token
@@ -326,6 +438,30 @@ def test_a_token_s_result_does_not_depend_on_its_place_in_the_pack() -> None:
         results.append((logprobs.logp[back_T], logprobs.lse[back_T], dhidden_TH[back_T], dweight_VH))
     for first, second in zip(*results, strict=True):
         assert_near(second, first, 1e-6)
+
+
+# --- memory on CUDA, by count
+
+
+def test_the_head_takes_at_most_2_percent_of_what_materialised_logits_take() -> None:
+    """T 32768, H 3584, V 152064 in bf16: naive's step was measured to take 57,024 MiB beside its inputs (H200)."""
+    naive = 57024 << 20
+    assert 0.0185 < workspace.head_bytes(32768, 3584, 152064) / naive <= 0.02
+    # by hand: dhidden, exp of 2816 tokens in 8 tiles of 19072 columns, 38 parts' statistics, the two of dweight's rows
+    by_hand = 32768 * 3584 * 2 + 2816 * 8 * (19072 * 2 + 38 * 16) + 2816 * 3584 * (4 + 2)
+    assert workspace.head_bytes(32768, 3584, 152064) == by_hand
+
+
+@pytest.mark.parametrize("tokens", [1, 128, 2816, 2817, 100_000])
+@pytest.mark.parametrize(("vocab", "tiles"), [(152_576, 8), (152_576, 1), (1_048_576, 8), (1024, 8)])
+def test_chunks_that_are_kept_are_even_whole_blocks_within_their_bytes(tokens: int, vocab: int, tiles: int) -> None:
+    width = vocab // 8
+    chunk = workspace.kept_chunk(tokens, width, tiles, 2)
+    row = tiles * workspace.pitch(width) * 2
+    assert chunk % workspace.BLOCK_T == 0 and chunk <= workspace.KEPT_CHUNK
+    assert chunk * row <= max(workspace.KEPT_BYTES, workspace.BLOCK_T * row)
+    chunks = -(-tokens // chunk)
+    assert chunk * chunks - tokens < workspace.BLOCK_T * chunks  # none is mostly empty
 
 
 # --- bad input

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_dypo.kernels import linear_logprob, linear_loss
+from megatron_dypo.kernels import linear_logprob, linear_loss, workspace
 
 REGISTERS, SHARED = 64 << 10, 227 << 10  # 32-bit registers and bytes of a multiprocessor of an H100
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -34,7 +34,7 @@ def test_results_in_the_interpreter():
 
 
 def compile_for_h100(kernel, types: dict[str, str], constants: dict, options: dict, tmp_path: Path) -> dict:
-    """{ptx, registers of a thread, shared bytes of a program}; fails if ptxas does, or spills more than an address.
+    """{ptx, sass, registers of a thread, shared bytes of a program, stack bytes of a thread}; fails if ptxas does.
 
     ``types`` has a type for each argument that is no constant; one ending in ``%`` is divisible by 16, as are pointers.
     """
@@ -51,61 +51,141 @@ def compile_for_h100(kernel, types: dict[str, str], constants: dict, options: di
     )
     (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    command = [tool, "--dump-resource-usage", tmp_path / "kernel.cubin"]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    def dump(option: str) -> str:
+        command = [tool, option, tmp_path / "kernel.cubin"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    usage = dump("--dump-resource-usage")
     registers, stack, local = (int(re.search(rf" {name}:(\d+) ", usage).group(1)) for name in ("REG", "STACK", "LOCAL"))
-    # What ptxas spills is on the stack. Triton 3.9's leaves one address there, before the loops; 3.6's leaves nothing.
-    assert stack <= 8 and local == 0, usage
-    print(f"{kernel.__name__} {constants}: {registers} registers, {compiled.metadata.shared} bytes of shared memory")
-    return {"ptx": compiled.asm["ptx"], "registers": registers, "shared": compiled.metadata.shared}
+    assert local == 0, usage
+    used = {"registers": registers, "shared": compiled.metadata.shared, "stack": stack}
+    print(f"{kernel.__name__} {constants}: {used}")
+    return used | {"ptx": compiled.asm["ptx"], "sass": dump("-sass")}
 
 
 @needs_triton
-@pytest.mark.parametrize("keep", [False, True])
-def test_the_fused_product_leaves_room_for_a_second_program(keep, tmp_path):
-    """bf16 on tensor cores, fed by the copy engine; two programs a multiprocessor."""
+@pytest.mark.parametrize(
+    ("online", "keep", "exp_tile"),
+    [(False, False, "i32%"), (False, True, "i32%"), (False, True, "i64%"), (True, False, "i32%")],
+    ids=["old_pass", "training_pass", "training_pass_i64", "far_rows"],
+)
+def test_the_fused_product_leaves_room_for_a_second_program(online, keep, exp_tile, tmp_path):
+    """bf16 on tensor cores, fed by the copy engine; two programs a multiprocessor, and nothing spilled in the loop.
+
+    What ptxas spills is on the stack: with Triton 3.6's nothing, with 3.9's two loop invariants of the pass that keeps
+    exponentials, read once in 128 columns (and one address, before the loops, in all).
+    """
     from megatron_dypo.kernels import triton_fused as fused
 
-    types = {"hidden_desc": f"tensordesc<bf16[{fused.BLOCK_T}, {fused.BLOCK_H}]>"}
-    types |= {"weight_desc": f"tensordesc<bf16[{fused.BLOCK_V}, {fused.BLOCK_H}]>"}
-    types |= {
-        "target_ptr": "*i64",
-        "scale_ptr": "*fp32",
-        "partial_ptr": "*fp32",
-        "exp_ptr": "*bf16",
-        "top_ptr": "*fp32",
-    }
-    types |= dict.fromkeys(("tokens", "parts", "width", "real", "start"), "i32")
-    types |= dict.fromkeys(("H", "exp_tile", "exp_pitch", "top_pitch"), "i32%")
-    constants = {name: getattr(fused, name) for name in ("GROUP", "PART", "BLOCK_T", "BLOCK_V", "BLOCK_H")}
-    used = compile_for_h100(fused.fused_statistics_kernel, types, constants | {"KEEP": keep}, fused.OPTIONS, tmp_path)
+    types = {"hidden_desc": f"tensordesc<bf16[{workspace.BLOCK_T}, {fused.BLOCK_H}]>"}
+    types |= {"weight_desc": f"tensordesc<bf16[{workspace.BLOCK_V}, {fused.BLOCK_H}]>"}
+    types |= {"target_ptr": "*i64", "scale_ptr": "*fp32", "partial_ptr": "*fp32", "exp_ptr": "*bf16", "far_ptr": "*i32"}
+    types |= dict.fromkeys(("tokens", "parts", "group", "width", "real", "start"), "i32")
+    types |= {"H": "i32%", "exp_pitch": "i32%", "exp_tile": exp_tile}
+    constants = {name: getattr(workspace, name) for name in ("PART", "BLOCK_T", "BLOCK_V")}
+    constants |= {"BLOCK_H": fused.BLOCK_H, "ONLINE": online, "KEEP": keep}
+    used = compile_for_h100(fused.fused_statistics_kernel, types, constants, fused.OPTIONS, tmp_path)
     assert "wgmma.mma_async" in used["ptx"] and "cp.async.bulk.tensor" in used["ptx"]
     assert 2 * used["registers"] * 32 * fused.OPTIONS["num_warps"] <= REGISTERS
-    assert 2 * used["shared"] <= SHARED
+    assert 2 * (used["shared"] + 1024) <= SHARED  # and what the system takes of each
+    assert used["stack"] <= (16 if keep else 8)
+    loop = used["sass"][used["sass"].index("HGMMA") : used["sass"].rindex("HGMMA")]
+    assert not re.search(r"\b(LDL|STL)\b", loop)
+    assert not keep or re.search(r"st\.global[.\w]*\.v4", used["ptx"])
 
 
-@needs_triton
-@pytest.mark.parametrize("name", ["join", "kept", "statistics", "gradient", "gradient_with_entropy"])
-def test_the_other_kernels_compile_without_spills(name, tmp_path):
+def other_kernels() -> dict[str, tuple]:
+    """name -> (kernel, constants, options, types of dz, whether it reads 16 bytes at a time)."""
     from megatron_dypo.kernels import triton_fused as fused
     from megatron_dypo.kernels import triton_rows as rows
 
-    numbers = dict.fromkeys(("tokens", "parts", "active", "width", "start"), "i32")
-    numbers |= dict.fromkeys(("pitch", "top_pitch"), "i32%")
-    fp32 = ("partial", "stats", "top", "logp", "lse", "slope", "z", "scale", "pull", "entropy", "dentropy")
-    types = numbers | {f"{pointer}_ptr": "*fp32" for pointer in fp32}
-    types |= {"exp_ptr": "*bf16", "rows_ptr": "*i64", "target_ptr": "*i64"}
+    join = {"FAR": fused.FAR, "BLOCK_T": workspace.BLOCK_T}
     gradient = {"BLOCK": rows.GRADIENT_BLOCK}
-    kernel, constants, options = {
-        "join": (fused.join_kernel, {"GROUP": fused.GROUP, "BLOCK_T": fused.BLOCK_T}, {}),
-        "kept": (fused.kept_gradient_kernel, {"BLOCK_A": fused.GRADIENT_ROWS, "BLOCK_V": fused.BLOCK_V}, {}),
-        "statistics": (rows.row_statistics_kernel, {"BLOCK": rows.STATISTICS_BLOCK}, rows.STATISTICS_OPTIONS),
-        "gradient": (rows.row_gradient_kernel, gradient | {"ENTROPY": False}, {}),
-        "gradient_with_entropy": (rows.row_gradient_kernel, gradient | {"ENTROPY": True}, {}),
-    }[name]
-    for dtype in ("*bf16",) if name == "kept" else ("*bf16", "*fp32") if "gradient" in name else ("*fp32",):
+    statistics = (
+        rows.row_statistics_kernel,
+        {"BLOCK": rows.STATISTICS_BLOCK},
+        rows.STATISTICS_OPTIONS,
+        ["*fp32"],
+        True,
+    )
+    return {
+        "join": (fused.join_kernel, join | {"ONLINE": False}, {}, ["*fp32"], False),
+        "join_far": (fused.join_kernel, join | {"ONLINE": True}, {}, ["*fp32"], False),
+        "statistics": statistics,
+        "gradient": (rows.row_gradient_kernel, gradient | {"ENTROPY": False}, {}, HALVES, True),
+        "gradient_with_entropy": (rows.row_gradient_kernel, gradient | {"ENTROPY": True}, {}, HALVES, True),
+    }
+
+
+HALVES = ["*bf16", "*fp16", "*fp32"]
+OTHERS = ["join", "join_far", "statistics", "gradient", "gradient_with_entropy"]
+
+
+@needs_triton
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_kernels_compile_without_spills(name, tmp_path):
+    kernel, constants, options, outputs, wide = other_kernels()[name]
+    numbers = ("tokens", "parts", "group", "width", "real", "start")
+    types = dict.fromkeys(numbers, "i32") | {"pitch": "i32%"}
+    fp32 = ("partial", "stats", "logp", "miss", "lse", "slope", "z", "scale", "lift", "entropy", "dentropy")
+    types |= {f"{pointer}_ptr": "*fp32" for pointer in fp32}
+    types |= {"rows_ptr": "*i64", "target_ptr": "*i64", "far_ptr": "*i32"}
+    for dtype in outputs:
         used = compile_for_h100(kernel, types | {"dz_ptr": dtype}, constants, options, tmp_path)
-        assert name == "join" or re.search(r"ld\.global[.\w]*\.v4", used["ptx"])  # 16 bytes at a time
+        assert used["stack"] == 0 and used["registers"] <= 128 and used["shared"] <= 4096
+        assert not wide or re.search(r"ld\.global[.\w]*\.v4", used["ptx"])  # 16 bytes at a time
+
+
+def test_every_triton_kernel_is_compiled_here():
+    """Those of the package, by their decorator, but for the grouped loss, which `test_grouped_loss.py` compiles."""
+    folder = Path(workspace.__file__).parents[1]
+    found = {
+        name
+        for path in folder.rglob("*.py")
+        if path.name != "triton_grouped_loss.py"
+        for name in re.findall(r"^@triton\.jit.*\ndef (\w+)", path.read_text(), re.MULTILINE)
+    }
+    called = {"_halves", "_absorb"}  # by the others
+    compiled = {
+        "fused_statistics_kernel",
+        "join_kernel",
+        "row_statistics_kernel",
+        "row_gradient_kernel",
+    }
+    assert found == called | compiled
+
+
+SIZES = {  # tokens of a micro-batch, hidden size, padded vocabulary, tensor-parallel ranks
+    "qwen2.5-1.5b": (16384, 1536, 152576, 1),
+    "qwen2.5-7b": (32768, 3584, 152576, 1),
+    "llama-3-70b": (131072, 8192, 129024, 8),
+    "large": (262144, 8192, 262144, 1),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_numbers_that_kernels_hold_in_32_bits_stay_below_2_to_the_31(name):
+    """Rows times pitch, and tiles of exponentials, are formed in 64 bits; these are not."""
+    tokens, hidden, vocab, ranks = SIZES[name]
+    width, tiles = vocab // 8, 8 // ranks
+    kept = workspace.kept_chunk(tokens, width, tiles, 2)
+    pitch = workspace.pitch(width)
+    blocks = -(-max(kept, workspace.FUSED_CHUNK) // workspace.BLOCK_T)
+    parts = -(-width // workspace.PART)
+    bounds = {
+        "a block's place in exp": workspace.BLOCK_T * tiles * pitch + pitch,
+        "programs": blocks * tiles * parts,
+        "statistics": 3 * workspace.FUSED_CHUNK,
+        "far": tiles * max(kept, workspace.FUSED_CHUNK),
+        "a weight's row": (vocab // ranks) + workspace.BLOCK_V,
+        "columns of a row": workspace.CHUNK_ELEMENTS // workspace.CHUNK + pitch,
+        "hidden": hidden,
+    }
+    assert {what: size for what, size in bounds.items() if size >= 2**31} == {}
+    assert kept % workspace.BLOCK_T == 0 and kept * tiles * pitch * 2 <= max(
+        workspace.KEPT_BYTES, workspace.BLOCK_T * tiles * pitch * 2
+    )
 
 
 def test_triton_is_refused_by_name_where_it_cannot_run(monkeypatch):

@@ -13,7 +13,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from megatron_dypo.kernels import flow, workspace
-from megatron_dypo.kernels.vocab import FAR, VocabShard, no_statistics, target_columns, tile_statistics
+from megatron_dypo.kernels.vocab import (
+    FAR,
+    VocabShard,
+    miss,
+    no_statistics,
+    put_at_targets,
+    target_columns,
+    tile_statistics,
+)
 
 CHUNK = 1024
 CHUNK_ELEMENTS = 96 << 20  # of the whole vocabulary's logits, 384 MiB: a large one is taken in shorter chunks
@@ -68,7 +76,7 @@ class ChunkedHead(flow.Head):
                 continue
             place = tile if self.keep else slice(0, tile.stop - tile.start)
             exp_tv = self._exp_tV(hidden_tH.shape[0])[:, place]
-            by_row = (self._logits(hidden_tH, tile), *target_columns(targets_t, self.shard, tile), exp_tv)
+            by_row = (self._logits(hidden_tH, chunk, tile), *target_columns(targets_t, self.shard, tile), exp_tv)
             blocks = zip(*(x.split(self.block) for x in by_row), strict=True)
             stats.append(torch.cat([tile_statistics(*block, self.entropy) for block in blocks], dim=1))
         return torch.stack(stats)[..., :tokens]
@@ -76,9 +84,10 @@ class ChunkedHead(flow.Head):
     def formed(
         self, chunk: slice, a: Tensor, stats_K4t: Tensor, logp_t: Tensor, lse_t: Tensor, slope_t: Tensor
     ) -> flow.Tiles:
-        """dz = slope (onehot - p) = -slope share (exp - onehot / share), where p = exp share; of all columns at once.
+        """dz = slope (onehot - p) = -slope share exp, where p = exp share; of all columns at once.
 
-        share is exp(-lse), but 1 where that is far from 1 or a tile had to have a top: such rows become p itself.
+        share is exp(-lse), but 1 where that is far from 1 or a tile had to have a top: such rows become p itself. What
+        stands for exp at the target is -(1 - p) / share.
         """
         if not self.columns:
             return
@@ -88,59 +97,51 @@ class ChunkedHead(flow.Head):
             for k, tile in self.tiles():
                 exp_tV[:, tile].mul_(torch.where(far_t, top_Kt[k] - lse_t, 0.0).exp_().unsqueeze(1))
         share_a = torch.where(far_t, 0.0, -lse_t)[a].exp_()
-        exp_aV = self._in_front(exp_tV, a)
-        _add_at_targets(exp_aV, -1 / share_a, *target_columns(self.targets_T[chunk][a], self.shard, self.shard.real))
+        exp_aV = flow.moved_to_front(exp_tV, a, self.tiles())
+        at_target_a = -miss(logp_t[a]) / share_a
+        put_at_targets(exp_aV, at_target_a, *target_columns(self.targets_T[chunk][a], self.shard, self.shard.real))
         scale_a = -slope_t[a] * share_a
         if self.native:  # half precision would not hold exp
             exp_aV, scale_a = exp_aV.mul_(scale_a.unsqueeze(1)), None
         yield self.shard.real, exp_aV, scale_a
 
-    def recomputed(self, chunk: slice, upstream: tuple[Tensor, ...], entropy_t: Tensor, lse_t: Tensor) -> flow.Tiles:
+    def recomputed(self, chunk: slice, upstream: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> flow.Tiles:
         dlogp_t, dentropy_t, dlse_t = upstream
+        logp_t, entropy_t, lse_t = results
         hidden_tH, has_entropy = self._scaled_rows(chunk), bool(dentropy_t.any())
         pull = pull_t1 = (dlse_t - dlogp_t).unsqueeze(1)
+        at_target_t = dlogp_t * miss(logp_t) + logp_t.exp() * (dlse_t - dentropy_t * (logp_t + entropy_t))
         for _, tile in self.tiles():
-            dz_tv = self._logits(hidden_tH, tile)[: len(lse_t)]
+            dz_tv = self._logits(hidden_tH, chunk, tile)[: len(lse_t)]
             if has_entropy:
                 surprise_tv = self.exp[: dz_tv.numel()].view(dz_tv.shape)
                 torch.sub(dz_tv, (lse_t - entropy_t).unsqueeze(1), out=surprise_tv)
                 pull = surprise_tv.mul_(-dentropy_t.unsqueeze(1)).add_(pull_t1)
             dz_tv.sub_(lse_t.unsqueeze(1)).exp_().mul_(pull)
-            _add_at_targets(dz_tv, dlogp_t, *target_columns(self.targets_T[chunk], self.shard, tile))
+            put_at_targets(dz_tv, at_target_t, *target_columns(self.targets_T[chunk], self.shard, tile))
             yield tile, dz_tv, None
 
-    def _scaled_rows(self, chunk: slice) -> Tensor:
-        """``rows`` / temperature: their products with the weight are the scaled logits."""
-        hidden_tH = self.rows(chunk)
-        if self.temperature_T is None:
-            return hidden_tH
-        missing = hidden_tH.shape[0] - (chunk.stop - chunk.start)
-        return hidden_tH / pad(self.temperature_T[chunk], (0, missing), value=1.0).unsqueeze(1)
+    def _temperature_t1(self, chunk: slice, rows: int) -> Tensor:
+        return pad(self.temperature_T[chunk], (0, rows - (chunk.stop - chunk.start)), value=1.0).unsqueeze(1)
 
-    def _logits(self, hidden_tH: Tensor, tile: slice) -> Tensor:
-        """Scaled logits [t, v] (t as ``rows`` fills it up), good until the next call."""
+    def _scaled_rows(self, chunk: slice) -> Tensor:
+        """``rows`` / temperature, whose products with the weight are the scaled logits; half precision as it is."""
+        hidden_tH = self.rows(chunk)
+        if self.temperature_T is None or self.native:
+            return hidden_tH
+        return hidden_tH / self._temperature_t1(chunk, len(hidden_tH))
+
+    def _logits(self, hidden_tH: Tensor, chunk: slice, tile: slice) -> Tensor:
+        """Scaled logits [t, v] of ``_scaled_rows`` (t as those are filled up), good until the next call."""
         weight_vH = self.weight(tile)
         z_tv = self.z[: hidden_tH.shape[0] * weight_vH.shape[0]].view(hidden_tH.shape[0], -1)
-        return flow.multiply(hidden_tH, weight_vH.t(), z_tv)
+        flow.multiply(hidden_tH, weight_vH.t(), z_tv)
+        if self.native and self.temperature_T is not None:  # rows that were divided would be rounded again
+            z_tv.div_(self._temperature_t1(chunk, len(z_tv)))
+        return z_tv
 
     def _exp_tV(self, rows: int) -> Tensor:
         return self.exp.view(self.longest, self.columns)[:rows]
 
     def order(self, active_t: Tensor) -> Tensor:
-        """Those among the first in their own places, the rest where others are not active: few rows have to move."""
-        a = torch.arange(int(active_t.sum()), device=active_t.device)
-        a[~active_t[: len(a)]] = active_t[len(a) :].nonzero().flatten() + len(a)
-        return a
-
-    def _in_front(self, exp_tV: Tensor, a: Tensor) -> Tensor:
-        """The rows ``a``, side by side (``order``); by tiles, which bounds the copies."""
-        moved = (a >= len(a)).nonzero().flatten()
-        if len(moved):
-            for _, tile in self.tiles():
-                exp_tV[:, tile].index_copy_(0, moved, exp_tV[:, tile].index_select(0, a[moved]))
-        return exp_tV[: len(a)]
-
-
-def _add_at_targets(dz_tv: Tensor, value_t: Tensor, column_t: Tensor, here_t: Tensor) -> None:
-    """The onehot part of dz."""
-    dz_tv.scatter_add_(1, column_t.unsqueeze(1), torch.where(here_t, value_t, 0.0).unsqueeze(1))
+        return flow.few_moved(active_t)

@@ -1,6 +1,7 @@
 """The head's two autograd functions, whatever forms the logits: a ``Head`` does, a chunk of tokens at a time.
 
-z = hidden @ weight.T / temperature; dlogp/dz = onehot - p, dlse/dz = p, dentropy/dz = -p (z - lse + entropy).
+z = hidden @ weight.T / temperature; dlogp/dz = onehot - p, dlse/dz = p, dentropy/dz = -p (z - lse + entropy). At the
+target, where p may be near 1, 1 - p is -expm1(logp), and z - lse is logp.
 ``LogProb`` keeps O(T) numbers and forms the logits again in its backward (4 matrix products). ``Loss`` keeps one
 chunk's logits and forms gradients at once (3 products).
 
@@ -11,7 +12,7 @@ of a tile; K this rank's tiles.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -21,8 +22,15 @@ from torch.autograd import Function
 from megatron_dypo.kernels.vocab import STATISTICS, TILES, VocabShard, combine
 
 ROWS = 16  # matrix products of fewer rows round differently
-# Of each tile: (columns, dz [a, v] with respect to the unscaled logits, None or what its rows are yet to be times [a])
+HALVES = (torch.bfloat16, torch.float16)
+# Of each tile: (columns, dz [a, v] with respect to the unscaled logits, None or what its rows are yet to be times [a],
+# which is the same for all tiles)
 Tiles = Iterator[tuple[slice, Tensor, Tensor | None]]
+
+
+def multiplies_halves(hidden: Tensor) -> bool:
+    """Tensor cores multiply half precision and add in fp32; CPUs are faster in fp32 altogether."""
+    return hidden.is_cuda and hidden.dtype in HALVES
 
 
 class Head(ABC):
@@ -41,8 +49,7 @@ class Head(ABC):
         self.hidden_TH, self.weight_VH, self.targets_T, self.shard = hidden_TH, weight_VH, targets_T, shard
         self.entropy, self.keep = entropy, keep
         self.dtype = torch.promote_types(hidden_TH.dtype, torch.float32)
-        # Tensor cores multiply half precision and add in fp32; CPUs are faster in fp32 altogether.
-        self.native = hidden_TH.is_cuda and hidden_TH.dtype in (torch.bfloat16, torch.float16)
+        self.native = multiplies_halves(hidden_TH)
         self.temperature_T = None if bool((temperature_T == 1).all()) else temperature_T.to(self.dtype)
         self.length = self.chunk_length()
 
@@ -61,8 +68,10 @@ class Head(ABC):
         """Of the tokens ``a`` of the chunk that ``statistics`` saw last, for dloss/dlogp / temperature = slope."""
 
     @abstractmethod
-    def recomputed(self, chunk: slice, upstream: tuple[Tensor, ...], entropy_t: Tensor, lse_t: Tensor) -> Tiles:
-        """Of all tokens of a chunk; ``upstream`` gradients [t] of logp, entropy and lse, each / temperature."""
+    def recomputed(self, chunk: slice, upstream: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> Tiles:
+        """Of all tokens of a chunk; ``upstream`` gradients [t] of the ``results`` logp, entropy and lse, each /
+        temperature.
+        """
 
     def close(self) -> None:  # noqa: B027 - not every head has something to give back
         """Ends the use of its memory."""
@@ -122,17 +131,27 @@ class Gradients:
 
     def add(self, rows: slice | Tensor, hidden_aH: Tensor, tiles: Tiles) -> None:
         """``tiles`` are all of this rank's, of the tokens ``rows``."""
-        dhidden_aH = torch.zeros(hidden_aH.shape, dtype=self.head.dtype, device=hidden_aH.device)
+        dhidden_aH = scaled_aH = scale_a = None
         for tile, dz_av, scale_a in tiles:
             dz_av = dz_av.to(hidden_aH.dtype)
             if self.dhidden_TH is not None:
-                _add_product(dz_av, self.head.weight(tile), dhidden_aH, scale_a)
+                if dhidden_aH is None:
+                    dhidden_aH = hidden_aH.new_empty(hidden_aH.shape, dtype=self.head.dtype)
+                    multiply(dz_av, self.head.weight(tile), dhidden_aH)
+                else:
+                    _add_product(dz_av, self.head.weight(tile), dhidden_aH)
             if self.dweight_VH is not None:
-                scaled_aH = hidden_aH if scale_a is None else hidden_aH * scale_a.unsqueeze(1)
+                if scaled_aH is None:
+                    scaled_aH = hidden_aH if scale_a is None else _scaled(hidden_aH, scale_a)
                 (_add_product if self.begun else multiply)(dz_av.t(), scaled_aH, self.dweight_VH[tile])
         self.begun = True
-        if self.dhidden_TH is not None:
-            self.dhidden_TH[rows] = dhidden_aH.to(self.dhidden_TH.dtype)
+        if dhidden_aH is not None:
+            if scale_a is not None:
+                dhidden_aH.mul_(scale_a.unsqueeze(1))
+            if isinstance(rows, slice):
+                self.dhidden_TH[rows].copy_(dhidden_aH)
+            else:
+                self.dhidden_TH.index_copy_(0, rows, dhidden_aH.to(self.dhidden_TH.dtype))
 
     def hidden(self) -> Tensor | None:
         """dhidden [T, H]; each rank has the part that flows through its columns of the vocabulary."""
@@ -143,14 +162,10 @@ class Gradients:
         return self.dhidden_TH.to(self.head.hidden_TH.dtype)
 
     def weight(self) -> Tensor | None:
-        """What autograd is given: zeros where ``main_grad`` has it all.
-
-        Not None: DDP waits for every gradient. And not mcore's mark of an added gradient, under which what a tied
-        embedding adds to ours would be dropped.
-        """
+        """What autograd is given: nothing where ``main_grad`` has it all."""
         weight = self.head.weight_VH
         if self.main_grad is not None:
-            return torch.zeros_like(weight)
+            return nothing_left(weight)
         if self.dweight_VH is None:
             return None
         self.dweight_VH[self.head.shard.real.stop if self.begun else 0 :] = 0  # padding, or all without a gradient
@@ -168,20 +183,20 @@ class LogProb(Function):
         stats = [head.statistics(chunk) for chunk in head.chunks()]
         head.close()
         logp_T, entropy_T, lse_T = combine(torch.cat([nothing, *stats], dim=2), shard)
-        ctx.save_for_backward(head.hidden_TH, weight, targets, temperature_T, entropy_T, lse_T)
+        ctx.save_for_backward(head.hidden_TH, weight, targets, temperature_T, logp_T, entropy_T, lse_T)
         ctx.shard, ctx.sequence_parallel = shard, sequence_parallel
         return logp_T, entropy_T, lse_T
 
     @staticmethod
     def backward(ctx, dlogp_T, dentropy_T, dlse_T):
-        hidden_TH, weight, targets, temperature_T, entropy_T, lse_T = ctx.saved_tensors
+        hidden_TH, weight, targets, temperature_T, *results = ctx.saved_tensors
         a = ((dlogp_T != 0) | (dentropy_T != 0) | (dlse_T != 0)).nonzero().flatten()
         head = ctx.recomputes(hidden_TH[a], weight, targets[a], temperature_T[a], ctx.shard)
         gradients = Gradients(head, ctx.needs_input_grad[1:3])
-        upstream, entropy_A, lse_A = (dlogp_T[a], dentropy_T[a], dlse_T[a]), entropy_T[a], lse_T[a]
+        upstream, results = (dlogp_T[a], dentropy_T[a], dlse_T[a]), [result_T[a] for result_T in results]
         for chunk in head.chunks():
             scaled = tuple(head.by_temperature(gradient_A[chunk], chunk) for gradient_A in upstream)
-            tiles = head.recomputed(chunk, scaled, entropy_A[chunk], lse_A[chunk])
+            tiles = head.recomputed(chunk, scaled, tuple(result_A[chunk] for result_A in results))
             gradients.add(chunk, head.rows(chunk)[: chunk.stop - chunk.start], tiles)
         head.close()
         dhidden = gradients.hidden()
@@ -212,7 +227,8 @@ class Loss(Function):
             if len(a) and wanted:
                 scaled_t = head.by_temperature(slope_t.to(head.dtype), chunk)
                 tiles = head.formed(chunk, a, stats_K4t, logp_t, lse_t, scaled_t)
-                gradients.add(chunk.start + a, pick(head.rows(chunk)[: len(slope_t)], a), tiles)
+                rows = chunk if len(a) == len(slope_t) else chunk.start + a
+                gradients.add(rows, pick(head.rows(chunk)[: len(slope_t)], a), tiles)
         head.close()
         ctx.added = gradients.main_grad is not None
         dhidden = _own_rows(gradients.hidden(), shard, sequence_parallel)
@@ -230,12 +246,29 @@ class Loss(Function):
         if ctx.added:
             if dloss != 1:
                 raise RuntimeError(f"linear_loss: main_grad has the gradient of 1 x loss, not of {float(dloss)} x loss")
-            return None, dhidden, torch.zeros_like(ctx.saved_tensors[0]), *[None] * 7
+            return None, dhidden, nothing_left(ctx.saved_tensors[0]), *[None] * 7
         if dloss != 1:
             for gradient in (dhidden, dweight_VH):
                 if gradient is not None:
                     gradient.mul_(dloss)
         return None, dhidden, dweight_VH, *[None] * 7
+
+
+def few_moved(active_t: Tensor) -> Tensor:
+    """Those among the first in their own places, the rest where others are not active: few rows have to move."""
+    a = torch.arange(int(active_t.sum()), device=active_t.device)
+    if len(a) < len(active_t):
+        a[~active_t[: len(a)]] = active_t[len(a) :].nonzero().flatten() + len(a)
+    return a
+
+
+def moved_to_front(x_tV: Tensor, a: Tensor, tiles: Iterable[tuple[int, slice]]) -> Tensor:
+    """The rows ``a`` of ``few_moved``, side by side; tile by tile, which bounds the copies."""
+    moved = (a >= len(a)).nonzero().flatten() if len(a) < len(x_tV) else a[:0]
+    if len(moved):
+        for _, tile in tiles:
+            x_tV[:, tile].index_copy_(0, moved, x_tV[:, tile].index_select(0, a[moved]))
+    return x_tV[: len(a)]
 
 
 def pick(rows_tx: Tensor, a: Tensor) -> Tensor:
@@ -245,19 +278,31 @@ def pick(rows_tx: Tensor, a: Tensor) -> Tensor:
 
 def multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """left @ right into ``out``; half precision on tensor cores, added up in fp32."""
-    if left.dtype == out.dtype:
-        return torch.mm(left, right, out=out)
-    return torch.mm(left, right, out_dtype=out.dtype, out=out)
+    if left.dtype != out.dtype and left.is_cuda:
+        return torch.mm(left, right, out_dtype=out.dtype, out=out)
+    return torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
 
 
-def _add_product(left: Tensor, right: Tensor, out: Tensor, scale: Tensor | None = None) -> None:
-    """out += left @ right, in out's precision, the rows times ``scale``."""
-    if scale is not None:
-        out.addcmul_(left @ right, scale.unsqueeze(1))
-    elif left.dtype == out.dtype:
-        out.addmm_(left, right)
-    else:
+def _add_product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """out += left @ right, in out's precision."""
+    if left.dtype != out.dtype and left.is_cuda:
         torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
+    else:
+        out.addmm_(left.to(out.dtype), right.to(out.dtype))
+
+
+def _scaled(hidden_aH: Tensor, scale_a: Tensor) -> Tensor:
+    """Multiplied in fp32, rounded once."""
+    return torch.mul(hidden_aH, scale_a.unsqueeze(1), out=torch.empty_like(hidden_aH))
+
+
+def nothing_left(weight: Tensor) -> Tensor | None:
+    """What autograd is given for a weight whose ``main_grad`` has the whole gradient: nothing, which costs nothing.
+
+    Zeros where DDP takes part in the backward pass and waits for every gradient (``awaits_grad``, which the policy
+    sets). Not mcore's mark of an added gradient, under which what a tied embedding adds to ours would be dropped.
+    """
+    return torch.zeros_like(weight) if getattr(weight, "awaits_grad", False) else None
 
 
 def _fp32_main_grad(weight: Tensor) -> Tensor | None:

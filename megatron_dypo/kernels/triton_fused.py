@@ -4,34 +4,37 @@ The logits stay in registers. A program takes a block of tokens and one part of 
 by column block; the parts of a tile are joined in order. A row's bits depend on nothing but its hidden state and the
 tile: neither on the tensor-parallel size, nor on its place in the pack, nor on the run.
 
-Where gradients will be formed, exp(z - the largest z of the row so far) is kept in the precision of the inputs, and
-that largest z in fp32. At the target, where p may be near 1, the gradient is formed from the log-prob.
+exp z is taken as it is, without a maximum: fp32 holds it for |z| up to 87, and so does bf16, to 8 bits at any size.
+Rows whose sums come near that are far; programs that have one run again and take a maximum: the host need not know.
 
-Legend as in ``flow.py``; s parts of a tile, q quarters of column blocks of a tile. Kernels scale by 1 / temperature
-late: their z, top and sums of z exp are of the unscaled logits.
+Where gradients will be formed, exp z is kept in the precision of the inputs, and is all that is kept: dz is exp z times
+a factor of its row, which is left to the products' rows, and an entry at the target, formed from the log-prob.
+
+Legend as in ``flow.py``; s parts of a tile, q columns of a quarter of a block, n rows that are far. Kernels scale by
+1 / temperature late: their z, top and sums of z exp are of the unscaled logits.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from megatron_dypo.kernels import flow
+from megatron_dypo.kernels import flow, workspace
 from megatron_dypo.kernels.triton_rows import RowHead
-from megatron_dypo.kernels.vocab import STATISTICS
+from megatron_dypo.kernels.vocab import STATISTICS, miss, put_at_targets, target_columns
 
-BLOCK_T, BLOCK_V, BLOCK_H = 128, 128, 64
+BLOCK_H = 64
 # 96 KiB of shared memory, too: two programs a multiprocessor, one multiplies while the other reduces
 OPTIONS = {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
-PART = 16 * BLOCK_V  # columns of a part of a tile
 GROUP = 16  # blocks of tokens that run side by side: with as many parts they share what lies in the L2 cache
-CHUNK = 64 << 10  # where nothing is kept
-KEPT_CHUNK, KEPT_ELEMENTS = 8192, 512 << 20  # 1 GiB in bf16
-GRADIENT_ROWS = 16
+FAR = 60.0  # |lse| up to which exp z, slopes times its inverse, and products with either stay well inside bf16 and fp32
+FAR_ROWS = 256
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -42,42 +45,45 @@ def _halves(z):
 
 
 @triton.jit
-def _absorb(z, column, stop, scale, target, state, exp_ptr, exp_pitch, top_ptr, top_pitch, KEEP: tl.constexpr):
-    """The statistics with those of some more columns z [t, q]; with KEEP stores exp(z - top) and that top."""
-    top, total, weighted, z_target = state
-    columns = column + tl.arange(0, z.shape[1])
-    z = tl.where((columns < stop)[None, :], z, -1e30)  # exp makes it 0; finite, for z exp must be 0, too
-    higher = tl.maximum(top, tl.max(z, 1))
-    exp = tl.exp2((z - higher[:, None]) * scale[:, None])
-    shrink = tl.exp2((top - higher) * scale)
-    total = total * shrink + tl.sum(exp, 1)
-    weighted = weighted * shrink + tl.sum(z * exp, 1)
-    z_target += tl.sum(tl.where(columns[None, :] == target[:, None], z, 0.0), 1)
+def _absorb(z, column, stop, scale, target, state, exp_ptr, exp_pitch, ONLINE: tl.constexpr, KEEP: tl.constexpr):
+    """The statistics with those of some more columns z [t, q]; with KEEP stores exp z."""
+    top, others, weighted, z_target = state
+    v = tl.arange(0, z.shape[1])
+    at_target = v[None, :] == (target - column)[:, None]
+    z_target += tl.sum(tl.where(at_target, z, 0.0), 1)
+    z = tl.where((v < stop - column)[None, :], z, -1e30)  # exp makes it 0; finite, for z exp must be 0, too
+    if ONLINE:
+        higher = tl.maximum(top, tl.max(z, 1))
+        shrink = tl.exp2((top - higher) * scale)
+        others, weighted, top = others * shrink, weighted * shrink, higher
+    z = tl.where(at_target, -1e30, z)
+    exp = tl.exp2((z - top[:, None] if ONLINE else z) * scale[:, None])
     if KEEP:  # there is room for whole blocks
-        t, v = tl.arange(0, z.shape[0]), tl.arange(0, z.shape[1])
+        t = tl.arange(0, z.shape[0])
         tl.store(exp_ptr + column + (t[:, None] * exp_pitch + v[None, :]), exp.to(exp_ptr.dtype.element_ty))
-        tl.store(top_ptr + column // z.shape[1] * top_pitch + t, higher)
-    return higher, total, weighted, z_target
+    return top, others + tl.sum(exp, 1), weighted + tl.sum(z * exp, 1), z_target
 
 
-@triton.jit(do_not_specialize=["tokens", "parts", "width", "real", "start"])
+@triton.jit(do_not_specialize=["tokens", "parts", "group", "width", "real", "start"])
 def fused_statistics_kernel(
-    hidden_desc, weight_desc, target_ptr, scale_ptr, partial_ptr, exp_ptr, top_ptr,
-    tokens, H, parts, width, real, start, exp_tile, exp_pitch, top_pitch,
-    KEEP: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr,
+    hidden_desc, weight_desc, target_ptr, scale_ptr, partial_ptr, far_ptr, exp_ptr,
+    tokens, H, parts, group, width, real, start, exp_tile, exp_pitch,
+    ONLINE: tl.constexpr, KEEP: tl.constexpr, PART: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Statistics [program, 4, BLOCK_T] of hidden [t, H] @ weight [V, H].T; columns from ``real`` on are padding.
 
-    A program has one block of tokens and one of all K s parts. With KEEP also exp [K, t, pitch] and top [K, q, t].
+    A program has one block of tokens and one of all K s parts. With KEEP also exp z of tile k, token t, column v at
+    k exp_tile + t exp_pitch + v. ONLINE programs take the largest z for their top, and do nothing unless a row of
+    theirs is far [K, t].
     """
-    # programs of GROUP blocks of tokens run side by side, part after part: ``join_kernel`` has the inverse
+    # programs of ``group`` blocks of tokens run side by side, part after part: ``join_kernel`` has the inverse
     program = tl.program_id(0)
     blocks = tl.cdiv(tokens, BLOCK_T)
     all_parts = tl.num_programs(0) // blocks
-    first = program // (GROUP * all_parts) * GROUP
-    members = min(blocks - first, GROUP)
-    within = program % (GROUP * all_parts)
+    first = program // (group * all_parts) * group
+    members = min(blocks - first, group)
+    within = program % (group * all_parts)
     part = within // members
     tile = part // parts
     first_row = (first + within % members) * BLOCK_T
@@ -87,13 +93,13 @@ def fused_statistics_kernel(
 
     t = tl.arange(0, BLOCK_T)
     read = first_row + tl.minimum(t, tokens - first_row - 1)
-    target = tl.load(target_ptr + read) - start - first_column
-    target = tl.where(target < stop, target, -1).to(tl.int32)  # the next tile's is not this one's padding
-    scale = tl.load(scale_ptr + read) * LOG2_E
+    if ONLINE and tl.max(tl.load(far_ptr + tile.to(tl.int64) * tokens + read), 0) == 0:
+        return
     exp_ptr += tile.to(tl.int64) * exp_tile + first_row.to(tl.int64) * exp_pitch
-    top_ptr += tile.to(tl.int64) * (exp_pitch // BLOCK_V * 4) * top_pitch + first_row
+    partial_ptrs = partial_ptr + program.to(tl.int64) * 4 * BLOCK_T + t
     zeros = tl.zeros((BLOCK_T,), tl.float32)
-    state = (tl.full((BLOCK_T,), float("-inf"), tl.float32), zeros, zeros, zeros)
+    tl.store(partial_ptrs, zeros + tl.where(begin < stop, 0.0, -1e30))  # a part without columns has any other's top
+    state = (zeros + float("-inf"), zeros, zeros, zeros)
     Q: tl.constexpr = BLOCK_V // 4
     for column in range(begin, stop, BLOCK_V):
         z = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
@@ -101,76 +107,77 @@ def fused_statistics_kernel(
             x = hidden_desc.load([first_row, k])
             w = weight_desc.load([first_column + column, k])
             z = tl.dot(x, w.T, z, input_precision="ieee")
+        target = tl.load(target_ptr + read) - start - first_column
+        target = tl.where(target < stop, target, -1).to(tl.int32)  # the next tile's is not this one's padding
+        scale = tl.load(scale_ptr + read) * LOG2_E
         # one quarter of the columns after the other needs registers for exp of a quarter
         left, right = _halves(z)
         z0, z1 = _halves(left)
         z2, z3 = _halves(right)
-        state = _absorb(z0, column, stop, scale, target, state, exp_ptr, exp_pitch, top_ptr, top_pitch, KEEP)
-        state = _absorb(z1, column + Q, stop, scale, target, state, exp_ptr, exp_pitch, top_ptr, top_pitch, KEEP)
-        state = _absorb(z2, column + 2 * Q, stop, scale, target, state, exp_ptr, exp_pitch, top_ptr, top_pitch, KEEP)
-        state = _absorb(z3, column + 3 * Q, stop, scale, target, state, exp_ptr, exp_pitch, top_ptr, top_pitch, KEEP)
-    top, total, weighted, z_target = state
-    partial_ptrs = partial_ptr + program.to(tl.int64) * 4 * BLOCK_T + t
-    tl.store(partial_ptrs, top)
-    tl.store(partial_ptrs + BLOCK_T, total)
+        state = _absorb(z0, column, stop, scale, target, state, exp_ptr, exp_pitch, ONLINE, KEEP)
+        state = _absorb(z1, column + Q, stop, scale, target, state, exp_ptr, exp_pitch, ONLINE, KEEP)
+        state = _absorb(z2, column + 2 * Q, stop, scale, target, state, exp_ptr, exp_pitch, ONLINE, KEEP)
+        state = _absorb(z3, column + 3 * Q, stop, scale, target, state, exp_ptr, exp_pitch, ONLINE, KEEP)
+    top, others, weighted, z_target = state
+    if ONLINE:
+        tl.store(partial_ptrs, top)
+    tl.store(partial_ptrs + BLOCK_T, others)
     tl.store(partial_ptrs + 2 * BLOCK_T, weighted)
     tl.store(partial_ptrs + 3 * BLOCK_T, z_target)
 
 
-@triton.jit(do_not_specialize=["tokens", "parts"])
-def join_kernel(partial_ptr, scale_ptr, stats_ptr, tokens, parts, GROUP: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Scaled statistics [K, 4, t] of the tiles from those of their parts, joined from first to last."""
+@triton.jit(do_not_specialize=["tokens", "parts", "group", "width", "real", "start"])
+def join_kernel(
+    partial_ptr, target_ptr, scale_ptr, far_ptr, stats_ptr, tokens, parts, group, width, real, start,
+    ONLINE: tl.constexpr, FAR: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Scaled statistics [K, 4, t] of the tiles from those of their parts, joined from first to last.
+
+    Says which are far [K, t]: those whose sum of all exp z is near where fp32 ends. ONLINE writes no others than these.
+    """
     block, tile = tl.program_id(0), tl.program_id(1)
-    first = block // GROUP * GROUP
-    members = min(tl.num_programs(0) - first, GROUP)
+    first = block // group * group
+    members = min(tl.num_programs(0) - first, group)
     program = first * tl.num_programs(1) * parts + tile * parts * members + block - first
     t = tl.arange(0, BLOCK_T)
     rows = block * BLOCK_T + t
+    written = rows < tokens
+    far_ptrs = far_ptr + tile.to(tl.int64) * tokens + rows
+    if ONLINE:
+        written &= tl.load(far_ptrs, mask=written, other=0) != 0
+        if tl.max(written.to(tl.int32), 0) == 0:
+            return
     scale = tl.load(scale_ptr + rows, mask=rows < tokens, other=1.0)
     partial_ptrs = partial_ptr + program.to(tl.int64) * 4 * BLOCK_T + t
     top = tl.full((BLOCK_T,), -1e30, tl.float32)  # finite: a tile without columns joins others
-    total = tl.zeros((BLOCK_T,), tl.float32)
+    others = tl.zeros((BLOCK_T,), tl.float32)
     weighted = tl.zeros((BLOCK_T,), tl.float32)
     z_target = tl.zeros((BLOCK_T,), tl.float32)
     for _ in range(parts):
         highest = tl.load(partial_ptrs)
         higher = tl.maximum(top, highest)
         shrink, share = tl.exp2((top - higher) * scale * LOG2_E), tl.exp2((highest - higher) * scale * LOG2_E)
-        total = total * shrink + tl.load(partial_ptrs + BLOCK_T) * share
+        others = others * shrink + tl.load(partial_ptrs + BLOCK_T) * share
         weighted = weighted * shrink + tl.load(partial_ptrs + 2 * BLOCK_T) * share
         z_target += tl.load(partial_ptrs + 3 * BLOCK_T)
         top = higher
         partial_ptrs += members * 4 * BLOCK_T
     stats_ptrs = stats_ptr + tile.to(tl.int64) * 4 * tokens + rows
-    tl.store(stats_ptrs, top * scale, mask=rows < tokens)
-    tl.store(stats_ptrs + tokens, total, mask=rows < tokens)
-    tl.store(stats_ptrs + 2 * tokens, weighted * scale, mask=rows < tokens)
-    tl.store(stats_ptrs + 3 * tokens, z_target * scale, mask=rows < tokens)
-
-
-@triton.jit(do_not_specialize=["active", "start"])
-def kept_gradient_kernel(
-    exp_ptr, top_ptr, rows_ptr, target_ptr, scale_ptr, logp_ptr, lse_ptr, slope_ptr, dz_ptr,
-    active, pitch, top_pitch, start, BLOCK_A: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """dz [a, v] = slope (onehot - p) of one tile, of its rows ``rows`` [a], from the kept exp [t, v] and top [q, t]."""
-    i = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
-    row = tl.load(rows_ptr + i, mask=i < active, other=0)[:, None, None]
-    block = tl.program_id(1).to(tl.int64)
-    quarter = tl.arange(0, 4)[None, :, None]
-    columns = block * BLOCK_V + quarter * (BLOCK_V // 4) + tl.arange(0, BLOCK_V // 4)[None, None, :]
-    exp = tl.load(exp_ptr + row * pitch + columns).to(tl.float32)
-    slope = tl.load(slope_ptr + row)
-    top = tl.load(top_ptr + (block * 4 + quarter) * top_pitch + row) * tl.load(scale_ptr + row)
-    p = exp * tl.exp(top - tl.load(lse_ptr + row))
-    at_target = columns == tl.load(target_ptr + row) - start
-    dz = tl.where(at_target, slope * (1.0 - tl.exp(tl.load(logp_ptr + row))), -slope * p)
-    dz_ptrs = dz_ptr + i.to(tl.int64)[:, None, None] * pitch + columns
-    tl.store(dz_ptrs, dz.to(dz_ptr.dtype.element_ty), mask=(i < active)[:, None, None])
+    tl.store(stats_ptrs, top * scale, mask=written)
+    tl.store(stats_ptrs + tokens, others, mask=written)
+    tl.store(stats_ptrs + 2 * tokens, weighted * scale, mask=written)
+    tl.store(stats_ptrs + 3 * tokens, z_target * scale, mask=written)
+    if not ONLINE:
+        columns = min(width, real - tile * width)
+        column = tl.load(target_ptr + rows, mask=written, other=0) - start - tile * width
+        own = tl.where((column >= 0) & (column < columns), tl.exp2(z_target * scale * LOG2_E), 0.0)
+        log2 = tl.log2(others + own)
+        near = (log2 > -FAR * LOG2_E) & (log2 < FAR * LOG2_E)  # neither is not-a-number
+        tl.store(far_ptrs, ((columns > 0) & ~near).to(tl.int32), mask=written)
 
 
 class FusedHead(RowHead):
-    """Keeps exp(z) of a chunk in the inputs' precision, at most KEPT_ELEMENTS numbers, or nothing."""
+    """Keeps exp z of a chunk in the inputs' precision (``workspace.py`` has how many), or nothing."""
 
     @staticmethod
     def takes(hidden: Tensor, weight: Tensor) -> bool:
@@ -180,50 +187,86 @@ class FusedHead(RowHead):
 
     def chunk_length(self) -> int:
         if not self.keep:
-            return CHUNK
-        kept = KEPT_ELEMENTS // (self.shard.tile_width * len(self.shard.tiles))
-        return max(BLOCK_T, min(KEPT_CHUNK, kept // BLOCK_T * BLOCK_T))
+            return workspace.FUSED_CHUNK
+        shard, item = self.shard, self.weight_VH.element_size()
+        return workspace.kept_chunk(self.targets_T.shape[0], shard.tile_width, len(shard.tiles), item)
+
+    @property
+    def _whole(self) -> bool:
+        """Whether exp of all tiles lies side by side, in the weight's order: one product takes them all."""
+        return self.pitch == self.shard.tile_width
 
     @functools.cached_property
     def _exp_Ktv(self) -> Tensor:
-        return self._dz_tv.new_empty(len(self.shard.tiles), self._whole_blocks, self.pitch)
-
-    @functools.cached_property
-    def _top_Kqt(self) -> Tensor:
-        return self.scale_T.new_empty(len(self.shard.tiles), self.pitch // BLOCK_V * 4, self._whole_blocks)
-
-    @property
-    def _whole_blocks(self) -> int:
-        """Rows of what is kept."""
-        return triton.cdiv(self.longest, BLOCK_T) * BLOCK_T
+        tiles, rows = len(self.shard.tiles), triton.cdiv(self.longest, workspace.BLOCK_T) * workspace.BLOCK_T
+        exp = self.weight_VH.new_empty(rows * tiles * self.pitch)
+        if self._whole:
+            return exp.view(rows, tiles, self.pitch).transpose(0, 1)
+        return exp.view(tiles, rows, self.pitch)
 
     def statistics(self, chunk: slice) -> Tensor:
         hidden_tH, scale_t, shard = self.hidden_TH[chunk], self.scale_T[chunk], self.shard
-        (tokens, H), tiles, blocks = hidden_tH.shape, len(shard.tiles), triton.cdiv(chunk.stop - chunk.start, BLOCK_T)
-        parts = triton.cdiv(shard.tile_width, PART)
-        partial = scale_t.new_empty(blocks * tiles * parts, STATISTICS, BLOCK_T)
-        exp_Ktv, top_Kqt = (self._exp_Ktv, self._top_Kqt) if self.keep else (hidden_tH, partial)  # or else unused
-        fused_statistics_kernel[(len(partial),)](
-            TensorDescriptor.from_tensor(hidden_tH, [BLOCK_T, BLOCK_H]),
-            TensorDescriptor.from_tensor(self.weight_VH.detach(), [BLOCK_V, BLOCK_H]),
-            self.targets_T[chunk], scale_t, partial, exp_Ktv, top_Kqt,
-            tokens, H, parts, shard.tile_width, shard.tiles[-1].stop, shard.start,
-            self._whole_blocks * self.pitch, self.pitch, self._whole_blocks,
-            KEEP=self.keep, GROUP=GROUP, PART=PART, BLOCK_T=BLOCK_T, BLOCK_V=BLOCK_V, BLOCK_H=BLOCK_H, **OPTIONS,
-        )  # fmt: skip
+        block = workspace.BLOCK_T
+        (tokens, H), tiles, blocks = hidden_tH.shape, len(shard.tiles), triton.cdiv(chunk.stop - chunk.start, block)
+        parts, group = triton.cdiv(shard.tile_width, workspace.PART), triton.cdiv(blocks, triton.cdiv(blocks, GROUP))
+        partial = scale_t.new_empty(blocks * tiles * parts, STATISTICS, block)
+        far_Kt = self.targets_T.new_empty(tiles, tokens, dtype=torch.int32)
         stats_K4t = scale_t.new_empty(tiles, STATISTICS, tokens)
-        join_kernel[(blocks, tiles)](partial, scale_t, stats_K4t, tokens, parts, GROUP=GROUP, BLOCK_T=BLOCK_T)
+        for online in (False, True):  # the second time for what is far, if anything
+            keep = self.keep and not online
+            exp_Ktv = self._exp_Ktv if keep else partial  # or else unused
+            fused_statistics_kernel[(len(partial),)](
+                TensorDescriptor.from_tensor(hidden_tH, [block, BLOCK_H]),
+                TensorDescriptor.from_tensor(self.weight_VH.detach(), [workspace.BLOCK_V, BLOCK_H]),
+                self.targets_T[chunk], scale_t, partial, far_Kt, exp_Ktv,
+                tokens, H, parts, group, shard.tile_width, shard.tiles[-1].stop, shard.start, *exp_Ktv.stride()[:2],
+                ONLINE=online, KEEP=keep, PART=workspace.PART,
+                BLOCK_T=block, BLOCK_V=workspace.BLOCK_V, BLOCK_H=BLOCK_H, **OPTIONS,
+            )  # fmt: skip
+            join_kernel[(blocks, tiles)](
+                partial, self.targets_T[chunk], scale_t, far_Kt, stats_K4t, tokens, parts, group,
+                shard.tile_width, shard.tiles[-1].stop, shard.start, ONLINE=online, FAR=FAR, BLOCK_T=block,
+            )  # fmt: skip
         return stats_K4t
+
+    def order(self, active_t: Tensor) -> Tensor:
+        return flow.few_moved(active_t)
 
     def formed(
         self, chunk: slice, a: Tensor, stats_K4t: Tensor, logp_t: Tensor, lse_t: Tensor, slope_t: Tensor
     ) -> flow.Tiles:
-        slope_t = slope_t.contiguous()
-        for k, tile in self.tiles():
-            dz_av = self._dz_tv[: len(a), : tile.stop - tile.start]
-            kept_gradient_kernel[(triton.cdiv(len(a), GRADIENT_ROWS), triton.cdiv(dz_av.shape[1], BLOCK_V))](
-                self._exp_Ktv[k], self._top_Kqt[k], a, self.targets_T[chunk], self.scale_T[chunk],
-                logp_t, lse_t, slope_t, dz_av, len(a), self.pitch, self._whole_blocks, self.shard.start + tile.start,
-                BLOCK_A=GRADIENT_ROWS, BLOCK_V=BLOCK_V,
-            )  # fmt: skip
-            yield tile, dz_av, None
+        """dz = slope (onehot - p) = -slope share exp, where p = exp share, but for far rows, which become p itself.
+
+        share is exp(-lse). What stands for exp at the target is -(1 - p) / share.
+        """
+        top_Kt, tokens = stats_K4t[:, 0], len(lse_t)
+        columns_K1 = torch.tensor([[tile.stop > tile.start] for tile in self.shard.tiles], device=top_Kt.device)
+        far_t = (lse_t.abs() > FAR) | ((top_Kt != 0) & columns_K1).any(0)
+        if bool(far_t.any()):
+            self._make_probabilities(chunk, far_t.nonzero().flatten(), lse_t)
+        share_a = torch.where(far_t, 0.0, -lse_t)[a].exp_()
+        scale_a, at_target_a, targets_a = -slope_t[a] * share_a, -miss(logp_t[a]) / share_a, self.targets_T[chunk][a]
+        for columns, exp_tv in self._kept(tokens):
+            exp_av = flow.moved_to_front(exp_tv, a, [(0, slice(None))])
+            put_at_targets(exp_av, at_target_a, *target_columns(targets_a, self.shard, columns))
+            yield columns, exp_av, scale_a
+
+    def _kept(self, tokens: int) -> Iterator[tuple[slice, Tensor]]:
+        """(columns, exp [t, v]) of what one product takes."""
+        if self._whole and self.shard.real.stop:
+            exp_tV = self._exp_Ktv.transpose(0, 1).flatten(1)
+            yield self.shard.real, exp_tV[:tokens, self.shard.real]
+        elif not self._whole:
+            for k, tile in self.tiles():
+                yield tile, self._exp_Ktv[k, :tokens, : tile.stop - tile.start]
+
+    def _make_probabilities(self, chunk: slice, far: Tensor, lse_t: Tensor) -> None:
+        """In place of exp z, which left fp32 or comes near it, of the rows ``far``; rare, so a few at a time."""
+        for rows in far.split(FAR_ROWS):
+            hidden_nH, scale_n1 = self.hidden_TH[chunk][rows], self.scale_T[chunk][rows].unsqueeze(1)
+            hidden_nH = hidden_nH if self.native else hidden_nH.to(self.dtype)
+            for k, tile in self.tiles():
+                z_nv = self.scale_T.new_empty(len(rows), tile.stop - tile.start)
+                flow.multiply(hidden_nH, self.weight(tile).t(), z_nv)
+                p_nv = z_nv.mul_(scale_n1).sub_(lse_t[rows].unsqueeze(1)).exp_()
+                self._exp_Ktv[k, :, : tile.stop - tile.start].index_copy_(0, rows, p_nv.to(self.weight_VH.dtype))

@@ -3,7 +3,7 @@
 One kernel reads the logits once for the four statistics; one reads them once more and writes dz in the precision of
 the gradients' matrix products. Sums run in a fixed order without atomics: every run gives the same bits.
 
-Legend as in ``flow.py``. A pitch is the distance of two rows, a multiple of PITCH: what lies between a row's columns
+Legend as in ``flow.py``. A pitch is the distance of two rows (``workspace.pitch``): what lies between a row's columns
 and the pitch is nobody's, and is read and written so that all loads and stores are of 16 bytes.
 """
 
@@ -16,78 +16,85 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_dypo.kernels import flow
-from megatron_dypo.kernels.vocab import STATISTICS, no_statistics
+from megatron_dypo.kernels import flow, workspace
+from megatron_dypo.kernels.vocab import STATISTICS, miss, no_statistics
 
-CHUNK = 4096  # the sum of dweight is read and written once a chunk: short ones would be bound by that
-CHUNK_ELEMENTS = 256 << 20  # of the whole vocabulary's logits, 1 GiB in fp32: a large one is taken in shorter chunks
 STATISTICS_BLOCK, GRADIENT_BLOCK = 4096, 2048  # columns
 STATISTICS_OPTIONS = {"num_warps": 8}
-PITCH = 128
 
 
 @triton.jit(do_not_specialize=["width", "start", "tokens"])
 def row_statistics_kernel(
     z_ptr, target_ptr, scale_ptr, stats_ptr, pitch, width, start, tokens, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Statistics [4, t] of z [t, v] * scale [t]; one program a row, blocks from first to last."""
+    """Statistics [4, t] of z [t, v] * scale [t], the target's column left out of the sums; one program a row."""
     row = tl.program_id(0)
     z_ptr += row.to(tl.int64) * pitch
     scale = tl.load(scale_ptr + row)
+    column = tl.load(target_ptr + row) - start
     top = float("-inf")
-    total = 0.0
+    others = 0.0
     weighted = 0.0
     for begin in range(0, width, BLOCK):
         columns = begin + tl.arange(0, BLOCK)
         z = tl.load(z_ptr + columns, mask=columns < pitch, other=0.0) * scale
         z = tl.where(columns < width, z, -1e30)  # exp makes it 0; finite, for z exp must be 0, too
         higher = tl.maximum(top, tl.max(z, 0))
-        exp = tl.exp(z - higher)
+        exp = tl.where(columns == column, 0.0, tl.exp(z - higher))
         shrink = tl.exp(top - higher)
-        total = total * shrink + tl.sum(exp, 0)
+        others = others * shrink + tl.sum(exp, 0)
         weighted = weighted * shrink + tl.sum(z * exp, 0)
         top = higher
-    column = tl.load(target_ptr + row) - start
     here = (column >= 0) & (column < width)
     z_target = tl.load(z_ptr + column, mask=here, other=0.0) * scale
     tl.store(stats_ptr + row, top)
-    tl.store(stats_ptr + tokens + row, total)
+    tl.store(stats_ptr + tokens + row, others)
     tl.store(stats_ptr + 2 * tokens + row, weighted)
     tl.store(stats_ptr + 3 * tokens + row, z_target)
 
 
 @triton.jit(do_not_specialize=["start"])
 def row_gradient_kernel(
-    z_ptr, rows_ptr, target_ptr, scale_ptr, lse_ptr, slope_ptr, pull_ptr, entropy_ptr, dentropy_ptr, dz_ptr,
-    pitch, start, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    z_ptr, rows_ptr, target_ptr, scale_ptr, logp_ptr, miss_ptr, lse_ptr, slope_ptr, lift_ptr, entropy_ptr,
+    dentropy_ptr, dz_ptr, pitch, start, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dz [a, v] = onehot slope + p (pull - dentropy (z - lse + entropy)), of the rows ``rows`` [a] of z [t, v]."""
+    """dz [a, v] = slope (onehot - p) + p (lift - dentropy (log p + entropy)), of the rows ``rows`` [a] of z [t, v].
+
+    log p is z - lse, but logp at the target, where ``miss`` is 1 - p.
+    """
     i = tl.program_id(0).to(tl.int64)
     row = tl.load(rows_ptr + i)
     lse = tl.load(lse_ptr + row)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     z = tl.load(z_ptr + row * pitch + columns, mask=columns < pitch, other=0.0) * tl.load(scale_ptr + row)
-    factor = tl.load(pull_ptr + row)
-    if ENTROPY:
-        factor -= tl.load(dentropy_ptr + row) * (z - lse + tl.load(entropy_ptr + row))
     at_target = columns == tl.load(target_ptr + row) - start
-    dz = tl.exp(z - lse) * factor + tl.where(at_target, tl.load(slope_ptr + row), 0.0)
+    log_p = tl.where(at_target, tl.load(logp_ptr + row), z - lse)
+    slope = tl.load(slope_ptr + row)
+    factor = tl.load(lift_ptr + row)
+    if ENTROPY:
+        factor -= tl.load(dentropy_ptr + row) * (log_p + tl.load(entropy_ptr + row))
+    at_once = tl.where(at_target, factor, factor - slope)  # 1 - p is not formed from p
+    dz = tl.exp(log_p) * at_once + tl.where(at_target, slope * tl.load(miss_ptr + row), 0.0)
     tl.store(dz_ptr + i * pitch + columns, dz.to(dz_ptr.dtype.element_ty), mask=columns < pitch)
 
 
 class RowHead(flow.Head):
-    """Keeps a chunk's logits in fp32, at most CHUNK_ELEMENTS of them, or else one tile of them."""
+    """Keeps a chunk's logits in fp32, or else one tile of them (``workspace.py`` has how many)."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         self.targets_T = self.targets_T.contiguous()
-        self.pitch = -(-self.shard.tile_width // PITCH) * PITCH
+        self.pitch = workspace.pitch(self.shard.tile_width)
         # z * scale, where the definition divides: exact at temperature 1
         ones_T = torch.ones_like(self.targets_T, dtype=self.dtype)
         self.scale_T = self.by_temperature(ones_T, slice(None))
 
+    def close(self) -> None:
+        for kept in ("_z_Ktv", "_dz_tv", "_exp_Ktv"):
+            self.__dict__.pop(kept, None)
+
     def chunk_length(self) -> int:
-        return self.shortened(CHUNK, CHUNK_ELEMENTS)
+        return self.shortened(workspace.CHUNK, workspace.CHUNK_ELEMENTS)
 
     @functools.cached_property
     def _z_Ktv(self) -> Tensor:
@@ -118,19 +125,20 @@ class RowHead(flow.Head):
     def formed(
         self, chunk: slice, a: Tensor, stats_K4t: Tensor, logp_t: Tensor, lse_t: Tensor, slope_t: Tensor
     ) -> flow.Tiles:
-        slope_t = slope_t.contiguous()
+        upstream = slope_t.contiguous(), None, torch.zeros_like(lse_t)
+        results = logp_t, miss(logp_t), None, lse_t
         for k, tile in self.tiles():
             z_tv = self._z_Ktv[k, :, : tile.stop - tile.start]
-            yield tile, self._gradient(chunk, tile, z_tv, a, lse_t, slope_t, -slope_t), None
+            yield tile, self._gradient(chunk, tile, z_tv, a, upstream, results), None
 
-    def recomputed(self, chunk: slice, upstream: tuple[Tensor, ...], entropy_t: Tensor, lse_t: Tensor) -> flow.Tiles:
+    def recomputed(self, chunk: slice, upstream: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> flow.Tiles:
         dlogp_t, dentropy_t, dlse_t = upstream
-        hidden_tH, all_t = self.rows(chunk), torch.arange(len(lse_t), device=lse_t.device)
-        through_entropy = (entropy_t, dentropy_t) if bool(dentropy_t.any()) else None
+        upstream = dlogp_t, dentropy_t if bool(dentropy_t.any()) else None, dlse_t
+        results = results[0], miss(results[0]), *results[1:]
+        hidden_tH, all_t = self.rows(chunk), torch.arange(len(dlse_t), device=dlse_t.device)
         for k, tile in self.tiles():
             z_tv = self._logits(hidden_tH, k, tile)
-            pull_t = dlse_t - dlogp_t
-            yield tile, self._gradient(chunk, tile, z_tv, all_t, lse_t, dlogp_t, pull_t, through_entropy), None
+            yield tile, self._gradient(chunk, tile, z_tv, all_t, upstream, results), None
 
     def _gradient(
         self,
@@ -138,17 +146,19 @@ class RowHead(flow.Head):
         tile: slice,
         z_tv: Tensor,
         a: Tensor,
-        lse_t: Tensor,
-        slope_t: Tensor,
-        pull_t: Tensor,
-        through_entropy: tuple[Tensor, Tensor] | None = None,
+        upstream: tuple[Tensor, Tensor | None, Tensor],
+        results: tuple[Tensor, Tensor, Tensor | None, Tensor],
     ) -> Tensor:
-        """dz [a, v], good until the next call."""
+        """dz [a, v], good until the next call, from gradients of logp, entropy and lse; ``results`` are logp, 1 - p,
+        entropy and lse. Without a gradient of the entropy neither is needed.
+        """
+        dlogp_t, dentropy_t, dlse_t = upstream
+        logp_t, miss_t, entropy_t, lse_t = results
         width = tile.stop - tile.start
         dz_av = self._dz_tv[: len(a), :width]
         row_gradient_kernel[(len(a), triton.cdiv(width, GRADIENT_BLOCK))](
-            z_tv, a, self.targets_T[chunk], self.scale_T[chunk], lse_t, slope_t, pull_t,
-            *(through_entropy or (lse_t, lse_t)), dz_av, self.pitch, self.shard.start + tile.start,
-            ENTROPY=through_entropy is not None, BLOCK=GRADIENT_BLOCK,
+            z_tv, a, self.targets_T[chunk], self.scale_T[chunk], logp_t, miss_t, lse_t, dlogp_t, dlse_t,
+            lse_t if entropy_t is None else entropy_t, lse_t if dentropy_t is None else dentropy_t,
+            dz_av, self.pitch, self.shard.start + tile.start, ENTROPY=dentropy_t is not None, BLOCK=GRADIENT_BLOCK,
         )  # fmt: skip
         return dz_av

@@ -1,8 +1,9 @@
 """One rank's share of the vocabulary, and the statistics that join the shares into a softmax.
 
 The vocabulary is cut into TILES tiles whatever the tensor-parallel size. Each tile of the logits yields a top, the sums
-of exp(z - top) and of z exp(z - top), and the target's z; one all-gather brings them to all ranks, which combine them
-in the same order.
+of exp(z - top) and of z exp(z - top) over all columns but the target's, and the target's z; one all-gather brings them
+to all ranks, which combine them in the same order. The target is left out so that 1 - p keeps its digits where p is
+near 1: with R = (sum over the others) / exp(z_target), logp = -log1p(R).
 A rank forms the logits tile by tile, too, so that every matrix product has the same shape at any tensor-parallel size:
 log-prob and entropy are then the same bit for bit. Padding is left out of the tiles, so nothing needs a mask.
 
@@ -69,20 +70,29 @@ def target_columns(targets_t: Tensor, shard: VocabShard, tile: slice) -> tuple[T
 
 
 def tile_statistics(z_tv: Tensor, column_t: Tensor, here_t: Tensor, exp_tv: Tensor, entropy: bool) -> Tensor:
-    """Statistics [4, t] of one tile's scaled logits, which it uses up; leaves exp(z - top) in ``exp_tv``.
+    """Statistics [4, t] of one tile's scaled logits, which it uses up; leaves exp(z - top) in ``exp_tv``, 0 at targets.
 
     top is 0 as long as the sum of exp(z) is far from where fp32 ends, which saves two passes; or else it is the max.
     That depends on the row alone, not on its neighbours or the ranks.
     """
     target_t = torch.where(here_t, z_tv.gather(1, column_t.unsqueeze(1)).squeeze(1), 0.0)
-    sum_t = torch.exp(z_tv, out=exp_tv).sum(1)
+    sum_t = put_at_targets(torch.exp(z_tv, out=exp_tv), 0.0, column_t, here_t).sum(1)
     top_t = torch.zeros_like(sum_t)
-    far_t = ~((sum_t > math.exp(-FAR)) & (sum_t < math.exp(FAR)))  # so is not-a-number
+    whole_t = sum_t + torch.where(here_t, target_t.exp(), 0.0)
+    far_t = ~((whole_t > math.exp(-FAR)) & (whole_t < math.exp(FAR)))  # so is not-a-number
     if bool(far_t.any()):
         top_t = torch.where(far_t, z_tv.amax(1), top_t)
-        sum_t = torch.exp(z_tv.sub_(top_t.unsqueeze(1)), out=exp_tv).sum(1)
+        torch.exp(z_tv.sub_(top_t.unsqueeze(1)), out=exp_tv)
+        sum_t = put_at_targets(exp_tv, 0.0, column_t, here_t).sum(1)
     weighted_t = z_tv.mul_(exp_tv).sum(1) + top_t * sum_t if entropy else torch.zeros_like(top_t)
     return torch.stack([top_t, sum_t, weighted_t, target_t])
+
+
+def put_at_targets(x_tv: Tensor, value_t: Tensor | float, column_t: Tensor, here_t: Tensor) -> Tensor:
+    """``x_tv``, with ``value_t`` written at each row's target, where that is in the tile."""
+    column_t1 = column_t.unsqueeze(1)
+    value_t = torch.where(here_t, value_t, x_tv.gather(1, column_t1).squeeze(1)).to(x_tv.dtype)
+    return x_tv.scatter_(1, column_t1, value_t.unsqueeze(1))
 
 
 def no_statistics(tokens: int, like: Tensor) -> Tensor:
@@ -97,12 +107,23 @@ def combine(stats_K4t: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor, Tenso
         dist.all_gather(gathered, stats_K4t, group=shard.group)
         stats_K4t = torch.cat(gathered)
     top_Kt, sum_Kt, weighted_Kt, target_Kt = stats_K4t.unbind(1)
-    top_t = top_Kt.amax(0)
+    target_t = _in_order(target_Kt)
+    top_t = torch.maximum(top_Kt.amax(0), target_t)
     scale_Kt = (top_Kt - top_t).exp()
-    total_t = _in_order(sum_Kt * scale_Kt)
+    others_t, weighted_t = _in_order(sum_Kt * scale_Kt), _in_order(weighted_Kt * scale_Kt)
+    own_t = (target_t - top_t).exp()
+    total_t = others_t + own_t
     lse_t = top_t + total_t.log()
-    entropy_t = lse_t - _in_order(weighted_Kt * scale_Kt) / total_t
-    return _in_order(target_Kt) - lse_t, entropy_t, lse_t
+    likely_t = own_t > others_t  # then nothing of the size of z is subtracted from its like
+    logp_t = torch.where(likely_t, -torch.log1p(others_t / own_t), target_t - lse_t)
+    plain_t = lse_t - (weighted_t + target_t * own_t) / total_t
+    entropy_t = torch.where(likely_t, (target_t * others_t - weighted_t) / total_t - logp_t, plain_t)
+    return logp_t, entropy_t, lse_t
+
+
+def miss(logp_t: Tensor) -> Tensor:
+    """1 - p, with all its digits."""
+    return -torch.expm1(logp_t)
 
 
 def _in_order(values_Kt: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ vocabulary.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ import torch
 from megatron_dypo.convert.families import FAMILIES
 from megatron_dypo.convert.mapping import EMBEDDING_RULE, HEAD_RULE, NORM_RULE
 from megatron_dypo.convert.rules import Rule
+from megatron_dypo.kernels.workspace import head_bytes
 from megatron_dypo.plan.cluster import Candidate, Cluster, Work
 from megatron_dypo.policy.shape import ModelShape
 
@@ -115,6 +117,12 @@ def _mlp_bytes(shape: ModelShape, candidate: Candidate) -> tuple[float, float]:
     return router + experts + 6 * shape.shared_ffn_hidden_size, 3 * copies * 2 * h * candidate.expert_tensor
 
 
+def _head_bytes(shape: ModelShape, candidate: Candidate, tokens: float) -> float:
+    """The loss tokens' hidden states, gathered, and what ``kernels/`` takes for their log-probs and gradients."""
+    hidden = shape.hidden_size
+    return 2 * tokens * hidden + head_bytes(math.ceil(tokens), hidden, shape.padded_vocab, ranks=candidate.tensor)
+
+
 def cache_bytes(shape: ModelShape, tensor: int) -> float:
     """Keys and values of one token on each of vLLM's ``tensor`` GPUs, in bf16: one key/value head at least."""
     return 2 * 2 * shape.num_layers * max(1, shape.num_query_groups / tensor) * shape.head_dim
@@ -130,7 +138,7 @@ def policy_need(shape: ModelShape, candidate: Candidate, work: Work) -> Need:
         gradients=GRADIENT * (dense + experts),
         optimizer=OPTIMIZER * (dense / candidate.shards + experts / candidate.expert_shards),
         activations=activation_bytes(shape, candidate, tokens),
-        head=tokens * shape.hidden_size * 8,  # hidden states in bf16, their gradient in fp32 and in bf16
+        head=_head_bytes(shape, candidate, tokens),
     )
 
 

@@ -54,6 +54,8 @@ class Policy:
         if config.optimizer.overlap_grad_reduce:  # the last micro-batch's backward pass starts the sums
             no_sync = [chunk.no_sync for chunk in self.chunks]
             schedule.no_sync_func = no_sync if layout.vpp > 1 else no_sync[0]
+            for parameter in self.parameters.values():
+                parameter.awaits_grad = True  # DDP's hook wants one, also of a head whose ``main_grad`` has it all
         # mcore's RoPE reads a pack's offsets on the host, in every layer; Transformer Engine's kernels on the device
         engine = choose(config.model, shape.head_dim).transformer_engine
         self._offsets_on = device() if engine else torch.device("cpu")
