@@ -168,9 +168,9 @@ def sure(tokens: int, gaps: list[float], rows: int = 96, shift: float = 0.0) -> 
 GAPS = [4.0, 9.0, 14.0, 18.0, 24.0]  # 1 - p from 0.6 to 1e-9
 
 
-def assert_sure_tokens(backend: str, shift: float, tolerance: float) -> None:
+def assert_sure_tokens(backend: str, shift: float, tolerance: float, device: str = "cpu") -> None:
     """Gradients and 1 - p of each token, relative to themselves: a pack's norm would hide those of sure ones."""
-    hidden_TH, weight_VH, targets_T, temperature_T = sure(20, GAPS, shift=shift)
+    hidden_TH, weight_VH, targets_T, temperature_T = (x.to(device) for x in sure(20, GAPS, shift=shift))
     inputs = hidden_TH.clone().requires_grad_(), weight_VH.clone().requires_grad_()
     logp_T, entropy_T, _, _ = plain(*inputs, targets_T, temperature_T)
     assert logp_T.max() > -1e-8 and logp_T.min() < -0.1
