@@ -45,7 +45,7 @@ def model(**keys) -> Model:
 def test_layers_and_attention_are_the_best_that_is_here_and_serves(found, keys, width, engine, attention):
     chosen = choose(model(**keys), width, found)
     assert (chosen.transformer_engine, chosen.attention) == (engine, attention)
-    assert chosen.fused_swiglu == found.cuda
+    assert chosen.compiled == found.cuda
     assert refusal(model(**keys), width, found) is None
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import functools
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_thd
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_dypo.batching.micro_batch import MicroBatch
 from megatron_dypo.batching.zigzag import aligned_to, held_tokens
 from megatron_dypo.policy import attention
 from megatron_dypo.policy.attention import Segments, padded_length, repeats_of_keys, sdpa
+from megatron_dypo.policy.rope import angles, rotate
 from megatron_dypo.records import Kind, Sequence
 
 CPU = torch.device("cpu")
@@ -177,3 +180,23 @@ def test_repeated_keys_are_the_same_attention(lengths, context):
         found.append((out, *torch.autograd.grad(out.square().sum(), (query, key, value))))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@given(lengths_of_segments, contexts, st.sampled_from([FP32, BF16]))
+def test_packed_heads_are_turned_as_megatron_core_turns_them(lengths, context, dtype):
+    """Bit for bit, on every context-parallel rank; there each sequence by itself, by its offsets."""
+    sequences = [Sequence(np.zeros(n, np.int32), 1, Kind.ROLLOUT, 0, 0) for n in lengths if n > 1]
+    if not sequences:
+        return
+    for rank in range(context):
+        batch = MicroBatch.pack(sequences, list(range(len(sequences))), 1.0, 1, context, rank)
+        draw = torch.Generator().manual_seed(rank)
+        heads_TAD = torch.randn(len(batch.ids_T), HEADS, WIDTH, generator=draw).to(dtype)
+        frequencies = 0.7 ** torch.arange(WIDTH // 2)
+        ours = rotate(heads_TAD, *angles(frequencies, batch.positions_T, dtype))
+        longest = max(np.diff(batch.cu_seqlens))
+        table = torch.outer(torch.arange(longest).float(), frequencies)
+        table = torch.cat([table, table], dim=-1)[:, None, None]
+        group = SimpleNamespace(size=lambda: context, rank=lambda rank=rank: rank)
+        offsets = torch.tensor(batch.cu_seqlens)
+        assert torch.equal(ours, _apply_rotary_pos_emb_thd(heads_TAD, offsets, table, cp_group=group))

@@ -236,3 +236,50 @@ def test_no_layer_waits_for_the_device(shape):
     """As tests/test_waits.py has it on the CPU."""
     ((few, many),) = run_ranks(1, waits_on_cuda, shape, seconds=300)
     assert few == many
+
+
+# --- attention and what is fused
+
+
+def test_fp32_attention_with_grouped_queries_writes_no_scores():
+    from megatron_dypo.policy.attention import Segments, sdpa
+
+    tokens, heads, groups, width = 8192, 16, 2, 64
+    query, key, value = (
+        torch.randn(tokens, count, width, device="cuda", requires_grad=True) for count in (heads, groups, groups)
+    )
+    segments = Segments([0, tokens], torch.device("cuda"))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    sdpa(query, key, value, segments, width**-0.5).sum().backward()
+    scores = 4 * heads * tokens * tokens
+    assert torch.cuda.max_memory_allocated() - before < scores / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_weights_gradient_is_added_in_fp32_on_cuda(dtype):
+    from megatron_dypo.policy.weight_gradients import wgrad_gemm_accum_fp32
+
+    given, slope = (torch.randn(700, width, device="cuda").to(dtype) for width in (256, 512))
+    before = torch.randn(512, 256, device="cuda")
+    after = before.clone()
+    wgrad_gemm_accum_fp32(given, slope, after)
+    expected = before.double() + slope.double().T @ given.double()
+    assert (after - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_compiled_rope_is_rope_and_the_same_in_both_passes():
+    from megatron_dypo.policy.rope import angles, rotation
+
+    turned = {}
+    for tokens in (96, 160, 1000):
+        heads = torch.randn(tokens, 12, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        table = angles(1e4 ** -torch.linspace(0, 1, 64, device="cuda"), torch.arange(tokens).cuda(), torch.bfloat16)
+        for compiled in (False, True):
+            out = rotation(compiled)(heads, *table)
+            (gradient,) = torch.autograd.grad(out.float().square().sum(), heads)
+            with torch.no_grad():
+                assert torch.equal(rotation(compiled)(heads, *table), out)
+            turned[compiled] = out.float(), gradient.float()
+        for ours, theirs in zip(turned[True], turned[False], strict=True):
+            assert (ours - theirs).norm() < 0.01 * theirs.norm()

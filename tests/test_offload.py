@@ -42,8 +42,6 @@ def updates(shape: str, sections: dict, offloaded: bool, chunk: int = 1000) -> d
 
     ``chunk``: bytes of a chunk of host memory; by default no storage fits into one.
     """
-    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-
     from megatron_dypo.kernels import workspace
     from megatron_dypo.policy import offload
     from megatron_dypo.policy.adam_state import adam_parts
@@ -73,7 +71,6 @@ def updates(shape: str, sections: dict, offloaded: bool, chunk: int = 1000) -> d
         assert outcome.skipped is None and not outcome.empty
         found["metrics"].append(outcome.metrics)
         del outcome  # with the step's micro-batches
-        RotaryEmbedding.forward.cache_clear()  # mcore's tables of the last 32 lengths
     turn()
     digest = lambda tensor: hashlib.sha256(tensor.detach().float().numpy().tobytes()).hexdigest()  # noqa: E731
     found["weights"] = {name: digest(tensor) for name, tensor in policy.named_tensors()}

@@ -43,7 +43,7 @@ class Accelerations(NamedTuple):
 
     transformer_engine: bool  # its layers, RMSNorm, attention and RoPE
     attention: str
-    fused_swiglu: bool  # compiled by torch
+    compiled: bool  # SwiGLU and RoPE, each one kernel by torch's compiler
     apex_gradients: bool  # Apex's kernel adds weight gradients to main_grad; else a product of torch does
 
 
@@ -88,7 +88,7 @@ def choose(model: Model, width: int, found: Found | None = None) -> Acceleration
     return Accelerations(
         transformer_engine=engine,
         attention=attention,
-        fused_swiglu=found.cuda,
+        compiled=found.cuda,
         apex_gradients=found.cuda and "fused_weight_gradient_mlp_cuda" in found.modules,
     )
 
@@ -165,7 +165,8 @@ def explained(found: Found | None = None, capability: tuple[int, int] = (0, 0), 
         lines += [Line(name, name == best, why or ("if it agrees with FA2 at the start" if name == best else
                   f"{best} goes before it")) for name, why in reasons.items()]  # fmt: skip
         lines.append(Line("FA2", best is None, "torch's own flash attention" if best is None else f"{best} takes over"))
-    lines.append(Line("fused SwiGLU", chosen.fused_swiglu, "compiled by torch before the first step"))
+    both = "SwiGLU" if engine else "SwiGLU and RoPE"
+    lines.append(Line("compiled", chosen.compiled, f"{both}, by torch before the first step"))
     apex = "Apex's kernel" if chosen.apex_gradients else "torch's product with fp32 sum; Apex's kernel is not needed"
     lines.append(Line("fused weight gradients", True, "Transformer Engine's" if engine else apex))
     return lines

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_dypo.batching.zigzag import held_tokens
+from megatron_dypo.policy.rope import rotation
 from megatron_dypo.runtime.signatures import accepted
 
 
@@ -174,7 +175,7 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {"sdpa": sdpa, "flash": flash}
 
 
 class PackedAttention(torch.nn.Module):
-    """mcore core attention: causal softmax attention within each packed sequence. No weights."""
+    """mcore core attention: RoPE, and causal softmax attention within each packed sequence. No weights."""
 
     def __init__(
         self,
@@ -185,17 +186,21 @@ class PackedAttention(torch.nn.Module):
         softmax_scale: float | None = None,
         pg_collection=None,
         backend: str = "sdpa",
+        compiled: bool = False,
         **_,
     ):
         super().__init__()
+        self.rotate = rotation(compiled)
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.attend, self.context_group = BACKENDS[backend], pg_collection.cp
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, *, packed_seq_params, **_
     ) -> Tensor:
-        """query [T, A, D], key and value [T, A_kv, D] -> [T, A * D]; ``packed_seq_params.segments``: how T is cut."""
+        """query [T, A, D], key and value [T, A_kv, D] -> [T, A * D]; ``packed_seq_params`` has ``segments``, how T is
+        cut, and ``angles``, of RoPE."""
         segments = packed_seq_params.segments
+        query, key = (self.rotate(x, *packed_seq_params.angles) for x in (query, key))
         if segments.context > 1:  # backwards, each rank gets the sum of what all ranks' queries did to its keys
             both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1), group=self.context_group)
             key, value = both.split(key.shape[-1], dim=-1)

@@ -64,7 +64,7 @@ def layer_spec(model: Model, shape: ModelShape, layers: int, chosen: Acceleratio
         return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=TENorm)
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
-        core_attention=ModuleSpec(PackedAttention, params={"backend": chosen.attention}),
+        core_attention=ModuleSpec(PackedAttention, params={"backend": chosen.attention, "compiled": chosen.compiled}),
         linear_proj=RowParallelLinear,
         q_layernorm=RMSNorm if qk_norm else IdentityOp,
         k_layernorm=RMSNorm if qk_norm else IdentityOp,

@@ -97,11 +97,11 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
         use_cpu_initialization=not torch.cuda.is_available(),
         deterministic_mode=config.trainer.deterministic,
         calculate_per_token_loss=True,  # mcore divides nothing: the objective carries its own global normalisers
-        bias_activation_fusion=chosen.fused_swiglu,
+        bias_activation_fusion=chosen.compiled,
         bias_dropout_fusion=False,  # without bias and dropout it is one addition, which needs no compilation
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        apply_rope_fusion=chosen.transformer_engine,  # mcore has no other
+        apply_rope_fusion=chosen.transformer_engine,
         gradient_accumulation_fusion=True,
         **_RECOMPUTE[config.model.recompute] | _mixture(config, shape),
     )
@@ -138,12 +138,13 @@ def build_model(config: Config, shape: ModelShape, layout: Layout) -> list[Distr
             pre_process=layout.pp_rank == 0 and c == 0,
             post_process=is_last,
             share_embeddings_and_output_weights=shape.tied_embeddings,
-            position_embedding_type="rope",
+            position_embedding_type="rope" if chosen.transformer_engine else "none",  # ours is in the attention
             rotary_base=shape.rope_base,
             vp_stage=c if layout.vpp > 1 else None,
         ).to(device())
         _mark_sharded(gpt)
-        gpt.rotary_pos_emb.inv_freq = frequencies(shape).to(device())  # mcore fixes Llama 3's original length at 8192
+        if chosen.transformer_engine:  # mcore fixes Llama 3's original length at 8192
+            gpt.rotary_pos_emb.inv_freq = frequencies(shape).to(device())
         if is_last:
             gpt.output_layer.forward = lambda hidden, weight=None, runtime_gather_output=None: (hidden, None)
         # of several chunks only the first one's sums can overlap with what is left of the backward pass

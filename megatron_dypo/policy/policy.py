@@ -28,6 +28,7 @@ from megatron_dypo.policy.accelerations import choose
 from megatron_dypo.policy.attention import Segments
 from megatron_dypo.policy.model import build_model, build_optimizer, whole_model_names
 from megatron_dypo.policy.offload import Offload
+from megatron_dypo.policy.rope import angles, frequencies
 from megatron_dypo.policy.routing import Routing, balance_weights, routed_counts, routing_metrics
 from megatron_dypo.policy.shape import ModelShape
 from megatron_dypo.runtime import cpu_shim
@@ -56,9 +57,10 @@ class Policy:
             schedule.no_sync_func = no_sync if layout.vpp > 1 else no_sync[0]
             for parameter in self.parameters.values():
                 parameter.awaits_grad = True  # DDP's hook wants one, also of a head whose ``main_grad`` has it all
-        # mcore's RoPE reads a pack's offsets on the host, in every layer; Transformer Engine's kernels on the device
+        # Transformer Engine's kernels read a pack's offsets on the device; ours read segments and angles
         engine = choose(config.model, shape.head_dim).transformer_engine
         self._offsets_on = device() if engine else torch.device("cpu")
+        self._frequencies = frequencies(shape).to(device())
         self.version = 0
         self._replays = config.policy.routing != "own"
         self._routed: list[Routing] = []  # of the last training pass, until its metrics are taken
@@ -179,7 +181,7 @@ class Policy:
         def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module):
             batch = next(iterator)
             ids, positions = batch.ids_T.to(device()), batch.positions_T.to(device())
-            packed = self._packed_params(batch)
+            packed = self._packed_params(batch, positions)
             packed.routing = routed.get(id(batch))
             output = model(ids.unsqueeze(0), positions.unsqueeze(0), None, packed_seq_params=packed)
             return output, lambda hidden, **_: finish(hidden, batch)
@@ -254,10 +256,11 @@ class Policy:
         group = mpu.get_tensor_model_parallel_group() if self.layout.tp > 1 else None
         return {"temperature": batch.temperature_N.to(device()), "tp_group": group, "vocab_size": self.shape.vocab_size}
 
-    def _packed_params(self, batch: MicroBatch) -> PackedSeqParams:
-        """What attention and RoPE read; mcore passes the object through to our attention, ``segments`` included."""
+    def _packed_params(self, batch: MicroBatch, positions_T: Tensor) -> PackedSeqParams:
+        """What attention reads; mcore passes the object through to ours, ``segments`` and ``angles`` included."""
         cu_seqlens = torch.tensor(batch.cu_seqlens, dtype=torch.int32, device=self._offsets_on)
         longest = max(end - start for start, end in itertools.pairwise(batch.cu_seqlens))
         params = PackedSeqParams("thd", cu_seqlens, cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest)
         params.segments = Segments(batch.cu_seqlens, device(), self.layout.cp, self.layout.cp_rank)
+        params.angles = angles(self._frequencies, positions_T, training_dtype(self.config.model.dtype))
         return params

@@ -1,8 +1,15 @@
-"""RoPE's frequencies, scaled as Hugging Face's ``rope_type`` says. Legend: D head width."""
+"""RoPE: frequencies, scaled as Hugging Face's ``rope_type`` says, and the rotation of packed queries and keys.
+
+The angles of a micro-batch are formed once, from its positions; mcore's unfused form would form them in every layer,
+for queries and for keys, sequence by sequence, by offsets that the host must know. Legend: T tokens, A heads, D head
+width.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,6 +24,25 @@ def frequencies(shape: ModelShape) -> Tensor:
     if scaling is None:
         return plain
     return {"linear": lambda: plain / scaling.factor, "llama3": lambda: _llama3(plain, scaling)}[scaling.rope_type]()
+
+
+def angles(frequencies: Tensor, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(cosines, sines), each [T, 1, D], formed in fp32."""
+    half = positions_T[:, None].float() * frequencies
+    whole_T1D = torch.cat([half, half], dim=-1)[:, None]
+    return whole_T1D.cos().to(dtype), whole_T1D.sin().to(dtype)
+
+
+def rotate(x_TAD: Tensor, cosines_T1D: Tensor, sines_T1D: Tensor) -> Tensor:
+    """Each pair (i, i + D / 2) of a head turned by its token's angle."""
+    first, second = x_TAD.chunk(2, dim=-1)
+    return x_TAD * cosines_T1D + torch.cat([-second, first], dim=-1) * sines_T1D
+
+
+@cache
+def rotation(compiled: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """``rotate``; ``compiled`` by torch it is one pass over memory, forward and backward."""
+    return torch.compile(rotate) if compiled else rotate
 
 
 def _llama3(plain: Tensor, scaling: RopeScaling) -> Tensor:
