@@ -63,7 +63,7 @@ def test_the_host_waits_as_often_for_many_layers_as_for_few(world, shape, sectio
 
 
 def test_a_mixtures_layer_waits_for_its_sizes_alone():
-    """Of a pass over a micro-batch, in Megatron-Core: two selections by mask (before 0.19), and copies of two counts."""
+    """Of a pass over a micro-batch, in Megatron-Core: two selections by mask (not in 0.19), copies of two counts."""
     (found,) = run_ranks(1, waits_of_passes, "qwen3_moe", {})
     few, many = (sum(waits.values()) for waits in found["logprobs"])
     assert many - few in {n * (LAYERS[1] - LAYERS[0]) * found["micro-batches"][0]["rollouts"] for n in (2, 4)}

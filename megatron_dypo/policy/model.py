@@ -103,6 +103,7 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
         persist_layer_norm=False,
         apply_rope_fusion=chosen.transformer_engine,
         gradient_accumulation_fusion=True,
+        moe_permute_fusion=chosen.transformer_engine and shape.num_experts > 0,
         **_RECOMPUTE[config.model.recompute] | _mixture(config, shape),
     )
 
