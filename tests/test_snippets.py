@@ -47,6 +47,9 @@ NOT_HERE = {  # (page, first words of the command or block): why, and what else 
         "the rows: tests/test_teacher_traces.py::test_rows_of_the_docs_are_rows"
     ),
     ("docs/gpu-report.md", "make gpu-report"): f"{GPUS}: tests/test_gpu_report.py",
+    ("docs/launch.md", "python3 -m pip list"): f"{NETWORK}: tests/test_gpu_bundle.py",
+    ("docs/launch.md", "python tools/gpu_bundle.py"): f"{NETWORK}: tests/test_gpu_bundle.py",
+    ("docs/launch.md", "tar xf bundle.tar.xz"): f"{NETWORK}: tests/test_gpu_bundle.py",
     ("examples/qwen2.5_math_7b_dypo/README.md", "python tools/prepare_data.py"): NETWORK,
     ("examples/qwen2.5_math_7b_dypo/README.md", "HEAD=node0:29500"): (
         f"{GPUS}: tests/test_examples.py::test_an_example_s_script_starts_its_own_configuration"
