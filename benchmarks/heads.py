@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,7 @@ class Batch:
     active_A: Tensor  # the active tokens' places
     advantages_B: Tensor
     slopes_T: Tensor  # -advantage / A, or 0
+    vocab: int  # rows of the weight that are not padding
 
     @classmethod
     def of(cls, setting: Setting, device: str, dtype: torch.dtype) -> Batch:
@@ -75,7 +76,14 @@ class Batch:
             active_T.nonzero().flatten(),
             advantages_B,
             slopes_T,
+            setting.vocab,
         )
+
+    def as_in_megatron(self) -> Batch:
+        """The weight as a policy has it on CUDA: padded to a multiple of 1024 rows, with an fp32 ``main_grad``."""
+        weight_VH = F.pad(self.weight_VH.detach(), (0, 0, 0, -self.vocab % 1024)).requires_grad_()
+        weight_VH.main_grad = torch.zeros_like(weight_VH, dtype=torch.float32)
+        return replace(self, weight_VH=weight_VH)
 
     @property
     def targets_or_ignored_T(self) -> Tensor:
@@ -101,23 +109,23 @@ def naive_compacted(b: Batch) -> Tensor:
     return backward(naive_logp(hidden_AH, b.weight_VH, b.targets_T[b.active_A]), b.slopes_T[b.active_A])
 
 
-def local_loss(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, slopes_T: Tensor, entropy: bool) -> Tensor:
+def local_loss(b: Batch, hidden_TH: Tensor, targets_T: Tensor, slopes_T: Tensor, entropy: bool) -> Tensor:
     def token_loss(logp_t, entropy_t, t):
         return slopes_T[t] * logp_t, slopes_T[t]
 
-    loss, logprobs = linear_loss(hidden_TH, weight_VH, targets_T, token_loss, entropy=entropy)
+    loss, logprobs = linear_loss(hidden_TH, b.weight_VH, targets_T, token_loss, vocab_size=b.vocab, entropy=entropy)
     loss.backward()
     return logprobs.logp
 
 
 def ours(b: Batch) -> Tensor:
-    return local_loss(b.hidden_TH, b.weight_VH, b.targets_T, b.slopes_T, entropy=True)
+    return local_loss(b, b.hidden_TH, b.targets_T, b.slopes_T, entropy=True)
 
 
 def ours_compacted(b: Batch, entropy: bool = True) -> Tensor:
     a = b.active_A
     hidden_AH = b.hidden_TH if len(a) == len(b.hidden_TH) else b.hidden_TH.index_select(0, a)
-    return local_loss(hidden_AH, b.weight_VH, b.targets_T[a], b.slopes_T[a], entropy)
+    return local_loss(b, hidden_AH, b.targets_T[a], b.slopes_T[a], entropy)
 
 
 def ours_without_entropy(b: Batch) -> Tensor:
@@ -125,7 +133,7 @@ def ours_without_entropy(b: Batch) -> Tensor:
 
 
 def ours_logprob(b: Batch) -> Tensor:
-    return backward(linear_logprob(b.hidden_TH, b.weight_VH, b.targets_T).logp, b.slopes_T)
+    return backward(linear_logprob(b.hidden_TH, b.weight_VH, b.targets_T, vocab_size=b.vocab).logp, b.slopes_T)
 
 
 def liger_logprob(b: Batch) -> Tensor:
@@ -217,7 +225,7 @@ class Head:
     step: Callable[[Batch], Tensor | None]  # leaves gradients; returns logp [T] or [A] if it has them
     package: str = "torch"
     devices: tuple[str, ...] = ("cpu", "cuda")
-    main_grad: bool = False  # on CUDA the weight has Megatron's fp32 ``main_grad``, and the gradient goes there
+    main_grad: bool = False  # on CUDA the weight is as in Megatron, and the gradient goes to its fp32 ``main_grad``
     where: Callable[[Setting], bool] = lambda setting: True
     cuda_package: str = "torch"  # needed on CUDA as well
     comparable: bool = True  # its gradients are those of the same loss

@@ -10,8 +10,10 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import linear_logprob, packing
+from benchmarks.heads import HEADS, Batch, Setting
 from benchmarks.layouts import parse
 from benchmarks.tables import PAGE, RESULTS, ROOT, written
 from megatron_dypo.batching.micro_batch import MicroBatch
@@ -79,6 +81,20 @@ def test_head_benchmark_goes_on_without_a_head_that_does_not_answer_or_whose_pac
     assert [(r["head"], r["failed"], r["tflops"]) for r in report["results"]] == [
         ("naive", "no answer within 0.01 s", {}) for _ in plan.settings
     ]
+
+
+def test_the_benchmark_s_padded_weight_gives_the_same_gradients():
+    """What ours has on CUDA, and peers do not: more rows, of which nothing comes, and ``main_grad``."""
+    plain = Batch.of(Setting(64, 32, 500, 0.42), "cpu", torch.float32)
+    padded = plain.as_in_megatron()
+    assert padded.weight_VH.shape == (1024, 32)
+    for step in (HEADS["ours"].step, HEADS["ours_compacted"].step, HEADS["ours_logprob"].step):
+        expected, found = step(plain), step(padded)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(padded.weight_VH.main_grad[:500], plain.weight_VH.grad)
+        assert not padded.weight_VH.main_grad[500:].any() and padded.weight_VH.grad is None
+        padded.weight_VH.main_grad.zero_()
+        plain.weight_VH.grad = None
 
 
 def test_tflops_are_given_in_both_conventions_and_of_a_bare_product_as_it_is():

@@ -122,7 +122,7 @@ def test_flat_and_confident_distributions(scale, small_blocks):
 @pytest.mark.parametrize("shift", [0.0, 100.0])
 def test_a_nearly_sure_token_keeps_the_digits_of_1_minus_p(shift):
     """At the second, all rows of the fused kernel are far."""
-    assert_sure_tokens("triton", shift, 2e-5 if shift == 0 else 1e-3)
+    assert_sure_tokens("triton", shift, 2e-5 if shift == 0 else 1e-3, rows=24)
 
 
 def test_rows_far_from_0_beside_others(small_blocks):
@@ -244,20 +244,24 @@ class Allocated(TorchDispatchMode):
 
 
 def test_head_bytes_is_what_a_training_pass_allocates(monkeypatch, small_blocks):
-    """Half of the tokens without a slope, which has rows picked or moved."""
-    tokens, rows, width = 70, 256, 128
-    monkeypatch.setattr(workspace, "KEPT_BYTES", 48 * 8 * 32 * 4)
+    """In two chunks, of which the first is a whole one; some tokens have no slope."""
+    tokens, rows, width = 34, 128, 128
     torch.manual_seed(0)
     hidden_TH, targets_T = torch.randn(tokens, width, requires_grad=True), torch.randint(0, rows, (tokens,))
     weight = torch.nn.Parameter(torch.randn(rows, width) / width**0.5)
     weight.main_grad = torch.zeros_like(weight)
     inputs = sum(x.nbytes for x in (hidden_TH, targets_T, weight, weight.main_grad))
+
+    def some_without_slope(logp_t, entropy_t, t):
+        slope_t = (torch.arange(len(logp_t)) % 8 != 3).float()
+        return slope_t * logp_t, slope_t
+
     with Allocated() as allocated:
-        linear_loss(hidden_TH, weight, targets_T, negative_log_likelihood, backend="triton")[0].backward()
+        linear_loss(hidden_TH, weight, targets_T, some_without_slope, backend="triton")[0].backward()
     expected = workspace.head_bytes(tokens, width, rows, torch.float32, fused=small_blocks == "fused")
-    few_a_token = 50 * 4 * tokens  # results, statistics of 8 tiles, upstream and places
+    few_a_token = 64 * 4 * tokens  # statistics of 8 tiles, which are far, results, upstream and places
     found = allocated.most - inputs
-    assert 0.85 * expected <= found <= expected + few_a_token, (expected, found)
+    assert 0.8 * expected <= found <= expected + few_a_token, (expected, found)
 
 
 def test_main_grad_is_added_to():

@@ -239,9 +239,8 @@ class FusedHead(RowHead):
 
         share is exp(-lse). What stands for exp at the target is -(1 - p) / share.
         """
-        top_Kt, tokens = stats_K4t[:, 0], len(lse_t)
-        columns_K1 = torch.tensor([[tile.stop > tile.start] for tile in self.shard.tiles], device=top_Kt.device)
-        far_t = (lse_t.abs() > FAR) | ((top_Kt != 0) & columns_K1).any(0)
+        top_Kt, tokens = stats_K4t[: len(list(self.tiles())), 0], len(lse_t)  # those with columns come first
+        far_t = (lse_t.abs() > FAR) | (top_Kt != 0).any(0)
         if bool(far_t.any()):
             self._make_probabilities(chunk, far_t.nonzero().flatten(), lse_t)
         share_a = torch.where(far_t, 0.0, -lse_t)[a].exp_()

@@ -67,9 +67,8 @@ def head_bytes(
     else:
         chunk = min(CHUNK, CHUNK_ELEMENTS // vocab // 16 * 16, -(-tokens // 16) * 16)
         kept = chunk * pitch(width) * (tiles * 4 + item)
-    chunks = kept + chunk * hidden * (
-        4 + item
-    )  # also dhidden's sum over tiles, and the rows that dweight is formed from
+    # dhidden's sum over tiles; rows of hidden states, picked where some have no slope, and scaled
+    chunks = kept + chunk * hidden * (4 + 2 * item)
     if ranks == 1:
         return tokens * hidden * item + chunks
     return tokens * hidden * 4 + max(chunks, tokens * hidden * item)
