@@ -60,7 +60,9 @@ def head_results(head: tuple[torch.Tensor, ...], backend: str, dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", ["triton", "chunked"])
 def test_head_equals_the_definition_in_float64(shape, dtype, backend):
-    """In half precision values are as good as in fp32; gradients are rounded, p or dz once or twice and the result."""
+    """In half precision values are as good as in fp32; gradients are rounded: p or dz, rows of dweight's product, the
+    result; three roundings of bf16 are 2.9e-3 of the norm (emulated in fp32 at these shapes).
+    """
     head = make_head(*shape, dtype)
     expected = head_results(head, "reference", torch.float64)
     for name, value in head_results(head, backend).items():
@@ -68,7 +70,7 @@ def test_head_equals_the_definition_in_float64(shape, dtype, backend):
         if "/" in name and not name.startswith("loss"):
             assert error.max() <= 2e-6 * (10 + expected["now/lse"].abs().max()), name
         else:
-            assert error.norm() <= (1e-5 if dtype == torch.float32 else 3e-3) * expected[name].norm(), name
+            assert error.norm() <= (1e-5 if dtype == torch.float32 else 4e-3) * expected[name].norm(), name
     assert not expected["dweight"][-24:].any()
 
 
@@ -86,7 +88,7 @@ def test_rows_whose_logits_leave_fp32_s_exponentials_are_as_good_as_their_neighb
             assert error <= 2e-6 * (10 + expected["now/lse"][rows_T].abs().max()), name
         for name in ("dhidden", "loss/dhidden"):
             error = (found[name].double() - expected[name])[rows_T].norm()
-            assert error <= 3e-3 * expected[name][rows_T].norm(), name
+            assert error <= 4e-3 * expected[name][rows_T].norm(), name
 
 
 @pytest.mark.parametrize("shift", [0.0, 100.0])
