@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from importlib import import_module
+from importlib.util import find_spec
 
 import pytest
 
@@ -77,15 +79,16 @@ def what_batch_invariance_does(mode: str) -> tuple[dict, list[str]]:
     """(the trainer's variables afterwards, what is raised) round vLLM's own start of that mode, as a CPU has it."""
     import os
 
-    from vllm.model_executor.determinism.batch_invariant import init_batch_invariance
-
     from megatron_dypo.runtime import deterministic
+
+    place = "determinism" if find_spec("vllm.model_executor.determinism") else "layers"
+    vllms = import_module(f"vllm.model_executor.{place}.batch_invariant")
 
     os.environ |= {"VLLM_BATCH_INVARIANT": mode} | deterministic._CUDA_ENVIRONMENT
     raised = []
     try:
         with deterministic.trainer_kept():
-            init_batch_invariance()
+            vllms.init_batch_invariance()
     except RuntimeError as error:
         raised.append(str(error))
     return {name: os.environ[name] for name in deterministic._CUDA_ENVIRONMENT}, raised

@@ -69,6 +69,10 @@ def trainer_kept() -> Iterator[None]:
         raise RuntimeError(f"vLLM replaced torch's kernels in the process that trains: {', '.join(replaced)}")
 
 
-def _kernels() -> dict[str, str]:
-    """What torch dispatches to, by operator."""
-    return {name: torch._C._dispatch_dump(f"aten::{name}") for name in _OPERATORS}
+def _kernels() -> dict[str, list[str]]:
+    """Whose kernels torch calls on devices, by operator; and its ``bmm``, which older vLLM replaces by name."""
+    dumps = {name: torch._C._dispatch_dump(f"aten::{name}") for name in _OPERATORS}
+    kernels = {
+        name: [line for line in dump.splitlines() if line.startswith(("CPU", "CUDA"))] for name, dump in dumps.items()
+    }
+    return kernels | {"torch.bmm": [repr(torch.bmm)]}
