@@ -34,7 +34,7 @@ test-mcore-latest: venv
 	PYTHONPATH=$(LATEST) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_layouts.py \
 	    tests/test_end_to_end.py tests/test_checkpoint.py tests/test_rollout.py tests/test_convert_commands.py tests/test_offload.py \
 	    tests/test_update.py tests/test_head_parallel.py tests/test_convert.py tests/test_attention.py tests/test_plan.py \
-	    tests/test_experts.py
+	    tests/test_experts.py tests/test_waits.py tests/test_warm_up.py
 
 # The tests of an engine in process with an older vLLM, in a folder of its own (requirements/vllm-older.txt). Its servers
 # and its side of NCCL and IPC transfers are those that are refused (docs/rollout.md).

@@ -125,7 +125,7 @@ def again(policy, dtype: str):
     return config, Policy(config, policy.shape, policy.layout, random_weights(policy.shape, seed=1))
 
 
-@pytest.mark.parametrize("shape", ["llama", "qwen3", "qwen3_moe", "qwen2_moe"])
+@pytest.mark.parametrize("shape", ["llama", "qwen3_moe"])
 def test_a_policy_in_bf16_takes_its_steps_close_to_fp32s(shape):
     (found,) = run_ranks(1, in_bf16, shape)
     assert found["types"] <= {torch.bfloat16, torch.float32} and torch.bfloat16 in found["types"]
