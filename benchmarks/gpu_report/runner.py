@@ -56,10 +56,17 @@ class Machine:
 
 def absence(stage: Stage, machine: Machine) -> str | None:
     """Why a stage cannot run here; None where it can."""
-    missing = [name for name in stage.needs if find_spec(name) is None]
+    missing = [name for name in stage.needs if not _importable(name)]
     if missing:
         return f"{', '.join(missing)} is not installed"
     return f"needs {stage.gpus} GPUs" if stage.gpus > max(1, machine.gpus) else None
+
+
+def _importable(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # its parent is not there either
+        return False
 
 
 def _descendants() -> set[psutil.Process]:

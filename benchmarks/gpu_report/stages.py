@@ -35,14 +35,16 @@ class Stage:
         return getattr(import_module(f"benchmarks.gpu_report.{module}"), name)
 
 
-_VLLM = ("vllm",)
-_RUN = ("vllm", "reasoning_gym", "math_verify")
+_POLICY = ("megatron.core",)
+_VLLM = (*_POLICY, "vllm")
+_TASK = (*_POLICY, "transformers", "reasoning_gym", "math_verify")  # the quickstart's
+_RUN = (*_TASK, "vllm")
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("environment", "trainer", 60, "environment:environment", "What is installed"),
+        Stage("environment", "trainer", 60, "environment:environment", "What is installed", ("rich",)),
         Stage("tests", "trainer", 100, "environment:tests", "`make test-gpu`", ("pytest",)),
-        Stage("attention", "trainer", 45, "attention:attention", "Flash attention against SDPA"),
+        Stage("attention", "trainer", 45, "attention:attention", "Flash attention against SDPA", _POLICY),
         Stage("head", "trainer", 120, "head:head", "The output head against its peers"),
         Stage(
             "update_1.5b",
@@ -50,6 +52,7 @@ STAGES = {
             120,
             "update:update",
             "Policy updates at Qwen2.5-1.5B's shape",
+            _POLICY,
             options={"model": "qwen2.5-1.5b", "updates": 10, "turns": True},
         ),
         Stage(
@@ -58,6 +61,7 @@ STAGES = {
             120,
             "update:update",
             "Policy updates at Qwen3-4B's shape",
+            _POLICY,
             options={"model": "qwen3-4b", "updates": 3, "turns": False},  # `engine` has this model's turns
         ),
         Stage("engine", "engine", 150, "engine:engine", "vLLM in turns with a policy of Qwen3-4B's shape", _VLLM),
@@ -67,11 +71,11 @@ STAGES = {
                 "engine",
                 90,
                 "engine:agreement",
-                f"vLLM's log-probs against the policy's, head in {dtype}",
+                f"vLLM's log-probs against the policy's, its head in {said}",
                 _VLLM,
                 options={"head_dtype": dtype},
             )
-            for dtype in ("model", "float32")
+            for dtype, said in (("model", "the model's dtype"), ("float32", "fp32"))
         ),
         Stage("quickstart", "engine", 120, "runs:quickstart", "30 steps of the quickstart, in turns with vLLM", _RUN),
         Stage(
@@ -80,9 +84,9 @@ STAGES = {
             90,
             "runs:deterministic",
             "Deterministic mode: stopped, resumed, the same bits",
-            ("reasoning_gym", "math_verify"),
+            _TASK,
         ),
-        Stage("layouts", "many", 400, "many:layouts", "Losses on two GPUs against one GPU's", gpus=2),
+        Stage("layouts", "many", 400, "many:layouts", "Losses on two GPUs against one GPU's", _POLICY, gpus=2),
         *(
             Stage(
                 f"server_{way}",
