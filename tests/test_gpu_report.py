@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -143,7 +144,7 @@ def test_a_part_ends_with_its_time_and_says_what_it_left_out(stages, tmp_path, m
     monkeypatch.setitem(PARTS, "trainer", 3)
     code, report = run(tmp_path, [dataclasses.replace(stages["hanging"], seconds=60), stages["good"]])
     assert code == 1
-    assert report["stages"]["hanging"]["says"].startswith(("stopped after 3 s", "stopped after 2 s"))
+    assert re.search("stopped after [23] s, its deadline", report["stages"]["hanging"]["says"])  # or before it began
     assert report["stages"]["good"]["says"] == "not run: the part's time was over; measure it alone with ONLY=good"
 
 
