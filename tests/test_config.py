@@ -46,6 +46,7 @@ ENGINE = {
     *("rollout.engine_eager", "rollout.head_dtype"),
 }
 BUDGET = {"data.max_tokens_per_microbatch", "model.recompute", "model.attention_backend", "model.layer_spec"}
+BUDGET |= {"model.reference_on"}
 OPERATION = {
     *("parallel.timeout", "parallel.heartbeat_timeout", "rollout.sync_timeout", "trainer.max_skipped_steps"),
     *("trainer.eval_every", "trainer.save_every", "trainer.keep_checkpoints", "trainer.spike_factor"),

@@ -334,6 +334,33 @@ def test_a_checkpoint_of_before_there_was_a_history_loads():
     assert Counters(step=3, weight_version=3, skipped_steps=0).norms == []
 
 
+def test_the_device_s_peak_leaves_out_what_a_sleeping_engine_has_given_back(monkeypatch):
+    """torch counts the engine's 100 bytes throughout; each phase has its own peak (CUDA's counters are stand-ins)."""
+    import torch
+
+    from megatron_dypo.runtime.memory import DevicePeak
+
+    now = {"allocated": 100, "peak": 100}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: now["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: now.update(peak=now["allocated"]))
+
+    def use(size: int) -> None:
+        """And give it back."""
+        now["peak"] = max(now["peak"], now["allocated"] + size)
+
+    memory = DevicePeak()
+    use(5)  # sampling
+    memory.unmapped(100)
+    use(60)  # training beside a sleeping engine
+    assert memory.take() == 105
+    use(60)
+    assert memory.take() == 60
+    use(30)
+    memory.unmapped(40)  # the engine's weights are awake for a sync
+    use(20)
+    assert memory.take() == 80
+
+
 def digest(policy) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in policy.named_tensors()}
 

@@ -43,12 +43,12 @@ def updates(shape: str, sections: dict, offloaded: bool, chunk: int = 1000) -> d
     ``chunk``: bytes of a chunk of host memory; by default no storage fits into one.
     """
     from megatron_dypo.kernels import workspace
-    from megatron_dypo.policy import offload
+    from megatron_dypo.policy import host_memory
     from megatron_dypo.policy.adam_state import adam_parts
     from megatron_dypo.runtime.stopwatch import Stopwatch
     from megatron_dypo.update import update_policy
 
-    offload.CHUNK = chunk
+    host_memory.CHUNK = chunk
     gc.freeze()  # what was there before the policy is not looked at again and again
     config, policy = build(shape, sections)
     found: dict = {"metrics": [], "on_device": [], "away": [], "host": []}
@@ -56,8 +56,8 @@ def updates(shape: str, sections: dict, offloaded: bool, chunk: int = 1000) -> d
     def turn() -> None:
         if not offloaded:
             return
-        host = lambda: sum(tensor.nbytes for tensor in policy.offload._host)  # noqa: E731
-        reference = sum(tensor.nbytes for tensor in policy.reference.values())
+        host = lambda: policy.offload.host_bytes  # noqa: E731
+        reference = getattr(policy.reference, "host_bytes", 0)
         head = workspace.held()  # given up, not moved
         found["on_device"].append(live_bytes() - host() - reference - head)
         with policy.offload.on_host():
@@ -87,10 +87,11 @@ def updates(shape: str, sections: dict, offloaded: bool, chunk: int = 1000) -> d
 
 BF16 = {"model": {"dtype": "bf16"}}
 DISTRIBUTED = {"optimizer": {"distributed": True}}
+ON_HOST = {"model": {"reference_on": "host"}}  # a reference on the device is moved, too
 CASES = [
     (1, "llama", {}),
     (2, "llama-tied", BF16 | DISTRIBUTED),
-    (2, "llama", DISTRIBUTED | {"parallel": {"tensor": 2, "sequence_parallel": True}}),
+    (2, "llama", DISTRIBUTED | ON_HOST | {"parallel": {"tensor": 2, "sequence_parallel": True}}),
     (2, "llama-tied", DISTRIBUTED | {"parallel": {"pipeline": 2, "virtual_pipeline": 2}}),
     (2, "llama", DISTRIBUTED | {"parallel": {"context": 2}}),
 ]
@@ -163,7 +164,10 @@ def test_a_run_with_turns_is_the_run_without(tmp_path):
 
 
 def turns_of_the_engine(name: str, folder: str) -> list[list]:
-    """Samples of one prompt: awake, after a sleep with weights, after a sleep without them and a sync, after none."""
+    """Samples of one prompt: awake, after a sleep with weights, after a sleep without them and a sync, after none.
+
+    Each sync is verified, and the policy away after the first.
+    """
     from pathlib import Path
 
     import numpy as np
@@ -172,14 +176,15 @@ def turns_of_the_engine(name: str, folder: str) -> list[list]:
     from megatron_dypo.rollout.engine import Request, Sampling, build_engine
     from megatron_dypo.sync.weights import Weights
 
-    config, policy = build("llama", {"rollout": {"engine": name}})
+    config, policy = build("llama", {"rollout": {"engine": name, "verify_sync": True}})
     engine = build_engine(config, policy.shape, load_tokenizer(config, policy.shape), Path(folder), policy.layout)
     requests = [Request(np.arange(3, 9, dtype=np.int32), seed) for seed in range(4)]
     sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=12, eos_id=1)
     sample = lambda: [response.ids.tolist() for response in engine.generate(requests, sampling)]  # noqa: E731
     engine.sleep(keep_weights=False)
     engine.sync(Weights(policy))
-    found = [sample(), sample()]
+    with policy.offload.on_host():
+        found = [sample(), sample()]
     engine.sleep(keep_weights=True)
     found.append(sample())
     engine.sleep(keep_weights=True)

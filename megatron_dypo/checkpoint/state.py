@@ -25,7 +25,7 @@ from megatron_dypo.checkpoint.files import Place
 from megatron_dypo.policy.adam_state import Part, adam_parts
 from megatron_dypo.policy.model import whole_model_names
 from megatron_dypo.policy.policy import Policy
-from megatron_dypo.runtime.distributed import all_gather_objects, device
+from megatron_dypo.runtime.distributed import all_gather_objects
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,12 @@ def snapshot(policy: Policy, holders: dict[str, Holders]) -> list[tuple[Place, T
         if holders[name].writer == dist.get_rank(group):
             whole[""] = parameter.detach()
             if policy.reference is not None:
-                whole["reference."] = policy.reference[name]
+                whole["reference."] = policy.reference.read(name)
         if policy.version > 0:  # Adam has no state before the first applied update
             for kind, tensor in _gather_adam(parameter, parts.get(name), holders[name], group):
                 whole[f"optimizer.state.{kind}."] = tensor
         for prefix, tensor in whole.items():
             pieces += _cut(templates[name], prefix, tensor)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
     return pieces
 
 
@@ -84,7 +82,8 @@ def restore(policy: Policy, folder: Path) -> None:
     wanted = {"weights": {name: templates[name] for name in parameters}}
     if policy.reference is not None:
         wanted["reference"] = {
-            name: _target(templates[name], "reference.", kept) for name, kept in policy.reference.items()
+            name: _target(templates[name], "reference.", torch.empty(parameter.shape, dtype=parameter.dtype))
+            for name, parameter in parameters.items()
         }
     parts = adam_parts(policy.optimizer, parameters) if policy.version > 0 else {}
     for name, part in parts.items():
@@ -95,8 +94,8 @@ def restore(policy: Policy, folder: Path) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(loaded["weights"][name])
-        for name, kept in (policy.reference or {}).items():
-            kept.copy_(loaded["reference"][name])
+        for name, kept in loaded.get("reference", {}).items():
+            policy.reference.write(name, kept)
     for name, part in parts.items():
         flat = {kind: loaded[kind][name].reshape(-1)[part.start : part.end] for kind in part.names}
         part.restore(flat, policy.version)
@@ -162,8 +161,8 @@ def _target(template, prefix: str, tensor: Tensor):
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=device().type == "cuda")
-    return copy.copy_(tensor.detach(), non_blocking=True)
+    """A copy in pageable memory, which goes back to the system once it is written; torch would keep pinned memory."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
 
 
 def _is_expert(parameter: Tensor) -> bool:

@@ -74,6 +74,11 @@ class Model(Section):
     recompute: Literal["none", "selective", "full"] = key(
         "none", "Activations computed again in the backward pass: `selective` is the MLPs', `full` all.", resumable=True
     )
+    reference_on: Literal["auto", "device", "host"] = key(
+        "auto",
+        "Where the frozen reference is: on the device, where its pass costs nothing but its memory, or in (pinned) host memory; `auto` is the device where it fits there beside the planned peak, and not with `trainer.offload`.",
+        resumable=True,
+    )
 
 
 class Policy(Section):

@@ -4,6 +4,9 @@ The plain optimizer keeps the state of whole parameters, the distributed one of 
 parameter. mcore's own route into a checkpoint fails for the distributed one under torch's Adam: it looks for a step
 count where only Apex's and Transformer Engine's have one. So what is saved is read here, parameter by parameter. The
 step count itself is the policy's ``version``: both advance by one with every applied update.
+
+torch's Adam counts steps in a tensor for each parameter: on the host, or where it is fused on the parameter's device.
+Apex's and Transformer Engine's FusedAdam count in a number for each group. What is saved has neither and loads as both.
 """
 
 from __future__ import annotations
@@ -47,13 +50,31 @@ class Part:
         state = self.inner.state[self.main]
         for name in MOMENTS:
             state[name] = values[name].to(self.main.device).reshape(self.main.shape).clone()
-        if isinstance(self.inner, torch.optim.Adam | torch.optim.AdamW):
-            state["step"] = torch.tensor(float(steps))
-        else:  # Apex's and Transformer Engine's count per group
+        if isinstance(self.inner, torch.optim.Adam):  # AdamW, too
+            fused = self.inner.param_groups[0]["fused"]
+            state["step"] = torch.tensor(float(steps), device=self.main.device if fused else "cpu")
+        else:
             for group in self.inner.param_groups:
                 group["step"] = steps
         if self.has_master:
             self.main.copy_(values[MASTER].reshape(self.main.shape))
+
+
+def inner_optimizers(optimizer) -> list[torch.optim.Optimizer]:
+    """torch's, Apex's or Transformer Engine's inside of mcore's ``optimizer``; none where a rank has no parameters."""
+    members = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [member.optimizer for member in members if member.optimizer is not None]
+
+
+def fuse(optimizer) -> None:
+    """Let torch's Adam, where mcore has taken it, update in one kernel.
+
+    Its other form on CUDA makes a list as large as one moment of all parameters: 4 bytes a parameter at every step.
+    """
+    for inner in inner_optimizers(optimizer):
+        if isinstance(inner, torch.optim.Adam):
+            for group in inner.param_groups:
+                group["foreach"], group["fused"] = False, True
 
 
 def adam_parts(optimizer, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, Part]:

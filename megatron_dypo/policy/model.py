@@ -19,6 +19,7 @@ from megatron_dypo.convert.families import FAMILIES
 from megatron_dypo.convert.mapping import STORED_NORMS
 from megatron_dypo.policy import weight_gradients
 from megatron_dypo.policy.accelerations import choose
+from megatron_dypo.policy.adam_state import fuse
 from megatron_dypo.policy.flash_kernels import use_best_flash_kernel
 from megatron_dypo.policy.layers import layer_spec
 from megatron_dypo.policy.rope import frequencies
@@ -187,7 +188,7 @@ def _mark_sharded(gpt: GPTModel) -> None:
 
 
 def build_optimizer(optimizer: Optimizer, dtype: torch.dtype, chunks: list[DistributedDataParallel]):
-    """mcore's Adam (fp32 master weights under bf16)."""
+    """mcore's Adam (fp32 master weights under bf16): Transformer Engine's or Apex's where installed, else torch's."""
     settings = OptimizerConfig(
         optimizer="adam",
         lr=optimizer.lr,
@@ -200,5 +201,9 @@ def build_optimizer(optimizer: Optimizer, dtype: torch.dtype, chunks: list[Distr
         params_dtype=dtype,
         use_distributed_optimizer=optimizer.distributed,
     )
+    cuda = torch.cuda.is_available()
     with cpu_shim.cuda_type_names():
-        return get_megatron_optimizer(settings, chunks, use_gloo_process_groups=torch.cuda.is_available())
+        built = get_megatron_optimizer(settings, chunks, use_gloo_process_groups=cuda)
+    if cuda:
+        fuse(built)
+    return built

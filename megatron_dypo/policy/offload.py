@@ -19,21 +19,22 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor, UntypedStorage
 
 from megatron_dypo.kernels import workspace
+from megatron_dypo.policy.adam_state import inner_optimizers
+from megatron_dypo.policy.host_memory import HostMemory
+from megatron_dypo.policy.reference import Reference
 from megatron_dypo.runtime.distributed import device
 from megatron_dypo.runtime.failure import phase
 
-CHUNK = 2**28  # bytes; torch rounds pinned memory up to a power of two, so one block of any size might cost twice that
-
 
 class Offload:
-    """Moves weights, gradients and optimizer state of this rank's model chunks off the device and back.
+    """Moves weights, gradients, optimizer state and a reference on the device off it and back.
 
     Between the two nothing may read or write any of them: their storages have 0 bytes.
     """
 
-    def __init__(self, chunks: list[DistributedDataParallel], optimizer):
-        self._chunks, self._optimizer = chunks, optimizer
-        self._host: list[Tensor] = []  # CHUNK bytes each, pinned where there is CUDA, and kept for the next time
+    def __init__(self, chunks: list[DistributedDataParallel], optimizer, reference: Reference | None):
+        self._chunks, self._optimizer, self._reference = chunks, optimizer, reference
+        self._host = HostMemory()
         self._kept: list[tuple[UntypedStorage, int]] = []  # what is empty after a copy, and its bytes
         self._gradients: list[tuple[UntypedStorage, int]] = []  # what is empty without one
         self._seconds = 0.0
@@ -50,10 +51,11 @@ class Offload:
         self.to_device()
 
     def to_host(self) -> None:
-        """Empty the device's storages; weights and optimizer state are copied first, gradients are not needed again."""
+        """Empty the device's storages; all but the gradients, which are not needed again, is copied first."""
         self.require_device()
         with self._timed():
-            self._kept = _sized(chain(_weights(self._chunks), _optimizer_state(self._optimizer)))
+            reference = self._reference.on_device() if self._reference else ()
+            self._kept = _sized(chain(_weights(self._chunks), _optimizer_state(self._optimizer), reference))
             self._gradients = _sized(_gradients(self._chunks))
             for on_device, on_host in self._pieces():
                 on_host.copy_(on_device, non_blocking=True)
@@ -84,21 +86,15 @@ class Offload:
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
-    def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(bytes of a storage, their place in host memory), piece by piece: storages end to end, over chunks' borders.
+    @property
+    def host_bytes(self) -> int:
+        """Host memory that is kept for the next time."""
+        return self._host.nbytes
 
-        The same storages get the same places each time.
-        """
-        used = 0
-        for storage, size in self._kept:
-            content, start = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage), 0
-            while start < size:
-                chunk, offset = divmod(used, CHUNK)
-                if chunk == len(self._host):
-                    self._host.append(torch.empty(CHUNK, dtype=torch.uint8, pin_memory=torch.cuda.is_available()))
-                length = min(size - start, CHUNK - offset)
-                yield content[start : start + length], self._host[chunk][offset : offset + length]
-                start, used = start + length, used + length
+    def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(bytes of a storage, their place in host memory), piece by piece."""
+        empty = torch.empty(0, dtype=torch.uint8, device=device())
+        return self._host.beside(empty.new_empty(0).set_(storage) for storage, _ in self._kept)
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -119,11 +115,11 @@ def _gradients(chunks: list[DistributedDataParallel]) -> Iterator[Tensor]:
 
 
 def _optimizer_state(optimizer) -> Iterator[Tensor]:
-    """Master weights and, from the first update on, moments."""
-    for member in getattr(optimizer, "chained_optimizers", [optimizer]):
-        for group in member.optimizer.param_groups:
+    """Master weights and, from the first update on, moments, and step counts where they are on the device."""
+    for inner in inner_optimizers(optimizer):
+        for group in inner.param_groups:
             yield from group["params"]
-        for state in member.optimizer.state.values():
+        for state in inner.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
 
 

@@ -28,6 +28,7 @@ from megatron_dypo.policy.accelerations import choose
 from megatron_dypo.policy.attention import Segments
 from megatron_dypo.policy.model import build_model, build_optimizer, whole_model_names
 from megatron_dypo.policy.offload import Offload
+from megatron_dypo.policy.reference import PLACES, Reference
 from megatron_dypo.policy.rope import angles, frequencies
 from megatron_dypo.policy.routing import Routing, balance_weights, routed_counts, routing_metrics
 from megatron_dypo.policy.shape import ModelShape
@@ -46,7 +47,11 @@ class Policy:
             self.parameters |= whole_model_names(chunk.module, dict(chunk.module.named_parameters()))
         load_weights(self.parameters, shape, layout, read_weights)
         self.optimizer = build_optimizer(config.optimizer, training_dtype(config.model.dtype), self.chunks)
-        self.offload = Offload(self.chunks, self.optimizer)
+        self.reference: Reference | None = None
+        if needs_reference(config.objective) and config.objective.reference != "previous":
+            on = config.model.reference_on  # `auto` has been settled where a run starts (plan/reference.py)
+            self.reference = PLACES["device" if on == "auto" else on](self.parameters)
+        self.offload = Offload(self.chunks, self.optimizer, self.reference)
         schedule = self.chunks[0].config  # all chunks' and the schedule's
         # The one place where mcore's own normalisation is switched off: every coefficient is already global.
         schedule.finalize_model_grads_func = lambda models, num_tokens=None, **keywords: finalize_model_grads(
@@ -64,8 +69,7 @@ class Policy:
         self.version = 0
         self._replays = config.policy.routing != "own"
         self._routed: list[Routing] = []  # of the last training pass, until its metrics are taken
-        self.reference: dict[str, Tensor] | None = None  # by parameter name, in host memory
-        if needs_reference(config.objective) and config.objective.reference != "previous":
+        if self.reference:
             self.keep_reference()
 
     def logprobs(self, batches: list[MicroBatch]) -> list[Tensor]:
@@ -135,7 +139,8 @@ class Policy:
 
     def keep_reference(self) -> None:
         """Freeze the current weights as the reference."""
-        self.reference = self._on_host()
+        self.offload.require_device()
+        self.reference.keep()
 
     def refresh_reference(self, step: int) -> None:
         """Before step ``step`` (first is 1): with ``reference: every:N``, freeze anew at steps 1, N + 1, ..."""
@@ -145,26 +150,12 @@ class Policy:
 
     @contextmanager
     def reference_weights(self) -> Iterator[None]:
-        """Swap the reference into the modules, and the policy back, bit for bit. Its routers choose for themselves."""
-        assert self.reference is not None
-        current, replays = self._on_host(), self._replays
-        self._fill(self.reference)
-        self._replays = False
-        yield
-        self._replays = replays
-        self._fill(current)
-
-    def _on_host(self) -> dict[str, Tensor]:
-        """A copy of this rank's weights in host memory, pinned where there is CUDA."""
+        """The reference in the modules, and the policy back, bit for bit. Its routers choose for themselves."""
         self.offload.require_device()
-        weights = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters.items()}
-        pinned = torch.cuda.is_available()
-        return {name: weight.pin_memory() for name, weight in weights.items()} if pinned else weights
-
-    @torch.no_grad()
-    def _fill(self, weights: dict[str, Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(weights[name], non_blocking=True)
+        replays, self._replays = self._replays, False
+        with self.reference.weights():
+            yield
+        self._replays = replays
 
     def _run(
         self,

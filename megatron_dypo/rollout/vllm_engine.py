@@ -24,6 +24,7 @@ from megatron_dypo.rollout.vllm_arguments import (
 from megatron_dypo.rollout.vllm_versions import installed
 from megatron_dypo.runtime import deterministic
 from megatron_dypo.runtime.distributed import device_kind, launch_rank
+from megatron_dypo.runtime.memory import DEVICE
 from megatron_dypo.sync.checksum import Watched
 from megatron_dypo.sync.transfer import hand_over
 
@@ -91,12 +92,22 @@ class VllmEngine:
         self._wake("weights", "kv_cache")  # vLLM takes an engine of which any part sleeps to be asleep already
         self._llm.sleep(level=1 if keep_weights else 2)
         self._asleep = {"weights", "kv_cache"}
+        self._note_unmapped()
         self._dropped |= not keep_weights
 
     def _wake(self, *parts: str) -> None:
         if wanted := self._asleep.intersection(parts):
             self._llm.wake_up(sorted(wanted))
             self._asleep -= wanted
+            self._note_unmapped()
+
+    def _note_unmapped(self) -> None:
+        """What is asleep is not on the device, though torch counts it."""
+        if torch.cuda.is_available():
+            from vllm.device_allocator.cumem import CuMemAllocator
+
+            allocations = CuMemAllocator.get_instance().pointer_to_data.values()
+            DEVICE.unmapped(sum(each.handle[1] for each in allocations if each.tag in self._asleep))
 
 
 class _Client:
