@@ -25,6 +25,7 @@ from megatron_dypo.convert.stream import random_weights
 from megatron_dypo.errors import TrainingError
 from megatron_dypo.evaluate.inside import evaluate_now
 from megatron_dypo.monitor.monitor import Monitor
+from megatron_dypo.plan.reference import place_reference
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.policy.schedule import learning_rate
 from megatron_dypo.policy.shape import hf_folder
@@ -37,6 +38,7 @@ from megatron_dypo.runtime import deterministic, distributed
 from megatron_dypo.runtime.addresses import all_here
 from megatron_dypo.runtime.distributed import Layout
 from megatron_dypo.runtime.failure import begin_step, phase
+from megatron_dypo.runtime.memory import device_bytes
 from megatron_dypo.runtime.stop_request import StopRequest
 from megatron_dypo.runtime.stopwatch import Stopwatch
 from megatron_dypo.runtime.watchdog import Watchdog
@@ -62,6 +64,17 @@ def train(config: Config, inputs: Inputs, start_engine: Callable[..., Engine | N
         return _train(config, inputs, layout, watchdog, start_engine)
 
 
+def _place_reference(config: Config, inputs: Inputs, layout: Layout) -> None:
+    """Settle ``model.reference_on``, the same on every rank."""
+    memory = min(filter(None, distributed.all_gather_objects(device_bytes())), default=None)
+    engine = 0.0  # bytes of the device that it has for good
+    if memory and not config.trainer.offload:
+        held = {"vllm": config.rollout.engine_memory * memory, "transformers": 4.0 * inputs.shape.parameters}
+        engine = held.get(engine_name(config), 0.0)
+    config.model.reference_on, said = place_reference(config, inputs.shape, layout, memory, engine)
+    log.info(said)
+
+
 def _train(
     config: Config, inputs: Inputs, layout: Layout, watchdog: Watchdog, start_engine: Callable[..., Engine | None]
 ) -> bool:
@@ -76,6 +89,7 @@ def _train(
         if engine and trainer.offload:
             engine.sleep(keep_weights=False)
     with phase("policy start"):
+        _place_reference(config, inputs, layout)
         hf = config.model.hf
         read = folder_weights(hf_folder(hf)) if hf else random_weights(inputs.shape, trainer.seed)
         policy = Policy(config, inputs.shape, layout, read)

@@ -147,3 +147,27 @@ def test_damaged_folders_are_named(tmp_path):
     weights.unlink()
     with pytest.raises(UserError, match=r"no model\.safetensors"):
         folder_weights(Path(tmp_path))
+
+
+def drawn(cores: int, block: int) -> dict:
+    import os
+
+    from megatron_dypo.convert import stream
+
+    os.sched_getaffinity = lambda process: range(cores)
+    stream.BLOCK = block
+    read = stream.random_weights(SHAPE, seed=7)
+    return {name: read(name).numpy() for name in hf_shapes(SHAPE)}
+
+
+def test_initial_weights_do_not_depend_on_the_number_of_threads_and_their_blocks_are_independent():
+    from megatron_dypo.runtime.seeding import generator
+
+    name = "model.embed_tokens.weight"
+    alone, together, whole = (run_ranks(1, drawn, *each)[0] for each in ((1, 1000), (5, 1000), (5, 2**20)))
+    assert alone.keys() == together.keys() and all((alone[each] == together[each]).all() for each in alone)
+    blocks = torch.from_numpy(alone[name]).view(-1)[:6000].view(6, 1000)
+    gram = blocks @ blocks.T / SHAPE.init_std**2 / 1000
+    assert (gram - torch.eye(6)).abs().max() < 0.2, "of unit variance, and no two alike"
+    drawn_at_once = torch.randn(SHAPE.vocab_size, SHAPE.hidden_size, generator=generator(7, "weights", name))
+    assert torch.equal(torch.from_numpy(whole[name]), drawn_at_once * SHAPE.init_std)

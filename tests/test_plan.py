@@ -13,11 +13,15 @@ from megatron_dypo.config.schema import Parallel
 from megatron_dypo.errors import UserError
 from megatron_dypo.plan.cluster import Candidate, Cluster, Work
 from megatron_dypo.plan.gpus import gpu
+from megatron_dypo.plan.host import host_need
 from megatron_dypo.plan.layouts import plan
 from megatron_dypo.plan.memory import GIB, UNEVEN, activation_bytes, policy_need, rank_parameters
+from megatron_dypo.plan.reference import place_reference
 from megatron_dypo.plan.released import RELEASED, planned_shape
 from megatron_dypo.plan.steptime import step_seconds
 from megatron_dypo.policy.shape import PRESETS, ModelShape
+from megatron_dypo.runtime.distributed import Layout
+from tests.batches import make_config
 from tests.ranks import run_ranks
 
 SHAPE = dataclasses.replace(
@@ -78,6 +82,121 @@ def test_weights_gradients_and_optimizer_are_what_ranks_hold(parallel, ranks, di
 @pytest.mark.parametrize(("parallel", "ranks"), EXPERT_LAYOUTS, ids=[str(each[0]) for each in EXPERT_LAYOUTS])
 def test_experts_are_what_ranks_hold(parallel, ranks):
     compare(MIXTURE, parallel, ranks, distributed=True)
+
+
+HOST_CASES = [  # (model, sections, ranks)
+    ("llama-tied", {"model": {"dtype": "bf16"}}, 1),
+    ("llama", {"model": {"dtype": "bf16"}, "optimizer": {"distributed": True}}, 2),
+    ("qwen3", {"parallel": {"tensor": 2, "sequence_parallel": True}}, 2),
+    ("qwen3_moe", {"model": {"dtype": "bf16"}, "optimizer": {"distributed": True}, "parallel": {"expert": 2}}, 2),
+]
+NO_REFERENCE = {"method": "grpo", "kl_coef": 0.0}
+
+
+def held_on_the_host(model: str, sections: dict) -> list[dict]:
+    """Of this rank, in each combination: bytes allocated, and the planner's of reference, trainer.offload, a save."""
+    from megatron_dypo.checkpoint.state import exchange_holders, snapshot
+    from megatron_dypo.convert.stream import random_weights
+    from megatron_dypo.plan.command import work_of
+    from megatron_dypo.plan.reference import candidate_of
+    from megatron_dypo.policy import host_memory
+    from megatron_dypo.policy.policy import Policy
+    from megatron_dypo.policy.shape import model_shape
+    from megatron_dypo.runtime import distributed as runtime
+
+    host_memory.CHUNK = 4096  # of pinned memory
+    layout, found = None, []
+    for on in ("none", "previous", "device", "host"):
+        objective = {"none": NO_REFERENCE, "previous": {"reference": "previous"}}.get(on, {})
+        config = make_config(model, **sections, objective=objective)
+        config.model.reference_on = on if on in ("device", "host") else "auto"
+        config.trainer.save_every = 1
+        layout = layout or runtime.init(config.parallel)
+        shape = model_shape(config.model)
+        policy = Policy(config, shape, layout, random_weights(shape, 0))
+        policy.zero_gradients()
+        policy.step(1e-3)
+        before = policy.offload.host_bytes
+        with policy.offload.on_host():
+            pass
+        allocated = {
+            "reference": getattr(policy.reference, "host_bytes", 0),
+            "offload": policy.offload.host_bytes,
+            "snapshot": sum(tensor.nbytes for _, tensor in snapshot(policy, exchange_holders(policy))),
+        }
+        assert before == 0
+        kept = on if on in ("device", "host") else "none"
+        candidate = dataclasses.replace(candidate_of(config, layout), reference=kept, placement="turns")
+        dtype = "fp32" if config.model.dtype == "auto" else config.model.dtype
+        planned = host_need(shape, candidate, work_of(config, None, None, 0.5, 0.25), dtype)
+        beside = host_need(shape, dataclasses.replace(candidate, placement="beside"), WORK, dtype)
+        assert (beside.reference, beside.offload, beside.snapshot) == (planned.reference, 0, 0)
+        found.append({"on": on, "allocated": allocated, "planned": dataclasses.asdict(planned)})
+    return found
+
+
+@pytest.mark.parametrize(("model", "sections", "ranks"), HOST_CASES, ids=str)
+def test_host_memory_of_reference_offload_and_saving_is_what_is_allocated(model, sections, ranks):
+    """Exactly for the reference; within what mcore pads and step counts take for offload. A save is of all ranks."""
+    everyone = run_ranks(ranks, held_on_the_host, model, sections)
+    for at_once in zip(*everyone, strict=True):
+        for found in at_once:
+            allocated, planned = found["allocated"], found["planned"]
+            assert allocated["reference"] == planned["reference"], found["on"]
+            assert (planned["reference"] > 0) == (found["on"] == "host")
+            assert allocated["offload"] == pytest.approx(planned["offload"], rel=0.05), found["on"]
+        sums = [sum(found[which]["snapshot"] for found in at_once) for which in ("allocated", "planned")]
+        assert sums[0] == pytest.approx(sums[1], rel=0.01), at_once[0]["on"]
+    offload = {found["on"]: found["planned"]["offload"] for found in everyone[0]}
+    assert offload["none"] == offload["previous"] == offload["host"] < offload["device"]
+
+
+def placed(memory_gib: float | None, engine_gib: float = 0.0, offload: bool = False, **model) -> tuple[str, str]:
+    """Where a small policy's reference comes to lie on a GPU of this size."""
+    config = make_config(model={"dtype": "bf16"} | model)
+    config.trainer.offload = offload
+    memory = None if memory_gib is None else round(memory_gib * GIB)
+    shape = dataclasses.replace(SHAPE, num_layers=64, hidden_size=2048, ffn_hidden_size=8192)
+    return place_reference(config, shape, Layout(), memory, engine_gib * GIB)
+
+
+def test_a_reference_is_on_the_device_exactly_where_it_fits_beside_peak_and_engine():
+    where, said = placed(200)
+    assert where == "device" and "on the device, where it fits" in said and "of 200" in said
+    need = policy_need(
+        dataclasses.replace(SHAPE, num_layers=64, hidden_size=2048, ffn_hidden_size=8192),
+        Candidate(tensor=1, pipeline=1, data=1, **PLACED | {"placement": "turns"}, reference="device"),
+        dataclasses.replace(WORK, budget=200, longest=1024 + 40),
+    )
+    assert need.reference == need.weights > 5 * GIB
+    edge = need.policy / GIB
+    assert placed(edge + 0.01)[0] == "device" and placed(edge - 0.01)[0] == "host"
+    assert placed(edge + 30.01, engine_gib=30)[0] == "device" and placed(edge + 29.99, engine_gib=30)[0] == "host"
+    assert (
+        placed(200, offload=True)[0] == "host"
+        and placed(None)[0] == "device"
+        and placed(None, offload=True)[0] == "host"
+    )
+    for on in ("device", "host"):
+        where, said = placed(1, offload=True, reference_on=on)
+        assert where == on and "as model.reference_on says" in said
+
+
+def test_a_plan_puts_the_reference_where_steps_are_fastest_and_counts_it_there():
+    shape, cluster = RELEASED["Qwen/Qwen2.5-7B"], Cluster(8, 141 * GIB, gpu("h200"))
+    work = dataclasses.replace(WORK, passes=2, reference="auto", saves=True)
+    best = plan(shape, cluster, work)[0]
+    assert {made.candidate.reference for made in best if made.candidate.placement == "turns"} == {"host"}
+    assert "device" in {made.candidate.reference for made in best if made.candidate.placement == "beside"}
+    for made in best:
+        on_device = made.candidate.reference == "device"
+        assert made.need.reference == (made.need.weights if on_device else 0)
+        assert (made.host.reference > 0) != on_device and made.host.snapshot > 0
+        assert f"model.reference_on={made.candidate.reference} " in made.candidate.overrides(0.5) + " "
+    forced = plan(shape, cluster, dataclasses.replace(work, reference="host"))[0]
+    assert {made.candidate.reference for made in forced} == {"host"}
+    none = plan(shape, cluster, dataclasses.replace(WORK, saves=False))[0]
+    assert all(made.host.reference == made.host.snapshot == 0 for made in none)
 
 
 def compare(shape: ModelShape, parallel: dict, ranks: int, distributed: bool) -> None:

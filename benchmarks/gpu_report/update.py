@@ -37,6 +37,7 @@ from megatron_dypo.plan.cluster import Candidate
 from megatron_dypo.plan.cluster import Work as PlannedWork
 from megatron_dypo.plan.memory import RESERVE, policy_need
 from megatron_dypo.policy.policy import Policy
+from megatron_dypo.policy.reference import PLACES
 from megatron_dypo.policy.shape import ModelShape, model_shape
 from megatron_dypo.records import Group, Kind
 from megatron_dypo.runtime.memory import take_peaks
@@ -157,7 +158,7 @@ def _updates(
 
 def _memory(record: Record, shape: ModelShape, config: Config, batch: Batch, peaks: list[float]) -> None:
     """``plan``'s prediction without its reserve for contexts and fragments, which torch does not count either."""
-    candidate = Candidate(1, 1, 1, 1, 1, config.model.recompute, "turns")
+    candidate = Candidate(1, 1, 1, 1, 1, config.model.recompute, "turns", reference="device")
     work = PlannedWork(
         prompts=batch.prompts,
         samples=batch.samples,
@@ -197,21 +198,12 @@ def _profile(record: Record, policy: Policy, config: Config, batch: Batch, group
 
 
 def _swaps(record: Record, policy: Policy) -> None:
-    """Reference in, and the policy back."""
-    ahead, back = [], []
-    for _ in range(SWAPS):
-        began = now()
-        with policy.reference_weights():
-            within = now()
-            ahead.append(within - began)
-            within = now()
-        back.append(now() - within)
-    where = next(iter(policy.reference.values())).device.type
-    kept = "device" if where == "cuda" else "host"
-    both = median(ahead) + median(back)
-    record.figure(f"reference/swap_{kept}", both, "s", f"reference in and out; kept on the {kept}")
-    record.figure("reference/in", median(ahead), "s", "reference in")
-    record.figure("reference/out", median(back), "s", "reference out, the policy back")
+    """The reference in and the policy back, from each place that a reference may have."""
+    for on, place in PLACES.items():
+        reference = place(policy.parameters)
+        reference.keep()
+        both = median(seconds_of(reference.swap) + seconds_of(reference.swap) for _ in range(SWAPS))
+        record.figure(f"reference/swap_{on}", both, "s", f"reference in and out; kept on the {on}")
 
 
 def _gather(record: Record, policy: Policy) -> None:

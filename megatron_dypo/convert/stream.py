@@ -6,7 +6,10 @@ weights and the sync to the rollout engine pass through here; checkpoints are co
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -20,17 +23,35 @@ from megatron_dypo.policy.shape import ModelShape
 from megatron_dypo.runtime.distributed import Layout, device
 from megatron_dypo.runtime.seeding import generator
 
+BLOCK = 2**20  # numbers that are drawn from one hash
+
 
 def random_weights(shape: ModelShape, seed: int) -> Callable[[str], Tensor]:
-    """Initial weights by Hugging Face name: norms 1, biases 0, others N(0, init_std) drawn from hash(seed, name)."""
+    """Initial weights by Hugging Face name: norms 1, biases 0, others N(0, init_std) drawn from hash(seed, name).
+
+    On the host, whatever the device: GPUs of different makes draw different numbers. A thread draws some 1e8 a second,
+    so a large tensor is drawn in blocks, each from a hash of its own, by as many threads as this rank has cores.
+    """
     shapes = hf_shapes(shape)
+    cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+    def draw(name: str, block_N: Tensor, number: int) -> None:
+        parts = (name, number) if number else (name,)
+        block_N.normal_(generator=generator(seed, "weights", *parts)).mul_(shape.init_std)
 
     def read(name: str) -> Tensor:
         if name.endswith("norm.weight"):
             return torch.ones(shapes[name])
         if name.endswith(".bias"):
             return torch.zeros(shapes[name])
-        return torch.randn(shapes[name], generator=generator(seed, "weights", name)) * shape.init_std
+        weight = torch.empty(shapes[name])
+        blocks = weight.view(-1).split(BLOCK)
+        if len(blocks) == 1:
+            draw(name, weight, 0)
+            return weight
+        with ThreadPoolExecutor(cores) as pool:
+            list(pool.map(draw, itertools.repeat(name), blocks, itertools.count()))
+        return weight
 
     return read
 

@@ -74,6 +74,11 @@ def needs_reference(objective: Objective) -> bool:
     return uses_gal or objective.kl_coef > 0 or objective.ratio_base == "reference"
 
 
+def keeps_reference(objective: Objective) -> bool:
+    """Whether that takes a copy of the weights; the previous rollout's log-probs are at hand."""
+    return needs_reference(objective) and objective.reference != "previous"
+
+
 def _per_token(objective: Objective, override: bool | None) -> bool:
     return objective.scale == "token" if override is None else override
 

@@ -23,7 +23,8 @@ class Work:
 
     ``mid`` and ``hard`` are shares of the prompts; the rest is Easy and trains nothing. ``budget``: a micro-batch's
     tokens. ``passes``: of log-probs over the rollouts, 2 with a reference. ``overlap``: servers sample meanwhile.
-    ``balanced``: with policy.aux_loss.
+    ``balanced``: with policy.aux_loss. ``reference``: as model.reference_on where a copy of the weights is kept, else
+    ``none``. ``saves``: checkpoints are written meanwhile.
     """
 
     prompts: int
@@ -39,6 +40,8 @@ class Work:
     updates: int = 1
     overlap: bool = False
     balanced: bool = False
+    reference: str = "none"
+    saves: bool = False
 
     @property
     def rollout_trained(self) -> float:
@@ -60,7 +63,8 @@ class Candidate:
 
     ``placement``: ``beside`` the policy on every GPU for good, in ``turns`` with it (trainer.offload), or on
     ``servers``: ``server_gpus`` of their own. ``engine_tensor`` GPUs to an engine: 1 in process. A mixture's experts
-    lie on ``expert`` x ``expert_tensor`` of a stage's ranks.
+    lie on ``expert`` x ``expert_tensor`` of a stage's ranks. ``reference``: ``none``, on the ``device`` or the
+    ``host``. ``sharded``: the optimizer's state, over the ranks that hold the same weights.
     """
 
     tensor: int
@@ -74,20 +78,32 @@ class Candidate:
     engine_tensor: int = 1
     expert: int = 1
     expert_tensor: int = 1
+    reference: str = "none"
+    sharded: bool = True
 
     @property
     def ranks(self) -> int:
         return self.tensor * self.pipeline * self.context * self.data
 
     @property
-    def shards(self) -> int:
-        """Ranks that share the distributed optimizer's state."""
+    def copies(self) -> int:
+        """Ranks that hold the same weights."""
         return self.data * self.context
 
     @property
-    def expert_shards(self) -> int:
-        """Of them, those that share an expert's: expert data parallelism."""
+    def expert_copies(self) -> int:
+        """Ranks that hold the same experts: expert data parallelism."""
         return self.ranks // (self.pipeline * self.expert * self.expert_tensor)
+
+    @property
+    def shards(self) -> int:
+        """Ranks that share the optimizer's state."""
+        return self.copies if self.sharded else 1
+
+    @property
+    def expert_shards(self) -> int:
+        """Ranks that share an expert's."""
+        return self.expert_copies if self.sharded else 1
 
     @property
     def engines(self) -> int:
@@ -105,6 +121,7 @@ class Candidate:
             "parallel.expert_tensor": self.expert_tensor,
             "model.recompute": self.recompute,
             "optimizer.distributed": self.shards > 1,
+            "model.reference_on": "auto" if self.reference == "none" else self.reference,
             "trainer.offload": self.placement == "turns",
             "rollout.engine": "server" if self.placement == "servers" else "vllm",
             "rollout.engine_memory": f"{engine_memory:.2f}",

@@ -6,7 +6,7 @@ from megatron_dypo.config.checks import check_policy
 from megatron_dypo.config.schema import Config
 from megatron_dypo.errors import UserError
 from megatron_dypo.monitor.progress import print_table
-from megatron_dypo.objectives.coefficients import needs_reference
+from megatron_dypo.objectives.coefficients import keeps_reference
 from megatron_dypo.plan.cluster import Cluster, Work
 from megatron_dypo.plan.layouts import Plan, Rejected, plan
 from megatron_dypo.plan.memory import GIB
@@ -39,10 +39,12 @@ def work_of(
         budget=config.data.max_tokens_per_microbatch,
         mid=mid,
         hard=hard,
-        passes=1 + needs_reference(config.objective),
+        passes=1 + keeps_reference(config.objective),
         updates=config.objective.updates_per_rollout,
         overlap=config.rollout.overlap,
         balanced=config.policy.aux_loss > 0,
+        reference=config.model.reference_on if keeps_reference(config.objective) else "none",
+        saves=config.trainer.save_every > 0,
     )
 
 
@@ -58,13 +60,17 @@ def show_plan(config: Config, cluster: Cluster, work: Work, everything: bool = F
         f"{work.mid:.0%} Mid, {work.hard:.0%} Hard; micro-batches of {work.budget} tokens."
     )
     shown = fits if everything else _of_each_cut(fits)[:BEST]
-    print_table(*_rows(shown), {"layout", "recompute", "vLLM"})
+    print_table(*_rows(shown), {"layout", "recompute", "vLLM", "reference"})
     if fits:
         best = fits[0]
         ranks = f"{best.candidate.ranks} trainer ranks"
         if best.candidate.placement == "servers":
             ranks += f", {best.candidate.engines} servers of {best.candidate.engine_tensor} GPUs"
         print(f"best ({ranks}): {best.candidate.overrides(best.engine_memory)}")
+        pinned = (
+            f"{best.host.reference / GIB:.1f} GiB pinned for the reference, {best.host.offload / GIB:.1f} for offload"
+        )
+        print(f"its host memory, a rank: {pinned}, {best.host.snapshot / GIB:.1f} while a checkpoint is written")
     else:
         print("nothing fits")
     _print_rejected(rejected, everything)
@@ -81,16 +87,16 @@ def _of_each_cut(fits: list[Plan]) -> list[Plan]:
 
 
 def _rows(plans: list[Plan]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    header = ("layout", "recompute", "vLLM", "policy GiB", "static", "activations", "vLLM GiB")
+    header = ("layout", "recompute", "vLLM", "reference", "policy GiB", "static", "activations", "vLLM GiB", "host GiB")
     header += ("step s", "rollout", "log-probs", "update", "sync", "offload", "tokens/s/GPU")
     rows = []
     for made in plans:
         c, need, seconds = made.candidate, made.need, made.seconds
         where = f"{c.engines} servers x {c.engine_tensor}" if c.placement == "servers" else c.placement
-        sizes = (need.policy, need.static, need.activations, need.engine)
+        sizes = (need.policy, need.static, need.activations, need.engine, made.host.total)
         times = (seconds.step, seconds.rollout, seconds.logprob, seconds.update, seconds.sync, seconds.offload)
         numbers = [f"{size / GIB:.1f}" for size in sizes] + [f"{time:.1f}" for time in times]
-        rows.append((str(c), c.recompute, where, *numbers, f"{made.tokens_per_second:.0f}"))
+        rows.append((str(c), c.recompute, where, c.reference, *numbers, f"{made.tokens_per_second:.0f}"))
     return header, rows
 
 

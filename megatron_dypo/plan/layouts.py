@@ -11,6 +11,7 @@ from megatron_dypo.config.checks import check_layout
 from megatron_dypo.config.schema import Parallel
 from megatron_dypo.errors import UserError
 from megatron_dypo.plan.cluster import Candidate, Cluster, Work, expert_parts
+from megatron_dypo.plan.host import HostNeed, host_need
 from megatron_dypo.plan.memory import Need, engine_room, misfit, policy_need
 from megatron_dypo.plan.steptime import Seconds, step_seconds
 from megatron_dypo.policy.shape import ModelShape
@@ -29,6 +30,7 @@ class Plan:
 
     candidate: Candidate
     need: Need
+    host: HostNeed
     seconds: Seconds
     engine_memory: float
     tokens_per_second: float  # of prompts and responses, on each GPU
@@ -51,7 +53,7 @@ def plan(shape: ModelShape, cluster: Cluster, work: Work) -> tuple[list[Plan], l
         if fault:
             closest[cut] = (float("inf"), fault)
             continue
-        for candidate in candidates:
+        for candidate in (replace(each, reference=on) for each in candidates for on in _references(each, work)):
             need = policy_need(shape, candidate, work)
             if found := misfit(shape, candidate, cluster, work, need):
                 closest[cut] = min(closest.get(cut, found), found)
@@ -61,13 +63,21 @@ def plan(shape: ModelShape, cluster: Cluster, work: Work) -> tuple[list[Plan], l
             engine = 0.0 if candidate.placement == "servers" else room
             seconds = step_seconds(shape, candidate, cluster, work, replace(need, engine=room))
             rate = work.prompts * work.samples * work.mean_sequence / seconds.step / cluster.gpus
-            made = Plan(candidate, replace(need, engine=engine), seconds, room / cluster.memory, rate)
+            host = host_need(shape, candidate, work)
+            made = Plan(candidate, replace(need, engine=engine), host, seconds, room / cluster.memory, rate)
             key = str(candidate), candidate.placement, candidate.engine_tensor
             if key not in best or made.seconds.step < best[key].seconds.step:
                 best[key] = made
     fastest = min((made.seconds.step for made in best.values()), default=0.0)
     ranked = sorted(best.values(), key=lambda made: _rank(made, fastest))
     return ranked, [Rejected(cut, reason) for cut, (_, reason) in closest.items() if cut not in fitting]
+
+
+def _references(candidate: Candidate, work: Work) -> tuple[str, ...]:
+    """Where a reference may be; with ``auto`` not on a device that it would leave in every step (plan/reference.py)."""
+    if work.reference != "auto":
+        return (work.reference,)
+    return ("host",) if candidate.placement == "turns" else ("device", "host")
 
 
 def _rank(made: Plan, fastest: float) -> tuple[float, ...]:

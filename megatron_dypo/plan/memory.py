@@ -23,6 +23,7 @@ from megatron_dypo.policy.shape import ModelShape
 
 GIB = 2**30
 WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12  # bytes a parameter in bf16: the optimizer's are a master copy and two moments
+WIDTHS = {"bf16": (WEIGHT, OPTIMIZER), "fp32": (4, 8)}  # bytes a parameter of the weight, and of the optimizer's state
 RESERVE = 5 * GIB  # CUDA's context, NCCL's buffers, CUDA graphs, and what an allocator cannot use
 ENGINE_RESERVE = 2 * GIB  # vLLM's own activations and graphs
 ENGINE_MOST = 0.9  # vLLM's share of a GPU at most
@@ -32,18 +33,22 @@ UNEVEN = 1.5  # tokens of the busiest rank's experts against an even share; a gu
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes on a trainer's GPU; ``engine`` is what vLLM can have there (0 with servers)."""
+    """Bytes on a trainer's GPU; ``engine`` is what vLLM can have there (0 with servers).
+
+    ``optimizer`` is also what an update takes at its peak: Adam is fused (policy/adam_state.py) and makes no copies.
+    """
 
     weights: float
     gradients: float
     optimizer: float
     activations: float
     head: float
+    reference: float = 0.0
     engine: float = 0.0
 
     @property
     def static(self) -> float:
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.reference
 
     @property
     def policy(self) -> float:
@@ -117,10 +122,11 @@ def _mlp_bytes(shape: ModelShape, candidate: Candidate) -> tuple[float, float]:
     return router + experts + 6 * shape.shared_ffn_hidden_size, 3 * copies * 2 * h * candidate.expert_tensor
 
 
-def _head_bytes(shape: ModelShape, candidate: Candidate, tokens: float) -> float:
+def _head_bytes(shape: ModelShape, candidate: Candidate, tokens: float, dtype: str) -> float:
     """The loss tokens' hidden states, gathered, and what ``kernels/`` takes for their log-probs and gradients."""
-    hidden = shape.hidden_size
-    return 2 * tokens * hidden + head_bytes(math.ceil(tokens), hidden, shape.padded_vocab, ranks=candidate.tensor)
+    sizes = math.ceil(tokens), shape.hidden_size, shape.padded_vocab
+    kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    return tokens * shape.hidden_size * kind.itemsize + head_bytes(*sizes, kind, ranks=candidate.tensor)
 
 
 def cache_bytes(shape: ModelShape, tensor: int) -> float:
@@ -128,18 +134,25 @@ def cache_bytes(shape: ModelShape, tensor: int) -> float:
     return 2 * 2 * shape.num_layers * max(1, shape.num_query_groups / tensor) * shape.head_dim
 
 
-def policy_need(shape: ModelShape, candidate: Candidate, work: Work) -> Need:
+def policy_need(shape: ModelShape, candidate: Candidate, work: Work, dtype: str = "bf16") -> Need:
     """What training takes on the busiest rank. Sequence parallelism wherever tensor parallelism is."""
-    dense = dense_parameters(shape, candidate.tensor, candidate.pipeline)
-    experts = expert_parameters(shape, candidate.pipeline, candidate.expert, candidate.expert_tensor)
+    dense, experts = held(shape, candidate)
+    weight, optimizer = WIDTHS[dtype]
     tokens = max(work.budget, work.longest) / candidate.context
     return Need(
-        weights=WEIGHT * (dense + experts),
+        weights=weight * (dense + experts),
         gradients=GRADIENT * (dense + experts),
-        optimizer=OPTIMIZER * (dense / candidate.shards + experts / candidate.expert_shards),
-        activations=activation_bytes(shape, candidate, tokens),
-        head=_head_bytes(shape, candidate, tokens),
+        optimizer=optimizer * (dense / candidate.shards + experts / candidate.expert_shards),
+        activations=weight / WEIGHT * activation_bytes(shape, candidate, tokens),
+        head=_head_bytes(shape, candidate, tokens, dtype),
+        reference=weight * (dense + experts) if candidate.reference == "device" else 0.0,
     )
+
+
+def held(shape: ModelShape, candidate: Candidate) -> tuple[int, int]:
+    """Parameters of the busiest rank: (those outside of experts, experts)."""
+    dense = dense_parameters(shape, candidate.tensor, candidate.pipeline)
+    return dense, expert_parameters(shape, candidate.pipeline, candidate.expert, candidate.expert_tensor)
 
 
 def engine_need(shape: ModelShape, tensor: int, work: Work) -> float:

@@ -58,7 +58,9 @@ def step_seconds(shape: ModelShape, candidate: Candidate, cluster: Cluster, work
         update += _pass_seconds(shape, candidate, cluster, work, work.trained, 1, FORWARD)
     if work.updates > 1:  # the trajectory coefficients are refreshed before each
         update += forward
-    moved = 2 * (need.weights + need.optimizer) if candidate.placement == "turns" else 0.0
+    moved = 2 * (need.weights + need.optimizer + need.reference) if candidate.placement == "turns" else 0.0
+    if candidate.reference == "host" and work.passes > 1:  # in and out; the link carries both directions at once
+        moved += 2 * need.weights
     return Seconds(
         rollout=_rollout_seconds(shape, candidate, cluster, work, need.engine),
         logprob=work.passes * forward,

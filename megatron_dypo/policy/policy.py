@@ -23,7 +23,7 @@ from megatron_dypo.convert.stream import hf_tensors, load_weights
 from megatron_dypo.errors import TrainingError
 from megatron_dypo.kernels import LogProbs, linear_logprob, linear_loss
 from megatron_dypo.objectives import TokenStreams
-from megatron_dypo.objectives.coefficients import needs_reference
+from megatron_dypo.objectives.coefficients import keeps_reference
 from megatron_dypo.policy.accelerations import choose
 from megatron_dypo.policy.attention import Segments
 from megatron_dypo.policy.model import build_model, build_optimizer, whole_model_names
@@ -48,7 +48,7 @@ class Policy:
         load_weights(self.parameters, shape, layout, read_weights)
         self.optimizer = build_optimizer(config.optimizer, training_dtype(config.model.dtype), self.chunks)
         self.reference: Reference | None = None
-        if needs_reference(config.objective) and config.objective.reference != "previous":
+        if keeps_reference(config.objective):
             on = config.model.reference_on  # `auto` has been settled where a run starts (plan/reference.py)
             self.reference = PLACES["device" if on == "auto" else on](self.parameters)
         self.offload = Offload(self.chunks, self.optimizer, self.reference)
