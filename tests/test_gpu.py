@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -285,3 +286,50 @@ def test_compiled_rope_is_rope_and_the_same_in_both_passes():
             turned[compiled] = out.float(), gradient.float()
         for ours, theirs in zip(turned[True], turned[False], strict=True):
             assert (ours - theirs).norm() < 0.01 * theirs.norm()
+
+
+# --- the reference and the optimizer
+
+
+def swaps_and_a_step(on: str) -> dict:
+    """Whether swaps are exact, how much pinned memory there is after each, and what an update takes at its peak."""
+    from megatron_dypo.convert.stream import random_weights
+    from megatron_dypo.policy import reference
+    from megatron_dypo.policy.policy import Policy
+    from megatron_dypo.policy.shape import model_shape
+    from megatron_dypo.runtime import distributed
+    from tests.batches import make_config
+
+    reference.STAGE = 1 << 12  # both staging buffers are used many times over
+    config = make_config(model={"reference_on": on})
+    shape = model_shape(config.model)
+    policy = Policy(config, shape, distributed.init(), random_weights(shape, seed=1))
+    frozen = {name: parameter.detach().clone() for name, parameter in policy.parameters.items()}
+    with torch.no_grad():
+        for parameter in policy.parameters.values():
+            parameter.add_(0.5)
+    current = {name: parameter.detach().clone() for name, parameter in policy.parameters.items()}
+    holds = lambda weights: all(torch.equal(policy.parameters[name], weights[name]) for name in weights)  # noqa: E731
+    found: dict = {"exact": [], "pinned": []}
+    for _ in range(3):
+        with policy.reference_weights():
+            within = holds(frozen)
+        found["exact"].append(within and holds(current))
+        statistics = torch.cuda.host_memory_stats().items()
+        found["pinned"].append({key: count for key, count in statistics if re.fullmatch(r"allocat.*\.current", key)})
+    for _ in range(2):  # the first update makes the moments
+        policy.zero_gradients()
+        policy.grad_norm()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        policy.step(1e-3)
+    found["peak"] = (torch.cuda.max_memory_allocated() - before) / sum(p.numel() for p in policy.parameters.values())
+    return found
+
+
+@pytest.mark.parametrize("on", ["device", "host"])
+def test_reference_swaps_are_exact_without_more_pinned_memory_and_an_update_copies_no_moment(on):
+    (found,) = run_ranks(1, swaps_and_a_step, on, seconds=300)
+    assert found["exact"] == [True] * 3
+    assert found["pinned"][0] and found["pinned"][0] == found["pinned"][2]
+    assert found["peak"] < 2, "bytes a parameter; a copy of one moment would be 4"
