@@ -64,15 +64,15 @@ def train(config: Config, inputs: Inputs, start_engine: Callable[..., Engine | N
         return _train(config, inputs, layout, watchdog, start_engine)
 
 
-def _place_reference(config: Config, inputs: Inputs, layout: Layout) -> None:
-    """Settle ``model.reference_on``, the same on every rank."""
+def _place_reference(config: Config, inputs: Inputs, layout: Layout) -> str:
+    """Settle ``model.reference_on``, the same on every rank; returns a line about it, empty where none is kept."""
     memory = min(filter(None, distributed.all_gather_objects(device_bytes())), default=None)
     engine = 0.0  # bytes of the device that it has for good
     if memory and not config.trainer.offload:
         held = {"vllm": config.rollout.engine_memory * memory, "transformers": 4.0 * inputs.shape.parameters}
         engine = held.get(engine_name(config), 0.0)
     config.model.reference_on, said = place_reference(config, inputs.shape, layout, memory, engine)
-    log.info(said)
+    return said
 
 
 def _train(
@@ -89,7 +89,7 @@ def _train(
         if engine and trainer.offload:
             engine.sleep(keep_weights=False)
     with phase("policy start"):
-        _place_reference(config, inputs, layout)
+        placed = _place_reference(config, inputs, layout)
         hf = config.model.hf
         read = folder_weights(hf_folder(hf)) if hf else random_weights(inputs.shape, trainer.seed)
         policy = Policy(config, inputs.shape, layout, read)
@@ -131,6 +131,8 @@ def _train(
 
     with Monitor(config, layout, counters.step) as monitor, reward, StopRequest() as stop, watchdog.reporting():
         monitor.notice(warnings(config))
+        if placed:
+            monitor.say(placed)
         sync()
         if counters.step == 0 and (before := evaluate(0)):
             monitor.write(0, before)

@@ -53,9 +53,12 @@ class Monitor:
             self._progress.close()
 
     def notice(self, lines: list[str]) -> None:
+        for line in lines:
+            self.say(f"warning: {line}")
+
+    def say(self, line: str) -> None:
         if self._active:
-            for line in lines:
-                self._progress.log(f"warning: {line}")
+            self._progress.log(line)
 
     def write(self, step: int, metrics: dict) -> None:
         """One line of metrics; ``step`` 0 is the evaluation before training."""

@@ -19,15 +19,16 @@ if TYPE_CHECKING:
 def place_reference(
     config: Config, shape: ModelShape, layout: Layout, memory: int | None, engine: float
 ) -> tuple[str, str]:
-    """(``device`` or ``host``, a line that says so and why) for a run whose ``model.dtype`` is settled.
+    """(``device`` or ``host``, a line that says so and why) for a run whose ``model.dtype`` is settled; without a
+    reference the key as it is, and no line.
 
     ``memory``: bytes of a GPU, None without CUDA; ``engine``: what a rollout engine has of it for good.
     """
     if not keeps_reference(config.objective):
-        return config.model.reference_on, "no reference is kept"
+        return config.model.reference_on, ""
     candidate = replace(candidate_of(config, layout), reference="device")
     need = policy_need(shape, candidate, work_of(config, None, None, 0.5, 0.25), config.model.dtype)
-    size = f"reference ({need.reference / GIB:.1f} GiB a rank)"
+    size = f"reference ({need.reference / GIB:.3g} GiB a rank)"
     if config.model.reference_on != "auto":
         return config.model.reference_on, f"{size}: on the {config.model.reference_on}, as model.reference_on says"
     if config.trainer.offload:
