@@ -16,7 +16,7 @@ import torch
 from megatron_dypo.config.schema import Model
 from megatron_dypo.runtime.distributed import training_dtype
 
-_MODULES = ("amp_C", "flash_attn_interface", "fused_weight_gradient_mlp_cuda", "transformer_engine")
+_MODULES = ("flash_attn_interface", "fused_weight_gradient_mlp_cuda", "transformer_engine")
 MOST_FLASH_WIDTH = 256  # of a head, in torch's own flash attention and in FlashAttention 3
 _KERNELS = {  # best first; torch's name: (module, torch that trains with it, compute capabilities, widest head)
     "FA3": ("flash_attn_interface", (2, 11), (9,), MOST_FLASH_WIDTH),
