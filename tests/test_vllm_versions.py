@@ -259,13 +259,39 @@ def test_the_requirements_are_the_newest_tested_row_and_become_any_other():
     assert below[0] <= versions.release(named["transformer-engine"]) < below[1]
 
 
-def test_make_venv_gets_the_requirements_for_the_torch_of_its_python(tmp_path):
-    """A Python with a torch of another row, as far as metadata go."""
-    (tmp_path / "torch-2.11.0.dist-info").mkdir()
-    (tmp_path / "torch-2.11.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.11.0\n")
-    command = [sys.executable, "megatron_dypo/runtime/versions.py", "requirements/cuda.txt"]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": tmp_path})
-    assert "vllm==0.26.0\n" in ran.stdout and "torch 2.11.0: vLLM 0.26.0" in ran.stderr
+def executable(path: Path, script: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize("torch_found, vllm_taken", [("2.11.0", "0.26.0"), ("2.12.1", "0.32.0")])
+def test_make_venv_on_cuda_takes_the_row_of_its_pythons_torch_and_keeps_that_torch(tmp_path, torch_found, vllm_taken):
+    """Its own script; a GPU, a torch and an environment as far as it looks at them."""
+    log, place = tmp_path / "log", tmp_path / f"torch-{torch_found}.dist-info"
+    place.mkdir()
+    (place / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {torch_found}\n")
+    made = executable(tmp_path / "made", f'echo "$@" >> {log}')
+    make = f'echo "$@" >> {log}; mkdir -p "${{@: -1}}/bin"; cp {made} "${{@: -1}}/bin/python"; exit'
+    python = executable(tmp_path / "python", f'if [ "$1 $2" = "-m venv" ]; then {make}; fi\nexec {sys.executable} "$@"')
+    executable(tmp_path / "bin/nvidia-smi", "echo GPU 0: NVIDIA H200")
+    variables = {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "PYTHON": python,
+        "PYTHONPATH": tmp_path,
+        "VENV": tmp_path / "venv",
+    }
+    for times in (1, 2):  # the second finds it made
+        ran = subprocess.run(
+            ["tools/make_venv.sh"], cwd=ROOT, capture_output=True, text=True, env=os.environ | variables
+        )
+        assert ran.returncode == 0 and f"vLLM {vllm_taken}" in ran.stderr, ran.stderr
+        venv, install = log.read_text().splitlines()
+        assert venv == f"-m venv --system-site-packages {tmp_path / 'venv'}", times
+        assert f"-c {tmp_path / 'venv/requirements.txt'} -e .[cuda,dev]" in install
+    wanted = (tmp_path / "venv/requirements.txt").read_text()
+    assert f"vllm=={vllm_taken}\n" in wanted and f"torch=={versions.row_for(torch_found).torch}\n" in wanted
 
 
 def test_the_package_asks_for_the_tables_bounds(monkeypatch):
