@@ -20,6 +20,7 @@ from megatron_dypo.checkpoint.folders import step_folder
 from megatron_dypo.checkpoint.saver import Saver
 from megatron_dypo.config.checks import warnings
 from megatron_dypo.config.schema import Config
+from megatron_dypo.convert.finite import require_finite
 from megatron_dypo.convert.hf_folder import folder_weights
 from megatron_dypo.convert.stream import random_weights
 from megatron_dypo.errors import TrainingError
@@ -27,6 +28,7 @@ from megatron_dypo.evaluate.inside import evaluate_now
 from megatron_dypo.monitor.monitor import Monitor
 from megatron_dypo.plan.reference import place_reference
 from megatron_dypo.policy.policy import Policy
+from megatron_dypo.policy.probe import probe
 from megatron_dypo.policy.schedule import learning_rate
 from megatron_dypo.policy.shape import hf_folder
 from megatron_dypo.preflight import Inputs, agree_on_day, check_agreement
@@ -93,10 +95,16 @@ def _train(
         hf = config.model.hf
         read = folder_weights(hf_folder(hf)) if hf else random_weights(inputs.shape, trainer.seed)
         policy = Policy(config, inputs.shape, layout, read)
+        if hf:
+            require_finite(policy.parameters, inputs.shape, layout, f"model.hf: {hf}")
+    if hf and (config.model.probe == "on" or (config.model.probe == "auto" and not inputs.checkpoints)):
+        with phase("log-prob probe"):
+            probe(policy, Path(hf_folder(hf)), tokenizer, config.parallel.timeout)
     counters = Counters()
     if inputs.checkpoints:
         with phase("checkpoint load"):
             counters = load_newest(run_dir, inputs.checkpoints, policy)
+            require_finite(policy.parameters, inputs.shape, layout, f"trainer.run_dir: {run_dir}: step {counters.step}")
     if torch.cuda.is_available():  # nothing is compiled on the CPU
         with phase("warm-up"):
             log.info("compiled and warmed up in %.1f s, before the first step", warm_up(policy, config))

@@ -204,13 +204,21 @@ def json_changed(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def sharded(hf: Path, missing: str = "") -> None:
-    """The weights as two shards with an index; ``missing`` is in the index and not in its shard."""
+def marked(path: Path) -> None:
+    """With a byte order mark, as editors on Windows write it."""
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+
+
+def sharded(hf: Path, missing: str = "", unnamed: str = "") -> None:
+    """The weights as two shards with an index; ``missing`` is in the index and not in its shard, ``unnamed`` the other
+    way round, with ones in it."""
     (hf / "model.safetensors").unlink()
     tensors, shards = zeros(), {}
     for i, (name, tensor) in enumerate(tensors.items()):
         shards.setdefault(f"model-{i % 2 + 1}.safetensors", {})[name] = tensor
     where = {name: file for file, shard in shards.items() for name in shard}
+    if unnamed:
+        shards[where.pop(unnamed)][unnamed].fill_(1)
     (hf / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     for file, shard in shards.items():
         save_file({name: tensor for name, tensor in shard.items() if name != missing}, hf / file)
@@ -227,6 +235,10 @@ ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq
 }
 SPOILT_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "config.json absent": (lambda hf: (hf / "config.json").unlink(), "model.hf: cannot read {hf}/config.json: "),
+    "config.json with a byte order mark": (
+        lambda hf: marked(hf / "config.json"),
+        "model.hf: cannot read {hf}/config.json: Unexpected UTF-8 BOM",
+    ),
     "config.json cut": (
         lambda hf: (hf / "config.json").write_text('{"model'),
         "model.hf: cannot read {hf}/config.json: ",
@@ -234,14 +246,14 @@ SPOILT_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "config.json a list": (lambda hf: (hf / "config.json").write_text("[]"), "model.hf: {hf}/config.json "),
     "no layer count": (
         lambda hf: json_changed(hf / "config.json", num_hidden_layers=None),
-        "model.hf: {hf}/config.json: num_hidden_layers ",
+        "model.hf: {hf}/config.json: num_hidden_layers: transformers refuses it: ",
     ),
     "other family": (
         lambda hf: json_changed(hf / "config.json", model_type="gpt2"),
         "model.hf: {hf}/config.json: model_type 'gpt2' ",
     ),
     "other rope": (
-        lambda hf: json_changed(hf / "config.json", rope_scaling={"rope_type": "yarn"}),
+        lambda hf: json_changed(hf / "config.json", rope_scaling={"rope_type": "yarn", "factor": 2.0}),
         "model.hf: {hf}/config.json: rope type 'yarn' ",
     ),
     "few embeddings": (
@@ -280,12 +292,36 @@ SPOILT_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         "{hf}/model.safetensors: cannot be read: ",
     ),
     "index cut": (
-        lambda hf: (hf / "model.safetensors.index.json").write_text("{}"),
+        lambda hf: sharded(hf) or (hf / "model.safetensors.index.json").write_text("{}"),
         "{hf}/model.safetensors.index.json: ",
     ),
     "shard absent": (
-        lambda hf: (hf / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model-1.safetensors"}}'),
+        lambda hf: sharded(hf) or (hf / "model-1.safetensors").unlink(),
         "{hf}/model-1.safetensors: cannot be read: ",
+    ),
+    "index with a byte order mark": (
+        lambda hf: sharded(hf) or marked(hf / "model.safetensors.index.json"),
+        "{hf}/model.safetensors.index.json: not an index of shards: ",
+    ),
+    "head of a tied model that is not its embedding": (
+        lambda hf: (
+            json_changed(hf / "config.json", tie_word_embeddings=True),
+            save_file(zeros() | {"lm_head.weight": torch.ones(128, 128)}, hf / "model.safetensors"),
+        ),
+        "{hf}/model.safetensors: tensor lm_head.weight is not the embedding, though config.json says ",
+    ),
+    "head of a tied model in no index": (
+        lambda hf: (
+            json_changed(hf / "config.json", tie_word_embeddings=True),
+            sharded(hf, unnamed="lm_head.weight"),
+        ),
+        "{hf}/model-1.safetensors: tensor lm_head.weight is not the embedding, though config.json says ",
+    ),
+    "tensor of another kind": (
+        lambda hf: save_file(
+            zeros() | {"model.norm.weight": torch.zeros(128).to(torch.float8_e4m3fn)}, hf / "model.safetensors"
+        ),
+        "{hf}/model.safetensors: tensor model.norm.weight is F8_E4M3, which is not read; known: ",
     ),
     "tokenizer cut": (
         lambda hf: (hf / "tokenizer.json").write_text('{"model": {}}'),
@@ -306,13 +342,17 @@ def test_a_spoilt_hugging_face_folder_is_refused_by_its_file(config, hf, capsys,
     "name, value, about",
     [
         ("hidden_act", "gelu", "hidden_act 'gelu' is not supported; known: silu"),
-        ("hidden_act", 3, "hidden_act must be a string, got 3"),
-        ("rope_scaling", "linear", "rope_scaling must be a mapping, got 'linear'"),
-        ("rope_parameters", [1], "rope_parameters must be a mapping, got [1]"),
+        ("hidden_act", 3, "hidden_act: transformers refuses it: TypeError: Field 'hidden_act' expected str, got int"),
+        ("rope_scaling", "linear", "rope_parameters: transformers refuses it: "),
+        ("rope_parameters", [1], "rope_parameters: transformers refuses it: "),
         ("rope_parameters", {"rope_theta": "x"}, "rope_theta must be a positive number, got 'x'"),
         ("rope_scaling", {"type": ["linear"]}, "rope type ['linear'] is not supported; known: default, linear, llama3"),
         ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}, "rope type 'yarn' is not supported"),
-        ("rope_scaling", {"rope_type": "linear"}, "factor must be a positive number, got None"),
+        ("rope_scaling", {"rope_type": "linear"}, 'transformers refuses it: "Missing required keys in `rope_param'),
+        ("rope_scaling", {"rope_type": "linear", "factor": 0}, "factor must be a positive number, got 0"),
+        ("partial_rotary_factor", 0.5, "partial_rotary_factor 0.5 is not supported; known: 1.0"),
+        ("quantization_config", {"quant_method": "fp8"}, "quantization_config: weights are read as they are: "),
+        ("text_config", {"hidden_size": 128}, "text_config: a model within a model is not supported"),
         (
             "rope_scaling",
             ROPE | {"low_freq_factor": 4.0},
@@ -324,11 +364,14 @@ def test_a_spoilt_hugging_face_folder_is_refused_by_its_file(config, hf, capsys,
         ("num_attention_heads", True, "num_attention_heads must be an integer from 1 on, got True"),
         ("num_key_value_heads", "2", "num_key_value_heads must be an integer from 1 on, got '2'"),
         ("rms_norm_eps", "1e-5", "rms_norm_eps must be a positive number, got '1e-5'"),
+        ("rms_norm_eps", 1, "rms_norm_eps: transformers refuses it: TypeError: "),
+        ("rms_norm_eps", 0.0, "rms_norm_eps must be a positive number, got 0.0"),
+        ("dtype", "bf17", "transformers refuses it: module 'torch' has no attribute 'bf17'"),
         ("initializer_range", 10**400, "initializer_range must be a positive number, got 1000"),
         ("tie_word_embeddings", "no", "tie_word_embeddings must be true or false, got 'no'"),
         ("attention_bias", True, "attention_bias True is not supported; known: False"),
-        ("model_type", ["llama"], "model_type must be a string, got ['llama']"),
-        ("hidden_size", None, "hidden_size must be an integer from 1 on, got None"),
+        ("model_type", ["llama"], "model_type ['llama'] is not supported; known: llama, "),
+        ("hidden_size", None, "hidden_size: transformers refuses it: TypeError: "),
     ],
 )
 def test_a_value_of_config_json_is_refused_by_file_and_key(config, hf, capsys, name, value, about):
@@ -344,10 +387,11 @@ def test_heads_that_do_not_group_are_refused_by_the_folder_that_says_so(config, 
 
 
 def test_what_config_json_leaves_out_has_its_default(config, hf):
-    left_out = dict.fromkeys(
-        ["num_key_value_heads", "head_dim", "rope_theta", "hidden_act", "tie_word_embeddings", "attention_bias"]
-    )
-    json_changed(hf / "config.json", **left_out, rms_norm_eps=1, rope_parameters={"rope_theta": 7})
+    fields = json.loads((hf / "config.json").read_text())
+    for name in ("head_dim", "rope_theta", "rope_scaling", "hidden_act", "tie_word_embeddings", "attention_bias"):
+        del fields[name]
+    changed = {"num_key_value_heads": None, "rms_norm_eps": 1.0, "rope_parameters": {"rope_theta": 7}}
+    (hf / "config.json").write_text(json.dumps(fields | changed))
     shape = model_shape(load_config(config, ["model.preset=null", f"model.hf={hf}"]).model)
     assert shape == dataclasses.replace(PRESETS["tiny"], norm_eps=1.0, rope_base=7.0)
 

@@ -47,13 +47,14 @@ ENGINE = {
 }
 BUDGET = {"data.max_tokens_per_microbatch", "model.recompute", "model.attention_backend", "model.layer_spec"}
 BUDGET |= {"model.reference_on"}
+START = {"model.probe"}
 OPERATION = {
     *("parallel.timeout", "parallel.heartbeat_timeout", "rollout.sync_timeout", "trainer.max_skipped_steps"),
     *("trainer.eval_every", "trainer.save_every", "trainer.keep_checkpoints", "trainer.spike_factor"),
     *("trainer.deterministic", "trainer.offload", "reward.cpu_seconds", "reward.workers"),
 }
 EVALUATION = {name for name in KEYS if name.startswith("evaluation.")}
-MAY_CHANGE = EVALUATION | LAYOUT | LOGGING | PATHS | STEPS | ENGINE | BUDGET | OPERATION
+MAY_CHANGE = EVALUATION | LAYOUT | LOGGING | PATHS | STEPS | ENGINE | BUDGET | START | OPERATION
 
 
 @pytest.fixture

@@ -103,6 +103,23 @@ def test_non_finite_gradient_on_one_rank_is_applied_on_none():
         assert not result["changed"] and result["version"] == 0
 
 
+def skipped_for_weights() -> str:
+    """The reason of a step that one rank's weights spoil."""
+    from megatron_dypo.runtime.stopwatch import Stopwatch
+    from megatron_dypo.update import update_policy
+
+    config, policy = build({"tensor": 2})
+    if policy.layout.rank == 1:
+        policy.parameters["decoder.layers.1.self_attention.linear_qkv.weight"].data[-1, 0] = float("nan")
+    groups = make_groups()
+    return update_policy(policy, groups, config, trace_ids, 1e-3, Stopwatch()).skipped
+
+
+def test_a_step_skipped_for_weights_that_are_not_finite_names_them():
+    for skipped in run_ranks(2, skipped_for_weights):
+        assert skipped.startswith("NaN or infinite weights: model.layers.1.self_attn.v_proj.weight; so prompt ")
+
+
 def reference_swap() -> bool:
     """The reference goes in, gives its own log-probs, and the policy comes back bit for bit."""
     from megatron_dypo.update import logprob_passes, make_work, run_updates

@@ -61,6 +61,11 @@ class Model(Section):
         None, "Tokenizer folder; default: `model.hf`, or the built-in arithmetic tokenizer for a preset."
     )
     dtype: Literal["auto", "fp32", "bf16"] = key("auto", "Training dtype; `auto` is bf16 on CUDA and fp32 on CPU.")
+    probe: Literal["auto", "on", "off"] = key(
+        "auto",
+        "Compare the log-probs of a short text with transformers' on rank 0 after `model.hf` is loaded: `auto` at a fresh start, where the folder fits into a quarter of the free host memory, for a minute at most.",
+        resumable=True,
+    )
     attention_backend: Literal["auto", "sdpa", "flash", "te"] = key(
         "auto",
         "Core attention: torch's SDPA, torch's variable-length flash attention (CUDA), or Transformer Engine's (with `layer_spec: te`); `auto` is the last of these that this machine has.",

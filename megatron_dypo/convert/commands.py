@@ -27,6 +27,7 @@ from megatron_dypo.config import load_config
 from megatron_dypo.config.checks import check_layout
 from megatron_dypo.config.schema import Config, Model, Parallel
 from megatron_dypo.convert import hf_writer
+from megatron_dypo.convert.finite import watched
 from megatron_dypo.convert.hf_folder import check_folder, folder_weights
 from megatron_dypo.convert.hf_metadata import copy_metadata, set_ends, write_config
 from megatron_dypo.convert.mapping import hf_shapes, rules
@@ -57,7 +58,7 @@ def import_folder(hf: str, out: Path, parallel: Parallel, dtype: str | None, all
     check_layout(parallel, shape, 0, "convert import")
     join()
     check_folder(source, shape, allow_bin)
-    read = _in_dtype(folder_weights(source, allow_bin), dtype)
+    read = watched(_in_dtype(folder_weights(source, allow_bin), dtype), source, log.warning)
     with _output(out) as folder:
         rank, world = dist.get_rank(), dist.get_world_size()
         part = None
@@ -89,14 +90,15 @@ def export_folder(checkpoint: Path, out: Path, hf: str | None, dtype: str | None
     dtypes = {name: DTYPES[dtype] if dtype else weights.dtype(name) for name in shapes}
     sizes = {name: math.prod(size) * dtypes[name].itemsize for name, size in shapes.items()}
     shards = hf_writer.plan_shards(sizes, shard_bytes)
+    read = watched(_in_dtype(weights.read, dtype), folder, log.warning)
     with _output(out) as target:
         rank, world = dist.get_rank(), dist.get_world_size()
         for file, names in list(shards.items())[rank::world]:
             tensors = {name: shapes[name] for name in names}
-            hf_writer.write_shard(target / file, tensors, dtypes, _in_dtype(weights.read, dtype))
+            hf_writer.write_shard(target / file, tensors, dtypes, read)
         dist.barrier()
         if rank == 0:
-            _write_metadata(folder, metadata, shape, target, DTYPES.get(dtype))
+            _write_metadata(folder, metadata, shape, target, set(dtypes.values()), asked=dtype is not None)
             hf_writer.write_index(target, shards, sum(sizes.values()))
     return f"{out}: {len(shapes)} tensors of {folder}, {sum(sizes.values()) / 1e9:.2f} GB in {len(shards)} files"
 
@@ -125,10 +127,15 @@ def metadata_folder(folder: Path) -> str | None:
 
 
 def _write_metadata(
-    folder: Path, metadata: Path | None, shape: ModelShape, target: Path, dtype: torch.dtype | None
+    folder: Path, metadata: Path | None, shape: ModelShape, target: Path, dtypes: set[torch.dtype], asked: bool
 ) -> None:
-    """What goes with a checkpoint's weights: the folder's they came from, with the run's tokenizer; or made anew."""
+    """What goes with a checkpoint's weights: the folder's they came from, with the run's tokenizer; or made anew.
+
+    ``dtypes``: of the weights that are written. ``config.json`` names it, since transformers and vLLM load in the dtype
+    that stands there; but what was only imported keeps what it says unless another dtype was ``asked`` for.
+    """
     run = run_config(folder)
+    dtype = dtypes.pop() if len(dtypes) == 1 and (asked or not metadata or run) else None
     if metadata:
         own = run.model.tokenizer if run else None
         changed = shape if source_folder(str(metadata))[1] != shape else None
@@ -138,11 +145,11 @@ def _write_metadata(
             set_ends(target, load_tokenizer(run, shape).end_ids)
     elif run:
         tokenizer = load_tokenizer(run, shape)
-        write_config(shape, target, tokenizer.end_ids)
+        write_config(shape, target, tokenizer.end_ids, dtype)
         tokenizer.save(target)
     else:
         log.warning("%s: nothing tells of its tokenizer, so the folder will hold none", folder)
-        write_config(shape, target, None)
+        write_config(shape, target, None, dtype)
 
 
 def model_of(folder: Path, origin: str | None) -> ModelShape:

@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_dypo.convert.hf_writer import CODES
 from megatron_dypo.convert.mapping import hf_shapes, last_names
-from megatron_dypo.convert.rules import HEAD
+from megatron_dypo.convert.rules import EMBEDDING, HEAD
 from megatron_dypo.errors import UserError
 from megatron_dypo.policy.shape import ModelShape
+from megatron_dypo.runtime.distributed import launch_rank
 from megatron_dypo.runtime.plain_name import is_plain
+
+# What a folder's weights may be called; of several, transformers loads the first.
+LAYOUTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+ROWS = 2048  # of a head and an embedding that are compared at a time
+
+log = logging.getLogger(__name__)
 
 
 def folder_weights(folder: str | Path, allow_bin: bool = False) -> Callable[[str], Tensor]:
@@ -37,55 +52,93 @@ def folder_weights(folder: str | Path, allow_bin: bool = False) -> Callable[[str
 def check_folder(folder: str | Path, shape: ModelShape, allow_bin: bool = False) -> None:
     """Raise UserError naming file and tensor unless the folder holds exactly the model's tensors, in their shapes.
 
-    Only the files' headers are read. What a checkpoint may hold besides: a tied model's head, and rotary frequencies.
+    Of all tensors but a tied model's head only the files' headers are read. What a checkpoint may hold besides: that
+    head, where it equals the embedding, and rotary frequencies.
     """
     listing, where = _contents(Path(folder), allow_bin)
+    if launch_rank() == 0:
+        _warn_of_a_second_set(Path(folder))
     for last in last_names(shape):  # before a number of layers or experts that is none makes a table of their tensors
         if last not in where:
             raise UserError(f"{listing}: tensor {last} is missing")
     expected = hf_shapes(shape)
     opened = {file: _open(file) for file in set(where.values())}
-    held = {file: set(shard.keys()) for file, shard in opened.items()}
-    for file, names in held.items():
-        for name in names:
-            if where.get(name, file) != file:
-                raise UserError(f"{file}: tensor {name} is also in {where[name]}, which the index names")
     for name, size in expected.items():
-        file = where.get(name, listing)
-        if name not in held.get(file, ()):
-            raise UserError(f"{file}: tensor {name} is missing")
-        found = opened[file].get_slice(name).get_shape()
-        if tuple(found) != size:
-            raise UserError(f"{file}: tensor {name} has shape {found}, but config.json makes it {list(size)}")
+        if name not in where:
+            raise UserError(f"{listing}: tensor {name} is missing")
+        tensor = opened[where[name]].get_slice(name)
+        if tuple(tensor.get_shape()) != size:
+            found = f"tensor {name} has shape {tensor.get_shape()}, but config.json makes it {list(size)}"
+            raise UserError(f"{where[name]}: {found}")
+        if tensor.get_dtype() not in CODES.values():
+            known = ", ".join(CODES.values())
+            raise UserError(f"{where[name]}: tensor {name} is {tensor.get_dtype()}, which is not read; known: {known}")
     for name, file in where.items():
         spare = name.endswith(".rotary_emb.inv_freq") or (shape.tied_embeddings and name == HEAD)
         if name not in expected and not spare:
             raise UserError(f"{file}: tensor {name} has no place in a model of family {shape.family}")
+    if shape.tied_embeddings and HEAD in where:
+        pair = [opened[where[name]].get_slice(name) for name in (HEAD, EMBEDDING)]
+        if not _equal(*pair):
+            raise UserError(
+                f"{where[HEAD]}: tensor {HEAD} is not the embedding, though config.json says tie_word_embeddings: "
+                "set that to false to keep this head, as transformers does, or remove the tensor"
+            )
+
+
+def _equal(head, embedding) -> bool:
+    """Whether two tensors, as slices of their files, are equal; some rows in memory at a time."""
+    rows = head.get_shape()[0]
+    return head.get_shape() == embedding.get_shape() and all(
+        torch.equal(head[at : at + ROWS].float(), embedding[at : at + ROWS].float()) for at in range(0, rows, ROWS)
+    )
 
 
 def _contents(folder: Path, allow_bin: bool) -> tuple[Path, dict[str, Path]]:
-    """The file that lists the folder's tensors, and which file holds each; every file can be opened."""
-    stem, suffix = "model", "safetensors"
-    if not any(folder.glob("*.safetensors*")) and (pickles := sorted(folder.glob("pytorch_model*.bin"))):
-        if not allow_bin:
-            raise UserError(f"{pickles[0]}: a pickle, and no safetensors beside it; `convert import --bin` reads it")
-        stem, suffix = "pytorch_model", "bin"
-    index = folder / f"{stem}.{suffix}.index.json"
-    if index.exists():
-        try:
-            shards = json.loads(index.read_text())["weight_map"].items()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{index}: not an index of {suffix} files: {error!r}") from None
-        if strange := [shard for _, shard in shards if not is_plain(shard)]:
-            raise UserError(f"{index}: {strange[0]!r:.80} is no file of this folder")
-        where = {name: folder / shard for name, shard in shards}
-        for shard in set(where.values()):
-            _open(shard)
-        return index, where
-    single = folder / f"{stem}.{suffix}"
-    if single.exists():
-        return single, dict.fromkeys(_open(single).keys(), single)
-    raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+    """The file that lists the folder's tensors, and which file holds each; every file can be opened.
+
+    Of several sets of weights it is the one that transformers loads.
+    """
+    there = [folder / name for name in LAYOUTS if (folder / name).is_file()]
+    if not there:
+        raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+    listing = there[0]
+    if listing.name.startswith("pytorch_model") and not allow_bin:
+        kind = "a pickle" if listing.suffix == ".bin" else "an index of pickles"
+        raise UserError(f"{listing}: {kind}, and no safetensors beside it; `convert import --bin` reads it")
+    if listing.suffix != ".json":
+        return listing, dict.fromkeys(_open(listing).keys(), listing)
+    named = _weight_map(listing)
+    where = {}
+    for file in sorted(set(named.values())):
+        for name in _open(file).keys():  # noqa: SIM118 - no mapping
+            if (first := where.setdefault(name, file)) != file:
+                raise UserError(f"{file}: tensor {name} is also in {first}")
+    for name, file in named.items():
+        if where.get(name) != file:
+            raise UserError(f"{file}: tensor {name} is missing")
+    return listing, where
+
+
+def _weight_map(index: Path) -> dict[str, Path]:
+    """Tensor -> file, as an index of shards has it."""
+    try:
+        shards = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{index}: not an index of shards: {error!r}") from None
+    if strange := [shard for shard in shards.values() if not is_plain(shard)]:
+        raise UserError(f"{index}: {strange[0]!r:.80} is no file of this folder")
+    return {name: index.parent / shard for name, shard in shards.items()}
+
+
+def _warn_of_a_second_set(folder: Path) -> None:
+    """Warn where a folder holds two whole sets of safetensors, of which one is not read."""
+    single, index = (folder / name for name in LAYOUTS[:2])
+    if single.is_file() and index.is_file() and all(file.is_file() for file in set(_weight_map(index).values())):
+        log.warning(
+            "%s: holds two sets of weights: %s is read, as transformers does, not the shards of %s; remove the old one",
+            *(folder, single.name, index.name),
+        )
 
 
 def _open(path: Path):
@@ -124,6 +177,12 @@ class _BinSlice:
 
     def get_shape(self) -> list[int]:
         return list(self._tensor.shape)
+
+    def get_dtype(self) -> str:
+        return CODES.get(self._tensor.dtype, str(self._tensor.dtype))
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self._tensor[rows]
 
 
 @functools.cache

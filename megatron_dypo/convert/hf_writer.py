@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
-_CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def plan_shards(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
@@ -42,7 +42,7 @@ def write_shard(
     end = 0
     for name, shape in shapes.items():
         start, end = end, end + math.prod(shape) * dtypes[name].itemsize
-        header[name] = {"dtype": _CODES[dtypes[name]], "shape": list(shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": CODES[dtypes[name]], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as stream:

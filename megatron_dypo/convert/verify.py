@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,31 +19,35 @@ import torch.distributed as dist
 from megatron_dypo.config.checks import check_layout
 from megatron_dypo.config.schema import Config, Data, Model, Objective, Parallel, Trainer
 from megatron_dypo.convert.commands import check_checkpoint, source_folder
+from megatron_dypo.convert.finite import describe, is_finite
 from megatron_dypo.convert.hf_folder import check_folder, folder_weights
 from megatron_dypo.convert.mapping import hf_shapes, rules
 from megatron_dypo.convert.megatron_folder import MegatronFolder, checkpoint_folder
+from megatron_dypo.convert.reference import TEXT, gaps, policy_logprobs, transformers_logprobs
 from megatron_dypo.convert.tokenizer_files import tokenizer_files
 from megatron_dypo.data.tokenizer import load_tokenizer
 from megatron_dypo.policy.shape import ModelShape
 from megatron_dypo.records import Prompt
 from megatron_dypo.runtime.distributed import all_gather_objects, init, join, training_backend, world_size
 
+if TYPE_CHECKING:
+    from megatron_dypo.policy.policy import Policy
+
 TOLERANCE = 1e-4  # nats, fp32, on log-probs
-NAMED = 8  # differing tensors that are named
-TEXT = """\
-A baker sells 48 rolls in the morning, and half as many in the afternoon. How many rolls does she sell that day? In the
-afternoon she sells 48 / 2 = 24 rolls. Altogether she sells 48 + 24 = 72 rolls, so the answer is \\boxed{72}.
-Let f(x) = x^2 - 5x + 6; its roots are 2 and 3, since (x - 2)(x - 3) = x^2 - 5x + 6. Überprüfen wir das:
-4 - 10 + 6 = 0 und 9 - 15 + 6 = 0. 因此方程的两个根是 2 和 3。 def square(n: int) -> int: return n * n
-"""
+NAMED = 8  # tensors that are named
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by an element's bytes
 
 
 @dataclass
 class Comparison:
-    """``differing``: a line for each tensor that is not the same; ``gap``: of log-probs, in nats, over ``tokens``."""
+    """``differing``: a line for each tensor that is not the same; ``gap``: of log-probs, in nats, over ``tokens``.
+
+    ``unfinite``: a line for each tensor with a NaN or an infinity, which may be the same all the same.
+    """
 
     tensors: int
     differing: list[str] = field(default_factory=list)
+    unfinite: list[str] = field(default_factory=list)
     gap: float | None = None
     tokens: int = 0
 
@@ -52,15 +57,19 @@ class Comparison:
 
     def lines(self) -> list[str]:
         """What to print."""
-        found = [f"differs: {line}" for line in self.differing[:NAMED]]
-        if len(self.differing) > NAMED:
-            found.append(f"differs: {len(self.differing) - NAMED} more tensors")
+        found = _listed("WARNING", self.unfinite) + _listed("differs", self.differing)
         if not self.differing:
             found.append(f"tensors: all {self.tensors} are equal, bit for bit")
         if self.gap is not None:
             verdict = "at most" if self.gap <= TOLERANCE else f"more than {TOLERANCE:g} nats from transformers':"
-            found.append(f"log-probs: {self.tokens} tokens of text, {verdict} {self.gap:.2g} nats apart (fp32)")
+            kept = " that have finite ones" if self.unfinite else ""
+            found.append(f"log-probs: {self.tokens} tokens of text{kept}, {verdict} {self.gap:.2g} nats apart (fp32)")
         return [*found, "verified: the same model" if self.equal else "NOT the same model"]
+
+
+def _listed(label: str, lines: list[str]) -> list[str]:
+    more = [f"{label}: {len(lines) - NAMED} more tensors"] if len(lines) > NAMED else []
+    return [f"{label}: {line}" for line in lines[:NAMED]] + more
 
 
 def verify(hf: str, checkpoint: Path, parallel: Parallel, tensors_only: bool) -> Comparison:
@@ -76,37 +85,47 @@ def verify(hf: str, checkpoint: Path, parallel: Parallel, tensors_only: bool) ->
     folder = checkpoint_folder(checkpoint)
     check_folder(source, shape)
     check_checkpoint(folder)
-    comparison = Comparison(len(hf_shapes(shape)), _differing_tensors(source, folder, shape))
+    comparison = Comparison(len(hf_shapes(shape)), *_compare_tensors(source, folder, shape))
     if not tensors_only:
-        comparison.gap, comparison.tokens = _compare_logprobs(source, folder, shape, parallel)
+        finite = not comparison.unfinite
+        comparison.gap, comparison.tokens = _compare_logprobs(source, folder, shape, parallel, finite)
     return comparison
 
 
-def _differing_tensors(source: Path, folder: Path, shape: ModelShape) -> list[str]:
+def _compare_tensors(source: Path, folder: Path, shape: ModelShape) -> tuple[list[str], list[str]]:
+    """Lines of ``Comparison``: of tensors that differ, and of those that are not finite."""
     theirs, ours = folder_weights(source), MegatronFolder(folder, shape)
-    found = []
+    differing, unfinite = [], []
     for rule in rules(shape)[dist.get_rank() :: dist.get_world_size()]:
         for name in rule.names:
             wanted, got = theirs(name), ours.read(name)
             if wanted.dtype != got.dtype:
                 wanted = wanted.to(got.dtype)  # asked for at import
-            if not torch.equal(wanted, got):
-                gap = (wanted.double() - got.double()).abs()
-                found.append(f"{name}: {int((gap > 0).sum())} of {gap.numel()} elements, by up to {gap.max():.3g}")
-    return sorted(line for part in all_gather_objects(found) for line in part)
+            bits = _BITS[got.itemsize]
+            if (differ := wanted.view(bits) != got.view(bits)).any():  # NaN is not equal to itself, its bits are
+                gap = (wanted[differ].double() - got[differ].double()).abs().max()
+                differing.append(f"{name}: {int(differ.sum())} of {got.numel()} elements, by up to {gap:.3g}")
+            if not is_finite(got):
+                unfinite.append(describe(name, got))
+    every = all_gather_objects((differing, unfinite))
+    return tuple(sorted(line for part in every for line in part[kind]) for kind in (0, 1))
 
 
-def _compare_logprobs(source: Path, folder: Path, shape: ModelShape, parallel: Parallel) -> tuple[float, int]:
-    """(largest gap, tokens) between transformers on rank 0 and Megatron-Core on all ranks."""
+def _compare_logprobs(
+    source: Path, folder: Path, shape: ModelShape, parallel: Parallel, finite: bool
+) -> tuple[float, int]:
+    """(largest gap, tokens) between transformers on rank 0 and Megatron-Core on all ranks.
+
+    Unless all weights are ``finite``, tokens without a finite log-prob on either side are left out.
+    """
     expected = None
     if dist.get_rank() == 0:
         ids = _text_ids(source, shape)
-        expected = (ids, _transformers_logprobs(source, ids))
+        expected = (ids, transformers_logprobs(source, ids))
     ids, wanted = all_gather_objects(expected)[0]
-    got = _megatron_logprobs(folder, shape, parallel, ids)
-    got = next(part for part in all_gather_objects(got) if part is not None)
-    gap = float(np.abs(got - wanted).max())
-    return (gap if np.isfinite(gap) else float("inf")), len(wanted)
+    got = policy_logprobs(_policy(folder, shape, parallel), ids)
+    compared = finite | (np.isfinite(wanted) & np.isfinite(got))
+    return float(gaps(got, wanted)[compared].max(initial=0.0)), int(compared.sum())
 
 
 def _text_ids(source: Path, shape: ModelShape) -> np.ndarray:
@@ -118,24 +137,10 @@ def _text_ids(source: Path, shape: ModelShape) -> np.ndarray:
     return load_tokenizer(config, shape).encode_prompt(Prompt("text", "", (), text=TEXT))[:limit]
 
 
-def _transformers_logprobs(source: Path, ids: np.ndarray) -> np.ndarray:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False).eval()
-    row = torch.from_numpy(ids).long()[None]
-    with torch.no_grad():
-        logp = model(row).logits[0, :-1].float().log_softmax(-1)
-    return logp.gather(1, row[0, 1:, None]).squeeze(1).numpy()
-
-
-def _megatron_logprobs(folder: Path, shape: ModelShape, parallel: Parallel, ids: np.ndarray) -> np.ndarray | None:
-    """On one rank; None on the others. The weights come through mcore's own loading of the checkpoint."""
-    from megatron_dypo.batching.micro_batch import MicroBatch
+def _policy(folder: Path, shape: ModelShape, parallel: Parallel) -> Policy:
+    """The checkpoint's, by mcore's own loading."""
     from megatron_dypo.checkpoint.state import restore
     from megatron_dypo.policy.policy import Policy
-    from megatron_dypo.records import Kind, Sequence
 
     with tempfile.TemporaryDirectory() as unused:
         config = Config(
@@ -149,11 +154,4 @@ def _megatron_logprobs(folder: Path, shape: ModelShape, parallel: Parallel, ids:
     shapes = hf_shapes(shape)
     policy = Policy(config, shape, layout, lambda name: torch.zeros(shapes[name]))
     restore(policy, folder)
-    sequence = Sequence(ids, 1, Kind.TEACHER, 0, 0)
-    batch = MicroBatch.pack([sequence], [0], 1.0, **layout.packing)
-    logp = policy.logprobs([batch] * layout.micro_batch_multiple)
-    mine = dict(zip(batch.tail_N.tolist(), logp[0].tolist(), strict=True)) if layout.speaks_for_tokens else {}
-    every: dict[int, float] = {}
-    for part in all_gather_objects(mine):
-        every |= part
-    return np.array([every[token] for token in range(len(ids) - 1)]) if layout.rank == 0 else None
+    return policy

@@ -22,6 +22,7 @@ from megatron_dypo.checkpoint.folders import complete_steps
 from megatron_dypo.config.checks import check_policy
 from megatron_dypo.config.schema import Config, Parallel
 from megatron_dypo.convert.commands import check_checkpoint, metadata_folder, model_of, source_folder
+from megatron_dypo.convert.finite import refuse, watched
 from megatron_dypo.convert.hf_folder import check_folder, folder_weights
 from megatron_dypo.convert.megatron_folder import MegatronFolder, checkpoint_folder
 from megatron_dypo.data.kept import keep, start_day
@@ -143,7 +144,8 @@ def _choose(config: Config, hf: str | None, checkpoint: Path | None) -> Model:
         origin = metadata_folder(folder)
         shape = model_of(folder, origin)
         config.model.tokenizer, config.model.hf = config.model.tokenizer or origin, origin or config.model.hf
-        return Model(folder.name, _digest(folder), shape, MegatronFolder(folder, shape).read, folder)
+        read = watched(MegatronFolder(folder, shape).read, folder, refuse)
+        return Model(folder.name, _digest(folder), shape, read, folder)
     source = hf or config.model.hf
     if source is None:
         raise UserError(f"evaluate: {run_dir} holds no checkpoint, and a preset no weights: give --hf or --checkpoint")
@@ -151,7 +153,7 @@ def _choose(config: Config, hf: str | None, checkpoint: Path | None) -> Model:
     shape = shape if hf else of_weights(shape, config.model)
     check_folder(folder, shape)
     config.model.tokenizer, config.model.hf = hf or config.model.tokenizer, source
-    return Model(folder.name, _digest(folder), shape, folder_weights(folder))
+    return Model(folder.name, _digest(folder), shape, watched(folder_weights(folder), folder, refuse))
 
 
 def _digest(folder: Path) -> str:

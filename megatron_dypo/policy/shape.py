@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import sys
-from collections import ChainMap
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_dypo.config.schema import Model
 from megatron_dypo.convert.families import FAMILIES
+from megatron_dypo.convert.hf_config import FIELDS, read_shape
 from megatron_dypo.errors import UserError
 
 POSITIONS = ("max_position", "rope_base")  # what no weight's shape depends on, so that a run may extend its context
@@ -147,7 +144,7 @@ def model_shape(config: Model) -> ModelShape:
             raise UserError(f"model.preset: unknown preset {config.preset!r}; known: {', '.join(PRESETS)}")
         shape = dataclasses.replace(PRESETS[config.preset], **_overrides(config))
     else:
-        shape = of_weights(_from_hf(Path(hf_folder(config.hf)) / "config.json"), config)
+        shape = of_weights(folder_shape(hf_folder(config.hf)), config)
     family = FAMILIES[shape.family]
     heads, experts = shape.num_attention_heads, shape.num_experts
     for broken, name, message in (
@@ -182,10 +179,17 @@ def model_shape(config: Model) -> ModelShape:
         ),
     ):
         if broken:
-            key = family.keys.get(name, _HF_NAMES.get(name, name))
+            key = family.keys.get(name, FIELDS.get(name, (name,))[0])
             where = f"model.shape.{name}" if config.preset else f"model.hf: {config.hf}: {key}"
             raise UserError(f"{where}: {getattr(shape, name)} {message}")
     return shape
+
+
+def folder_shape(folder: str | Path) -> ModelShape:
+    """The shape of a Hugging Face folder's model. Raises UserError as ``read_shape``."""
+    fields = read_shape(Path(folder) / "config.json")
+    scaling = fields.pop("rope_scaling")
+    return ModelShape(**fields, rope_scaling=scaling and RopeScaling(**scaling))
 
 
 def of_weights(shape: ModelShape, config: Model) -> ModelShape:
@@ -215,84 +219,3 @@ def hf_folder(name: str) -> str:
         raise UserError(
             f"model.hf: {name!r} is no folder here and cannot be had from the hub ({type(error).__name__})"
         ) from None
-
-
-# What a value of config.json may be: its description, and whether a value is that.
-_KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
-    int: ("an integer from 1 on", lambda value: type(value) is int and 0 < value < 2**31),
-    float: ("a positive number", lambda value: type(value) in (int, float) and 0 < value <= sys.float_info.max),
-    bool: ("true or false", lambda value: type(value) is bool),
-    str: ("a string", lambda value: type(value) is str),
-    dict: ("a mapping", lambda value: type(value) is dict),
-}
-
-
-# Fields that only mixtures of experts have: their kind and, where config.json may leave them out, Hugging Face's value.
-_MIXTURE: dict[str, tuple] = {
-    "num_experts": (int,),
-    "router_topk": (int,),
-    "normalized_routing": (bool, False),
-    "shared_ffn_hidden_size": (int,),
-}
-_HF_NAMES = {"num_query_groups": "num_key_value_heads"}
-
-
-def _from_hf(path: Path) -> ModelShape:
-    try:
-        raw = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"model.hf: cannot read {path}: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"model.hf: {path} holds no configuration")
-
-    def get(name: str, kind: type, default: Any = None, where: Mapping[str, Any] = raw) -> Any:
-        """A value of ``kind``; absent or null is ``default``, and without one an error."""
-        value = where.get(name)
-        value = default if value is None else value
-        description, fits = _KINDS[kind]
-        if not fits(value):
-            raise UserError(f"model.hf: {path}: {name} must be {description}, got {value!r:.80}")
-        return kind(value)
-
-    family = get("model_type", str)
-    rope = get("rope_parameters", dict, {}) or get("rope_scaling", dict, {})
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    for name, value, known in (
-        ("model_type", family, tuple(FAMILIES)),
-        ("hidden_act", get("hidden_act", str, "silu"), ("silu",)),
-        ("rope type", rope_type, ("default", "linear", "llama3")),
-        *((name, raw.get(name), known) for name, known in getattr(FAMILIES.get(family), "only", {}).items()),
-    ):
-        if value not in known:
-            supported = ", ".join(str(each) for each in known if each is not None or len(known) == 1)
-            raise UserError(f"model.hf: {path}: {name} {value!r:.80} is not supported; known: {supported}")
-    scaling = None
-    if rope_type != "default":
-        numbers = {
-            field.name: get(field.name, int if field.name.startswith("original") else float, None, rope)
-            for field in dataclasses.fields(RopeScaling)[1:]
-            if rope_type == "llama3" or field.name == "factor"
-        }
-        scaling = RopeScaling(rope_type, **numbers)
-        if scaling.low_freq_factor >= scaling.high_freq_factor:
-            raise UserError(f"model.hf: {path}: rope scaling's low_freq_factor must be less than its high_freq_factor")
-    hidden, heads = get("hidden_size", int), get("num_attention_heads", int)
-    raw.setdefault("num_experts", raw.get("num_local_experts"))  # as transformers 5 writes Qwen3-MoE's
-    own = {field: get(name, *_MIXTURE[field]) for field, name in FAMILIES[family].keys.items() if field in _MIXTURE}
-    return ModelShape(
-        family=family,
-        num_layers=get("num_hidden_layers", int),
-        hidden_size=hidden,
-        ffn_hidden_size=get(FAMILIES[family].keys.get("ffn_hidden_size", "intermediate_size"), int),
-        num_attention_heads=heads,
-        num_query_groups=get("num_key_value_heads", int, heads),
-        head_dim=get("head_dim", int, hidden // heads),
-        vocab_size=get("vocab_size", int),
-        max_position=get("max_position_embeddings", int),
-        rope_base=get("rope_theta", float, 10000.0, ChainMap(rope, raw)),
-        rope_scaling=scaling,
-        norm_eps=get("rms_norm_eps", float, 1e-6),
-        tied_embeddings=get("tie_word_embeddings", bool, False),
-        init_std=get("initializer_range", float, 0.02),
-        **own,
-    )

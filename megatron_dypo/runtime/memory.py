@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import resource
+from pathlib import Path
 
+import psutil
 import torch
 
 _KIB_PER_GIB = 2**20
@@ -56,3 +58,12 @@ def device_bytes() -> int | None:
         if torch.cuda.is_available()
         else None
     )
+
+
+def free_host_memory() -> int:
+    """Bytes of host memory that this process may still take: the machine's, or what is left of its container's."""
+    free, cgroup = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
+    limit, used = cgroup / "memory.max", cgroup / "memory.current"
+    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()) != "max":
+        free = min(free, int(most) - int(used.read_text()))
+    return max(0, free)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from megatron_dypo.convert.finite import unfinite_weights
 from megatron_dypo.objectives.token_loss import TokenStreams
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.records import Kind
@@ -39,6 +40,15 @@ def bad_batch(works: list[Work]) -> str | None:
             if bad:
                 found.append(f"{_name(work, place)}: non-finite {' and '.join(bad)} log-prob")
     return some(found) if found else None
+
+
+def bad_weights(policy: Policy) -> str:
+    """The weights that are NaN or infinite, by their Hugging Face names, to put before what follows from them.
+
+    Empty where all are finite. The same on every rank; collective.
+    """
+    found = unfinite_weights(policy.parameters, policy.shape, policy.layout)
+    return f"NaN or infinite weights: {some(found)}; so " if found else ""
 
 
 def bad_gradient(policy: Policy, work: Work, streams: list[TokenStreams]) -> str:

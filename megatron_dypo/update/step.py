@@ -18,7 +18,7 @@ from megatron_dypo.records import Group
 from megatron_dypo.runtime.distributed import device
 from megatron_dypo.runtime.failure import phase
 from megatron_dypo.runtime.stopwatch import Stopwatch
-from megatron_dypo.update.blame import bad_gradient, prompts
+from megatron_dypo.update.blame import bad_gradient, bad_weights, prompts
 from megatron_dypo.update.metrics import share_update, update_metrics
 from megatron_dypo.update.passes import logprob_passes, share_sums
 from megatron_dypo.update.work import Work, make_work
@@ -57,9 +57,11 @@ def update_policy(
     with clock("logprob"), phase("log-prob passes"):
         agreement, offenders = logprob_passes(policy, works, config)
     if offenders is not None:
-        return Outcome(works, agreement, skipped=offenders)
+        return Outcome(works, agreement, skipped=bad_weights(policy) + offenders)
     with clock("update"), phase("update"):
         outcome = run_updates(policy, works, config, lr, norms)
+    if outcome.skipped:
+        outcome.skipped = bad_weights(policy) + outcome.skipped
     for work in works:
         work.forget_routing()
     outcome.works, outcome.metrics = works, agreement | outcome.metrics

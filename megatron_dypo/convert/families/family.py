@@ -13,10 +13,10 @@ from megatron_dypo.convert.rules import Rule
 class Family:
     """``layer``: the table of one layer's weights, names within the layer.
 
-    ``only``: keys of ``config.json`` that must have one of these values, since nothing else is supported; an absent key
-    is None. ``keys``: what ``config.json`` calls a field of ``ModelShape``, where it is not Llama's name; with
-    ``num_experts`` among them the MLPs are mixtures of experts. ``qkv_bias`` and ``qk_norm`` say which layers
-    Megatron-Core builds.
+    ``only``: fields of transformers' configuration that must have one of these values, since nothing else is supported;
+    where ``config.json`` has no such field, its default there counts. ``keys``: what ``config.json`` calls a field of
+    ``ModelShape``, where it is not Llama's name; with ``num_experts`` among them the MLPs are mixtures of experts.
+    ``qkv_bias`` and ``qk_norm`` say which layers Megatron-Core builds.
     """
 
     model_type: str

@@ -24,5 +24,5 @@ FAMILY = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
     layer=LAYER,
-    only={"attention_bias": (False, None), "mlp_bias": (False, None)},
+    only={"attention_bias": (False,), "mlp_bias": (False,)},
 )

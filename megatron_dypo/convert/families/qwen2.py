@@ -17,5 +17,4 @@ FAMILY = Family(
     architecture="Qwen2ForCausalLM",
     layer=(*llama.LAYER, BIASES),
     qkv_bias=True,
-    only={"use_sliding_window": (False, None), "mlp_bias": (False, None)},
 )

@@ -21,6 +21,6 @@ FAMILY = Family(
         copied("mlp.shared_experts.gate_weight", "mlp.shared_expert_gate.weight", "1 H"),
     ),
     qkv_bias=True,
-    only={"qkv_bias": (True, None), "use_sliding_window": (False, None), **qwen3_moe.EVERY_LAYER},
+    only={"qkv_bias": (True,), **qwen3_moe.EVERY_LAYER},
     keys=qwen3_moe.KEYS | {"shared_ffn_hidden_size": "shared_expert_intermediate_size"},
 )

@@ -14,5 +14,5 @@ FAMILY = Family(
     architecture="Qwen3ForCausalLM",
     layer=(*llama.LAYER, *NORMS),
     qk_norm=True,
-    only={"attention_bias": (False, None), "use_sliding_window": (False, None)},
+    only={"attention_bias": (False,)},
 )

@@ -16,13 +16,13 @@ KEYS = {
     "router_topk": "num_experts_per_tok",
     "normalized_routing": "norm_topk_prob",
 }
-EVERY_LAYER = {"decoder_sparse_step": (1, None), "mlp_only_layers": ([], None)}
+EVERY_LAYER = {"decoder_sparse_step": (1,), "mlp_only_layers": ([],)}
 
 FAMILY = Family(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
     layer=(*llama.ATTENTION, *qwen3.NORMS, *EXPERTS),
     qk_norm=True,
-    only={"attention_bias": (False, None), "use_sliding_window": (False, None), **EVERY_LAYER},
+    only={"attention_bias": (False,), "sliding_window": (None,), **EVERY_LAYER},
     keys=KEYS,
 )
