@@ -25,7 +25,7 @@ from megatron_dypo.policy.policy import Policy
 from megatron_dypo.policy.shape import ModelShape, model_shape
 from megatron_dypo.records import Group, Prompt, Regime, Response
 from megatron_dypo.rollout.engine import Engine, Request, Sampling
-from megatron_dypo.rollout.vllm_arguments import engine_arguments
+from megatron_dypo.rollout.vllm_arguments import engine_arguments, in_process_arguments
 from megatron_dypo.rollout.vllm_versions import installed
 from megatron_dypo.runtime.distributed import device_kind
 from megatron_dypo.sync.weights import Weights
@@ -38,33 +38,32 @@ EOS = 1
 _engines: dict[str, Engine] = {}
 
 
-def shared_engine(config: Config, shape: ModelShape, eos_id: int = EOS) -> Engine:
+def shared_engine(config: Config, shape: ModelShape, end_ids: tuple[int, ...] = (EOS,)) -> Engine:
     """One engine a process for the same arguments to vLLM: with ``--tiny`` all stages share it."""
     from megatron_dypo.rollout.vllm_engine import VllmEngine
 
-    key = repr((engine_arguments(config, shape, Path(), device_kind(), installed()), config.trainer.offload, eos_id))
+    kind = device_kind()
+    arguments = engine_arguments(config, shape, Path(), kind, installed()), in_process_arguments(config, kind, False)
+    key = repr((arguments, end_ids))
     if key not in _engines:
-        _engines[key] = VllmEngine(config, shape, eos_id, Path(tempfile.mkdtemp(prefix="gpu_report_engine_")))
+        _engines[key] = VllmEngine(config, shape, end_ids, Path(tempfile.mkdtemp(prefix="gpu_report_engine_")))
     return _engines[key]
 
 
-def rollout_config(name: str, tiny: bool, **rollout: object) -> tuple[Config, int, int]:
-    """(configuration, requests, a prompt's tokens)."""
-    if tiny:  # the quickstart's own, whose engine this is
-        config = load_config(str(QUICKSTART), ["trainer.offload=true"])
+def rollout_config(record: Record, name: str, **rollout: object) -> tuple[Config, int, int]:
+    """(configuration, requests, a prompt's tokens). Eager: each stage starts vLLM anew, and measures no speed of it."""
+    if record.tiny:  # the quickstart's own, whose engine this is
+        config = load_config(str(QUICKSTART), [f"rollout.{key}={value}" for key, value in rollout.items()])
         config.objective.reference = "previous"
         return config, 2 * SAMPLES, 8
-    return (
-        Config(
-            model=model(name, tiny=False),
-            data=Data(train="none", max_prompt_tokens=256, max_tokens_per_microbatch=16384),
-            rollout=Rollout(max_response_tokens=256, engine_memory=0.35, **rollout),
-            objective=Objective(reference="previous"),
-            trainer=Trainer(steps=1, run_dir="none", offload=True),
-        ),
-        64 * SAMPLES,
-        100,
+    config = Config(
+        model=model(name, tiny=False),
+        data=Data(train="none", max_prompt_tokens=256, max_tokens_per_microbatch=16384),
+        rollout=Rollout(max_response_tokens=256, engine_memory=0.35, engine_eager=True, **rollout),
+        objective=Objective(reference="previous"),
+        trainer=Trainer(steps=1, run_dir="none"),
     )
+    return config, 64 * SAMPLES, 100
 
 
 def make_requests(count: int, prompt_tokens: int, vocabulary: int) -> list[Request]:
@@ -94,7 +93,8 @@ def mismatch(policy: Policy, config: Config, requests: list[Request], responses:
 
 
 def engine(record: Record) -> None:
-    config, count, prompt_tokens = rollout_config("qwen3-4b", record.tiny)
+    config, count, prompt_tokens = rollout_config(record, "qwen3-4b")
+    config.trainer.offload = True
     layout, shape = join(config.parallel), model_shape(config.model)
     began = now()
     llm = shared_engine(config, shape)
@@ -133,16 +133,13 @@ def engine(record: Record) -> None:
 
 def agreement(record: Record) -> None:
     """The bound is that of ``docs/rollout.md``'s warning; on a CPU, in fp32, log-probs agree to 1e-5."""
-    config, count, prompt_tokens = rollout_config("qwen2.5-1.5b", record.tiny)
+    config, count, prompt_tokens = rollout_config(record, "qwen2.5-1.5b", **record.options)
     layout, shape = join(config.parallel), model_shape(config.model)
     llm = shared_engine(config, shape)
-    llm.sleep(keep_weights=False)
     policy = Policy(config, shape, layout, weights_on_device(shape))
     llm.sync(Weights(policy))
     requests = make_requests(count, prompt_tokens, shape.vocab_size)
-    with policy.offload.on_host():
-        responses = llm.generate(requests, sampling(config))
-        llm.sleep(keep_weights=False)
+    responses = llm.generate(requests, sampling(config))
     found = mismatch(policy, config, requests, responses)
     for key, what in (("mean", "mean"), ("max", "largest"), ("kl", "KL divergence")):
         value = found[f"rollout/mismatch_{key}"]

@@ -41,7 +41,7 @@ def quickstart(record: Record) -> None:
         inputs = prepare(config, str(QUICKSTART))
         _forget_groups()
         began = time.time()
-        train(config, inputs, lambda config, shape, tokenizer, *_: shared_engine(config, shape, tokenizer.eos_id))
+        train(config, inputs, lambda config, shape, tokenizer, *_: shared_engine(config, shape, tokenizer.end_ids))
         total = time.time() - began
         lines = [line for line in metrics_of(Path(folder) / "run") if line["step"] > 0]
     record.figure("steps", len(lines), "", "steps")
