@@ -113,8 +113,8 @@ def _trace(prompt: Prompt, teacher: Teacher, tokenizer: Tokenizer, config: Confi
         found.append(fault)
     if fault := opening_fault(opening, teacher.trace):
         found.append(fault)
-    for opens, closes in THOUGHTS:
-        if opening.rfind(opens) > opening.rfind(closes) and teacher.trace.lstrip().startswith(opens):
+    for opens, _ in THOUGHTS:
+        if opening.rstrip().endswith(opens) and teacher.trace.lstrip().startswith(opens):
             found.append(f"begins with {opens}, which the prompt ends with already: it is given once")
     text = teacher.trace
     ids: list[int] = []

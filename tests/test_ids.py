@@ -194,7 +194,8 @@ def test_a_trace_with_an_end_inside_is_refused_or_left_out_before_training(tmp_p
 @pytest.mark.parametrize("appended", ["<|im_end|>", "</s>"])
 def test_nothing_follows_a_prompt_whatever_the_tokenizer_appends(tmp_path, appended):
     tokenizer = load(folder_of(tmp_path, "<|im_end|>", appends=appended))
-    assert text_of(tokenizer, tokenizer.encode_prompt(Prompt("p", "2", (), text="1+1?"))) == "<s>1+1?"
+    for text in ("1+1?", "<s>1+1?"):  # what begins a text is put before it once
+        assert text_of(tokenizer, tokenizer.encode_prompt(Prompt("p", "2", (), text=text))) == "<s>1+1?"
     assert text_of(tokenizer, tokenizer.encode_prompt(chat())).endswith("<|im_start|>assistant\n")
     assert text_of(tokenizer, tokenizer.encode_trace("2")) == "2<|im_end|>"
 
@@ -261,6 +262,15 @@ def test_what_the_prompt_has_begun_is_not_begun_again(tmp_path, opened, trace, r
     for given in (prompt, None):
         ids = tokenizer.encode_prompt(prompt), tokenizer.encode_trace(trace, given)
         assert text_of(tokenizer, *ids) == "<|im_start|>user\n1+1?<|im_end|>\n" + after
+
+
+def test_a_template_that_begins_a_thought_for_some_prompts_alone_is_followed_prompt_by_prompt(tmp_path):
+    template = CHATML.replace(
+        "assistant\n{% endif", "assistant\n{% if messages[0].content == 'think' %}<think>\n{% endif %}{% endif"
+    )
+    tokenizer = load(folder_of(tmp_path, "<|im_end|>", template))
+    for text, rest in (("think", "add</think>2"), ("1+1?", "<think>\nadd</think>2")):
+        assert text_of(tokenizer, tokenizer.encode_trace("<think>\nadd</think>2", chat(text))) == rest + "<|im_end|>"
 
 
 def test_a_plain_prompt_is_its_own_opening(tmp_path):

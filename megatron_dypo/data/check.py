@@ -23,8 +23,9 @@ def with_usable_traces(prompts: list[Prompt], tokenizer: Tokenizer, skip: bool) 
     misfits: dict[str, list[str]] = {}
     for prompt in prompts:
         kept: list[Teacher] = []
+        opening = tokenizer.opening(prompt) if prompt.teachers else ""
         for teacher in prompt.teachers:
-            if fault := opening_fault(tokenizer.opening(prompt), teacher.trace):
+            if fault := opening_fault(opening, teacher.trace):
                 misfits.setdefault(fault, []).append(f"{prompt.id}, teacher {teacher.name}")
             if (end := tokenizer.end_inside(teacher.trace)) is None:
                 kept.append(teacher)

@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 _CLOCK = re.compile(r"\bstrftime_now\b")
+_TAIL = 400  # characters: longer than any header of an answer
 _PROBE = "PROBE7"  # an assistant's message that a template has no reason to change
 
 
@@ -37,6 +38,10 @@ class ChatTemplate:
     def ids(self, messages: list[dict[str, str]]) -> list[int]:
         """The messages and the beginning of the assistant's answer."""
         return self._apply(messages, True, tokenize=True, return_dict=False)
+
+    def text_before_answer(self, messages: list[dict[str, str]]) -> str:
+        """The end of the prompt that the messages become, as text."""
+        return self._apply(messages, True)[-_TAIL:]
 
     @functools.cached_property
     def opening(self) -> str:

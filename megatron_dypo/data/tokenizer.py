@@ -23,8 +23,8 @@ class Tokenizer:
     """Text <-> int32 ids, the same in preparing data, training and evaluation. What ids they are:
 
     - A **prompt's** are what the model is asked with: a chat through the chat template, the assistant's header
-      included; a plain string after what the tokenizer puts before a text (a begin token, or nothing). Nothing is put
-      after it, whatever the tokenizer does. A template that reads the clock reads ``day``.
+      included; a plain string after what the tokenizer puts before a text (a begin token, or nothing), once. Nothing is
+      put after it, whatever the tokenizer does. A template that reads the clock reads ``day``.
     - A **trace's** are what the model is to say next. They end with ``eos_id`` and hold no other end: markers of ends
       at the end of its text are taken off, one of ``end_ids`` inside it is an error. What the prompt's end has begun
       already (``<think>``) is not begun again.
@@ -41,6 +41,8 @@ class Tokenizer:
         end = self.template.end_of_answer(end_ids) if self.template else None
         self.eos_id = end_ids[0] if end is None else end
         self._ends = tuple(map(str, backend.convert_ids_to_tokens(list(end_ids))))
+        added = [str(token) for token in backend.added_tokens_decoder.values() if token.special]
+        self._special = list(dict.fromkeys([*backend.all_special_tokens, *added]))
         self._markers = (*self._ends, *END_MARKERS)
         plain, whole = backend("a", add_special_tokens=False)["input_ids"], backend("a")["input_ids"]
         places = [i for i in range(len(whole)) if whole[i : i + len(plain)] == plain]
@@ -91,12 +93,13 @@ class Tokenizer:
                 f"data: prompt {prompt.id} is a chat, and the tokenizer has no chat template (is a file "
                 "chat_template.jinja left behind?); data.plain_chat: true joins the messages' texts with newlines"
             )
-        return [*self._begin, *self._backend(joined(prompt), add_special_tokens=False)["input_ids"]]
+        ids = self._backend(joined(prompt), add_special_tokens=False)["input_ids"]
+        return ids if self._begin and ids[: len(self._begin)] == self._begin else [*self._begin, *ids]
 
     def encode_trace(self, trace: str, prompt: Prompt | None = None) -> np.ndarray:
         """A trace's ids, as the class says, after ``prompt`` (None: any chat). Raises UserError for an end in it."""
         opening = self.opening(prompt)
-        text = self.without_ends(without_opening(trace, opening, self._backend.all_special_tokens))
+        text = self.without_ends(without_opening(trace, opening, self._special))
         ids = self._backend(text, add_special_tokens=False)["input_ids"]
         if not set(self.end_ids).isdisjoint(ids):
             where = f"prompt {prompt.id}: " if prompt else ""
@@ -104,9 +107,9 @@ class Tokenizer:
         return np.asarray([*ids, self.eos_id], dtype=np.int32)
 
     def opening(self, prompt: Prompt | None = None) -> str:
-        """The text right before an answer to ``prompt`` (None: any chat), from the assistant's header on in a chat."""
+        """The text right before an answer to ``prompt``, or its end; None: what the template writes before answers."""
         if self.template and (prompt is None or prompt.messages):
-            return self.template.opening
+            return self.template.text_before_answer(list(prompt.messages)) if prompt else self.template.opening
         return joined(prompt) if prompt else ""
 
     def end_inside(self, trace: str) -> str | None:
@@ -125,7 +128,7 @@ class Tokenizer:
 
     def spelled(self, text: str) -> list[str]:
         """Special tokens that a text spells."""
-        return [token for token in self._backend.all_special_tokens if token in text]
+        return [token for token in self._special if token in text]
 
     def show(self, ids: np.ndarray) -> str:
         """Text of the ids, special tokens included."""

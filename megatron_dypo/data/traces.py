@@ -66,12 +66,12 @@ def thought_fault(text: str) -> str | None:
 
 
 def opening_fault(opening: str, trace: str) -> str | None:
-    """What is wrong with a trace after ``opening``, which the template writes before it; None where nothing is."""
+    """What is wrong with a trace after ``opening``, the text before it; None where nothing is."""
     for opens, closes in THOUGHTS:
-        if opening.rfind(opens) > opening.rfind(closes) and closes not in trace:
-            return "does not end the thought that the chat template begins"
-        if closes in opening and opens in trace:
-            return "begins a thought after the one that the chat template ends"
+        if opening.rstrip().endswith(opens) and closes not in trace:
+            return "does not end the thought that the prompt begins"
+        if opening.rstrip().endswith(closes) and opens in trace:
+            return "begins a thought after the one that the prompt ends"
     return None
 
 
