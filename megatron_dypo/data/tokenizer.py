@@ -40,7 +40,7 @@ class Tokenizer:
         self.set_day(day or today())
         end = self.template.end_of_answer(end_ids) if self.template else None
         self.eos_id = end_ids[0] if end is None else end
-        self._ends = tuple(map(str, backend.convert_ids_to_tokens(list(end_ids))))
+        self._ends = tuple(backend.decode([end], skip_special_tokens=False) for end in end_ids)
         added = [str(token) for token in backend.added_tokens_decoder.values() if token.special]
         self._special = list(dict.fromkeys([*backend.all_special_tokens, *added]))
         self._markers = (*self._ends, *END_MARKERS)
