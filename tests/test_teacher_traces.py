@@ -253,6 +253,10 @@ def test_a_thought_that_a_server_repeats_in_its_answer_is_kept_once(content, tra
     assert Answer(content, f"\n{LONG}\n", "stop", None, None, "m").trace == trace
 
 
+def test_an_answer_that_begins_as_a_short_thought_by_chance_is_kept_whole():
+    assert Answer("1 it is: \\boxed{1}", "1", "stop", None, None, "m").trace.endswith("</think>\n\n1 it is: \\boxed{1}")
+
+
 def test_no_more_requests_at_a_time_than_allowed(tmp_path):
     async def slow(*_: Any) -> None:
         await asyncio.sleep(0.02)
