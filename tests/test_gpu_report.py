@@ -26,6 +26,7 @@ from benchmarks.machine import RESULTS, ROOT
 
 HERE = Machine("NVIDIA Test", 1)
 COMMAND = [sys.executable, "-m", "benchmarks.gpu_report"]
+AGREEMENTS = [name for name in STAGES if name.startswith("agreement_")]
 
 # --- the table
 
@@ -288,6 +289,19 @@ def test_every_stage_of_trainer_and_engine_runs_on_the_cpu_into_one_page(tmp_pat
     assert written.startswith("# GPU report: CPU, no measurement\n")
     assert "missed" not in written and written.count(f"| {NOT_MEASURED} | {NOT_MEASURED} |") == len(TARGETS)
     assert cpu_seconds_of_children() - before < 90
+
+
+def test_tiny_stages_and_the_quickstart_share_one_engine(tmp_path):
+    from benchmarks.gpu_report.engine import EOS, QUICKSTART, engine_key, rollout_config
+    from megatron_dypo.config.load import load_config
+    from megatron_dypo.policy.shape import model_shape
+
+    record = Record(tmp_path / "found.json", {}, True, time.time(), {})
+    configs = [rollout_config(record, "qwen3-4b", **STAGES[name].options)[0] for name in AGREEMENTS]
+    configs.append(load_config(str(QUICKSTART), ["trainer.offload=true"]))
+    assert len({engine_key(config, model_shape(config.model), (EOS,)) for config in configs}) == 1
+    configs[0].rollout.max_response_tokens = 64
+    assert len({engine_key(config, model_shape(config.model), (EOS,)) for config in configs}) == 2
 
 
 @pytest.mark.faults

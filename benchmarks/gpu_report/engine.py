@@ -42,12 +42,16 @@ def shared_engine(config: Config, shape: ModelShape, end_ids: tuple[int, ...] = 
     """One engine a process for the same arguments to vLLM: with ``--tiny`` all stages share it."""
     from megatron_dypo.rollout.vllm_engine import VllmEngine
 
-    kind = device_kind()
-    arguments = engine_arguments(config, shape, Path(), kind, installed()), in_process_arguments(config, kind, False)
-    key = repr((arguments, end_ids))
-    if key not in _engines:
+    if (key := engine_key(config, shape, end_ids)) not in _engines:
         _engines[key] = VllmEngine(config, shape, end_ids, Path(tempfile.mkdtemp(prefix="gpu_report_engine_")))
     return _engines[key]
+
+
+def engine_key(config: Config, shape: ModelShape, end_ids: tuple[int, ...]) -> str:
+    """The same for two configurations that one engine can serve."""
+    kind = device_kind()
+    arguments = engine_arguments(config, shape, Path(), kind, installed()), in_process_arguments(config, kind, False)
+    return repr((arguments, end_ids))
 
 
 def rollout_config(record: Record, name: str, **rollout: object) -> tuple[Config, int, int]:
