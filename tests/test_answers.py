@@ -19,8 +19,9 @@ from megatron_dypo.reward import RewardFunction, Score, build_reward, final_answ
 from megatron_dypo.reward.characters import plain
 from megatron_dypo.reward.choice import chosen, label
 from megatron_dypo.reward.equivalence import equivalent
-from megatron_dypo.reward.math import bare_truth, canonical, compare
+from megatron_dypo.reward.math import bare_truth, compare
 from megatron_dypo.reward.numbers import number
+from megatron_dypo.reward.spelling import canonical
 from tests.answer_pairs import KNOWN_DIFFERENCES, PAIRS
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

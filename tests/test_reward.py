@@ -103,7 +103,7 @@ def test_in_any_text_what_is_found_is_a_balanced_part_of_it_or_nothing(text: str
         ("no box, {braces}", None),
         (r"\boxed{5", None),
         (r"\boxed 5", None),
-        (r"\fbox{5}", None),
+        (r"\fbox{5}", "5"),
         (r"\boxed{5}", "5"),
         (r"\boxed {5}", "5"),
         (r"\boxed{}", ""),

@@ -15,6 +15,7 @@ _MARK = "####"
 # A sign counts where no digit, letter or bracket stands before it: the last number of "12-5" is 5.
 _DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
 _NUMBER = re.compile(rf"(?:(?<![0-9A-Za-z)\]}}.,])-\s?)?(?:\\?\$\s?)?{_DIGITS}(?:/{_DIGITS})?(?:\s?\\?%)?")
+_DASH = re.compile("[\u2012-\u2015](?=\\s)")  # of a sentence: no sign stands apart from its number
 _CURRENCY = re.compile(r"\\?\$\s?")
 
 
@@ -40,5 +41,5 @@ def _marked(text: str) -> str | None:
 
 
 def _last_number(text: str) -> str | None:
-    last = deque(_NUMBER.finditer(plain(text)), maxlen=1)
+    last = deque(_NUMBER.finditer(plain(_DASH.sub(" ", text))), maxlen=1)
     return _CURRENCY.sub("", last[0][0]) if last else None

@@ -9,6 +9,7 @@ _COMMANDS = {
     "≤": "le", "⩽": "le", "≥": "ge", "⩾": "ge", "≠": "ne", "≈": "approx", "∈": "in", "∪": "cup", "∩": "cap",
     "∅": "emptyset", "α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "epsilon", "θ": "theta",
     "λ": "lambda", "μ": "mu", "π": "pi", "𝜋": "pi", "ρ": "rho", "σ": "sigma", "τ": "tau", "φ": "phi", "ω": "omega",
+    "\u00b5": "mu", "Ω": "Omega", "\u2126": "Omega", "∨": "lor", "∖": "setminus", "ℝ": "mathbb{R}", "∣": "mid",
 }  # fmt: skip
 _FRACTIONS = {
     "½": "12",
@@ -25,13 +26,26 @@ _FRACTIONS = {
 _FRACTIONS |= {"⅚": "56", "⅐": "17", "⅛": "18", "⅜": "38", "⅝": "58", "⅞": "78", "⅑": "19"}
 _TABLE = str.maketrans(
     {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full-width forms
-    | dict.fromkeys("−﹣", "-")
+    | dict.fromkeys("−﹣\u2010\u2011\u2012\u2013\u2014\u2015", "-")  # hyphens and dashes, which people type for minus
     | dict.fromkeys("∕⁄", "/")
-    | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", "")  # of no width
+    | dict.fromkeys("\u00ad\u200b\u200c\u200d\u2060\ufeff", "")  # of no width
     | {character: f"\\{command} " for character, command in _COMMANDS.items()}
     | {character: f"\\frac{{{top}}}{{{bottom}}}" for character, (top, bottom) in _FRACTIONS.items()}
     | dict.fromkeys("\u2009\u202f", "\\,")  # thin spaces
-    | {"°": r"^\circ ", "º": r"^\circ ", "′": "'", "’": "'", "‘": "'", "“": '"', "”": '"', "，": ",", "、": ","}
+    | {
+        "°": r"^\circ ",
+        "º": r"^\circ ",
+        "℃": r"^\circ C",
+        "℉": r"^\circ F",
+        "Å": r"\AA ",
+        "′": "'",
+        "’": "'",
+        "‘": "'",
+        "“": '"',
+        "”": '"',
+        "，": ",",
+        "、": ",",
+    }
 )
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
 _LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")

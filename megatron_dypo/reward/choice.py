@@ -7,7 +7,8 @@ from collections import deque
 
 from megatron_dypo.reward.answer import Extract, final_answer
 from megatron_dypo.reward.characters import plain
-from megatron_dypo.reward.math import bare_truth, canonical
+from megatron_dypo.reward.math import bare_truth
+from megatron_dypo.reward.spelling import canonical
 
 _LABEL = re.compile(
     r"(?:(?:the )?(?:final |correct )?(?:answer|option|choice)(?: is)?\s?:? ?)?"

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 
 from megatron_dypo.reward.answer import Extract, final_answer
 from megatron_dypo.reward.choice import chosen, true_label
-from megatron_dypo.reward.math import bare_truth, canonical, compare
+from megatron_dypo.reward.lists import is_several, order_matters
+from megatron_dypo.reward.math import bare_truth, compare
+from megatron_dypo.reward.spelling import canonical
 
 if TYPE_CHECKING:
     from megatron_dypo.records import Prompt
@@ -31,8 +33,15 @@ def by_math(prompt: Prompt, text: str, extract: Extract) -> float | str:
     answer = final_answer(text, extract)
     if answer is None:
         return 0.0
-    verdict = compare(canonical(answer), bare_truth(prompt.ground_truth))
+    truth = bare_truth(prompt.ground_truth)
+    ordered = order_matters(_question(prompt)) if is_several(truth) else None
+    verdict = compare(canonical(answer), truth, ordered)
     return float(verdict) if isinstance(verdict, bool) else json.dumps(verdict)
+
+
+def _question(prompt: Prompt) -> str:
+    asked = (message["content"] for message in reversed(prompt.messages) if message["role"] == "user")
+    return prompt.text or next(asked, "")
 
 
 def by_choice(prompt: Prompt, text: str, extract: Extract) -> float | str:

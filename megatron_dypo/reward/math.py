@@ -11,23 +11,20 @@ import re
 from functools import lru_cache
 
 from megatron_dypo.reward.boxed import last_boxed
-from megatron_dypo.reward.characters import plain
+from megatron_dypo.reward.exact import Ratio, exact, fraction, same
+from megatron_dypo.reward.lists import agree, is_several, listing
 from megatron_dypo.reward.numbers import Number, in_base, number
+from megatron_dypo.reward.regions import is_condition, region
+from megatron_dypo.reward.spelling import canonical
 from megatron_dypo.reward.units import PERCENT, Quantity, quantity, same_unit
+
+Verdict = bool | tuple
+"""Whether they agree; or where only math-verify can tell, what to ask: (answer, truth) or (answer, truth, ordered)."""
 
 MAX_CHARACTERS = 4_000
 """A longer answer (or ground truth) never reaches math-verify: only the same text earns its reward."""
 
-_ENCLOSED = re.compile(
-    r"\$\$([^$]*)\$\$|\$([^$]*)\$|\\\(((?:(?!\\[()]).)*)\\\)|\\\[((?:(?!\\[\[\]]).)*)\\\]|\*\*([^*]*)\*\*"
-)
-_WRAPPED = re.compile(r"\\(?:text|textrm|textbf|textit|textnormal|mbox|mathrm|mathbf|displaystyle)\s*\{([^{}]*)\}")
-_THOUSANDS = re.compile(r"(?<=[0-9])(?:\\,|\{,\}|~)\s*(?=[0-9]{3}(?![0-9]))")
-_NOTHING = re.compile(r"(?<!\\)\\!\s*|\\(?:left|right)(?:\.|(?![a-zA-Z]))|\\displaystyle(?![a-zA-Z])")
-_SPACE = re.compile(r"(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|~")
-_FRACTION = re.compile(r"\\[dtc]?frac(?![a-zA-Z])")
-_BARE_TOP, _BARE_BOTTOM = re.compile(r"(\\frac)\s*([0-9])"), re.compile(r"(\\frac\s*\{[^{}]*\})\s*([0-9])")
-_LOOSE = re.compile(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])")
+_LOOSE = re.compile(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])|(?<=[0-9]) (?=[A-Za-z])")
 _SIDE_BY_SIDE = re.compile(r"(?<![_^0-9])[0-9]+ [0-9]")
 _MEMBER = re.compile(r"\\in(?![a-zA-Z])")
 _NAME = r"[A-Za-z](?:_\{?[A-Za-z0-9]\}?|\([a-z0-9]{1,3}\))?"  # x, x_1, f(2)
@@ -41,23 +38,6 @@ _LETTER = re.compile(r"\(?([A-Za-z])\)?")
 _CLOSE, _UNLIKE = 1e-6, 1e-4  # math-verify rounds to six decimals, whatever the size of the numbers
 
 
-def canonical(text: str) -> str:
-    r"""``text`` in one spelling: ASCII, single spaces, no layout commands, and out of ``$...$`` or ``\text{...}``."""
-    text = plain(text)
-    if "\\" in text or "~" in text or "{" in text:
-        text = _SPACE.sub(" ", _NOTHING.sub("", _THOUSANDS.sub(",", text)))
-        if "frac" in text:
-            text = _BARE_BOTTOM.sub(r"\1{\2}", _BARE_TOP.sub(r"\1{\2}", _FRACTION.sub(r"\\frac", text)))
-    text = " ".join(text.split())
-    for _ in range(3):  # $\text{...}.$ is three layers
-        text = text.rstrip(" .,;")
-        enclosed = _ENCLOSED.fullmatch(text) or _WRAPPED.fullmatch(text)
-        if not enclosed:
-            break
-        text = next((part for part in enclosed.groups() if part is not None), "").strip()
-    return text
-
-
 @lru_cache(maxsize=65_536)
 def bare_truth(ground_truth: str) -> str:
     r"""The ground truth out of its ``\boxed{...}`` or ``$...$``, if it came in one."""
@@ -65,34 +45,72 @@ def bare_truth(ground_truth: str) -> str:
     return canonical(ground_truth if boxed is None else boxed)
 
 
-def compare(answer: str, truth: str) -> bool | tuple[str, str]:
-    """Whether two canonical texts agree; the (answer, truth) to ask math-verify about where only it can tell.
+def compare(answer: str, truth: str, ordered: bool | None = None) -> Verdict:
+    """Whether two canonical texts agree. ``ordered``: whether a bare list is, None where that is not known.
 
-    In order: the same text agrees, an empty or overlong one with nothing else; a name before an equals sign on one side
-    does not count; units must not contradict each other; then numbers by value, numbers with a base, words and phrases
-    up to case, letters of options; a set is no tuple, and two numbers side by side are no number.
+    In order: the same text agrees, an empty or overlong one with nothing else; numbers by value; a name before an
+    equals sign on one side does not count; regions as intervals, lists element by element; units must not contradict
+    each other; then arithmetic by value, numbers with a base, words and phrases up to case, letters of options; a set
+    is no tuple, and two numbers side by side are no number.
     """
     if answer == truth:
         return answer != ""
     if not answer or not truth or max(len(answer), len(truth)) > MAX_CHARACTERS:
         return False
+    x, y = number(answer), _number_of_truth(truth)
+    if x and y and (verdict := _equal(x, y)) is not None:
+        return verdict
     if _LOOSE.sub("", answer) == _LOOSE.sub("", truth):
         return True
     answer, truth = _without_name(answer, truth), _without_name(truth, answer)
+    if is_condition(answer) or is_condition(truth):
+        one, other = region(answer), region(truth)
+        if (
+            one
+            and other
+            and (one.variable == other.variable or not {one.variable, other.variable}.isdisjoint({"", "?"}))
+        ):
+            return one.intervals == other.intervals or (one.intervals, other.intervals)
+    if is_several(answer) or is_several(truth):
+        verdict = agree(answer, truth, ordered, _decided)
+        if verdict is not None:
+            return verdict
+        if listing(answer) and listing(truth):
+            return (answer, truth) if ordered is None else (answer, truth, ordered)
+    return _quantities(answer, truth)
+
+
+def _decided(answer: str, truth: str) -> bool | None:
+    verdict = compare(answer, truth)
+    return verdict if isinstance(verdict, bool) else None
+
+
+def _quantities(answer: str, truth: str) -> Verdict:
     given, asked = quantity(answer), _quantity_of_truth(truth)
+    given, asked = _settled(given, asked, answer, not _variables(truth)), _settled(asked, given, truth, False)
     if PERCENT in (given.unit, asked.unit) and given.unit != asked.unit:
         return _one_percentage(given, asked)
-    if not same_unit(given.unit, asked.unit):
+    if not same_unit(given, asked):
         return False
     if given.bare == asked.bare:
         return True
     return _without_unit(given.bare, asked.bare)
 
 
-def _without_unit(answer: str, truth: str) -> bool | tuple[str, str]:
+def _settled(side: Quantity, other: Quantity, whole: str, beside_a_value: bool) -> Quantity:
+    """``side``; or all of it as ``bare`` where its letters are no unit beside ``other`` (``Quantity.kind``)."""
+    if side.kind in ("", "firm") or other.kind == "firm" or (other.kind and "loose" in (side.kind, other.kind)):
+        return side
+    return side if side.kind == "loose" and not other.kind and beside_a_value else Quantity(whole)
+
+
+def _without_unit(answer: str, truth: str) -> Verdict:
     x, y = number(answer), _number_of_truth(truth)
     if x and y:
         verdict = _equal(x, y)
+        return (answer, truth) if verdict is None else verdict
+    if (one := _ratio(answer, x)) and (other := _ratio_of_truth(truth)):
+        verdict = _equal_ratios(one, other)
         return (answer, truth) if verdict is None else verdict
     if in_base(truth) or in_base(answer):
         return _equal_in_base(answer, truth)
@@ -108,8 +126,6 @@ def _without_unit(answer: str, truth: str) -> bool | tuple[str, str]:
         return _equation_and_value(answer, truth)
     if {_brackets(answer), _brackets(truth)} == {"{}", "()"} or _SIDE_BY_SIDE.search(answer):
         return False
-    if _differ_in_case(_variables(answer), _variables(truth)):
-        return False
     return answer, truth
 
 
@@ -123,6 +139,22 @@ def _without_name(text: str, other: str) -> str:
     return named[1].strip() if named else text
 
 
+def _ratio(text: str, value: Number | None) -> Ratio | None:
+    return Ratio(*value.value.as_integer_ratio(), value.rounded) if value else exact(text)
+
+
+@lru_cache(maxsize=65_536)
+def _ratio_of_truth(text: str) -> Ratio | None:
+    return _ratio(text, number(text))
+
+
+def _equal_ratios(answer: Ratio, truth: Ratio) -> bool | None:
+    if same(answer, truth) or not (answer.rounded or truth.rounded):
+        return same(answer, truth)
+    x, y = fraction(answer), fraction(truth)
+    return None if x is None or y is None else _equal(Number(x, answer.rounded), Number(y, truth.rounded))
+
+
 def _equal(answer: Number, truth: Number) -> bool | None:
     """By value. A rounded number that is close, also in relation to its size, is for math-verify to judge."""
     if answer.value == truth.value:
@@ -133,7 +165,7 @@ def _equal(answer: Number, truth: Number) -> bool | None:
     return False
 
 
-def _one_percentage(answer: Quantity, truth: Quantity) -> bool | tuple[str, str]:
+def _one_percentage(answer: Quantity, truth: Quantity) -> Verdict:
     """One side is a percentage, and the other is not said to be one.
 
     50% is 0.5. It is also 50, where a percentage was asked for: taken for meant above 1, where no share can be.
@@ -152,7 +184,7 @@ def _one_percentage(answer: Quantity, truth: Quantity) -> bool | tuple[str, str]
     return answer.bare + bool(answer.unit) * r"\%", truth.bare + bool(truth.unit) * r"\%"
 
 
-def _equation_and_value(answer: str, truth: str) -> bool | tuple[str, str]:
+def _equation_and_value(answer: str, truth: str) -> Verdict:
     """Math-verify would take an equation for its right-hand side. That is done for a list of named values alone, for a
     chain of names, and for a computation that is an answer's.
     """
@@ -176,11 +208,6 @@ def _equal_in_base(answer: str, truth: str) -> bool:
 
 def _variables(text: str) -> set[str]:
     return {letter for letter in _VARIABLE.findall(text) if letter}
-
-
-def _differ_in_case(some: set[str], others: set[str]) -> bool:
-    """Math-verify reads R as r."""
-    return some != others and {letter.lower() for letter in some} == {letter.lower() for letter in others}
 
 
 def _brackets(text: str) -> str:

@@ -1,0 +1,106 @@
+r"""One spelling for what LaTeX writes in many: ``\dfrac12``, ``{\bf 42}``, ``\color{red}{42}``, ``\mathrm{e}``.
+
+Only what a reader does not see is taken away (layout, fonts, colours, sizes), so no two answers become one. Upright
+words stay in their ``\text{...}`` or ``\mathrm{...}``: ``units.py`` reads them.
+"""
+
+from __future__ import annotations
+
+import re
+
+from megatron_dypo.reward.characters import plain
+
+_ENCLOSED = re.compile(
+    r"\$\$([^$]*)\$\$|\$([^$]*)\$|\\\(((?:(?!\\[()]).)*)\\\)|\\\[((?:(?!\\[\[\]]).)*)\\\]|\*\*([^*]*)\*\*"
+)
+_WRAPPED = re.compile(
+    r"\\(?:text|textrm|textbf|textit|textnormal|mbox|mathrm|displaystyle)\s*\{([^{}]*)\}|\{((?:[^{}]|\{[^{}]*\})*)\}"
+)
+_THOUSANDS = re.compile(r"(?<=[0-9])(?:\\,|\{,\}|~)\s*(?=[0-9]{3}(?![0-9]))")
+_SPACE = re.compile(r"(?<!\\)\\[,;:> ]|\\q?quad(?![a-zA-Z])|~")
+_FRACTION = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
+_ONE = r"([0-9]|\\pi(?![A-Za-z])|(?<=[\s}0-9])[A-Za-z](?![A-Za-z]))"
+_BARE_TOP = re.compile(rf"(\\frac)\s*{_ONE}")
+_BARE_BOTTOM = re.compile(rf"(\\frac\s*\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}})\s*{_ONE}")
+_END = re.compile(r"(?:[\s.,;]|\\\\|\\newline(?![a-zA-Z]))+$")
+_LONGEST_END = 200  # characters; the search is quadratic in them at worst
+
+_NO_WORD = r"(?![a-zA-Z])"
+_UNSEEN = re.compile(
+    r"(?<!\\)\\!\s*"
+    rf"|\\(?:left|right)(?:\.|{_NO_WORD})|\\(?:[bB]igg?[lrm]?|middle){_NO_WORD}"
+    rf"|\\(?:(?:display|text|script|scriptscript)style|limits|nolimits|nonumber|notag|mathstrut|strut|hfill){_NO_WORD}\s*"
+    r"|\\(?:tiny|scriptsize|footnotesize|small|normalsize|large|Large|LARGE|huge|Huge|boldmath|unboldmath"
+    rf"|bf|it|sl|sf|tt|bfseries|itshape|sffamily|rmfamily|mdseries|upshape|normalfont|em){_NO_WORD}\s*"
+    r"|\\(?:color|textcolor|colorbox|hspace|vspace|hskip|label|tag|mathcolor)\*?\s*(?:\[[^\[\]{}]*\])?\{[^{}]*\}"
+)
+_OLD_UPRIGHT = re.compile(r"\{\s*\\(?:rm|mathrm)(?![a-zA-Z])\s*([^{}\\]*)\}")
+_FONT = re.compile(
+    r"\\(?:mathbf|mathit|mathsf|mathtt|mathnormal|boldsymbol|bm|pmb|bold|ensuremath|underline|emph|textsf|texttt)\s*\{"
+    r"|\\(?:mathrm|text|textrm|rm)\s*\{(?=[^{}]*(?:\\(?:d|t|c)?frac|\\sqrt|\\pi|\\cdot\s*[0-9]))"
+    r"|\\(?:mathrm|text|textrm|textbf|textit)\s*\{(?=[-+0-9., ]+\})"
+)
+_UPRIGHT_LETTER = re.compile(r"\\(?:mathrm|rm|operatorname|text|textrm)\s*\{\s*([ei])\s*\}|\\[ij]math(?![a-zA-Z])")
+_NAMES_OF_FUNCTIONS = "arcsin|arccos|arctan|arccot|arcsec|arccsc|sinh|cosh|tanh|coth|sin|cos|tan|cot|sec|csc|log|ln|lg|exp|min|max|gcd|det"
+_FUNCTION = re.compile(rf"\\(?:operatorname\*?|mathrm|text|textrm|mathop)\s*\{{\s*({_NAMES_OF_FUNCTIONS})\s*\}}")
+_LOG_E = re.compile(r"\\log\s*_\s*(?:e|\{\s*e\s*\})(?![a-zA-Z])")
+_RELATIONS = {"leq": "le", "geq": "ge", "leqslant": "le", "geqslant": "ge", "neq": "ne", "lbrace": "{", "rbrace": "}"}
+_RELATION = re.compile(rf"\\({'|'.join(_RELATIONS)}){_NO_WORD}|\\([lg]t){_NO_WORD}")
+
+
+def canonical(text: str) -> str:
+    r"""``text`` in one spelling: ASCII, single spaces, no layout or style, and out of ``$...$`` or ``\text{...}``."""
+    text = plain(text)
+    if "\\" in text or "~" in text or "{" in text:
+        text = _SPACE.sub(" ", _styleless(_THOUSANDS.sub(",", text)))
+        if "frac" in text:
+            text = _BARE_BOTTOM.sub(r"\1{\2}", _BARE_TOP.sub(r"\1{\2}", _FRACTION.sub(r"\\frac", text)))
+    text = " ".join(text.split())
+    for _ in range(4):  # $\text{...}.$ is three layers
+        text = _without_end(text)
+        enclosed = _ENCLOSED.fullmatch(text) or _wrapped(text)
+        if not enclosed:
+            break
+        text = next((part for part in enclosed.groups() if part is not None), "").strip()
+    return text
+
+
+def _styleless(text: str) -> str:
+    if "\\" not in text:
+        return text
+    text = _UNSEEN.sub("", _OLD_UPRIGHT.sub(r"\\mathrm{\1}", text))
+    text = _without_commands(text, _FONT)
+    text = _FUNCTION.sub(r"\\\1 ", text)
+    text = _UPRIGHT_LETTER.sub(lambda match: match[1] or ("i" if "i" in match[0][:2] else "j"), text)
+    text = _LOG_E.sub(r"\\ln ", text)
+    return _RELATION.sub(lambda match: "<>"[match[2] == "gt"] if match[2] else "\\" + _RELATIONS[match[1]], text)
+
+
+def _without_commands(text: str, command: re.Pattern) -> str:
+    """``text`` without the commands that ``command`` matches with their opening brace, and their closing braces."""
+    if not command.search(text):
+        return text
+    kept, depths, at = [], [], 0  # depths: for each open brace, whether it is kept
+    for token in re.finditer(rf"{command.pattern}|\\.|[{{}}]", text, re.DOTALL):
+        kept.append(text[at : token.start()])
+        at = token.end()
+        if token[0] == "{":
+            depths.append(True)
+        elif token[0].endswith("{") and token[0] != r"\{":
+            depths.append(False)
+            continue
+        elif token[0] == "}" and depths and not depths.pop():
+            continue
+        kept.append(token[0])
+    return "".join(kept) + text[at:]
+
+
+def _without_end(text: str) -> str:
+    end = _END.search(text, max(0, len(text) - _LONGEST_END))
+    return text[: end.start()] if end else text
+
+
+def _wrapped(text: str) -> re.Match | None:
+    """Text in one pair of unseen braces; those around a list stay, since many mean a set by them."""
+    match = _WRAPPED.fullmatch(text) if text.endswith("}") else None
+    return None if match and match[2] is not None and "," in match[2] else match
