@@ -13,6 +13,7 @@ from typing import NamedTuple
 # One pass from left to right, so linear; an escaped character (\{, \}, \\) is consumed whole and opens nothing.
 # Without named groups the regex engine skips plain text by its first characters, several times as fast.
 _TOKEN = re.compile(r"\\(?:(?:boxed|fbox)\s*\{|.)|[{}]", re.DOTALL)
+_COMMAND = re.compile(r"(?:boxed|fbox)\s*\{")
 _ESCAPE_LENGTH = 2
 _NOT_A_BOX = (-1, -1)
 
@@ -56,10 +57,16 @@ def last_boxed(text: str) -> str | None:
 
 
 def _complete(text: str) -> list[_Box]:
-    """The boxes whose braces balance, in the order of their ends."""
+    """The boxes whose braces balance, in the order of their ends; what stands before the first plays no part."""
     opened: list[tuple[int, int]] = []  # for each open brace, where its box's command and content start
     boxes: list[_Box] = []
-    for token in _TOKEN.finditer(text):
+    first = _COMMAND.search(text)
+    if not first:
+        return boxes
+    start = first.start()
+    while start and text[start - 1] == "\\":  # all of them, or an escaped backslash would be read as the command's
+        start -= 1
+    for token in _TOKEN.finditer(text, start):
         if token[0] == "{":
             opened.append(_NOT_A_BOX)
         elif token[0] == "}":

@@ -35,6 +35,7 @@ _WORDS = re.compile(r"(?:(?:an?|the) )?((?:[A-Za-z]{3,}|[Nn]o)(?:[ '-][A-Za-z]+)
 _VARIABLE = re.compile(r"\\[a-z]+\{[A-Za-z ]{2,}\}|\\[A-Za-z]+|([A-Za-z])")
 _LETTERS = re.compile(r"[A-Za-z][A-Za-z '-]+")
 _LETTER = re.compile(r"\(?([A-Za-z])\)?")
+_COMMAND = re.compile(r"\\[A-Za-z]+")
 _CLOSE, _UNLIKE = 1e-6, 1e-4  # math-verify rounds to six decimals, whatever the size of the numbers
 
 
@@ -126,6 +127,8 @@ def _without_unit(answer: str, truth: str) -> Verdict:
         return _equation_and_value(answer, truth)
     if {_brackets(answer), _brackets(truth)} == {"{}", "()"} or _SIDE_BY_SIDE.search(answer):
         return False
+    if _differ_in_case(answer, truth):
+        return False
     return answer, truth
 
 
@@ -208,6 +211,12 @@ def _equal_in_base(answer: str, truth: str) -> bool:
 
 def _variables(text: str) -> set[str]:
     return {letter for letter in _VARIABLE.findall(text) if letter}
+
+
+def _differ_in_case(answer: str, truth: str) -> bool:
+    r"""Whether one says ``\gamma`` where the other says ``\Gamma``, which math-verify reads as one."""
+    some, others = set(_COMMAND.findall(answer)), set(_COMMAND.findall(truth))
+    return some != others and {name.lower() for name in some} == {name.lower() for name in others}
 
 
 def _brackets(text: str) -> str:

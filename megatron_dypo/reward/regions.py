@@ -35,13 +35,15 @@ _LONGEST = 400
 
 
 class Region(NamedTuple):
-    """``intervals``: as LaTeX; ``variable``: whose values they are, "" where it is bound or not named."""
+    """``intervals``: as LaTeX; ``variable``: whose values they are, "" where it is not named; ``bound``: in a builder."""
 
     intervals: str
     variable: str = ""
+    bound: bool = False
 
     def may_equal(self, other: Region) -> bool:
-        return self.variable == other.variable or "" in (self.variable, other.variable)
+        """Whether the variables do not contradict each other: names of bound ones may differ."""
+        return self.variable == other.variable or "" in (self.variable, other.variable) or (self.bound and other.bound)
 
 
 def region(text: str) -> Region | None:
@@ -55,7 +57,7 @@ def region(text: str) -> Region | None:
         return Region(_around(points)) if len(points) == 1 else None
     if builder := _BUILDER.fullmatch(text):
         found = _condition(builder[2].strip(), builder[1])
-        return Region(found) if found else None
+        return Region(found, builder[1], True) if found else None
     variable = _the_variable(text)
     found = _condition(text, variable) if variable is not None else None
     return Region(found, variable) if found else None
@@ -63,6 +65,8 @@ def region(text: str) -> Region | None:
 
 def is_condition(text: str) -> bool:
     """Whether ``text`` needs to be rewritten before it can be compared: words between parts, or a set-builder."""
+    if "\\" not in text and "<" not in text and ">" not in text and " or " not in text and "real" not in text:
+        return False
     return (
         _BUILDER.fullmatch(text) is not None
         or _WITHOUT.fullmatch(text) is not None

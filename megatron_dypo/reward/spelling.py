@@ -26,22 +26,26 @@ _END = re.compile(r"(?:[\s.,;]|\\\\|\\newline(?![a-zA-Z]))+$")
 _LONGEST_END = 200  # characters; the search is quadratic in them at worst
 
 _NO_WORD = r"(?![a-zA-Z])"
+_SWITCH = (
+    r"\\(?:tiny|scriptsize|footnotesize|small|normalsize|large|Large|LARGE|huge|Huge|boldmath|unboldmath"
+    rf"|bf|it|sl|sf|tt|bfseries|itshape|sffamily|rmfamily|mdseries|upshape|normalfont|em){_NO_WORD}\s*"
+)
+_COLOUR = r"\\(?:textcolor|colorbox|mathcolor|color)\s*(?:\[[^\[\]{}]*\])?\{[^{}]*\}\s*"
 _UNSEEN = re.compile(
     r"(?<!\\)\\!\s*"
     rf"|\\(?:left|right)(?:\.|{_NO_WORD})|\\(?:[bB]igg?[lrm]?|middle){_NO_WORD}"
-    rf"|\\(?:(?:display|text|script|scriptscript)style|limits|nolimits|nonumber|notag|mathstrut|strut|hfill){_NO_WORD}\s*"
-    r"|\\(?:tiny|scriptsize|footnotesize|small|normalsize|large|Large|LARGE|huge|Huge|boldmath|unboldmath"
-    rf"|bf|it|sl|sf|tt|bfseries|itshape|sffamily|rmfamily|mdseries|upshape|normalfont|em){_NO_WORD}\s*"
-    r"|\\(?:color|textcolor|colorbox|hspace|vspace|hskip|label|tag|mathcolor)\*?\s*(?:\[[^\[\]{}]*\])?\{[^{}]*\}"
+    rf"|\\(?:(?:display|text|(?:script)+)style|(?:no)?limits|nonumber|notag|(?:math)?strut|hfill){_NO_WORD}\s*"
+    rf"|{_SWITCH}|{_COLOUR}|\\(?:hspace|vspace|hskip|label|tag)\*?\s*\{{[^{{}}]*\}}"
 )
 _OLD_UPRIGHT = re.compile(r"\{\s*\\(?:rm|mathrm)(?![a-zA-Z])\s*([^{}\\]*)\}")
-_FONT = re.compile(
+_FONT = re.compile(  # with the brace that opens what it is for
     r"\\(?:mathbf|mathit|mathsf|mathtt|mathnormal|boldsymbol|bm|pmb|bold|ensuremath|underline|emph|textsf|texttt)\s*\{"
-    r"|\\(?:mathrm|text|textrm|rm)\s*\{(?=[^{}]*(?:\\(?:d|t|c)?frac|\\sqrt|\\pi|\\cdot\s*[0-9]))"
+    r"|\\(?:mathrm|text|textrm|rm)\s*\{(?=[^{}]*(?:\\(?:d|t|c)?frac|\\sqrt|\\pi|\\begin|\\cdot\s*[0-9]))"
     r"|\\(?:mathrm|text|textrm|textbf|textit)\s*\{(?=[-+0-9., ]+\})"
+    rf"|{_COLOUR}\{{|\{{\s*(?:{_SWITCH}|{_COLOUR}(?!\{{))"
 )
 _UPRIGHT_LETTER = re.compile(r"\\(?:mathrm|rm|operatorname|text|textrm)\s*\{\s*([ei])\s*\}|\\[ij]math(?![a-zA-Z])")
-_NAMES_OF_FUNCTIONS = "arcsin|arccos|arctan|arccot|arcsec|arccsc|sinh|cosh|tanh|coth|sin|cos|tan|cot|sec|csc|log|ln|lg|exp|min|max|gcd|det"
+_NAMES_OF_FUNCTIONS = "(?:arc)?(?:sin|cos|tan|cot|sec|csc)|(?:sin|cos|tan|cot)h|log|ln|lg|exp|min|max|gcd|det"
 _FUNCTION = re.compile(rf"\\(?:operatorname\*?|mathrm|text|textrm|mathop)\s*\{{\s*({_NAMES_OF_FUNCTIONS})\s*\}}")
 _LOG_E = re.compile(r"\\log\s*_\s*(?:e|\{\s*e\s*\})(?![a-zA-Z])")
 _RELATIONS = {"leq": "le", "geq": "ge", "leqslant": "le", "geqslant": "ge", "neq": "ne", "lbrace": "{", "rbrace": "}"}
@@ -68,8 +72,8 @@ def canonical(text: str) -> str:
 def _styleless(text: str) -> str:
     if "\\" not in text:
         return text
-    text = _UNSEEN.sub("", _OLD_UPRIGHT.sub(r"\\mathrm{\1}", text))
-    text = _without_commands(text, _FONT)
+    text = _without_commands(_OLD_UPRIGHT.sub(r"\\mathrm{\1}", text), _FONT)
+    text = _UNSEEN.sub("", text)
     text = _FUNCTION.sub(r"\\\1 ", text)
     text = _UPRIGHT_LETTER.sub(lambda match: match[1] or ("i" if "i" in match[0][:2] else "j"), text)
     text = _LOG_E.sub(r"\\ln ", text)
@@ -81,14 +85,14 @@ def _without_commands(text: str, command: re.Pattern) -> str:
     if not command.search(text):
         return text
     kept, depths, at = [], [], 0  # depths: for each open brace, whether it is kept
-    for token in re.finditer(rf"{command.pattern}|\\.|[{{}}]", text, re.DOTALL):
+    for token in re.finditer(rf"({command.pattern})|\\.|[{{}}]", text, re.DOTALL):
         kept.append(text[at : token.start()])
         at = token.end()
-        if token[0] == "{":
-            depths.append(True)
-        elif token[0].endswith("{") and token[0] != r"\{":
+        if token[1] is not None:
             depths.append(False)
             continue
+        if token[0] == "{":
+            depths.append(True)
         elif token[0] == "}" and depths and not depths.pop():
             continue
         kept.append(token[0])

@@ -28,7 +28,7 @@ _NO_UNIT = {
     "that", "are", "e", "i", "x", "y", "z",
 }  # fmt: skip
 _FIRM_PLAIN = {
-    "in", "inch", "inches", "ft", "feet", "yd", "mi", "cm", "mm", "km", "sec", "min", "hr", "kg", "mg",
+    "in", "inch", "inches", "ft", "feet", "yd", "mi", "cm", "mm", "km", "sec", "min", "hr", "kg",
     "lb", "lbs", "oz", "ml", "mL", "deg", "mph", "kmh", "usd", "pct", "sq", "cu", "hrs", "mins", "secs",
     "kmph", "kHz", "MHz", "GHz", "Hz", "kPa", "kJ", "kW", "kV", "kN", "eV", "keV", "MeV", "GeV", "mol",
     "kWh",
