@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import time
 from collections.abc import Iterator
 from fractions import Fraction
@@ -19,10 +20,13 @@ from megatron_dypo.reward import RewardFunction, Score, build_reward, final_answ
 from megatron_dypo.reward.characters import plain
 from megatron_dypo.reward.choice import chosen, label
 from megatron_dypo.reward.equivalence import equivalent
+from megatron_dypo.reward.exact import exact, fraction
 from megatron_dypo.reward.math import bare_truth, compare
 from megatron_dypo.reward.numbers import number
 from megatron_dypo.reward.spelling import canonical
+from megatron_dypo.reward.units import quantity
 from tests.answer_pairs import KNOWN_DIFFERENCES, PAIRS
+from tests.answer_pairs_kinds import KINDS
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 HANGS = {"9^{9^{9^{9}}}"}
@@ -45,10 +49,13 @@ def graded(reward: RewardFunction, truths: list[str], texts: list[str]) -> list[
 # --- hand-checked pairs
 
 
-def test_there_are_two_hundred_hand_checked_pairs_all_different():
+def test_there_are_hundreds_of_hand_checked_pairs_all_different_and_wrong_ones_as_many_as_right_ones():
     pairs = [(truth, answer) for listed in PAIRS.values() for truth, answer, _ in listed]
-    assert len(set(pairs)) == len(pairs) >= 200
-    assert sum(equal for listed in PAIRS.values() for *_, equal in listed) >= 100
+    assert len(set(pairs)) == len(pairs) >= 600
+    assert sum(equal for listed in PAIRS.values() for *_, equal in listed) >= 300
+    verdicts = [equal for listed in KINDS.values() for *_, equal in listed]
+    assert len(verdicts) >= 250
+    assert 2 * sum(verdicts) <= len(verdicts)
 
 
 @pytest.mark.parametrize("category", PAIRS)
@@ -310,3 +317,173 @@ def test_solutions_of_gsm8k_are_right_against_their_truths(extract):
             one.replace(",", "") == other.replace(",", "") for one, other in itertools.pairwise(truths)
         )
         assert not function._pool._workers
+
+
+# --- exact arithmetic, bounded
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("-2^2", "-4"),
+        ("(-2)^2", "4"),
+        (r"2^{-3}", "1/8"),
+        (r"4^{1/2}", "2"),
+        (r"\sqrt[3]{\frac{8}{27}}", "2/3"),
+        (r"\frac{7!}{5!}+\binom{4}{2}", "48"),
+        ("3!^2", "36"),
+        ("2(3)", "6"),
+        ("1/2/2", "1/4"),
+        (r"3\cdot-2", "-6"),
+        (r"(-1)^{10^{30}}", "1"),
+        *(
+            (text, None)
+            for text in ("2^3^2", "3!!", "2^{3}!", r"2\frac{1}{2}", "1/2(3)", "2 3", "0^0", "1/0", "x", "((3)")
+        ),
+        *((text, None) for text in (r"\sqrt{2}", r"(-8)^{1/3}", "2^{1/2}", "(-1)!", r"\binom{2}{5}", "", "-", "3+")),
+    ],
+)
+def test_arithmetic_is_read_exactly_or_not_at_all(text, value):
+    found = exact(text)
+    assert (found and fraction(found)) == (value and Fraction(value))
+
+
+whole = st.integers(0, 40).map(str)
+sums = st.recursive(
+    whole,
+    lambda inner: st.one_of(
+        st.builds("({}+{})".format, inner, inner),
+        st.builds("({}-{})".format, inner, inner),
+        st.builds("{}\\cdot {}".format, inner, inner),
+        st.builds("\\frac{{{}}}{{{}}}".format, inner, st.integers(1, 50)),
+        st.builds("({})^{{{}}}".format, inner, st.integers(1, 4)),
+    ),
+    max_leaves=6,
+)
+
+
+@given(sums)
+def test_exact_arithmetic_is_python_s(text):
+    spelled = re.sub(r"\\frac\{(.*?)\}\{(\d+)\}$", r"(\1)/\2", text) if text.count("frac") == 1 else text
+    if "frac" in spelled:
+        return
+    spelled = re.sub(r"\d+(?!\d)", r"Fraction(\g<0>)", spelled.replace("\\cdot", "*"))
+    spelled = re.sub(r"\^\{Fraction\((\d)\)\}", r"**\1", spelled)
+    assert fraction(exact(text)) == eval(spelled, {"Fraction": Fraction})  # noqa: S307 - its own digits and operators
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("5^{5^{5^{5^5}}}", "99999999999!", "9^{9^{9^{9}}}", r"\binom{10^{9}}{5 \cdot 10^{8}}", "10^{10^{10}}"),
+        *("+".join(["3^{80000}"] * 400), "+".join(["1/3^{20000}"] * 100), "(" * 3_999, "1" + "/7^{9999}" * 400),
+        *("2^{-999999999}", "((9^{9999})^{9999})^{9999}", "9" * 3_000 + "!", "(1/3)^{" + "9" * 900 + "}"),
+    ],
+)
+def test_what_is_too_large_is_not_computed(text):
+    start = time.process_time()
+    assert exact(text) is None
+    assert time.process_time() - start < 0.2
+
+
+# --- several boxes, order
+
+
+@pytest.mark.parametrize(
+    ("truth", "response", "right"),
+    [
+        ("1,-2", r"so $x=\boxed{1}$ or $x=\boxed{-2}$", True),
+        ("1,-2", r"so $x=\boxed{1}$ or $x=\boxed{2}$", False),
+        ("-2", r"so $x=\boxed{1}$ or $x=\boxed{-2}$", False),
+        (r"x=\boxed{1}$ or $x=\boxed{-2}", r"\boxed{-2, 1}", True),
+        (r"x=\boxed{1}$ or $x=\boxed{-2}", r"\boxed{-2}", False),
+        (r"\frac{1}{2}", r"\boxed{4}, no: \boxed{\frac{1}{2}}", True),
+        ("4, 0.5", r"\boxed{4}, no: \boxed{\frac{1}{2}}", False),
+        ("x=1, y=2", r"$x=\boxed{1}$, $y=\boxed{2}$", True),
+        ("x=1, y=2", r"$x=\boxed{2}$, $y=\boxed{1}$", False),
+        ("5", r"\boxed{5}, \boxed{5}", True),
+        ("5", r"\boxed{4}, \boxed{5}", False),
+        ("5", r"\fbox{5}", True),
+    ],
+)
+def test_neighbouring_boxes_are_one_answer(reward, truth, response, right):
+    assert graded(reward, [truth], [response]) == [Score(float(right))]
+
+
+@pytest.mark.parametrize(
+    ("question", "right"),
+    [
+        ("", True),
+        ("Find all integers $n$ with $f(n)=n$, separated by commas.", True),
+        ("What are the roots of $x^2-3x+2$?", True),
+        ("Solve $x^2-3x+2=0$.", True),
+        ("Find $a$, $b$ such that $a+2b=5$ holds for all $x$. Which digits are they, in any order?", True),
+        ("The code of the safe has two digits. What is the code?", False),
+        ("Find $A, B$, separated by commas.", False),
+        ("List all solutions in increasing order.", False),
+        ("How many cats and dogs are there, respectively?", False),
+    ],
+)
+def test_a_list_is_ordered_unless_the_question_asks_for_a_set(question, right):
+    with build_reward(Reward()) as function:
+        for prompt in (Prompt("a", "1,2", (), text=question), Prompt("a", "1,2", (), messages=chat(question))):
+            assert function([prompt] * 2, boxed(["2,1", "1,2"])) == [Score(float(right)), Score(1.0)]
+
+
+def chat(question: str) -> tuple[dict[str, str], ...]:
+    return ({"role": "system", "content": "List all."}, {"role": "user", "content": question}) if question else ()
+
+
+# --- units
+
+symbols = st.sampled_from(
+    ["m", "km", "g", "kg", "s", "ms", "N", "J", "eV", "W", "K", "A", "V", "T", "mol", "Hz", "cm", "L"]
+)
+factors = st.lists(
+    st.tuples(symbols, st.sampled_from([-2, -1, 1, 2])), min_size=1, max_size=3, unique_by=lambda f: f[0]
+)
+
+
+def power(exponent: int) -> str:
+    return "" if exponent == 1 else f"^{{{exponent}}}"
+
+
+def with_slash(parts: list[tuple[str, int]]) -> str:
+    above = [(symbol, exponent) for symbol, exponent in parts if exponent > 0]
+    below = [(symbol, -exponent) for symbol, exponent in parts if exponent < 0]
+    spelled = [
+        r" \cdot ".join(rf"\mathrm{{~{symbol}}}{power(exponent)}" for symbol, exponent in side)
+        for side in (above, below)
+    ]
+    return " / ".join(side for side in spelled if side) if above else spaced(parts)
+
+
+def spaced(parts: list[tuple[str, int]]) -> str:
+    return r"\text{ " + " ".join(symbol + power(exponent) for symbol, exponent in reversed(parts)) + "}"
+
+
+@given(st.integers(1, 999), factors, factors)
+def test_units_are_the_same_however_they_are_spelt_and_others_are_wrong(value, parts, others):
+    one, two = (canonical(f"{value}{spelled}") for spelled in (with_slash(parts), spaced(parts)))
+    assert compare(one, two) is compare(two, one) is True
+    assert compare(one, str(value)) is compare(str(value), one) is True
+    assert compare(one, canonical(f"{value + 1}{spaced(parts)}")) is False
+    if quantity(one).unit != quantity(canonical(f"{value}{spaced(others)}")).unit:
+        assert compare(canonical(f"{value}{spaced(others)}"), one) is False
+
+
+@needs_files
+def test_truths_with_and_without_a_unit_agree():
+    truths = {bare_truth(truth) for name in ("AIME24", "AIME25", "AMC23", "MATH-500") for truth in truths_of(name)}
+    numbers = [truth for truth in sorted(truths) if number(truth)]
+    units = [
+        r"\text{ J}",
+        r" \mathrm{~m} / \mathrm{s}^{2}",
+        r"\,\Omega",
+        r" \mu\mathrm{m}",
+        r" \mathrm{~cm} \mathrm{~s}^{-1}",
+        " K",
+    ]
+    for truth, unit in itertools.product(numbers, units):
+        assert compare(canonical(truth + unit), truth) is True, (truth, unit)
+    assert len(numbers) > 200

@@ -165,6 +165,12 @@ def test_math_takes_the_last_box_for_the_answer(tmp_path):
     assert row["ground_truth"] == "0.5", "the grader knows that the solution's box is the same"
 
 
+def test_boxes_that_together_are_the_answer_of_a_solution_are_its_ground_truth(tmp_path):
+    solution = "So $x=\\boxed{1}$ or $x=\\boxed{-2}$."
+    (row,), _ = run(tmp_path, MATH | {"solution": solution})
+    assert row["ground_truth"] == "1, -2" and row["teachers"] == [teacher("solution", solution)]
+
+
 def test_any_columns(tmp_path):
     record = {"q": "What is 1+1?", "a": 2, "cot": "\\boxed{2}", "who": "qwen", "nr": 9}
     names = {"prompt": "q", "ground_truth": "a", "trace": "cot"}

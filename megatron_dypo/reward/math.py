@@ -66,12 +66,8 @@ def compare(answer: str, truth: str, ordered: bool | None = None) -> Verdict:
     answer, truth = _without_name(answer, truth), _without_name(truth, answer)
     if is_condition(answer) or is_condition(truth):
         one, other = region(answer), region(truth)
-        if (
-            one
-            and other
-            and (one.variable == other.variable or not {one.variable, other.variable}.isdisjoint({"", "?"}))
-        ):
-            return one.intervals == other.intervals or (one.intervals, other.intervals)
+        if one and other:
+            return one.may_equal(other) and (one.intervals == other.intervals or (one.intervals, other.intervals))
     if is_several(answer) or is_several(truth):
         verdict = agree(answer, truth, ordered, _decided)
         if verdict is not None:

@@ -35,7 +35,7 @@ _LONGEST = 400
 
 
 class Region(NamedTuple):
-    """``intervals``: as LaTeX; ``variable``: whose values they are, "" where it is not named; ``bound``: in a builder."""
+    """``intervals``: as LaTeX; ``variable``: whose values they are, or ""; ``bound``: by a set-builder."""
 
     intervals: str
     variable: str = ""
