@@ -25,7 +25,7 @@ _NO_UNIT = {
     "not", "no", "to", "base", "mod", "modulo", "factorial", "more", "less", "than", "pi", "sqrt", "root",
     "over", "plus", "minus", "if", "for", "where", "when", "hundredth", "tenth", "thousandth", "sin",
     "cos", "tan", "log", "ln", "exp", "infinity", "is", "wrong", "score", "gross", "with", "which",
-    "that", "are", "e", "i", "x", "y", "z",
+    "that", "are", "approximately", "about", "nearly", "roughly", "e", "i", "x", "y", "z",
 }  # fmt: skip
 _FIRM_PLAIN = {
     "in", "inch", "inches", "ft", "feet", "yd", "mi", "cm", "mm", "km", "sec", "min", "hr", "kg",
@@ -244,7 +244,7 @@ class _Reader:
             if factor is None:
                 return None
             total = total.times(factor, -1 if below else 1)
-        return total if total.powers else None
+        return total
 
     def _factor(self) -> Unit | None:
         word, power = self._take(), Fraction(1)
