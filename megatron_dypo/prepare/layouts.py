@@ -99,7 +99,7 @@ def gsm8k(row: dict) -> Item:
 
 
 def math(row: dict) -> Item:
-    """MATH and its relatives: the answer is the solution's (its last box, or the row of boxes), unless it has a column."""
+    """MATH and its relatives: the answer is the solution's (its last box, or the row of boxes), but for a column."""
     solution = _text(row, "solution")
     answer = row.get("answer")
     return Item(
