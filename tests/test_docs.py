@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*/README.md"))]
 SECTIONS = "|".join(Config.model_fields)
 KEY = re.compile(rf"`((?:{SECTIONS})(?:\.[a-z_]+)+)(?::[^`]*|=[^`]*)?`")
+FILES = (".py", ".json", ".safetensors")
 PATH = re.compile(r"`((?:megatron_dypo|benchmarks|tests|tools|launch|examples|requirements|docs)/[\w./-]+)`")
 
 
@@ -64,7 +65,8 @@ def test_commands_parse_and_keys_and_files_exist(page):
         for override in getattr(options, "overrides", []):
             assert override.partition("=")[0] in KEYS, f"{command}: {override}"
     sections = {name.rpartition(".")[0] for name, _ in walk()}
-    unknown = [key for key in KEY.findall(text) if key not in KEYS and key not in sections and not key.endswith(".py")]
+    names = [name for name in KEY.findall(text) if not name.endswith(FILES)]
+    unknown = [name for name in names if name not in KEYS and name not in sections]
     assert unknown == []
     assert [path for path in PATH.findall(text) if not (ROOT / path).exists()] == []
 
