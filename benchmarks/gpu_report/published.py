@@ -21,7 +21,7 @@ NOT_ON_GPUS = "-"  # where a GPU changes nothing
 # README's rows, by how they begin -> the stages that show them on a GPU
 ROWS: dict[str, tuple[str, ...] | None] = {
     "TP, SP, PP, virtual PP": ("layouts",),
-    "vLLM in process": ("engine", "agreement_model", "agreement_float32", "quickstart"),
+    "vLLM 0": ("engine", "agreement_model", "agreement_float32", "quickstart"),
     "vLLM servers": ("server_nccl", "server_ipc"),
     "Weights to servers by NCCL": ("server_nccl", "server_ipc"),
     "Llama, Mistral, Qwen2.5": (),
