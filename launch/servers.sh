@@ -3,7 +3,8 @@
 #     export MEGATRON_DYPO_SERVER_TOKEN=$(openssl rand -hex 32)     # the same for servers and trainer
 #     launch/servers.sh [--dry-run] CONFIG [section.key=value ...]
 # They listen on this machine only; for trainers on other machines: HOST=0.0.0.0. CUDA_VISIBLE_DEVICES says which GPUs
-# (default: all). A server that dies is started again; all end with this script.
+# (default: all). A server that dies is started again, one that cannot start ATTEMPTS times in a row (default 3) is given
+# up, and the others go on; all end with this script, which ends when none is left.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -32,8 +33,17 @@ fi
 trap 'trap - TERM; kill $(jobs -p) 2>/dev/null || true; wait' EXIT
 trap 'exit 143' INT TERM
 
+answers() { # NUMBER: whether that server serves
+    local host=${HOST:-127.0.0.1} status
+    if [ "$host" = 0.0.0.0 ]; then host=127.0.0.1; fi
+    # shellcheck disable=SC2016 # its own arguments
+    status=$(timeout 5 bash -c 'exec 3<>"/dev/tcp/$0/$1" && printf "GET /health HTTP/1.0\r\n\r\n" >&3 && head -n 1 <&3' \
+        "$host" $((${PORT:-8000} + $1)) 2>/dev/null) || true
+    [[ $status == *" 200 "* ]]
+}
+
 keep_up() { # NUMBER ARGUMENTS...
-    local number=$1 began code server='' started=no
+    local number=$1 server='' code failed=0
     shift
     trap - EXIT
     trap '[ -z "$server" ] || kill -KILL -- "-$server" 2>/dev/null; exit 143' TERM
@@ -42,23 +52,22 @@ keep_up() { # NUMBER ARGUMENTS...
         export CUDA_VISIBLE_DEVICES
     fi
     command_of "$number" "$@"
-    while true; do
-        began=$SECONDS code=0
+    while ((failed < ${ATTEMPTS:-3})); do
         setsid "${command[@]}" &
-        server=$!
+        server=$! code=0 failed=$((failed + 1))
+        while kill -0 "$server" 2>/dev/null; do
+            if ((failed > 0)) && answers "$number"; then failed=0; fi
+            sleep 1
+        done
         wait "$server" || code=$?
         kill -KILL -- "-$server" 2>/dev/null || true # a killed server leaves its engine behind, which holds the GPU
-        if ((SECONDS - began >= 60)); then
-            started=yes
-        elif [ "$started" = no ]; then
-            return 1 # it cannot start
-        else
-            sleep 10
-        fi
+        if ((failed > 0 && code == 2)); then break; fi # it said what is wrong; waiting does not help
         echo "launch/servers.sh: server $number ended with code $code and is started again" >&2
+        sleep $((failed > 0 ? 10 : 1))
     done
+    echo "launch/servers.sh: server $number cannot start (exit code $code) and is given up" >&2
 }
 for ((i = 0; i < servers; i++)); do keep_up "$i" "$@" & done
-wait -n || true
-echo "launch/servers.sh: a server cannot start; all end" >&2
+wait
+echo "launch/servers.sh: no server is left" >&2
 exit 1

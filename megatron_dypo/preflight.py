@@ -47,6 +47,7 @@ class Inputs:
 
 def prepare(config: Config, source: str) -> Inputs:
     """Read and check model shape, layout, weights, tokenizer, data and run folder. Raises UserError, one line."""
+    distributed.require_launcher()
     check_torch(distributed.device_kind(), torch.__version__)
     shape = model_shape(config.model)
     check_layout(config.parallel, shape, distributed.world_size(), source)

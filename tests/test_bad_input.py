@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -443,6 +444,44 @@ def test_a_run_of_before_a_key_was_there_goes_on_with_its_default(config, capsys
     path.write_text(json.dumps(before))
     assert prepare(load_config(config), "config").checkpoints == [1]
     assert "objective.gamma (was 1.0, now 2.0)" in refusal(capsys, config, "objective.gamma=2.0")
+
+
+@pytest.mark.parametrize("key", ["data.train", "data.valid"])
+def test_prompts_that_changed_since_the_run_was_started_are_refused_by_file(config, key, capsys, caplog):
+    rows = {name: config.parent / f"{name}.jsonl" for name in ("train", "valid")}
+    for name, file in rows.items():
+        row = {"prompt": f"{name}: 1+1?", "ground_truth": "2", "teachers": []}
+        file.write_text("".join(json.dumps(row | {"prompt": f"{name}: {n}+1?"}) + "\n" for n in range(8)))
+    own = [f"data.{name}={file}" for name, file in rows.items()]
+    loaded = load_config(config, own)
+    run_dir = checkpointed(config, *own)
+    assert prepare(loaded, "config").checkpoints == [1], "a run folder of before"
+    assert f"does not say what {rows['train']} held before" in caplog.text
+    run_folder.describe(loaded, run_dir)
+    assert prepare(loaded, "config").checkpoints == [1]
+
+    changed = rows[key.removeprefix("data.")]
+    changed.write_text(changed.read_text().replace("3+1", "3+3"))
+    line = refusal(capsys, config, *own)
+    assert line.startswith(f"{key}: {changed} has changed since the run of {run_dir} was last started")
+    assert "data.accept_changed=true" in line
+    accepted = load_config(config, [*own, "data.accept_changed=true"])
+    assert prepare(accepted, "config").checkpoints == [1]
+    assert f"{changed} has changed" in caplog.text
+    run_folder.describe(accepted, run_dir)
+    assert prepare(loaded, "config").checkpoints == [1], "from now on this is what it holds"
+
+
+def test_a_rank_that_nothing_has_started_says_so_on_its_own(config, monkeypatch, capsys):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    began = time.monotonic()
+    for command in (["train", str(config)], ["convert", "import", "--hf", str(config.parent), "--out", "x"]):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert "RANK=1 and WORLD_SIZE=2 but no LOCAL_RANK" in said and said.count("\n") == 1
+    assert time.monotonic() - began < 20
 
 
 def test_a_run_folder_without_a_complete_checkpoint_is_not_trained_over(config, capsys):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -403,3 +405,31 @@ def test_the_reference_page_is_what_the_schema_renders():
     rows = [line for line in page.splitlines() if line.startswith("| `")]
     assert len(rows) == len(KEYS)
     assert all(line.replace(r"\|", "").count("|") == 5 for line in rows)
+
+
+def test_a_path_key_knows_the_home_folder_and_the_environment(tmp_path, smallest, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("DATA", "/data")
+    paths = [name for name, info in walk() if info.json_schema_extra["path"]]
+    assert {"trainer.run_dir", "model.hf", "data.train", "data.valid", "evaluation.data"} <= set(paths)
+    for name in paths:
+        other = {"model.hf": ["model.preset=null"], "rollout.replay": ["rollout.engine=replay"]}.get(name, [])
+        for text, expected in (("~/x y", f"{tmp_path}/home/x y"), ("$DATA/x", "/data/x"), ("${DATA}2", "/data2")):
+            suffix = ".py:score" if name == "reward.function" else ""
+            config = load_config(smallest, [f"{name}={text}{suffix}", *other])
+            assert attrgetter(name)(config) == expected + suffix
+    config = load_config(smallest, ["logging.wandb_project=$DATA", "evaluation.system=~/x"])
+    assert (config.logging.wandb_project, config.evaluation.system) == ("$DATA", "~/x"), "no paths"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("trainer.run_dir=$NOWHERE_SET/x", "trainer.run_dir: $NOWHERE_SET/x: the environment has no $NOWHERE_SET"),
+        ("data.valid=a/${NOWHERE_SET}", "data.valid: a/${NOWHERE_SET}: the environment has no ${NOWHERE_SET}"),
+        ("rollout.record=~nosuchuser/x", "rollout.record: ~nosuchuser/x: no home folder for ~nosuchuser"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_refused_by_key(smallest, override, said):
+    with pytest.raises(UserError, match=re.escape(said) + "$"):
+        load_config(smallest, [override])

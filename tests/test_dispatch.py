@@ -273,6 +273,25 @@ def test_a_server_that_freezes_in_an_update_does_not_hold_up_the_others(caplog):
         assert first.label == "run:0"
 
 
+def test_a_server_that_answers_nothing_in_an_update_is_left_out_as_soon_as_when_it_samples(caplog):
+    frozen = asyncio.Event()
+
+    async def freeze(server, path, body):
+        if path == "update_weights":
+            frozen.set()
+        return await asyncio.sleep(60) if frozen.is_set() else None
+
+    async def slow(server, path, body):
+        return await asyncio.sleep(3) if path == "update_weights" else None
+
+    with Imitation(behave=slow) as first, Imitation(behave=freeze) as second:
+        both, began = fleet(first, second, deadline=100.0), time.monotonic()
+        update(both, "", "run:0")
+        assert time.monotonic() - began < 10, "its update may take 50 s, its silence 1 s"
+        assert list(both.lost) == [second.url] and "no answer to /v1/models within 1 s" in caplog.text
+        assert first.label == "run:0", "slow, but not silent"
+
+
 def test_a_prefix_cache_that_is_not_reset_stops_the_run():
     stale = Imitation(behave=answering({"success": False}, "reset_prefix_cache"))
     with stale, pytest.raises(TrainingError, match="did not reset its prefix cache"):

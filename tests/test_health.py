@@ -72,6 +72,8 @@ SICK = {
     "saturated": ("gal/saturated_frac", [0.1, 0.2, 0.6], {"gal__spread": 12.0}, 3),
     "truncated": ("rollout/truncated_frac", [0.2, *[0.7] * 40], {}, 1 + TRUNCATED_STEPS),
     "mismatch": ("rollout/mismatch_mean", [0.01, 0.2], {}, 2),
+    "one token's mismatch": ("rollout/mismatch_max", [*noisy(1e-6, 40), 0.16], {}, 41),
+    "one token's mismatch in bf16": ("rollout/mismatch_max", [*noisy(0.3, 40), 12.0], {}, 41),
     "empty": ("train/empty_steps", [0, 0, *range(1, 40)], {}, 2 + EMPTY_STEPS),
 }
 
@@ -101,6 +103,8 @@ HEALTHY = {
     "length": ("rollout/response_tokens", learning_from_noise(30.0, 17.0), {}),
     "learning to stop": ("rollout/truncated_frac", learning_from_noise(0.9, 0.0), {}),
     "few empty": ("train/empty_steps", [step // 2 for step in range(200)], {}),
+    "rounding differs": ("rollout/mismatch_max", [*noisy(1e-6, 100, spread=1.0), 3e-3], {}),
+    "bf16's tail": ("rollout/mismatch_max", noisy(0.3, 500, spread=0.7), {}),
     "unknown": ("gal/saturated_frac", [None, math.nan, math.inf] * 30, {}),
 }
 

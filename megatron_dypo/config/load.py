@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from megatron_dypo.escapes import swallowed
 _CREDENTIALS = re.compile(r"://[^/\s@]*:[^/\s@]*@")
 _SECRET_NAME = re.compile("token$|password|passwd|secret|credential|api_?key", re.IGNORECASE)
 _OPAQUE = re.compile(r"[\w-]{20,}")
+_VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")  # what YAML can escape, and no path or file takes
 
 
@@ -44,6 +46,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     for name, value in _leaves(tree):
         if fault := _unusable(value):
             raise UserError(f"{path}: {name}: {fault}")
+    _expand_paths(tree, str(path))
     config = _validate(tree, str(path))
     check(config, str(path))
     return config
@@ -77,6 +80,26 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         node[parent] = child if isinstance(child, dict) else {}
         node = node[parent]
     node[last] = value
+
+
+def _expand_paths(tree: dict[str, Any], source: str) -> None:
+    """Put a home folder for `~` and the environment's value for `$VARIABLE` into every key that is a path.
+
+    Raises UserError for a variable that is not set and a user who has no home folder.
+    """
+    for dotted, info in walk():
+        *parents, last = dotted.split(".")
+        node: Any = tree
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, dict) else None
+        if not info.json_schema_extra["path"] or not isinstance(node, dict) or not isinstance(node.get(last), str):
+            continue
+        value = node[last]
+        node[last] = expanded = os.path.expanduser(os.path.expandvars(value))
+        if unset := _VARIABLE.search(expanded):
+            raise UserError(f"{source}: {dotted}: {value}: the environment has no {unset[0]}")
+        if expanded.startswith("~"):
+            raise UserError(f"{source}: {dotted}: {value}: no home folder for {expanded.split('/')[0]}")
 
 
 def _leaves(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:

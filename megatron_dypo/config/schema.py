@@ -1,7 +1,8 @@
 """Every configuration key: type, default, bounds and documentation, in one place.
 
 ``key(default, doc)`` declares a key. ``resumable=True`` marks those that may change when a run is resumed (layout,
-logging, paths, number of steps, engine, micro-batch budget); all others make up the run's fingerprint.
+logging, paths, number of steps, engine, micro-batch budget); all others make up the run's fingerprint. ``path=True``
+marks those in which `~` and `$VARIABLE` stand for what they stand for in a shell.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 YEAR = 31_536_000  # seconds; what a deadline may be at most, so that every clock takes it
 
 
-def key(default: Any = ..., doc: str = "", *, resumable: bool = False, **bounds: Any) -> Any:
-    return Field(default, description=doc, json_schema_extra={"resumable": resumable}, **bounds)
+def key(default: Any = ..., doc: str = "", *, resumable: bool = False, path: bool = False, **bounds: Any) -> Any:
+    return Field(default, description=doc, json_schema_extra={"resumable": resumable, "path": path}, **bounds)
 
 
 class Section(BaseModel):
@@ -52,13 +53,13 @@ class Shape(Section):
 class Model(Section):
     """The policy network."""
 
-    hf: str | None = key(None, "Hugging Face folder or hub name to start from. Give this or `preset`.")
+    hf: str | None = key(None, "Hugging Face folder or hub name to start from. Give this or `preset`.", path=True)
     preset: str | None = key(
         None, "Built-in shape with random initial weights (`tiny`, `tiny-moe`). Give this or `hf`."
     )
     shape: Shape = key(Shape(), "Overrides of single shape values.")
     tokenizer: str | None = key(
-        None, "Tokenizer folder; default: `model.hf`, or the built-in arithmetic tokenizer for a preset."
+        None, "Tokenizer folder; default: `model.hf`, or the built-in arithmetic tokenizer for a preset.", path=True
     )
     dtype: Literal["auto", "fp32", "bf16"] = key("auto", "Training dtype; `auto` is bf16 on CUDA and fp32 on CPU.")
     probe: Literal["auto", "on", "off"] = key(
@@ -143,8 +144,8 @@ class Parallel(Section):
 class Data(Section):
     """Prompts, answers and teacher traces."""
 
-    train: str = key(..., "JSON Lines or Parquet file, or `reasoning_gym:TASK?key=value&...&size=N`.")
-    valid: str | None = key(None, "Held-out set of the same forms, for the evaluation inside training.")
+    train: str = key(..., "JSON Lines or Parquet file, or `reasoning_gym:TASK?key=value&...&size=N`.", path=True)
+    valid: str | None = key(None, "Held-out set of the same forms, for the evaluation inside training.", path=True)
     prompts_per_step: int = key(64, "Prompts in a global batch (Q).", ge=1)
     max_prompt_tokens: int = key(1024, "A longer prompt is an error that names it.", ge=1)
     max_teacher_tokens: int | None = key(
@@ -155,6 +156,11 @@ class Data(Section):
     seed: int = key(0, "Seed of the order in which prompts are visited.", ge=0, lt=2**63)
     max_tokens_per_microbatch: int = key(
         16384, "Token budget of one packed micro-batch on one data-parallel rank.", ge=1, resumable=True
+    )
+    accept_changed: bool = key(
+        False,
+        "A run that is resumed goes on although a file of prompts has changed since it was last started.",
+        resumable=True,
     )
     skip_bad_rows: bool = key(False, "Leave out malformed rows (and count them) instead of stopping.")
     repair_escapes: bool = key(
@@ -172,6 +178,7 @@ class Reward(Section):
     function: str = key(
         "math",
         "Who scores: `math` (the final answer is equivalent to the ground truth), `choice` (the letter of an option), `reasoning_gym` (the task's own score), or `package.module:function` or `path/file.py:function`, called as verl calls `compute_score(data_source, solution_str, ground_truth, extra_info)`.",
+        path=True,
     )
     extract: Literal["boxed", "marked", "number"] = key(
         "boxed",
@@ -225,8 +232,12 @@ class Rollout(Section):
     temperature: float = key(1.0, "Sampling temperature; on-policy log-probs are of softmax(z / temperature).", gt=0)
     top_p: float = key(1.0, "Nucleus sampling; below 1 the behaviour policy is a truncated one.", gt=0, le=1)
     max_response_tokens: int = key(8192, "Longest response, end token included.", ge=1)
-    record: str | None = key(None, "Folder to write each step's rollouts to (`step_000001.jsonl`).", resumable=True)
-    replay: str | None = key(None, "Folder to read recorded rollouts from (with `engine: replay`).", resumable=True)
+    record: str | None = key(
+        None, "Folder to write each step's rollouts to (`step_000001.jsonl`).", path=True, resumable=True
+    )
+    replay: str | None = key(
+        None, "Folder to read recorded rollouts from (with `engine: replay`).", path=True, resumable=True
+    )
     correction: Literal["none", "truncate", "mask"] = key(
         "none", "Weight of a token's GRPO term by exp(old - rollout): capped, or dropped outside [1/cap, cap]."
     )
@@ -380,7 +391,7 @@ class Trainer(Section):
         ge=0,
         resumable=True,
     )
-    run_dir: str = key(..., "Run folder.", resumable=True)
+    run_dir: str = key(..., "Run folder.", path=True, resumable=True)
 
 
 class Evaluation(Section):
@@ -392,7 +403,10 @@ class Evaluation(Section):
         resumable=True,
     )
     data: str | None = key(
-        None, "Folder of the suites' files; default: the Hugging Face hub (library `datasets`).", resumable=True
+        None,
+        "Folder of the suites' files; default: the Hugging Face hub (library `datasets`).",
+        path=True,
+        resumable=True,
     )
     samples: int | None = key(
         None, "Responses per problem; default: each suite's own (32 for AIME and AMC, else 1).", ge=1, resumable=True

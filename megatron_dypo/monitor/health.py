@@ -30,6 +30,8 @@ SATURATED = 0.5  # share of GAL's pairs
 TRUNCATED = 0.5  # share of responses, ...
 TRUNCATED_STEPS = 25  # ... in so many steps in a row: a model that starts from noise needs a dozen to learn to stop
 MISMATCH = 0.05  # nats per token; bf16 engines differ from the trainer by about 0.01
+OUTLIER = 30.0  # times the median of the steps' largest mismatch, ...
+OUTLIER_FLOOR = 0.01  # ... and more nats than rounding in fp32 makes
 EMPTY_STEPS = 20  # in a row
 
 Judge = Callable[[float, "Past", Mapping[str, float]], str | None]
@@ -114,6 +116,12 @@ def mismatch(now: float, past: Past, metrics: Mapping[str, float]) -> str | None
     return f"trainer and engine differ by {now:.2g} nats per token" + (f", {stale:g} updates apart" if stale else "")
 
 
+def mismatch_outlier(now: float, past: Past, metrics: Mapping[str, float]) -> str | None:
+    if past.level is None or now <= max(OUTLIER * past.level, OUTLIER_FLOOR):
+        return None
+    return f"trainer and engine differ by {now:.2g} nats in one token, recently by at most {past.level:.2g}"
+
+
 def empty_steps(now: float, past: Past, metrics: Mapping[str, float]) -> str | None:
     """``now`` counts the run's empty steps: this one is if the count has grown."""
     return "step after step has nothing to train on" if now > (past.values[-1] if past.values else 0) else None
@@ -160,6 +168,12 @@ RULES = (
         mismatch,
         "the engine does not sample from the trained policy: the same dtype on both sides, rollout.correction, "
         "or a lower optimizer.lr where they are updates apart",
+    ),
+    Rule(
+        "largest mismatch",
+        "rollout/mismatch_max",
+        mismatch_outlier,
+        "a weight that did not arrive as it was sent looks like this: rollout.verify_sync, and start the servers again",
     ),
     Rule(
         "empty steps",

@@ -110,11 +110,25 @@ class Fleet:
         self._post("finish_weight_update", {"weight_version": weight_version or self.label})
 
     def _post(self, path: str, body: dict | Callable[[Server], dict] | None = None) -> list[dict]:
-        def call(server: Server, http: aiohttp.ClientSession) -> Awaitable[dict]:
+        async def call(server: Server, http: aiohttp.ClientSession) -> dict:
             content = body(server) if callable(body) else body
-            return server.call(http, "POST", path, content, seconds=self._deadline / 2)
+            answer = asyncio.create_task(server.call(http, "POST", path, content, seconds=self._deadline / 2))
+            silence = asyncio.create_task(self._silence(server, http))
+            done, _ = await asyncio.wait((answer, silence), return_when=asyncio.FIRST_COMPLETED)
+            for task in {answer, silence} - done:
+                task.cancel()
+            return (answer if answer in done else silence).result()
 
         return self._all(call)
+
+    async def _silence(self, server: Server, http: aiohttp.ClientSession) -> dict:
+        """Raise ServerFault once the server does not answer a health check in time, as when it samples.
+
+        Its engine may be busy for long; vLLM's HTTP side, a process of its own, answers all the while.
+        """
+        while True:
+            await asyncio.sleep(min(2.0, self._timeout / 4))
+            await server.serves(http, self._timeout)
 
     def _all(self, call: Callable[[Server, aiohttp.ClientSession], Awaitable]) -> list:
         """Answers of all members that gave one; the others are members no more. Raises TrainingError without any."""

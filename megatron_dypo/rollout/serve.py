@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -30,6 +31,8 @@ def serve(config: Config, host: str, port: int, tensor: int) -> NoReturn:
     ``tensor``: tensor-parallel devices of this server.
     """
     server_token()
+    reach = _reach(host)
+    _check_port(host, port)
     shape = model_shape(config.model)
     check_policy(config.policy, shape, "serve")
     kind, vllm = device_kind(), check_vllm(config, shape, "server")
@@ -53,11 +56,22 @@ def serve(config: Config, host: str, port: int, tensor: int) -> NoReturn:
             "uvicorn_log_level": "warning",
         }
     )
-    print(f"megatron_dypo: serving {name} at http://{host}:{port}, {_reach(host)}", flush=True)
+    print(f"megatron_dypo: serving {name} at http://{host}:{port}, {reach}", flush=True)
     print(
         f"megatron_dypo: every request, those that replace weights included, needs the token in {VARIABLE}", flush=True
     )
     os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags])
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raise UserError where another program listens already; vLLM would see it after minutes."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM: not the rest of a server that just ended
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(f"--port: cannot listen at {host}:{port}: {error.strerror}") from None
 
 
 def _reach(host: str) -> str:

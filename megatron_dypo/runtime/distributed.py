@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dypo.config.schema import Parallel
+from megatron_dypo.errors import UserError
 from megatron_dypo.runtime import cpu_shim
 
 ALONE = Parallel()
@@ -81,6 +82,20 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def require_launcher() -> None:
+    """Refuse, on every rank, to be one of several ranks that nothing has started.
+
+    Pods of Kubernetes' training operators have RANK and WORLD_SIZE in their environment; launchers set LOCAL_RANK too.
+    """
+    if "RANK" in os.environ and "LOCAL_RANK" not in os.environ and world_size() > 1:
+        error = UserError(
+            f"the environment has RANK={launch_rank()} and WORLD_SIZE={world_size()} but no LOCAL_RANK: "
+            "no launcher started this process. Start it by torchrun or launch/, or unset RANK and WORLD_SIZE"
+        )
+        error.first = True  # its own fault: rank 0 says nothing of this one
+        raise error
+
+
 def launch_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
@@ -137,6 +152,7 @@ def join(timeout: float = ALONE.timeout, backend: str = "gloo", reaches_out: boo
         if dist.get_backend() != backend:
             raise RuntimeError(f"the ranks have joined with {dist.get_backend()}, and {backend} is asked for")
         return
+    require_launcher()
     if backend == "nccl":
         claim_device()
     deadline = datetime.timedelta(seconds=timeout)

