@@ -30,7 +30,7 @@ from megatron_dypo.errors import UserError
 from megatron_dypo.policy.shape import PRESETS, model_shape
 from megatron_dypo.preflight import check_torch, prepare
 from megatron_dypo.rollout.vllm_versions import Vllm
-from megatron_dypo.runtime import run_folder
+from megatron_dypo.runtime import distributed, run_folder
 from tests.launch import torchrun
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -450,8 +450,10 @@ def test_a_run_of_before_a_key_was_there_goes_on_with_its_default(config, capsys
 def test_prompts_that_changed_since_the_run_was_started_are_refused_by_file(config, key, capsys, caplog):
     rows = {name: config.parent / f"{name}.jsonl" for name in ("train", "valid")}
     for name, file in rows.items():
-        row = {"prompt": f"{name}: 1+1?", "ground_truth": "2", "teachers": []}
-        file.write_text("".join(json.dumps(row | {"prompt": f"{name}: {n}+1?"}) + "\n" for n in range(8)))
+        kept = [
+            {"prompt": f"{n}{'+' if name == 'train' else '-'}1=", "ground_truth": "2", "teachers": []} for n in range(8)
+        ]
+        file.write_text("".join(json.dumps(row) + "\n" for row in kept))
     own = [f"data.{name}={file}" for name, file in rows.items()]
     loaded = load_config(config, own)
     run_dir = checkpointed(config, *own)
@@ -461,7 +463,7 @@ def test_prompts_that_changed_since_the_run_was_started_are_refused_by_file(conf
     assert prepare(loaded, "config").checkpoints == [1]
 
     changed = rows[key.removeprefix("data.")]
-    changed.write_text(changed.read_text().replace("3+1", "3+3"))
+    changed.write_text(changed.read_text().replace('"3', '"9'))
     line = refusal(capsys, config, *own)
     assert line.startswith(f"{key}: {changed} has changed since the run of {run_dir} was last started")
     assert "data.accept_changed=true" in line
@@ -477,11 +479,12 @@ def test_a_rank_that_nothing_has_started_says_so_on_its_own(config, monkeypatch,
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     began = time.monotonic()
-    for command in (["train", str(config)], ["convert", "import", "--hf", str(config.parent), "--out", "x"]):
-        assert main(command) == 2
-        said = capsys.readouterr().err
-        assert "RANK=1 and WORLD_SIZE=2 but no LOCAL_RANK" in said and said.count("\n") == 1
+    assert main(["train", str(config)]) == 2
     assert time.monotonic() - began < 20
+    said = capsys.readouterr().err
+    assert "RANK=1 and WORLD_SIZE=2 but no LOCAL_RANK" in said and said.count("\n") == 1
+    with pytest.raises(UserError, match="no LOCAL_RANK"):
+        distributed.join()
 
 
 def test_a_run_folder_without_a_complete_checkpoint_is_not_trained_over(config, capsys):

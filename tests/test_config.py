@@ -51,6 +51,7 @@ BUDGET = {"data.max_tokens_per_microbatch", "model.recompute", "model.attention_
 BUDGET |= {"model.reference_on"}
 START = {"model.probe"}
 OPERATION = {
+    "data.accept_changed",
     *("parallel.timeout", "parallel.heartbeat_timeout", "rollout.sync_timeout", "trainer.max_skipped_steps"),
     *("trainer.eval_every", "trainer.save_every", "trainer.keep_checkpoints", "trainer.spike_factor"),
     *("trainer.deterministic", "trainer.offload", "reward.cpu_seconds", "reward.workers"),

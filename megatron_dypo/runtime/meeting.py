@@ -6,18 +6,20 @@ stores. launch/multi_node.sh asks here first.
 
 from __future__ import annotations
 
-import contextlib
-import datetime
-import os
 import socket
+import subprocess
 import sys
-import threading
 
 from megatron_dypo.cli import run_tool
 from megatron_dypo.errors import UserError
 
-SECONDS = 20.0  # for an answer, the import of torch included
-PATIENCE = datetime.timedelta(seconds=SECONDS / 2)
+SECONDS = 10.0  # for an answer
+_MEET = """\
+import sys
+from torch.distributed import TCPStore
+print(flush=True)
+TCPStore(sys.argv[1], int(sys.argv[2]), is_master=False, wait_for_workers=False)
+"""
 
 
 def check_meeting(address: str) -> None:
@@ -33,26 +35,23 @@ def check_meeting(address: str) -> None:
     except OSError:
         return
 
-    answered = threading.Event()
-    threading.Thread(target=_meet, args=(host.strip("[]"), int(port), answered), daemon=True).start()
-    if not answered.wait(SECONDS):
+    # In a process of its own: torch's constructor keeps to no deadline where a program is not a store.
+    command = [sys.executable, "-c", _MEET, host.strip("[]"), port]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+        child.stdout.readline()  # torch is imported
+        try:
+            met = child.wait(SECONDS) == 0
+        except subprocess.TimeoutExpired:
+            child.kill()
+            met = False
+    if not met:
         raise UserError(
             f"HEAD={address}: another program listens at this port, which does not answer as torchrun's store does: "
             "take another port, the same on all nodes"
         )
 
 
-def _meet(host: str, port: int, answered: threading.Event) -> None:
-    """Set ``answered`` once a store has answered. A program that is none may keep this waiting for ever."""
-    from torch.distributed import DistError, TCPStore
-
-    with contextlib.suppress(DistError):
-        TCPStore(host, port, is_master=False, timeout=PATIENCE, wait_for_workers=False)
-        answered.set()
-
-
 def main() -> int:
-    os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"  # the store's own account of a failure has 30 lines
     check_meeting(sys.argv[1])
     return 0
 
