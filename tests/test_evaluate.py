@@ -113,6 +113,17 @@ def test_the_hub_s_columns_and_the_files_that_circulate_are_read_alike(tmp_path,
     assert (prompt.ground_truth, prompt.source, prompt.id) == (truth, suite, f"{suite}-0")
 
 
+def test_responses_in_the_same_folder_are_no_file_of_a_suite(tmp_path):
+    row = '{"question": "1+1?", "answer": "2"}'
+    written = {"gsm8k.jsonl": row, "run/fingerprint.json": "{}", "run/evaluation/step_24/gsm8k.jsonl": "{}"}
+    written |= {"elsewhere/results.json": "{}", "elsewhere/gsm8k.jsonl": "{}"}
+    for name, text in written.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(text)
+    [prompt] = load_suite("gsm8k", Evaluation(data=str(tmp_path)))
+    assert prompt.ground_truth == "2"
+
+
 @pytest.mark.parametrize(
     ("files", "said"),
     [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 import re
@@ -45,7 +46,9 @@ def find(name: str, place: Place, folder: Path) -> list[Path]:
     found: defaultdict[tuple[int, Path, str], list[tuple[Any, Path]]] = defaultdict(list)
     for depth in range(_DEEPEST + 1):
         for path in sorted(folder.glob("/".join(["*"] * depth + ["*.*"]))):
-            if path.suffix.lower() in SUFFIXES and path.is_file() and (seen := _read_name(path, folder, place)):
+            if path.suffix.lower() not in SUFFIXES or not path.is_file() or _is_output(path, folder):
+                continue
+            if seen := _read_name(path, folder, place):
                 rank, base, part = seen
                 found[rank, path.parent, f"{base}{path.suffix}"].append((part, path))
     if not found:
@@ -61,6 +64,12 @@ def find(name: str, place: Place, folder: Path) -> list[Path]:
     if shard and len(parts) != int(shard[3]):
         raise UserError(f"evaluation.data: {parts[0].parent}: {len(parts)} of {shard[3]} parts of the suite {name}")
     return parts
+
+
+def _is_output(path: Path, folder: Path) -> bool:
+    """Whether an evaluation has written the file: responses are named after their suite, too."""
+    parents = itertools.takewhile(lambda parent: parent != folder, path.parents)
+    return (path.parent / "results.json").exists() or any((each / "fingerprint.json").exists() for each in parents)
 
 
 def _of_configuration(groups: list[list[tuple[Any, Path]]], place: Place) -> list[list[tuple[Any, Path]]]:
