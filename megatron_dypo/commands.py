@@ -273,7 +273,7 @@ def _plan(options: argparse.Namespace) -> int:
             raise UserError(f"plan: --{name.replace('_', '-')}: {getattr(options, name):g} is out of range")
     cluster = Cluster(options.gpus, options.gpu_memory * 2**30, gpu(options.gpu), options.gpus_per_node)
     work = work_of(config, options.response_tokens, options.prompt_tokens, options.mid, options.hard)
-    return show_plan(config, cluster, work, options.all)
+    return show_plan(config, cluster, work, options.config, options.overrides, options.all)
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import re
+import shlex
+import subprocess
 
 import pytest
 
@@ -14,6 +18,7 @@ from megatron_dypo.errors import UserError
 from megatron_dypo.plan.cluster import Candidate, Cluster, Work
 from megatron_dypo.plan.gpus import gpu
 from megatron_dypo.plan.host import host_need
+from megatron_dypo.plan.launch import commands, nodes_of
 from megatron_dypo.plan.layouts import plan
 from megatron_dypo.plan.memory import GIB, UNEVEN, activation_bytes, policy_need, rank_parameters
 from megatron_dypo.plan.reference import place_reference
@@ -186,13 +191,12 @@ def test_a_plan_puts_the_reference_where_steps_are_fastest_and_counts_it_there()
     shape, cluster = RELEASED["Qwen/Qwen2.5-7B"], Cluster(8, 141 * GIB, gpu("h200"))
     work = dataclasses.replace(WORK, passes=2, reference="auto", saves=True)
     best = plan(shape, cluster, work)[0]
-    assert {made.candidate.reference for made in best if made.candidate.placement == "turns"} == {"host"}
     assert "device" in {made.candidate.reference for made in best if made.candidate.placement == "beside"}
     for made in best:
         on_device = made.candidate.reference == "device"
         assert made.need.reference == (made.need.weights if on_device else 0)
         assert (made.host.reference > 0) != on_device and made.host.snapshot > 0
-        assert f"model.reference_on={made.candidate.reference} " in made.candidate.overrides(0.5) + " "
+        assert made.candidate.keys(0.5)["model.reference_on"] == made.candidate.reference
     forced = plan(shape, cluster, dataclasses.replace(work, reference="host"))[0]
     assert {made.candidate.reference for made in forced} == {"host"}
     none = plan(shape, cluster, dataclasses.replace(WORK, saves=False))[0]
@@ -398,7 +402,7 @@ def test_the_command_prints_a_table_the_best_overrides_and_reasons(capsys, tmp_p
     assert main(["plan", config, "--gpus", "16", "--gpu-memory", "80", "--gpu", "a800"]) == 0
     printed = capsys.readouterr().out
     assert "7.62e9 parameters, 16 GPUs of 80 GiB" in printed and "tokens/s/GPU" in printed
-    assert "best (16 trainer ranks): parallel.tensor=2 " in printed
+    assert "best (16 trainer ranks): TP2 PP1 DP8, started by" in printed and " parallel.tensor=2 " in printed
     assert "TP8 PP1: parallel.tensor: 8 does not divide the model's 28 attention heads" in printed
     assert main(["plan", config, "--gpus", "1", "--gpu-memory", "24"]) == 1
     assert "nothing fits" in capsys.readouterr().out
@@ -434,13 +438,12 @@ def test_a_released_model_s_shape_cannot_be_overridden_but_for_its_positions():
     [("qwen2.5_math_7b_dypo", 32), ("qwen3_32b_dypo", 32), ("qwen3_30b_a3b_dypo", 8)],
 )
 def test_the_overrides_of_a_plan_make_that_layout_whatever_the_file_has(example, gpus):
-    path = f"examples/{example}/config.yaml"
-    shape = planned_shape(load_config(path).model)
-    for made in plan(shape, Cluster(gpus, 192 * GIB, gpu("h200")), WORK)[0]:
+    path, cluster = f"examples/{example}/config.yaml", Cluster(gpus, 192 * GIB, gpu("h200"))
+    fits = plan(planned_shape(load_config(path).model), cluster, WORK)[0]
+    assert {made.candidate.placement for made in fits} == {"beside", "turns", "servers"}
+    for made in fits:
         c = made.candidate
-        if c.placement == "servers" and "3_3" not in example:
-            continue  # whose addresses nobody knows
-        config = load_config(path, made.candidate.overrides(made.engine_memory).split())
+        config = load_config(path, overrides_of(commands(c, cluster, made.engine_memory, path, [])))
         cut = config.parallel
         assert (cut.tensor, cut.pipeline, cut.virtual_pipeline, cut.context) == (
             c.tensor,
@@ -452,3 +455,107 @@ def test_the_overrides_of_a_plan_make_that_layout_whatever_the_file_has(example,
         assert cut.sequence_parallel == (c.tensor > 1) and config.model.recompute == c.recompute
         assert config.optimizer.distributed == (c.shards > 1) and config.trainer.offload == (c.placement == "turns")
         assert (config.rollout.engine == "server") == (c.placement == "servers")
+        assert len(config.rollout.servers) == (c.engines if c.placement == "servers" else 0)
+
+
+def launches(lines: list[str]) -> list[list[str]]:
+    """Words of those lines that start something, the ``&`` of one in the background left out."""
+    words = [shlex.split(line) for line in lines]
+    return [[word for word in each if word != "&"] for each in words if any("launch/" in word for word in each)]
+
+
+def overrides_of(lines: list[str]) -> list[str]:
+    """What follows the configuration; all lines have the same."""
+    found = {tuple(each[[word.startswith("launch/") for word in each].index(True) + 2 :]) for each in launches(lines)}
+    (overrides,) = found
+    return list(overrides)
+
+
+PLANNED = [  # (configuration, what `plan` is given besides, the best one's placement)
+    ("qwen2.5_math_7b_dypo", "--gpus 16 --gpu-memory 80", "servers"),
+    ("qwen2.5_math_7b_dypo", "--gpus 16 --gpu-memory 80 --gpu a800", "turns"),
+    ("qwen2.5_math_7b_dypo", "--gpus 4 --gpu-memory 80 optimizer.lr=1e-6", "turns"),
+    ("qwen2.5_math_7b_dypo", "--gpus 16 --gpu-memory 80 model.hf=Qwen/Qwen2.5-7B rollout.overlap=true", "servers"),
+    ("qwen3_4b_base_dypo", "--gpus 8 --gpu-memory 141 --gpu h200", "turns"),
+    ("quickstart", "--gpus 2 --gpu-memory 80 parallel.tensor=2", "beside"),
+    ("llama3.1_70b_dypo", "--gpus 64 --gpu-memory 80 --response-tokens 3000", "servers"),
+    ("qwen3_32b_dypo", "--gpus 32 --gpu-memory 80", "servers"),
+    ("qwen3_32b_dypo", "--gpus 40 --gpu-memory 80 --gpus-per-node 4", "servers"),
+    ("qwen3_30b_a3b_dypo", "--gpus 12 --gpu-memory 141", "servers"),
+    ("qwen3_235b_a22b_dypo", "--gpus 128 --gpu-memory 80", "servers"),
+]
+
+
+@pytest.mark.parametrize(("example", "given", "placement"), PLANNED, ids=[f"{one[0]} {one[1]}" for one in PLANNED])
+def test_what_a_plan_prints_is_what_plan_takes_and_gives_the_same_best_layout(example, given, placement, capsys):
+    given, path = given.split(), f"examples/{example}/config.yaml"
+    own = [word for word in given if "=" in word]
+    options = [word for word in given if "=" not in word]
+    assert main(["plan", path, *options, *own]) == 0
+    first = best_lines(capsys.readouterr().out)
+    overrides = overrides_of(first)
+    assert set(own) - set(overrides) <= {"parallel.tensor=2", "rollout.engine=server"}
+    assert ("servers" in first[0]) == (placement == "servers") and (
+        ("trainer.offload=true" in overrides) == (placement == "turns")
+    )
+    assert main(["plan", path, *options, *overrides]) == 0
+    again = best_lines(capsys.readouterr().out)
+    assert sorted(again[0].split()) == sorted(first[0].split()) and sorted(overrides_of(again)) == sorted(overrides)
+
+
+def best_lines(printed: str) -> list[str]:
+    lines = printed.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("best ("))
+    return list(itertools.takewhile(lambda line: not line.startswith("its host memory"), lines[start:]))
+
+
+@pytest.mark.parametrize("reference", ["none", "auto"])
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(
+    ("model", "gpus", "memory"),
+    [("Qwen/Qwen2.5-7B", 8, 141), ("Qwen/Qwen3-8B-Base", 24, 80), ("Qwen/Qwen3-30B-A3B", 16, 141)],
+)
+def test_the_best_layout_s_own_keys_leave_it_the_best(model, gpus, memory, overlap, reference):
+    """``plan`` reads model.reference_on and rollout.overlap, and nothing else of what it prints."""
+    shape, cluster = RELEASED[model], Cluster(gpus, memory * GIB, gpu("h100"))
+    for response in (300, 1000, 3000):
+        work = dataclasses.replace(WORK, response_tokens=response, longest=9000, overlap=overlap, reference=reference)
+        best = plan(shape, cluster, work)[0][0]
+        c = best.candidate
+        work = dataclasses.replace(work, reference=c.reference, overlap=overlap and c.placement == "servers")
+        assert plan(shape, cluster, work)[0][0] == best
+
+
+@pytest.mark.parametrize(("gpus", "per_node"), [(8, 8), (12, 8), (12, 4), (18, 6), (16, 8), (7, 2)])
+def test_ranks_and_servers_share_the_nodes_gpus_and_no_server_lies_over_two(gpus, per_node):
+    cluster = Cluster(gpus, 192 * GIB, gpu("h200"), per_node)
+    fits = plan(dataclasses.replace(SHAPE, num_attention_heads=8, num_query_groups=8), cluster, WORK)[0]
+    for c in (made.candidate for made in fits):
+        nodes = nodes_of(c, cluster)
+        assert sum(node.ranks for node in nodes) == c.ranks
+        assert sum(node.servers for node in nodes) == (c.engines if c.placement == "servers" else 0)
+        for node in nodes:
+            assert node.ranks + node.servers * c.engine_tensor == node.gpus <= per_node
+    assert {made.candidate.placement for made in fits} == {"beside", "turns", "servers"}
+
+
+def test_the_printed_lines_start_the_ranks_and_the_servers_that_they_name():
+    cluster, path = Cluster(12, 80 * GIB, gpu("h100")), "examples/qwen3_32b_dypo/config.yaml"
+    c = Candidate(tensor=2, pipeline=1, virtual=1, context=1, data=1, recompute="none", placement="servers",
+                  server_gpus=10, engine_tensor=2)  # fmt: skip
+    lines = commands(c, cluster, 0.9, path, ["trainer.steps=2", "trainer.offload=true"])
+    started = []
+    for line in lines:
+        if "launch/" in line:
+            line = re.sub(r"(launch/\w+\.sh)", r"\1 --dry-run", line.removesuffix(" &"))
+            done = subprocess.run(["bash", "-euc", line], capture_output=True, text=True, check=True)
+            started += [each for each in done.stdout.splitlines() if " megatron_dypo " in each]
+    servers = [line for line in started if " serve " in line]
+    (trainer,) = [line for line in started if " train " in line]
+    ports = [int(re.search(r"--port (\d+)", line)[1]) for line in servers]
+    assert ports == [8000, 8001, 8002, 8000, 8001]
+    assert all("--tensor 2" in line and "--host 0.0.0.0" in line for line in servers)
+    assert "--nproc-per-node 2" in trainer and "trainer.steps=2" in trainer and "trainer.offload=true" not in trainer
+    assert servers[0].startswith("CUDA_VISIBLE_DEVICES=2,3 ") and servers[-1].startswith("CUDA_VISIBLE_DEVICES=2,3 ")
+    hosts = load_config(path, overrides_of(lines)).rollout.servers
+    assert hosts == [f"http://node{node}:800{i}" for node, count in ((0, 3), (1, 2)) for i in range(count)]

@@ -109,8 +109,8 @@ class Candidate:
     def engines(self) -> int:
         return (self.server_gpus or self.ranks) // self.engine_tensor
 
-    def overrides(self, engine_memory: float) -> str:
-        """As the command line of ``train`` takes them: all that makes this layout, whatever the file has."""
+    def keys(self, engine_memory: float) -> dict[str, str]:
+        """Configuration keys that make this layout, whatever the file has; but for servers' addresses (launch.py)."""
         keys = {
             "parallel.tensor": self.tensor,
             "parallel.sequence_parallel": self.tensor > 1,
@@ -125,10 +125,11 @@ class Candidate:
             "trainer.offload": self.placement == "turns",
             "rollout.engine": "server" if self.placement == "servers" else "vllm",
             "rollout.engine_memory": f"{engine_memory:.2f}",
+            "rollout.replay": "null",
         }
         if self.placement != "servers":
             keys |= {"rollout.servers": "[]", "rollout.overlap": False}
-        return " ".join(f"{name}={str(value).lower()}" for name, value in keys.items())
+        return {name: str(value).lower() for name, value in keys.items()}
 
     def __str__(self) -> str:
         parts = [f"TP{self.tensor}", f"PP{self.pipeline}"]

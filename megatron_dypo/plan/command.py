@@ -8,6 +8,7 @@ from megatron_dypo.errors import UserError
 from megatron_dypo.monitor.progress import print_table
 from megatron_dypo.objectives.coefficients import keeps_reference
 from megatron_dypo.plan.cluster import Cluster, Work
+from megatron_dypo.plan.launch import commands
 from megatron_dypo.plan.layouts import Plan, Rejected, plan
 from megatron_dypo.plan.memory import GIB
 from megatron_dypo.plan.released import planned_shape
@@ -48,8 +49,10 @@ def work_of(
     )
 
 
-def show_plan(config: Config, cluster: Cluster, work: Work, everything: bool = False) -> int:
-    """Print; returns 0, or 1 where nothing fits."""
+def show_plan(
+    config: Config, cluster: Cluster, work: Work, path: str, given: list[str], everything: bool = False
+) -> int:
+    """Print; returns 0, or 1 where nothing fits. ``path`` and ``given``: file and overrides that made ``config``."""
     shape = planned_shape(config.model)
     check_policy(config.policy, shape, "plan")
     fits, rejected = plan(shape, cluster, work)
@@ -66,7 +69,9 @@ def show_plan(config: Config, cluster: Cluster, work: Work, everything: bool = F
         ranks = f"{best.candidate.ranks} trainer ranks"
         if best.candidate.placement == "servers":
             ranks += f", {best.candidate.engines} servers of {best.candidate.engine_tensor} GPUs"
-        print(f"best ({ranks}): {best.candidate.overrides(best.engine_memory)}")
+        print(f"best ({ranks}): {best.candidate}, started by")
+        for line in commands(best.candidate, cluster, best.engine_memory, path, given):
+            print(f"  {line}")
         pinned = (
             f"{best.host.reference / GIB:.1f} GiB pinned for the reference, {best.host.offload / GIB:.1f} for offload"
         )

@@ -12,6 +12,7 @@ from megatron_dypo.config.schema import Parallel
 from megatron_dypo.errors import UserError
 from megatron_dypo.plan.cluster import Candidate, Cluster, Work, expert_parts
 from megatron_dypo.plan.host import HostNeed, host_need
+from megatron_dypo.plan.launch import server_room
 from megatron_dypo.plan.memory import Need, engine_room, misfit, policy_need
 from megatron_dypo.plan.steptime import Seconds, step_seconds
 from megatron_dypo.policy.shape import ModelShape
@@ -46,14 +47,15 @@ class Rejected:
 
 def plan(shape: ModelShape, cluster: Cluster, work: Work) -> tuple[list[Plan], list[Rejected]]:
     """The best of each (layout, placement), fastest first; and a line for each cut of which none fits."""
-    best: dict[tuple, Plan] = {}
+    made: list[Plan] = []
     closest: dict[str, tuple[float, str]] = {}
     fitting: set[str] = set()
+    references = ("device", "host") if work.reference == "auto" else (work.reference,)
     for cut, fault, candidates in _cuts(shape, cluster):
         if fault:
             closest[cut] = (float("inf"), fault)
             continue
-        for candidate in (replace(each, reference=on) for each in candidates for on in _references(each, work)):
+        for candidate in (replace(each, reference=on) for each in candidates for on in references):
             need = policy_need(shape, candidate, work)
             if found := misfit(shape, candidate, cluster, work, need):
                 closest[cut] = min(closest.get(cut, found), found)
@@ -64,26 +66,24 @@ def plan(shape: ModelShape, cluster: Cluster, work: Work) -> tuple[list[Plan], l
             seconds = step_seconds(shape, candidate, cluster, work, replace(need, engine=room))
             rate = work.prompts * work.samples * work.mean_sequence / seconds.step / cluster.gpus
             host = host_need(shape, candidate, work)
-            made = Plan(candidate, replace(need, engine=engine), host, seconds, room / cluster.memory, rate)
-            key = str(candidate), candidate.placement, candidate.engine_tensor
-            if key not in best or made.seconds.step < best[key].seconds.step:
-                best[key] = made
-    fastest = min((made.seconds.step for made in best.values()), default=0.0)
-    ranked = sorted(best.values(), key=lambda made: _rank(made, fastest))
-    return ranked, [Rejected(cut, reason) for cut, (_, reason) in closest.items() if cut not in fitting]
+            made.append(Plan(candidate, replace(need, engine=engine), host, seconds, room / cluster.memory, rate))
+    fastest = min(made, key=lambda each: each.seconds.step, default=None)
+    best: dict[tuple, Plan] = {}
+    for each in sorted(made, key=lambda each: _rank(each, fastest, work)):
+        best.setdefault((str(each.candidate), each.candidate.placement, each.candidate.engine_tensor), each)
+    return list(best.values()), [Rejected(cut, reason) for cut, (_, reason) in closest.items() if cut not in fitting]
 
 
-def _references(candidate: Candidate, work: Work) -> tuple[str, ...]:
-    """Where a reference may be; with ``auto`` not on a device that it would leave in every step (plan/reference.py)."""
-    if work.reference != "auto":
-        return (work.reference,)
-    return ("host",) if candidate.placement == "turns" else ("device", "host")
+def _rank(made: Plan, fastest: Plan, work: Work) -> tuple[float, ...]:
+    """Those that no estimate tells from the fastest, simplest first; then the others by their time.
 
-
-def _rank(made: Plan, fastest: float) -> tuple[float, ...]:
-    """Those that no estimate tells from the fastest, simplest first; then the others by their time."""
-    cut, step = made.candidate, made.seconds.step
-    if step > (1 + ALIKE) * fastest:
+    The fastest one decides where the reference is and whether a rollout overlaps: the best one's keys, given to
+    ``plan``, then leave both the fastest and the best what they are.
+    """
+    cut, first, step = made.candidate, fastest.candidate, made.seconds.step
+    alike = cut.reference == first.reference
+    alike &= not work.overlap or (cut.placement == "servers") == (first.placement == "servers")
+    if step > (1 + ALIKE) * fastest.seconds.step or not alike:
         return (1, step)
     parts = cut.pipeline * cut.virtual * cut.context, cut.tensor * cut.expert_tensor * cut.engine_tensor, cut.expert
     return 0, *parts, step, made.seconds.training
@@ -138,6 +138,8 @@ def _candidates(shape: ModelShape, cluster: Cluster, cut: dict[str, int]) -> Ite
             trainers = {multiple * round(cluster.gpus * (1 - share) / multiple) for share in SERVER_SHARES}
             for servers in sorted(cluster.gpus - ranks for ranks in trainers if 0 < ranks < cluster.gpus):
                 for engine_tensor in (size for size in SIZES if servers % size == 0 and _divides(shape, size)):
+                    if servers // engine_tensor > server_room(cluster, engine_tensor):
+                        continue
                     placed = {"placement": "servers", "server_gpus": servers, "engine_tensor": engine_tensor}
                     yield Candidate(**cut, **more, data=(cluster.gpus - servers) // replica, **placed)
 
