@@ -526,6 +526,29 @@ def test_the_best_layout_s_own_keys_leave_it_the_best(model, gpus, memory, overl
         assert plan(shape, cluster, work)[0][0] == best
 
 
+CLOSE = [  # (model, GPUs, GiB, kind, what the work has): where layouts within 3% change with the keys given back
+    ("Qwen/Qwen3-4B-Base", 6, 80, "a100", {"prompts": 256, "response_tokens": 6000, "budget": 8192}),
+    (
+        "Qwen/Qwen3-4B-Base",
+        6,
+        64,
+        "b200",
+        {"prompts": 16, "response_tokens": 100, "budget": 16384, "reference": "auto"},
+    ),
+    ("Qwen/Qwen3-4B-Base", 12, 141, "b200", {"prompts": 16, "response_tokens": 300, "budget": 8192}),
+    ("Qwen/Qwen2.5-7B", 8, 96, "a100", {"response_tokens": 6000, "updates": 4, "budget": 16384, "reference": "auto"}),
+]
+
+
+@pytest.mark.parametrize(("model", "gpus", "memory", "kind", "more"), CLOSE)
+def test_a_tie_is_decided_alike_when_the_best_one_s_keys_are_given_back(model, gpus, memory, kind, more):
+    shape, cluster = RELEASED[model], Cluster(gpus, memory * GIB, gpu(kind))
+    work = dataclasses.replace(WORK, longest=16000, overlap=True, passes=1 + ("reference" in more), **more)
+    best = plan(shape, cluster, work)[0][0]
+    again = {"reference": best.candidate.reference, "overlap": best.candidate.on_servers}
+    assert plan(shape, cluster, dataclasses.replace(work, **again))[0][0] == best
+
+
 @pytest.mark.parametrize(("gpus", "per_node"), [(8, 8), (12, 8), (12, 4), (18, 6), (16, 8), (7, 2)])
 def test_ranks_and_servers_share_the_nodes_gpus_and_no_server_lies_over_two(gpus, per_node):
     cluster = Cluster(gpus, 192 * GIB, gpu("h200"), per_node)

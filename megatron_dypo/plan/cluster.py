@@ -106,6 +106,10 @@ class Candidate:
         return self.expert_copies if self.sharded else 1
 
     @property
+    def on_servers(self) -> bool:
+        return self.placement == "servers"
+
+    @property
     def engines(self) -> int:
         return (self.server_gpus or self.ranks) // self.engine_tensor
 

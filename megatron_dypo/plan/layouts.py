@@ -82,7 +82,7 @@ def _rank(made: Plan, fastest: Plan, work: Work) -> tuple[float, ...]:
     """
     cut, first, step = made.candidate, fastest.candidate, made.seconds.step
     alike = cut.reference == first.reference
-    alike &= not work.overlap or (cut.placement == "servers") == (first.placement == "servers")
+    alike &= cut.on_servers == first.on_servers or (first.on_servers and not work.overlap)
     if step > (1 + ALIKE) * fastest.seconds.step or not alike:
         return (1, step)
     parts = cut.pipeline * cut.virtual * cut.context, cut.tensor * cut.expert_tensor * cut.engine_tensor, cut.expert
