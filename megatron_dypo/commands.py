@@ -89,7 +89,13 @@ def _add_evaluate(commands) -> None:
     )
     evaluate.add_argument("config", metavar="CONFIG", help="the run's YAML file; its section `evaluation` says how")
     evaluate.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key; a later one wins")
-    evaluate.add_argument("--suite", metavar="NAME[,NAME]", default="", help="default: evaluation.suites")
+    evaluate.add_argument(
+        "--suite",
+        metavar="NAME[,NAME]",
+        default="",
+        help="or files of one's own: [NAME=]FILE[?samples=N&extract=number] (docs/evaluation.md); "
+        "default: evaluation.suites",
+    )
     which = evaluate.add_mutually_exclusive_group()
     which.add_argument("--hf", metavar="DIR", help="evaluate a Hugging Face folder")
     which.add_argument("--checkpoint", type=Path, metavar="DIR", help="evaluate a Megatron checkpoint, or a run folder")

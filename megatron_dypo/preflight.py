@@ -18,7 +18,8 @@ from megatron_dypo.data.check import with_usable_traces
 from megatron_dypo.data.kept import check_kept, keep, start_day
 from megatron_dypo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dypo.errors import TrainingError, UserError
-from megatron_dypo.evaluate.suites import check_suites, load_suite
+from megatron_dypo.evaluate.named import named_suites
+from megatron_dypo.evaluate.suites import Suite, load_suite
 from megatron_dypo.policy.accelerations import refusal
 from megatron_dypo.policy.shape import ModelShape, hf_folder, model_shape
 from megatron_dypo.records import Group, Prompt
@@ -40,7 +41,7 @@ class Inputs:
     tokenizer: Tokenizer
     train: list[Prompt]
     held_out: list[Group]  # data.valid, encoded
-    suites: dict[str, list[Prompt]]  # evaluation.suites
+    suites: dict[Suite, list[Prompt]]  # evaluation.suites
     checkpoints: list[int]  # steps of the run folder's complete ones, oldest first
     lock: IO[str] | None  # held by rank 0 for the process's life
 
@@ -79,8 +80,8 @@ def prepare(config: Config, source: str) -> Inputs:
     held_out = encode_prompts(valid, tokenizer, config.data.max_prompt_tokens)
     suites = {}
     if config.trainer.eval_every:
-        check_suites(config.evaluation.suites, f"{source}: evaluation.suites")
-        suites = {name: load_suite(name, config.evaluation) for name in config.evaluation.suites}
+        named = named_suites(config.evaluation.suites, f"{source}: evaluation.suites")
+        suites = {suite: load_suite(suite, config.evaluation) for suite in named}
     for prompts in suites.values():
         encode_prompts(prompts, tokenizer, config.data.max_prompt_tokens)
     lock = run_folder.claim(run_dir) if distributed.launch_rank() == 0 else None

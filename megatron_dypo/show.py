@@ -19,7 +19,8 @@ from megatron_dypo.data.rows import strings
 from megatron_dypo.data.tokenizer import Tokenizer, joined, load_tokenizer
 from megatron_dypo.data.traces import THOUGHTS, opening_fault, thought_fault
 from megatron_dypo.escapes import swallowed_in
-from megatron_dypo.evaluate.suites import check_suites, load_suite
+from megatron_dypo.evaluate.named import named_suites
+from megatron_dypo.evaluate.suites import load_suite
 from megatron_dypo.policy.shape import model_shape
 from megatron_dypo.records import Prompt, Teacher
 from megatron_dypo.reward.judges import is_own
@@ -58,8 +59,7 @@ def entries(config: Config, count: int) -> list[dict[str, Any]]:
     own = is_own(config.reward.function)
     prompts = load_prompts(data.train, data.skip_bad_rows, escapes=escapes, any_truth=own)[:count]
     if settings.suites and (settings.data or config.trainer.eval_every):
-        check_suites(settings.suites, "evaluation.suites")
-        prompts += [load_suite(name, settings)[0] for name in settings.suites]
+        prompts += [load_suite(suite, settings)[0] for suite in named_suites(settings.suites, "evaluation.suites")]
     return [_entry(prompt, tokenizer, config, asked_plain) for prompt in prompts]
 
 

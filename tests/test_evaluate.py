@@ -25,6 +25,7 @@ from megatron_dypo.errors import UserError
 from megatron_dypo.evaluate import command
 from megatron_dypo.evaluate import run as evaluation_run
 from megatron_dypo.evaluate.answers import Answer, AnswerFile
+from megatron_dypo.evaluate.named import named_suites
 from megatron_dypo.evaluate.options import Choices, find_choices
 from megatron_dypo.evaluate.respond import Question, Said, Server, server_responses
 from megatron_dypo.evaluate.run import metrics, run_suite
@@ -48,7 +49,7 @@ COUNTS = {"aime24": 30, "aime25": 30, "amc23": 40, "math500": 500, "arc_c": 1172
 @pytest.mark.parametrize("name", COUNTS)
 def test_a_suite_loads_as_it_circulates_and_grades_its_own_answers_as_right_and_others_as_wrong(name):
     """Every problem's own answer, boxed; and that of the next problem with another one."""
-    prompts = load_suite(name, Evaluation(data=str(SHARED)))
+    prompts = load_suite(SUITES[name], Evaluation(data=str(SHARED)))
     assert len(prompts) == COUNTS[name] and len({prompt.id for prompt in prompts}) == len(prompts)
     assert all(prompt.messages[-1]["content"].endswith("within \\boxed{}.") for prompt in prompts)
     truths = [
@@ -108,7 +109,7 @@ def test_the_hub_s_columns_and_the_files_that_circulate_are_read_alike(tmp_path,
     else:
         path.write_text(json.dumps([row] if path.suffix == ".json" else row))
     settings = Evaluation(data=str(tmp_path), shuffle_options=False, instruction=None, system="Think.")
-    [prompt] = load_suite(suite, settings)
+    [prompt] = load_suite(SUITES[suite], settings)
     assert prompt.messages == ({"role": "system", "content": "Think."}, {"role": "user", "content": question})
     assert (prompt.ground_truth, prompt.source, prompt.id) == (truth, suite, f"{suite}-0")
 
@@ -120,7 +121,7 @@ def test_responses_in_the_same_folder_are_no_file_of_a_suite(tmp_path):
     for name, text in written.items():
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(text)
-    [prompt] = load_suite("gsm8k", Evaluation(data=str(tmp_path)))
+    [prompt] = load_suite(SUITES["gsm8k"], Evaluation(data=str(tmp_path)))
     assert prompt.ground_truth == "2"
 
 
@@ -143,7 +144,7 @@ def test_a_file_that_is_no_suite_is_an_error_that_names_it(tmp_path, files, said
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=said):
-        load_suite("gsm8k", Evaluation(data=str(tmp_path)))
+        load_suite(SUITES["gsm8k"], Evaluation(data=str(tmp_path)))
 
 
 def written(path: Path, rows: list[dict], begin: bytes = b"") -> None:
@@ -204,13 +205,16 @@ CIRCULATING = [
 @pytest.mark.parametrize(("suite", "file", "row", "truth"), CIRCULATING)
 def test_files_under_the_names_and_columns_that_people_download_are_read(tmp_path, suite, file, row, truth, begin):
     written(tmp_path / file, [row], begin)
-    [prompt] = load_suite(suite, Evaluation(data=str(tmp_path), shuffle_options=False))
+    [prompt] = load_suite(SUITES[suite], Evaluation(data=str(tmp_path), shuffle_options=False))
     assert prompt.ground_truth == truth
 
 
 def test_parts_are_joined_in_order_and_what_is_missing_is_said(tmp_path, caplog):
     def asked(suite: str) -> list[str]:
-        return [p.messages[-1]["content"] for p in load_suite(suite, Evaluation(data=str(tmp_path), instruction=None))]
+        return [
+            p.messages[-1]["content"]
+            for p in load_suite(SUITES[suite], Evaluation(data=str(tmp_path), instruction=None))
+        ]
 
     for part, problem in (("II", "second"), ("I", "first")):
         written(tmp_path / f"AIME2025/aime2025-{part}.jsonl", [{"question": problem, "answer": "1"}])
@@ -231,7 +235,7 @@ def test_parts_are_joined_in_order_and_what_is_missing_is_said(tmp_path, caplog)
 def test_the_test_split_is_taken_where_there_is_a_training_split_too(tmp_path):
     for split in ("train", "test"):
         written(tmp_path / f"aime_2024/{split}.jsonl", [{"question": split, "answer": "1"}])
-    [prompt] = load_suite("aime24", Evaluation(data=str(tmp_path), instruction=None))
+    [prompt] = load_suite(SUITES["aime24"], Evaluation(data=str(tmp_path), instruction=None))
     assert prompt.messages[-1]["content"] == "test"
 
 
@@ -241,7 +245,7 @@ def test_swallowed_backslashes_of_an_evaluation_file_are_put_back_and_counted(tm
         tmp_path / "aime25.jsonl",
         [{"problem": "What is $\frac{m}{n}$?", "answer": "\frac12"}, {"problem": "x", "answer": "1"}],
     )
-    first, second = load_suite("aime25", Evaluation(data=str(tmp_path), instruction=None))
+    first, second = load_suite(SUITES["aime25"], Evaluation(data=str(tmp_path), instruction=None))
     assert (first.messages[-1]["content"], first.ground_truth) == ("What is $\\frac{m}{n}$?", "\\frac12")
     assert "put back in 1 problems" in caplog.text and second.ground_truth == "1"
 
@@ -259,7 +263,9 @@ def test_options_move_and_the_answer_goes_with_its_text():
 
 @needs_shared
 def test_shuffled_arc_asks_the_same_questions():
-    plain, moved = (load_suite("arc_c", Evaluation(data=str(SHARED), shuffle_options=on)) for on in (False, True))
+    plain, moved = (
+        load_suite(SUITES["arc_c"], Evaluation(data=str(SHARED), shuffle_options=on)) for on in (False, True)
+    )
     differing = 0
     for before, after in zip(plain, moved, strict=True):
         one, other = (
@@ -365,8 +371,8 @@ def test_a_suite_s_summary_counts_what_was_right(tmp_path, alone):
     settings = sums(tmp_path)
     told: list[tuple[int, int]] = []
     result = run_suite(
-        "gsm8k",
-        load_suite("gsm8k", settings),
+        SUITES["gsm8k"],
+        load_suite(SUITES["gsm8k"], settings),
         config_of(settings),
         respond,
         alone,
@@ -401,7 +407,15 @@ def _ask_until_killed(folder: str) -> None:
 
     evaluation_run.all_gather_objects = lambda value: [value]
     file = AnswerFile(Path(folder) / "answers.jsonl", {"suite": "gsm8k"})
-    run_suite("gsm8k", load_suite("gsm8k", settings), config_of(settings), dying, Layout(), file=file, round_size=5)
+    run_suite(
+        SUITES["gsm8k"],
+        load_suite(SUITES["gsm8k"], settings),
+        config_of(settings),
+        dying,
+        Layout(),
+        file=file,
+        round_size=5,
+    )
 
 
 def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(tmp_path, alone):
@@ -417,13 +431,13 @@ def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(tmp_path, alone):
         asked.extend(questions)
         return respond(questions)
 
-    prompts = load_suite("gsm8k", settings)
+    prompts = load_suite(SUITES["gsm8k"], settings)
     file = AnswerFile(path, {"suite": "gsm8k"})
     assert len(file.answers) == 10
-    result = run_suite("gsm8k", prompts, config_of(settings), noting, alone, file=file)
+    result = run_suite(SUITES["gsm8k"], prompts, config_of(settings), noting, alone, file=file)
     assert len(asked) == 14 and len(file.answers) == 24
     file.close()
-    assert result == run_suite("gsm8k", prompts, config_of(settings), respond, alone)
+    assert result == run_suite(SUITES["gsm8k"], prompts, config_of(settings), respond, alone)
     assert len({(answer.problem, answer.sample) for answer in AnswerFile(path, {"suite": "gsm8k"}).answers}) == 24
 
 
@@ -443,6 +457,65 @@ def test_responses_of_another_evaluation_are_not_counted_in(tmp_path):
         AnswerFile(path, {})
 
 
+def test_a_file_of_one_s_own_is_a_suite_with_its_name_samples_and_extraction(alone, tmp_path):
+    settings = sums(tmp_path).model_copy(update={"samples": None})
+    file = (tmp_path / "gsm8k.jsonl").rename(tmp_path / "sums to ten.jsonl")
+    asked = ["math500", f"tens={file}?samples=2&extract=number", f"boxes={file}"]
+    known, tens, boxes = named_suites(asked, "--suite")
+    assert known is SUITES["math500"] and (tens.name, boxes.name) == ("tens", "boxes")
+    config, prompts = config_of(settings), load_suite(tens, settings)
+    assert [prompt.id for prompt in prompts] == [f"tens-{i}" for i in range(6)]
+
+    def plain(questions):
+        return [Said(said.text.replace("\\boxed{", "").replace("}", ""), 1, "stop") for said in respond(questions)]
+
+    result = run_suite(tens, prompts, config, plain, alone)
+    assert metrics("tens", result)["eval/tens/avg@2"] == 0.25
+    result = run_suite(boxes, load_suite(boxes, settings), config, plain, alone)
+    assert result["samples"] == 1 and result["figures"]["pass@1"]["value"] == 0, "no box, no answer"
+    over = settings.model_copy(update={"samples": 5, "extract": "marked"})
+    assert (tens.samples_in(over), tens.extract_in(over)) == (2, "number"), "what is said of the file itself stands"
+    assert (boxes.samples_in(over), boxes.extract_in(over)) == (5, "marked")
+    assert tens.samples_in(settings.model_copy(update={"temperature": 0.0})) == 1
+    (tmp_path / "own.csv").write_text('question,answer\n"Which?\nA) one\nB) two",A\n')
+    (choice,) = named_suites([f"{tmp_path / 'own.csv'}?reward=choice"], "--suite")
+    [prompt] = load_suite(choice, settings)
+    assert prompt.id == "own-0" and prompt.ground_truth in "AB" and "A)" in prompt.messages[-1]["content"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("own.jsonl?samples=0", "samples is '0', not a number from 1 on"),
+        ("own.jsonl?samples=many", "samples is 'many', not a number"),
+        ("own.jsonl?extract=box", "extract is 'box', not boxed, marked or number"),
+        ("own.jsonl?sample=8", "'sample=8' is not one of [NAME=]FILE["),
+        ("own.jsonl?samples=8&samples=9", "'samples=9' is not one of"),
+        ("own.jsonl?", "'' is not one of"),
+        ("own.txt", "none of the suites aime24"),
+        ("gsm8k?samples=8", "none of the suites aime24"),
+        ("gsm8k.jsonl", "the name 'gsm8k' is taken"),
+        ("valid=own.jsonl", "the name 'valid' is taken"),
+        ("../up=own.jsonl", "the name '../up' has more than letters"),
+        ("=own.jsonl", "the name '' has more than"),
+        ("two words.jsonl", "the name 'two words' has more than letters"),
+        ("nowhere.jsonl", "there is no file nowhere.jsonl"),
+        ("own.jsonl,own.jsonl", "two suites are called 'own'"),
+        ("math500,math500", "two suites are called 'math500'"),
+    ],
+)
+def test_a_suite_of_one_s_own_in_a_bad_form_is_one_line(tmp_path, monkeypatch, capsys, asked, said):
+    monkeypatch.chdir(tmp_path)
+    for name in ("own.jsonl", "own.txt", "gsm8k.jsonl", "two words.jsonl"):
+        Path(name).write_text('{"question": "1+1?", "answer": "2"}\n')
+    config = str(copy_task(tmp_path))
+    assert main(["evaluate", config, "--suite", asked]) == 2
+    line = capsys.readouterr().err
+    assert said in line and line.startswith("megatron_dypo: --suite: ") and line.count("\n") == 1
+    assert main(["evaluate", config, f"evaluation.suites={json.dumps(asked.split(','))}"]) == 2
+    assert said in (line := capsys.readouterr().err) and line.startswith("megatron_dypo: evaluation.suites: ")
+
+
 def test_a_pure_guess_is_told_from_knowledge_by_the_interval(alone, tmp_path):
     """Shuffled labels and a model that always says A: a quarter, and the interval says so."""
     generator = random.Random(0)
@@ -454,9 +527,9 @@ def test_a_pure_guess_is_told_from_knowledge_by_the_interval(alone, tmp_path):
         lines.append(json.dumps(row | {f"Incorrect Answer {i}": str(texts[i]) for i in (1, 2, 3)}))
     path.write_text("\n".join(lines))
     settings = Evaluation(data=str(tmp_path))
-    prompts = load_suite("gpqa_diamond", settings)
+    prompts = load_suite(SUITES["gpqa_diamond"], settings)
     always_a = lambda questions: [Said("\\boxed{A}", 3, "stop") for _ in questions]  # noqa: E731
-    figure = run_suite("gpqa_diamond", prompts, config_of(settings), always_a, alone)["figures"]["pass@1"]
+    figure = run_suite(SUITES["gpqa_diamond"], prompts, config_of(settings), always_a, alone)["figures"]["pass@1"]
     assert figure["low"] < 0.25 < figure["high"] < 0.36
 
 
@@ -465,10 +538,10 @@ def test_a_server_is_asked_with_a_seed_for_each_response_and_its_refusal_is_one_
         return {"content": "It is \\boxed{1}."} if "1+1" in body["messages"][-1]["content"] else None
 
     settings = sums(tmp_path)
-    config, prompts = config_of(settings), load_suite("gsm8k", settings)
+    config, prompts = config_of(settings), load_suite(SUITES["gsm8k"], settings)
     with Imitation(wrong_for_one) as endpoint:
         asked = server_responses(Server(endpoint.url, "m", "secret", concurrency=3), config)
-        result = run_suite("gsm8k", prompts, config, asked, alone)
+        result = run_suite(SUITES["gsm8k"], prompts, config, asked, alone)
         assert endpoint.keys == {"Bearer secret"} and endpoint.most_under_way <= 3
         bodies = endpoint.asked
     assert len({body["seed"] for body in bodies}) == len(bodies) == 24
@@ -482,14 +555,14 @@ def test_a_server_is_asked_with_a_seed_for_each_response_and_its_refusal_is_one_
     path = tmp_path / "answers.jsonl"
     with Imitation(too_long) as endpoint, pytest.raises(UserError, match=r"HTTP 400: .*too long.*is kept"):
         asked, file = server_responses(Server(endpoint.url, "m", None, 3), config), AnswerFile(path, {})
-        run_suite("gsm8k", prompts, config, asked, alone, file=file)
+        run_suite(SUITES["gsm8k"], prompts, config, asked, alone, file=file)
     assert len(file.answers) == 20, "what came is there"
 
     async def unknown(server, body, n):
         return web.json_response({"error": "no such model"}, status=404)
 
     with Imitation(unknown) as endpoint, pytest.raises(UserError, match=r"'m': HTTP 404: .*no such model") as caught:
-        run_suite("gsm8k", prompts, config, server_responses(Server(endpoint.url, "m", None, 3), config), alone)
+        run_suite(SUITES["gsm8k"], prompts, config, server_responses(Server(endpoint.url, "m", None, 3), config), alone)
     assert "\n" not in str(caught.value)
 
 

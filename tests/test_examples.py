@@ -11,7 +11,7 @@ import pytest
 
 from megatron_dypo.config import load_config
 from megatron_dypo.config.checks import check_layout, warnings
-from megatron_dypo.evaluate.suites import check_suites
+from megatron_dypo.evaluate.named import named_suites
 from megatron_dypo.plan.released import planned_shape
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +34,7 @@ def test_an_example_s_configuration_fits_its_model_and_its_ranks(path, tmp_path)
     shape = planned_shape(config.model)
     check_layout(config.parallel, shape, RANKS[path.parent.name], str(path))
     assert config.window <= shape.max_position
-    check_suites(config.evaluation.suites, str(path))
+    named_suites(config.evaluation.suites, str(path))
     assert warnings(config) == []
 
 

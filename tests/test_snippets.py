@@ -123,7 +123,7 @@ def make_checkout(folder: Path) -> None:
     run_ranks(1, save_model, str(folder / "models/mine"))
     shutil.copytree(folder / "models/mine", folder / "models/smollm2")  # fetch_smollm2 finds it complete
     copy_task(folder / "data")
-    for suite in ("aime24", "math500", "gsm8k"):
+    for suite in ("aime24", "math500", "gsm8k", "olympiad"):
         rows = [{"problem": f"What is 1 + {i}?", "answer": str(1 + i)} for i in range(2)]
         (folder / f"data/{suite}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (whole,) = [each.text for each in SNIPPETS if (each.page, each.language) == ("README.md", "yaml")]

@@ -399,7 +399,7 @@ class Evaluation(Section):
 
     suites: list[str] = key(
         [],
-        "Suites for `trainer.eval_every`: `aime24`, `aime25`, `amc23`, `math500`, `minerva`, `arc_c`, `gpqa_diamond`, `gsm8k`.",
+        "Suites for `trainer.eval_every`: `aime24`, `aime25`, `amc23`, `math500`, `minerva`, `arc_c`, `gpqa_diamond`, `gsm8k`, or files of one's own (`[NAME=]FILE[?samples=N&extract=number]`).",
         resumable=True,
     )
     data: str | None = key(

@@ -29,9 +29,10 @@ from megatron_dypo.data.kept import keep, start_day
 from megatron_dypo.data.tokenizer import load_tokenizer
 from megatron_dypo.errors import UserError
 from megatron_dypo.evaluate.answers import AnswerFile
+from megatron_dypo.evaluate.named import named_suites
 from megatron_dypo.evaluate.respond import Respond, Server, engine_responses, longest_response, server_responses
-from megatron_dypo.evaluate.run import run_suite, samples_of
-from megatron_dypo.evaluate.suites import SUITES, check_suites, load_suite
+from megatron_dypo.evaluate.run import run_suite
+from megatron_dypo.evaluate.suites import Suite, load_suite
 from megatron_dypo.evaluate.table import Progress, show
 from megatron_dypo.policy.shape import ModelShape, of_weights
 from megatron_dypo.prepare.endpoint import Endpoint, EndpointFault
@@ -126,12 +127,11 @@ def evaluate_server(config: Config, names: list[str], server: Server, out: Path 
     _run(config, suites, server_responses(server, config), about, layout, out, restart, 4 * server.concurrency)
 
 
-def _load(config: Config, names: list[str]) -> dict[str, list[Prompt]]:
-    names = names or config.evaluation.suites
-    if not names:
+def _load(config: Config, names: list[str]) -> dict[Suite, list[Prompt]]:
+    suites = named_suites(names or config.evaluation.suites, "--suite" if names else "evaluation.suites")
+    if not suites:
         raise UserError("evaluate: no suite: give --suite, or evaluation.suites in the configuration")
-    check_suites(names, "--suite")
-    return {name: load_suite(name, config.evaluation) for name in names}
+    return {suite: load_suite(suite, config.evaluation) for suite in suites}
 
 
 def _choose(config: Config, hf: str | None, checkpoint: Path | None) -> Model:
@@ -164,7 +164,7 @@ def _digest(folder: Path) -> str:
 
 def _run(
     config: Config,
-    suites: dict[str, list[Prompt]],
+    suites: dict[Suite, list[Prompt]],
     respond: Respond,
     about: dict[str, Any],
     layout: Layout,
@@ -174,12 +174,13 @@ def _run(
 ) -> None:
     """Ask, write and print. ``about`` goes with every suite's results; ``round_size`` is a rank's."""
     results: dict[str, Any] = {}
-    for name, prompts in suites.items():
-        asked = about | _asked(config, name, prompts)
+    for suite, prompts in suites.items():
+        name = suite.name
+        asked = about | _asked(config, suite, prompts)
         progress = Progress(name, layout.is_main)
         with phase(f"evaluation of {name}"), _file(out / f"{name}.jsonl", asked, layout, restart) as file:
             options = {"file": file, "round_size": round_size * layout.world, "progress": progress}
-            results[name] = asked | run_suite(name, prompts, config, respond, layout, **options)
+            results[name] = asked | run_suite(suite, prompts, config, respond, layout, **options)
         if layout.is_main:
             _write(out / "results.json", results, about)
     if layout.is_main:
@@ -196,19 +197,20 @@ def _write(path: Path, results: dict[str, Any], about: dict[str, Any]) -> None:
     write_whole(path, json.dumps(kept | results, indent=2) + "\n")
 
 
-def _asked(config: Config, name: str, prompts: list[Prompt]) -> dict[str, Any]:
+def _asked(config: Config, suite: Suite, prompts: list[Prompt]) -> dict[str, Any]:
     """All that decides what a suite's responses are, but the weights."""
     settings = config.evaluation
     return {
-        "suite": name,
+        "suite": suite.name,
         "problems": len(prompts),
         "prompts": stable_hash(*prompts),
-        "samples": samples_of(name, settings),
-        "extract": settings.extract or SUITES[name].extract,
+        "samples": suite.samples_in(settings),
+        "extract": suite.extract_in(settings),
         "temperature": settings.temperature,
         "top_p": settings.top_p,
         "max_response_tokens": longest_response(config),
         "seed": settings.seed,
+        **({"reward": suite.reward} if suite.file else {}),
     }
 
 

@@ -18,6 +18,6 @@ def evaluate_now(inputs: Inputs, engine: Engine, config: Config, reward: RewardF
     if inputs.held_out:
         found |= greedy_accuracy(inputs.held_out, engine, config, inputs.tokenizer, reward, layout)
     respond = engine_responses(engine, inputs.tokenizer, config)
-    for name, prompts in inputs.suites.items():
-        found |= metrics(name, run_suite(name, prompts, config, respond, layout))
+    for suite, prompts in inputs.suites.items():
+        found |= metrics(suite.name, run_suite(suite, prompts, config, respond, layout))
     return found

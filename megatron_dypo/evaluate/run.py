@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from megatron_dypo.config.schema import Config, Evaluation
+from megatron_dypo.config.schema import Config
 from megatron_dypo.errors import UserError
 from megatron_dypo.evaluate.answers import Answer, AnswerFile
 from megatron_dypo.evaluate.respond import Question, Respond, Said
 from megatron_dypo.evaluate.statistics import figures
-from megatron_dypo.evaluate.suites import SUITES
+from megatron_dypo.evaluate.suites import Suite
 from megatron_dypo.records import Prompt
 from megatron_dypo.reward import RewardFunction, build_reward
 from megatron_dypo.runtime.distributed import Layout, all_gather_objects
@@ -24,7 +24,7 @@ RIGHT = 0.5  # a score from here on
 
 
 def run_suite(
-    name: str,
+    suite: Suite,
     prompts: list[Prompt],
     config: Config,
     respond: Respond,
@@ -40,8 +40,8 @@ def run_suite(
     question got no answer, after those that came are in the file.
     """
     settings = config.evaluation
-    suite, samples = SUITES[name], samples_of(name, settings)
-    grading = {"function": suite.reward, "extract": settings.extract or suite.extract}
+    samples = suite.samples_in(settings)
+    grading = {"function": suite.reward, "extract": suite.extract_in(settings)}
     answers: list[Answer] = list(all_gather_objects(file.answers if file else [])[0])
     known = {(answer.problem, answer.sample) for answer in answers}
     questions = [Question(prompt, i) for prompt in prompts for i in range(samples) if (prompt.id, i) not in known]
@@ -73,11 +73,6 @@ def _answers(questions: list[Question], respond: Respond, reward: RewardFunction
         for asked, one, score in zip(questions, said, scores, strict=True)
     ]
     return answers, fault
-
-
-def samples_of(name: str, settings: Evaluation) -> int:
-    """Responses per problem: the configuration's, or the suite's own number; greedy decoding has but one."""
-    return 1 if settings.temperature == 0 else settings.samples or SUITES[name].samples
 
 
 def summary(prompts: list[Prompt], samples: int, answers: list[Answer], seed: int) -> dict[str, Any]:

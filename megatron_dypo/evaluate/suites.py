@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,80 +31,90 @@ ONE_SPLIT = ("test", "train")  # small suites have all they are in one split, wh
 
 @dataclass(frozen=True)
 class Suite:
-    """``place``: local files. ``hub``: (data set, configuration, split). ``problems``: how many it has.
+    """``place``: local files. ``hub``: (data set, configuration, split). ``problems``: how many it has. One's own has
+    a ``file`` instead of the three.
 
     ``reward`` and ``extract`` are how its answers are graded (the configuration's `reward` section has the meaning),
-    ``samples`` how many responses a problem gets: the small suites need many for a steady mean.
+    ``samples`` how many responses a problem gets: the small suites need many for a steady mean. ``given``: which of
+    the three whoever asked for the suite set; the section `evaluation` does not override those.
     """
 
-    place: Place
-    hub: tuple[str, str | None, str]
-    problems: int
+    name: str
+    place: Place | None = None
+    hub: tuple[str, str | None, str] | None = None
+    problems: int | None = None
     samples: int = 1
     reward: str = "math"
     extract: str = "boxed"
+    file: Path | None = None
+    given: frozenset[str] = frozenset()
+
+    def samples_in(self, settings: Evaluation) -> int:
+        """Responses per problem; greedy decoding has but one."""
+        if settings.temperature == 0:
+            return 1
+        return self.samples if "samples" in self.given else settings.samples or self.samples
+
+    def extract_in(self, settings: Evaluation) -> str:
+        return self.extract if "extract" in self.given else settings.extract or self.extract
 
 
-SUITES = {
-    "aime24": Suite(
-        Place(("aime24", "aime2024"), ONE_SPLIT), ("HuggingFaceH4/aime_2024", None, "train"), 30, samples=32
+_PAPER = (
+    Suite(
+        "aime24", Place(("aime24", "aime2024"), ONE_SPLIT), ("HuggingFaceH4/aime_2024", None, "train"), 30, samples=32
     ),
-    "aime25": Suite(Place(("aime25", "aime2025"), ONE_SPLIT), ("math-ai/aime25", None, "test"), 30, samples=32),
-    "amc23": Suite(Place(("amc23", "amc2023", "amc"), ONE_SPLIT), ("math-ai/amc23", None, "test"), 40, samples=32),
-    "math500": Suite(Place(("math500",)), ("HuggingFaceH4/MATH-500", None, "test"), 500),
-    "minerva": Suite(Place(("minerva", "minervamath")), ("math-ai/minervamath", None, "test"), 272),
-    "arc_c": Suite(
+    Suite("aime25", Place(("aime25", "aime2025"), ONE_SPLIT), ("math-ai/aime25", None, "test"), 30, samples=32),
+    Suite("amc23", Place(("amc23", "amc2023", "amc"), ONE_SPLIT), ("math-ai/amc23", None, "test"), 40, samples=32),
+    Suite("math500", Place(("math500",)), ("HuggingFaceH4/MATH-500", None, "test"), 500),
+    Suite("minerva", Place(("minerva", "minervamath")), ("math-ai/minervamath", None, "test"), 272),
+    Suite(
+        "arc_c",
         Place(("arcc", "arcchallenge", "ai2arc"), configuration="ARC-Challenge"),
         ("allenai/ai2_arc", "ARC-Challenge", "test"),
         1172,
         reward="choice",
     ),
-    "gpqa_diamond": Suite(
+    Suite(
+        "gpqa_diamond",
         Place(("gpqadiamond", "gpqad", "gpqadiamondmc"), ONE_SPLIT),
         ("Idavidrein/gpqa", "gpqa_diamond", "train"),
         198,
         reward="choice",
     ),
-    "gsm8k": Suite(Place(("gsm8k",), configuration="main"), ("openai/gsm8k", "main", "test"), 1319, extract="number"),
-}
+    Suite("gsm8k", Place(("gsm8k",), configuration="main"), ("openai/gsm8k", "main", "test"), 1319, extract="number"),
+)
+SUITES = {suite.name: suite for suite in _PAPER}
 
 
-def check_suites(names: Iterable[str], where: str) -> None:
-    """Raise UserError, beginning with ``where``, for a name that is no suite's."""
-    for name in names:
-        if name not in SUITES:
-            raise UserError(f"{where}: {name!r} is none of the suites {', '.join(SUITES)}")
-
-
-def load_suite(name: str, settings: Evaluation) -> list[Prompt]:
-    """The suite's problems (the first ``settings.limit``), asked as ``settings`` says. Ids: ``name-0``, ``name-1``, ...
+def load_suite(suite: Suite, settings: Evaluation) -> list[Prompt]:
+    """Its problems (the first ``settings.limit``), asked as ``settings`` says. Ids: ``name-0``, ``name-1``, ...
 
     Raises UserError: no file and no library to fetch one, several files, a row without question or answer.
     """
-    if settings.data:
-        files = find(name, SUITES[name].place, Path(settings.data))
+    if suite.file or settings.data:
+        files = [suite.file] if suite.file else find(suite.name, suite.place, Path(settings.data))
         origin, rows = ", ".join(map(str, files)), [row for file in files for row in read(file)]
     else:
-        origin, rows = _hub(name)
+        origin, rows = _hub(suite)
     prompts, repairs = [], 0
     for index, row in enumerate(rows[: settings.limit]):
         if isinstance(row, dict) and swallowed_in(row):
             row, repairs = with_escapes(row), repairs + 1
         try:
-            prompts.append(_prompt(name, index, row, settings))
+            prompts.append(_prompt(suite, index, row, settings))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{origin}: problem {index + 1}: {error}") from None
     if not prompts:
         raise UserError(f"{origin}: holds no problem")
-    if len(rows) != SUITES[name].problems:
-        log.warning("%s: %d problems, and the suite %s has %d", origin, len(rows), name, SUITES[name].problems)
+    if suite.problems not in (None, len(rows)):
+        log.warning("%s: %d problems, and the suite %s has %d", origin, len(rows), suite.name, suite.problems)
     if repairs:
         log.warning("%s: swallowed backslashes of LaTeX commands put back in %d problems", origin, repairs)
     return prompts
 
 
-def _hub(name: str) -> tuple[str, list[Any]]:
-    repository, configuration, split = SUITES[name].hub
+def _hub(suite: Suite) -> tuple[str, list[Any]]:
+    repository, configuration, split = suite.hub
     try:
         import datasets
     except ImportError:
@@ -119,11 +128,11 @@ def _hub(name: str) -> tuple[str, list[Any]]:
         raise UserError(f"{repository}: cannot be fetched: {type(error).__name__}: {error}") from None
 
 
-def _prompt(name: str, index: int, row: Any, settings: Evaluation) -> Prompt:
+def _prompt(suite: Suite, index: int, row: Any, settings: Evaluation) -> Prompt:
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {type(row).__name__}")
     row = {str(column).strip().casefold(): value for column, value in row.items()}
-    suite, identity = SUITES[name], f"{name}-{index}"
+    identity = f"{suite.name}-{index}"
     question, system = _question(row)
     if suite.reward == "choice":
         choices = choices_of(row, question, _answer(row))
@@ -136,7 +145,7 @@ def _prompt(name: str, index: int, row: Any, settings: Evaluation) -> Prompt:
         question = f"{question.rstrip()}\n\n{settings.instruction}"
     system = settings.system or system
     messages = [{"role": "system", "content": system}] if system else []
-    return Prompt(identity, answer, (), name, (*messages, {"role": "user", "content": question}))
+    return Prompt(identity, answer, (), suite.name, (*messages, {"role": "user", "content": question}))
 
 
 def _question(row: dict) -> tuple[str, str | None]:
