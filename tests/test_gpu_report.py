@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu_report import stages as table
+from benchmarks.gpu_report.__main__ import git_commit
 from benchmarks.gpu_report.page import page, shown
 from benchmarks.gpu_report.published import OPEN, README, ROWS, performance, with_gpu_column
 from benchmarks.gpu_report.results import ABSENT, DONE, FAILED, Record, merged, report_file
@@ -35,6 +36,19 @@ def test_every_stage_is_in_a_part_and_every_target_is_of_a_stage():
     assert all(stage.part in PARTS and callable(stage.function) for stage in STAGES.values())
     assert all(target.stage in STAGES for target in TARGETS)
     assert {stage for stages in ROWS.values() for stage in stages or ()} <= STAGES.keys()
+
+
+@pytest.mark.parametrize("name", [name for name in STAGES if name.startswith("update_")])
+def test_updates_at_real_shapes_fit_an_h200(name):
+    """By ``plan``'s prediction, reserve included; an H200 has 139 GiB."""
+    from benchmarks.gpu_report.update import planned_need
+    from benchmarks.gpu_report.workload import real_batch, update_config
+    from megatron_dypo.policy.shape import model_shape
+
+    options = STAGES[name].options
+    batch = real_batch(options["budget"])
+    config = update_config(options["model"], batch, tiny=False)
+    assert planned_need(model_shape(config.model), config, batch).policy < 139 * 2**30
 
 
 # --- the runner, with stages of this file
@@ -149,6 +163,16 @@ def test_a_part_ends_with_its_time_and_says_what_it_left_out(stages, tmp_path, m
     assert report["stages"]["good"]["says"] == "not run: the part's time was over; measure it alone with ONLY=good"
 
 
+def test_the_last_stage_of_a_part_may_take_all_that_is_left(stages, tmp_path, monkeypatch):
+    """One that ``ONLY`` names may need more than its deadline among the others."""
+    given = {}
+    monkeypatch.setattr(Runner, "_measure", lambda self, group, seconds: given.update({group[0].name: seconds}) or {})
+    Runner(report_file(tmp_path, HERE.gpu), HERE, "c", False).run(
+        [stages["hanging"], stages["good"], stages["lacking"]]
+    )
+    assert given["hanging"] == 12 and given["good"] == pytest.approx(PARTS["trainer"], abs=5)
+
+
 def test_a_stopped_runner_ends_its_stage_and_keeps_what_is_finished(stages, tmp_path):
     script = (
         "import dataclasses; from benchmarks.gpu_report.__main__ import *;"
@@ -259,6 +283,11 @@ def test_bad_input_is_one_line_and_code_2():
         ran = subprocess.run([*COMMAND, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert (ran.returncode, ran.stderr.count("\n")) == (2, 1), ran.stderr
         assert ran.stderr.startswith(f"gpu_report: {line}")
+
+
+def test_a_machine_without_git_measures_an_unknown_commit(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert git_commit() == "unknown"
 
 
 def cpu_seconds_of_children() -> float:

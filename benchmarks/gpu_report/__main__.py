@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,7 +50,9 @@ def machine(tiny: bool) -> Machine:
 
 
 def git_commit() -> str:
-    """With a + where the work tree has other changes; "unknown" in a copy without git."""
+    """With a + where the work tree has other changes; "unknown" in a copy, or on a machine, without git."""
+    if shutil.which("git") is None:
+        return "unknown"
     command = ["git", "describe", "--always", "--abbrev=9", "--dirty=+", "--exclude=*"]
     described = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return described.stdout.strip() or "unknown"

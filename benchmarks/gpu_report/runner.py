@@ -106,7 +106,8 @@ class Runner:
                 why = "not run: the part's time was over; measure it alone with ONLY"
                 self._keep({stage.name: self._blank(FAILED, f"{why}={stage.name}") for stage in group})
                 continue
-            self._keep(self._measure(group, min(left, sum(stage.seconds for stage in group))))
+            last = group is groups[-1]  # nothing waits for it: it may take what is left of the part's time
+            self._keep(self._measure(group, left if last else min(left, sum(stage.seconds for stage in group))))
 
     def _measure(self, group: list[Stage], seconds: float) -> dict[str, Found]:
         with tempfile.TemporaryDirectory(prefix="gpu_report_") as folder:

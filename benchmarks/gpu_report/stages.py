@@ -53,7 +53,7 @@ STAGES = {
             "update:update",
             "Policy updates at Qwen2.5-1.5B's shape",
             _POLICY,
-            options={"model": "qwen2.5-1.5b", "updates": 10, "turns": True},
+            options={"model": "qwen2.5-1.5b", "budget": 16384, "updates": 10, "turns": True},
         ),
         Stage(
             "update_4b",
@@ -62,7 +62,8 @@ STAGES = {
             "update:update",
             "Policy updates at Qwen3-4B's shape",
             _POLICY,
-            options={"model": "qwen3-4b", "updates": 3, "turns": False},  # `engine` has this model's turns
+            # `engine` has this model's turns; with 16384 tokens a micro-batch it takes all of an H200
+            options={"model": "qwen3-4b", "budget": 12288, "updates": 3, "turns": False},
         ),
         Stage("engine", "engine", 150, "engine:engine", "vLLM in turns with a policy of Qwen3-4B's shape", _VLLM),
         *(

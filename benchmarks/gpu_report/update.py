@@ -17,7 +17,6 @@ import torch
 from benchmarks.gpu_report import child
 from benchmarks.gpu_report.results import Record
 from benchmarks.gpu_report.workload import (
-    BATCH,
     TINY_BATCH,
     Batch,
     forward_flops,
@@ -26,6 +25,7 @@ from benchmarks.gpu_report.workload import (
     make_groups,
     matrix_peak,
     now,
+    real_batch,
     seconds_of,
     sequences_of,
     trace,
@@ -35,7 +35,7 @@ from benchmarks.gpu_report.workload import (
 from megatron_dypo.config.schema import Config
 from megatron_dypo.plan.cluster import Candidate
 from megatron_dypo.plan.cluster import Work as PlannedWork
-from megatron_dypo.plan.memory import RESERVE, policy_need
+from megatron_dypo.plan.memory import RESERVE, Need, policy_need
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.policy.reference import PLACES
 from megatron_dypo.policy.shape import ModelShape, model_shape
@@ -67,7 +67,7 @@ class Timed:
 
 
 def update(record: Record) -> None:
-    tiny, batch = record.tiny, TINY_BATCH if record.tiny else BATCH
+    tiny, batch = record.tiny, TINY_BATCH if record.tiny else real_batch(record.options["budget"])
     config = update_config(record.options["model"], batch, tiny)
     layout, shape = join(config.parallel), model_shape(config.model)
     built = now()
@@ -156,8 +156,8 @@ def _updates(
     _memory(record, policy.shape, config, batch, [each.peak_gib for each in updates if each.peak_gib is not None])
 
 
-def _memory(record: Record, shape: ModelShape, config: Config, batch: Batch, peaks: list[float]) -> None:
-    """``plan``'s prediction without its reserve for contexts and fragments, which torch does not count either."""
+def planned_need(shape: ModelShape, config: Config, batch: Batch) -> Need:
+    """``plan``'s prediction for an update."""
     candidate = Candidate(1, 1, 1, 1, 1, config.model.recompute, "turns", reference="device")
     work = PlannedWork(
         prompts=batch.prompts,
@@ -171,7 +171,12 @@ def _memory(record: Record, shape: ModelShape, config: Config, batch: Batch, pea
         hard=0.25,
         passes=2,
     )
-    planned = gib(policy_need(shape, candidate, work).policy - RESERVE)
+    return policy_need(shape, candidate, work)
+
+
+def _memory(record: Record, shape: ModelShape, config: Config, batch: Batch, peaks: list[float]) -> None:
+    """Without the prediction's reserve for contexts and fragments, which torch does not count either."""
+    planned = gib(planned_need(shape, config, batch).policy - RESERVE)
     record.figure("memory/planned", planned, "GiB", "`plan`'s prediction, without its reserve")
     if not peaks:
         record.note("Peak memory is the device's: it is not counted on a CPU.")

@@ -49,8 +49,11 @@ class Batch:
     budget: int
 
 
-BATCH = Batch(prompts=8, samples=8, mean=2048, longest=8192, prompt_tokens=200, budget=16384)
 TINY_BATCH = Batch(prompts=4, samples=2, mean=24, longest=64, prompt_tokens=8, budget=128)
+
+
+def real_batch(budget: int) -> Batch:
+    return Batch(prompts=8, samples=8, mean=2048, longest=8192, prompt_tokens=200, budget=budget)
 
 
 def model(name: str, tiny: bool) -> Model:
