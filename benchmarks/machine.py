@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 from collections.abc import Iterable
@@ -12,13 +11,15 @@ from typing import Any
 import psutil
 import torch
 
+from megatron_dypo.runtime.versions import packages as installed
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
 def environment(device: str, threads: str, packages: Iterable[str]) -> dict[str, Any]:
     """Versions and hardware, and how busy the machine was before. ``threads``: how many were used on the CPU."""
-    found = {each.metadata["Name"].replace("_", "-"): each.version for each in importlib.metadata.distributions()}
+    found = installed()
     versions = {"python": platform.python_version()} | {name: found[name] for name in packages if name in found}
     memory = f"{psutil.virtual_memory().total / 2**30:.0f} GiB"
     hardware = f"{threads} on {os.cpu_count()} cores of {cpu_model()}, {memory}"

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_dypo.doctor.checks import BAD, GOOD, NOTE, Machine, examine, this_machine
 from megatron_dypo.doctor.command import doctor
+from megatron_dypo.runtime import versions as releases
 
 
 def without(machine: Machine, *names: str) -> Machine:
@@ -138,3 +139,14 @@ def test_this_machine_is_well_and_its_two_ranks_work(capsys):
     printed = capsys.readouterr().out
     assert "self-test          passed" in printed and "tensors cut and gathered" in printed
     assert printed.endswith("nothing is wrong\n")
+
+
+def test_packages_are_those_that_are_imported_and_one_without_a_name_is_none(tmp_path, monkeypatch):
+    """pip leaves such folders behind, and a broken one must stop neither ``doctor`` nor ``make gpu-report``."""
+    for path, name, version in (("first", "A_Package", "2"), ("second", "a-package", "1"), ("first", "", "")):
+        folder = tmp_path / path / f"{name or '~broken'}-{version}.dist-info"
+        folder.mkdir(parents=True)
+        if name:
+            (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "first"), str(tmp_path / "second")])
+    assert releases.packages() == {"a-package": "2"}

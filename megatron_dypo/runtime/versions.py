@@ -87,6 +87,19 @@ def row_for(torch: str | None) -> Row:
     return next(iter([row for row in beside if row.tested] + beside + tested))
 
 
+def packages() -> dict[str, str]:
+    """Return the versions of what is installed, by name in lower case with hyphens.
+
+    Of a name that is there twice, the first is what is imported. What an install or an uninstall has left half-way has
+    no name.
+    """
+    found: dict[str, str] = {}
+    for each in metadata.distributions():
+        if name := each.metadata.get("Name"):
+            found.setdefault(name.replace("_", "-").lower(), each.version)
+    return found
+
+
 def vllm_sleeps() -> bool:
     """Return whether the installed vLLM was built with the allocator of its sleep mode."""
     spec = find_spec("vllm")
