@@ -294,6 +294,17 @@ def test_a_file_that_is_no_recorded_step_is_named(tmp_path, line):
         write_report(run)
 
 
+def test_sft_records_no_response_and_has_a_report(tmp_path):
+    config = f"rollout: {{record: {tmp_path / 'rec'}}}\nobjective: {{method: sft}}\n"
+    run = write_config(fill(tmp_path / "run", 3), config)
+    step = recorded.step_file(tmp_path / "rec", 2)
+    recorded.record(tmp_path / "rec", 2, [Group(Prompt("p", "2", (), "1+1="), np.array([1, 2]))])
+    assert json.loads(step.read_text())["responses"] == []
+    assert "Sample rollouts" not in Outline(write_report(run).read_text()).data["h2"]
+    other = write_config(fill(tmp_path / "other", 3), "objective: {method: sft}\n")
+    assert Outline(write_report(run, other, out=tmp_path / "r.html").read_text()).data["h2"]
+
+
 def test_a_models_own_tokenizer_decodes(tmp_path):
     run = write_config(
         fill(tmp_path / "run", 3), f"rollout: {{record: {tmp_path / 'rec'}}}\nmodel: {{hf: {tmp_path / 'model'}}}\n"

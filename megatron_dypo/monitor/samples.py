@@ -27,7 +27,8 @@ _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 def sample_rollouts(run: Run, last_only: bool = False) -> str:
     """Markup of a few groups of the first, a middle and the last recorded step (or of the last only).
 
-    Empty where the run recorded none. Raises UserError for a file that is not a recorded step.
+    Empty where the run recorded none, and with SFT, which records prompts without responses.
+    Raises UserError for a file that is not a recorded step.
     """
     files = _files(run)
     if not files:
@@ -49,7 +50,7 @@ def regime(rewards: list[float], threshold: float, hard_max_solved: int) -> str:
 def _files(run: Run) -> dict[int, Path]:
     """The recorded steps that the run's metrics know, by number."""
     name = run.setting("rollout", "record")
-    if not isinstance(name, str) or "\0" in name:
+    if not isinstance(name, str) or "\0" in name or run.setting("objective", "method") == "sft":
         return {}
     folders = [folder for folder in (Path(name), run.folder / name) if os.path.isdir(folder)]
     found = {
