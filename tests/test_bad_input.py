@@ -151,7 +151,7 @@ def test_the_configurations_that_the_cases_spoil_are_usable(config, hf):
         ),
         (["model.shape.vocab_size=50"], "model.tokenizer: "),
         (["model.tokenizer=/no/such/folder"], "model.tokenizer: "),
-        (["model.preset=null", "model.hf=/no/such/folder"], "model.hf: '/no/such/folder' "),
+        (["model.preset=null", "model.hf=/no/such/folder"], "model.hf: there is no folder /no/such/folder"),
         (["rollout.engine=vllm", "model.shape.hidden_size=160", "model.shape.head_dim=40"], "model.shape.head_dim: "),
         (
             ["rollout.engine=replay", "rollout.replay={folder}/rollouts"],

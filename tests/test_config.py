@@ -115,6 +115,11 @@ def test_a_backslash_that_double_quotes_swallow_is_refused_by_key(tmp_path, smal
     assert load_config(path).evaluation.instruction == text
 
 
+@pytest.mark.parametrize(("text", "steps"), [("010", 10), ("08", 8), ("0100", 100), ("+012", 12), ("7", 7)])
+def test_a_whole_number_with_zeros_before_it_is_decimal(tmp_path, smallest, text, steps):
+    assert load_config(smallest, [f"trainer.steps={text}"]).trainer.steps == steps
+
+
 @pytest.mark.parametrize("text", ["1e-6", "1E-6", "1.0e-6", "0.000001", ".1e-5", "+1e-6"])
 def test_every_spelling_of_a_small_number_is_a_float(tmp_path, smallest, text):
     assert load_config(smallest, [f"optimizer.lr={text}"]).optimizer.lr == 1e-6
@@ -389,6 +394,36 @@ def test_every_key_is_documented_in_a_sentence():
         assert info.description, name
         assert info.description[0].isupper() or info.description.startswith("vLLM"), name
         assert info.description.endswith((".", "never.")), name
+
+
+@pytest.mark.parametrize("command", ["train", "serve", "show", "evaluate", "plan"])
+def test_a_command_without_its_file_names_that_alone_and_shows_its_own_usage(command, capsys):
+    required = ["--gpus", "2", "--gpu-memory", "80"] if command == "plan" else []
+    for arguments, said in (
+        (required, "the following arguments are required: CONFIG\n"),
+        (["c.yaml", *required, "--wrong"], "unrecognized arguments: --wrong\n"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main([command, *arguments])
+        printed = capsys.readouterr().err
+        assert ended.value.code == 2 and printed.endswith(said)
+        assert printed.startswith(f"usage: megatron_dypo {command} ")
+
+
+@pytest.mark.parametrize("way", ["import", "verify"])
+def test_usage_of_a_way_to_convert_is_its_own(way, capsys):
+    more = ["--out", "o"] if way == "import" else ["--checkpoint", "c"]
+    with pytest.raises(SystemExit):
+        main(["convert", way, "--hf", "x", *more, "--wrong"])
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"usage: megatron_dypo convert {way} ") and "unrecognized arguments: --wrong" in printed
+    for folder, said in (
+        ("./x", "--hf: there is no folder ./x"),
+        ("/no/where", "--hf: there is no folder /no/where"),
+        ("a/b/c", "--hf: there is no folder a/b/c"),
+    ):
+        assert main(["convert", way, "--hf", folder, *more]) == 2
+        assert capsys.readouterr().err == f"megatron_dypo: {said}\n"
 
 
 def test_the_help_of_train_names_every_key_with_its_default(capsys):

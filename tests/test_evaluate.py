@@ -25,6 +25,7 @@ from megatron_dypo.errors import UserError
 from megatron_dypo.evaluate import command
 from megatron_dypo.evaluate import run as evaluation_run
 from megatron_dypo.evaluate.answers import Answer, AnswerFile
+from megatron_dypo.evaluate.command import _name
 from megatron_dypo.evaluate.named import named_suites
 from megatron_dypo.evaluate.options import Choices, find_choices
 from megatron_dypo.evaluate.respond import Question, Said, Server, server_responses
@@ -516,6 +517,14 @@ def test_a_suite_of_one_s_own_in_a_bad_form_is_one_line(tmp_path, monkeypatch, c
     assert said in (line := capsys.readouterr().err) and line.startswith("megatron_dypo: evaluation.suites: ")
 
 
+def test_weights_are_called_as_their_folder_is(tmp_path, monkeypatch):
+    (tmp_path / "mine" / "deeper").mkdir(parents=True)
+    (tmp_path / "linked").symlink_to(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path / "mine")
+    for path, name in ((".", "mine"), ("..", tmp_path.name), ("deeper/..", "mine"), ("../linked/", "linked")):
+        assert _name(Path(path)) == name
+
+
 def test_a_pure_guess_is_told_from_knowledge_by_the_interval(alone, tmp_path):
     """Shuffled labels and a model that always says A: a quarter, and the interval says so."""
     generator = random.Random(0)
@@ -573,6 +582,8 @@ def test_a_server_is_asked_with_a_seed_for_each_response_and_its_refusal_is_one_
         ([], "no suite: give --suite, or evaluation.suites"),
         (["--suite", "gsm8k"], "holds no checkpoint, and a preset no weights"),
         (["--suite", "gsm8k", "--checkpoint", "nowhere"], "nowhere: holds no checkpoint"),
+        (["--suite", "gsm8k", "--hf", "./x"], "megatron_dypo: --hf: there is no folder ./x"),
+        (["--suite", "gsm8k", "model.hf=./x", "model.preset=null"], "megatron_dypo: model.hf: there is no folder ./x"),
         (["--suite", "gsm8k", "--server", "http://127.0.0.1:1/v1"], "--server needs --model"),
         (["--suite", "gsm8k", "--server", "x", "--model", "m", "--key-env", "NOWHERE_SET"], "has no NOWHERE_SET"),
         (["--suite", "gsm8k", "--server", "x", "--model", "m"], "url: expected http"),

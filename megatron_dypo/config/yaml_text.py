@@ -1,8 +1,8 @@
 """YAML from outside, as plain data: YAML 1.2 where PyYAML's 1.1 surprises, and nothing that stands for something else.
 
-``1e-6`` is a number (not a string); ``off``, ``0x1f``, ``1_000`` and ``2020-01-01`` are strings (not false, other
-spellings of integers, and a date). No key twice. Tags, anchors and aliases are refused: no text makes objects or
-outgrows itself.
+``1e-6`` is a number (not a string), and ``010`` is ten (not eight); ``off``, ``0x1f``, ``1_000`` and ``2020-01-01`` are
+strings (not false, other spellings of integers, and a date). No key twice. Tags, anchors and aliases are
+refused: no text makes objects or outgrows itself.
 """
 
 from __future__ import annotations
@@ -56,3 +56,4 @@ for _name, _pattern, _first in (
     ("float", r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$", "-+.0123456789"),
 ):
     _Loader.add_implicit_resolver(f"{_TAG}{_name}", re.compile(_pattern), list(_first))
+_Loader.add_constructor(f"{_TAG}int", lambda loader, node: int(loader.construct_scalar(node)))

@@ -42,9 +42,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 METADATA = "hf"  # in a checkpoint: the folder of config.json, tokenizer and the like that it was imported with
 
 
-def source_folder(hf: str) -> tuple[Path, ModelShape]:
+def source_folder(hf: str, key: str = "--hf") -> tuple[Path, ModelShape]:
     """A Hugging Face folder, or a hub name's local copy, and its model's shape. Raises UserError as ``model_shape``."""
-    folder = Path(hf_folder(hf))
+    folder = Path(hf_folder(hf, key))
     return folder, model_shape(Model(hf=str(folder)))
 
 
@@ -139,7 +139,7 @@ def _write_metadata(
     if metadata:
         own = run.model.tokenizer if run else None
         changed = shape if source_folder(str(metadata))[1] != shape else None
-        copy_metadata(metadata, target, dtype, Path(hf_folder(own)) if own else None, changed)
+        copy_metadata(metadata, target, dtype, Path(hf_folder(own, "--hf")) if own else None, changed)
         if own:  # what the run's responses ended with
             run.model.hf = str(metadata)
             set_ends(target, load_tokenizer(run, shape).end_ids)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -145,15 +146,20 @@ def _choose(config: Config, hf: str | None, checkpoint: Path | None) -> Model:
         shape = model_of(folder, origin)
         config.model.tokenizer, config.model.hf = config.model.tokenizer or origin, origin or config.model.hf
         read = watched(MegatronFolder(folder, shape).read, folder, refuse)
-        return Model(folder.name, _digest(folder), shape, read, folder)
+        return Model(_name(folder), _digest(folder), shape, read, folder)
     source = hf or config.model.hf
     if source is None:
         raise UserError(f"evaluate: {run_dir} holds no checkpoint, and a preset no weights: give --hf or --checkpoint")
-    folder, shape = source_folder(source)
+    folder, shape = source_folder(source, "--hf" if hf else "model.hf")
     shape = shape if hf else of_weights(shape, config.model)
     check_folder(folder, shape)
     config.model.tokenizer, config.model.hf = hf or config.model.tokenizer, source
-    return Model(folder.name, _digest(folder), shape, watched(folder_weights(folder), folder, refuse))
+    return Model(_name(folder), _digest(folder), shape, watched(folder_weights(folder), folder, refuse))
+
+
+def _name(folder: Path) -> str:
+    """Its last part, also where the path ends in ``.`` or ``..``; a link's own."""
+    return os.path.basename(os.path.abspath(folder))
 
 
 def _digest(folder: Path) -> str:

@@ -205,17 +205,25 @@ def _overrides(config: Model) -> dict[str, Any]:
     return {name: value for name, value in config.shape.model_dump().items() if value is not None}
 
 
-def hf_folder(name: str) -> str:
-    """A local folder as it is; a hub name by its local snapshot, downloaded where a network allows."""
+def hf_folder(name: str, key: str = "model.hf") -> str:
+    """A local folder as it is; a hub name by its local snapshot, downloaded where a network allows.
+
+    Raises UserError that begins with ``key``, the key or option that has the name.
+    """
     if os.path.isdir(name):
         return name
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise UserError(f"{key}: there is no folder {name}") from None
     try:
         return snapshot_download(
             name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "*.txt"]
         )
     except Exception as error:
         raise UserError(
-            f"model.hf: {name!r} is no folder here and cannot be had from the hub ({type(error).__name__})"
+            f"{key}: {name!r} is no folder here and cannot be had from the hub ({type(error).__name__})"
         ) from None
