@@ -177,7 +177,7 @@ def agreement(parallel: dict, old: dict[tuple[int, int], np.ndarray]) -> dict[st
     groups = make_groups()
     for (g, i), old_t in old.items():
         groups[g].responses[i].logprobs = (old_t - gaps(i, len(old_t))).astype(np.float32)
-        groups[g].responses[i].weight_version = 9 - i
+        groups[g].responses[i].weight_version = 9 - i if g % 2 else 9 + i  # a replay may be ahead of the policy
     works = make_work(policy.layout, groups, config, trace_ids)
     results = {}
     for correction in ("none", "truncate", "mask"):

@@ -21,15 +21,16 @@ def agreement_metrics(policy: Policy, works: list[Work], config: Config) -> dict
 
     rollout/mismatch_mean|max|kl and the share of tokens in each decade: the old policy's log-probs beside the engine's.
     rollout/staleness_mean|max: optimizer updates between the weights that sampled a response and those that train it
-    first. rollout/corrected_frac, with a rollout correction: tokens whose weight in GRPO is capped or 0. Empty where no
-    response is trained. Reads ``work.logp`` and ``work.sums``.
+    first, whichever is newer (a replay that skipped a step is behind its recording). rollout/corrected_frac, with a
+    rollout correction: tokens whose weight in GRPO is capped or 0. Empty where no response is trained. Reads
+    ``work.logp`` and ``work.sums``.
     """
     correction = Correction(config.rollout.correction, config.rollout.correction_cap)
     totals, largest = _totals(policy, works, correction)
     count = totals["tokens"]
     if not count:
         return {}
-    stale = [policy.version - version for work in works for version in _weight_versions(work)]
+    stale = [abs(policy.version - version) for work in works for version in _weight_versions(work)]
     metrics = {
         "rollout/mismatch_mean": totals["gap"] / count,
         "rollout/mismatch_max": largest,
