@@ -338,7 +338,7 @@ def test_solutions_of_gsm8k_are_right_against_their_truths(extract):
         (r"(-1)^{10^{30}}", "1"),
         *(
             (text, None)
-            for text in ("2^3^2", "3!!", "2^{3}!", r"2\frac{1}{2}", "1/2(3)", "2 3", "0^0", "1/0", "x", "((3)")
+            for text in ("2^3^2", "3!!!", "2^{3}!", r"2\frac{1}{2}", "1/2(3)", "2 3", "0^0", "1/0", "x", "((3)")
         ),
         *((text, None) for text in (r"\sqrt{2}", r"(-8)^{1/3}", "2^{1/2}", "(-1)!", r"\binom{2}{5}", "", "-", "3+")),
     ],
@@ -422,6 +422,11 @@ def test_neighbouring_boxes_are_one_answer(reward, truth, response, right):
         ("Find $A, B$, separated by commas.", False),
         ("List all solutions in increasing order.", False),
         ("How many cats and dogs are there, respectively?", False),
+        ("The roots are $p$ and $q$. Compute $p+q$ and $pq$.", False),
+        ("For all $n$, find the slope and the intercept.", False),
+        ("Find the sum and product of the roots.", False),
+        ("What are the smallest and largest possible values of $x$?", False),
+        ("Find the prime factors of 6.", True),
     ],
 )
 def test_a_list_is_ordered_unless_the_question_asks_for_a_set(question, right):

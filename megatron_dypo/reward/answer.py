@@ -13,7 +13,7 @@ Extract = Literal["boxed", "marked", "number"]
 
 _MARK = "####"
 # A sign counts where no digit, letter or bracket stands before it: the last number of "12-5" is 5.
-_DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+_DIGITS = r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
 _NUMBER = re.compile(rf"(?:(?<![0-9A-Za-z)\]}}.,])-\s?)?(?:\\?\$\s?)?{_DIGITS}(?:/{_DIGITS})?(?:\s?\\?%)?")
 _DASH = re.compile("[\u2012-\u2015](?=\\s)")  # of a sentence: no sign stands apart from its number
 _CURRENCY = re.compile(r"\\?\$\s?")

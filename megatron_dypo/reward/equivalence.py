@@ -24,6 +24,7 @@ from math_verify.grader import should_treat_as_complex
 
 from megatron_dypo.reward.lists import agree
 from megatron_dypo.reward.math import compare
+from megatron_dypo.reward.units import of_an_angle
 
 _NORMALIZATION = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
@@ -49,6 +50,9 @@ _EXAMPLES = [
         (r"0.3\pi", r"\frac{\pi}{3}"),
     ),
 ]
+_DEGREES = re.compile(
+    r"([0-9.]+|(?<![A-Za-z\\])[A-Za-z]|\\[a-z]+)\s*(?:\^\s*(?:\\circ(?![a-z])|\{\s*\\circ\s*\})|\\degree(?![a-z]))"
+)
 _IMAGINARY = re.compile(r"(?<![A-Za-z\\])i(?![A-Za-z])")
 _DIGITS = 250
 _CLOSE, _CLOSE_FLOATS = sympy.Float("1e-200"), sympy.Float("1e-12")  # in relation to the larger of two values
@@ -92,6 +96,8 @@ def _with_i(text: str) -> bool:
 @lru_cache(maxsize=1024)
 def _parsed(text: str, real: bool) -> Any:
     """The sympy object that ``text`` reads as, variables ``real`` or not; None where it is not mathematics."""
+    if of_an_angle(text):
+        text = _DEGREES.sub(r"(\\frac{\1 \\pi}{180})", text)
     latex = normalize_latex(text, _NORMALIZATION)
     try:
         parsed = latex2sympy(

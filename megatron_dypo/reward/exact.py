@@ -2,7 +2,7 @@ r"""Reads arithmetic of rational numbers, with powers, roots, factorials and bin
 
     sum      = [+-] product ([+-] product)*
     product  = power ([* / \cdot \times \div] power)*     side by side only where a bracket stands between
-    power    = atom [!] [^ [+-] atom]                     -2^2 is -4
+    power    = atom [! | !!] [^ [+-] atom]                -2^2 is -4, 5!! is 5 \cdot 3 \cdot 1
     atom     = number | ( sum ) | { sum } | \frac power power | \binom power power | \sqrt [n] power
 
 A text that is not such arithmetic, that is ambiguous (``2\frac{3^5}{2}``) or too large gives None, and math-verify is
@@ -16,6 +16,8 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
+from megatron_dypo.reward.numbers import may_be_several
+
 MAX_BITS = 1 << 17
 """Numerator and denominator: 39,000 decimal digits."""
 _MAX_WORK = 8 * MAX_BITS  # bits of all that is computed on the way: milliseconds, in the trainer's process
@@ -23,7 +25,7 @@ _MAX_DEPTH = 60
 _MAX_ROOT = 64
 
 _TOKEN = re.compile(
-    r"\s*(?:((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
+    r"\s*(?:((?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
     r"|\\(frac|binom|sqrt|cdot|times|div|ast)(?![a-zA-Z])|([-+*/^!(){}\[\]]))"
 )
 _LIKELY = re.compile(r"[0-9]")
@@ -118,12 +120,12 @@ class _Reader:
     def _power(self) -> Ratio:
         value = self._atom()
         if self._take("!"):
-            value = self._factorial(value)
+            value = self._factorial(value, 2 if self._take("!") else 1)
         if self._take("^"):
             sign = self._take("+", "-")  # x^10 without braces: LaTeX raises the 1 alone, people mean 10
             value = self._raised(value, self._signed(sign, self._atom()))
         if self._next() in ("!", "^"):
-            raise _NotRational  # 3!!, 2^3!, 2^3^2
+            raise _NotRational  # 3!!!, 2^3!, 2^3^2
         return value
 
     def _atom(self) -> Ratio:
@@ -132,6 +134,8 @@ class _Reader:
         if sign[:1].isdigit() or sign[:1] == ".":
             return self._number(sign)
         if sign in ("(", "{"):
+            if sign == "(" and self._is_a_pair():
+                raise _NotRational
             value = self.sum()
             self._must(")" if sign == "(" else "}")
             return value
@@ -148,6 +152,12 @@ class _Reader:
                 self._must("]")
             return self._root(self._group(), _whole(degree))
         raise _NotRational
+
+    def _is_a_pair(self) -> bool:
+        """Whether all that stands in these brackets is ``1,200``: a point."""
+        at = self.at + (self._next() in ("+", "-"))
+        number, end = [*self.tokens[at : at + 2], "", ""][:2]
+        return end == ")" and may_be_several(number)
 
     def _group(self) -> Ratio:
         r"""An argument: ``{...}``, or one digit."""
@@ -226,12 +236,12 @@ class _Reader:
         roots = [_whole_root(part // divisor, degree) for part in value[:2]]
         return Ratio(*roots, value.rounded)
 
-    def _factorial(self, value: Ratio) -> Ratio:
+    def _factorial(self, value: Ratio, step: int) -> Ratio:
         n = _whole(value)
         if not 0 <= n <= MAX_BITS:
             raise _NotRational
         self._bounded(int(math.lgamma(n + 1) / math.log(2)))
-        return Ratio(math.factorial(n), 1)
+        return Ratio(math.factorial(n) if step == 1 else math.prod(range(n, 0, -step)), 1)
 
     def _binomial(self, above: Ratio, below: Ratio) -> Ratio:
         n, k = _whole(above), _whole(below)

@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+from megatron_dypo.reward.numbers import may_be_several
+
 Decide = Callable[[str, str], "bool | None"]
 """Whether an element of the answer is one of the truth's; None where that cannot be told here."""
 
@@ -24,7 +26,7 @@ OR_WORD, AND_WORD = (
     for word in ("or", "and")
 )
 _TOKEN = re.compile(
-    r"((?<![0-9,.])[0-9]{1,3}(?:,[0-9]{3})+(?!,?[0-9]))"  # one number
+    r"((?<![0-9,.])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9]))"  # one number
     rf"|({OR_WORD}|{AND_WORD}|\\(?:lor|vee)(?![A-Za-z])|[,;])|(\\begin\s*\{{|\\?[({{\[])|(\\end\s*\{{|\\?[)}}\]])|\\."
 )
 _NAMED = re.compile(r"((?:[A-Za-z]|\\[a-z]+)(?:_(?:[A-Za-z0-9]|\{[A-Za-z0-9]+\}))?)\s*=\s*([^=<>]+)")
@@ -52,7 +54,7 @@ def listing(text: str) -> Listing | None:
             inner = text[len(opening) : -len(closing)]
             if not _is_one_group(text, opening):
                 return None
-            elements = _parts(inner)
+            elements = inner.split(",") if opening != "{" and may_be_several(inner) else _parts(inner)
             kind = (opening + closing).replace("\\", "")
             is_list = len(elements) > 1 or (opening == r"\{" and bool(elements))
             return Listing(kind, _without_plus_minus(elements), []) if is_list else None
@@ -85,6 +87,7 @@ def agree(answer: str, truth: str, ordered: bool | None, decide: Decide) -> bool
         return _by_name(given, asked, ordered, decide)
     if len(given.elements) != len(asked.elements):
         return False
+    given, asked = (_by_axis(side) if bool(given.names) != bool(asked.names) else side for side in (given, asked))
     if ordered is None:
         ordered = len(set(asked.elements)) < len(asked.elements)
     if "()" in kinds or "[]" in kinds or len({*given.names}) > 1 or len({*asked.names}) > 1 or ordered:
@@ -106,6 +109,14 @@ def _by_name(given: Listing, asked: Listing, ordered: bool | None, decide: Decid
     if len(set(asked.names)) > 1:
         return None
     return agree(", ".join(given.elements), ", ".join(asked.elements), ordered, decide)
+
+
+def _by_axis(side: Listing) -> Listing:
+    """``y=2, x=1`` as ``x=1, y=2``: coordinates have an order of their own."""
+    if not side.names or len(set(side.names)) < len(side.names) or not set(side.names) <= {"x", "y", "z"}:
+        return side
+    names, elements = zip(*sorted(zip(side.names, side.elements, strict=True)), strict=True)
+    return Listing(side.kind, list(elements), list(names))
 
 
 def _as_sets(given: Listing, asked: Listing, decide: Decide) -> bool | None:
@@ -197,12 +208,20 @@ def _is_one_group(text: str, opening: str) -> bool:
 # --- the question
 
 _NAME = r"\\?\$?\\?[A-Za-z](?:_\{?[A-Za-z0-9]\}?)?\$?"
+_ONE_OF_TWO = (
+    "maximum|minimum|largest|smallest|greatest|least|highest|lowest|sum|mean|median|quotient|slope|length|area"
+    "|perimeter|cent(?:er|re)|amplitude|numerator|denominator|degree"
+)
 _ANY_ORDER = re.compile(r"\b(?:in any order|order (?:does|do) not matter|regardless of order)", re.IGNORECASE)
 _IN_ORDER = re.compile(
     r"\brespectively\b|\bin (?:the )?(?:\w+ )?order\b(?! to)|\bin (?:the )?order of\b|\balphabetical"
     r"|\b(?:from|in) (?:the )?(?:least|smallest|largest|greatest|lowest|highest|shortest|longest) to\b"
     rf"|\b(?:find|compute|determine|solve for|values? of|what (?:is|are)) {_NAME}(?:\s*,\s*{_NAME})*"
-    rf"\s*,?\s*(?:,|and)\s*{_NAME}(?![A-Za-z])",
+    rf"\s*,?\s*(?:,|and)\s*{_NAME}(?![A-Za-z])"
+    r"|\b(?:find|compute|determine|evaluate|calculate|values? of|what (?:is|are)) \$[^$]+\$"
+    r"(?:,\s*\$[^$]+\$)*,?\s*and\s*\$"
+    r"|\b(?:find|compute|determine|calculate|give|state|what (?:is|are)) (?:the|its) [A-Za-z -]{2,40} and the (?!other)"
+    rf"|\b(?:{_ONE_OF_TWO}) and (?:the )?(?:{_ONE_OF_TWO}|product|remainder|variance|median|width|volume|period)\b",
     re.IGNORECASE,
 )
 _A_SET = re.compile(

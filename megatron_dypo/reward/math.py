@@ -8,6 +8,7 @@ not: anagrams of a word, two numbers side by side (it adds them), a pair for a s
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from functools import lru_cache
 
 from megatron_dypo.reward.boxed import last_boxed
@@ -27,6 +28,7 @@ MAX_CHARACTERS = 4_000
 _LOOSE = re.compile(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])|(?<=[0-9]) (?=[A-Za-z])")
 _SIDE_BY_SIDE = re.compile(r"(?<![_^0-9])[0-9]+ [0-9]")
 _MEMBER = re.compile(r"\\in(?![a-zA-Z])")
+_TO = re.compile(r"\s*:\s*|\s*(?:\\text\s*\{\s*to\s*\}|(?<![A-Za-z\\])to(?![A-Za-z]))\s*")
 _NAME = r"[A-Za-z](?:_\{?[A-Za-z0-9]\}?|\([a-z0-9]{1,3}\))?"  # x, x_1, f(2)
 _NAMED = re.compile(rf"(?:{_NAME}|\([a-z](?:, ?[a-z])+\))\s*(?:=|\\in(?![a-zA-Z]))\s*([^=]+)")
 _CHAIN = re.compile(rf"{_NAME}\s*=[^<>]*")  # A = 3 \cdot 4 = 12
@@ -36,6 +38,10 @@ _VARIABLE = re.compile(r"\\[a-z]+\{[A-Za-z ]{2,}\}|\\[A-Za-z]+|([A-Za-z])")
 _LETTERS = re.compile(r"[A-Za-z][A-Za-z '-]+")
 _LETTER = re.compile(r"\(?([A-Za-z])\)?")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
+_MARK = re.compile(
+    r"((?<![A-Za-z][A-Za-z])[A-Za-z]'+|(?<=[A-Za-z])[A-Za-z]'+(?![A-Za-z])|[^A-Za-z\s']'+)"
+    r"|\^\s*(?:T|\{\s*T\s*\}|\{?\s*\\(?:top|intercal|dagger)(?![A-Za-z]))"
+)
 _CLOSE, _UNLIKE = 1e-6, 1e-4  # math-verify rounds to six decimals, whatever the size of the numbers
 
 
@@ -74,7 +80,22 @@ def compare(answer: str, truth: str, ordered: bool | None = None) -> Verdict:
             return verdict
         if listing(answer) and listing(truth):
             return (answer, truth) if ordered is None else (answer, truth, ordered)
+    if (verdict := _ratios(answer, truth)) is not None:
+        return verdict
     return _quantities(answer, truth)
+
+
+def _ratios(answer: str, truth: str) -> Verdict | None:
+    """``2:4:6`` is ``1:2:3`` and ``1 to 2 to 3``; None where either is no ratio of numbers."""
+    if not (_TO.search(answer) and _TO.search(truth)):
+        return None
+    some, others = ([_ratio(part, number(part)) for part in _TO.split(text)] for text in (answer, truth))
+    if None in some or None in others:
+        return None
+    values, asked = ([Fraction(part.top, part.bottom) for part in side] for side in (some, others))
+    if len(values) != len(asked) or 0 in asked:
+        return values == asked
+    return all(value * asked[0] == other * values[0] != 0 for value, other in zip(values, asked, strict=True))
 
 
 def _decided(answer: str, truth: str) -> bool | None:
@@ -123,7 +144,7 @@ def _without_unit(answer: str, truth: str) -> Verdict:
         return _equation_and_value(answer, truth)
     if {_brackets(answer), _brackets(truth)} == {"{}", "()"} or _SIDE_BY_SIDE.search(answer):
         return False
-    if _differ_in_case(answer, truth):
+    if r"\ldots" in answer + truth or _differ_in_case(answer, truth) or _marks(answer) != _marks(truth):
         return False
     return answer, truth
 
@@ -207,6 +228,11 @@ def _equal_in_base(answer: str, truth: str) -> bool:
 
 def _variables(text: str) -> set[str]:
     return {letter for letter in _VARIABLE.findall(text) if letter}
+
+
+def _marks(text: str) -> set[str]:
+    """Derivatives (``f'``), minutes (``15'``) and transposed matrices, whose marks math-verify drops."""
+    return {prime or "T" for prime in _MARK.findall(text)}
 
 
 def _differ_in_case(answer: str, truth: str) -> bool:

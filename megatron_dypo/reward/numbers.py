@@ -6,7 +6,7 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-_DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
+_DIGITS = r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
 _SIGN = r"[-+]?"
 _PLAIN = re.compile(rf"({_SIGN})\s*({_DIGITS})")
 _OVER = re.compile(rf"({_SIGN})\s*({_DIGITS})\s*/\s*({_DIGITS})")
@@ -20,6 +20,7 @@ _POWER_OF_TEN = re.compile(
 _EXPONENT = re.compile(rf"({_SIGN})({_DIGITS})[eE]({_SIGN}[0-9]{{1,3}})")
 _REPEATING = re.compile(rf"({_SIGN})\s*([0-9]*)\.([0-9]*)\s*\\overline\s*\{{\s*([0-9]+)\s*\}}")
 _BASED = re.compile(r"([0-9]+)_(?:\{\s*([0-9]{1,2})\s*\}|([0-9]{1,2}))")
+_SEVERAL = re.compile(rf"{_SIGN}[0-9]{{1,3}}(?:,[1-9][0-9]{{2}})+")
 _LARGEST_BASE = 36
 
 
@@ -50,6 +51,11 @@ def number(text: str) -> Number | None:
     if match := _EXPONENT.fullmatch(text):
         return Number(_signed(match[1], _decimal(match[2]) * Fraction(10) ** int(match[3])), True)
     return None
+
+
+def may_be_several(text: str) -> bool:
+    """Whether commas that group thousands may as well part numbers, as brackets around them say: 1,200, not 1,050."""
+    return _SEVERAL.fullmatch(text) is not None
 
 
 def in_base(text: str) -> tuple[str, int] | None:

@@ -25,6 +25,9 @@ _BARE_BOTTOM = re.compile(rf"(\\frac\s*\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}})\s*{_ON
 _END = re.compile(r"(?:[\s.,;]|\\\\|\\newline(?![a-zA-Z]))+$")
 _LONGEST_END = 200  # characters; the search is quadratic in them at worst
 
+_DOTS = re.compile(r"\\(?:[lc]dots|dots[bcimo]?)(?![a-zA-Z])\s*|(?<=[,+*-])\s*\.{3,}\s*|(?<=[,+*-] )\.{3,}\s*")
+_DOTS_END = re.compile(r"(?<=[0-9])\s*\\ldots\s*$")
+_PRIME = re.compile(r"\s*\^\s*(?:\\prime(?![a-zA-Z])|\{\s*((?:\\prime\s*)+)\})")
 _NO_WORD = r"(?![a-zA-Z])"
 _SWITCH = (
     r"\\(?:tiny|scriptsize|footnotesize|small|normalsize|large|Large|LARGE|huge|Huge|boldmath|unboldmath"
@@ -55,6 +58,8 @@ _RELATION = re.compile(rf"\\({'|'.join(_RELATIONS)}){_NO_WORD}|\\([lg]t){_NO_WOR
 def canonical(text: str) -> str:
     r"""``text`` in one spelling: ASCII, single spaces, no layout or style, and out of ``$...$`` or ``\text{...}``."""
     text = plain(text)
+    if "dots" in text or "..." in text:
+        text = _DOTS_END.sub("", _DOTS.sub(r"\\ldots ", text))
     if "\\" in text or "~" in text or "{" in text:
         text = _SPACE.sub(" ", _styleless(_THOUSANDS.sub(",", text)))
         if "frac" in text:
@@ -76,6 +81,7 @@ def _styleless(text: str) -> str:
     text = _UNSEEN.sub("", text)
     text = _FUNCTION.sub(r"\\\1 ", text)
     text = _UPRIGHT_LETTER.sub(lambda match: match[1] or ("i" if "i" in match[0][:2] else "j"), text)
+    text = _PRIME.sub(lambda match: "'" * (match[1] or "\\prime").count("prime"), text)
     text = _LOG_E.sub(r"\\ln ", text)
     return _RELATION.sub(lambda match: "<>"[match[2] == "gt"] if match[2] else "\\" + _RELATIONS[match[1]], text)
 

@@ -25,7 +25,10 @@ _NO_UNIT = {
     "not", "no", "to", "base", "mod", "modulo", "factorial", "more", "less", "than", "pi", "sqrt", "root",
     "over", "plus", "minus", "if", "for", "where", "when", "hundredth", "tenth", "thousandth", "sin",
     "cos", "tan", "log", "ln", "exp", "infinity", "is", "wrong", "score", "gross", "with", "which",
-    "that", "are", "approximately", "about", "nearly", "roughly", "e", "i", "x", "y", "z",
+    "that", "are", "approximately", "about", "nearly", "roughly", "e", "i", "x", "y", "z", "halve", "halves",
+    "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "twelfth", "sixteenth", "millionth", "billionth",
+    "trillionth", "lakh", "crore", "grand", "double", "triple", "inverse", "reciprocal", "negative", "false",
+    "incorrect", "never", "except", "excluded",
 }  # fmt: skip
 _FIRM_PLAIN = {
     "in", "inch", "inches", "ft", "feet", "yd", "mi", "cm", "mm", "km", "sec", "min", "hr", "kg",
@@ -52,6 +55,7 @@ _MICRO = re.compile(r"µ\s+")
 _DEGREES = re.compile(
     rf"\s*(?:\^\s*\{{?\s*\\circ\s*\}}?|\\degree|\\deg)\s*(?:{_UPRIGHT}\{{\s*([CF])\s*\}}|\{{\s*([CF])\s*\}}|([CF]))?$"
 )
+_OF_AN_ANGLE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])(?!\s*\^\s*\{\s*-)")
 _PERCENT = re.compile(r"\s*\\?%$")
 _CURRENCY = re.compile(rf"([-+]?)\s*(?:\\?(\$)|(€)|(£)|{_UPRIGHT}\{{\s*Rs\s*\.?\s*\}})\s*(?=[-+0-9.\\])")
 _CURRENCIES = {"$": "dollar", "€": "euro", "£": "pound sterling"}
@@ -87,7 +91,7 @@ def quantity(text: str) -> Quantity:
     tail = max(0, len(text) - _LONGEST)
     if match := _PERCENT.search(text, tail):
         return _cut(text, match.start(), "percent", PERCENT, "firm")
-    if match := _DEGREES.search(text, tail):
+    if (match := _DEGREES.search(text, tail)) and not of_an_angle(text):
         scale = match[1] or match[2] or match[3]
         name = f"degree {scale}" if scale else "degree"
         return _cut(text, match.start(), name, counted(name), "firm")
@@ -95,6 +99,11 @@ def quantity(text: str) -> Quantity:
     if last.isalpha() or last in "})0123456789.":
         return _with_suffix(text)
     return Quantity(text)
+
+
+def of_an_angle(text: str) -> bool:
+    r"""Whether there is a ``\sin`` or another function of an angle in ``text``, whose degrees are numbers."""
+    return _OF_AN_ANGLE.search(text) is not None
 
 
 def same_unit(one: Quantity, other: Quantity) -> bool:
@@ -209,7 +218,7 @@ def parse(spelled: str) -> tuple[str, Unit, bool] | None:
             parts.append(part[4])
         at = part.end()
     words = [part for part in parts if part[0].isalpha()]
-    if not words or not _NO_UNIT.isdisjoint(word.lower() for word in words if word.lower() not in _AFTER_WORDS):
+    if not words or parts[0].lower() in _AFTER_WORDS or any(_changes_the_value(word.lower()) for word in words):
         return None
     reader = _Reader(parts)
     unit = reader.product()
@@ -218,6 +227,11 @@ def parse(spelled: str) -> tuple[str, Unit, bool] | None:
     if any(part in "()" or part[0] == "^" for part in parts if part != "/") and not _powered_noun(parts):
         return None
     return _spelled(parts), counted(_spelled(parts)), False
+
+
+def _changes_the_value(word: str) -> bool:
+    """Whether ``word`` says how much a number is, or is mathematics; coins (quarters) are counted."""
+    return word not in _AFTER_WORDS and word != "quarters" and not _NO_UNIT.isdisjoint((word, singular(word)))
 
 
 def _powered_noun(parts: list[str]) -> bool:
