@@ -20,12 +20,15 @@ from hypothesis import strategies as st
 from megatron_dypo.cli import main
 from megatron_dypo.data.arithmetic import arithmetic_tokens
 from megatron_dypo.errors import UserError
+from megatron_dypo.monitor.axis import linear_axis
+from megatron_dypo.monitor.chart import WIDTH, Chart, Series, draw
 from megatron_dypo.monitor.compare import differing_keys
 from megatron_dypo.monitor.figures import run_color
 from megatron_dypo.monitor.panels import LEARNING, OPTIMISATION, ROLLOUT, SPEED
 from megatron_dypo.monitor.report import write_report
 from megatron_dypo.monitor.run_data import read_runs
 from megatron_dypo.monitor.samples import GROUPS, LONGEST, RESPONSES, SEARCHED, regime
+from megatron_dypo.monitor.style import STYLE
 from megatron_dypo.monitor.writers import Writers
 from megatron_dypo.objectives.grading import grade
 from megatron_dypo.records import Group, Prompt, Response
@@ -356,3 +359,33 @@ def test_tensorboard_gets_the_reports_panels(tmp_path):
         1,
         0,
     ]
+
+
+# ---------------------------------------------------------------------------------------------------- axes
+
+
+@given(st.lists(st.integers(0, 5000), min_size=1, max_size=12))
+@settings(deadline=None)
+def test_counts_and_ranks_have_whole_ticks(values):
+    numbers = np.array(values, dtype=float)
+    series = Series("ranks", "c1", np.arange(len(values)), numbers)
+    svg, _ = draw(Chart(lines=[series], exact=True, extent=(0, len(values))), "t")
+    ticks = re.findall(r'class="tick y"[^>]*>([^<]*)<', svg)
+    assert ticks and all("." not in tick or tick.endswith("k") for tick in ticks) and len(set(ticks)) == len(ticks)
+    lo, hi, marks = linear_axis(numbers, False, whole=True)
+    assert lo <= numbers.min() and numbers.max() <= hi and all(mark % 1 == 0 for mark, _ in marks)
+
+
+def test_what_is_not_whole_keeps_its_ticks():
+    series = Series("lr", "c1", np.arange(3), np.array([0.1, 0.5, 1.0]))
+    svg, _ = draw(Chart(lines=[series], exact=True, extent=(0, 3)), "t")
+    assert ">0.2<" in svg
+
+
+def test_axis_text_is_at_least_11_pixels_on_a_phone():
+    """A chart is as wide as the page less the paddings of main (12) and figure (14) and its border (1), both sides."""
+    (wide,) = re.findall(r"svg\{[^}]*font:([\d.]+)px", STYLE)
+    rules = re.findall(r"@media \(max-width:(\d+)px\)\{svg\{font-size:([\d.]+)px\}\}", STYLE)
+    for width in range(320, 481):
+        units = [wide, *(size for most, size in rules if width <= int(most))][-1]
+        assert float(units) * (width - 2 * (12 + 14 + 1)) / WIDTH >= 11, width

@@ -22,8 +22,11 @@ class Scale:
         return self.start + (value - self.lo) / (self.hi - self.lo) * (self.end - self.start)
 
 
-def linear_axis(values: np.ndarray, percent: bool) -> tuple[float, float, list[tuple[float, str]]]:
-    """Bounds, and (value, label) ticks on round numbers. Zero is shown unless the values are far from it."""
+def linear_axis(values: np.ndarray, percent: bool, whole: bool = False) -> tuple[float, float, list[tuple[float, str]]]:
+    """Bounds, and (value, label) ticks on round numbers. Zero is shown unless the values are far from it.
+
+    ``whole``: on whole numbers alone, for counts and ranks.
+    """
     lo, hi = float(values.min()), float(values.max())
     if lo > 0 and lo < 0.6 * hi:
         lo = 0.0
@@ -31,6 +34,8 @@ def linear_axis(values: np.ndarray, percent: bool) -> tuple[float, float, list[t
         margin = 0.5 * abs(hi) or 1.0
         lo, hi = (lo - margin, hi + margin) if hi else (0.0, 1.0)
     size = round_step((hi - lo) / 5)
+    if whole and size % 1:
+        size = 5.0 if size > 1 else 1.0
     quarter = size / 4  # snapping to whole steps would waste a fifth of the height on values just below zero
     lo, hi = math.floor(lo / quarter + 1e-6) * quarter, math.ceil(hi / quarter - 1e-6) * quarter
     marks = [index * size for index in range(math.ceil(lo / size - 1e-6), math.floor(hi / size + 1e-6) + 1)]

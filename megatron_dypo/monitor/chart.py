@@ -45,7 +45,7 @@ class Chart:
     log: bool = False
     band: bool = False  # one standard deviation of the rolling window to both sides of a line
     points: bool = False  # few, separate measurements: marked, joined over the steps between, not smoothed
-    exact: bool = False  # settings and counts: drawn as they are, not smoothed
+    exact: bool = False  # settings, counts, ranks: drawn as they are, not smoothed; whole numbers have whole ticks
     extent: tuple[int, int] = (0, 1)  # first and last step of the axis
     limit: int = MAX_POINTS  # of a line
 
@@ -67,7 +67,8 @@ def draw(chart: Chart, title: str) -> tuple[str, dict[str, Any]]:
     if not len(heights):
         note = f'<text class="none" x="{(LEFT + RIGHT) / 2}" y="{(TOP + BOTTOM) / 2}">no values</text>'
         return _frame(chart, title, _x_ticks(across) + note), {}
-    lo, hi, ticks = log_axis(heights) if chart.log else linear_axis(heights, chart.percent)
+    whole = chart.exact and not chart.percent and bool((heights == heights.round()).all())
+    lo, hi, ticks = log_axis(heights) if chart.log else linear_axis(heights, chart.percent, whole)
     up = Scale(lo, hi, BOTTOM, TOP)
 
     areas = [f'<path class="layer {s["color"]}" d="{_area(across, up, s["x"], s["low"], s["high"])}"/>' for s in layers]

@@ -71,4 +71,6 @@ h4{font-size:14px;margin:16px 0 4px;font-weight:600;overflow-wrap:anywhere}
 .asked{margin-top:8px}.asked p{margin:0;color:var(--soft);font-size:12.5px}.right{color:var(--easy)}.wrong{color:var(--hard)}
 @media (max-width:480px){th,td{padding:6px 9px}td{min-width:112px}thead th i{display:block;margin:2px 0 4px}
 tbody th{white-space:normal;min-width:108px;max-width:128px;overflow-wrap:anywhere;position:sticky;left:0;border-right:1px solid var(--line)}}
+@media (max-width:480px){svg{font-size:14px}}@media (max-width:413px){svg{font-size:16px}}
+@media (max-width:359px){svg{font-size:18.5px}}
 """
