@@ -612,6 +612,7 @@ def shell(script: str, stubs: Path, **environment: str) -> subprocess.CompletedP
 @pytest.mark.parametrize("script", ["launch/single_node.sh", "launch/multi_node.sh"])
 def test_a_launcher_starts_one_rank_a_gpu_and_one_without(stubs, script):
     nodes = {"NNODES": "2", "HEAD": "host0:29500"}
+    stub(stubs / "python", '[ "$*" = "-m megatron_dypo.runtime.meeting host0:29500" ]')  # looks at HEAD's port
     assert "--nproc-per-node 1 " in shell(script, stubs, **nodes).stdout
     stub(stubs / "nvidia-smi", "echo GPU 0: H100; echo GPU 1: H100")
     assert "--nproc-per-node 2 " in shell(script, stubs, **nodes).stdout

@@ -277,7 +277,7 @@ def test_an_export_ends_where_the_run_s_responses_ended(tmp_path):
         f"model: {{hf: {source}, tokenizer: {tokenizer}}}\ndata: {{train: none}}\n"
         f"trainer: {{steps: 1, run_dir: {tmp_path / 'run'}}}\n"
     )
-    _write_metadata(step, source, shape, target, None)
+    _write_metadata(step, source, shape, target, set(), asked=False)
     settings = json.loads((target / "generation_config.json").read_text())
     assert settings == {"eos_token_id": [ID["<|im_end|>"], ID["<|endoftext|>"]], "top_k": 20}
 
@@ -539,9 +539,10 @@ def written_by_megatron_core(folder: str) -> dict[str, bool]:
     from megatron_dypo.runtime import distributed
 
     config, shape = make_config("llama"), model_shape(make_config("llama").model)
-    layout = distributed.init()
+    layout, settings = distributed.init(), transformer_config(config, shape)
+    settings.gradient_accumulation_fusion = False  # ours (policy/weight_gradients.py)
     gpt = GPTModel(
-        config=transformer_config(config, shape),
+        config=settings,
         transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
         vocab_size=shape.padded_vocab,
         max_sequence_length=shape.max_position,

@@ -83,9 +83,8 @@ def probed(folder: str, parallel: dict, changes: list[tuple[str, float]]) -> lis
             for name, values in [*chunk.module.named_buffers(), *chunk.module.named_parameters()]:
                 if part and name.endswith(part):
                     values.data.mul_(factor)
-            if part == "rope":
-                chunk.module.rotary_pos_emb.inv_freq *= factor
-                chunk.module.rotary_pos_emb.forward.cache_clear()  # mcore keeps the angles
+        if part == "rope":
+            policy._frequencies *= factor
         with heard() as stream:
             try:
                 probe.probe(policy, Path(folder), tokenizer, 200.0)
