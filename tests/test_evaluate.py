@@ -493,8 +493,8 @@ def test_a_file_of_one_s_own_is_a_suite_with_its_name_samples_and_extraction(alo
         ("own.jsonl?sample=8", "'sample=8' is not one of [NAME=]FILE["),
         ("own.jsonl?samples=8&samples=9", "'samples=9' is not one of"),
         ("own.jsonl?", "'' is not one of"),
-        ("own.txt", "none of the suites aime24"),
-        ("gsm8k?samples=8", "none of the suites aime24"),
+        ("own.txt", "not one of the suites aime24"),
+        ("gsm8k?samples=8", "not one of the suites aime24"),
         ("gsm8k.jsonl", "the name 'gsm8k' is taken"),
         ("valid=own.jsonl", "the name 'valid' is taken"),
         ("../up=own.jsonl", "the name '../up' has more than letters"),
@@ -578,7 +578,7 @@ def test_a_server_is_asked_with_a_seed_for_each_response_and_its_refusal_is_one_
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--suite", "gsm9k"], "--suite: 'gsm9k' is none of the suites aime24"),
+        (["--suite", "gsm9k"], "--suite: 'gsm9k' is not one of the suites aime24"),
         ([], "no suite: give --suite, or evaluation.suites"),
         (["--suite", "gsm8k"], "holds no checkpoint, and a preset no weights"),
         (["--suite", "gsm8k", "--checkpoint", "nowhere"], "nowhere: holds no checkpoint"),

@@ -92,7 +92,7 @@ class Pruned:
 
 
 def prune(library: bytes, architecture: int, ptx: bool = False) -> Pruned:
-    """Overwrite what ``kept`` leaves out by zeros; a file that is no CUDA library comes back as it was."""
+    """Overwrite what ``kept`` leaves out by zeros; a file that is not a CUDA library comes back as it was."""
     content, count, without = bytearray(library), 0, 0
     for entries in containers(library):
         keep = kept(entries, architecture, ptx)

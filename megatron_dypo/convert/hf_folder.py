@@ -127,7 +127,7 @@ def _weight_map(index: Path) -> dict[str, Path]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index}: not an index of shards: {error!r}") from None
     if strange := [shard for shard in shards.values() if not is_plain(shard)]:
-        raise UserError(f"{index}: {strange[0]!r:.80} is no file of this folder")
+        raise UserError(f"{index}: {strange[0]!r:.80} is not a file of this folder")
     return {name: index.parent / shard for name, shard in shards.items()}
 
 

@@ -44,7 +44,7 @@ def _own(asked: str, where: str) -> Suite:
     file = Path(os.path.expandvars(path)).expanduser()
     if file.suffix.lower() not in SUFFIXES:
         raise UserError(
-            f"{where}: {asked!r} is none of the suites {', '.join(SUITES)}, nor a file of one's own ({FORM}; "
+            f"{where}: {asked!r} is not one of the suites {', '.join(SUITES)}, nor a file of one's own ({FORM}; "
             f"{', '.join(SUFFIXES)})"
         )
     name = name if equals else file.stem

@@ -36,7 +36,7 @@ class Suite:
 
     ``reward`` and ``extract`` are how its answers are graded (the configuration's `reward` section has the meaning),
     ``samples`` how many responses a problem gets: the small suites need many for a steady mean. ``given``: which of
-    the three whoever asked for the suite set; the section `evaluation` does not override those.
+    the three are what the request for the suite sets; the section `evaluation` does not override those.
     """
 
     name: str

@@ -225,5 +225,5 @@ def hf_folder(name: str, key: str = "model.hf") -> str:
         )
     except Exception as error:
         raise UserError(
-            f"{key}: {name!r} is no folder here and cannot be had from the hub ({type(error).__name__})"
+            f"{key}: {name!r} is not a folder here and cannot be had from the hub ({type(error).__name__})"
         ) from None

@@ -15,7 +15,7 @@ _DAY = date(2026, 1, 1)  # what templates that read the clock are given: lengths
 
 
 def fault(trace: Trace) -> str | None:
-    """Why a trace is no example to learn from, whatever its answer, by the name of its count; None where nothing is.
+    """Why a trace is not an example to learn from, whatever its answer, by the name of its count, or None.
 
     Cut off, by the data set's own mark or within its thought; without an answer after its thought; its thought twice.
     """

@@ -45,7 +45,7 @@ class _NotRational(Exception):
 
 
 def exact(text: str) -> Ratio | None:
-    """The value of all of ``text``; None where it is no such arithmetic, or too large."""
+    """The value of all of ``text``; None where it is something else, or too large."""
     if not _LIKELY.search(text):
         return None
     try:

@@ -2,8 +2,8 @@ r"""When answers of several parts agree: ``1, -2``, ``x=1 \text{ or } x=-2``, ``
 
     (a, b), [a, b]    in order
     \{a, b\}          as sets
-    a, b              in order where ``ordered`` says so, or where an element occurs twice and nobody says that it is no
-                      order; else in any order, but each element as often as there
+    a, b              in order where ``ordered`` says so, or where an element occurs twice without a word that it is not
+                      ordered; else in any order, but each element as often as there
     x=1, y=2          by name; against values without names, in order
 
 ``ordered`` comes of the question (``order_matters``): None where there is none.

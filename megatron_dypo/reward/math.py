@@ -58,7 +58,7 @@ def compare(answer: str, truth: str, ordered: bool | None = None) -> Verdict:
     In order: the same text agrees, an empty or overlong one with nothing else; numbers by value; a name before an
     equals sign on one side does not count; regions as intervals, lists element by element; units must not contradict
     each other; then arithmetic by value, numbers with a base, words and phrases up to case, letters of options; a set
-    is no tuple, and two numbers side by side are no number.
+    is not a tuple, and two numbers side by side are not a number.
     """
     if answer == truth:
         return answer != ""
@@ -86,7 +86,7 @@ def compare(answer: str, truth: str, ordered: bool | None = None) -> Verdict:
 
 
 def _ratios(answer: str, truth: str) -> Verdict | None:
-    """``2:4:6`` is ``1:2:3`` and ``1 to 2 to 3``; None where either is no ratio of numbers."""
+    """``2:4:6`` is ``1:2:3`` and ``1 to 2 to 3``; None where either is not a ratio of numbers."""
     if not (_TO.search(answer) and _TO.search(truth)):
         return None
     some, others = ([_ratio(part, number(part)) for part in _TO.split(text)] for text in (answer, truth))

@@ -41,7 +41,7 @@ def serve(config: Config, host: str, port: int, tensor: int) -> NoReturn:
     write_config(shape, folder, tokenizer.end_ids)
     backend = sync_backend(config, kind)
     transfer = {"shared_memory": "megatron_dypo"}.get(backend, backend)
-    # CUDA IPC handles, from whoever has the token
+    # CUDA IPC handles, from those who have the token
     set_environment(kind, **_ENVIRONMENT, **({"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if backend == "ipc" else {}))
     flags = as_flags(
         engine_arguments(config, shape, folder, kind, vllm)

@@ -23,7 +23,7 @@ TCPStore(sys.argv[1], int(sys.argv[2]), is_master=False, wait_for_workers=False)
 
 
 def check_meeting(address: str) -> None:
-    """Raise UserError where ``HOST:PORT`` is no address, or where what listens there does not answer as a store does.
+    """Raise UserError where ``HOST:PORT`` is not an address, or what listens there does not answer as a store does.
 
     Nothing that listens yet is fine, and so is a name that cannot be looked up yet: the first node may still be coming.
     """
