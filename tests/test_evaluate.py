@@ -131,6 +131,7 @@ def test_responses_in_the_same_folder_are_no_file_of_a_suite(tmp_path):
     [
         ({}, "no file of the suite gsm8k"),
         ({"gsm8k.jsonl": "{}", "gsm8k/test.jsonl": "{}"}, "two files of the suite gsm8k"),
+        ({"gsm8k.jsonl": "{}", "gsm8k-I.jsonl": "{}", "gsm8k-II.jsonl": "{}"}, "two files of the suite gsm8k"),
         ({"gsm8k.jsonl": "{"}, "gsm8k.jsonl: cannot be read"),
         ({"gsm8k.json": "{}"}, "expected a list"),
         ({"gsm8k.jsonl": ""}, "holds no problem"),
@@ -246,7 +247,7 @@ def test_swallowed_backslashes_of_an_evaluation_file_are_put_back_and_counted(tm
         tmp_path / "aime25.jsonl",
         [{"problem": "What is $\frac{m}{n}$?", "answer": "\frac12"}, {"problem": "x", "answer": "1"}],
     )
-    first, second = load_suite(SUITES["aime25"], Evaluation(data=str(tmp_path), instruction=None))
+    first, second = load_suite("aime25", Evaluation(data=str(tmp_path), instruction=None))
     assert (first.messages[-1]["content"], first.ground_truth) == ("What is $\\frac{m}{n}$?", "\\frac12")
     assert "put back in 1 problems" in caplog.text and second.ground_truth == "1"
 

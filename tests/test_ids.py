@@ -137,6 +137,25 @@ def test_all_ends_of_the_folder_count_and_a_trace_has_the_templates(
     assert tokenizer.encode_trace("7").tolist()[-1] == tokenizer.eos_id == ID[trace_end]
 
 
+@pytest.mark.parametrize("end, token", [(300, "None"), (2, "'#'")])
+def test_an_end_that_is_no_special_token_counts_with_a_warning(tmp_path, caplog, end, token):
+    """300 is a row of the model's vocabulary without a token: its text, empty, is no marker of an end."""
+    generation = {"eos_token_id": [ID["<|im_end|>"], end]}
+    tokenizer = load(folder_of(tmp_path, "<|im_end|>", CHATML, generation))
+    assert tokenizer.end_ids == (ID["<|im_end|>"], end)
+    assert f"its end token {end} ({token}) is no special token" in caplog.text
+    assert text_of(tokenizer, tokenizer.encode_trace("So 7.")) == "So 7.<|im_end|>"
+    assert tokenizer.end_inside("So 7.") is None
+
+
+def test_a_byte_order_mark_in_a_template_is_refused(tmp_path):
+    folder = folder_of(tmp_path, "<|im_end|>")
+    path = folder / "chat_template.jinja"
+    path.write_text("\ufeff" + path.read_text())
+    with pytest.raises(UserError, match="chat template holds a byte order mark"):
+        load(folder)
+
+
 def test_the_ends_of_another_folders_model_count_where_the_tokenizer_has_them(tmp_path, caplog):
     """A base model with an instruction-tuned one's tokenizer folder; and with a tokenizer of other ids."""
     model, ours = tmp_path / "model", tmp_path / "tokenizer"

@@ -28,6 +28,10 @@ def end_ids(backend: Any, folders: list[Path], vocab_size: int) -> tuple[int, ..
         for index in named_ends(folder):
             if index < vocab_size and (number == 0 or index in special):
                 found.append(index)
+                if index not in backend.added_tokens_decoder and index != backend.eos_token_id:
+                    token = backend.convert_ids_to_tokens(index)
+                    why = "no special token of the tokenizer, and ends responses all the same"
+                    log.warning("%s: its end token %d (%r) is %s", folder, index, token, why)
             else:
                 why = "beyond the model's vocabulary" if index >= vocab_size else "not a special token of the tokenizer"
                 log.warning("%s: its end token %d is %s, and is left out", folder, index, why)

@@ -40,7 +40,8 @@ class Tokenizer:
         self.set_day(day or today())
         end = self.template.end_of_answer(end_ids) if self.template else None
         self.eos_id = end_ids[0] if end is None else end
-        self._ends = tuple(backend.decode([end], skip_special_tokens=False) for end in end_ids)
+        texts = [backend.decode([end], skip_special_tokens=False) for end in end_ids]
+        self._ends = tuple(filter(None, texts))  # a model's end may be no token of the tokenizer
         added = [str(token) for token in backend.added_tokens_decoder.values() if token.special]
         self._special = list(dict.fromkeys([*backend.all_special_tokens, *added]))
         self._markers = (*self._ends, *END_MARKERS)
@@ -166,6 +167,8 @@ def load_tokenizer(config: Config, shape: ModelShape, day: date | None = None) -
             raise UserError(f"{name}: cannot be loaded: {type(error).__name__}: {reason}") from None
     if backend.eos_token_id is None:
         raise UserError(f"{name}: has no end-of-sequence token")
+    if backend.chat_template and "\ufeff" in str(backend.chat_template):
+        raise UserError(f"{name}: the chat template holds a byte order mark, which would be in every prompt: remove it")
     tokens = 1 + max(backend.get_vocab().values(), default=-1)  # ids need not be dense
     if tokens > shape.vocab_size:
         raise UserError(f"{name}: has {tokens} tokens, more than the model's vocabulary of {shape.vocab_size}")

@@ -88,12 +88,13 @@ def _read_name(path: Path, folder: Path, place: Place) -> tuple[int, str, Any] |
         base, part = shard[1], int(shard[2])
     elif piece := _PART.fullmatch(base):
         base, part = piece[1], piece[2].upper()
+    of_parts = "-" if isinstance(part, str) else ""  # its parts are another copy beside the whole file
     plain = _plain(base)
     if any(plain == stem + word for stem in place.stems for word in _WORDS):
-        return 0, plain, part
+        return 0, plain + of_parts, part
     above = map(_folder_name, (folder.resolve().name, *path.relative_to(folder).parts[:-1]))
     if plain in place.splits and any(name in place.stems for name in above):
-        return place.splits.index(plain), plain, part
+        return place.splits.index(plain), plain + of_parts, part
     return None
 
 

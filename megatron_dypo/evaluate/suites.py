@@ -86,11 +86,14 @@ _PAPER = (
 SUITES = {suite.name: suite for suite in _PAPER}
 
 
-def load_suite(suite: Suite, settings: Evaluation) -> list[Prompt]:
+def load_suite(suite: Suite | str, settings: Evaluation) -> list[Prompt]:
     """Its problems (the first ``settings.limit``), asked as ``settings`` says. Ids: ``name-0``, ``name-1``, ...
+
+    A suite of the paper may be given by its name.
 
     Raises UserError: no file and no library to fetch one, several files, a row without question or answer.
     """
+    suite = SUITES[suite] if isinstance(suite, str) else suite
     if suite.file or settings.data:
         files = [suite.file] if suite.file else find(suite.name, suite.place, Path(settings.data))
         origin, rows = ", ".join(map(str, files)), [row for file in files for row in read(file)]
