@@ -91,13 +91,15 @@ def _count(rules: Iterable[Rule], shape: ModelShape, tensor: int) -> int:
 def activation_bytes(shape: ModelShape, candidate: Candidate, tokens: float) -> float:
     """What the forward passes under way keep for their backward passes, in bf16.
 
-    Per token and layer 8h + 6q + 4k and the MLP's, of which ``selective`` keeps all but the MLP's and ``full`` 2h; what
-    is recomputed exists for one layer at a time (Korthikanti et al. 2022, section 4, for this model).
+    Per token and layer 8h + 6q + 6k (2q more with norms of queries and keys) and the MLP's, of which ``selective``
+    keeps all but the MLP's and ``full`` 2h; what is recomputed exists for one layer at a time (Korthikanti et al. 2022,
+    section 4, for this model).
     """
     h = shape.hidden_size
     query, key = shape.num_attention_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
     mlp, passing = _mlp_bytes(shape, candidate)
-    without_mlp = 8 * h + 6 * query + 4 * key
+    before_norm = 2 * query if FAMILIES[shape.family].qk_norm else 0  # keys before it are kept in any case, with values
+    without_mlp = 8 * h + 6 * query + 6 * key + before_norm
     kept = {"none": without_mlp + mlp, "selective": without_mlp, "full": 2 * h}[candidate.recompute]
     once = without_mlp + mlp - kept + passing
     layers = shape.num_layers
