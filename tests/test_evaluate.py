@@ -126,12 +126,18 @@ def test_responses_in_the_same_folder_are_no_file_of_a_suite(tmp_path):
     assert prompt.ground_truth == "2"
 
 
+def test_parts_beside_the_whole_file_are_two_files(tmp_path):
+    for name in ("aime2025.jsonl", "aime2025-I.jsonl", "aime2025-II.jsonl"):
+        (tmp_path / name).write_text('{"question": "1+1?", "answer": "2"}')
+    with pytest.raises(UserError, match=r"two files of the suite aime25: .*aime2025-I.jsonl, .*aime2025.jsonl"):
+        load_suite(SUITES["aime25"], Evaluation(data=str(tmp_path)))
+
+
 @pytest.mark.parametrize(
     ("files", "said"),
     [
         ({}, "no file of the suite gsm8k"),
         ({"gsm8k.jsonl": "{}", "gsm8k/test.jsonl": "{}"}, "two files of the suite gsm8k"),
-        ({"gsm8k.jsonl": "{}", "gsm8k-I.jsonl": "{}", "gsm8k-II.jsonl": "{}"}, "two files of the suite gsm8k"),
         ({"gsm8k.jsonl": "{"}, "gsm8k.jsonl: cannot be read"),
         ({"gsm8k.json": "{}"}, "expected a list"),
         ({"gsm8k.jsonl": ""}, "holds no problem"),
