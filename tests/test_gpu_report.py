@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu_report import stages as table
-from benchmarks.gpu_report.__main__ import git_commit
+from benchmarks.gpu_report.__main__ import chosen, git_commit
 from benchmarks.gpu_report.page import page, shown
 from benchmarks.gpu_report.published import OPEN, README, ROWS, performance, with_gpu_column
 from benchmarks.gpu_report.results import ABSENT, DONE, FAILED, Record, merged, report_file
@@ -24,6 +24,7 @@ from benchmarks.gpu_report.runner import Machine, Runner
 from benchmarks.gpu_report.stages import PARTS, STAGES, Stage
 from benchmarks.gpu_report.targets import NOT_MEASURED, TARGETS, verdict
 from benchmarks.machine import RESULTS, ROOT
+from megatron_dypo.errors import UserError
 
 HERE = Machine("NVIDIA Test", 1)
 COMMAND = [sys.executable, "-m", "benchmarks.gpu_report"]
@@ -283,6 +284,13 @@ def test_bad_input_is_one_line_and_code_2():
         ran = subprocess.run([*COMMAND, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert (ran.returncode, ran.stderr.count("\n")) == (2, 1), ran.stderr
         assert ran.stderr.startswith(f"gpu_report: {line}")
+
+
+def test_stages_of_no_part_that_is_run_are_bad_input():
+    assert [stage.name for stage in chosen("engine", "head,engine", tiny=False)] == ["engine"]
+    for part, only, tiny in (("trainer", "engine,quickstart", False), (None, "layouts", True)):
+        with pytest.raises(UserError, match=f"--only: {only} is in no part"):
+            chosen(part, only, tiny)
 
 
 def test_a_machine_without_git_measures_an_unknown_commit(monkeypatch, tmp_path):

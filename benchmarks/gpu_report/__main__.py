@@ -28,13 +28,16 @@ from megatron_dypo.errors import UserError
 
 
 def chosen(part: str | None, only: str | None, tiny: bool) -> list[Stage]:
-    """In the table's order. Raises UserError for a stage that is not there."""
+    """In the table's order, at least one. Raises UserError for a stage that is not there."""
     names = only.split(",") if only else list(STAGES)
     unknown = [name for name in names if name not in STAGES]
     if unknown:
         raise UserError(f"--only: no stage is called {', '.join(unknown)}; there are {', '.join(STAGES)}")
     parts = [part] if part else ["trainer", "engine"] if tiny else list(PARTS)
-    return [stage for stage in STAGES.values() if stage.name in names and stage.part in parts]
+    stages = [stage for stage in STAGES.values() if stage.name in names and stage.part in parts]
+    if not stages:
+        raise UserError(f"--only: {only} is in no part that is run here ({', '.join(parts)})")
+    return stages
 
 
 def machine(tiny: bool) -> Machine:
