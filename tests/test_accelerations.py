@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from megatron_dypo.config.schema import Model
+from megatron_dypo.policy import rope
 from megatron_dypo.policy.accelerations import Found, choose, explained, flash_kernels, on_this_machine, refusal
 from megatron_dypo.policy.flash_kernels import activate
 
@@ -214,3 +215,23 @@ def test_a_weights_gradient_is_added_in_fp32(dtype, tokens):
     wgrad_gemm_accum_fp32(given, slope, after)
     expected = before.double() + slope.double().T @ given.double()
     torch.testing.assert_close(after.double(), expected, rtol=1e-6, atol=1e-5)
+
+
+def test_rope_stays_compiled_for_several_models_in_both_passes(monkeypatch):
+    """Past torch's limit of compilations one of the passes would go on uncompiled, and round differently."""
+    ran, build = [], torch.compile
+    counting = lambda graph, _: lambda *inputs: (ran.append(1), graph.forward(*inputs))[1]  # noqa: E731
+    monkeypatch.setattr(torch, "compile", lambda function: build(function, backend=counting))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    rotate, calls = rope.rotation.__wrapped__(True), 0
+    for heads, groups, width in ((4, 2, 32), (12, 2, 128), (32, 8, 64)):
+        for tokens in (96, 160, 96, 1000):
+            for with_gradient in (False, True):
+                table = torch.randn(2, tokens, 1, width)
+                both = torch.randn(tokens, groups, (heads // groups + 2) * width, requires_grad=with_gradient)
+                query, key, _ = both.split([heads // groups * width, width, width], dim=2)
+                with torch.set_grad_enabled(with_gradient):
+                    for x in (query.reshape(tokens, heads, width), key):  # as mcore cuts them
+                        rotate(x, *table)
+                        calls += 1
+    assert len(ran) == calls

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from megatron_dypo.policy.shape import ModelShape, RopeScaling
 
+RECOMPILED = 64  # times at most, for all models of a process
+
 
 def frequencies(shape: ModelShape) -> Tensor:
     """[D / 2], fp32, in radians a token."""
@@ -41,8 +43,17 @@ def rotate(x_TAD: Tensor, cosines_T1D: Tensor, sines_T1D: Tensor) -> Tensor:
 
 @cache
 def rotation(compiled: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """``rotate``; ``compiled`` by torch it is one pass over memory, forward and backward."""
-    return torch.compile(rotate) if compiled else rotate
+    """``rotate``; ``compiled`` by torch it is one pass over memory, forward and backward.
+
+    Queries and keys, with and without a gradient, of one size and of any are compiled each by itself: 6 times for a
+    model. At its limit of 8 torch would go on uncompiled, in silence, and the two passes round differently.
+    """
+    if not compiled:
+        return rotate
+    from torch._dynamo import config
+
+    config.recompile_limit = max(config.recompile_limit, RECOMPILED)
+    return torch.compile(rotate)
 
 
 def _llama3(plain: Tensor, scaling: RopeScaling) -> Tensor:
