@@ -458,6 +458,9 @@ KINDS: dict[str, list[tuple[str, str, bool]]] = {
         (r"\text{red and blue}", r"\text{blue and red}", True),
         ("i", r"\imath", True),
         (r"\frac{20!}{19!}", "20", True),
+        (r"\emptyset", r"\varnothing", True),
+        (r"\varnothing", "∅", True),
+        (r"\varnothing", r"\{0\}", False),
     ],
     "commas": [
         ("(0,100)", "100", False),

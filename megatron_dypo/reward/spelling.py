@@ -52,6 +52,7 @@ _NAMES_OF_FUNCTIONS = "(?:arc)?(?:sin|cos|tan|cot|sec|csc)|(?:sin|cos|tan|cot)h|
 _FUNCTION = re.compile(rf"\\(?:operatorname\*?|mathrm|text|textrm|mathop)\s*\{{\s*({_NAMES_OF_FUNCTIONS})\s*\}}")
 _LOG_E = re.compile(r"\\log\s*_\s*(?:e|\{\s*e\s*\})(?![a-zA-Z])")
 _RELATIONS = {"leq": "le", "geq": "ge", "leqslant": "le", "geqslant": "ge", "neq": "ne", "lbrace": "{", "rbrace": "}"}
+_RELATIONS |= {"varnothing": "emptyset"}  # another drawing of it
 _RELATION = re.compile(rf"\\({'|'.join(_RELATIONS)}){_NO_WORD}|\\([lg]t){_NO_WORD}")
 
 
