@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_dypo.convert.families import FAMILIES
-from megatron_dypo.convert.hf_folder import folder_weights
+from megatron_dypo.convert.hf_folder import check_folder, folder_weights
 from megatron_dypo.convert.mapping import hf_shapes, rules
 from megatron_dypo.errors import UserError
 from megatron_dypo.policy.shape import PRESETS, ModelShape
@@ -147,6 +147,16 @@ def test_damaged_folders_are_named(tmp_path):
     weights.unlink()
     with pytest.raises(UserError, match=r"no model\.safetensors"):
         folder_weights(Path(tmp_path))
+
+
+def test_what_lies_beside_the_weights_and_is_not_read_is_said(tmp_path, caplog):
+    model = hf_model(SHAPE)
+    model.save_pretrained(tmp_path)
+    check_folder(tmp_path, SHAPE)
+    assert caplog.text == ""
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    check_folder(tmp_path, SHAPE)
+    assert "adapter_config.json is not read" in caplog.text
 
 
 def drawn(cores: int, block: int) -> dict:

@@ -27,6 +27,7 @@ LAYOUTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+ADAPTER = "adapter_config.json"  # of PEFT, which transformers adds to the weights where it is installed
 ROWS = 2048  # of a head and an embedding that are compared at a time
 
 log = logging.getLogger(__name__)
@@ -132,7 +133,9 @@ def _weight_map(index: Path) -> dict[str, Path]:
 
 
 def _warn_of_a_second_set(folder: Path) -> None:
-    """Warn where a folder holds two whole sets of safetensors, of which one is not read."""
+    """Warn where a folder holds two whole sets of safetensors, of which one is not read, or an adapter."""
+    if (folder / ADAPTER).is_file():
+        log.warning("%s: %s is not read: unless merged into the weights, its adapter is left out", folder, ADAPTER)
     single, index = (folder / name for name in LAYOUTS[:2])
     if single.is_file() and index.is_file() and all(file.is_file() for file in set(_weight_map(index).values())):
         log.warning(
