@@ -278,7 +278,7 @@ def test_a_row_of_readme_that_no_stage_is_named_for_is_an_error(tmp_path):
 
 def test_bad_input_is_one_line_and_code_2():
     for arguments, line in (
-        (["--only", "heads"], "--only: no stage is called heads; there are environment, tests,"),
+        (["--only", "heads"], "--only: no stage is called heads; there are environment, attention,"),
         ([], "torch sees no CUDA device here"),
     ):
         ran = subprocess.run([*COMMAND, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -43,7 +43,6 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("environment", "trainer", 60, "environment:environment", "What is installed", ("rich",)),
-        Stage("tests", "trainer", 100, "environment:tests", "`make test-gpu`", ("pytest",)),
         Stage("attention", "trainer", 45, "attention:attention", "Flash attention against SDPA", _POLICY),
         Stage("head", "trainer", 120, "head:head", "The output head against its peers"),
         Stage(
@@ -65,6 +64,8 @@ STAGES = {
             # `engine` has this model's turns; with 16384 tokens a micro-batch it takes all of an H200
             options={"model": "qwen3-4b", "budget": 12288, "updates": 3, "turns": False},
         ),
+        # last: it takes what the figures leave of the part's time
+        Stage("tests", "trainer", 100, "environment:tests", "`make test-gpu`", ("pytest",)),
         Stage("engine", "engine", 150, "engine:engine", "vLLM in turns with a policy of Qwen3-4B's shape", _VLLM),
         *(
             Stage(

@@ -83,11 +83,11 @@ def update(record: Record) -> None:
     take_peaks()
     groups = make_groups(batch, shape.vocab_size)
     _updates(record, policy, config, batch, groups, timed, peak)
-    _profile(record, policy, config, batch, groups)
     _swaps(record, policy)
     _gather(record, policy)
     if record.options["turns"]:
         _turns(record, policy)
+    _profile(record, policy, config, batch, groups)
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def _memory(record: Record, shape: ModelShape, config: Config, batch: Batch, pea
 
 
 def _profile(record: Record, policy: Policy, config: Config, batch: Batch, groups: list[Group]) -> None:
-    """One more update, under torch's profiler."""
+    """One more update, under torch's profiler. Raises RuntimeError where it sees no kernel."""
     cuda = torch.cuda.is_available()
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activity.CUDA if cuda else activity.CPU]) as profile:
@@ -195,6 +195,8 @@ def _profile(record: Record, policy: Policy, config: Config, batch: Batch, group
     field = "self_device_time_total" if cuda else "self_cpu_time_total"
     events = sorted(profile.key_averages(), key=lambda event: getattr(event, field), reverse=True)
     spent = [getattr(event, field) for event in events]  # microseconds
+    if not sum(spent):
+        raise RuntimeError("torch's profiler saw no kernel: on this machine it may not read the device's counters")
     rows = [
         [f"`{event.key[:90]}`", str(event.count), f"{each / 1000:.4g}", f"{each / sum(spent):.1%}"]
         for event, each in zip(events[:HEAVIEST], spent, strict=False)
