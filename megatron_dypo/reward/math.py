@@ -15,6 +15,7 @@ from megatron_dypo.reward.boxed import last_boxed
 from megatron_dypo.reward.exact import Ratio, exact, fraction, same
 from megatron_dypo.reward.lists import agree, is_several, listing
 from megatron_dypo.reward.numbers import Number, in_base, number
+from megatron_dypo.reward.phrases import phrase
 from megatron_dypo.reward.regions import is_condition, region
 from megatron_dypo.reward.spelling import canonical
 from megatron_dypo.reward.units import PERCENT, Quantity, quantity, same_unit
@@ -82,6 +83,9 @@ def compare(answer: str, truth: str, ordered: bool | None = None) -> Verdict:
             return (answer, truth) if ordered is None else (answer, truth, ordered)
     if (verdict := _ratios(answer, truth)) is not None:
         return verdict
+    if (said := phrase(answer)) and (asked := phrase(truth)):
+        values = zip(said.values, asked.values, strict=False)
+        return said.says_as(asked) and all(one == other or compare(one, other) is True for one, other in values)
     return _quantities(answer, truth)
 
 

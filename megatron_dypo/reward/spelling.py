@@ -49,7 +49,9 @@ _FONT = re.compile(  # with the brace that opens what it is for
 )
 _UPRIGHT_LETTER = re.compile(r"\\(?:mathrm|rm|operatorname|text|textrm)\s*\{\s*([ei])\s*\}|\\[ij]math(?![a-zA-Z])")
 _NAMES_OF_FUNCTIONS = "(?:arc)?(?:sin|cos|tan|cot|sec|csc)|(?:sin|cos|tan|cot)h|log|ln|lg|exp|min|max|gcd|det"
-_FUNCTION = re.compile(rf"\\(?:operatorname\*?|mathrm|text|textrm|mathop)\s*\{{\s*({_NAMES_OF_FUNCTIONS})\s*\}}")
+_FUNCTION = re.compile(  # min without anything that it is of is minutes
+    rf"\\(?:operatorname\*?|mathrm|text|textrm|mathop)\s*\{{\s*(?!min\s*\}}(?!\s*[({{\\_]))({_NAMES_OF_FUNCTIONS})\s*\}}"
+)
 _LOG_E = re.compile(r"\\log\s*_\s*(?:e|\{\s*e\s*\})(?![a-zA-Z])")
 _RELATIONS = {"leq": "le", "geq": "ge", "leqslant": "le", "geqslant": "ge", "neq": "ne", "lbrace": "{", "rbrace": "}"}
 _RELATIONS |= {"varnothing": "emptyset"}  # another drawing of it
