@@ -3,7 +3,7 @@
     response --answer--> final answer --judges--> score, or a job --workers (processes)--> graders --> score or fault
 
     math    math.py decides most answers, equivalence.py asks math-verify about the rest; by spelling (one form),
-            numbers and exact (values), units with unit_names, lists, and regions (conditions as intervals)
+            numbers and exact (values), units with unit_names, phrases, lists, and regions (conditions as intervals)
     choice  choice                   letters of options; needs no process
     others  reasoning-gym's scores and users' functions are called in a process always
 
