@@ -216,6 +216,9 @@ def _equation_and_value(answer: str, truth: str) -> Verdict:
         return (answer, truth) if "," in truth else False
     computed = _COMPUTED.fullmatch(answer)
     if computed and not number(computed[1].strip()):
+        left, right = (_ratio(side.strip(), number(side.strip())) for side in computed.groups())
+        if left and right and not right.rounded and not same(left, right):  # 4 + 2 = 5
+            return False
         return compare(computed[2].strip(), truth)
     return (answer, truth) if "," in answer or _CHAIN.fullmatch(answer) else False
 
