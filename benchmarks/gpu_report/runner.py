@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,7 +43,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",  # as under torchrun
 }
-PR_SET_CHILD_SUBREAPER = 36  # what a stage started becomes this process's child when the stage is gone (prctl(2))
+PR_SET_CHILD_SUBREAPER = 36
 LAST_LINES, LONGEST = 40, 300  # what a failed stage says at its end, on the terminal; characters of its last line
 
 
@@ -81,21 +82,32 @@ def _end(processes: set[psutil.Process]) -> None:
     psutil.wait_procs(processes, timeout=10)
 
 
+@contextmanager
+def _adopting_orphans() -> Iterator[None]:
+    """What a stage started becomes this process's child when the stage is gone (prctl(2))."""
+    prctl = ctypes.CDLL(None).prctl
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        yield
+    finally:
+        prctl(PR_SET_CHILD_SUBREAPER, 0)
+
+
 class Runner:
     """``file``: the results, beside which the page is written. ``tiny``: a part's stages share a process."""
 
     def __init__(self, file: Path, machine: Machine, commit: str, tiny: bool):
         self.file, self.machine, self.commit, self.tiny = file, machine, commit, tiny
         self.failed: list[str] = []
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
     def run(self, stages: list[Stage]) -> int:
         """Returns 1 where a stage failed, else 0."""
-        for part, seconds in PARTS.items():
-            own = [stage for stage in stages if stage.part == part]
-            absent = {stage.name: why for stage in own if (why := absence(stage, self.machine))}
-            self._keep({name: self._blank(ABSENT, why) for name, why in absent.items()})
-            self._part([stage for stage in own if stage.name not in absent], time.monotonic() + seconds)
+        with _adopting_orphans():
+            for part, seconds in PARTS.items():
+                own = [stage for stage in stages if stage.part == part]
+                absent = {stage.name: why for stage in own if (why := absence(stage, self.machine))}
+                self._keep({name: self._blank(ABSENT, why) for name, why in absent.items()})
+                self._part([stage for stage in own if stage.name not in absent], time.monotonic() + seconds)
         return int(bool(self.failed))
 
     def _part(self, stages: list[Stage], ends: float) -> None:
