@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from megatron_dypo.config.schema import Model
+from megatron_dypo.runtime import versions
 from megatron_dypo.runtime.distributed import training_dtype
 
 _MODULES = ("flash_attn_interface", "fused_weight_gradient_mlp_cuda", "transformer_engine")
@@ -62,8 +63,7 @@ def on_this_machine() -> Found:
         modules.add("transformer_engine_torch")
     if _has_file("flash_attn", "cute/interface.py"):
         modules.add("flash_attn.cute")
-    major, minor = torch.__version__.split(".")[:2]
-    return Found(torch.cuda.is_available(), (int(major), int(minor)), frozenset(modules))
+    return Found(torch.cuda.is_available(), versions.release(torch.__version__), frozenset(modules))
 
 
 def _has_file(package: str, pattern: str) -> bool:

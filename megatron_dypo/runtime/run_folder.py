@@ -85,17 +85,22 @@ def checkpoints(config: Config) -> list[int]:
 def contents(config: Config) -> dict[str, str]:
     """SHA-256 of each file of prompts, by key; a generated set is what its key says."""
     found = {}
-    for key, path in {"data.train": config.data.train, "data.valid": config.data.valid}.items():
-        if path and Path(path).is_file():
-            with open(path, "rb") as file:
-                found[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    for key, path in _prompt_files(config).items():
+        with open(path, "rb") as file:
+            found[key] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
+
+
+def _prompt_files(config: Config) -> dict[str, str]:
+    paths = {"data.train": config.data.train, "data.valid": config.data.valid}
+    return {key: path for key, path in paths.items() if path and Path(path).is_file()}
 
 
 def _check_contents(config: Config, theirs: dict[str, str]) -> None:
     """Raise UserError where a file of prompts is not what it was when the run was last started."""
+    files = _prompt_files(config)
     for key, digest in contents(config).items():
-        path = config.data.train if key == "data.train" else config.data.valid
+        path = files[key]
         if key not in theirs:
             log.info("%s: this run folder does not say what %s held before: taken as it is", key, path)
         elif theirs[key] != digest and config.data.accept_changed:
