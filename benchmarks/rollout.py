@@ -5,9 +5,10 @@
 Overhead: the time of ``engine.generate`` in process outside of vLLM's ``generate`` (requests in, ids and log-probs
 out), for a batch of 64 prompts x 8 samples of a small model: the smaller the model, the larger the share.
 
-Overlap: whole runs of ``train``, in turn without and with ``rollout.overlap``; one trainer rank and one vLLM server, a
-thread each, on two cores; prompts that nobody can answer, so that every step samples as much as any other and trains
-on as many teachers' traces, which takes about as long. Medians of ``time/step`` over the steps after the third.
+Overlap: whole runs of ``train``, in turn without and with ``rollout.async_rollout``; one trainer rank and one vLLM
+server, a thread each, on two cores; prompts that nobody can answer, so that every step samples as much as any
+other and trains on as many teachers' traces, which takes about as long. Medians of ``time/step`` over the steps after
+the third.
 
 Writes benchmarks/results/rollout_cpu.json.
 """
@@ -116,7 +117,7 @@ def overhead(rounds: int) -> list[dict[str, float]]:
 def step_times(config: Path, folder: Path, overlap: bool) -> dict[str, float]:
     """Medians of a run of ``train``."""
     run = folder / f"overlap_{overlap}_{time.monotonic_ns()}"
-    overrides = [f"rollout.overlap={str(overlap).lower()}", "rollout.correction=truncate", f"trainer.run_dir={run}"]
+    overrides = [f"rollout.async_rollout={int(overlap)}", "rollout.correction=truncate", f"trainer.run_dir={run}"]
     subprocess.run(
         [sys.executable, "-m", "megatron_dypo", "train", str(config), *overrides],
         cwd=ROOT,

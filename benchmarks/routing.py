@@ -4,8 +4,8 @@
 
 A small mixture with random weights samples with transformers in fp32 (it tells its routing, and no rounding is its
 own); the same weights train in bf16, which here stands for whatever differs between an engine's kernels and a
-trainer's. Every policy.routing sees the same rollouts. The first table is the trainer's log-probs beside the engine's
-before any update; the second, how far several updates on those rollouts carry the ratio.
+trainer's. Every policy.routing_replay sees the same rollouts. The first table is the trainer's log-probs beside the
+engine's before any update; the second, how far several updates on those rollouts carry the ratio.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_dypo.runtime import distributed
 from megatron_dypo.sync.weights import StoredWeights
 from megatron_dypo.update import logprob_passes, make_work, run_updates
 
-ROUTINGS = ("own", "replay_old", "replay_rollout")
+ROUTINGS = ("off", "old", "rollout")
 COLUMNS = (
     *("rollout/mismatch_mean", "rollout/mismatch_max", "rollout/mismatch_kl", "moe/rerouted_frac"),
     *("policy/clip_frac", "train/grad_norm"),
@@ -58,7 +58,7 @@ def sampled(shape: ModelShape) -> list[Group]:
 def measure(shape: ModelShape, groups: list[Group], routing: str, dtype: str, updates: int) -> dict[str, float]:
     config = Config(
         model=Model(preset="tiny-moe", dtype=dtype),
-        policy=Policy(routing=routing),
+        policy=Policy(routing_replay=routing),
         data=Data(train="none", prompts_per_step=PROMPTS, max_tokens_per_microbatch=4096),
         rollout=Rollout(samples_per_prompt=SAMPLES, max_response_tokens=TOKENS),
         objective=Objective(updates_per_rollout=updates),

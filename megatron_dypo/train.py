@@ -1,7 +1,7 @@
 """The training loop: roll out, reward, grade, update, sync, evaluate, save. One ``step`` is one rollout.
 
-With ``rollout.overlap`` the next step's batch is sampled beside grade and update, and complete before the sync: no
-response is sampled across an update.
+With ``rollout.async_rollout`` the next step's batch is sampled beside grade and update, and complete before the
+sync: no response is sampled across an update.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _train(
             counters.count(step, policy.version, outcome.skipped is not None, outcome.empty, outcome.norms)
             metrics = clock.metrics() | batch_metrics(batch.sampled, outcome.works) | outcome.metrics | outcome.memory
             metrics |= counters.metrics() | watchdog.metrics()
-            if config.rollout.refill:
+            if config.rollout.dynamic_sampling:
                 metrics["rollout/refilled"] = len(batch.replaced)
             evaluation = evaluate(step)
             times = {"time/save": saver.take_seconds(), "time/offload": policy.offload.take_seconds()}

@@ -31,8 +31,8 @@ SHAPES = {
         ffn_hidden_size=96,
         num_experts=4,
         router_topk=2,
-        normalized_routing=False,
-        shared_ffn_hidden_size=64,
+        norm_topk_prob=False,
+        shared_expert_ffn_hidden_size=64,
     ),
 }
 

@@ -138,12 +138,12 @@ def test_the_configurations_that_the_cases_spoil_are_usable(config, hf):
         ),
         (["model.preset=tiny-moe", "model.shape.router_topk=1"], "model.shape.router_topk: 1 leaves "),
         (
-            ["model.preset=tiny-moe", "model.shape.family=mixtral", "model.shape.normalized_routing=false"],
-            "model.shape.normalized_routing: False is not what family mixtral does",
+            ["model.preset=tiny-moe", "model.shape.family=mixtral", "model.shape.norm_topk_prob=false"],
+            "model.shape.norm_topk_prob: False is not what family mixtral does",
         ),
         (
             ["model.preset=tiny-moe", "model.shape.family=qwen2_moe"],
-            "model.shape.shared_ffn_hidden_size: 0 family qwen2_moe shares experts",
+            "model.shape.shared_expert_ffn_hidden_size: 0 family qwen2_moe shares experts",
         ),
         (
             ["model.shape.max_position=15"],
@@ -444,6 +444,23 @@ def test_a_run_of_before_a_key_was_there_goes_on_with_its_default(config, capsys
     path.write_text(json.dumps(before))
     assert prepare(load_config(config), "config").checkpoints == [1]
     assert "objective.gamma (was 1.0, now 2.0)" in refusal(capsys, config, "objective.gamma=2.0")
+
+
+def test_a_run_of_before_a_key_was_renamed_goes_on_and_is_compared_by_its_new_name(config, capsys):
+    path = checkpointed(config, "rollout.async_rollout=1") / "fingerprint.json"
+    before = json.loads(path.read_text())
+    for name, old, text in (
+        ("rollout.async_rollout", "rollout.overlap", True),
+        ("rollout.dynamic_sampling", "rollout.refill", False),
+        ("policy.routing_replay", "policy.routing", "own"),
+        ("model.shape.norm_topk_prob", "model.shape.normalized_routing", None),
+        ("model.shape.shared_expert_ffn_hidden_size", "model.shape.shared_ffn_hidden_size", None),
+    ):
+        del before[name]
+        before[old] = text
+    path.write_text(json.dumps(before))
+    assert prepare(load_config(config, ["rollout.async_rollout=1"]), "config").checkpoints == [1]
+    assert refusal(capsys, config).endswith("differing: rollout.async_rollout (was 1, now 0)")
 
 
 @pytest.mark.parametrize("key", ["data.train", "data.valid"])

@@ -17,6 +17,7 @@ from megatron_dypo.cli import main
 from megatron_dypo.config import load_config, render
 from megatron_dypo.config.checks import check_layout
 from megatron_dypo.config.load import dump, fingerprint
+from megatron_dypo.config.renamed import RENAMED, rename
 from megatron_dypo.config.schema import walk
 from megatron_dypo.errors import UserError
 from megatron_dypo.policy.shape import PRESETS
@@ -250,18 +251,24 @@ RULES = [  # of checks.py: (overrides that break it, what the line starts with)
     (["model.preset=null"], "model.hf, model.preset: "),
     (["rollout.engine=replay"], "rollout.replay: "),
     (
-        ["rollout.engine=replay", "rollout.replay=a", "rollout.overlap=true"],
-        "rollout.overlap: of no effect with rollout.",
+        ["rollout.engine=replay", "rollout.replay=a", "rollout.async_rollout=1"],
+        "rollout.async_rollout: of no effect with rollout.",
     ),
     (
-        ["rollout.engine=replay", "rollout.replay=a", "rollout.refill=true"],
-        "rollout.refill: of no effect with rollout.",
+        ["rollout.engine=replay", "rollout.replay=a", "rollout.dynamic_sampling=true"],
+        "rollout.dynamic_sampling: of no effect with rollout.",
     ),
-    (["objective.method=sft", "rollout.overlap=true"], "rollout.overlap: of no effect with objective.method: sft"),
-    (["objective.method=sft", "rollout.refill=true"], "rollout.refill: of no effect with objective.method: sft"),
-    (["rollout.overlap=true", "trainer.offload=true"], "rollout.overlap, trainer.offload: "),
-    (["rollout.overlap=true", "trainer.deterministic=true"], "rollout.overlap, trainer.deterministic: "),
-    (["rollout.overlap=true", "rollout.max_staleness=0"], "rollout.max_staleness: "),
+    (
+        ["objective.method=sft", "rollout.async_rollout=1"],
+        "rollout.async_rollout: of no effect with objective.method: sft",
+    ),
+    (
+        ["objective.method=sft", "rollout.dynamic_sampling=true"],
+        "rollout.dynamic_sampling: of no effect with objective.method: sft",
+    ),
+    (["rollout.async_rollout=1", "trainer.offload=true"], "rollout.async_rollout, trainer.offload: "),
+    (["rollout.async_rollout=1", "trainer.deterministic=true"], "rollout.async_rollout, trainer.deterministic: "),
+    (["rollout.async_rollout=1", "rollout.max_staleness=0"], "rollout.max_staleness: "),
     (["rollout.replay=folder"], "rollout.replay: "),
     (["rollout.engine=replay", "rollout.replay=a", "rollout.record=a"], "rollout.record, rollout.replay: "),
     (["objective.hard_max_solved=8"], "objective.hard_max_solved: "),
@@ -293,10 +300,10 @@ def test_keys_that_cannot_work_together_are_refused(smallest, overrides, start):
         [
             "rollout.engine=server",
             "rollout.servers=['http://127.0.0.1:8000']",
-            "rollout.overlap=true",
+            "rollout.async_rollout=1",
             "trainer.deterministic=true",
         ],
-        ["rollout.overlap=true", "rollout.max_staleness=2", "objective.updates_per_rollout=2"],
+        ["rollout.async_rollout=1", "rollout.max_staleness=2", "objective.updates_per_rollout=2"],
         ["objective.hard_max_solved=7"],
         ["objective.updates_per_rollout=64"],
         ["objective.method=grpo", "rollout.samples_per_prompt=2"],
@@ -469,3 +476,65 @@ def test_a_path_key_knows_the_home_folder_and_the_environment(tmp_path, smallest
 def test_a_path_that_leads_nowhere_is_refused_by_key(smallest, override, said):
     with pytest.raises(UserError, match=re.escape(said) + "$"):
         load_config(smallest, [override])
+
+
+# --- names of before
+
+
+OLD = {  # a configuration of before: (overrides, today's key, its value)
+    "overlap": ("rollout.overlap", "true", "rollout.async_rollout", 1),
+    "no overlap": ("rollout.overlap", "false", "rollout.async_rollout", 0),
+    "refill": ("rollout.refill", "true", "rollout.dynamic_sampling", True),
+    "verify": ("rollout.verify_sync", "true", "rollout.verify_sync", "sent"),
+    "own": ("policy.routing", "own", "policy.routing_replay", "off"),
+    "old": ("policy.routing", "replay_old", "policy.routing_replay", "old"),
+    "rollout": ("policy.routing", "replay_rollout", "policy.routing_replay", "rollout"),
+    "norm": ("model.shape.normalized_routing", "false", "model.shape.norm_topk_prob", False),
+    "shared": ("model.shape.shared_ffn_hidden_size", "64", "model.shape.shared_expert_ffn_hidden_size", 64),
+}
+
+
+def old_file(folder: Path, dotted: str, text: str) -> Path:
+    *sections, leaf = dotted.split(".")
+    tree = yaml.safe_load(yaml.safe_dump(SMALLEST))
+    node = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+    node[leaf] = yaml.safe_load(text)
+    return write(folder, yaml.safe_dump(tree))
+
+
+@pytest.mark.parametrize(("dotted", "text", "name", "new"), OLD.values(), ids=OLD)
+def test_an_old_key_is_answered_with_its_new_name_and_read_in_a_run_folder(tmp_path, smallest, dotted, text, name, new):
+    assert RENAMED[dotted].name == name
+    line = complaint(smallest, f"{dotted}={text}")
+    assert line.startswith(f"{dotted} is now") and (dotted == name or name in line)
+    assert not RENAMED[dotted].values or f"{new} (was {text})" in line
+    path = old_file(tmp_path, dotted, text)
+    assert complaint(path) == line
+    assert value(load_config(path, recorded=True), name) == new
+    assert rename({dotted: yaml.safe_load(text)}) == {name: new}
+
+
+def test_all_old_keys_of_a_file_are_answered_at_once(tmp_path):
+    path = write(tmp_path, yaml.safe_dump(SMALLEST | {"rollout": {"overlap": True, "refill": True}}))
+    assert complaint(path) == (
+        "rollout.overlap is now rollout.async_rollout: 0 (was false) or 1 (was true); "
+        "rollout.refill is now rollout.dynamic_sampling"
+    )
+
+
+def test_every_renamed_key_is_a_key_of_today_and_no_old_name_is():
+    assert {renamed.name for renamed in RENAMED.values()} <= KEYS.keys()
+    assert KEYS.keys() & RENAMED.keys() == {name for name, renamed in RENAMED.items() if renamed.name == name}
+
+
+@pytest.mark.parametrize("text", ["true", "2", "1.0", "on"])
+def test_async_rollout_is_the_whole_number_0_or_1(smallest, text):
+    assert complaint(smallest, f"rollout.async_rollout={text}").startswith("rollout.async_rollout: input should be")
+
+
+def test_what_a_configuration_prints_is_what_it_reads(tmp_path, smallest):
+    """``off`` too, which YAML 1.1 takes for false."""
+    config = load_config(smallest, ["rollout.verify_sync=off", "policy.routing_replay=off"])
+    assert load_config(write(tmp_path, dump(config))) == config

@@ -32,7 +32,7 @@ FAMILY_SHAPES = {
     for family in FAMILIES
 }
 FAMILY_SHAPES["qwen2_moe"] = dataclasses.replace(
-    FAMILY_SHAPES["qwen2_moe"], normalized_routing=False, shared_ffn_hidden_size=56
+    FAMILY_SHAPES["qwen2_moe"], norm_topk_prob=False, shared_expert_ffn_hidden_size=56
 )
 SEQUENCE = {"tensor": 2, "sequence_parallel": True}
 LAYOUTS = [  # family, tied, ranks, layout; a mixture's embedding and head are the dense families'

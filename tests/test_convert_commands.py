@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from megatron_dypo.checkpoint.safe_pickle import read_index
 from megatron_dypo.config.schema import Model, Shape
-from megatron_dypo.convert.commands import _write_metadata
+from megatron_dypo.convert.commands import _write_metadata, checkpoint_shape
 from megatron_dypo.convert.families import FAMILIES
 from megatron_dypo.convert.hf_metadata import write_config
 from megatron_dypo.convert.mapping import hf_shapes
@@ -351,6 +351,15 @@ def checkpoint(folders, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("imported") / "checkpoint"
     done(1, "import", "--hf", folders["llama"], "--out", out)
     return out
+
+
+def test_a_checkpoint_that_names_its_shape_as_before_is_read(tmp_path):
+    shape = dataclasses.replace(FAMILY_SHAPES["qwen2_moe"], norm_topk_prob=False, shared_expert_ffn_hidden_size=56)
+    fields = dataclasses.asdict(shape)
+    fields["normalized_routing"] = fields.pop("norm_topk_prob")
+    fields["shared_ffn_hidden_size"] = fields.pop("shared_expert_ffn_hidden_size")
+    (tmp_path / "state.json").write_text(json.dumps({"step": 1, "model": fields}))
+    assert checkpoint_shape(tmp_path) == shape
 
 
 def damaged(checkpoint: Path, folder: Path, name: str, change) -> Path:

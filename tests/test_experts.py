@@ -25,9 +25,9 @@ LAYOUTS = [
 
 
 @functools.cache
-def alone(shape: str, routing: str = "own", aux_loss: float = 0.0) -> dict:
+def alone(shape: str, routing: str = "off", aux_loss: float = 0.0) -> dict:
     """Three updates on one rank."""
-    policy = {"routing": routing, "aux_loss": aux_loss}
+    policy = {"routing_replay": routing, "aux_loss": aux_loss}
     return run_ranks(1, train_steps, shape, 100_000, 1, SEVERAL | {"policy": policy})[0]
 
 
@@ -40,12 +40,12 @@ def test_layout_invariance_with_the_auxiliary_loss(world, parallel):
         assert_same(result, one)
 
 
-@pytest.mark.parametrize("routing", ["replay_old", "replay_rollout"])
+@pytest.mark.parametrize("routing", ["old", "rollout"])
 def test_layout_invariance_whoever_routes(routing):
     """The engine's choice has to find its tokens on context- and tensor-parallel ranks, and its layers on stages."""
     parallel = SP | CP2 | PP2 | EP4
     for result in run_ranks(
-        8, train_steps, "qwen3_moe", 150, 1, SEVERAL | {"policy": {"routing": routing}, "parallel": parallel}
+        8, train_steps, "qwen3_moe", 150, 1, SEVERAL | {"policy": {"routing_replay": routing}, "parallel": parallel}
     ):
         assert_same(result, alone("qwen3_moe", routing))
 
@@ -66,10 +66,10 @@ def test_distributed_optimizer_layout_invariance(world, parallel):
         assert_same(result, one, kinds=["weights"])
 
 
-@pytest.mark.parametrize(("recompute", "routing"), [("selective", "own"), ("full", "own"), ("full", "replay_rollout")])
+@pytest.mark.parametrize(("recompute", "routing"), [("selective", "off"), ("full", "off"), ("full", "rollout")])
 def test_recompute_changes_nothing_and_counts_nothing_twice(recompute, routing):
     """In two stages a micro-batch's backward pass comes after the forward pass of the next."""
-    sections = SEVERAL | {"policy": {"routing": routing}, "parallel": PP2, "model": {"recompute": recompute}}
+    sections = SEVERAL | {"policy": {"routing_replay": routing}, "parallel": PP2, "model": {"recompute": recompute}}
     for result in run_ranks(2, train_steps, "qwen3_moe", 150, 1, sections):
         assert_same(result, alone("qwen3_moe", routing))
 
@@ -86,12 +86,12 @@ def first_ratios(routing: str, parallel: dict) -> tuple[float, dict]:
         return plain(self, logp_t, entropy_t, t)
 
     TokenStreams.terms = watched
-    sections = {"policy": {"routing": routing}, "parallel": parallel, "model": {"recompute": "selective"}}
+    sections = {"policy": {"routing_replay": routing}, "parallel": parallel, "model": {"recompute": "selective"}}
     result = train_steps("qwen3_moe", 150, 1, sections)
     return max(largest), result["history"][0]
 
 
-@pytest.mark.parametrize("routing", ["own", "replay_old", "replay_rollout"])
+@pytest.mark.parametrize("routing", ["off", "old", "rollout"])
 def test_first_ratio_is_exactly_one(routing):
     for largest, found in run_ranks(2, first_ratios, routing, EP2):
         assert largest == 0.0
@@ -100,9 +100,7 @@ def test_first_ratio_is_exactly_one(routing):
 
 def test_replay_takes_the_routing_of_before_the_update():
     """Own routing moves with the weights from the second update on: that is what replay keeps out of the ratio."""
-    own, old, engine = (
-        alone("qwen3_moe", routing)["history"][0] for routing in ("own", "replay_old", "replay_rollout")
-    )
+    own, old, engine = (alone("qwen3_moe", routing)["history"][0] for routing in ("off", "old", "rollout"))
     assert "moe/rerouted_frac" not in own
     assert 0 < old["moe/rerouted_frac"] < 0.5
     assert engine["moe/rerouted_frac"] > 0.5  # made up, so most of it is not what the routers would have taken
@@ -118,7 +116,7 @@ def spoilt_rollout(spoil: str) -> str:
     from megatron_dypo.runtime import distributed
     from megatron_dypo.update import make_work
 
-    config = make_config("qwen3_moe", 100_000, policy={"routing": "replay_rollout"})
+    config = make_config("qwen3_moe", 100_000, policy={"routing_replay": "rollout"})
     layout, shape = distributed.init(), model_shape(config.model)
     policy = Policy(config, shape, layout, random_weights(shape, seed=1))
     groups = route(make_groups(), shape.num_layers, shape.router_topk, shape.num_experts)
@@ -223,7 +221,7 @@ def mixture_task(folder: Path, **keys: object) -> str:
 
 def test_a_run_that_replays_its_engines_routing_resumes_bit_for_bit(tmp_path):
     """Experts, moments and the recorded routing; the trainer's routers agree with the engine's, token by token."""
-    replay = {"policy": {"routing": "replay_rollout", "aux_loss": 0.01}}
+    replay = {"policy": {"routing_replay": "rollout", "aux_loss": 0.01}}
     straight, broken = mixture_task(tmp_path / "a", **replay), mixture_task(tmp_path / "b", **replay)
     run_ranks(2, train_here, straight, [f"rollout.record={tmp_path / 'rollouts'}"])
     run_ranks(2, train_here, broken, ["trainer.steps=2"])

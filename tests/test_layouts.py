@@ -35,7 +35,7 @@ def train_steps(shape: str, budget: int, steps: int, sections: dict, prompts: in
     history, gradients = [], {}
     for step in range(steps):
         groups = make_groups(prompts, seed=step)
-        if config.policy.routing == "replay_rollout":
+        if config.policy.routing_replay == "rollout":
             route(groups, model.num_layers, model.router_topk, model.num_experts)
         works = make_work(policy.layout, groups, config, trace_ids)
         mismatch, offender = logprob_passes(policy, works, config)

@@ -18,7 +18,7 @@ from tests.launch import checkpoint_digests, copy_task, metrics, train_here, wit
 from tests.ranks import run_ranks
 
 STEPS = 6
-OVERLAP = ["rollout.overlap=true", "rollout.correction=truncate"]
+OVERLAP = ["rollout.async_rollout=1", "rollout.correction=truncate"]
 
 
 def overlapped_task(folder: Path) -> Path:
@@ -27,8 +27,8 @@ def overlapped_task(folder: Path) -> Path:
         folder,
         rollout__engine="transformers",
         rollout__record=str(folder / "rollouts"),
-        rollout__refill=True,
-        rollout__overlap=True,
+        rollout__dynamic_sampling=True,
+        rollout__async_rollout=1,
         rollout__correction="truncate",
         trainer__steps=STEPS,
         trainer__save_every=2,
@@ -171,9 +171,9 @@ def test_a_replay_is_held_to_an_age_that_is_asked_for(straight, tmp_path):
     ("rollout", "updates", "oldest"),
     [
         ({}, 2, 9),
-        ({"overlap": True}, 1, 8),
-        ({"overlap": True}, 3, 6),
-        ({"overlap": True, "max_staleness": 4}, 3, 5),
+        ({"async_rollout": 1}, 1, 8),
+        ({"async_rollout": 1}, 3, 6),
+        ({"async_rollout": 1, "max_staleness": 4}, 3, 5),
         ({"engine": "replay", "max_staleness": 0}, 1, 9),
         ({"engine": "replay"}, 1, 0),
     ],
@@ -244,7 +244,7 @@ def batches(config: str, overrides: list[str], easy: int) -> list[tuple[str, str
 
     found = []
     for beside in (False, True):
-        more = [*overrides, f"rollout.overlap={beside}", "trainer.steps=4"]
+        more = [*overrides, f"rollout.async_rollout={int(beside)}", "trainer.steps=4"]
         source = make_source(config, more, from_seeds, functools.partial(easy_below, easy))
         for step in (1, 2, 3):
             batch = source.batch(step, Stopwatch())
@@ -263,7 +263,7 @@ def digits(lines: str) -> list[tuple[str, int]]:
 
 def test_refill_replaces_easy_prompts_within_its_rounds_alike_at_any_layout(tmp_path):
     config = str(copy_task(tmp_path, rollout__engine="transformers"))
-    refill = ["rollout.refill=true", "rollout.refill_rounds=4"]
+    refill = ["rollout.dynamic_sampling=true", "rollout.refill_rounds=4"]
     (alone,) = run_ranks(1, batches, config, refill, 4)
     assert alone[:3] == alone[3:], "beside training as at once"
     assert run_ranks(2, batches, config, refill, 4) == [alone, alone]
@@ -280,9 +280,9 @@ def test_refill_replaces_easy_prompts_within_its_rounds_alike_at_any_layout(tmp_
 
 def test_where_all_prompts_are_easy_refill_ends_with_its_rounds_or_with_the_rows(tmp_path):
     config = str(copy_task(tmp_path, rollout__engine="transformers"))
-    (bounded,) = run_ranks(1, batches, config, ["rollout.refill=true", "rollout.refill_rounds=2"], 10)
+    (bounded,) = run_ranks(1, batches, config, ["rollout.dynamic_sampling=true", "rollout.refill_rounds=2"], 10)
     assert all(len(digits(groups)) == 8 and len(digits(replaced)) == 16 for groups, replaced in bounded)
-    (exhausted,) = run_ranks(1, batches, config, ["rollout.refill=true", "rollout.refill_rounds=100"], 10)
+    (exhausted,) = run_ranks(1, batches, config, ["rollout.dynamic_sampling=true", "rollout.refill_rounds=100"], 10)
     for groups, replaced in exhausted:
         assert len(digits(groups)) == 8 and len({*digits(groups), *digits(replaced)}) == 54, "every row once"
 

@@ -48,7 +48,7 @@ LAYOUTS = [  # (cut, ranks, distributed optimizer, tied embedding)
 ]
 MIXTURE = dataclasses.replace(
     SHAPE, family="qwen2_moe", num_layers=4, ffn_hidden_size=96, num_experts=8, router_topk=2,
-    shared_ffn_hidden_size=64,
+    shared_expert_ffn_hidden_size=64,
 )  # fmt: skip
 EXPERT_LAYOUTS = [  # (cut, ranks): in each of them experts and the rest are shared by different numbers of ranks
     ({"expert": 2}, 4),
@@ -322,8 +322,8 @@ def test_a_mixture_keeps_the_documented_bytes():
     """Without what only the CPU keeps, where SwiGLU is not fused (6FK), and the router's fp32 weights (4hE, once)."""
     hidden, ffn, experts, each, tokens = 256, 128, 16, 4, 64
     shape = dataclasses.replace(
-        MIXTURE, family="qwen3_moe", shared_ffn_hidden_size=0, num_layers=1, hidden_size=hidden, ffn_hidden_size=ffn,
-        num_experts=experts, router_topk=each,
+        MIXTURE, family="qwen3_moe", shared_expert_ffn_hidden_size=0, num_layers=1, hidden_size=hidden,
+        ffn_hidden_size=ffn, num_experts=experts, router_topk=each,
     )  # fmt: skip
     [found] = run_ranks(1, saved_by_a_mixture, shape, tokens)
     found -= 6 * ffn * each + 4 * hidden * experts / tokens
@@ -531,7 +531,7 @@ PLANNED = [  # (configuration, what `plan` is given besides, the best one's plac
     ("qwen2.5_math_7b_dypo", "--gpus 16 --gpu-memory 80", "servers"),
     ("qwen2.5_math_7b_dypo", "--gpus 16 --gpu-memory 80 --gpu a800", "turns"),
     ("qwen2.5_math_7b_dypo", "--gpus 4 --gpu-memory 80 optimizer.lr=1e-6", "turns"),
-    ("qwen2.5_math_7b_dypo", "--gpus 16 --gpu-memory 80 model.hf=Qwen/Qwen2.5-7B rollout.overlap=true", "servers"),
+    ("qwen2.5_math_7b_dypo", "--gpus 16 --gpu-memory 80 model.hf=Qwen/Qwen2.5-7B rollout.async_rollout=1", "servers"),
     ("qwen3_4b_base_dypo", "--gpus 8 --gpu-memory 141 --gpu h200", "turns"),
     ("quickstart", "--gpus 2 --gpu-memory 80 parallel.tensor=2", "beside"),
     ("llama3.1_70b_dypo", "--gpus 64 --gpu-memory 80 --response-tokens 3000", "servers"),
@@ -572,7 +572,7 @@ def best_lines(printed: str) -> list[str]:
     [("Qwen/Qwen2.5-7B", 8, 141), ("Qwen/Qwen3-8B-Base", 24, 80), ("Qwen/Qwen3-30B-A3B", 16, 141)],
 )
 def test_the_best_layout_s_own_keys_leave_it_the_best(model, gpus, memory, overlap, reference):
-    """``plan`` reads model.reference_on and rollout.overlap, and nothing else of what it prints."""
+    """``plan`` reads model.reference_on and rollout.async_rollout, and nothing else of what it prints."""
     shape, cluster = RELEASED[model], Cluster(gpus, memory * GIB, gpu("h100"))
     for response in (300, 1000, 3000):
         work = dataclasses.replace(WORK, response_tokens=response, longest=9000, overlap=overlap, reference=reference)

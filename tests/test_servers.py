@@ -59,7 +59,7 @@ def agreement_with_token(*arguments) -> list[dict]:
 
 
 def test_logprobs_agree_after_a_sync_of_different_weights_over_http_and_shared_memory(servers, tmp_path):
-    rollout = {"servers": servers.urls, "verify_sync": True, "server_timeout": 10.0}
+    rollout = {"servers": servers.urls, "verify_sync": "sent", "server_timeout": 10.0}
     check(run_ranks(2, agreement_with_token, "server", MODEL, str(tmp_path), rollout, seconds=200), 1e-5)
 
 
@@ -154,7 +154,7 @@ def test_without_any_server_a_run_ends_with_one_line_and_goes_on_from_its_checkp
         rollout__engine="server",
         rollout__servers=servers.urls,
         rollout__server_timeout=3.0,
-        rollout__overlap=True,  # the checkpoint holds a batch that the servers sampled
+        rollout__async_rollout=1,  # the checkpoint holds a batch that the servers sampled
         rollout__correction="truncate",
         trainer__steps=100_000,
         trainer__eval_every=0,

@@ -98,7 +98,7 @@ def test_sleep_takes_all_memory_away_and_what_needs_it_wakes_it(version, engine_
 
 @pytest.mark.parametrize("version", RECORDS)
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])
-@pytest.mark.parametrize("changed", [{}, {"policy": {"routing": "replay_rollout"}, "rollout": {"engine_eager": True}}])
+@pytest.mark.parametrize("changed", [{}, {"policy": {"routing_replay": "rollout"}, "rollout": {"engine_eager": True}}])
 def test_every_release_knows_what_engines_and_servers_are_given(version, kind, changed, tmp_path):
     config = make_config(**changed | {"model": {"dtype": "bf16"}})
     known = set(RECORDS[version]["EngineArgs"])

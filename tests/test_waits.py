@@ -46,7 +46,7 @@ def waits_of_passes(shape: str, sections: dict) -> dict[str, list[dict[str, int]
     ("world", "shape", "sections"),
     [
         (1, "llama", {}),
-        (1, "qwen3_moe", {"policy": {"routing": "replay_old", "aux_loss": 0.1}}),
+        (1, "qwen3_moe", {"policy": {"routing_replay": "old", "aux_loss": 0.1}}),
         (2, "llama", {"parallel": {"pipeline": 2}}),
         (2, "llama", {"parallel": {"context": 2}}),
         (2, "llama", {"parallel": {"tensor": 2, "sequence_parallel": True}, "model": {"recompute": "full"}}),

@@ -57,7 +57,7 @@ def with_and_without(shape: str, sections: dict, warm: bool) -> tuple:
 @pytest.mark.parametrize(
     ("world", "shape", "sections"),
     [
-        (1, "qwen3_moe", {"policy": {"routing": "replay_old", "aux_loss": 0.1}}),
+        (1, "qwen3_moe", {"policy": {"routing_replay": "old", "aux_loss": 0.1}}),
         (2, "llama", {"parallel": {"pipeline": 2}}),
     ],
     ids=["mixture", "pipeline"],

@@ -93,7 +93,7 @@ def server(record: Record) -> None:
         config.write_text(QUICKSTART.read_text())
         overrides = [f"trainer.steps={SERVER_STEPS}", f"trainer.run_dir={run_dir}", "trainer.eval_every=0"]
         overrides += ["trainer.save_every=0", "rollout.engine=server", f"rollout.sync_backend={way}"]
-        overrides += [f"rollout.servers=[http://127.0.0.1:{port}]", "rollout.verify_sync=true"]
+        overrides += [f"rollout.servers=[http://127.0.0.1:{port}]", "rollout.verify_sync=sent"]
         first, second = _devices()
         began = time.time()
         os.environ |= {"CUDA_VISIBLE_DEVICES": second}  # what launch/servers.sh reads

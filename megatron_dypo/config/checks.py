@@ -88,25 +88,30 @@ def _rules(config: Config):
         f"trainer.spike_factor: {config.trainer.spike_factor} would skip ordinary updates; give more than 1, or 0",
     )
     in_process = rollout.engine not in ("server", "replay")
-    for name, asked in (("overlap", rollout.overlap), ("refill", rollout.refill)):
+    for name, asked in (
+        ("async_rollout", rollout.async_rollout > 0),
+        ("dynamic_sampling", rollout.dynamic_sampling),
+    ):
         nothing = "rollout.engine: replay" if rollout.engine == "replay" else "objective.method: sft"
         yield (
             asked and (rollout.engine == "replay" or objective.method == "sft"),
             f"rollout.{name}: of no effect with {nothing}, which samples nothing",
         )
     yield (
-        rollout.overlap and rollout.max_staleness is not None and rollout.max_staleness < objective.updates_per_rollout,
-        f"rollout.max_staleness: {rollout.max_staleness} would refuse every batch: with rollout.overlap they are "
+        rollout.async_rollout > 0
+        and rollout.max_staleness is not None
+        and rollout.max_staleness < objective.updates_per_rollout,
+        f"rollout.max_staleness: {rollout.max_staleness} would refuse every batch: with rollout.async_rollout they are "
         f"objective.updates_per_rollout: {objective.updates_per_rollout} updates old",
     )
     yield (
-        rollout.overlap and config.trainer.offload,
-        "rollout.overlap, trainer.offload: engine and policy cannot work at the same time and take turns",
+        rollout.async_rollout > 0 and config.trainer.offload,
+        "rollout.async_rollout, trainer.offload: engine and policy cannot work at the same time and take turns",
     )
     yield (
-        rollout.overlap and config.trainer.deterministic and in_process,
-        "rollout.overlap, trainer.deterministic: an engine in this process switches the mode off while it samples, "
-        "for training beside it, too; use rollout.engine: server",
+        rollout.async_rollout > 0 and config.trainer.deterministic and in_process,
+        "rollout.async_rollout, trainer.deterministic: an engine in this process switches the mode off while it "
+        "samples, for training beside it, too; use rollout.engine: server",
     )
     yield (
         config.trainer.eval_every > 0 and config.data.valid is None and not config.evaluation.suites,
@@ -161,13 +166,15 @@ def warnings(config: Config) -> list[str]:
     if len(set(units.values())) > 1:
         listed = ", ".join(f"{term} per {'token' if per_token else 'trajectory'}" for term, per_token in units.items())
         found.append(f"the terms have different units ({listed}): alpha and gamma then depend on the response length")
-    if config.rollout.overlap and config.rollout.correction == "none":
+    if config.rollout.async_rollout and config.rollout.correction == "none":
         found.append(
-            "rollout.overlap without rollout.correction: nothing makes up for responses from weights one step older"
+            "rollout.async_rollout without rollout.correction: nothing makes up for responses from weights one step "
+            "older"
         )
-    if config.rollout.overlap and config.rollout.engine != "server":
+    if config.rollout.async_rollout and config.rollout.engine != "server":
         found.append(
-            "rollout.overlap with an engine in this process: both share one device, and little or nothing is gained"
+            "rollout.async_rollout with an engine in this process: both share one device, and little or nothing is "
+            "gained"
         )
     reward = config.reward
     penalties = {"reward.format_penalty": reward.format_penalty} if reward.format != "none" else {}
@@ -190,7 +197,7 @@ def check_layout(parallel: Parallel, shape: ModelShape, world_size: int, source:
     tensor, pipeline, virtual = parallel.tensor, parallel.pipeline, parallel.virtual_pipeline
     replica = {"tensor": tensor, "pipeline": pipeline} | ({"context": parallel.context} if parallel.context > 1 else {})
     ranks = math.prod(replica.values())
-    width = shape.shared_ffn_hidden_size if shape.num_experts else shape.ffn_hidden_size
+    width = shape.shared_expert_ffn_hidden_size if shape.num_experts else shape.ffn_hidden_size
     product = " x ".join(f"parallel.{name}" for name in replica) + " = " + " x ".join(map(str, replica.values()))
     for broken, message in (
         (world_size % ranks, f"{product} does not divide the {world_size} ranks"),

@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_dypo.config.checks import check
+from megatron_dypo.config.renamed import answers, rename_tree
 from megatron_dypo.config.schema import Config, Parallel, walk
 from megatron_dypo.config.yaml_text import parse_yaml
 from megatron_dypo.errors import UserError
@@ -26,11 +27,12 @@ _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")  # what YAML can escape, and no path or file takes
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+def load_config(path: str | Path, overrides: list[str] | None = None, *, recorded: bool = False) -> Config:
     """Read ``path``, apply ``section.key=value`` overrides (a later one wins), validate.
 
-    Raises UserError: unreadable file, bad YAML, unknown key (names the nearest known one), wrong type or value, or a
-    combination of values that cannot work.
+    ``recorded``: a run folder's ``config.yaml``, in which keys that were renamed since are read.
+    Raises UserError: unreadable file, bad YAML, unknown key (names the nearest known one), old name of a key (names
+    today's), wrong type or value, or a combination of values that cannot work.
     """
     path = Path(path)
     try:
@@ -41,8 +43,12 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: the configuration must be a mapping of sections")
+    if recorded:
+        rename_tree(tree)
     for override in overrides or []:
         _apply(tree, override)
+    if old := answers(tree):
+        raise UserError(f"{path}: {'; '.join(old)}")
     for name, value in _leaves(tree):
         if fault := _unusable(value):
             raise UserError(f"{path}: {name}: {fault}")

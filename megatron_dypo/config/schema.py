@@ -44,8 +44,8 @@ class Shape(Section):
     init_std: float | None = key(None, "Standard deviation of the random initial weights.", gt=0)
     num_experts: int | None = key(None, "Experts of each layer (families with a mixture of experts).", ge=1, lt=2**15)
     router_topk: int | None = key(None, "Experts that a token goes through.", ge=1, lt=2**15)
-    normalized_routing: bool | None = key(None, "The weights of a token's experts sum to 1.")
-    shared_ffn_hidden_size: int | None = key(
+    norm_topk_prob: bool | None = key(None, "The weights of a token's experts sum to 1.")
+    shared_expert_ffn_hidden_size: int | None = key(
         None, "Width of the experts that all tokens go through (`qwen2_moe`).", ge=1, lt=2**31
     )
 
@@ -90,9 +90,9 @@ class Model(Section):
 class Policy(Section):
     """How a mixture of experts is trained; a dense policy asks for nothing here."""
 
-    routing: Literal["own", "replay_old", "replay_rollout"] = key(
-        "own",
-        "Who chooses a token's experts in training: the router as it is (`own`), as it was in the pass of old log-probs (`replay_old`), or the rollout engine (`replay_rollout`).",
+    routing_replay: Literal["off", "old", "rollout"] = key(
+        "off",
+        "Who chooses a token's experts in training: the router as it is (`off`), as it was in the pass of old log-probs (`old`), or the rollout engine (`rollout`).",
     )
     aux_loss: float = key(
         0.0,
@@ -242,19 +242,21 @@ class Rollout(Section):
         "none", "Weight of a token's GRPO term by exp(old - rollout): capped, or dropped outside [1/cap, cap]."
     )
     correction_cap: float = key(2.0, "Cap of the rollout correction.", gt=1)
-    overlap: bool = key(
-        False,
-        "One step off policy: the next batch is sampled while this one trains, with weights one step older; `correction` makes up for it. Of use with `engine: server`: an engine in process shares the trainer's device.",
+    async_rollout: int = key(
+        0,
+        "Steps off policy, 0 or 1. With 1 the next batch is sampled while this one trains, with weights one step older; `correction` makes up for it. Of use with `engine: server`: an engine in process shares the trainer's device.",
+        ge=0,
+        le=1,
     )
     max_staleness: int | None = key(
         None,
-        "Responses may come from weights at most so many optimizer updates older than those they train first; default: `objective.updates_per_rollout` with `overlap`, else 0. Not checked on replay unless it is set.",
+        "Responses may come from weights at most so many optimizer updates older than those they train first; default: `objective.updates_per_rollout` with `async_rollout`, else 0. Not checked on replay unless it is set.",
         ge=0,
         resumable=True,
     )
-    refill: bool = key(
+    dynamic_sampling: bool = key(
         False,
-        "Dynamic sampling: a prompt whose group would train nothing is replaced by another, and that one sampled in the same step.",
+        "A prompt whose group would train nothing is replaced by another, and that one sampled in the same step.",
     )
     refill_rounds: int = key(3, "Replacements of one prompt in one step, at most.", ge=1)
     sync_backend: Literal["auto", "nccl", "ipc", "shared_memory"] = key(
@@ -265,9 +267,9 @@ class Rollout(Section):
     sync_timeout: float = key(
         600.0, "Deadline of one weight sync, and of the servers' start, in seconds.", gt=0, le=YEAR, resumable=True
     )
-    verify_sync: bool = key(
-        False,
-        "After each sync compare a checksum of every tensor that the engine took with the trainer's; a difference stops the run and names the tensor.",
+    verify_sync: Literal["off", "sent"] = key(
+        "off",
+        "With `sent`, after each sync: compare a checksum of every tensor that the engine took with the trainer's; a difference stops the run and names the tensor.",
         resumable=True,
     )
     engine_eager: bool = key(

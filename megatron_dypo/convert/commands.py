@@ -25,6 +25,7 @@ from megatron_dypo.checkpoint.files import shared_fault, sync_folder, write_inde
 from megatron_dypo.checkpoint.folders import listed_files
 from megatron_dypo.config import load_config
 from megatron_dypo.config.checks import check_layout
+from megatron_dypo.config.renamed import rename
 from megatron_dypo.config.schema import Config, Model, Parallel
 from megatron_dypo.convert import hf_writer
 from megatron_dypo.convert.finite import watched
@@ -39,6 +40,7 @@ from megatron_dypo.runtime.distributed import all_gather_objects, join
 
 log = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SHAPE = "model.shape."  # the section whose keys are the fields of ``state.json``'s model
 METADATA = "hf"  # in a checkpoint: the folder of config.json, tokenizer and the like that it was imported with
 
 
@@ -115,7 +117,7 @@ def check_checkpoint(folder: Path) -> None:
 def run_config(folder: Path) -> Config | None:
     """The configuration of the run that a checkpoint is part of."""
     path = folder.parent.parent / "config.yaml"
-    return load_config(path) if path.is_file() else None
+    return load_config(path, recorded=True) if path.is_file() else None
 
 
 def metadata_folder(folder: Path) -> str | None:
@@ -170,7 +172,8 @@ def checkpoint_shape(folder: Path) -> ModelShape:
     """The model's shape as the checkpoint's ``state.json`` has it. Raises UserError where it has none."""
     path = folder / "state.json"
     try:
-        fields = json.loads(path.read_text())["model"]
+        stored = {f"{_SHAPE}{name}": value for name, value in json.loads(path.read_text())["model"].items()}
+        fields = {name.removeprefix(_SHAPE): value for name, value in rename(stored).items()}
         scaling = fields.pop("rope_scaling")
         return ModelShape(**fields, rope_scaling=scaling and RopeScaling(**scaling))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -40,7 +40,7 @@ FIELDS: dict[str, tuple[str, type]] = {
     "tied_embeddings": ("tie_word_embeddings", bool),
     "init_std": ("initializer_range", float),
 }
-_MIXTURE = {"num_experts": int, "router_topk": int, "normalized_routing": bool, "shared_ffn_hidden_size": int}
+_MIXTURE = {"num_experts": int, "router_topk": int, "norm_topk_prob": bool, "shared_expert_ffn_hidden_size": int}
 _ROPE = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}  # numbers of a rope type
 
 # Fields that, where they are set, make transformers load something else than the folder's plain weights.

@@ -36,7 +36,7 @@ def letters(shape: ModelShape) -> dict[str, int]:
     return {
         "H": shape.hidden_size,
         "F": shape.ffn_hidden_size,
-        "S": shape.shared_ffn_hidden_size,
+        "S": shape.shared_expert_ffn_hidden_size,
         "E": shape.num_experts,
         "1": 1,
         "V": shape.vocab_size,

@@ -74,7 +74,7 @@ def evaluate(
     """
     if (name := engine_name(config)) in ("replay", "server"):
         why = {"replay": "samples nothing", "server": "would take the servers from the run that they belong to"}[name]
-        instead = "rollout.engine=auto rollout.servers=[] rollout.replay=null rollout.overlap=false"
+        instead = "rollout.engine=auto rollout.servers=[] rollout.replay=null rollout.async_rollout=0"
         raise UserError(f"evaluate: rollout.engine: {name} {why}; add {instead}, or give --server")
     with phase("reading the inputs"):
         suites = _load(config, names)

@@ -132,7 +132,7 @@ class Candidate:
             "rollout.replay": "null",
         }
         if self.placement != "servers":
-            keys |= {"rollout.servers": "[]", "rollout.overlap": False}
+            keys |= {"rollout.servers": "[]", "rollout.async_rollout": 0}
         return {name: str(value).lower() for name, value in keys.items()}
 
     def __str__(self) -> str:

@@ -42,7 +42,7 @@ def work_of(
         hard=hard,
         passes=1 + keeps_reference(config.objective),
         updates=config.objective.updates_per_rollout,
-        overlap=config.rollout.overlap,
+        overlap=config.rollout.async_rollout > 0,
         balanced=config.policy.aux_loss > 0,
         reference=config.model.reference_on if keeps_reference(config.objective) else "none",
         saves=config.trainer.save_every > 0,

@@ -121,7 +121,7 @@ def _mlp_bytes(shape: ModelShape, candidate: Candidate) -> tuple[float, float]:
     copies = UNEVEN * shape.router_topk
     experts = copies * (2 * h * candidate.expert_tensor + 6 * ffn)
     router = 4 * h + 9 * shape.num_experts
-    return router + experts + 6 * shape.shared_ffn_hidden_size, 3 * copies * 2 * h * candidate.expert_tensor
+    return router + experts + 6 * shape.shared_expert_ffn_hidden_size, 3 * copies * 2 * h * candidate.expert_tensor
 
 
 def _head_bytes(shape: ModelShape, candidate: Candidate, tokens: float, dtype: str) -> float:

@@ -67,7 +67,7 @@ class Policy:
         self._offsets_on = device() if engine else torch.device("cpu")
         self._frequencies = frequencies(shape).to(device())
         self.version = 0
-        self._replays = config.policy.routing != "own"
+        self._replays = config.policy.routing_replay != "off"
         self._routed: list[Routing] = []  # of the last training pass, until its metrics are taken
         if self.reference:
             self.keep_reference()
@@ -210,14 +210,14 @@ class Policy:
         known, largest = tuple(batch.experts_TLK.shape[1:]), int(batch.experts_TLK.max())
         if known != (shape.num_layers, shape.router_topk) or largest >= shape.num_experts:
             raise TrainingError(
-                f"policy.routing: replay_rollout: a rollout has (layers, a token's experts) {known}, up to expert "
+                f"policy.routing_replay: rollout: a rollout has (layers, a token's experts) {known}, up to expert "
                 f"{largest}; the model has {shape.num_layers}, {shape.router_topk} of {shape.num_experts}"
             )
         layers = [layer.layer_number for chunk in self.chunks for layer in chunk.module.decoder.layers]
         given_TLK = self._own_slice(batch.experts_TLK)
         sorted_TLK = given_TLK.sort(-1).values
         if ((sorted_TLK.diff(dim=-1) == 0) & (sorted_TLK[..., 1:] >= 0)).any():
-            raise TrainingError("policy.routing: replay_rollout: a rollout sends a token to one expert twice")
+            raise TrainingError("policy.routing_replay: rollout: a rollout sends a token to one expert twice")
         return {layer: given_TLK[:, layer - 1].contiguous() for layer in layers}
 
     def _own_slice(self, values_T: Tensor) -> Tensor:

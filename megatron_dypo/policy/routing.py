@@ -1,4 +1,4 @@
-"""Which experts a micro-batch's tokens go to: taken once, counted, and taken again where ``policy.routing`` asks.
+"""Which experts a micro-batch's tokens go to: taken once, counted, and again where ``policy.routing_replay`` asks.
 
 Legend: T this rank's tokens (its slice of them under sequence parallelism), L layers, E experts, K of a token.
 """

@@ -37,7 +37,7 @@ class ModelShape:
 
     With ``num_experts`` every MLP is a mixture of so many, each of width ``ffn_hidden_size``, of which a token goes
     through ``router_topk``. Their weights are the router's probabilities, made to sum to 1 where
-    ``normalized_routing``; ``shared_ffn_hidden_size`` is the width of what all tokens go through besides.
+    ``norm_topk_prob``; ``shared_expert_ffn_hidden_size`` is the width of what all tokens go through besides.
     """
 
     family: str
@@ -56,8 +56,8 @@ class ModelShape:
     init_std: float = 0.02
     num_experts: int = 0
     router_topk: int = 0
-    normalized_routing: bool = True
-    shared_ffn_hidden_size: int = 0
+    norm_topk_prob: bool = True
+    shared_expert_ffn_hidden_size: int = 0
 
     @property
     def padded_vocab(self) -> int:
@@ -76,8 +76,8 @@ class ModelShape:
     def _weights(self, experts: int) -> int:
         """With so many MLPs in a layer."""
         attention = self.hidden_size * self.head_dim * (2 * self.num_attention_heads + 2 * self.num_query_groups)
-        mlp = 3 * self.hidden_size * (experts * self.ffn_hidden_size + self.shared_ffn_hidden_size)
-        router = self.hidden_size * (self.num_experts + (self.shared_ffn_hidden_size > 0))
+        mlp = 3 * self.hidden_size * (experts * self.ffn_hidden_size + self.shared_expert_ffn_hidden_size)
+        router = self.hidden_size * (self.num_experts + (self.shared_expert_ffn_hidden_size > 0))
         layer = attention + mlp + router + 2 * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
@@ -163,19 +163,19 @@ def model_shape(config: Model) -> ModelShape:
             f"family {shape.family} has no experts",
         ),
         (
-            shape.router_topk == 1 and shape.normalized_routing,
+            shape.router_topk == 1 and shape.norm_topk_prob,
             "router_topk",
             "leaves routers nothing to learn where weights are made to sum to 1",
         ),
         (
-            not shape.normalized_routing and "normalized_routing" not in family.keys,
-            "normalized_routing",
+            not shape.norm_topk_prob and "norm_topk_prob" not in family.keys,
+            "norm_topk_prob",
             f"is not what family {shape.family} does",
         ),
         (
-            (shape.shared_ffn_hidden_size > 0) != ("shared_ffn_hidden_size" in family.keys),
-            "shared_ffn_hidden_size",
-            f"family {shape.family} shares {'no ' if shape.shared_ffn_hidden_size else ''}experts",
+            (shape.shared_expert_ffn_hidden_size > 0) != ("shared_expert_ffn_hidden_size" in family.keys),
+            "shared_expert_ffn_hidden_size",
+            f"family {shape.family} shares {'no ' if shape.shared_expert_ffn_hidden_size else ''}experts",
         ),
     ):
         if broken:

@@ -101,9 +101,9 @@ def check_vllm(config: Config, shape: ModelShape, role: Role = "engine") -> Vllm
     if shape.head_dim not in VLLM_CPU_HEAD_SIZES:
         sizes = ", ".join(map(str, VLLM_CPU_HEAD_SIZES))
         raise UserError(f"model.shape.head_dim: vLLM on CPU serves head sizes {sizes}, not {shape.head_dim}")
-    if config.policy.routing == "replay_rollout":
+    if config.policy.routing_replay == "rollout":
         raise UserError(
-            "policy.routing: replay_rollout: vLLM tells its routing with CUDA alone; take rollout.engine: transformers"
+            "policy.routing_replay: rollout: vLLM tells its routing with CUDA alone; take rollout.engine: transformers"
         )
     return found
 
@@ -127,5 +127,5 @@ def build_engine(
             log.warning("vLLM is not installed: sampling with transformers, many times slower")
         from megatron_dypo.rollout.transformers_engine import TransformersEngine
 
-        return TransformersEngine(shape, returns_experts=config.policy.routing == "replay_rollout")
+        return TransformersEngine(shape, returns_experts=config.policy.routing_replay == "rollout")
     return None

@@ -20,6 +20,6 @@ def identity(config: Config, shape: ModelShape, tokenizer: Tokenizer) -> str:
         f"tokenizer-{tokenizer.digest:016x}"[:18],
         f"tokens-{longest(config, shape)}",
         str(training_dtype(config.model.dtype)).removeprefix("torch."),
-        *(["routing"] if config.policy.routing == "replay_rollout" else []),  # which only the start of a server settles
+        *(["routing"] if config.policy.routing_replay == "rollout" else []),  # which only the start of a server settles
     )
     return "megatron_dypo/" + ".".join(parts)

@@ -33,7 +33,7 @@ class Refill:
     @property
     def rounds(self) -> int:
         """Replacements in one place, at most."""
-        return self.config.rollout.refill_rounds if self.config.rollout.refill else 0
+        return self.config.rollout.refill_rounds if self.config.rollout.dynamic_sampling else 0
 
     def trains(self, group: Group) -> bool:
         """Whether a scored group would train anything: its regime has a route and, if that is a teacher's, a trace."""

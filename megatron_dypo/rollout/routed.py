@@ -61,10 +61,10 @@ def packed_experts(batch: MicroBatch, sequences: list[Sequence], groups: list[Gr
         return None
     responses = [groups[sequences[place].group].responses[sequences[place].sample] for place in batch.places]
     if any(response.experts is None for response in responses):
-        raise TrainingError("policy.routing: replay_rollout, but the rollout says nothing of its routing")
+        raise TrainingError("policy.routing_replay: rollout, but the rollout says nothing of its routing")
     sizes = sorted({response.experts.shape[1:] for response in responses})
     if len(sizes) > 1:
-        raise TrainingError(f"policy.routing: replay_rollout: rollouts have (layers, a token's experts) {sizes}")
+        raise TrainingError(f"policy.routing_replay: rollout: rollouts have (layers, a token's experts) {sizes}")
     packed = torch.full((len(batch.owner_T), *sizes[0]), -1, dtype=torch.int16)
     for i, response in enumerate(responses):
         known = response.experts

@@ -38,7 +38,7 @@ class ServerEngine:
         window = max(4, MOST_SEQUENCES[kind] // layout.world)  # all ranks together fill a server
         self._limits = Limits(window, rollout.server_timeout, rollout.request_timeout)
         self._backend = sync_backend(config, kind)
-        self._verify = rollout.verify_sync
+        self._verify = rollout.verify_sync == "sent"
         self._transfer = None
         self._label, self._version, self._lost = "", 0, dict[str, str]()
         if layout.is_main:

@@ -1,6 +1,6 @@
 """One batch of scored groups a step, sampled or replayed, the same on every rank.
 
-With ``rollout.overlap`` the next step's batch is sampled by a thread while this step trains. The thread asks this
+With ``rollout.async_rollout`` the next step's batch is sampled by a thread while this step trains. The thread asks this
 rank's engine and reward function, and nothing of another rank: what ranks do together is left to the main thread.
 """
 
@@ -88,7 +88,7 @@ class RolloutSource:
 
     def begin_next(self, step: int) -> None:
         """In ``step``, with overlap: start sampling the next step's batch, if there is to be one."""
-        if not self.config.rollout.overlap or step == self.config.trainer.steps:
+        if not self.config.rollout.async_rollout or step == self.config.trainer.steps:
             return
         groups, clock = self._prompts(step + 1), Stopwatch()
 
@@ -104,7 +104,7 @@ class RolloutSource:
 
         The step's clock gets the seconds of its sampling, and as ``rollout_wait`` those that were waited here.
         """
-        if not self.config.rollout.overlap:
+        if not self.config.rollout.async_rollout:
             return
         with clock("rollout_wait"):
             if self._under_way is None:
@@ -182,7 +182,7 @@ class RolloutSource:
 
     def _check_replayed_routing(self, step: int, groups: list[Group]) -> None:
         """Where it is to be taken again, every response must say where this model's routers sent it."""
-        if self.config.policy.routing != "replay_rollout":
+        if self.config.policy.routing_replay != "rollout":
             return
         wanted = self.shape.num_layers, self.shape.router_topk
         for group in groups:
@@ -190,7 +190,7 @@ class RolloutSource:
                 if experts is None or experts.shape[1:] != wanted or experts.max() >= self.shape.num_experts:
                     raise UserError(
                         f"{self.config.rollout.replay}: step {step}: prompt {group.prompt.id!r} was recorded without "
-                        "this model's routing (policy.routing: replay_rollout)"
+                        "this model's routing (policy.routing_replay: rollout)"
                     )
 
     def record(self, step: int, groups: list[Group]) -> None:

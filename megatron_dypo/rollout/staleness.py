@@ -30,4 +30,4 @@ def _limit(config: Config) -> int | None:
     rollout = config.rollout
     if rollout.max_staleness is not None or rollout.engine == "replay":
         return rollout.max_staleness
-    return config.objective.updates_per_rollout if rollout.overlap else 0
+    return config.objective.updates_per_rollout if rollout.async_rollout else 0

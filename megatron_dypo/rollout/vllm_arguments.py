@@ -61,7 +61,7 @@ def engine_arguments(config: Config, shape: ModelShape, folder: Path, kind: str,
         "seed": config.trainer.seed,
         "worker_extension_cls": "megatron_dypo.sync.worker.WorkerExtension",
     }
-    if config.policy.routing == "replay_rollout":
+    if config.policy.routing_replay == "rollout":
         arguments["enable_return_routed_experts"] = True
     if dtype.itemsize == 2 and head_dtype(config, vllm, kind) == "float32":
         arguments["hf_overrides"] = {"head_dtype": "float32"}

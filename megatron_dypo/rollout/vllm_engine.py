@@ -54,7 +54,7 @@ class VllmEngine:
             **in_process_arguments(config, kind, launched="RANK" in os.environ),
             weight_transfer_config=vllm.config.WeightTransferConfig(backend=BACKEND),
         )
-        self._verify = config.rollout.verify_sync
+        self._verify = config.rollout.verify_sync == "sent"
         self._asleep: set[str] = set()  # by vLLM's names for parts of its memory
         self._dropped = False  # the weights, by a sleep since the last sync
         self._version = 0  # of the weights, once synced

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from megatron_dypo.checkpoint.folders import complete_steps, none_left
 from megatron_dypo.config.load import dump, fingerprint
+from megatron_dypo.config.renamed import rename
 from megatron_dypo.config.schema import Config, walk
 from megatron_dypo.errors import UserError
 from megatron_dypo.monitor.metrics import read_metrics
@@ -69,7 +70,8 @@ def checkpoints(config: Config) -> list[int]:
     if theirs is not None:
         _check_contents(config, theirs.pop(CONTENTS, {}))
         ours = json.loads(json.dumps(fingerprint(config)))
-        theirs = {name: info.default for name, info in walk() if name in ours} | theirs  # of before a key was there
+        absent = {name: info.default for name, info in walk() if name in ours}  # of before a key was there
+        theirs = absent | rename(theirs)
         differing = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
         if differing:
             changes = ", ".join(f"{name} (was {theirs.get(name)!r}, now {ours.get(name)!r})" for name in differing)

@@ -53,7 +53,7 @@ def make_work(
                 MicroBatch.pack(sequences, [places[i] for i in members], config.rollout.temperature, **layout.packing)
                 for members in shares[layout.dp_rank]
             ]
-            if kind == Kind.ROLLOUT and config.policy.routing == "replay_rollout":
+            if kind == Kind.ROLLOUT and config.policy.routing_replay == "rollout":
                 for batch in batches:
                     batch.experts_TLK = packed_experts(batch, sequences, chosen)
             packed[kind] = batches

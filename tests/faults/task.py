@@ -30,7 +30,7 @@ LAYOUTS = {
             "ffn_hidden_size": 64,
             "num_experts": 4,
         },
-        "policy__routing": "replay_rollout",
+        "policy__routing_replay": "rollout",
         "parallel__expert": 2,
         "optimizer__distributed": True,
     },

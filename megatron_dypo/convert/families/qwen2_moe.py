@@ -22,5 +22,5 @@ FAMILY = Family(
     ),
     qkv_bias=True,
     only={"qkv_bias": (True,), **qwen3_moe.EVERY_LAYER},
-    keys=qwen3_moe.KEYS | {"shared_ffn_hidden_size": "shared_expert_intermediate_size"},
+    keys=qwen3_moe.KEYS | {"shared_expert_ffn_hidden_size": "shared_expert_intermediate_size"},
 )

@@ -14,7 +14,7 @@ KEYS = {
     "ffn_hidden_size": "moe_intermediate_size",
     "num_experts": "num_experts",
     "router_topk": "num_experts_per_tok",
-    "normalized_routing": "norm_topk_prob",
+    "norm_topk_prob": "norm_topk_prob",
 }
 EVERY_LAYER = {"decoder_sparse_step": (1,), "mlp_only_layers": ([],)}
 
