@@ -6,7 +6,7 @@ import dataclasses
 import re
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from megatron_dypo.cli import main
 from megatron_dypo.config import load_config, render
 from megatron_dypo.config.checks import check_layout
-from megatron_dypo.config.load import dump, fingerprint
+from megatron_dypo.config.load import SHOWN, dump, fingerprint
 from megatron_dypo.config.renamed import RENAMED, rename
-from megatron_dypo.config.schema import walk
+from megatron_dypo.config.schema import Config, walk
+from megatron_dypo.config.synonyms import SYNONYMS
 from megatron_dypo.errors import UserError
 from megatron_dypo.policy.shape import PRESETS
 
@@ -538,3 +539,118 @@ def test_what_a_configuration_prints_is_what_it_reads(tmp_path, smallest):
     """``off`` too, which YAML 1.1 takes for false."""
     config = load_config(smallest, ["rollout.verify_sync=off", "policy.routing_replay=off"])
     assert load_config(write(tmp_path, dump(config))) == config
+
+
+# --- the words of verl, TRL, Megatron-LM and vLLM
+
+TYPED = {  # as users of those type it -> the key here
+    "learning_rate": "optimizer.lr",
+    "optimizer.learning_rate": "optimizer.lr",
+    "trainer.learning_rate": "optimizer.lr",
+    "actor_rollout_ref.actor.optim.lr": "optimizer.lr",
+    "lr": "optimizer.lr",
+    "num_generations": "rollout.samples_per_prompt",
+    "actor_rollout_ref.rollout.n": "rollout.samples_per_prompt",
+    "rollout.n": "rollout.samples_per_prompt",
+    "kl_beta": "objective.kl_coef",
+    "objective.beta": "objective.kl_coef",
+    "actor_rollout_ref.actor.kl_loss_coef": "objective.kl_coef",
+    "algorithm.kl_ctrl.kl_coef": "objective.kl_coef",
+    "tensor_model_parallel_size": "parallel.tensor",
+    "tensor-model-parallel-size": "parallel.tensor",
+    "parallel.tensor_model_parallel_size": "parallel.tensor",
+    "actor_rollout_ref.actor.megatron.tensor_model_parallel_size": "parallel.tensor",
+    "actor_rollout_ref.rollout.tensor_model_parallel_size": "parallel.tensor is the trainer's",
+    "pipeline_model_parallel_size": "parallel.pipeline",
+    "context_parallel_size": "parallel.context",
+    "expert_model_parallel_size": "parallel.expert",
+    "num_layers": "model.shape.num_layers",
+    "model.num_layers": "model.shape.num_layers",
+    "objective.clip_ratio": "objective.clip_low and objective.clip_high",
+    "epsilon": "objective.clip_low and objective.clip_high",
+    "optimizer.epsilon": "optimizer.eps",
+    "cliprange": "objective.clip_low and objective.clip_high",
+    "epsilon_high": "objective.clip_high",
+    "clip_ratio_low": "objective.clip_low",
+    "max_new_tokens": "rollout.max_response_tokens",
+    "max_completion_length": "rollout.max_response_tokens",
+    "data.max_response_length": "rollout.max_response_tokens",
+    "data.max_prompt_length": "data.max_prompt_tokens",
+    "per_device_train_batch_size": "data.prompts_per_step",
+    "data.train_batch_size": "data.prompts_per_step",
+    "global_batch_size": "data.prompts_per_step",
+    "micro_batch_size": "data.max_tokens_per_microbatch",
+    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": "data.max_tokens_per_microbatch",
+    "gpu_memory_utilization": "rollout.engine_memory",
+    "seq_length": "data.max_prompt_tokens and rollout.max_response_tokens",
+    "trainer.total_epochs": "trainer.steps",
+    "max_steps": "trainer.steps",
+    "train_iters": "trainer.steps",
+    "save_interval": "trainer.save_every",
+    "trainer.save_freq": "trainer.save_every",
+    "eval_interval": "trainer.eval_every",
+    "trainer.test_freq": "trainer.eval_every",
+    "trainer.logger": "logging.wandb and logging.tensorboard",
+    "report_to": "logging.wandb and logging.tensorboard",
+    "model_name_or_path": "model.hf",
+    "actor_rollout_ref.model.path": "model.hf",
+    "gradient_checkpointing": "model.recompute",
+    "recompute_granularity": "model.recompute",
+    "lr_decay_style": "optimizer.schedule",
+    "lr_warmup_iters": "optimizer.warmup_steps",
+    "weight_decay": "optimizer.weight_decay",
+    "bf16": "model.dtype",
+    "use_distributed_optimizer": "optimizer.distributed",
+    "temperature": "rollout.temperature or evaluation.temperature",
+    "objective.temperature": "rollout.temperature or evaluation.temperature",
+    "custom_reward_function.path": "reward.function",
+    "algorithm.gamma": "objective.gamma weighs SFT",
+    "+trainer.val_before_train": "trainer.eval_every",
+}
+
+
+@pytest.mark.parametrize(("typed", "here"), TYPED.items())
+def test_a_word_of_other_projects_is_answered_with_our_key_in_whatever_section(tmp_path, smallest, typed, here):
+    line = complaint(smallest, f"{typed}=1")
+    assert line.startswith(f"{typed}: unknown key; here it is {here}")
+    tree = 1
+    for part in reversed(typed.split(".")):
+        tree = {part: tree}
+    (section, content), = tree.items()  # fmt: skip
+    of_file = SMALLEST | {section: SMALLEST.get(section, {}) | content if isinstance(content, dict) else content}
+    assert complaint(write(tmp_path, yaml.safe_dump(of_file))) == line
+
+
+def test_a_section_of_another_project_is_answered_key_by_key(tmp_path):
+    verl = {"model": {"path": "m", "use_remove_padding": True}, "rollout": {"n": 8}, "actor": {"optim": {"lr": 1e-6}}}
+    assert complaint(write(tmp_path, yaml.safe_dump(SMALLEST | {"actor_rollout_ref": verl}, sort_keys=False))) == (
+        "actor_rollout_ref.model.path: unknown key; here it is model.hf; "
+        "actor_rollout_ref.rollout.n: unknown key; here it is rollout.samples_per_prompt; "
+        "actor_rollout_ref.actor.optim.lr: unknown key; here it is optimizer.lr"
+    )
+    many = {f"lr_warmup_steps{'_' * n}": {"lr_warmup_steps": n} for n in range(12)}
+    line = complaint(write(tmp_path, yaml.safe_dump(SMALLEST | many)))
+    assert line.count("optimizer.warmup_steps") == SHOWN and line.endswith("; and 4 more")
+
+
+SECTIONS = "|".join(name for name in Config.model_fields)
+
+
+@pytest.mark.parametrize("said", SYNONYMS)
+def test_every_answer_names_keys_and_values_that_there_are(said):
+    named = re.findall(rf"\b(?:{SECTIONS})\.[a-z_.]*[a-z_]", said)
+    assert named and set(named) <= KEYS.keys(), named
+    if choices := re.fullmatch(r"([a-z_.]+): ([a-z0-9, ]+ or [a-z0-9]+)", said):
+        arms = re.split(", | or ", choices[2])
+        assert set(arms) <= {str(arm).lower() for arm in literals(KEYS[choices[1]].annotation)}
+
+
+def literals(annotation: Any) -> set:
+    arms = {arm for each in get_args(annotation) for arm in literals(each)}
+    return arms or ({True, False} if annotation is bool else {annotation})
+
+
+def test_no_word_has_two_answers_and_none_hides_a_key():
+    words = [word for each in SYNONYMS.values() for word in each.split()]
+    assert sorted(words) == sorted(set(words))
+    assert not set(words) & KEYS.keys()

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
+from megatron_dypo.config import synonyms
 from megatron_dypo.config.checks import check
 from megatron_dypo.config.renamed import answers, rename_tree
 from megatron_dypo.config.schema import Config, Parallel, walk
@@ -24,6 +25,7 @@ _CREDENTIALS = re.compile(r"://[^/\s@]*:[^/\s@]*@")
 _SECRET_NAME = re.compile("token$|password|passwd|secret|credential|api_?key", re.IGNORECASE)
 _OPAQUE = re.compile(r"[\w-]{20,}")
 _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
+SHOWN = 8  # unknown keys that one line names at most
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")  # what YAML can escape, and no path or file takes
 
 
@@ -143,22 +145,49 @@ def _unusable(value: Any) -> str | None:
 
 
 def _validate(tree: dict[str, Any], source: str) -> Config:
+    if unknown := [_unknown_key(dotted) for dotted in _unknown(tree, Config)]:
+        more = f"; and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
+        raise UserError(f"{source}: {'; '.join(unknown[:SHOWN])}{more}")
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{source}: {_one_line(error)}") from None
 
 
+def _unknown(tree: dict[str, Any], section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """What the file has and the schema has not: of a foreign section the leaves that we know by another name."""
+    for name, value in tree.items():
+        dotted, field = f"{prefix}{name}", section.model_fields.get(name)
+        if field is None:
+            yield from [leaf for leaf in _names(value, dotted) if synonyms.answer(leaf)] or [dotted]
+        elif isinstance(value, dict) and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _unknown(value, field.annotation, f"{dotted}.")
+
+
+def _names(node: Any, dotted: str) -> Iterator[str]:
+    """The dotted name of whatever is not a mapping at and below ``node``."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from _names(value, f"{dotted}.{name}")
+    else:
+        yield dotted
+
+
+def _unknown_key(dotted: str) -> str:
+    """Say what to write instead."""
+    if _SECRET_NAME.search(dotted):
+        return f"{dotted}: no key holds a secret; it comes from the environment"
+    if here := synonyms.answer(dotted):
+        return f"{dotted}: unknown key; here it is {here}"
+    known = [name for name, _ in walk()]
+    sections = sorted({name.rsplit(".", 1)[0] for name in known})
+    near = difflib.get_close_matches(dotted, known + sections, n=1, cutoff=0.0)
+    return f"{dotted}: unknown key; the nearest known key is {near[0]}"
+
+
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
     dotted = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden" and _SECRET_NAME.search(dotted):
-        return f"{dotted}: no key holds a secret; it comes from the environment"
-    if first["type"] == "extra_forbidden":
-        known = [name for name, _ in walk()]
-        sections = sorted({name.rsplit(".", 1)[0] for name in known})
-        near = difflib.get_close_matches(dotted, known + sections, n=1, cutoff=0.0)
-        return f"{dotted}: unknown key; the nearest known key is {near[0]}"
     if first["type"] == "missing":
         return f"{dotted}: required key is missing"
     message = first["msg"][0].lower() + first["msg"][1:]

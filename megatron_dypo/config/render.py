@@ -15,9 +15,10 @@ _INTRODUCTION = """\
 One YAML file, checked as a whole before anything is built:
 `python -m megatron_dypo train CONFIG [section.key=value ...]`.
 An override on the command line replaces the file's value, and a later one an earlier. An unknown key is an error
-that names the nearest known one. Relative paths are relative to the working directory; `~` and `$VARIABLE` in a path
-stand for what they stand for in a shell. Numbers are decimal (`010` is ten). Four keys have to be given:
-`model.preset` (or `model.hf`), `data.train`, `trainer.steps` and `trainer.run_dir`.
+that names the nearest known one, or ours where verl, TRL, Megatron-LM or vLLM have the key by that name.
+Relative paths are relative to the working directory; `~` and `$VARIABLE` in a path stand for what they stand for in a
+shell. Numbers are decimal (`010` is ten). Four keys have to be given: `model.preset` (or `model.hf`), `data.train`,
+`trainer.steps` and `trainer.run_dir`.
 """
 
 
