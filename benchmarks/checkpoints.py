@@ -21,12 +21,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_dypo.checkpoint.counters import Counters
-from megatron_dypo.checkpoint.saver import Saver
+from megatron_dypo.checkpoint.manager import Counters, Saver
 from megatron_dypo.config.schema import Config, Data, Model, Objective, Optimizer, Shape, Trainer
-from megatron_dypo.convert.stream import random_weights
+from megatron_dypo.models.shape import model_shape
+from megatron_dypo.models.sharding import random_weights
 from megatron_dypo.policy.policy import Policy
-from megatron_dypo.policy.shape import model_shape
 from megatron_dypo.runtime import cpu_shim, distributed
 
 

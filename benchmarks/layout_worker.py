@@ -22,12 +22,14 @@ import torch.distributed as dist
 from benchmarks.layouts import Job, Size
 from benchmarks.packing import lognormal_lengths
 from megatron_dypo.config.schema import Config, Data, Model, Objective, Parallel, Rollout, Shape, Trainer
-from megatron_dypo.convert.stream import random_weights
+from megatron_dypo.models.shape import model_shape
+from megatron_dypo.models.sharding import random_weights
 from megatron_dypo.policy.policy import Policy
-from megatron_dypo.policy.shape import model_shape
 from megatron_dypo.records import Group, Prompt, Regime, Response
 from megatron_dypo.runtime import distributed
-from megatron_dypo.update import logprob_passes, make_work, run_updates
+from megatron_dypo.training.minibatch import build_minibatches
+from megatron_dypo.training.passes import logprob_passes
+from megatron_dypo.training.step import StepContext, run_updates
 
 
 def make_config(job: Job) -> Config:
@@ -78,9 +80,11 @@ def timed_update(policy: Policy, groups: list[Group], config: Config) -> dict[st
     """The figures of one update, the same on all ranks."""
     dist.barrier()
     wall, cpu = time.perf_counter(), time.process_time()
-    works = make_work(policy.layout, groups, config, lambda group, teacher: group.prompt_ids)  # no group has a teacher
-    _, offenders = logprob_passes(policy, works, config)
-    outcome = run_updates(policy, works, config, lr=1e-5)
+    minibatches = build_minibatches(
+        policy.layout, groups, config, lambda group, teacher: group.prompt_ids
+    )  # no group has a teacher
+    _, offenders = logprob_passes(policy, minibatches, config)
+    outcome = run_updates(policy, minibatches, config, StepContext(1, 1e-5))
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     cpu = time.process_time() - cpu
@@ -92,9 +96,9 @@ def timed_update(policy: Policy, groups: list[Group], config: Config) -> dict[st
     return {
         "wall_seconds": max(wall for wall, _ in spent),
         "cpu_seconds": sum(cpu for _, cpu in spent),
-        "tokens": sum(sequence.length for sequence in works[0].sequences),
-        "micro_batches": len(works[0].rollouts),
-        "gradient_norm": outcome.norms[0],
+        "tokens": sum(sequence.length for sequence in minibatches[0].sequences),
+        "micro_batches": len(minibatches[0].rollouts),
+        "gradient_norm": outcome.grad_norms[0],
         "memory_gib": outcome.memory.get("perf/device_memory_gib", outcome.memory["perf/host_memory_gib"]),
     }
 

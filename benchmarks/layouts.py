@@ -30,7 +30,7 @@ import torch
 
 from benchmarks.machine import RESULTS, ROOT, environment
 from benchmarks.packing import CAP, MEAN, lognormal_lengths
-from megatron_dypo.batching.plan import plan_micro_batches
+from megatron_dypo.training.packing import plan_micro_batches
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.machine import RESULTS
-from megatron_dypo.batching.plan import MicroBatchPlan, cost, plan_micro_batches
-from megatron_dypo.batching.zigzag import aligned_to
+from megatron_dypo.policy.micro_batch import aligned_to
+from megatron_dypo.training.packing import MicroBatchPlan, cost, plan_micro_batches
 
 MEAN, CAP, SIGMA = 2500, 8192, 0.8
 RESPONSES = 8

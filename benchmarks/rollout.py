@@ -78,13 +78,13 @@ def _row(number: int) -> dict[str, Any]:
 def overhead(rounds: int) -> list[dict[str, float]]:
     """Seconds of ``engine.generate``, and those of them in vLLM."""
     from megatron_dypo.config import load_config
-    from megatron_dypo.convert.stream import random_weights
     from megatron_dypo.data.tokenizer import load_tokenizer
+    from megatron_dypo.models.shape import model_shape
+    from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.policy.policy import Policy
-    from megatron_dypo.policy.shape import model_shape
     from megatron_dypo.rollout.engine import Request, Sampling, build_engine
     from megatron_dypo.runtime import distributed
-    from megatron_dypo.sync.weights import Weights
+    from megatron_dypo.weight_sync.source import Weights
 
     with tempfile.TemporaryDirectory() as name:
         config = load_config(configuration(Path(name), 1, engine="vllm"))

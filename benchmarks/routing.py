@@ -20,16 +20,18 @@ import torch
 
 from benchmarks.machine import environment
 from benchmarks.markdown import table
-from megatron_dypo.config.schema import Config, Data, Model, Objective, Optimizer, Policy, Rollout, Trainer
-from megatron_dypo.convert.stream import random_weights
+from megatron_dypo.config.schema import Config, Data, Model, Objective, Optimizer, PolicyOptions, Rollout, Trainer
+from megatron_dypo.models.shape import PRESETS, ModelShape
+from megatron_dypo.models.sharding import random_weights
 from megatron_dypo.policy.policy import Policy as Mixture
-from megatron_dypo.policy.shape import PRESETS, ModelShape
 from megatron_dypo.records import Group, Prompt, Regime
 from megatron_dypo.rollout.engine import Request, Sampling
-from megatron_dypo.rollout.transformers_engine import TransformersEngine
+from megatron_dypo.rollout.hf_engine import HfEngine
 from megatron_dypo.runtime import distributed
-from megatron_dypo.sync.weights import StoredWeights
-from megatron_dypo.update import logprob_passes, make_work, run_updates
+from megatron_dypo.training.minibatch import build_minibatches
+from megatron_dypo.training.passes import logprob_passes
+from megatron_dypo.training.step import StepContext, run_updates
+from megatron_dypo.weight_sync.source import StoredWeights
 
 ROUTINGS = ("off", "old", "rollout")
 COLUMNS = (
@@ -41,7 +43,7 @@ PROMPTS, SAMPLES, TOKENS = 16, 8, 48
 
 def sampled(shape: ModelShape) -> list[Group]:
     """Mid groups of the engine's responses, right and wrong by turns."""
-    engine = TransformersEngine(shape, returns_experts=True)
+    engine = HfEngine(shape, returns_experts=True)
     engine.sync(StoredWeights(shape, torch.float32, random_weights(shape, seed=1)))
     random = np.random.default_rng(0)
     groups = []
@@ -58,7 +60,7 @@ def sampled(shape: ModelShape) -> list[Group]:
 def measure(shape: ModelShape, groups: list[Group], routing: str, dtype: str, updates: int) -> dict[str, float]:
     config = Config(
         model=Model(preset="tiny-moe", dtype=dtype),
-        policy=Policy(routing_replay=routing),
+        policy=PolicyOptions(routing_replay=routing),
         data=Data(train="none", prompts_per_step=PROMPTS, max_tokens_per_microbatch=4096),
         rollout=Rollout(samples_per_prompt=SAMPLES, max_response_tokens=TOKENS),
         objective=Objective(updates_per_rollout=updates),
@@ -66,9 +68,11 @@ def measure(shape: ModelShape, groups: list[Group], routing: str, dtype: str, up
         trainer=Trainer(steps=1, run_dir="none"),
     )
     policy = Mixture(config, shape, distributed.Layout(), random_weights(shape, seed=1))
-    works = make_work(policy.layout, groups, config, lambda group, teacher: group.prompt_ids)  # none has a teacher
-    before, _ = logprob_passes(policy, works, config)
-    after = run_updates(policy, works, config, lr=1e-3).metrics
+    minibatches = build_minibatches(
+        policy.layout, groups, config, lambda group, teacher: group.prompt_ids
+    )  # none has a teacher
+    before, _ = logprob_passes(policy, minibatches, config)
+    after = run_updates(policy, minibatches, config, StepContext(1, 1e-3)).metrics
     return before | after
 
 

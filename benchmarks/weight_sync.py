@@ -62,13 +62,13 @@ def timed(action: Callable[[], object]) -> dict[str, float]:
 def measure(folder: Path, url: str, rounds: int) -> tuple[int, dict[str, list[dict[str, float]]]]:
     """(bytes sent, one record a round for each way)."""
     from megatron_dypo.config import load_config
-    from megatron_dypo.convert.stream import random_weights
     from megatron_dypo.data.tokenizer import load_tokenizer
+    from megatron_dypo.models.shape import model_shape
+    from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.policy.policy import Policy
-    from megatron_dypo.policy.shape import model_shape
     from megatron_dypo.rollout.engine import build_engine
     from megatron_dypo.runtime import distributed
-    from megatron_dypo.sync.weights import Weights
+    from megatron_dypo.weight_sync.source import Weights
 
     local = load_config(configuration(folder, engine="vllm"))
     remote = load_config(configuration(folder, engine="server", servers=[url]))

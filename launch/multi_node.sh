@@ -12,7 +12,7 @@ set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 : "${NNODES:?number of nodes}" "${HEAD:?host:port of the first node}"
-if [ "$dry_run" = no ]; then python -m megatron_dypo.runtime.meeting "$HEAD"; fi
+if [ "$dry_run" = no ]; then python -m megatron_dypo.runtime.rendezvous_check "$HEAD"; fi
 meeting="join_timeout=${JOIN_SECONDS:-1800}"
 address=()
 if [ -n "${LOCAL_ADDR-}" ]; then

@@ -6,18 +6,15 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import sys
 import time
-import warnings
-from collections.abc import Callable
 from typing import NoReturn
 
 from megatron_dypo.commands import parse
 from megatron_dypo.errors import UserError
+from megatron_dypo.runtime.console import one_line, quiet
 
-_LONGEST_LINE = 2000  # characters
 _PATIENCE = 30.0  # seconds that the other ranks leave rank 0 to say what the user got wrong
 
 
@@ -43,23 +40,10 @@ def script() -> NoReturn:
     raise SystemExit(0)
 
 
-def run_tool(name: str, tool: Callable[[], int]) -> NoReturn:
-    """A script of ``tools/`` as a process: ``tool`` returns its exit code; what the user got wrong is one line."""
-    _quiet()
-    try:
-        code = tool()
-    except UserError as error:
-        print(f"{name}: {_one_line(str(error))}", file=sys.stderr, flush=True)
-        code = 2
-    except KeyboardInterrupt:
-        code = 130
-    raise SystemExit(code)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code. Under torchrun only rank 0 prints what the user got wrong."""
     options = parse(arguments)
-    _quiet()
+    quiet()
     try:
         return options.run(options) or 0
     except UserError as error:
@@ -67,29 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
         if first is None and os.environ.get("RANK", "0") != "0":
             time.sleep(_PATIENCE)  # rank 0's end ends this rank; still here after it, only this rank knows
         if first is not False:
-            print(f"megatron_dypo: {_one_line(str(error))}", file=sys.stderr, flush=True)
+            print(f"megatron_dypo: {one_line(str(error))}", file=sys.stderr, flush=True)
         return 2
     except Exception as error:  # the last line of defence; most errors have been reported where they were raised
         from megatron_dypo.runtime.failure import report
 
         report(error)
         return 1
-
-
-def _one_line(text: str) -> str:
-    """On one line of bearable length, whatever bytes of a file it quotes, and nothing in it that steers a terminal."""
-    words = " ".join(text.split())
-    shown = words if len(words) <= _LONGEST_LINE else f"{words[:_LONGEST_LINE]}..."
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in shown)
-
-
-def _quiet() -> None:
-    """Our own log lines from rank 0, warnings from all; not the libraries' notices about what is not installed."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM announces its NUMA binding on every rank
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    logging.getLogger("megatron_dypo").setLevel(level)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice on tokenizers would stand beside our one line
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # the same, where it is imported already
-    for module in (r"megatron\.core", "torch", "transformers", "vllm", "flashinfer"):
-        warnings.filterwarnings("ignore", module=module)

@@ -234,21 +234,21 @@ def _say(line: str) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from megatron_dypo.runtime.process import settle
+    from megatron_dypo.runtime.process import setup_process
 
-    settle()
+    setup_process()
     from megatron_dypo.config import load_config
 
     config = load_config(options.config, options.overrides)  # before torch is imported: a typing error is seen at once
 
-    from megatron_dypo.preflight import prepare
+    from megatron_dypo.preflight import check_inputs
     from megatron_dypo.runtime.failure import phase
 
     with phase("reading the inputs"):
-        inputs = prepare(config, options.config)  # before megatron-core is imported
+        inputs = check_inputs(config, options.config)  # before megatron-core is imported
 
     from megatron_dypo.runtime.stop_request import EXIT_CODE
-    from megatron_dypo.train import train
+    from megatron_dypo.trainer import train
 
     return 0 if train(config, inputs) else EXIT_CODE
 
@@ -266,14 +266,15 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from megatron_dypo.runtime.process import settle
+    from megatron_dypo.runtime.process import setup_process
 
-    settle()
+    setup_process()
     from megatron_dypo.config import load_config
 
     config = load_config(options.config, options.overrides)
 
-    from megatron_dypo.evaluate.command import Server, evaluate, evaluate_server
+    from megatron_dypo.evaluate.command import evaluate, evaluate_server
+    from megatron_dypo.evaluate.respond import ChatServer
 
     names = list(filter(None, options.suite.split(",")))
     if options.server is None:
@@ -284,7 +285,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     key = os.environ.get(options.key_env) if options.key_env else None
     if options.key_env and not key:
         raise UserError(f"evaluate: --key-env: the environment has no {options.key_env}")
-    server = Server(options.server, options.model, key, options.concurrency)
+    server = ChatServer(options.server, options.model, key, options.concurrency)
     evaluate_server(config, names, server, options.out, options.restart)
 
 
@@ -293,9 +294,8 @@ def _plan(options: argparse.Namespace) -> int:
 
     config = load_config(options.config, options.overrides)
 
-    from megatron_dypo.plan.cluster import Cluster
-    from megatron_dypo.plan.command import show_plan, work_of
-    from megatron_dypo.plan.gpus import gpu
+    from megatron_dypo.planner.cluster import Cluster, gpu
+    from megatron_dypo.planner.command import show_plan, work_of
 
     for name in ("gpus", "gpu_memory", "gpus_per_node"):
         if not 0 < getattr(options, name) < 1e6:
@@ -306,7 +306,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from megatron_dypo.doctor.command import doctor
+    from megatron_dypo.doctor.show import doctor
 
     return doctor(not options.no_selftest)
 

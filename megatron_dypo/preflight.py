@@ -9,28 +9,27 @@ from typing import IO
 
 import torch
 
-from megatron_dypo.config.checks import check_layout, check_policy
+from megatron_dypo import run_folder
+from megatron_dypo.config.checks import is_custom
 from megatron_dypo.config.load import dump
 from megatron_dypo.config.schema import Config
-from megatron_dypo.convert.hf_folder import check_folder
-from megatron_dypo.data import load_data
-from megatron_dypo.data.check import with_usable_traces
-from megatron_dypo.data.kept import check_kept, keep, start_day
+from megatron_dypo.convert.hf_weights import check_folder
+from megatron_dypo.data.dataset import load_data, with_usable_traces
+from megatron_dypo.data.provenance import check_kept, keep, start_day
 from megatron_dypo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dypo.errors import TrainingError, UserError
-from megatron_dypo.evaluate.named import named_suites
-from megatron_dypo.evaluate.suites import Suite, load_suite
+from megatron_dypo.evaluate.suites import Suite, load_suite, named_suites
+from megatron_dypo.models.limits import check_layout, check_policy
+from megatron_dypo.models.shape import ModelShape, hf_folder, model_shape
 from megatron_dypo.policy.accelerations import refusal
-from megatron_dypo.policy.shape import ModelShape, hf_folder, model_shape
 from megatron_dypo.records import Group, Prompt
 from megatron_dypo.reward import build_reward
-from megatron_dypo.reward.judges import is_own
-from megatron_dypo.rollout import recorded
-from megatron_dypo.rollout.collect import encode_prompts
+from megatron_dypo.rollout import recording
 from megatron_dypo.rollout.engine import check_vllm, engine_name
-from megatron_dypo.rollout.server_guard import server_token
-from megatron_dypo.runtime import deterministic, distributed, run_folder, versions
-from megatron_dypo.runtime.seeding import stable_hash
+from megatron_dypo.rollout.sampling import encode_prompts
+from megatron_dypo.rollout.serve import server_token
+from megatron_dypo.runtime import determinism, distributed, versions
+from megatron_dypo.runtime.determinism import stable_hash
 
 
 @dataclass
@@ -46,7 +45,7 @@ class Inputs:
     lock: IO[str] | None  # held by rank 0 for the process's life
 
 
-def prepare(config: Config, source: str) -> Inputs:
+def check_inputs(config: Config, source: str) -> Inputs:
     """Read and check model shape, layout, weights, tokenizer, data and run folder. Raises UserError, one line."""
     distributed.require_launcher()
     check_torch(distributed.device_kind(), torch.__version__)
@@ -62,7 +61,7 @@ def prepare(config: Config, source: str) -> Inputs:
     if engine in ("vllm", "server"):
         check_vllm(config, shape, "sender" if engine == "server" else "engine")
     if engine == "vllm":
-        deterministic.refuse_batch_invariance(source)
+        determinism.refuse_batch_invariance(source)
     if engine == "server":
         server_token()
     config.model.dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[distributed.training_dtype(config.model.dtype)]
@@ -70,7 +69,7 @@ def prepare(config: Config, source: str) -> Inputs:
         raise UserError(f"{source}: {why}")
     if config.model.hf:
         check_folder(hf_folder(config.model.hf), shape)
-    train, valid = load_data(config.data, is_own(config.reward.function))
+    train, valid = load_data(config.data, is_custom(config.reward.function))
     with build_reward(config.reward) as reward:
         reward.check(() if config.rollout.replay else [*train, *valid])
     run_dir = Path(config.trainer.run_dir)
@@ -90,7 +89,7 @@ def prepare(config: Config, source: str) -> Inputs:
         check_kept(run_dir, tokenizer)
     if config.rollout.replay:
         first = max(checkpoints, default=0) + 1
-        recorded.require_steps(config.rollout.replay, range(first, config.trainer.steps + 1))
+        recording.require_steps(config.rollout.replay, range(first, config.trainer.steps + 1))
     return Inputs(shape, tokenizer, train, held_out, suites, checkpoints, lock)
 
 

@@ -12,18 +12,17 @@ from typing import Any
 
 import numpy as np
 
+from megatron_dypo.config.checks import is_custom
 from megatron_dypo.config.schema import Config
-from megatron_dypo.data import load_prompts
-from megatron_dypo.data.kept import start_day
+from megatron_dypo.data.dataset import load_prompts
+from megatron_dypo.data.provenance import start_day
 from megatron_dypo.data.rows import strings
 from megatron_dypo.data.tokenizer import Tokenizer, joined, load_tokenizer
 from megatron_dypo.data.traces import THOUGHTS, opening_fault, thought_fault
 from megatron_dypo.escapes import swallowed_in
-from megatron_dypo.evaluate.named import named_suites
-from megatron_dypo.evaluate.suites import load_suite
-from megatron_dypo.policy.shape import model_shape
+from megatron_dypo.evaluate.suites import load_suite, named_suites
+from megatron_dypo.models.shape import model_shape
 from megatron_dypo.records import Prompt, Teacher
-from megatron_dypo.reward.judges import is_own
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _LONGEST = 3000  # characters of a text that is printed; JSON has all
@@ -56,7 +55,7 @@ def entries(config: Config, count: int) -> list[dict[str, Any]]:
     tokenizer = load_tokenizer(config, model_shape(config.model), start_day(Path(config.trainer.run_dir)))
     data, settings = config.data, config.evaluation
     escapes = "repair" if data.repair_escapes else "keep"
-    own = is_own(config.reward.function)
+    own = is_custom(config.reward.function)
     prompts = load_prompts(data.train, data.skip_bad_rows, escapes=escapes, any_truth=own)[:count]
     if settings.suites and (settings.data or config.trainer.eval_every):
         prompts += [load_suite(suite, settings)[0] for suite in named_suites(settings.suites, "evaluation.suites")]

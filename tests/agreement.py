@@ -29,7 +29,7 @@ ENDS = (1, 40)  # of a response
 def build(name: str, model: str, folder: str, **rollout: object):
     """(configuration, shape, layout, engine) of this rank."""
     from megatron_dypo.data.tokenizer import load_tokenizer
-    from megatron_dypo.policy.shape import PRESETS
+    from megatron_dypo.models.shape import PRESETS
     from megatron_dypo.rollout.engine import build_engine
     from megatron_dypo.runtime import distributed
 
@@ -45,7 +45,7 @@ def policy_at(parallel: dict[str, int], seed: int, config, shape, layout):
     from megatron.core import parallel_state as mpu
 
     from megatron_dypo.config.schema import Parallel
-    from megatron_dypo.convert.stream import random_weights
+    from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.policy.policy import Policy
 
     config.parallel = Parallel(**parallel)
@@ -85,7 +85,7 @@ def sampling(tokens: int = 24):
 
 def compare(policy, asked: list, responses: list) -> dict:
     """The largest difference of a token's two log-probs (nats; None where this rank has none), and what was sampled."""
-    from megatron_dypo.batching.micro_batch import MicroBatch
+    from megatron_dypo.policy.micro_batch import MicroBatch
     from megatron_dypo.records import Kind, Sequence
 
     sequences = [
@@ -106,7 +106,7 @@ def compare(policy, asked: list, responses: list) -> dict:
 def agreement(name: str, model: str, folder: str, rollout: dict) -> list[dict]:
     """One comparison per layout and weights, then the last samples again in another order, then greedy ones."""
     from megatron_dypo.rollout.engine import Request
-    from megatron_dypo.sync.sync import sync_weights
+    from megatron_dypo.weight_sync.source import sync_weights
 
     config, shape, layout, engine = build(name, model, folder, **rollout)
     asked, found = requests(), []

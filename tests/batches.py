@@ -11,7 +11,7 @@ from megatron_dypo.config.schema import (
     Objective,
     Optimizer,
     Parallel,
-    Policy,
+    PolicyOptions,
     Rollout,
     Shape,
     Trainer,
@@ -43,7 +43,7 @@ def make_config(shape: str = "llama", budget: int = 200, **sections) -> Config:
     return Config(
         model=Model(preset="tiny", shape=SHAPES[shape], **sections.get("model", {})),
         data=Data(train="none", prompts_per_step=12, max_tokens_per_microbatch=budget),
-        policy=Policy(**sections.get("policy", {})),
+        policy=PolicyOptions(**sections.get("policy", {})),
         parallel=Parallel(**sections.get("parallel", {})),
         rollout=Rollout(samples_per_prompt=4, max_response_tokens=40, temperature=0.8, **sections.get("rollout", {})),
         objective=Objective(**objective | sections.get("objective", {})),

@@ -70,11 +70,11 @@ def torchrun(ranks: int, *arguments: str, seconds: float = 240, **environment: s
 def train_here(config: str, overrides: list[str]) -> None:
     """``train``, to be run on a forked rank."""
     from megatron_dypo.config import load_config
-    from megatron_dypo.preflight import prepare
-    from megatron_dypo.train import train
+    from megatron_dypo.preflight import check_inputs
+    from megatron_dypo.trainer import train
 
     loaded = load_config(config, overrides)
-    train(loaded, prepare(loaded, config))
+    train(loaded, check_inputs(loaded, config))
 
 
 def metrics(run_dir: Path) -> list[dict]:

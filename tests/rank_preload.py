@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402, F401
 from transformers.models.llama import modeling_llama  # noqa: E402, F401
 
 import megatron_dypo.cli  # noqa: E402
-import megatron_dypo.train  # noqa: E402, F401
+import megatron_dypo.trainer  # noqa: E402, F401
 from megatron_dypo.runtime import cpu_shim  # noqa: E402
 
 if find_spec("hypothesis"):

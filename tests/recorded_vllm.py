@@ -94,7 +94,7 @@ def install(monkeypatch, version: str, device: str = "cpu") -> ModuleType:
     modules[-1].config = modules[-2]
     for module in modules:
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.delitem(sys.modules, "megatron_dypo.sync.worker", raising=False)
+    monkeypatch.delitem(sys.modules, "megatron_dypo.weight_sync.worker", raising=False)
     return modules[-1]
 
 

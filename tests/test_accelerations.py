@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from megatron_dypo.config.schema import Model
-from megatron_dypo.policy import rope
+from megatron_dypo.policy import attention
 from megatron_dypo.policy.accelerations import Found, choose, explained, flash_kernels, on_this_machine, refusal
 from megatron_dypo.policy.flash_kernels import activate
 
@@ -190,8 +190,8 @@ def test_transformer_engines_experts_get_our_router_in_both_forms_of_megatron_co
     from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
 
-    from megatron_dypo.policy.experts import MixtureOfExperts, Router
     from megatron_dypo.policy.layers import routed
+    from megatron_dypo.policy.moe import MixtureOfExperts, TopKRouter
 
     for mlp in (
         ModuleSpec(MoELayer, submodules=MoESubmodules(experts="theirs", shared_experts="shared")),
@@ -200,7 +200,7 @@ def test_transformer_engines_experts_get_our_router_in_both_forms_of_megatron_co
         ours = routed(mlp, MixtureOfExperts)
         assert ours.module is MixtureOfExperts
         parts = ours.submodules
-        assert (parts.experts, parts.shared_experts, parts.router) == ("theirs", "shared", Router)
+        assert (parts.experts, parts.shared_experts, parts.router) == ("theirs", "shared", TopKRouter)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -223,7 +223,7 @@ def test_rope_stays_compiled_for_several_models_in_both_passes(monkeypatch):
     counting = lambda graph, _: lambda *inputs: (ran.append(1), graph.forward(*inputs))[1]  # noqa: E731
     monkeypatch.setattr(torch, "compile", lambda function: build(function, backend=counting))
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    rotate, calls = rope.rotation.__wrapped__(True), 0
+    rotate, calls = attention.rotation.__wrapped__(True), 0
     for heads, groups, width in ((4, 2, 32), (12, 2, 128), (32, 8, 64)):
         for tokens in (96, 160, 96, 1000):
             for with_gradient in (False, True):

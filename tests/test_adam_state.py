@@ -47,7 +47,7 @@ def run_of(kind: str, folder: str, parallel: dict, optimizer: dict, model: dict,
     import megatron.core.optimizer as mcore
     from megatron.core.optimizer import distrib_optimizer
 
-    from megatron_dypo.policy.adam_state import fuse
+    from megatron_dypo.policy.optimizer import fuse
 
     plain = mcore.Adam, mcore.USING_PYTORCH_OPTIMIZER
     if kind == "counted per group":
@@ -60,7 +60,7 @@ def run_of(kind: str, folder: str, parallel: dict, optimizer: dict, model: dict,
 
 
 def state_of(policy) -> dict:
-    from megatron_dypo.policy.adam_state import adam_parts
+    from megatron_dypo.policy.optimizer import adam_parts
 
     parts = adam_parts(policy.optimizer, policy.parameters)
     return {f"{name}/{kind}": part.flat(kind).clone() for name, part in parts.items() for kind in part.names}
@@ -68,7 +68,7 @@ def state_of(policy) -> dict:
 
 def steps_of(policy) -> set[float]:
     """The optimizer's own counts."""
-    from megatron_dypo.policy.adam_state import inner_optimizers
+    from megatron_dypo.policy.optimizer import inner_optimizers
 
     counts = set()
     for inner in inner_optimizers(policy.optimizer):
@@ -119,7 +119,7 @@ def test_each_kind_of_adam_goes_on_from_each(ranks, parallel, optimizer, model, 
 
 def fused(folder: str) -> dict:
     """What an update allocates, in the fused form and in torch's own on CUDA; the state while it is away."""
-    from megatron_dypo.policy.adam_state import inner_optimizers
+    from megatron_dypo.policy.optimizer import inner_optimizers
 
     run = run_of("fused", folder, {}, {}, {})
     run.step(0)

@@ -17,13 +17,12 @@ from hypothesis import strategies as st
 from megatron_dypo.config.schema import Reward
 from megatron_dypo.records import Prompt
 from megatron_dypo.reward import RewardFunction, Score, build_reward, final_answer, last_boxed
-from megatron_dypo.reward.characters import plain
 from megatron_dypo.reward.choice import chosen, label
 from megatron_dypo.reward.equivalence import equivalent
 from megatron_dypo.reward.exact import exact, fraction
 from megatron_dypo.reward.math import bare_truth, compare
+from megatron_dypo.reward.normalize import canonical, unicode_math
 from megatron_dypo.reward.numbers import number
-from megatron_dypo.reward.spelling import canonical
 from megatron_dypo.reward.units import quantity
 from tests.answer_pairs import KNOWN_DIFFERENCES, PAIRS
 from tests.answer_pairs_kinds import KINDS
@@ -256,7 +255,7 @@ def test_a_number_is_equal_to_itself_in_other_forms(text):
 
 @given(st.text(st.characters(codec="ascii")))
 def test_ascii_is_left_as_it_is(text):
-    assert plain(text) is text
+    assert unicode_math(text) is text
 
 
 @settings(max_examples=300)

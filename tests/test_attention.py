@@ -14,11 +14,9 @@ from hypothesis import strategies as st
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_thd
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_dypo.batching.micro_batch import MicroBatch
-from megatron_dypo.batching.zigzag import aligned_to, held_tokens
 from megatron_dypo.policy import attention
-from megatron_dypo.policy.attention import Segments, padded_length, repeats_of_keys, sdpa
-from megatron_dypo.policy.rope import angles, rotate
+from megatron_dypo.policy.attention import Segments, angles, padded_length, repeats_of_keys, rotate, sdpa
+from megatron_dypo.policy.micro_batch import MicroBatch, aligned_to, held_tokens
 from megatron_dypo.records import Kind, Sequence
 
 CPU = torch.device("cpu")

@@ -19,18 +19,19 @@ import torch.distributed as dist
 import yaml
 from safetensors.torch import save_file
 
-from megatron_dypo.checkpoint.folders import ALWAYS_THERE
+from megatron_dypo import run_folder
+from megatron_dypo.checkpoint.catalog import ALWAYS_THERE
 from megatron_dypo.cli import main
 from megatron_dypo.config import load_config
 from megatron_dypo.config.load import fingerprint
-from megatron_dypo.convert.hf_folder import check_folder
-from megatron_dypo.convert.mapping import hf_shapes
+from megatron_dypo.convert.hf_weights import check_folder
 from megatron_dypo.data.tokenizer import arithmetic_backend
 from megatron_dypo.errors import UserError
-from megatron_dypo.policy.shape import PRESETS, model_shape
-from megatron_dypo.preflight import check_torch, prepare
+from megatron_dypo.models.families import hf_shapes
+from megatron_dypo.models.shape import PRESETS, model_shape
+from megatron_dypo.preflight import check_inputs, check_torch
 from megatron_dypo.rollout.vllm_versions import Vllm
-from megatron_dypo.runtime import distributed, run_folder
+from megatron_dypo.runtime import distributed
 from tests.launch import torchrun
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -112,8 +113,8 @@ def refusal(capsys: pytest.CaptureFixture[str], config: Path, *overrides: str) -
 
 
 def test_the_configurations_that_the_cases_spoil_are_usable(config, hf):
-    assert len(prepare(load_config(config), "config").train) == 4
-    assert prepare(load_config(config, ["model.preset=null", f"model.hf={hf}"]), "config").shape == PRESETS["tiny"]
+    assert len(check_inputs(load_config(config), "config").train) == 4
+    assert check_inputs(load_config(config, ["model.preset=null", f"model.hf={hf}"]), "config").shape == PRESETS["tiny"]
 
 
 @pytest.mark.parametrize(
@@ -198,7 +199,7 @@ def test_a_malformed_row_is_refused_by_file_line_and_field(config, capsys, row, 
     path = config.parent / "rows.jsonl"
     path.write_text(path.read_text() + "\n" + row)
     assert refusal(capsys, config).startswith(f"{path}:6: {field}")
-    assert len(prepare(load_config(config, ["data.skip_bad_rows=true"]), "config").train) == 4
+    assert len(check_inputs(load_config(config, ["data.skip_bad_rows=true"]), "config").train) == 4
 
 
 def json_changed(path: Path, **changes: object) -> None:
@@ -434,7 +435,7 @@ def test_a_run_folder_of_another_run_is_refused_with_the_differing_keys(config, 
 
 def test_a_run_folder_of_this_run_is_resumed_whatever_may_change(config):
     checkpointed(config, "trainer.steps=9", "parallel.tensor=2", "logging.wandb=offline", "trainer.run_dir=elsewhere")
-    assert prepare(load_config(config), "config").checkpoints == [1]
+    assert check_inputs(load_config(config), "config").checkpoints == [1]
 
 
 def test_a_run_of_before_a_key_was_there_goes_on_with_its_default(config, capsys):
@@ -442,7 +443,7 @@ def test_a_run_of_before_a_key_was_there_goes_on_with_its_default(config, capsys
     before = json.loads(path.read_text())
     del before["objective.gamma"]
     path.write_text(json.dumps(before))
-    assert prepare(load_config(config), "config").checkpoints == [1]
+    assert check_inputs(load_config(config), "config").checkpoints == [1]
     assert "objective.gamma (was 1.0, now 2.0)" in refusal(capsys, config, "objective.gamma=2.0")
 
 
@@ -459,7 +460,7 @@ def test_a_run_of_before_a_key_was_renamed_goes_on_and_is_compared_by_its_new_na
         del before[name]
         before[old] = text
     path.write_text(json.dumps(before))
-    assert prepare(load_config(config, ["rollout.async_rollout=1"]), "config").checkpoints == [1]
+    assert check_inputs(load_config(config, ["rollout.async_rollout=1"]), "config").checkpoints == [1]
     assert refusal(capsys, config).endswith("differing: rollout.async_rollout (was 1, now 0)")
 
 
@@ -474,10 +475,10 @@ def test_prompts_that_changed_since_the_run_was_started_are_refused_by_file(conf
     own = [f"data.{name}={file}" for name, file in rows.items()]
     loaded = load_config(config, own)
     run_dir = checkpointed(config, *own)
-    assert prepare(loaded, "config").checkpoints == [1], "a run folder of before"
+    assert check_inputs(loaded, "config").checkpoints == [1], "a run folder of before"
     assert f"does not say what {rows['train']} held before" in caplog.text
     run_folder.describe(loaded, run_dir)
-    assert prepare(loaded, "config").checkpoints == [1]
+    assert check_inputs(loaded, "config").checkpoints == [1]
 
     changed = rows[key.removeprefix("data.")]
     changed.write_text(changed.read_text().replace('"3', '"9'))
@@ -485,10 +486,10 @@ def test_prompts_that_changed_since_the_run_was_started_are_refused_by_file(conf
     assert line.startswith(f"{key}: {changed} has changed since the run of {run_dir} was last started")
     assert "data.accept_changed=true" in line
     accepted = load_config(config, [*own, "data.accept_changed=true"])
-    assert prepare(accepted, "config").checkpoints == [1]
+    assert check_inputs(accepted, "config").checkpoints == [1]
     assert f"{changed} has changed" in caplog.text
     run_folder.describe(accepted, run_dir)
-    assert prepare(loaded, "config").checkpoints == [1], "from now on this is what it holds"
+    assert check_inputs(loaded, "config").checkpoints == [1], "from now on this is what it holds"
 
 
 def test_a_rank_that_nothing_has_started_says_so_on_its_own(config, monkeypatch, capsys):
@@ -528,10 +529,10 @@ def test_a_run_folder_in_use_is_refused_and_named(config, capsys, held):
 
 
 def test_a_run_folder_whose_holder_ended_is_free(config):
-    first = prepare(load_config(config), "config")
+    first = check_inputs(load_config(config), "config")
     first.lock.close()
     assert (config.parent / "run/.lock").read_text().startswith(f"{os.getpid()} on ")
-    prepare(load_config(config), "config").lock.close()
+    check_inputs(load_config(config), "config").lock.close()
 
 
 # --- as a user starts it
@@ -629,7 +630,7 @@ def shell(script: str, stubs: Path, **environment: str) -> subprocess.CompletedP
 @pytest.mark.parametrize("script", ["launch/single_node.sh", "launch/multi_node.sh"])
 def test_a_launcher_starts_one_rank_a_gpu_and_one_without(stubs, script):
     nodes = {"NNODES": "2", "HEAD": "host0:29500"}
-    stub(stubs / "python", '[ "$*" = "-m megatron_dypo.runtime.meeting host0:29500" ]')  # looks at HEAD's port
+    stub(stubs / "python", '[ "$*" = "-m megatron_dypo.runtime.rendezvous_check host0:29500" ]')  # looks at HEAD's port
     assert "--nproc-per-node 1 " in shell(script, stubs, **nodes).stdout
     stub(stubs / "nvidia-smi", "echo GPU 0: H100; echo GPU 1: H100")
     assert "--nproc-per-node 2 " in shell(script, stubs, **nodes).stdout

@@ -11,12 +11,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_dypo.batching.grade import draw_teachers, grade_groups
-from megatron_dypo.batching.micro_batch import MicroBatch, spread
-from megatron_dypo.batching.plan import cost, plan_micro_batches
-from megatron_dypo.batching.sequences import training_sequences
 from megatron_dypo.config.schema import Objective
+from megatron_dypo.policy.micro_batch import MicroBatch, spread
 from megatron_dypo.records import Group, Kind, Prompt, Regime, Response, Sequence, Teacher
+from megatron_dypo.training.minibatch import draw_teachers, grade_groups, training_sequences
+from megatron_dypo.training.packing import cost, plan_micro_batches
 
 BUDGET = 8192
 

@@ -16,9 +16,9 @@ from benchmarks import linear_logprob, packing
 from benchmarks.heads import HEADS, Batch, Setting
 from benchmarks.layouts import parse
 from benchmarks.tables import PAGE, RESULTS, ROOT, written
-from megatron_dypo.batching.micro_batch import MicroBatch
-from megatron_dypo.batching.plan import plan_micro_batches
+from megatron_dypo.policy.micro_batch import MicroBatch
 from megatron_dypo.records import Kind, Sequence
+from megatron_dypo.training.packing import plan_micro_batches
 
 
 def test_performance_page_shows_the_stored_results():

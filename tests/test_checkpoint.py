@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dypo.checkpoint.counters import Counters
-from megatron_dypo.checkpoint.folders import complete_steps, step_folder
+from megatron_dypo.checkpoint.catalog import complete_steps, step_folder
+from megatron_dypo.checkpoint.manager import Counters
 from megatron_dypo.config.schema import Parallel
 from tests.batches import make_config, make_groups, trace_ids
 from tests.ranks import run_ranks
@@ -35,10 +35,10 @@ class Run:
     """A policy on made-up batches, as the training loop drives it."""
 
     def __init__(self, folder: str, parallel: dict, optimizer: dict, seed: int = 1, **sections):
-        from megatron_dypo.checkpoint.saver import Saver
-        from megatron_dypo.convert.stream import random_weights
+        from megatron_dypo.checkpoint.manager import Saver
+        from megatron_dypo.models.shape import model_shape
+        from megatron_dypo.models.sharding import random_weights
         from megatron_dypo.policy.policy import Policy
-        from megatron_dypo.policy.shape import model_shape
 
         shape = "qwen3_moe" if "expert" in parallel else "deep"
         self.config = make_config(shape, parallel=parallel, optimizer=optimizer, **sections)
@@ -50,11 +50,13 @@ class Run:
         self.saver = Saver(self.config, self.policy)
 
     def step(self, number: int) -> dict:
-        from megatron_dypo.update import logprob_passes, make_work, run_updates
+        from megatron_dypo.training.minibatch import build_minibatches
+        from megatron_dypo.training.passes import logprob_passes
+        from megatron_dypo.training.step import StepContext, run_updates
 
-        works = make_work(self.policy.layout, make_groups(seed=number), self.config, trace_ids)
-        logprob_passes(self.policy, works, self.config)
-        return run_updates(self.policy, works, self.config, lr=1e-3).metrics
+        minibatches = build_minibatches(self.policy.layout, make_groups(seed=number), self.config, trace_ids)
+        logprob_passes(self.policy, minibatches, self.config)
+        return run_updates(self.policy, minibatches, self.config, StepContext(1, 1e-3)).metrics
 
     def save(self, step: int, score: float | None = None) -> Counters:
         counters = Counters(step=step, weight_version=self.policy.version, skipped_steps=7)
@@ -62,7 +64,7 @@ class Run:
         return counters
 
     def load(self) -> Counters:
-        from megatron_dypo.checkpoint.checkpoint import load_newest
+        from megatron_dypo.checkpoint.manager import load_newest
 
         run_dir = Path(self.config.trainer.run_dir)
         return load_newest(run_dir, complete_steps(run_dir), self.policy)
@@ -227,7 +229,7 @@ def damage(folder: str, file: str) -> dict:
     handler.emit = lambda record: said.append(record.getMessage())
     logging.getLogger("megatron_dypo").addHandler(handler)
     other = Run(folder, {}, {}, seed=99)
-    from megatron_dypo.checkpoint.checkpoint import load_newest
+    from megatron_dypo.checkpoint.manager import load_newest
 
     loaded = load_newest(Path(folder), steps, other.policy)
     return {"step": loaded.step, "said": said, "weights": same(weights, other.weights())}

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from megatron_dypo.cli import main
 from megatron_dypo.config import load_config, render
-from megatron_dypo.config.checks import check_layout
 from megatron_dypo.config.load import SHOWN, dump, fingerprint
 from megatron_dypo.config.renamed import RENAMED, rename
 from megatron_dypo.config.schema import Config, walk
 from megatron_dypo.config.synonyms import SYNONYMS
 from megatron_dypo.errors import UserError
-from megatron_dypo.policy.shape import PRESETS
+from megatron_dypo.models.limits import check_layout
+from megatron_dypo.models.shape import PRESETS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SMALLEST = {"model": {"preset": "tiny"}, "data": {"train": "rows.jsonl"}, "trainer": {"steps": 1, "run_dir": "runs/x"}}

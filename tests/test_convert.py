@@ -9,11 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_dypo.convert.families import FAMILIES
-from megatron_dypo.convert.hf_folder import check_folder, folder_weights
-from megatron_dypo.convert.mapping import hf_shapes, rules
+from megatron_dypo.convert.hf_weights import check_folder, folder_weights
 from megatron_dypo.errors import UserError
-from megatron_dypo.policy.shape import PRESETS, ModelShape
+from megatron_dypo.models.families import FAMILIES, hf_shapes, rules
+from megatron_dypo.models.shape import PRESETS, ModelShape
 from tests.ranks import run_ranks
 
 # head_dim differs from hidden / heads, groups from heads, and the vocabulary from any multiple of 1024
@@ -74,12 +73,12 @@ def round_trip(folder: str, parallel: dict) -> dict:
     """Load the folder at a layout; log-probs of two sequences (last stage), and the tensors gathered back."""
     import numpy as np
 
-    from megatron_dypo.batching.micro_batch import MicroBatch
     from megatron_dypo.config.schema import Model
-    from megatron_dypo.convert.hf_folder import folder_weights
-    from megatron_dypo.convert.stream import hf_tensors
+    from megatron_dypo.convert.hf_weights import folder_weights
+    from megatron_dypo.models.shape import model_shape
+    from megatron_dypo.models.sharding import hf_tensors
+    from megatron_dypo.policy.micro_batch import MicroBatch
     from megatron_dypo.policy.policy import Policy
-    from megatron_dypo.policy.shape import model_shape
     from megatron_dypo.records import Kind, Sequence
     from megatron_dypo.runtime import distributed
     from tests.batches import make_config
@@ -162,16 +161,16 @@ def test_what_lies_beside_the_weights_and_is_not_read_is_said(tmp_path, caplog):
 def drawn(cores: int, block: int) -> dict:
     import os
 
-    from megatron_dypo.convert import stream
+    from megatron_dypo.models import sharding
 
     os.sched_getaffinity = lambda process: range(cores)
-    stream.BLOCK = block
-    read = stream.random_weights(SHAPE, seed=7)
+    sharding.BLOCK = block
+    read = sharding.random_weights(SHAPE, seed=7)
     return {name: read(name).numpy() for name in hf_shapes(SHAPE)}
 
 
 def test_initial_weights_do_not_depend_on_the_number_of_threads_and_their_blocks_are_independent():
-    from megatron_dypo.runtime.seeding import generator
+    from megatron_dypo.runtime.determinism import generator
 
     name = "model.embed_tokens.weight"
     alone, together, whole = (run_ranks(1, drawn, *each)[0] for each in ((1, 1000), (5, 1000), (5, 2**20)))

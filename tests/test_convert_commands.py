@@ -16,15 +16,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from megatron_dypo.checkpoint.safe_pickle import read_index
+from megatron_dypo.checkpoint.io import read_index
 from megatron_dypo.config.schema import Model, Shape
 from megatron_dypo.convert.commands import _write_metadata, checkpoint_shape
-from megatron_dypo.convert.families import FAMILIES
-from megatron_dypo.convert.hf_metadata import write_config
-from megatron_dypo.convert.mapping import hf_shapes
 from megatron_dypo.convert.megatron_folder import MegatronFolder
-from megatron_dypo.convert.rules import Rule
-from megatron_dypo.policy.shape import PRESETS, RopeScaling, model_shape
+from megatron_dypo.models.families import FAMILIES, hf_shapes
+from megatron_dypo.models.hf_config import write_config
+from megatron_dypo.models.rules import WeightRule
+from megatron_dypo.models.shape import PRESETS, RopeScaling, model_shape
 from tests.batches import make_config
 from tests.full_disk import small_disk
 from tests.launch import copy_task, train_here
@@ -169,13 +168,14 @@ def test_the_dtype_is_kept_unless_another_is_asked_for(tmp_path, stored, asked):
 
 def trained(folder: str, hf: str, parallel: dict) -> dict:
     """Train from the folder for a step, save; the policy's full weights."""
-    from megatron_dypo.checkpoint.counters import Counters
-    from megatron_dypo.checkpoint.saver import Saver
+    from megatron_dypo.checkpoint.manager import Counters, Saver
     from megatron_dypo.config.load import dump
-    from megatron_dypo.convert.hf_folder import folder_weights
+    from megatron_dypo.convert.hf_weights import folder_weights
     from megatron_dypo.policy.policy import Policy
     from megatron_dypo.runtime import distributed
-    from megatron_dypo.update import logprob_passes, make_work, run_updates
+    from megatron_dypo.training.minibatch import build_minibatches
+    from megatron_dypo.training.passes import logprob_passes
+    from megatron_dypo.training.step import StepContext, run_updates
     from tests.batches import make_config, make_groups, trace_ids
 
     config = make_config(parallel=parallel, optimizer={"distributed": True})
@@ -183,9 +183,9 @@ def trained(folder: str, hf: str, parallel: dict) -> dict:
     config.trainer.run_dir, config.trainer.save_every = folder, 1
     layout, shape = distributed.init(config.parallel), model_shape(config.model)
     policy = Policy(config, shape, layout, folder_weights(hf))
-    works = make_work(layout, make_groups(), config, trace_ids)
-    logprob_passes(policy, works, config)
-    run_updates(policy, works, config, lr=1e-2)
+    minibatches = build_minibatches(layout, make_groups(), config, trace_ids)
+    logprob_passes(policy, minibatches, config)
+    run_updates(policy, minibatches, config, StepContext(1, 1e-2))
     if layout.is_main:
         (Path(folder) / "config.yaml").write_text(dump(config))
     saver, counters = Saver(config, policy), Counters(step=1, weight_version=policy.version)
@@ -316,17 +316,19 @@ def test_a_transposition_is_found_and_the_tensors_named(folders, tmp_path, model
 
 
 def gate_for_up() -> None:
-    from megatron_dypo.convert.families import llama
+    from megatron_dypo.models import families
 
-    at = next(i for i, rule in enumerate(llama.LAYER) if "gate" in rule.names[0])
-    rule = llama.LAYER[at]
-    table = (*llama.LAYER[:at], dataclasses.replace(rule, hf=rule.hf[::-1]), *llama.LAYER[at + 1 :])
-    object.__setattr__(llama.FAMILY, "layer", table)
+    at = next(i for i, rule in enumerate(families.LAYER) if "gate" in rule.names[0])
+    rule = families.LAYER[at]
+    table = (*families.LAYER[:at], dataclasses.replace(rule, hf=rule.hf[::-1]), *families.LAYER[at + 1 :])
+    object.__setattr__(families.LLAMA, "layer", table)
 
 
 def each_expert_for_the_next() -> None:
-    of_expert, count = Rule.of_expert, FAMILY_SHAPES["qwen2_moe"].num_experts
-    Rule.of_expert = lambda self, e: dataclasses.replace(of_expert(self, e), hf=of_expert(self, (e + 1) % count).hf)
+    of_expert, count = WeightRule.of_expert, FAMILY_SHAPES["qwen2_moe"].num_experts
+    WeightRule.of_expert = lambda self, e: dataclasses.replace(
+        of_expert(self, e), hf=of_expert(self, (e + 1) % count).hf
+    )
 
 
 def verify_with_a_table_wrong_both_ways(change: Callable[[], None], hf: str, checkpoint: str) -> tuple[int, str]:
@@ -458,9 +460,9 @@ def killed_export(checkpoint: str, out: str) -> None:
     import os
     import signal
 
-    from megatron_dypo.convert import hf_writer
+    from megatron_dypo.convert import hf_weights
 
-    hf_writer.write_index = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+    hf_weights.write_index = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
     convert("export", "--checkpoint", checkpoint, "--out", out, "--shard-size", "1e-4")
 
 
@@ -480,7 +482,7 @@ def test_a_killed_export_leaves_no_folder_of_that_name(checkpoint, tmp_path):
 
 def vllm_logprobs(folders: list[str]) -> list[list[float]]:
     """Of 40 ids, by vLLM as it loads each folder by itself."""
-    from megatron_dypo.rollout.vllm_arguments import set_environment
+    from megatron_dypo.rollout.vllm_args import set_environment
     from megatron_dypo.rollout.vllm_engine import IN_PROCESS
 
     set_environment("cpu", **IN_PROCESS)
@@ -541,9 +543,9 @@ def written_by_megatron_core(folder: str) -> dict[str, bool]:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
 
-    from megatron_dypo.checkpoint.files import write_index, write_pieces
+    from megatron_dypo.checkpoint.io import write_index, write_pieces
     from megatron_dypo.checkpoint.state import _cut
-    from megatron_dypo.convert.stream import load_weights, random_weights
+    from megatron_dypo.models.sharding import load_weights, random_weights
     from megatron_dypo.policy.model import transformer_config, whole_model_names
     from megatron_dypo.runtime import distributed
 

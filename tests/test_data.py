@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dypo.config.schema import Data, Reward
-from megatron_dypo.data import load_data, load_prompts, rows
-from megatron_dypo.data.order import batch_indices
-from megatron_dypo.data.reasoning_gym_task import generate
+from megatron_dypo.data import rows
+from megatron_dypo.data.dataset import batch_indices, load_data, load_prompts
+from megatron_dypo.data.tasks import generate
 from megatron_dypo.data.tokenizer import Tokenizer, arithmetic_backend
 from megatron_dypo.errors import UserError
 from megatron_dypo.records import Prompt, Teacher
 from megatron_dypo.reward import build_reward
-from megatron_dypo.rollout.collect import encode_prompts
+from megatron_dypo.rollout.sampling import encode_prompts
 
 GSM8K = Path(__file__).resolve().parents[2] / "shared/data/gsm8k"
 UNKNOWN = arithmetic_backend().unk_token_id

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 
 from megatron_dypo.errors import UserError
-from megatron_dypo.runtime.deterministic import _CUDA_ENVIRONMENT, refuse_batch_invariance
+from megatron_dypo.runtime.determinism import _CUDA_ENVIRONMENT, refuse_batch_invariance
 from tests.batches import make_config, make_groups, trace_ids
 from tests.ranks import run_ranks
 
@@ -20,13 +20,12 @@ def updates(parallel: dict, deterministic: bool) -> tuple[dict, list[dict]]:
     """(digest of every weight, each step's metrics) after a few updates from the same seed, on this rank."""
     import torch
 
-    from megatron_dypo.convert.stream import random_weights
+    from megatron_dypo.models.shape import model_shape
+    from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.policy.policy import Policy
-    from megatron_dypo.policy.shape import model_shape
-    from megatron_dypo.runtime import deterministic as mode
+    from megatron_dypo.runtime import determinism as mode
     from megatron_dypo.runtime import distributed
-    from megatron_dypo.runtime.stopwatch import Stopwatch
-    from megatron_dypo.update import update_policy
+    from megatron_dypo.training.step import StepContext, update_policy
 
     config = make_config(parallel=parallel)
     config.trainer.deterministic = deterministic
@@ -39,7 +38,7 @@ def updates(parallel: dict, deterministic: bool) -> tuple[dict, list[dict]]:
     assert policy.chunks[0].config.deterministic_mode == deterministic
     metrics = []
     for step in range(STEPS):
-        outcome = update_policy(policy, make_groups(seed=step), config, trace_ids, 1e-2, Stopwatch())
+        outcome = update_policy(policy, make_groups(seed=step), config, trace_ids, StepContext(1, 1e-2))
         assert outcome.skipped is None and not outcome.empty
         metrics.append(outcome.metrics)
     digests = {
@@ -61,7 +60,7 @@ def test_on_the_cpu_the_mode_changes_no_bit(ranks, parallel):
 def vllm_is_let_be() -> list[bool]:
     import torch
 
-    from megatron_dypo.runtime import deterministic as mode
+    from megatron_dypo.runtime import determinism as mode
 
     mode.enable()
     seen = [torch.are_deterministic_algorithms_enabled()]
@@ -79,19 +78,19 @@ def what_batch_invariance_does(mode: str) -> tuple[dict, list[str]]:
     """(the trainer's variables afterwards, what is raised) round vLLM's own start of that mode, as a CPU has it."""
     import os
 
-    from megatron_dypo.runtime import deterministic
+    from megatron_dypo.runtime import determinism
 
     place = "determinism" if find_spec("vllm.model_executor.determinism") else "layers"
     vllms = import_module(f"vllm.model_executor.{place}.batch_invariant")
 
-    os.environ |= {"VLLM_BATCH_INVARIANT": mode} | deterministic._CUDA_ENVIRONMENT
+    os.environ |= {"VLLM_BATCH_INVARIANT": mode} | determinism._CUDA_ENVIRONMENT
     raised = []
     try:
-        with deterministic.trainer_kept():
+        with determinism.trainer_kept():
             vllms.init_batch_invariance()
     except RuntimeError as error:
         raised.append(str(error))
-    return {name: os.environ[name] for name in deterministic._CUDA_ENVIRONMENT}, raised
+    return {name: os.environ[name] for name in determinism._CUDA_ENVIRONMENT}, raised
 
 
 @pytest.mark.parametrize("mode", ["0", "1"])

@@ -14,10 +14,10 @@ import pytest
 from aiohttp import web
 
 from megatron_dypo.errors import TrainingError, UserError
-from megatron_dypo.rollout.dispatch import Dispatch, Limits
 from megatron_dypo.rollout.engine import Request, Sampling
-from megatron_dypo.rollout.fleet import Fleet
+from megatron_dypo.rollout.router import Limits, Router
 from megatron_dypo.rollout.server import Server
+from megatron_dypo.rollout.server_pool import ServerPool
 from tests.rollout_server import EOS, Imitation, set_token
 
 SAMPLING = Sampling(1.0, 1.0, 8, EOS)
@@ -32,7 +32,7 @@ def token(monkeypatch):
 
 def run(servers: list[Imitation], limits: Limits = LIMITS, lost: dict[str, str] | None = None) -> list[list[int]]:
     """The requests' token ids, as sampled by the servers."""
-    dispatch = Dispatch([Server(server.url) for server in servers], lost or {}, "default", limits)
+    dispatch = Router([Server(server.url) for server in servers], lost or {}, "default", limits)
     responses = asyncio.run(dispatch.run(REQUESTS, SAMPLING))
     assert all(len(response.ids) == len(response.logprobs) for response in responses)
     return [response.ids.tolist() for response in responses]
@@ -59,7 +59,7 @@ def test_thousands_of_requests_on_as_many_connections():
     requests = [Request(np.arange(2, 6, dtype=np.int32), seed) for seed in range(3000)]
     limits = Limits(window=512, server_timeout=30.0, request_timeout=60.0)
     with Imitation() as first, Imitation() as second:
-        dispatch = Dispatch([Server(first.url), Server(second.url)], {}, "default", limits)
+        dispatch = Router([Server(first.url), Server(second.url)], {}, "default", limits)
         responses = asyncio.run(dispatch.run(requests, SAMPLING))
         assert first.count("inference/v1/generate") + second.count("inference/v1/generate") == len(requests)
     bodies = ({"sampling_params": {"seed": request.seed, "max_tokens": 8}} for request in requests)
@@ -141,7 +141,7 @@ def test_a_bad_server_is_named_and_another_does_its_work(behave, said, expected,
 
 def test_what_vllm_says_for_a_log_prob_that_is_none_arrives_as_none():
     with Imitation(behave=with_first_logprob(-9999.0)) as server:
-        dispatch = Dispatch([Server(server.url)], {}, "default", LIMITS)
+        dispatch = Router([Server(server.url)], {}, "default", LIMITS)
         (response,) = asyncio.run(dispatch.run(REQUESTS[:1], SAMPLING))
     assert np.isnan(response.logprobs[0]) and np.isfinite(response.logprobs[1:]).all()
 
@@ -166,7 +166,7 @@ def test_a_server_that_ends_in_the_middle_and_one_that_returns(expected, caplog)
         await asyncio.sleep(0.2 if path == "inference/v1/generate" else 0)
 
     with Imitation(behave=slowly) as first, Imitation(behave=slowly) as second:
-        asked = Dispatch([Server(first.url), Server(second.url)], {}, "default", LIMITS)
+        asked = Router([Server(first.url), Server(second.url)], {}, "default", LIMITS)
 
         async def disturbed() -> list:
             sampling = asyncio.create_task(asked.run(REQUESTS, SAMPLING))
@@ -200,8 +200,8 @@ def test_a_server_that_was_not_synced_is_not_used(expected):
             run([first], lost={first.url: "left out of the sync"})
 
 
-def fleet(*servers: Imitation, deadline: float = 2.0) -> Fleet:
-    return Fleet([Server(server.url) for server in servers], "the model", 1.0, deadline)
+def fleet(*servers: Imitation, deadline: float = 2.0) -> ServerPool:
+    return ServerPool([Server(server.url) for server in servers], "the model", 1.0, deadline)
 
 
 def test_a_server_of_another_model_or_with_another_token_is_refused_by_name(monkeypatch):
@@ -222,8 +222,8 @@ def test_servers_that_do_not_start_are_named_after_the_deadline():
         fleet(first, second).wait_for_all()
 
 
-def update(servers: Fleet, known: str, label: str) -> bool:
-    same = servers.admit(known)
+def update(servers: ServerPool, known: str, label: str) -> bool:
+    same = servers.refresh(known)
     servers.label = label
     servers.init_weight_transfer_engine({"rank_offset": 1, "world_size": 3})
     servers.start_weight_update()

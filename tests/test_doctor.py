@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from megatron_dypo.doctor.checks import BAD, GOOD, NOTE, Machine, examine, this_machine
-from megatron_dypo.doctor.command import doctor
+from megatron_dypo.doctor.show import doctor
 from megatron_dypo.runtime import versions as releases
 
 
@@ -124,7 +124,7 @@ def test_a_package_named_apex_that_is_not_nvidia_s_is_seen_for_what_it_is(tmp_pa
 
 
 def test_on_cuda_it_says_which_accelerations_are_in_use(capsys, monkeypatch):
-    monkeypatch.setattr("megatron_dypo.doctor.command.this_machine", lambda: CUDA)
+    monkeypatch.setattr("megatron_dypo.doctor.show.this_machine", lambda: CUDA)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
     assert doctor(with_selftest=False) == 0

@@ -24,15 +24,11 @@ from megatron_dypo.config.schema import Config, Data, Evaluation, Model, Reward,
 from megatron_dypo.errors import UserError
 from megatron_dypo.evaluate import command
 from megatron_dypo.evaluate import run as evaluation_run
-from megatron_dypo.evaluate.answers import Answer, AnswerFile
+from megatron_dypo.evaluate.choices import Choices, find_choices
 from megatron_dypo.evaluate.command import _name
-from megatron_dypo.evaluate.named import named_suites
-from megatron_dypo.evaluate.options import Choices, find_choices
-from megatron_dypo.evaluate.respond import Question, Said, Server, server_responses
-from megatron_dypo.evaluate.run import metrics, run_suite
-from megatron_dypo.evaluate.statistics import figures, interval, pass_at_k
-from megatron_dypo.evaluate.suites import SUITES, load_suite
-from megatron_dypo.evaluate.table import rows
+from megatron_dypo.evaluate.respond import Answer, AnswerFile, ChatServer, Question, Said, server_responses
+from megatron_dypo.evaluate.run import figures, interval, metrics, pass_at_k, rows, run_suite
+from megatron_dypo.evaluate.suites import SUITES, load_suite, named_suites
 from megatron_dypo.reward import build_reward
 from megatron_dypo.runtime.distributed import Layout
 from tests.launch import copy_task
@@ -556,7 +552,7 @@ def test_a_server_is_asked_with_a_seed_for_each_response_and_its_refusal_is_one_
     settings = sums(tmp_path)
     config, prompts = config_of(settings), load_suite(SUITES["gsm8k"], settings)
     with Imitation(wrong_for_one) as endpoint:
-        asked = server_responses(Server(endpoint.url, "m", "secret", concurrency=3), config)
+        asked = server_responses(ChatServer(endpoint.url, "m", "secret", concurrency=3), config)
         result = run_suite(SUITES["gsm8k"], prompts, config, asked, alone)
         assert endpoint.keys == {"Bearer secret"} and endpoint.most_under_way <= 3
         bodies = endpoint.asked
@@ -570,7 +566,7 @@ def test_a_server_is_asked_with_a_seed_for_each_response_and_its_refusal_is_one_
 
     path = tmp_path / "answers.jsonl"
     with Imitation(too_long) as endpoint, pytest.raises(UserError, match=r"HTTP 400: .*too long.*is kept"):
-        asked, file = server_responses(Server(endpoint.url, "m", None, 3), config), AnswerFile(path, {})
+        asked, file = server_responses(ChatServer(endpoint.url, "m", None, 3), config), AnswerFile(path, {})
         run_suite(SUITES["gsm8k"], prompts, config, asked, alone, file=file)
     assert len(file.answers) == 20, "what came is there"
 
@@ -578,7 +574,9 @@ def test_a_server_is_asked_with_a_seed_for_each_response_and_its_refusal_is_one_
         return web.json_response({"error": "no such model"}, status=404)
 
     with Imitation(unknown) as endpoint, pytest.raises(UserError, match=r"'m': HTTP 404: .*no such model") as caught:
-        run_suite(SUITES["gsm8k"], prompts, config, server_responses(Server(endpoint.url, "m", None, 3), config), alone)
+        run_suite(
+            SUITES["gsm8k"], prompts, config, server_responses(ChatServer(endpoint.url, "m", None, 3), config), alone
+        )
     assert "\n" not in str(caught.value)
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from megatron_dypo.config import load_config
-from megatron_dypo.config.checks import check_layout, warnings
-from megatron_dypo.evaluate.named import named_suites
-from megatron_dypo.plan.released import planned_shape
+from megatron_dypo.config.checks import warnings
+from megatron_dypo.evaluate.suites import named_suites
+from megatron_dypo.models.limits import check_layout
+from megatron_dypo.planner.cluster import planned_shape
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*/config.yaml"))

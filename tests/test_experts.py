@@ -109,12 +109,12 @@ def test_replay_takes_the_routing_of_before_the_update():
 
 def spoilt_rollout(spoil: str) -> str:
     """What is said of a rollout with another routing than this model's."""
-    from megatron_dypo.convert.stream import random_weights
     from megatron_dypo.errors import TrainingError
+    from megatron_dypo.models.shape import model_shape
+    from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.policy.policy import Policy
-    from megatron_dypo.policy.shape import model_shape
     from megatron_dypo.runtime import distributed
-    from megatron_dypo.update import make_work
+    from megatron_dypo.training.minibatch import build_minibatches
 
     config = make_config("qwen3_moe", 100_000, policy={"routing_replay": "rollout"})
     layout, shape = distributed.init(), model_shape(config.model)
@@ -127,7 +127,7 @@ def spoilt_rollout(spoil: str) -> str:
         "none": None,
     }[spoil]
     with pytest.raises(TrainingError) as refused:
-        policy.logprobs(make_work(layout, groups, config, trace_ids)[0].rollouts)
+        policy.logprobs(build_minibatches(layout, groups, config, trace_ids)[0].rollouts)
     return str(refused.value)
 
 
@@ -152,7 +152,7 @@ def test_the_auxiliary_loss_is_the_switch_transformers():
     """Against its formula and autograd on made-up logits."""
     import torch
 
-    from megatron_dypo.policy.routing import Routing, balance_weights
+    from megatron_dypo.policy.moe import Routing, balance_weights
 
     logits_TE = torch.randn(50, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
     real_T = torch.arange(50) < 40
@@ -180,9 +180,9 @@ def test_grouped_experts_have_the_names_of_sequential_ones():
 
 def most_experts_held(parallel: dict) -> tuple[int, int]:
     """While the weights pass by as they do in a sync: most matrices of other ranks' experts here at once, and seen."""
-    from megatron_dypo.convert.stream import random_weights
+    from megatron_dypo.models.shape import model_shape
+    from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.policy.policy import Policy
-    from megatron_dypo.policy.shape import model_shape
     from megatron_dypo.runtime import distributed
 
     config = make_config("qwen3_moe", parallel=parallel)

@@ -30,15 +30,15 @@ def make_head(tokens: int, width: int, rows: int, dtype: torch.dtype) -> tuple[t
     weight_VH = (3 / width**0.5 * torch.randn(rows, width, generator=draw)).to(dtype)
     targets_T = torch.randint(0, rows - 24, (tokens,), generator=draw)
     weight_VH[targets_T[::3]] += 2 / width**0.5 * hidden_TH[::3]
-    slope_T = torch.randn(tokens, generator=draw) * (torch.rand(tokens, generator=draw) < 0.7)
-    slope_T[0] = 1.0
+    dlogp_T = torch.randn(tokens, generator=draw) * (torch.rand(tokens, generator=draw) < 0.7)
+    dlogp_T[0] = 1.0
     temperature_T = 0.5 + torch.rand(tokens, generator=draw)
-    return tuple(x.cuda() for x in (hidden_TH, weight_VH, targets_T, temperature_T, slope_T))
+    return tuple(x.cuda() for x in (hidden_TH, weight_VH, targets_T, temperature_T, dlogp_T))
 
 
 def head_results(head: tuple[torch.Tensor, ...], backend: str, dtype: torch.dtype | None = None) -> dict:
     """Log-probs and gradients of both functions; ``dtype`` other than the head's for the definition."""
-    hidden_TH, weight_VH, targets_T, temperature_T, slope_T = (
+    hidden_TH, weight_VH, targets_T, temperature_T, dlogp_T = (
         x.to(dtype) if dtype and x.is_floating_point() else x for x in head
     )
     options = {
@@ -48,10 +48,10 @@ def head_results(head: tuple[torch.Tensor, ...], backend: str, dtype: torch.dtyp
     with torch.no_grad():
         old = linear_logprob(*inputs, targets_T, **options)
     result = linear_logprob(*inputs, targets_T, **options)
-    total = (slope_T * (result.logp + 0.1 * result.entropy + 0.2 * result.lse)).sum()
+    total = (dlogp_T * (result.logp + 0.1 * result.entropy + 0.2 * result.lse)).sum()
     found = {f"old/{name}": value for name, value in old._asdict().items()}
     found |= dict(zip(("dhidden", "dweight"), torch.autograd.grad(total, inputs), strict=True))
-    loss, now = linear_loss(*inputs, targets_T, lambda logp, entropy, t: (slope_T[t] * logp, slope_T[t]), **options)
+    loss, now = linear_loss(*inputs, targets_T, lambda logp, entropy, t: (dlogp_T[t] * logp, dlogp_T[t]), **options)
     found |= {f"now/{name}": value for name, value in now._asdict().items()}
     gradients = zip(("loss/dhidden", "loss/dweight"), torch.autograd.grad(loss, inputs), strict=True)
     return {name: value.detach() for name, value in (found | dict(gradients)).items()}
@@ -78,10 +78,10 @@ def test_head_equals_the_definition_in_float64(shape, dtype, backend):
 @pytest.mark.parametrize("shape", HEAD_SHAPES[1:], ids=str)
 def test_rows_whose_logits_leave_fp32_s_exponentials_are_as_good_as_their_neighbours(shape):
     """In bf16, by the fused kernel: at a temperature of 0.02 logits reach hundreds, in the same blocks as others."""
-    hidden_TH, weight_VH, targets_T, temperature_T, slope_T = make_head(*shape, torch.bfloat16)
+    hidden_TH, weight_VH, targets_T, temperature_T, dlogp_T = make_head(*shape, torch.bfloat16)
     far_T = torch.arange(len(targets_T), device="cuda") % 5 == 0
     temperature_T[far_T] = 0.02
-    head = hidden_TH, weight_VH, targets_T, temperature_T, slope_T
+    head = hidden_TH, weight_VH, targets_T, temperature_T, dlogp_T
     expected, found = head_results(head, "reference", torch.float64), head_results(head, "triton")
     for rows_T in (far_T, ~far_T):
         for name in ("now/logp", "now/entropy", "now/lse"):
@@ -180,12 +180,11 @@ def test_grouped_loss_on_cuda_equals_cpu_and_a_cut_at_any_place_gives_the_same_b
 
 def test_training_step_on_cuda_is_finite_and_repeatable():
     """Megatron-Core with NCCL and one rank, our layer spec, bf16: two policies from one seed take the same step."""
-    from megatron_dypo.convert.stream import random_weights
+    from megatron_dypo.models.shape import model_shape
+    from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.policy.policy import Policy
-    from megatron_dypo.policy.shape import model_shape
     from megatron_dypo.runtime import distributed
-    from megatron_dypo.runtime.stopwatch import Stopwatch
-    from megatron_dypo.update import update_policy
+    from megatron_dypo.training.step import StepContext, update_policy
     from tests.batches import make_config
 
     config = make_config()
@@ -194,7 +193,7 @@ def test_training_step_on_cuda_is_finite_and_repeatable():
     seen = []
     for _ in range(2):
         policy = Policy(config, shape, layout, random_weights(shape, seed=1))
-        outcome = update_policy(policy, make_groups(), config, trace_ids, 1e-3, Stopwatch())
+        outcome = update_policy(policy, make_groups(), config, trace_ids, StepContext(1, 1e-3))
         assert outcome.skipped is None and policy.version == 1
         seen.append(outcome.metrics["loss/total"])
     assert seen[0] == pytest.approx(seen[1], rel=1e-6)
@@ -210,11 +209,11 @@ def waits_on_cuda(shape: str) -> list[int]:
     """Operations of a pass that synchronise, as torch counts them: with 2 layers, and with 4."""
     import warnings
 
-    from megatron_dypo.convert.stream import random_weights
+    from megatron_dypo.models.shape import model_shape
+    from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.policy.policy import Policy
-    from megatron_dypo.policy.shape import model_shape
     from megatron_dypo.runtime import distributed
-    from megatron_dypo.update import make_work
+    from megatron_dypo.training.minibatch import build_minibatches
     from tests.batches import make_config
 
     layout, waits = distributed.init(), []
@@ -223,7 +222,7 @@ def waits_on_cuda(shape: str) -> list[int]:
         config.model.shape = config.model.shape.model_copy(update={"num_layers": layers})
         model = model_shape(config.model)
         policy = Policy(config, model, layout, random_weights(model, seed=1))
-        (work,) = make_work(layout, make_groups(), config, trace_ids)
+        (work,) = build_minibatches(layout, make_groups(), config, trace_ids)
         policy.logprobs(work.rollouts)  # what is done once
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
@@ -272,7 +271,7 @@ def test_a_weights_gradient_is_added_in_fp32_on_cuda(dtype):
 
 
 def test_compiled_rope_is_rope_and_the_same_in_both_passes():
-    from megatron_dypo.policy.rope import angles, rotation
+    from megatron_dypo.policy.attention import angles, rotation
 
     turned = {}
     for tokens in (96, 160, 1000):
@@ -293,10 +292,10 @@ def test_compiled_rope_is_rope_and_the_same_in_both_passes():
 
 def swaps_and_a_step(on: str) -> dict:
     """Whether swaps are exact, how much pinned memory there is after each, and what an update takes at its peak."""
-    from megatron_dypo.convert.stream import random_weights
+    from megatron_dypo.models.shape import model_shape
+    from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.policy import reference
     from megatron_dypo.policy.policy import Policy
-    from megatron_dypo.policy.shape import model_shape
     from megatron_dypo.runtime import distributed
     from tests.batches import make_config
 

@@ -44,7 +44,7 @@ def test_updates_at_real_shapes_fit_an_h200(name):
     """By ``plan``'s prediction, reserve included; an H200 has 139 GiB."""
     from benchmarks.gpu_report.update import planned_need
     from benchmarks.gpu_report.workload import real_batch, update_config
-    from megatron_dypo.policy.shape import model_shape
+    from megatron_dypo.models.shape import model_shape
 
     options = STAGES[name].options
     batch = real_batch(options["budget"])
@@ -331,7 +331,7 @@ def test_every_stage_of_trainer_and_engine_runs_on_the_cpu_into_one_page(tmp_pat
 def test_tiny_stages_and_the_quickstart_share_one_engine(tmp_path):
     from benchmarks.gpu_report.engine import EOS, QUICKSTART, engine_key, rollout_config
     from megatron_dypo.config.load import load_config
-    from megatron_dypo.policy.shape import model_shape
+    from megatron_dypo.models.shape import model_shape
 
     record = Record(tmp_path / "found.json", {}, True, time.time(), {})
     configs = [rollout_config(record, "qwen3-4b", **STAGES[name].options)[0] for name in AGREEMENTS]

@@ -106,14 +106,14 @@ def statement(pack: Pack, rule: LossRule) -> dict[str, Tensor]:
     ratio_t = log_ratio_t.exp()
     clipped_t = (A_t > 0) & (ratio_t > 1 + rule.clip_high) | (A_t < 0) & (ratio_t < 1 - rule.clip_low)
     (grpo_slope_t,) = torch.autograd.grad((grpo_t + c_t * logp_t).sum(), logp_t, retain_graph=True)
-    (slope_t,) = torch.autograd.grad((grpo_t + (c_t + g_t - v_t) * logp_t).sum(), logp_t)
+    (dlogp_t,) = torch.autograd.grad((grpo_t + (c_t + g_t - v_t) * logp_t).sum(), logp_t)
     sums_t = (grpo_t, kl_t, grpo_slope_t.abs(), clipped_t * (rule.ratio_level == "token"), logp_t, entropy_t)
 
     def each(x_t: Tensor) -> Tensor:
         return torch.stack([piece.detach().double().sum() for piece in x_t.split(pack.counts)])
 
     sums = {name: each(x_t) for name, x_t in zip(SUMS, sums_t, strict=True)}
-    return {"summands": (grpo_t - v_t * logp_t).detach(), "slopes": slope_t} | sums
+    return {"summands": (grpo_t - v_t * logp_t).detach(), "slopes": dlogp_t} | sums
 
 
 def assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
@@ -220,7 +220,7 @@ def test_a_not_a_number_stays_in_its_sequence() -> None:
         getattr(spoilt, name)[20] = math.nan  # of sequence 3
         result = run(spoilt, rule)
         assert result["slopes"].isnan().nonzero().tolist() == [[20]]
-        for total in ("grpo", "grpo_slope"):
+        for total in ("grpo", "dlogp_grpo"):
             assert result[total].isnan().nonzero().tolist() == [[3]]
             assert torch.equal(result[total][[0, 1, 2, 4, 5, 6]], clean[total][[0, 1, 2, 4, 5, 6]])
 
@@ -332,7 +332,7 @@ def test_triton_compiles_for_an_h100_without_spills(tmp_path: Path) -> None:
     from megatron_dypo.kernels import triton_grouped_loss as kernel
     from megatron_dypo.kernels.grouped_loss import LANES
 
-    types = dict.fromkeys((*STREAMS, "coefficients", "summands", "slopes"), "*fp32")
+    types = dict.fromkeys((*STREAMS, "coefficients", "summands", "dlogp_out"), "*fp32")
     types |= {"cu_seqlens": "*i64", "sums": "*fp64", "first": "i32", "tokens": "i32", "sequences": "i32"}
     for rule, absent in (
         (LossRule(kl_coef=0.1, correction="truncate"), ()),

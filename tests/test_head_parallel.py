@@ -15,14 +15,14 @@ def problem():
     import torch
 
     draw = torch.Generator().manual_seed(0)
-    slope_T = torch.randn(TOKENS, generator=draw) * (torch.rand(TOKENS, generator=draw) < 0.6)
+    dlogp_T = torch.randn(TOKENS, generator=draw) * (torch.rand(TOKENS, generator=draw) < 0.6)
     far_T1 = torch.where(torch.arange(TOKENS) % 10 == 0, 60.0, 1.0).unsqueeze(1)  # exponentials that leave fp32
     return (
         torch.randn(TOKENS, HIDDEN, generator=draw) * far_T1,
         torch.randn(PADDED, HIDDEN, generator=draw) / 4,
         torch.randint(0, VOCABULARY, (TOKENS,), generator=draw),
         0.5 + torch.rand(TOKENS, generator=draw),
-        slope_T,
+        dlogp_T,
     )
 
 
@@ -35,10 +35,10 @@ def head_on_ranks(sequence_parallel: bool, with_main_grad: bool) -> dict[str, np
 
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    hidden_TH, weight_VH, targets_T, temperature_T, slope_T = problem()
+    hidden_TH, weight_VH, targets_T, temperature_T, dlogp_T = problem()
     keep = TOKENS // 8 * 8  # sequence parallelism cuts the rows evenly
-    hidden_TH, targets_T, temperature_T, slope_T = (
-        tensor[:keep] for tensor in (hidden_TH, targets_T, temperature_T, slope_T)
+    hidden_TH, targets_T, temperature_T, dlogp_T = (
+        tensor[:keep] for tensor in (hidden_TH, targets_T, temperature_T, dlogp_T)
     )
     options = {
         "temperature": temperature_T,
@@ -60,12 +60,12 @@ def head_on_ranks(sequence_parallel: bool, with_main_grad: bool) -> dict[str, np
 
     hidden, weight = inputs()
     logp_T, entropy_T, lse_T = linear_logprob(hidden, weight, targets_T, **options)
-    (logp_T * slope_T + 0.1 * entropy_T * slope_T.abs()).sum().backward()
+    (logp_T * dlogp_T + 0.1 * entropy_T * dlogp_T.abs()).sum().backward()
     found = {"logp": logp_T, "entropy": entropy_T, "lse": lse_T, "dhidden": hidden.grad, "dweight": gradient(weight)}
 
     hidden, weight = inputs()
     loss, logprobs = linear_loss(
-        hidden, weight, targets_T, lambda logp, entropy, t: (logp * slope_T[t], slope_T[t]), **options
+        hidden, weight, targets_T, lambda logp, entropy, t: (logp * dlogp_T[t], dlogp_T[t]), **options
     )
     loss.backward()
     found |= {f"loss/{name}": value for name, value in logprobs._asdict().items()}

@@ -21,15 +21,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from megatron_dypo.checkpoint.counters import NORMS_KEPT, NORMS_NEEDED, Counters, usual_norm
-from megatron_dypo.checkpoint.folders import complete_steps
+from megatron_dypo import run_folder
+from megatron_dypo.checkpoint.catalog import complete_steps
+from megatron_dypo.checkpoint.manager import NORMS_KEPT, NORMS_NEEDED, Counters, usual_norm
 from megatron_dypo.config.schema import Config
 from megatron_dypo.monitor.health import CALM, EMPTY_STEPS, NEEDED, RULES, TRUNCATED_STEPS, Health, warnings_of
 from megatron_dypo.monitor.metrics import MetricsFile, read_metrics
 from megatron_dypo.monitor.monitor import Monitor
 from megatron_dypo.monitor.progress import Progress, summary
 from megatron_dypo.records import Group, Prompt, Response
-from megatron_dypo.rollout.recorded import record, step_file
+from megatron_dypo.rollout.recording import record, step_file
 from megatron_dypo.runtime.distributed import Layout
 from tests.batches import make_groups, trace_ids
 from tests.full_disk import fill_disk, small_disk
@@ -283,16 +284,18 @@ def test_a_resume_on_a_full_disk_leaves_the_run_folder_as_it_was(disk):
             monitor.step(step, one_step(step))
     before = {path.name: path.read_bytes() for path in (disk / "run").iterdir()}
     fill_disk(disk)
-    with pytest.raises(OSError, match=r"No space left.*fingerprint\.json"), Monitor(settings, ALONE, 3):
+    with pytest.raises(OSError, match=r"No space left.*fingerprint\.json"):
+        run_folder.describe(settings, disk / "run")
+    with pytest.raises(OSError, match=r"No space left.*metrics\.jsonl"), Monitor(settings, ALONE, 3):
         pass
     assert {path.name: path.read_bytes() for path in (disk / "run").iterdir()} == before
 
 
 def test_a_step_that_cannot_be_recorded_is_a_warning_that_names_it(disk, caplog):
-    from megatron_dypo.rollout.source import RolloutSource
+    from megatron_dypo.rollout.manager import RolloutManager
 
     folder = disk / "rollouts"
-    source = RolloutSource(config(disk / "run", rollout={"record": str(folder)}), [], None, None, None, ALONE, None)
+    source = RolloutManager(config(disk / "run", rollout={"record": str(folder)}), [], None, None, None, ALONE, None)
     groups = make_groups()
     source.record(1, groups)
     whole = step_file(folder, 1).read_bytes()
@@ -325,24 +328,24 @@ def test_an_output_that_goes_to_a_full_disk_is_not_worth_the_run():
 
 @given(st.lists(st.floats(0, 1e12, allow_subnormal=True), max_size=12), st.integers(0, 20))
 def test_the_history_survives_a_checkpoint_bit_for_bit(part, at_once):
-    counters, norms = Counters(), part * 10
-    for start in range(0, len(norms), at_once + 1):
-        counters.count(start, 0, skipped=False, empty=False, norms=norms[start : start + at_once + 1])
+    counters, grad_norms = Counters(), part * 10
+    for start in range(0, len(grad_norms), at_once + 1):
+        counters.count(start, 0, skipped=False, empty=False, grad_norms=grad_norms[start : start + at_once + 1])
     back = Counters(**json.loads(json.dumps(asdict(counters))))
-    assert back == counters and back.norms == norms[-NORMS_KEPT:]
-    assert usual_norm(back.norms) == usual_norm(norms)
-    assert (usual_norm(norms) is None) == (len(norms) < NORMS_NEEDED)
+    assert back == counters and back.grad_norms == grad_norms[-NORMS_KEPT:]
+    assert usual_norm(back.grad_norms) == usual_norm(grad_norms)
+    assert (usual_norm(grad_norms) is None) == (len(grad_norms) < NORMS_NEEDED)
 
 
 def test_a_checkpoint_of_before_there_was_a_history_loads():
-    assert Counters(step=3, weight_version=3, skipped_steps=0).norms == []
+    assert Counters(step=3, weight_version=3, skipped_steps=0).grad_norms == []
 
 
 def test_the_device_s_peak_leaves_out_what_a_sleeping_engine_has_given_back(monkeypatch):
     """torch counts the engine's 100 bytes throughout; each phase has its own peak (CUDA's counters are stand-ins)."""
     import torch
 
-    from megatron_dypo.runtime.memory import DevicePeak
+    from megatron_dypo.runtime.measure import DevicePeak
 
     now = {"allocated": 100, "peak": 100}
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: now["peak"])
@@ -374,29 +377,32 @@ def spiking_update(spike_factor: float, times: float, unequal: bool) -> tuple[di
 
     ``unequal``: rank 1 sees a hair more of the norm.
     """
-    from megatron_dypo.runtime.memory import take_peaks
-    from megatron_dypo.update import logprob_passes, make_work, run_updates
+    from megatron_dypo.runtime.measure import take_peaks
+    from megatron_dypo.training.minibatch import build_minibatches
+    from megatron_dypo.training.passes import logprob_passes
+    from megatron_dypo.training.step import StepContext, run_updates
     from tests.test_update import build
 
     settings, policy = build({})
     settings.trainer.spike_factor = spike_factor
-    works = make_work(policy.layout, make_groups(), settings, trace_ids)
-    logprob_passes(policy, works, settings)
-    probe = run_updates(policy, works, settings, lr=0.0).norms[0]
+    minibatches = build_minibatches(policy.layout, make_groups(), settings, trace_ids)
+    logprob_passes(policy, minibatches, settings)
+    probe = run_updates(policy, minibatches, settings, StepContext(1, 0.0)).grad_norms[0]
     before, version = digest(policy), policy.version
     if unequal and policy.layout.rank == 1:
         exact = policy.grad_norm
         policy.grad_norm = lambda: exact() * (1 + 1e-6)
     kept = np.ones(300_000_000, np.uint8) if policy.layout.rank == 1 else None  # one rank needs more memory
     peak = take_peaks()["perf/host_memory_gib"]
-    outcome = run_updates(policy, works, settings, 1e-3, [probe / times] * NORMS_NEEDED)
+    context = StepContext(1, 1e-3, grad_norms=[probe / times] * NORMS_NEEDED)
+    outcome = run_updates(policy, minibatches, settings, context)
     del kept
     changed = digest(policy) != before
     return {
         "skipped": outcome.skipped,
         "changed": changed,
         "applied": policy.version - version,
-        "norms": outcome.norms,
+        "norms": outcome.grad_norms,
         "metrics": outcome.metrics,
         "memory": outcome.memory,
     }, peak
@@ -433,7 +439,9 @@ def spoilt_update(fault: str) -> dict:
     """An update with something that is not finite, planted on one rank or in one sequence."""
     import torch
 
-    from megatron_dypo.update import logprob_passes, make_work, run_updates
+    from megatron_dypo.training.minibatch import build_minibatches
+    from megatron_dypo.training.passes import logprob_passes
+    from megatron_dypo.training.step import StepContext, run_updates
     from tests.test_update import build
 
     def one_odd_trace(group: Group, teacher: int) -> np.ndarray:
@@ -442,17 +450,17 @@ def spoilt_update(fault: str) -> dict:
         return ids
 
     settings, policy = build({})
-    works = make_work(policy.layout, make_groups(vocabulary=ODD), settings, one_odd_trace)
+    minibatches = build_minibatches(policy.layout, make_groups(vocabulary=ODD), settings, one_odd_trace)
     if fault == "teacher":
         with torch.no_grad():
             policy.parameters["embedding.word_embeddings.weight"][ODD] = math.nan
-    _, offenders = logprob_passes(policy, works, settings)
+    _, offenders = logprob_passes(policy, minibatches, settings)
     assert offenders is None
     if fault == "backward" and policy.layout.rank == 1:
         policy.parameters["decoder.final_layernorm.weight"].register_hook(lambda gradient: gradient * math.inf)
     before = digest(policy)
-    outcome = run_updates(policy, works, settings, lr=1e-3)
-    return {"skipped": outcome.skipped, "changed": digest(policy) != before, "norms": outcome.norms}
+    outcome = run_updates(policy, minibatches, settings, StepContext(1, 1e-3))
+    return {"skipped": outcome.skipped, "changed": digest(policy) != before, "norms": outcome.grad_norms}
 
 
 @pytest.mark.parametrize(
@@ -469,14 +477,15 @@ def test_what_is_not_finite_is_named(fault, expected):
 
 
 def non_finite_batch() -> str:
-    from megatron_dypo.update import logprob_passes, make_work
+    from megatron_dypo.training.minibatch import build_minibatches
+    from megatron_dypo.training.passes import logprob_passes
     from tests.test_update import build
 
     settings, policy = build({})
     groups = make_groups()
     groups[0].responses[2].logprobs[0] = math.nan
     groups[3].responses[1].reward = math.inf
-    return logprob_passes(policy, make_work(policy.layout, groups, settings, trace_ids), settings)[1]
+    return logprob_passes(policy, build_minibatches(policy.layout, groups, settings, trace_ids), settings)[1]
 
 
 def test_all_offenders_of_a_bad_batch_are_named():
@@ -520,11 +529,11 @@ def recorded_run(folder: Path, steps: int) -> list[str]:
 
 def train_here(arguments: list[str]) -> None:
     from megatron_dypo.config import load_config
-    from megatron_dypo.preflight import prepare
-    from megatron_dypo.train import train
+    from megatron_dypo.preflight import check_inputs
+    from megatron_dypo.trainer import train
 
     loaded = load_config(arguments[0], arguments[1:])
-    train(loaded, prepare(loaded, arguments[0]))
+    train(loaded, check_inputs(loaded, arguments[0]))
 
 
 def test_a_run_that_skips_too_often_stops_with_prompt_ids_and_resumes_exactly(tmp_path):

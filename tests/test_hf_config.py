@@ -12,11 +12,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-from megatron_dypo.convert.families import FAMILIES
-from megatron_dypo.convert.hf_metadata import copy_metadata
+from megatron_dypo.convert.hf_files import copy_metadata
 from megatron_dypo.errors import UserError
-from megatron_dypo.policy.rope import frequencies
-from megatron_dypo.policy.shape import ModelShape, folder_shape
+from megatron_dypo.models.families import FAMILIES
+from megatron_dypo.models.shape import ModelShape, folder_shape
+from megatron_dypo.policy.attention import frequencies
 
 SIZES = {
     "vocab_size": 32,

@@ -14,11 +14,11 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Library
 from transformers import PreTrainedTokenizerFast
 
-from megatron_dypo.data.check import with_usable_traces
-from megatron_dypo.data.kept import check_kept, keep, start_day
+from megatron_dypo.data.dataset import with_usable_traces
+from megatron_dypo.data.provenance import check_kept, keep, start_day
 from megatron_dypo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dypo.errors import UserError
-from megatron_dypo.policy.shape import PRESETS
+from megatron_dypo.models.shape import PRESETS
 from megatron_dypo.records import Prompt, Teacher
 from tests.batches import make_config
 from tests.ranks import run_ranks

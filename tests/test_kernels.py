@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dypo.kernels import flow, linear_logprob, linear_loss, workspace
+from megatron_dypo.kernels import autograd, linear_logprob, linear_loss, workspace
 from megatron_dypo.kernels.chunked import CHUNK
 
 BACKENDS = ["reference", "chunked"]
@@ -198,26 +198,26 @@ def test_a_nearly_sure_token_keeps_the_digits_of_1_minus_p(shift: float) -> None
 @pytest.fixture
 def halves_as_on_cuda(monkeypatch) -> None:
     """The branch that half precision takes there: products of halves, added up in fp32, gradients' factors halves."""
-    monkeypatch.setattr(flow, "multiplies_halves", lambda hidden: hidden.dtype in flow.HALVES)
+    monkeypatch.setattr(autograd, "multiplies_halves", lambda hidden: hidden.dtype in autograd.HALVES)
 
 
 def assert_same_in_halves(dtype: torch.dtype, temperature: float | str, active: float, entropy: bool, backend: str):
     """Values as good as in fp32, gradients rounded; from ``linear_logprob`` and ``linear_loss``."""
     tokens, rows = 37, 96
     hidden_TH, weight_VH, targets_T, temperature_T = make_head(tokens, rows, scale=2.0, dtype=dtype)
-    slope_T = torch.where(torch.rand(tokens, generator=torch.Generator().manual_seed(2)) < active, 1.0, 0.0)
-    slope_T *= directions(tokens)[0] + 2
+    dlogp_T = torch.where(torch.rand(tokens, generator=torch.Generator().manual_seed(2)) < active, 1.0, 0.0)
+    dlogp_T *= directions(tokens)[0] + 2
     temperature_T = temperature_T if temperature == "each" else torch.full((tokens,), temperature)
     options = {"temperature": temperature_T if temperature == "each" else temperature, "vocab_size": 90}
     targets_T %= 90
     inputs = hidden_TH.clone().requires_grad_(), weight_VH.clone().requires_grad_()
     *expected, largest = plain(*inputs, targets_T, temperature_T, 90)
-    correct = torch.autograd.grad((slope_T * expected[0]).sum(), inputs, retain_graph=True)
+    correct = torch.autograd.grad((dlogp_T * expected[0]).sum(), inputs, retain_graph=True)
     result = linear_logprob(*inputs, targets_T, entropy=entropy, backend=backend, **options)
     loss, evaluated = linear_loss(
         *inputs,
         targets_T,
-        lambda logp, _, t: (slope_T[t] * logp, slope_T[t]),
+        lambda logp, _, t: (dlogp_T[t] * logp, dlogp_T[t]),
         entropy=entropy,
         backend=backend,
         **options,
@@ -227,15 +227,15 @@ def assert_same_in_halves(dtype: torch.dtype, temperature: float | str, active: 
             assert value is None or torch.all((value - exact).abs() <= VALUE * largest)
     found = (
         torch.autograd.grad(loss, inputs),
-        torch.autograd.grad((slope_T * result.logp).sum(), inputs, retain_graph=True),
+        torch.autograd.grad((dlogp_T * result.logp).sum(), inputs, retain_graph=True),
     )
     for ours in found:
         for gradient, exact in zip(ours, correct, strict=True):
             assert gradient.dtype == dtype
             assert_near(gradient, exact, 1e-2 if dtype == torch.bfloat16 else 2e-3)
     if entropy:
-        mixed = result.logp * slope_T + 0.3 * result.entropy * slope_T.abs()
-        exact = expected[0] * slope_T + 0.3 * expected[1] * slope_T.abs()
+        mixed = result.logp * dlogp_T + 0.3 * result.entropy * dlogp_T.abs()
+        exact = expected[0] * dlogp_T + 0.3 * expected[1] * dlogp_T.abs()
         pairs = zip(torch.autograd.grad(mixed.sum(), inputs), torch.autograd.grad(exact.sum(), inputs), strict=True)
         for gradient, right in pairs:
             assert_near(gradient, right, 1e-2 if dtype == torch.bfloat16 else 2e-3)
@@ -317,19 +317,19 @@ def test_a_local_loss_of_flat_and_confident_distributions(backend: str, scale: f
     """Half of the targets are likely; others are in tiles whose p are all 0 in fp32, and some tokens have no slope."""
     hidden_TH, weight_VH, targets_T, temperature_T = make_head(64, scale=scale)
     top_T = (hidden_TH @ weight_VH.t()).argmax(1)
-    targets_T, slope_T = torch.where(torch.arange(64) % 2 == 0, top_T, targets_T), directions(64)[0]
+    targets_T, dlogp_T = torch.where(torch.arange(64) % 2 == 0, top_T, targets_T), directions(64)[0]
     inputs = hidden_TH.requires_grad_(), weight_VH.requires_grad_()
     loss, logprobs = linear_loss(
         *inputs,
         targets_T,
-        lambda logp_t, entropy_t, t: (slope_T[t] * logp_t, slope_T[t]),
+        lambda logp_t, entropy_t, t: (dlogp_T[t] * logp_t, dlogp_T[t]),
         temperature=temperature_T,
         backend=backend,
     )
     if scale == 60.0:
-        assert (logprobs.logp[slope_T != 0] < -150).any()
+        assert (logprobs.logp[dlogp_T != 0] < -150).any()
     expected_T = plain(*inputs, targets_T, temperature_T)[0]
-    ours, correct = torch.autograd.grad(loss, inputs), gradients([expected_T], [slope_T], *inputs)
+    ours, correct = torch.autograd.grad(loss, inputs), gradients([expected_T], [dlogp_T], *inputs)
     for actual, exact in zip(ours, correct, strict=True):
         assert_near(actual, exact, 1e-5)
 
@@ -347,12 +347,12 @@ def test_logits_far_from_zero_beside_others() -> None:
     hidden_TH[:, 1] = torch.tensor([0.0, 0.0, 90.0, -90.0])[place_T % 4] * temperature_T
     assert_same_head((hidden_TH, weight_VH, targets_T, temperature_T), "chunked", tolerance=3e-5)
 
-    slope_T = torch.where(place_T % 3 == 0, 0.0, directions(tokens)[0])
+    dlogp_T = torch.where(place_T % 3 == 0, 0.0, directions(tokens)[0])
     inputs = hidden_TH.requires_grad_(), weight_VH.requires_grad_()
     loss, logprobs = linear_loss(
-        *inputs, targets_T, lambda logp_t, _, t: (slope_T[t] * logp_t, slope_T[t]), temperature=temperature_T
+        *inputs, targets_T, lambda logp_t, _, t: (dlogp_T[t] * logp_t, dlogp_T[t]), temperature=temperature_T
     )
-    expected = gradients([plain(*inputs, targets_T, temperature_T)[0]], [slope_T], *inputs)
+    expected = gradients([plain(*inputs, targets_T, temperature_T)[0]], [dlogp_T], *inputs)
     for actual, exact in zip(torch.autograd.grad(loss, inputs), expected, strict=True):
         assert_near(actual, exact, 3e-5)
     some_T = torch.arange(0, tokens, 7)  # among other neighbours
@@ -499,7 +499,7 @@ def test_bad_input_is_refused_by_name(bad: str) -> None:
 
 
 def test_the_mathematics_imports_neither_megatron_nor_vllm() -> None:
-    modules = ["kernels", "objectives", "batching.micro_batch", "batching.plan", "batching.sequences"]
+    modules = ["kernels", "objectives", "training.packing"]
     program = (
         "import sys\n"
         + "".join(f"import megatron_dypo.{name}\n" for name in modules)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_dypo.rollout.recorded import record
+from megatron_dypo.rollout.recording import record
 from tests.batches import make_config, make_groups, route, trace_ids
 from tests.launch import copy_task, metrics, torchrun, train_here
 from tests.ranks import run_ranks
@@ -21,11 +21,13 @@ from tests.ranks import run_ranks
 def train_steps(shape: str, budget: int, steps: int, sections: dict, prompts: int = 12) -> dict:
     """``steps`` updates on made-up groups; this rank's metrics, first gradients and final weights as numpy, and a
     digest of the initial weights."""
-    from megatron_dypo.convert.stream import hf_tensors, random_weights
+    from megatron_dypo.models.shape import model_shape
+    from megatron_dypo.models.sharding import hf_tensors, random_weights
     from megatron_dypo.policy.policy import Policy
-    from megatron_dypo.policy.shape import model_shape
     from megatron_dypo.runtime import distributed
-    from megatron_dypo.update import logprob_passes, make_work, run_updates
+    from megatron_dypo.training.minibatch import build_minibatches
+    from megatron_dypo.training.passes import logprob_passes
+    from megatron_dypo.training.step import StepContext, run_updates
 
     config = make_config(shape, budget, **sections)
     layout = distributed.init(config.parallel)
@@ -37,10 +39,10 @@ def train_steps(shape: str, budget: int, steps: int, sections: dict, prompts: in
         groups = make_groups(prompts, seed=step)
         if config.policy.routing_replay == "rollout":
             route(groups, model.num_layers, model.router_topk, model.num_experts)
-        works = make_work(policy.layout, groups, config, trace_ids)
-        mismatch, offender = logprob_passes(policy, works, config)
+        minibatches = build_minibatches(policy.layout, groups, config, trace_ids)
+        mismatch, offender = logprob_passes(policy, minibatches, config)
         assert offender is None
-        outcome = run_updates(policy, works, config, lr=1e-3)
+        outcome = run_updates(policy, minibatches, config, StepContext(1, 1e-3))
         history.append(mismatch | outcome.metrics)
         if step == 0:
             main_grads = {name: parameter.main_grad for name, parameter in policy.parameters.items()}
@@ -48,7 +50,7 @@ def train_steps(shape: str, budget: int, steps: int, sections: dict, prompts: in
             gradients = {name: tensor.numpy().copy() for name, tensor in tensors}
     weights = {name: tensor.numpy().copy() for name, tensor in policy.named_tensors()}
     final = {"gradients": gradients, "weights": weights}
-    return final | {"history": history, "initial": initial, "batches": len(works[0].rollouts)}
+    return final | {"history": history, "initial": initial, "batches": len(minibatches[0].rollouts)}
 
 
 SEVERAL = {"objective": {"updates_per_rollout": 3}}

@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_dypo.batching.sequences import training_sequences
 from megatron_dypo.config.schema import Objective
 from megatron_dypo.objectives import (
     Regime,
@@ -31,9 +30,9 @@ from megatron_dypo.objectives import (
     pair_statistics,
     sequence_terms,
 )
-from megatron_dypo.objectives.coefficients import BatchTerms, alpha, needs_reference
-from megatron_dypo.objectives.correction import Correction
+from megatron_dypo.objectives.coefficients import BatchTerms, Correction, alpha, needs_reference
 from megatron_dypo.records import Group, Kind, Prompt, Response, Sequence
+from megatron_dypo.training.minibatch import training_sequences
 from tests import reference_objective as page
 
 LONGEST = 9  # tokens of a response; the default of aggregation_constant
@@ -405,10 +404,10 @@ def test_on_the_first_step_every_ratio_is_exactly_one(ratio_base: str) -> None:
         Correction("truncate"),
         torch.float32,
     )
-    summands_N, slopes_N = stream.terms(logp_N.detach(), None, slice(0, len(logp_N)))
+    summands_N, dlogp_N = stream.terms(logp_N.detach(), None, slice(0, len(logp_N)))
     advantage_N, grpo_N, _, gal_slope_N, _ = stream.coefficients_CS.repeat_interleave(stream.cu_seqlens.diff(), 1)
     assert torch.equal(summands_N, -grpo_N * advantage_N)
-    assert torch.equal(slopes_N, -grpo_N * advantage_N + gal_slope_N)
+    assert torch.equal(dlogp_N, -grpo_N * advantage_N + gal_slope_N)
     assert stream.totals["clipped"] == 0 and stream.totals["loss/kl"] == 0
     assert terms.eta == 0.25 and terms.spread == 0.0 and terms.saturated == 0.0
 

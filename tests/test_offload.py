@@ -26,9 +26,9 @@ def live_bytes() -> int:
 
 def build(shape: str, sections: dict):
     """(config, policy) on this rank, the same weights each time."""
-    from megatron_dypo.convert.stream import random_weights
+    from megatron_dypo.models.shape import model_shape
+    from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.policy.policy import Policy
-    from megatron_dypo.policy.shape import model_shape
     from megatron_dypo.runtime import distributed
 
     config = make_config(shape, **sections)
@@ -44,9 +44,8 @@ def updates(shape: str, sections: dict, offloaded: bool, chunk: int = 1000) -> d
     """
     from megatron_dypo.kernels import workspace
     from megatron_dypo.policy import host_memory
-    from megatron_dypo.policy.adam_state import adam_parts
-    from megatron_dypo.runtime.stopwatch import Stopwatch
-    from megatron_dypo.update import update_policy
+    from megatron_dypo.policy.optimizer import adam_parts
+    from megatron_dypo.training.step import StepContext, update_policy
 
     host_memory.CHUNK = chunk
     gc.freeze()  # what was there before the policy is not looked at again and again
@@ -67,7 +66,7 @@ def updates(shape: str, sections: dict, offloaded: bool, chunk: int = 1000) -> d
 
     for step in range(STEPS):
         turn()
-        outcome = update_policy(policy, make_groups(seed=step), config, trace_ids, 1e-2, Stopwatch())
+        outcome = update_policy(policy, make_groups(seed=step), config, trace_ids, StepContext(1, 1e-2))
         assert outcome.skipped is None and not outcome.empty
         found["metrics"].append(outcome.metrics)
         del outcome  # with the step's micro-batches
@@ -174,7 +173,7 @@ def turns_of_the_engine(name: str, folder: str) -> list[list]:
 
     from megatron_dypo.data.tokenizer import load_tokenizer
     from megatron_dypo.rollout.engine import Request, Sampling, build_engine
-    from megatron_dypo.sync.weights import Weights
+    from megatron_dypo.weight_sync.source import Weights
 
     config, policy = build("llama", {"rollout": {"engine": name, "verify_sync": "sent"}})
     engine = build_engine(config, policy.shape, load_tokenizer(config, policy.shape), Path(folder), policy.layout)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_dypo.checkpoint.folders import complete_steps, step_folder
+from megatron_dypo.checkpoint.catalog import complete_steps, step_folder
 from megatron_dypo.errors import TrainingError, UserError
 from tests.batches import make_config, make_groups
 from tests.launch import checkpoint_digests, copy_task, metrics, train_here, without_times
@@ -49,12 +49,12 @@ def train_in_step(config: str) -> tuple[bool, int]:
     """
     import threading
 
-    from megatron_dypo import train
-    from megatron_dypo.rollout.transformers_engine import TransformersEngine
-    from megatron_dypo.runtime.failure import place
+    from megatron_dypo import trainer
+    from megatron_dypo.rollout.hf_engine import HfEngine
+    from megatron_dypo.runtime.failure import current_phase
 
     meeting, threads = threading.Barrier(2, timeout=60), set()
-    generate, update = TransformersEngine.generate, train.update_policy
+    generate, update = HfEngine.generate, trainer.update_policy
 
     def generate_in_step(*arguments):
         thread = threading.current_thread()
@@ -65,11 +65,11 @@ def train_in_step(config: str) -> tuple[bool, int]:
         return generate(*arguments)
 
     def update_in_step(*arguments):
-        if place().step < STEPS:
+        if current_phase().step < STEPS:
             meeting.wait()
         return update(*arguments)
 
-    TransformersEngine.generate, train.update_policy = generate_in_step, update_in_step
+    HfEngine.generate, trainer.update_policy = generate_in_step, update_in_step
     train_here(config, [])
     return threading.main_thread() in threads, len(threads - {threading.main_thread()})
 
@@ -78,25 +78,25 @@ def fail_beside_a_hanging_engine(config: str, step: int) -> None:
     """Train until an update fails, with an engine beside it that never comes back."""
     import threading
 
-    from megatron_dypo import train
-    from megatron_dypo.rollout.transformers_engine import TransformersEngine
-    from megatron_dypo.runtime.failure import place
+    from megatron_dypo import trainer
+    from megatron_dypo.rollout.hf_engine import HfEngine
+    from megatron_dypo.runtime.failure import current_phase
 
-    sampling, generate, update = threading.Event(), TransformersEngine.generate, train.update_policy
+    sampling, generate, update = threading.Event(), HfEngine.generate, trainer.update_policy
 
     def generate_or_hang(*arguments):
-        if place().step == step and threading.current_thread() is not threading.main_thread():
+        if current_phase().step == step and threading.current_thread() is not threading.main_thread():
             sampling.set()
             threading.Event().wait()
         return generate(*arguments)
 
     def update_or_fail(*arguments):
-        if place().step == step:
+        if current_phase().step == step:
             assert sampling.wait(60)
             raise ArithmeticError("the update failed")
         return update(*arguments)
 
-    TransformersEngine.generate, train.update_policy = generate_or_hang, update_or_fail
+    HfEngine.generate, trainer.update_policy = generate_or_hang, update_or_fail
     train_here(config, [])
 
 
@@ -143,9 +143,9 @@ def test_a_killed_run_goes_on_with_the_batch_in_flight_bit_for_bit(straight, tmp
     with pytest.raises(AssertionError, match="ArithmeticError: the update failed"):
         run_ranks(2, fail_beside_a_hanging_engine, str(config), 5, seconds=90)
     saved = complete_steps(tmp_path / "run")[-1]
-    in_flight = step_folder(tmp_path / "run", saved) / "in_flight.jsonl"
+    prefetched = step_folder(tmp_path / "run", saved) / "in_flight.jsonl"
     refilled = metrics(straight / "run")[saved]["rollout/refilled"]  # of the step after
-    assert len(in_flight.read_text().splitlines()) == 8 + refilled
+    assert len(prefetched.read_text().splitlines()) == 8 + refilled
     assert run_ranks(2, train_in_step, str(config)) == [(False, STEPS - saved - 1)] * 2
     assert without_times(metrics(tmp_path / "run")) == without_times(metrics(straight / "run"))
     for step in range(1, STEPS + 1):
@@ -179,7 +179,7 @@ def test_a_replay_is_held_to_an_age_that_is_asked_for(straight, tmp_path):
     ],
 )
 def test_a_response_that_is_too_old_is_refused_by_prompt_versions_and_key(rollout, updates, oldest):
-    from megatron_dypo.rollout.staleness import check_staleness
+    from megatron_dypo.rollout.manager import check_staleness
 
     config = make_config(rollout=rollout, objective={"updates_per_rollout": updates})
     groups = make_groups()
@@ -204,10 +204,10 @@ def make_source(config: str, overrides: list[str], generate, reward):
     import torch.distributed as dist
 
     from megatron_dypo.config import load_config
-    from megatron_dypo.data import load_data
+    from megatron_dypo.data.dataset import load_data
     from megatron_dypo.data.tokenizer import load_tokenizer
-    from megatron_dypo.policy.shape import model_shape
-    from megatron_dypo.rollout.source import RolloutSource
+    from megatron_dypo.models.shape import model_shape
+    from megatron_dypo.rollout.manager import RolloutManager
     from megatron_dypo.runtime import distributed
     from megatron_dypo.runtime.distributed import Layout
 
@@ -217,7 +217,7 @@ def make_source(config: str, overrides: list[str], generate, reward):
     layout = Layout(rank=dist.get_rank(), world=dist.get_world_size())
     engine = SimpleNamespace(generate=generate)
     tokenizer = load_tokenizer(loaded, shape)
-    return RolloutSource(loaded, load_data(loaded.data)[0], tokenizer, engine, reward, layout, shape)
+    return RolloutManager(loaded, load_data(loaded.data)[0], tokenizer, engine, reward, layout, shape)
 
 
 def from_seeds(requests, sampling):
@@ -239,19 +239,19 @@ def batches(config: str, overrides: list[str], easy: int) -> list[tuple[str, str
     """(groups that train, groups that were replaced) as recorded lines, of steps 1 to 3: at once, and as overlapped."""
     import functools
 
-    from megatron_dypo.rollout.recorded import lines
-    from megatron_dypo.runtime.stopwatch import Stopwatch
+    from megatron_dypo.rollout.recording import lines
+    from megatron_dypo.runtime.measure import StepTimer
 
     found = []
     for beside in (False, True):
         more = [*overrides, f"rollout.async_rollout={int(beside)}", "trainer.steps=4"]
         source = make_source(config, more, from_seeds, functools.partial(easy_below, easy))
         for step in (1, 2, 3):
-            batch = source.batch(step, Stopwatch())
+            batch = source.batch(step, StepTimer())
             found.append((lines(batch.groups), lines(batch.replaced)))
-            source.begin_next(step)
-            source.finish_next(Stopwatch())
-            assert (source.in_flight is not None) == beside
+            with source.prefetch(step + 1, StepTimer()):
+                pass
+            assert (source.prefetched is not None) == beside
     return found
 
 
@@ -290,7 +290,7 @@ def test_where_all_prompts_are_easy_refill_ends_with_its_rounds_or_with_the_rows
 def failures_beside(config: str) -> list[tuple[str, str, str]]:
     """(type, message, place) of what surfaces of an error in the engine, and of one in the reward function."""
     from megatron_dypo.runtime.failure import begin_step
-    from megatron_dypo.runtime.stopwatch import Stopwatch
+    from megatron_dypo.runtime.measure import StepTimer
 
     def refuse(requests, sampling):
         raise UserError("no such address")
@@ -302,9 +302,9 @@ def failures_beside(config: str) -> list[tuple[str, str, str]]:
     for generate, reward in ((refuse, divide), (from_seeds, divide)):
         source = make_source(config, OVERLAP, generate, reward)
         begin_step(4)
-        source.begin_next(4)
         try:
-            source.finish_next(Stopwatch())
+            with source.prefetch(5, StepTimer()):
+                pass
         except Exception as error:
             found.append((type(error).__name__, str(error), str(error.place)))
     return found
@@ -326,27 +326,25 @@ def places_while_sampling(config: str) -> list[str]:
     import threading
     import time
 
-    from megatron_dypo.runtime.failure import begin_step, phase, place
-    from megatron_dypo.runtime.stopwatch import Stopwatch
+    from megatron_dypo.runtime.failure import begin_step, current_phase, phase
+    from megatron_dypo.runtime.measure import StepTimer
 
     seen, begun = [], threading.Event()
 
     def watch(requests, sampling):
-        seen.append(str(place()))
+        seen.append(str(current_phase()))
         begun.set()
         deadline = time.monotonic() + 60
-        while place().phase != "rollout" and time.monotonic() < deadline:
+        while current_phase().name != "rollout" and time.monotonic() < deadline:
             time.sleep(0.001)
-        seen.append(str(place()))
+        seen.append(str(current_phase()))
         return from_seeds(requests, sampling)
 
     source = make_source(config, OVERLAP, watch, functools.partial(easy_below, 0))
     begin_step(4)
-    with phase("update"):
-        source.begin_next(4)
+    with phase("update"), source.prefetch(5, StepTimer()):
         assert begun.wait(60)
-    source.finish_next(Stopwatch())
-    return [*seen, str(place())]
+    return [*seen, str(current_phase())]
 
 
 def test_the_rank_is_where_its_main_thread_is_and_the_wait_is_a_phase_with_a_deadline(tmp_path):
@@ -358,7 +356,7 @@ def test_the_rank_is_where_its_main_thread_is_and_the_wait_is_a_phase_with_a_dea
 
 def test_work_beside_does_not_keep_the_process_from_ending():
     program = (
-        "import threading; from megatron_dypo.runtime.background import in_thread;"
+        "import threading; from megatron_dypo.runtime.process import in_thread;"
         "in_thread(threading.Event().wait, 'rollout'); raise KeyboardInterrupt"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)

@@ -13,19 +13,16 @@ import pytest
 
 from megatron_dypo.cli import main
 from megatron_dypo.config import load_config
-from megatron_dypo.config.checks import check_layout
 from megatron_dypo.config.schema import Parallel
 from megatron_dypo.errors import UserError
-from megatron_dypo.plan.cluster import Candidate, Cluster, Work
-from megatron_dypo.plan.gpus import gpu
-from megatron_dypo.plan.host import host_need
-from megatron_dypo.plan.launch import commands, nodes_of
-from megatron_dypo.plan.layouts import plan
-from megatron_dypo.plan.memory import GIB, UNEVEN, activation_bytes, policy_need, rank_parameters
-from megatron_dypo.plan.reference import place_reference
-from megatron_dypo.plan.released import RELEASED, planned_shape
-from megatron_dypo.plan.steptime import step_seconds
-from megatron_dypo.policy.shape import PRESETS, ModelShape
+from megatron_dypo.models.limits import check_layout
+from megatron_dypo.models.shape import PRESETS, ModelShape
+from megatron_dypo.planner.cluster import RELEASED, Candidate, Cluster, StepWorkload, gpu, planned_shape
+from megatron_dypo.planner.launch import commands, nodes_of
+from megatron_dypo.planner.memory import GIB, UNEVEN, activation_bytes, host_need, policy_need, rank_parameters
+from megatron_dypo.planner.reference import place_reference
+from megatron_dypo.planner.search import plan
+from megatron_dypo.planner.steptime import step_seconds
 from megatron_dypo.runtime.distributed import Layout
 from tests.batches import make_config
 from tests.ranks import run_ranks
@@ -33,7 +30,7 @@ from tests.ranks import run_ranks
 SHAPE = dataclasses.replace(
     PRESETS["tiny"], family="qwen3", num_layers=8, num_query_groups=2, vocab_size=5000, max_position=1024
 )
-WORK = Work(
+WORK = StepWorkload(
     prompts=64, samples=8, prompt_tokens=200, response_tokens=1000, longest=4096, teacher_tokens=1000, budget=8192,
     mid=0.5, hard=0.25,
 )  # fmt: skip
@@ -59,8 +56,8 @@ EXPERT_LAYOUTS = [  # (cut, ranks): in each of them experts and the rest are sha
 
 def counted(shape: ModelShape, parallel: dict, distributed: bool) -> tuple[int, int, int, int]:
     """Bytes of this rank's weights, gradients and optimizer state, and its parameters. To be run on a forked rank."""
-    from megatron_dypo.convert.stream import random_weights
-    from megatron_dypo.policy.adam_state import adam_parts
+    from megatron_dypo.models.sharding import random_weights
+    from megatron_dypo.policy.optimizer import adam_parts
     from megatron_dypo.policy.policy import Policy
     from megatron_dypo.runtime import distributed as runtime
     from tests.batches import make_config
@@ -102,12 +99,12 @@ NO_REFERENCE = {"method": "grpo", "kl_coef": 0.0}
 def held_on_the_host(model: str, sections: dict) -> list[dict]:
     """Of this rank, in each combination: bytes allocated, and the planner's of reference, trainer.offload, a save."""
     from megatron_dypo.checkpoint.state import exchange_holders, snapshot
-    from megatron_dypo.convert.stream import random_weights
-    from megatron_dypo.plan.command import work_of
-    from megatron_dypo.plan.reference import candidate_of
+    from megatron_dypo.models.shape import model_shape
+    from megatron_dypo.models.sharding import random_weights
+    from megatron_dypo.planner.command import work_of
+    from megatron_dypo.planner.reference import candidate_of
     from megatron_dypo.policy import host_memory
     from megatron_dypo.policy.policy import Policy
-    from megatron_dypo.policy.shape import model_shape
     from megatron_dypo.runtime import distributed as runtime
 
     host_memory.CHUNK = 4096  # of pinned memory
@@ -260,9 +257,9 @@ def saved_by_a_layer(shape: ModelShape, tokens: int) -> float:
     import numpy as np
     import torch
 
-    from megatron_dypo.batching.micro_batch import MicroBatch
-    from megatron_dypo.convert.stream import random_weights
+    from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.policy import attention
+    from megatron_dypo.policy.micro_batch import MicroBatch
     from megatron_dypo.policy.policy import Policy
     from megatron_dypo.records import Kind, Sequence
     from megatron_dypo.runtime import distributed as runtime
@@ -304,9 +301,9 @@ def saved_by_a_mixture(shape: ModelShape, tokens: int) -> float:
     """Bytes a token that a mixture of experts keeps in bf16 for its backward pass. To be run on a forked rank."""
     import torch
 
-    from megatron_dypo.convert.stream import random_weights
+    from megatron_dypo.models.sharding import random_weights
+    from megatron_dypo.policy.moe import Routing
     from megatron_dypo.policy.policy import Policy
-    from megatron_dypo.policy.routing import Routing
     from megatron_dypo.runtime import distributed as runtime
     from tests.batches import make_config
 
@@ -395,7 +392,7 @@ def test_published_step_times_are_met_within_30_percent(name):
     model, gpus, length, seconds, layout = PUBLISHED[name]
     shape, cluster, off_policy = RELEASED[model], Cluster(gpus, 80 * GIB, gpu("h100")), "server_gpus" in layout
     prompts, longest, updates = (16, 8192, 1) if "235B" in name else (64, 4096, 4)
-    work = Work(
+    work = StepWorkload(
         prompts, 32, 150, length - 150, longest, 0, 8192, mid=1.0, hard=0.0, passes=2, updates=updates,
         overlap=off_policy,
     )  # fmt: skip

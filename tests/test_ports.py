@@ -18,7 +18,7 @@ from torch.distributed import TCPStore
 
 from megatron_dypo.errors import UserError
 from megatron_dypo.rollout import serve
-from megatron_dypo.runtime import meeting
+from megatron_dypo.runtime import rendezvous_check
 from tests.test_launch import LAUNCH, environment, free_port
 
 
@@ -39,20 +39,20 @@ def listening(answer: bytes = b"") -> Iterator[int]:
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.0 400 Bad Request\r\n\r\n"])
 def test_a_head_s_port_that_another_program_holds_is_named(answer, monkeypatch):
-    monkeypatch.setattr(meeting, "SECONDS", 1.0)
+    monkeypatch.setattr(rendezvous_check, "SECONDS", 1.0)
     with listening(answer) as port, pytest.raises(UserError, match=f"HEAD=127.0.0.1:{port}: another program listens"):
-        meeting.check_meeting(f"127.0.0.1:{port}")
+        rendezvous_check.check_rendezvous(f"127.0.0.1:{port}")
 
 
 def test_a_head_s_port_that_is_free_or_has_the_job_s_store_is_fine():
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    meeting.check_meeting(f"127.0.0.1:{store.port}")
+    rendezvous_check.check_rendezvous(f"127.0.0.1:{store.port}")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    meeting.check_meeting(f"127.0.0.1:{port}")
+    rendezvous_check.check_rendezvous(f"127.0.0.1:{port}")
     for address in ("host0", "host0:", ":1", "host0:65536", "host0:x"):
         with pytest.raises(UserError, match="not of the form host:port"):
-            meeting.check_meeting(address)
+            rendezvous_check.check_rendezvous(address)
 
 
 def test_a_server_s_port_that_another_program_holds_is_named(monkeypatch):

@@ -20,14 +20,13 @@ from hypothesis import strategies as st
 
 from megatron_dypo.data import rows
 from megatron_dypo.data.tokenizer import arithmetic_backend
+from megatron_dypo.dataprep import reading, sources
+from megatron_dypo.dataprep.filters import EvaluationProblems, normalised, problem_key, words
+from megatron_dypo.dataprep.options import INSTRUCTION, Options
+from megatron_dypo.dataprep.prepare import prepare
+from megatron_dypo.dataprep.sources import find_sources
+from megatron_dypo.dataprep.store import Store
 from megatron_dypo.errors import UserError
-from megatron_dypo.prepare import reading, sources
-from megatron_dypo.prepare.options import INSTRUCTION, Options
-from megatron_dypo.prepare.overlap import Evaluation
-from megatron_dypo.prepare.prepare import prepare
-from megatron_dypo.prepare.sources import find_sources
-from megatron_dypo.prepare.store import Store
-from megatron_dypo.prepare.texts import normalised, problem_key, words
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared/data"
@@ -394,7 +393,7 @@ def test_malformed_rows_stop_or_are_counted(tmp_path, record, complaint):
 
 @needs_shared
 def test_evaluation_problems_are_found_in_another_typesetting():
-    evaluation = Evaluation(find_sources([str(SHARED / "eval")]), 8, 0.5, INSTRUCTION)
+    evaluation = EvaluationProblems(find_sources([str(SHARED / "eval")]), 8, 0.5, INSTRUCTION)
     texts = [text for text, _, _ in evaluation._problems]
     assert len(texts) > 1700
     for text in texts:
@@ -411,17 +410,17 @@ def test_phrases_that_many_problems_share_are_no_overlap():
     for name in names:
         others = find_sources([str(SHARED / "eval" / other) for other in names if other != name])
         (own,) = find_sources([str(SHARED / "eval" / name)])
-        evaluation = Evaluation(others, 8, 0.5, INSTRUCTION)
+        evaluation = EvaluationProblems(others, 8, 0.5, INSTRUCTION)
         hits = [hit for _, row in own.rows() if (hit := evaluation.hit(row["prompt"]))]
         assert not hits
         if name.startswith("AIME"):
-            strict = Evaluation(others, 13, 1e-9, INSTRUCTION)
+            strict = EvaluationProblems(others, 13, 1e-9, INSTRUCTION)
             assert any(strict.hit(row["prompt"]) for _, row in own.rows())
 
 
 def test_the_instruction_is_no_overlap(tmp_path):
     source = write(tmp_path / "eval.jsonl", {"prompt": asked("What is the sum of one and two?")})
-    evaluation = Evaluation(find_sources([source]), 4, 0.3, INSTRUCTION)
+    evaluation = EvaluationProblems(find_sources([source]), 4, 0.3, INSTRUCTION)
     assert not evaluation.hit("Please reason step by step, and put your final answer within \\boxed{}.")
     assert evaluation.hit("So, what is the sum of one and two?").share == pytest.approx(8 / 8)
 
@@ -600,7 +599,7 @@ def test_other_options_or_inputs_do_not_go_on_from_what_was_left(tmp_path, monke
     source = write(tmp_path / "in.jsonl", *mixed(8))
     out = tmp_path / "out.jsonl"
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_dypo.prepare.prepare.write_rows", lambda *_: (_ for _ in ()).throw(Stopped))
+        patch.setattr("megatron_dypo.dataprep.prepare.write_rows", lambda *_: (_ for _ in ()).throw(Stopped))
         with pytest.raises(Stopped):
             prepare(Options((source,)), out)
     with pytest.raises(UserError, match=r"begun with another --verify \(\"grader\", now \"none\"\): give --restart"):
@@ -654,8 +653,8 @@ def test_a_dry_run_counts_and_writes_nothing(tmp_path):
 MEASURE = """
 import sys
 from pathlib import Path
-from megatron_dypo.prepare.options import Options
-from megatron_dypo.prepare.prepare import prepare
+from megatron_dypo.dataprep.options import Options
+from megatron_dypo.dataprep.prepare import prepare
 prepare(Options((sys.argv[1],)), Path(sys.argv[2]))
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """

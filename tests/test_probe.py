@@ -12,7 +12,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from megatron_dypo.policy.shape import RopeScaling
+from megatron_dypo.models.shape import RopeScaling
 from tests.launch import copy_task
 from tests.ranks import run_ranks
 from tests.test_convert import FAMILY_SHAPES, hf_model
@@ -62,12 +62,12 @@ def heard():
 def probed(folder: str, parallel: dict, changes: list[tuple[str, float]]) -> list[str]:
     """What the probe says of a policy at a layout: as it is, and with one part of it scaled, by ``changes``."""
     from megatron_dypo.config.schema import Model
-    from megatron_dypo.convert.hf_folder import folder_weights
+    from megatron_dypo.convert.hf_weights import folder_weights
     from megatron_dypo.data.tokenizer import load_tokenizer
     from megatron_dypo.errors import UserError
-    from megatron_dypo.policy import probe
+    from megatron_dypo.models.shape import model_shape
+    from megatron_dypo.policy import hf_probe
     from megatron_dypo.policy.policy import Policy
-    from megatron_dypo.policy.shape import model_shape
     from megatron_dypo.runtime import distributed
     from tests.batches import make_config
 
@@ -75,9 +75,9 @@ def probed(folder: str, parallel: dict, changes: list[tuple[str, float]]) -> lis
     config.model = Model(hf=folder)
     layout, shape = distributed.init(config.parallel), model_shape(config.model)
     policy, tokenizer = Policy(config, shape, layout, folder_weights(folder)), load_tokenizer(config, shape)
-    asked, said = probe._reference, []
+    asked, said = hf_probe._reference, []
     known = asked(config.model, Path(folder), tokenizer, 100.0, shape.max_position) if layout.is_main else None
-    probe._reference = lambda *_: known  # transformers' part is the same each time
+    hf_probe._reference = lambda *_: known  # transformers' part is the same each time
     for part, factor in [("", 1.0), *changes]:
         for chunk in policy.chunks:
             for name, values in [*chunk.module.named_buffers(), *chunk.module.named_parameters()]:
@@ -87,7 +87,7 @@ def probed(folder: str, parallel: dict, changes: list[tuple[str, float]]) -> lis
             policy._frequencies *= factor
         with heard() as stream:
             try:
-                probe.probe(policy, Path(folder), tokenizer, 200.0)
+                hf_probe.probe(policy, Path(folder), tokenizer, 200.0)
                 said.append(stream.getvalue())
             except UserError as error:
                 said.append(str(error))
@@ -122,19 +122,20 @@ def start(folder: Path, hf: Path, **overrides: object) -> Path:
 
 def trained(config: str, overrides: list[str], fault: str) -> tuple[int, str]:
     """(exit code, all that is printed) of ``train`` with something planted."""
-    from megatron_dypo import train
+    from megatron_dypo import trainer
     from megatron_dypo.cli import main
-    from megatron_dypo.policy import probe, shape
+    from megatron_dypo.models import shape
+    from megatron_dypo.policy import hf_probe
 
     if fault == "rope base":  # as if our reading of the field were wrong
         read = shape.read_shape
         shape.read_shape = lambda path: read(path) | {"rope_base": 700.0}
     elif fault == "no memory":
-        probe.free_host_memory = lambda: 1000
+        hf_probe.free_host_memory = lambda: 1000
     elif fault == "slow":
-        probe.SECONDS = 0.01
+        hf_probe.SECONDS = 0.01
     elif fault == "never asked":
-        train.probe = None
+        trainer.probe = None
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), heard() as stream:
         code = main(["train", config, *TRANSFORMERS, *overrides])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from megatron_dypo.errors import UserError
 from megatron_dypo.records import Group, Prompt, Response, Teacher
-from megatron_dypo.rollout.recorded import record, replay, require_steps
+from megatron_dypo.rollout.recording import record, replay, require_steps
 
 PROMPT = Prompt("p-1", "5", (Teacher("left", "a"), Teacher("last", "b")), text="2+3=")
 PROMPTS = {"p-1": PROMPT, "é\u2028": Prompt("é\u2028", "6", (), text="3+3=")}

@@ -54,13 +54,12 @@ def allocated(action: Callable[[], object]) -> int:
 
 def runs(shape: str, sections: dict) -> dict:
     """By place of the reference: metrics, weights' and reference's bits after updates, and what swaps allocate."""
-    from megatron_dypo.convert.stream import random_weights
+    from megatron_dypo.models.shape import model_shape
+    from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.policy import host_memory, reference
     from megatron_dypo.policy.policy import Policy
-    from megatron_dypo.policy.shape import model_shape
     from megatron_dypo.runtime import distributed
-    from megatron_dypo.runtime.stopwatch import Stopwatch
-    from megatron_dypo.update import update_policy
+    from megatron_dypo.training.step import StepContext, update_policy
 
     host_memory.CHUNK, reference.STAGE = CHUNK, STAGE
     reference.PLACES["copied"] = copied()
@@ -74,7 +73,7 @@ def runs(shape: str, sections: dict) -> dict:
         metrics, bytes_before = [], getattr(policy.reference, "host_bytes", 0)
         for step in range(1, STEPS + 1):
             policy.refresh_reference(step)
-            outcome = update_policy(policy, make_groups(seed=step), config, trace_ids, 1e-2, Stopwatch())
+            outcome = update_policy(policy, make_groups(seed=step), config, trace_ids, StepContext(1, 1e-2))
             assert outcome.skipped is None and not outcome.empty
             metrics.append(outcome.metrics)
         found[place] = {

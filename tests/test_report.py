@@ -22,17 +22,17 @@ from megatron_dypo.data.arithmetic import arithmetic_tokens
 from megatron_dypo.errors import UserError
 from megatron_dypo.monitor.axis import linear_axis
 from megatron_dypo.monitor.chart import WIDTH, Chart, Series, draw
-from megatron_dypo.monitor.compare import differing_keys
 from megatron_dypo.monitor.figures import run_color
+from megatron_dypo.monitor.loggers import Writers
 from megatron_dypo.monitor.panels import LEARNING, OPTIMISATION, ROLLOUT, SPEED
 from megatron_dypo.monitor.report import write_report
 from megatron_dypo.monitor.run_data import read_runs
 from megatron_dypo.monitor.samples import GROUPS, LONGEST, RESPONSES, SEARCHED, regime
 from megatron_dypo.monitor.style import STYLE
-from megatron_dypo.monitor.writers import Writers
-from megatron_dypo.objectives.grading import grade
+from megatron_dypo.monitor.tables import differing_keys
+from megatron_dypo.objectives.dypo import grade
 from megatron_dypo.records import Group, Prompt, Response
-from megatron_dypo.rollout import recorded
+from megatron_dypo.rollout import recording
 from tests.test_monitor import Outline, config, fill
 
 HOSTILE = "</script></pre><script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -58,7 +58,7 @@ def record(folder: Path, step: int, groups: list[tuple[str, str, list[float]]], 
         )
         for name, prompt, rewards in groups
     ]
-    recorded.record(folder, step, made)
+    recording.record(folder, step, made)
 
 
 def results(value: float = 0.5, low: float = 0.25, high: float = 0.75) -> dict:
@@ -300,8 +300,8 @@ def test_a_file_that_is_no_recorded_step_is_named(tmp_path, line):
 def test_sft_records_no_response_and_has_a_report(tmp_path):
     config = f"rollout: {{record: {tmp_path / 'rec'}}}\nobjective: {{method: sft}}\n"
     run = write_config(fill(tmp_path / "run", 3), config)
-    step = recorded.step_file(tmp_path / "rec", 2)
-    recorded.record(tmp_path / "rec", 2, [Group(Prompt("p", "2", (), "1+1="), np.array([1, 2]))])
+    step = recording.step_file(tmp_path / "rec", 2)
+    recording.record(tmp_path / "rec", 2, [Group(Prompt("p", "2", (), "1+1="), np.array([1, 2]))])
     assert json.loads(step.read_text())["responses"] == []
     assert "Sample rollouts" not in Outline(write_report(run).read_text()).data["h2"]
     other = write_config(fill(tmp_path / "other", 3), "objective: {method: sft}\n")

@@ -419,7 +419,7 @@ def test_neither_trainer_nor_worker_imports_what_it_must_not() -> None:
     listing = "import sys, megatron_dypo.reward{}; print(*sorted(sys.modules))"
     trainer, worker = (
         subprocess.check_output([sys.executable, "-c", listing.format(part)], cwd=REPOSITORY, text=True).split()
-        for part in ("", ".worker, megatron_dypo.reward.equivalence")
+        for part in ("", ".worker_main, megatron_dypo.reward.equivalence")
     )
     heavy = {"torch", "megatron", "vllm", "numpy"}
     assert "megatron_dypo.reward.function" in trainer

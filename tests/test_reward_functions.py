@@ -22,14 +22,14 @@ from hypothesis import strategies as st
 from megatron_dypo.config import load_config
 from megatron_dypo.config.checks import warnings
 from megatron_dypo.config.schema import Config, Reward
-from megatron_dypo.data.reasoning_gym_task import dataset, generate
+from megatron_dypo.data.tasks import dataset, generate
 from megatron_dypo.errors import UserError
-from megatron_dypo.preflight import prepare
+from megatron_dypo.preflight import check_inputs
 from megatron_dypo.records import Group, Prompt, Response
-from megatron_dypo.reward import RewardFunction, Score, build_reward, final_answer, workers
-from megatron_dypo.reward.penalties import has_form, penalty
-from megatron_dypo.rollout.collect import score
-from megatron_dypo.update.metrics import batch_metrics
+from megatron_dypo.reward import RewardFunction, Score, build_reward, final_answer, worker_pool
+from megatron_dypo.reward.scorers import has_form, penalty
+from megatron_dypo.rollout.sampling import score
+from megatron_dypo.training.metrics import batch_metrics
 
 OWN = """
 import os, subprocess, sys, threading, time
@@ -136,8 +136,8 @@ def own(file: Path) -> Iterator[RewardFunction]:
 
 def family(function: RewardFunction) -> list[psutil.Process]:
     """All processes below this function's workers."""
-    workers = [psutil.Process(worker.process.pid) for worker in function._pool._workers]
-    return [process for worker in workers for process in worker.children(recursive=True)]
+    worker_pool = [psutil.Process(worker.process.pid) for worker in function._pool._workers]
+    return [process for worker in worker_pool for process in worker.children(recursive=True)]
 
 
 # --- users' functions
@@ -284,8 +284,8 @@ def test_an_answer_is_never_run_as_a_program(tmp_path, monkeypatch):
 
 def test_a_worker_of_our_own_graders_sees_no_secret_and_a_user_s_does(monkeypatch):
     monkeypatch.setenv("SOME_API_KEY", "x")
-    assert "SOME_API_KEY" not in workers._environment("reasoning_gym")
-    assert "PATH" in workers._environment("math") and "SOME_API_KEY" in workers._environment("judge.py:score")
+    assert "SOME_API_KEY" not in worker_pool._environment("reasoning_gym")
+    assert "PATH" in worker_pool._environment("math") and "SOME_API_KEY" in worker_pool._environment("judge.py:score")
 
 
 def test_an_item_that_comes_out_otherwise_is_a_fault(tasks):
@@ -483,7 +483,7 @@ def test_a_run_whose_reward_cannot_work_is_refused_before_it_starts(tmp_path):
     for function in ("no_such_module:compute", "choice"):
         path.write_text(json.dumps(tree | {"reward": {"function": function}}))
         with pytest.raises(UserError) as caught:
-            prepare(load_config(str(path), []), str(path))
+            check_inputs(load_config(str(path), []), str(path))
         told[function] = str(caught.value)
     assert told["no_such_module:compute"].startswith("reward.function: no_such_module:compute: ModuleNotFoundError")
     assert (

@@ -29,8 +29,8 @@ def test_engine_logprobs_agree_after_a_sync_of_different_weights(engine, model, 
 
 def faulty_syncs(folder: str) -> dict:
     """vLLM with a tied head, synced right (after a sync that broke off), and then with one fault after the other."""
-    from megatron_dypo.sync import transfer
-    from megatron_dypo.sync.weights import Weights
+    from megatron_dypo.weight_sync import transfer
+    from megatron_dypo.weight_sync.source import Weights
 
     config, shape, layout, engine = build("vllm", "qwen2-tied", folder, verify_sync="sent")
     asked, found = requests(), {}
@@ -98,12 +98,12 @@ class Given(dict):
 
 
 def test_a_dropped_expert_and_a_weight_of_another_shape_are_noticed_by_transformers():
-    from megatron_dypo.policy.shape import PRESETS
-    from megatron_dypo.rollout.transformers_engine import TransformersEngine
-    from megatron_dypo.sync.weights import sent_shapes
+    from megatron_dypo.models.shape import PRESETS
+    from megatron_dypo.rollout.hf_engine import HfEngine
+    from megatron_dypo.weight_sync.source import sent_shapes
 
     shape = dataclasses.replace(PRESETS["tiny"], **MODELS["mixtral"])
-    engine, expert = TransformersEngine(shape), "model.layers.1.block_sparse_moe.experts.3.w3.weight"
+    engine, expert = HfEngine(shape), "model.layers.1.block_sparse_moe.experts.3.w3.weight"
     weights = Given((name, torch.zeros(size)) for name, size in sent_shapes(shape).items())
     engine.sync(weights)
     weights[expert] = torch.ones(1)
@@ -124,10 +124,10 @@ def sample_one_prompt(folder: str) -> int:
     from pathlib import Path
 
     from megatron_dypo.data.tokenizer import load_tokenizer
-    from megatron_dypo.policy.shape import PRESETS
+    from megatron_dypo.models.shape import PRESETS
     from megatron_dypo.records import Group, Prompt
-    from megatron_dypo.rollout.collect import sample
     from megatron_dypo.rollout.engine import build_engine
+    from megatron_dypo.rollout.sampling import sample
     from megatron_dypo.runtime import distributed
     from tests.batches import make_config
 

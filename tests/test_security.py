@@ -17,14 +17,13 @@ import torch
 import yaml
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from megatron_dypo.checkpoint.files import Place, Written, write_index, write_pieces
-from megatron_dypo.checkpoint.folders import find_fault
-from megatron_dypo.checkpoint.safe_pickle import read_index
+from megatron_dypo.checkpoint.catalog import find_fault
+from megatron_dypo.checkpoint.io import TensorPiece, WrittenFile, read_index, write_index, write_pieces
 from megatron_dypo.config import load_config
 from megatron_dypo.config.schema import walk
 from megatron_dypo.data.tokenizer import arithmetic_backend, load_tokenizer
 from megatron_dypo.errors import UserError
-from megatron_dypo.policy.shape import PRESETS
+from megatron_dypo.models.shape import PRESETS
 from tests.launch import copy_task
 from tests.ranks import run_ranks
 
@@ -53,7 +52,7 @@ def trap(tmp_path: Path):
 
 # --- checkpoints
 
-PLACE = Place("weight", (4, 2), (0, 0), (4, 2), torch.float32)
+PLACE = TensorPiece("weight", (4, 2), (0, 0), (4, 2), torch.float32)
 
 
 @pytest.fixture
@@ -156,7 +155,7 @@ def test_tensors_are_read_without_running_anything(checkpoint, trap):
     torch.save({"weight": Evil(trap)}, payload)
     content = payload.getvalue()
     (checkpoint / "__0_0.distcp").write_bytes(content)
-    part = Written("__0_0.distcp", len(content), hashlib.sha256(content).hexdigest(), [(PLACE, 0, len(content))])
+    part = WrittenFile("__0_0.distcp", len(content), hashlib.sha256(content).hexdigest(), [(PLACE, 0, len(content))])
     write_index(checkpoint, [part], {"step": 1})
     assert find_fault(checkpoint) is None
     read_index(checkpoint / ".metadata")

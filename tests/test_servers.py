@@ -21,7 +21,7 @@ import requests
 import yaml
 
 from benchmarks.servers import Servers, free_ports, running
-from megatron_dypo.rollout.server_guard import VARIABLE
+from megatron_dypo.rollout.serve import VARIABLE
 from tests.agreement import MODELS, agreement, build, check, compare, policy_at, sampling
 from tests.agreement import requests as requests_to_sample
 from tests.launch import copy_task, metrics
@@ -90,13 +90,13 @@ def test_servers_listen_on_loopback_and_answer_nothing_without_the_token(servers
 
 def sample_while_one_is_killed(folder: str, servers: Servers) -> dict:
     """Kill the second server in the middle of a call, let it come back, and sync again."""
-    from megatron_dypo.sync import transfer
-    from megatron_dypo.sync.sync import sync_weights
+    from megatron_dypo.weight_sync import transfer
+    from megatron_dypo.weight_sync.source import sync_weights
 
     os.environ[VARIABLE] = SECRET
     transfer.BUCKET_BYTES = 1  # a bucket a tensor: both are filled again and again
     said: list[str] = []
-    log = logging.getLogger("megatron_dypo.rollout.dispatch")
+    log = logging.getLogger("megatron_dypo.rollout.router")
     log.addFilter(lambda record: bool(said.append(record.getMessage())) or True)
     config, shape, layout, engine = build("server", MODEL, folder, servers=servers.urls, server_timeout=5.0)
     first, second = (policy_at({}, seed, config, shape, layout) for seed in (1, 2))

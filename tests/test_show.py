@@ -10,9 +10,9 @@ import yaml
 
 from megatron_dypo.cli import main
 from megatron_dypo.config import load_config
-from megatron_dypo.data import load_prompts
+from megatron_dypo.data.dataset import load_prompts
 from megatron_dypo.data.tokenizer import load_tokenizer
-from megatron_dypo.policy.shape import model_shape
+from megatron_dypo.models.shape import model_shape
 from tests.test_ids import CHATML, THINKS, folder_of
 
 

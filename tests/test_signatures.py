@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_dypo.models.shape import PRESETS
 from megatron_dypo.policy.attention import Segments, flash, sdpa
-from megatron_dypo.policy.shape import PRESETS
 from tests.batches import make_config
 from tests.signatures import calls, recorded
 

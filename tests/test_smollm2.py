@@ -145,11 +145,11 @@ def test_the_tokenizer_splits_digits_and_keeps_special_tokens(tokenizer, text, t
 
 def megatron(folder: str, sequences: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Of each sequence: log-probs of its tokens from the second on (nats), and the greedy choice before each."""
-    from megatron_dypo.batching.micro_batch import MicroBatch
     from megatron_dypo.config.schema import Model
-    from megatron_dypo.convert.hf_folder import folder_weights
+    from megatron_dypo.convert.hf_weights import folder_weights
+    from megatron_dypo.models.shape import model_shape
+    from megatron_dypo.policy.micro_batch import MicroBatch
     from megatron_dypo.policy.policy import Policy
-    from megatron_dypo.policy.shape import model_shape
     from megatron_dypo.records import Kind, Sequence
     from megatron_dypo.runtime import distributed
     from tests.batches import make_config

@@ -110,7 +110,7 @@ def small(tree: dict) -> dict:
 def save_model(folder: str) -> None:
     """A random Llama with the built-in tokenizer, as a Hugging Face folder. On a forked rank."""
     from megatron_dypo.data.tokenizer import arithmetic_backend
-    from megatron_dypo.policy.shape import PRESETS
+    from megatron_dypo.models.shape import PRESETS
 
     hf_model(replace(PRESETS["tiny"], max_position=1024)).save_pretrained(folder)
     arithmetic_backend().save_pretrained(folder)
@@ -257,7 +257,7 @@ def test_the_example_of_a_real_model_runs_with_a_tiny_one(tmp_path):
 
 
 def test_the_family_of_the_page_is_the_real_one(tmp_path):
-    from megatron_dypo.convert.families import FAMILIES
+    from megatron_dypo.models.families import FAMILIES
 
     (shown,) = [each.text for each in SNIPPETS if each.page == "docs/add-a-model.md"]
     (tmp_path / "family.py").write_text(shown)

@@ -23,14 +23,13 @@ import yaml
 from aiohttp import web
 
 from megatron_dypo.data import rows
+from megatron_dypo.dataprep import endpoint as endpoint_module
+from megatron_dypo.dataprep.attempts import AttemptFile
+from megatron_dypo.dataprep.endpoint import Completion, Endpoint, EndpointFault, Refused
+from megatron_dypo.dataprep.options import Options
+from megatron_dypo.dataprep.prepare import prepare
+from megatron_dypo.dataprep.teachers import Tally, generate, load_teachers
 from megatron_dypo.errors import UserError
-from megatron_dypo.prepare import endpoint as endpoint_module
-from megatron_dypo.prepare.attempts import AttemptFile
-from megatron_dypo.prepare.endpoint import Answer, Endpoint, EndpointFault, Refused
-from megatron_dypo.prepare.generate import generate
-from megatron_dypo.prepare.options import Options
-from megatron_dypo.prepare.prepare import prepare
-from megatron_dypo.prepare.teachers import Tally, load_teachers
 from tests.loopback_server import LoopbackServer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -250,11 +249,13 @@ REPEATED = [
 
 @pytest.mark.parametrize("content, trace", REPEATED)
 def test_a_thought_that_a_server_repeats_in_its_answer_is_kept_once(content, trace):
-    assert Answer(content, f"\n{LONG}\n", "stop", None, None, "m").trace == trace
+    assert Completion(content, f"\n{LONG}\n", "stop", None, None, "m").trace == trace
 
 
 def test_an_answer_that_begins_as_a_short_thought_by_chance_is_kept_whole():
-    assert Answer("1 it is: \\boxed{1}", "1", "stop", None, None, "m").trace.endswith("</think>\n\n1 it is: \\boxed{1}")
+    assert Completion("1 it is: \\boxed{1}", "1", "stop", None, None, "m").trace.endswith(
+        "</think>\n\n1 it is: \\boxed{1}"
+    )
 
 
 def test_no_more_requests_at_a_time_than_allowed(tmp_path):
@@ -284,7 +285,7 @@ def test_an_endpoint_keeps_to_its_concurrency_whoever_asks():
 # --- faults
 
 
-async def ask(url: str, model: str = "m", **settings: Any) -> Answer:
+async def ask(url: str, model: str = "m", **settings: Any) -> Completion:
     async with Endpoint(url, model, key=KEY, **settings) as endpoint:
         message = [{"role": "user", "content": "What is 1+1?"}]
         return await endpoint.ask(message, temperature=0.0, top_p=1.0, max_tokens=5)
@@ -323,7 +324,7 @@ async def no_choice() -> web.Response:
 def test_what_may_pass_is_tried_again(fault):
     with Imitation(failing(fault)) as server:
         answer = asyncio.run(ask(server.url, seconds=0.5, first_wait=0.01))
-        assert answer == Answer("It is \\boxed{2}", "", "stop", 7, 11, "m-0528") and len(server.asked) == 3
+        assert answer == Completion("It is \\boxed{2}", "", "stop", 7, 11, "m-0528") and len(server.asked) == 3
 
 
 def test_a_lost_connection_is_tried_again():

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_dypo.convert.tokenizer_files import copy_tokenizer
-from megatron_dypo.data.tiktoken_tokenizer import LLAMA_3, QWEN, Release
+from megatron_dypo.convert.hf_files import copy_tokenizer
 from megatron_dypo.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_dypo.data.tokenizer_backends import LLAMA_3, QWEN, Release
 from megatron_dypo.errors import UserError
-from megatron_dypo.policy.shape import PRESETS
+from megatron_dypo.models.shape import PRESETS
 from megatron_dypo.records import Prompt
 from tests.batches import make_config
 
@@ -215,9 +215,9 @@ def test_releases_are_what_transformers_and_the_models_documents_say():
 
 
 def test_settings_give_reserved_tokens_of_a_tiktoken_file_other_names(monkeypatch, tmp_path):
-    from megatron_dypo.data import tiktoken_tokenizer
+    from megatron_dypo.data import tokenizer_backends
 
-    monkeypatch.setitem(tiktoken_tokenizer.RELEASES, 256, LLAMA_3)
+    monkeypatch.setitem(tokenizer_backends.RELEASES, 256, LLAMA_3)
     write_bytes_as_ranks(tmp_path / "tokenizer.model")
     added = {"260": {"content": "<|pad|>", "special": True}, "265": {"content": "<|eot_id|>", "special": True}}
     settings = {"added_tokens_decoder": added, "eos_token": "<|eot_id|>", "pad_token": "<|pad|>"}
@@ -247,13 +247,13 @@ def refusal(folder: Path, vocab_size: int = 200_000) -> str:
 
 
 def test_more_tokens_than_the_model_has_are_refused(tokenizer_json, monkeypatch, tmp_path):
-    from megatron_dypo.data import tiktoken_tokenizer
+    from megatron_dypo.data import tokenizer_backends
 
     last = len(json.loads((tokenizer_json / "tokenizer.json").read_text())["model"]["vocab"]) - 1
     assert f"token id {last} does not fit the model's vocabulary of {last}" in refusal(tokenizer_json, last)
     shutil.copy(sentencepiece_file("v1"), tmp_path / "tokenizer.model")
     assert "has 32000 tokens, more than the model's vocabulary of 31999" in refusal(tmp_path, 31_999)
-    monkeypatch.setitem(tiktoken_tokenizer.RELEASES, 256, LLAMA_3)
+    monkeypatch.setitem(tokenizer_backends.RELEASES, 256, LLAMA_3)
     write_bytes_as_ranks(tmp_path / "tokenizer.model")
     assert "has 512 tokens, more than the model's vocabulary of 511" in refusal(tmp_path, 511)
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from megatron_dypo.errors import TrainingError
-from megatron_dypo.rollout.fleet import Fleet
 from megatron_dypo.rollout.server import Server
-from megatron_dypo.sync import transfer
-from megatron_dypo.sync.checksum import Watched, checksum
-from megatron_dypo.sync.transfer import SharedMemory
-from megatron_dypo.sync.weights import Meta
+from megatron_dypo.rollout.server_pool import ServerPool
+from megatron_dypo.weight_sync import transfer
+from megatron_dypo.weight_sync.checksum import ChecksummedWeights, checksum
+from megatron_dypo.weight_sync.source import Meta
+from megatron_dypo.weight_sync.transfer import SharedMemory
 from tests.rollout_server import Imitation, set_token
 
 LAYERS = 5
@@ -49,7 +49,7 @@ class Receiver:
     def __init__(self):
         from vllm.config import WeightTransferConfig
 
-        from megatron_dypo.sync.worker import LocalEngine
+        from megatron_dypo.weight_sync.worker import LocalEngine
 
         self.calls: list[str] = []
         self.copied: list[bool] = []
@@ -134,7 +134,7 @@ def test_other_ranks_only_make_the_pass():
 
 def test_checksums_name_what_is_missing_or_different():
     source = Source()
-    watched = Watched(source)
+    watched = ChecksummedWeights(source)
     sent = dict(watched)
     taken = {name: checksum(tensor) for name, tensor in sent.items()}
     watched.compare([taken, taken], "here")
@@ -177,11 +177,11 @@ def test_nccl_is_told_of_all_workers_of_all_servers(monkeypatch):
         return {"world_size": 2} if path == "get_world_size" else None
 
     with Imitation(behave=two_workers) as first, Imitation(behave=two_workers) as second:
-        fleet = Fleet([Server(first.url), Server(second.url)], "the model", 5.0, 20.0)
-        fleet.admit("")
-        fleet.label = "run:1"
+        pool = ServerPool([Server(first.url), Server(second.url)], "the model", 5.0, 20.0)
+        pool.refresh("")
+        pool.label = "run:1"
         source = Source()
-        _open_transfer("nccl", fleet, source, Layout()).send_weights()
+        _open_transfer("nccl", pool, source, Layout()).send_weights()
         asked = [
             [body["init_info"] for path, body in server.asked if path.startswith("init")] for server in (first, second)
         ]
@@ -199,9 +199,9 @@ def test_cuda_ipc_handles_travel_as_vllm_takes_them(monkeypatch):
     set_token(monkeypatch)
     handles = [{"GPU-0": ("rebuild", 1, (2, 3))}]
     with Imitation() as server:
-        fleet = Fleet([Server(server.url)], "the model", 5.0, 20.0)
-        fleet.admit("")
-        fleet.update_weights({"names": ["a"], "ipc_handles": handles})
+        pool = ServerPool([Server(server.url)], "the model", 5.0, 20.0)
+        pool.refresh("")
+        pool.update_weights({"names": ["a"], "ipc_handles": handles})
         (body,) = (body for path, body in server.asked if path == "update_weights")
     assert pickle.loads(base64.b64decode(body["update_info"]["ipc_handles_pickled"])) == handles  # noqa: S301
     assert body["update_info"].keys() == {"names", "ipc_handles_pickled"}

@@ -128,7 +128,7 @@ def test_the_other_kernels_compile_without_spills(name, tmp_path):
     kernel, constants, options, outputs, wide = other_kernels()[name]
     numbers = ("tokens", "parts", "group", "width", "real", "start")
     types = dict.fromkeys(numbers, "i32") | {"pitch": "i32%"}
-    fp32 = ("partial", "stats", "logp", "miss", "lse", "slope", "z", "scale", "lift", "entropy", "dentropy")
+    fp32 = ("partial", "stats", "logp", "miss", "lse", "dlogp", "z", "scale", "lift", "entropy", "dentropy")
     types |= {f"{pointer}_ptr": "*fp32" for pointer in fp32}
     types |= {"rows_ptr": "*i64", "target_ptr": "*i64", "far_ptr": "*i32"}
     for dtype in outputs:

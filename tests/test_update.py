@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dypo.checkpoint.counters import Counters
+from megatron_dypo.checkpoint.manager import Counters
 from megatron_dypo.config.schema import Optimizer
-from megatron_dypo.objectives.correction import Correction
-from megatron_dypo.policy.schedule import learning_rate
+from megatron_dypo.objectives.coefficients import Correction
+from megatron_dypo.policy.optimizer import learning_rate
 from megatron_dypo.records import Regime
 from tests.batches import make_config, make_groups, trace_ids
 from tests.ranks import run_ranks
@@ -19,9 +19,9 @@ from tests.ranks import run_ranks
 
 def build(world_parallel: dict, **sections):
     """(config, policy) on this rank."""
-    from megatron_dypo.convert.stream import random_weights
+    from megatron_dypo.models.shape import model_shape
+    from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.policy.policy import Policy
-    from megatron_dypo.policy.shape import model_shape
     from megatron_dypo.runtime import distributed
 
     config = make_config(parallel=world_parallel, **sections)
@@ -36,7 +36,9 @@ def weights_of(policy) -> dict:
 
 def one_step(parallel: dict, kind: str) -> dict:
     """A step on a batch reduced to ``kind``; what it did on this rank."""
-    from megatron_dypo.update import logprob_passes, make_work, run_updates
+    from megatron_dypo.training.minibatch import build_minibatches
+    from megatron_dypo.training.passes import logprob_passes
+    from megatron_dypo.training.step import StepContext, run_updates
 
     config, policy = build(parallel)
     groups = make_groups()
@@ -52,11 +54,11 @@ def one_step(parallel: dict, kind: str) -> dict:
     elif kind == "one-mid":
         groups = [group for group in groups if group.regime == Regime.MID][:1]
     before = weights_of(policy)
-    works = make_work(policy.layout, groups, config, trace_ids)
-    _, offender = logprob_passes(policy, works, config)
-    outcome = run_updates(policy, works, config, lr=1e-3)
+    minibatches = build_minibatches(policy.layout, groups, config, trace_ids)
+    _, offender = logprob_passes(policy, minibatches, config)
+    outcome = run_updates(policy, minibatches, config, StepContext(1, 1e-3))
     changed = any((tensor != before[name]).any().item() for name, tensor in policy.named_tensors())
-    batches = len(works[0].rollouts) + len(works[0].teachers)
+    batches = len(minibatches[0].rollouts) + len(minibatches[0].teachers)
     return {
         "metrics": outcome.metrics,
         "empty": outcome.empty,
@@ -83,16 +85,18 @@ def test_ranks_without_data_still_take_part(kind):
 
 
 def non_finite_gradient() -> dict:
-    from megatron_dypo.update import logprob_passes, make_work, run_updates
+    from megatron_dypo.training.minibatch import build_minibatches
+    from megatron_dypo.training.passes import logprob_passes
+    from megatron_dypo.training.step import StepContext, run_updates
 
     config, policy = build({}, rollout={"correction": "truncate"})
     groups = make_groups()
     before = weights_of(policy)
-    works = make_work(policy.layout, groups, config, trace_ids)
-    logprob_passes(policy, works, config)
+    minibatches = build_minibatches(policy.layout, groups, config, trace_ids)
+    logprob_passes(policy, minibatches, config)
     if policy.layout.rank == 1:  # one rank's engine log-probs go bad: the truncated correction weighs by them
-        works[0].logp["rollout"][0][0] = float("nan")
-    outcome = run_updates(policy, works, config, lr=1e-3)
+        minibatches[0].logp["rollout"][0][0] = float("nan")
+    outcome = run_updates(policy, minibatches, config, StepContext(1, 1e-3))
     changed = any((tensor != before[name]).any().item() for name, tensor in policy.named_tensors())
     return {"skipped": outcome.skipped, "changed": changed, "version": policy.version}
 
@@ -105,14 +109,13 @@ def test_non_finite_gradient_on_one_rank_is_applied_on_none():
 
 def skipped_for_weights() -> str:
     """The reason of a step that one rank's weights spoil."""
-    from megatron_dypo.runtime.stopwatch import Stopwatch
-    from megatron_dypo.update import update_policy
+    from megatron_dypo.training.step import StepContext, update_policy
 
     config, policy = build({"tensor": 2})
     if policy.layout.rank == 1:
         policy.parameters["decoder.layers.1.self_attention.linear_qkv.weight"].data[-1, 0] = float("nan")
     groups = make_groups()
-    return update_policy(policy, groups, config, trace_ids, 1e-3, Stopwatch()).skipped
+    return update_policy(policy, groups, config, trace_ids, StepContext(1, 1e-3)).skipped
 
 
 def test_a_step_skipped_for_weights_that_are_not_finite_names_them():
@@ -122,18 +125,20 @@ def test_a_step_skipped_for_weights_that_are_not_finite_names_them():
 
 def reference_swap() -> bool:
     """The reference goes in, gives its own log-probs, and the policy comes back bit for bit."""
-    from megatron_dypo.update import logprob_passes, make_work, run_updates
+    from megatron_dypo.training.minibatch import build_minibatches
+    from megatron_dypo.training.passes import logprob_passes
+    from megatron_dypo.training.step import StepContext, run_updates
 
     config, policy = build({"tensor": 2})
     groups = make_groups()
-    works = make_work(policy.layout, groups, config, trace_ids)
-    logprob_passes(policy, works, config)
-    first = [logp.clone() for logp in works[0].logp["old"]]
-    run_updates(policy, works, config, lr=1e-2)
+    minibatches = build_minibatches(policy.layout, groups, config, trace_ids)
+    logprob_passes(policy, minibatches, config)
+    first = [logp.clone() for logp in minibatches[0].logp["old"]]
+    run_updates(policy, minibatches, config, StepContext(1, 1e-2))
     trained = weights_of(policy)
-    logprob_passes(policy, works, config)
-    same_reference = all((a == b).all().item() for a, b in zip(first, works[0].logp["reference"], strict=True))
-    moved = any((a != b).any().item() for a, b in zip(first, works[0].logp["old"], strict=True))
+    logprob_passes(policy, minibatches, config)
+    same_reference = all((a == b).all().item() for a, b in zip(first, minibatches[0].logp["reference"], strict=True))
+    moved = any((a != b).any().item() for a, b in zip(first, minibatches[0].logp["old"], strict=True))
     intact = all((tensor == trained[name]).all().item() for name, tensor in policy.named_tensors())
     return same_reference and moved and intact
 
@@ -155,10 +160,11 @@ def gaps(sample: int, tokens: int) -> np.ndarray:
 
 def trained_logprobs() -> dict[tuple[int, int], np.ndarray]:
     """The policy's log-probs of each trained response, by group and sample."""
-    from megatron_dypo.update import logprob_passes, make_work
+    from megatron_dypo.training.minibatch import build_minibatches
+    from megatron_dypo.training.passes import logprob_passes
 
     config, policy = build({})
-    (work,) = make_work(policy.layout, make_groups(), config, trace_ids)
+    (work,) = build_minibatches(policy.layout, make_groups(), config, trace_ids)
     logprob_passes(policy, [work], config)
     found = {}
     for batch, old_N in zip(work.rollouts, work.logp["old"], strict=True):
@@ -169,7 +175,8 @@ def trained_logprobs() -> dict[tuple[int, int], np.ndarray]:
 
 def agreement(parallel: dict, old: dict[tuple[int, int], np.ndarray]) -> dict[str, dict[str, float]]:
     """The metrics of a step in three updates whose engine differs by ``gaps``, under each rollout correction."""
-    from megatron_dypo.update import logprob_passes, make_work
+    from megatron_dypo.training.minibatch import build_minibatches
+    from megatron_dypo.training.passes import logprob_passes
 
     several = {"updates_per_rollout": 3}
     config, policy = build(parallel, objective=several, rollout={"correction_cap": CAP})
@@ -178,12 +185,12 @@ def agreement(parallel: dict, old: dict[tuple[int, int], np.ndarray]) -> dict[st
     for (g, i), old_t in old.items():
         groups[g].responses[i].logprobs = (old_t - gaps(i, len(old_t))).astype(np.float32)
         groups[g].responses[i].weight_version = 9 - i if g % 2 else 9 + i  # a replay may be ahead of the policy
-    works = make_work(policy.layout, groups, config, trace_ids)
+    minibatches = build_minibatches(policy.layout, groups, config, trace_ids)
     results = {}
     for correction in ("none", "truncate", "mask"):
         for level in ("token", "sequence"):
             config.rollout.correction, config.objective.ratio_level = correction, level
-            results[f"{correction} {level}"], offenders = logprob_passes(policy, works, config)
+            results[f"{correction} {level}"], offenders = logprob_passes(policy, minibatches, config)
             assert offenders is None
     return results
 

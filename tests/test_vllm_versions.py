@@ -20,14 +20,14 @@ import torch
 from packaging.specifiers import SpecifierSet
 
 from megatron_dypo.errors import UserError
-from megatron_dypo.policy.shape import PRESETS
+from megatron_dypo.models.shape import PRESETS
 from megatron_dypo.rollout import vllm_engine
 from megatron_dypo.rollout.engine import Request, Sampling
-from megatron_dypo.rollout.vllm_arguments import as_flags, engine_arguments, sampling_arguments, set_environment
+from megatron_dypo.rollout.vllm_args import as_flags, engine_arguments, sampling_arguments, set_environment
 from megatron_dypo.rollout.vllm_versions import Vllm, check_in_process, check_sender, check_server, weight_source
 from megatron_dypo.runtime import versions
-from megatron_dypo.runtime.signatures import accepted
-from megatron_dypo.sync.weights import Meta
+from megatron_dypo.runtime.versions import accepted
+from megatron_dypo.weight_sync.source import Meta
 from tests.batches import make_config
 from tests.recorded_vllm import PARTS, RECORDS, install, signature
 

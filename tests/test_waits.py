@@ -13,12 +13,13 @@ LAYERS = 2, 4
 
 def waits_of_passes(shape: str, sections: dict) -> dict[str, list[dict[str, int]]]:
     """pass -> for each number of layers: how often the host waits, by the line that does."""
-    from megatron_dypo.convert.stream import random_weights
+    from megatron_dypo.models.shape import model_shape
+    from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.policy.policy import Policy
-    from megatron_dypo.policy.shape import model_shape
     from megatron_dypo.runtime import distributed
-    from megatron_dypo.update import logprob_passes, make_work
-    from megatron_dypo.update.step import run_updates
+    from megatron_dypo.training.minibatch import build_minibatches
+    from megatron_dypo.training.passes import logprob_passes
+    from megatron_dypo.training.step import StepContext, run_updates
     from tests.waits import Waits, device_is_marked
 
     found: dict[str, list] = {"logprobs": [], "update": []}
@@ -29,14 +30,14 @@ def waits_of_passes(shape: str, sections: dict) -> dict[str, list[dict[str, int]
         layout = layout or distributed.init(config.parallel)
         model = model_shape(config.model)
         policy = Policy(config, model, layout, random_weights(model, seed=1))
-        (work,) = make_work(layout, make_groups(), config, trace_ids)
+        (work,) = build_minibatches(layout, make_groups(), config, trace_ids)
         with device_is_marked():
             with Waits(policy.parameters.values()) as waits:
                 policy.logprobs(work.rollouts)
             found["logprobs"].append(dict(waits.where))
             logprob_passes(policy, [work], config)
             with Waits(policy.parameters.values()) as waits:
-                run_updates(policy, [work], config, 1e-3)
+                run_updates(policy, [work], config, StepContext(1, 1e-3))
             found["update"].append(dict(waits.where))
         found["micro-batches"] = [{"rollouts": len(work.rollouts)}] * 2
     return found

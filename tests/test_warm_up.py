@@ -13,9 +13,9 @@ from tests.ranks import run_ranks
 
 
 def build(shape: str, sections: dict):
-    from megatron_dypo.convert.stream import random_weights
+    from megatron_dypo.models.shape import model_shape
+    from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.policy.policy import Policy
-    from megatron_dypo.policy.shape import model_shape
     from megatron_dypo.runtime import distributed
 
     config = make_config(shape, **sections)
@@ -25,11 +25,10 @@ def build(shape: str, sections: dict):
 
 
 def train(config, policy, steps: int) -> list[dict]:
-    from megatron_dypo.runtime.stopwatch import Stopwatch
-    from megatron_dypo.update import update_policy
+    from megatron_dypo.training.step import StepContext, update_policy
 
     outcomes = [
-        update_policy(policy, make_groups(seed=step), config, trace_ids, 1e-2, Stopwatch()) for step in range(steps)
+        update_policy(policy, make_groups(seed=step), config, trace_ids, StepContext(1, 1e-2)) for step in range(steps)
     ]
     assert all(outcome.skipped is None and not outcome.empty for outcome in outcomes)
     return [outcome.metrics for outcome in outcomes]
@@ -42,7 +41,7 @@ def digests(policy) -> dict[str, str]:
 
 
 def with_and_without(shape: str, sections: dict, warm: bool) -> tuple:
-    from megatron_dypo.update import warm_up
+    from megatron_dypo.training.passes import warm_up
 
     config, policy = build(shape, sections)
     if warm:
@@ -74,8 +73,8 @@ def compilations(shape: str) -> list[int]:
 
     import megatron_dypo.policy.attention as attention
     import megatron_dypo.policy.model as model
-    from megatron_dypo.policy.rope import rotate
-    from megatron_dypo.update import warm_up
+    from megatron_dypo.policy.attention import rotate
+    from megatron_dypo.training.passes import warm_up
 
     rotation = torch.compile(rotate, backend="eager")
     attention.rotation = lambda compiled: rotation if compiled else rotate
@@ -100,13 +99,13 @@ def test_nothing_is_compiled_in_a_step():
 
 def in_bf16(shape: str) -> dict:
     """A step in bf16, and how far its log-probs are from fp32's."""
-    from megatron_dypo.update import make_work
+    from megatron_dypo.training.minibatch import build_minibatches
 
     found = {}
     for dtype in ("fp32", "bf16"):
         config, policy = build(shape, {"model": {"dtype": dtype}}) if not found else again(found["policy"], dtype)
         found["policy"] = policy
-        (work,) = make_work(policy.layout, make_groups(), config, trace_ids)
+        (work,) = build_minibatches(policy.layout, make_groups(), config, trace_ids)
         found[dtype] = torch.cat(policy.logprobs(work.rollouts))
     before = digests(policy)
     metrics = train(config, policy, 2)
@@ -118,7 +117,7 @@ def in_bf16(shape: str) -> dict:
 
 def again(policy, dtype: str):
     """The same policy in another type; the process groups stay."""
-    from megatron_dypo.convert.stream import random_weights
+    from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.policy.policy import Policy
 
     config = policy.config.model_copy(update={"model": policy.config.model.model_copy(update={"dtype": dtype})})

@@ -17,10 +17,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_dypo import run_folder
 from megatron_dypo.config.schema import Parallel
 from megatron_dypo.errors import UserError
-from megatron_dypo.runtime import run_folder
-from megatron_dypo.runtime.stopwatch import Stopwatch
+from megatron_dypo.runtime.measure import StepTimer
 from tests.faults.job import Job
 from tests.faults.points import Point
 from tests.launch import copy_task, metrics
@@ -85,7 +85,7 @@ def act_in(phase: str, act, rank: int, step: int = 2):
     return Point(f"phase {phase}", from_step=step), act, (rank,)
 
 
-START = Point("call megatron_dypo.train:train")
+START = Point("call megatron_dypo.trainer:train")
 
 
 def log(job: Job, rank: int) -> list[str]:
@@ -127,7 +127,7 @@ def test_a_frozen_rank_0_is_named_and_ended(tmp_path):
     assert told[0].endswith("(parallel.heartbeat_timeout)")
     assert told[1].startswith("  rank 0: phase 'update' of step 2 for ")
     assert told[2].startswith("[rank 1] phase '") and " of step 2 for " in told[2]
-    assert any("update/step.py" in line for line in told[3:])
+    assert any("training/step.py" in line for line in told[3:])
 
 
 def test_a_rank_stuck_in_c_code_shows_where(tmp_path):
@@ -141,7 +141,7 @@ def test_a_rank_stuck_in_c_code_shows_where(tmp_path):
 
 def test_a_phase_past_its_deadline_ends_the_job_with_the_stacks_of_all_ranks(tmp_path):
     config = task(tmp_path, rollout__sync_timeout=3.0)
-    act = (Point("call megatron_dypo.rollout.transformers_engine:TransformersEngine.sync", from_step=2), hang, (1,))
+    act = (Point("call megatron_dypo.rollout.hf_engine:HfEngine.sync", from_step=2), hang, (1,))
     with Job(tmp_path / "job", config, acts=[act]) as job:
         assert 1 in job.wait()
         late, waiting = log(job, 1), log(job, 0)
@@ -149,7 +149,7 @@ def test_a_phase_past_its_deadline_ends_the_job_with_the_stacks_of_all_ranks(tmp
     assert late[1].startswith("  rank 0: phase ")
     assert any(line.endswith("in hang") for line in late)
     assert waiting[0].startswith("[rank 0] phase ") and " of step " in waiting[0]
-    assert any("megatron_dypo/train.py" in line for line in waiting)
+    assert any("megatron_dypo/trainer.py" in line for line in waiting)
 
 
 # --- one rank, closely
@@ -294,7 +294,7 @@ def test_a_rank_whose_launcher_is_gone_ends_at_once():
     port = free_port()
     launcher = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "3", "PYTHONPATH": str(REPOSITORY)}
     launcher |= {"TORCHELASTIC_RUN_ID": "gone", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    command = [sys.executable, "-c", "from megatron_dypo.runtime.process import settle; settle()"]
+    command = [sys.executable, "-c", "from megatron_dypo.runtime.process import setup_process; setup_process()"]
     orphan = subprocess.run(command, env=os.environ | launcher, capture_output=True, text=True, timeout=60)
     assert orphan.returncode == 1
     assert orphan.stderr.startswith(f"[rank 3] failed in phase 'start': no launcher at 127.0.0.1:{port}: ")
@@ -315,11 +315,11 @@ def test_stragglers_and_missed_heartbeats_are_in_the_metrics(tmp_path):
 
 
 def test_imbalance_is_the_slowest_over_the_mean():
-    clock = Stopwatch()
+    clock = StepTimer()
     clock.compare([1.0, 4.0, 1.0])
     assert clock.metrics()["perf/straggler_rank"] == 1
     assert clock.metrics()["perf/rollout_imbalance"] == 2.0
-    alone = Stopwatch()
+    alone = StepTimer()
     alone.compare([1.0])
     assert not any(name.startswith("perf/") for name in alone.metrics())
 
@@ -453,7 +453,7 @@ def test_everything_ends_with_a_killed_launcher_and_the_folder_is_free(running):
     folder, launched = running
     processes = launched.processes()
     names = " ".join(" ".join(process.cmdline()) for process in processes)
-    assert "wandb-core" in names and "megatron_dypo.reward.worker" in names
+    assert "wandb-core" in names and "megatron_dypo.reward.worker_main" in names
     launched.agent.kill()
     run_folder.claim(folder / "run").close()
     wait_for(lambda: all(map(has_ended, processes)), 10)
@@ -462,7 +462,7 @@ def test_everything_ends_with_a_killed_launcher_and_the_folder_is_free(running):
 def test_under_torchrun_the_first_line_names_the_rank_that_failed(tmp_path):
     script = tmp_path / "failing.py"
     script.write_text(
-        "import os, megatron_dypo.train\n"
+        "import os, megatron_dypo.trainer\n"
         "from megatron_dypo.cli import script\n"
         "from tests.faults.points import at\n"
         "from tests.test_watchdog import act_in, plant\n"

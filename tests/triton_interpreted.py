@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_dypo.kernels import flow, linear_logprob, linear_loss, triton_fused, triton_head, triton_rows, workspace
+from megatron_dypo.kernels import (
+    autograd,
+    linear_logprob,
+    linear_loss,
+    triton_fused,
+    triton_head,
+    triton_rows,
+    workspace,
+)
 from megatron_dypo.kernels.vocab import VocabShard
 from tests.test_kernels import (
     VALUE,
@@ -154,7 +162,7 @@ def test_half_precision_as_cuda_multiplies_it(monkeypatch, small_blocks, dtype, 
     """Of the row kernels; the interpreter's own products of halves are wrong, so not of the fused one."""
     if small_blocks == "fused":
         pytest.skip("tl.dot of halves is wrong in the interpreter")
-    monkeypatch.setattr(flow, "multiplies_halves", lambda hidden: hidden.dtype in flow.HALVES)
+    monkeypatch.setattr(autograd, "multiplies_halves", lambda hidden: hidden.dtype in autograd.HALVES)
     monkeypatch.setitem(triton_head.HEADS, torch.bfloat16, (triton_rows.RowHead, triton_rows.RowHead))
     assert_same_in_halves(dtype, temperature, active, True, "triton")
 
@@ -253,8 +261,8 @@ def test_head_bytes_is_what_a_training_pass_allocates(monkeypatch, small_blocks)
     inputs = sum(x.nbytes for x in (hidden_TH, targets_T, weight, weight.main_grad))
 
     def some_without_slope(logp_t, entropy_t, t):
-        slope_t = (torch.arange(len(logp_t)) % 8 != 3).float()
-        return slope_t * logp_t, slope_t
+        dlogp_t = (torch.arange(len(logp_t)) % 8 != 3).float()
+        return dlogp_t * logp_t, dlogp_t
 
     with Allocated() as allocated:
         linear_loss(hidden_TH, weight, targets_T, some_without_slope, backend="triton")[0].backward()

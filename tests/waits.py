@@ -134,9 +134,9 @@ class Waits(TorchDispatchMode):
 @contextmanager
 def device_is_marked():
     """Within: the policy's device is ``DEVICE``, for our code and for what mcore calls the current CUDA device."""
+    import megatron_dypo.policy.moe as routing
     import megatron_dypo.policy.policy as policy
-    import megatron_dypo.policy.routing as routing
-    import megatron_dypo.update.step as step
+    import megatron_dypo.training.step as step
 
     with ExitStack() as stack:
         for module in (policy, routing, step):

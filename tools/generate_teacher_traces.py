@@ -14,9 +14,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_dypo.cli import run_tool
+from megatron_dypo.dataprep.teachers import generate, print_tallies
 from megatron_dypo.errors import UserError
-from megatron_dypo.prepare.generate import generate, print_tallies
+from megatron_dypo.runtime.console import run_tool
 
 
 def main() -> int:

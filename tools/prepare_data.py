@@ -13,11 +13,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_dypo.cli import run_tool
+from megatron_dypo.dataprep.formats import LAYOUTS
+from megatron_dypo.dataprep.options import COLUMNS, INSTRUCTION, VERIFY, Options
+from megatron_dypo.dataprep.prepare import prepare, print_counts
 from megatron_dypo.errors import UserError
-from megatron_dypo.prepare.layouts import LAYOUTS
-from megatron_dypo.prepare.options import COLUMNS, INSTRUCTION, VERIFY, Options
-from megatron_dypo.prepare.prepare import prepare, print_counts
+from megatron_dypo.runtime.console import run_tool
 
 
 def parser() -> argparse.ArgumentParser:

@@ -23,8 +23,8 @@ from benchmarks.gpu_report.results import CPU, report_file
 from benchmarks.gpu_report.runner import ENVIRONMENT, Machine, Runner
 from benchmarks.gpu_report.stages import PARTS, STAGES, Stage
 from benchmarks.machine import RESULTS, ROOT
-from megatron_dypo.cli import run_tool
 from megatron_dypo.errors import UserError
+from megatron_dypo.runtime.console import run_tool
 
 
 def chosen(part: str | None, only: str | None, tiny: bool) -> list[Stage]:

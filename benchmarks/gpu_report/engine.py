@@ -21,15 +21,16 @@ from benchmarks.gpu_report.workload import (
 from benchmarks.machine import ROOT
 from megatron_dypo.config.load import load_config
 from megatron_dypo.config.schema import Config, Data, Objective, Rollout, Trainer
+from megatron_dypo.models.shape import ModelShape, model_shape
 from megatron_dypo.policy.policy import Policy
-from megatron_dypo.policy.shape import ModelShape, model_shape
 from megatron_dypo.records import Group, Prompt, Regime, Response
 from megatron_dypo.rollout.engine import Engine, Request, Sampling
-from megatron_dypo.rollout.vllm_arguments import engine_arguments, in_process_arguments
+from megatron_dypo.rollout.vllm_args import engine_arguments, in_process_arguments
 from megatron_dypo.rollout.vllm_versions import installed
 from megatron_dypo.runtime.distributed import device_kind
-from megatron_dypo.sync.weights import Weights
-from megatron_dypo.update import logprob_passes, make_work
+from megatron_dypo.training.minibatch import build_minibatches
+from megatron_dypo.training.passes import logprob_passes
+from megatron_dypo.weight_sync.source import Weights
 
 QUICKSTART = ROOT / "examples/quickstart/config.yaml"
 SYNCS = 3
@@ -89,8 +90,8 @@ def mismatch(policy: Policy, config: Config, requests: list[Request], responses:
         for i, response in enumerate(own):
             response.reward = float(i % 2)
         groups.append(Group(Prompt(f"p{first}", "1", ()), requests[first].prompt_ids, own, Regime.MID))
-    works = make_work(policy.layout, groups, config, lambda group, teacher: group.prompt_ids)
-    metrics, offenders = logprob_passes(policy, works, config)
+    minibatches = build_minibatches(policy.layout, groups, config, lambda group, teacher: group.prompt_ids)
+    metrics, offenders = logprob_passes(policy, minibatches, config)
     if offenders:
         raise RuntimeError(offenders)
     return metrics

@@ -15,12 +15,11 @@ import torch.distributed as dist
 
 from benchmarks.gpu_report.workload import Batch, make_groups, trace
 from megatron_dypo.config.schema import Config, Data, Model, Optimizer, Parallel, Rollout, Trainer
-from megatron_dypo.convert.stream import random_weights
+from megatron_dypo.models.shape import model_shape
+from megatron_dypo.models.sharding import random_weights
 from megatron_dypo.policy.policy import Policy
-from megatron_dypo.policy.shape import model_shape
 from megatron_dypo.runtime import distributed
-from megatron_dypo.runtime.stopwatch import Stopwatch
-from megatron_dypo.update import update_policy
+from megatron_dypo.training.step import StepContext, update_policy
 
 STEPS = 3
 BATCH = Batch(prompts=8, samples=4, mean=48, longest=200, prompt_tokens=16, budget=256)
@@ -41,7 +40,7 @@ def main() -> None:
     losses = []
     for _ in range(STEPS):
         groups, trace_ids = make_groups(BATCH, shape.vocab_size), trace(BATCH, shape.vocab_size)
-        outcome = update_policy(policy, groups, config, trace_ids, config.optimizer.lr, Stopwatch())
+        outcome = update_policy(policy, groups, config, trace_ids, StepContext(1, config.optimizer.lr))
         if outcome.skipped:
             raise RuntimeError(outcome.skipped)
         losses.append({name: outcome.metrics[name] for name in ("loss/total", "train/grad_norm")})

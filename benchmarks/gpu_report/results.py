@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_dypo.runtime.whole_file import write_whole
+from megatron_dypo.runtime.fs import atomic_write
 
 DONE, FAILED, ABSENT, STARTED = "done", "failed", "absent", "started"
 CPU = "CPU"
@@ -68,7 +68,7 @@ class Record:
 
     def _write(self) -> None:
         self._found["seconds"] = round(time.time() - self._began, 1)
-        write_whole(self._file, json.dumps(self._found, indent=1))
+        atomic_write(self._file, json.dumps(self._found, indent=1))
 
 
 def report_file(folder: Path, gpu: str) -> Path:

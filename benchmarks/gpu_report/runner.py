@@ -35,7 +35,7 @@ from benchmarks.gpu_report.results import (
 )
 from benchmarks.gpu_report.stages import PARTS, Stage
 from benchmarks.machine import ROOT
-from megatron_dypo.runtime.whole_file import write_whole
+from megatron_dypo.runtime.fs import atomic_write
 
 ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
@@ -169,8 +169,8 @@ class Runner:
             return
         with locked(self.file.parent):
             report: Report = merged(read(self.file, self.machine.gpu, measured=not self.tiny), found)
-            write_whole(self.file, json.dumps(report, indent=1) + "\n")
-            write_whole(self.file.with_suffix(".md"), page(report))
+            atomic_write(self.file, json.dumps(report, indent=1) + "\n")
+            atomic_write(self.file.with_suffix(".md"), page(report))
         for name, each in found.items():
             print(f"{each['state']:7} {name:18} {each['seconds']:6.1f} s  {each['says']}".rstrip(), flush=True)
             if each["state"] not in (DONE, ABSENT):

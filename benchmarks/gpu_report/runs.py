@@ -30,15 +30,15 @@ def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
 def quickstart(record: Record) -> None:
     """In this process, so that with ``--tiny`` the run takes the engine that the other stages used."""
     from megatron_dypo.config.load import load_config
-    from megatron_dypo.preflight import prepare
-    from megatron_dypo.train import train
+    from megatron_dypo.preflight import check_inputs
+    from megatron_dypo.trainer import train
 
     steps = TINY_STEPS if record.tiny else STEPS
     with tempfile.TemporaryDirectory(prefix="gpu_report_run_") as folder:
         overrides = [f"trainer.steps={steps}", f"trainer.run_dir={folder}/run", "trainer.offload=true"]
         overrides += ["trainer.eval_every=0", "trainer.save_every=0", *(SMALL if record.tiny else ())]
         config = load_config(str(QUICKSTART), overrides)
-        inputs = prepare(config, str(QUICKSTART))
+        inputs = check_inputs(config, str(QUICKSTART))
         _forget_groups()
         began = time.time()
         train(config, inputs, lambda config, shape, tokenizer, *_: shared_engine(config, shape, tokenizer.end_ids))

@@ -33,15 +33,17 @@ from benchmarks.gpu_report.workload import (
     weights_on_device,
 )
 from megatron_dypo.config.schema import Config
-from megatron_dypo.plan.cluster import Candidate
-from megatron_dypo.plan.cluster import Work as PlannedWork
-from megatron_dypo.plan.memory import RESERVE, Need, policy_need
+from megatron_dypo.models.shape import ModelShape, model_shape
+from megatron_dypo.planner.cluster import Candidate
+from megatron_dypo.planner.cluster import StepWorkload as PlannedWork
+from megatron_dypo.planner.memory import RESERVE, Need, policy_need
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.policy.reference import PLACES
-from megatron_dypo.policy.shape import ModelShape, model_shape
 from megatron_dypo.records import Group, Kind
-from megatron_dypo.runtime.memory import take_peaks
-from megatron_dypo.update import Work, logprob_passes, make_work, run_updates, warm_up
+from megatron_dypo.runtime.measure import take_peaks
+from megatron_dypo.training.minibatch import MiniBatch, build_minibatches
+from megatron_dypo.training.passes import logprob_passes, warm_up
+from megatron_dypo.training.step import StepContext, run_updates
 
 HEAVIEST, TENTH = 10, 10  # kernels; updates
 SWAPS = 3
@@ -94,7 +96,7 @@ def update(record: Record) -> None:
 class Updated:
     """Seconds of the log-prob passes and of all; ``peak_gib`` of allocated memory, None on a CPU."""
 
-    works: list[Work]
+    minibatches: list[MiniBatch]
     passes: float
     seconds: float
     peak_gib: float | None
@@ -103,15 +105,15 @@ class Updated:
 def one_update(policy: Policy, config: Config, batch: Batch, groups: list[Group]) -> Updated:
     """Raises RuntimeError where it is skipped."""
     began = now()
-    works = make_work(policy.layout, groups, config, trace(batch, policy.shape.vocab_size))
-    _, offenders = logprob_passes(policy, works, config)
+    minibatches = build_minibatches(policy.layout, groups, config, trace(batch, policy.shape.vocab_size))
+    _, offenders = logprob_passes(policy, minibatches, config)
     passes = now() - began
-    outcome = run_updates(policy, works, config, lr=1e-6)
+    outcome = run_updates(policy, minibatches, config, StepContext(1, 1e-6))
     if offenders or outcome.skipped:
         raise RuntimeError(offenders or outcome.skipped)
     seconds, name = now() - began, "perf/device_memory_gib"
     peaks = [memory[name] for memory in (outcome.memory, take_peaks()) if name in memory]
-    return Updated(works, passes, seconds, max(peaks, default=None))
+    return Updated(minibatches, passes, seconds, max(peaks, default=None))
 
 
 def _updates(
@@ -126,11 +128,11 @@ def _updates(
         parts["training"] += taken["accumulate"]
         parts["step"] += taken["step"]
         parts["between"].append(updates[-1].passes - sum(taken["logprobs"]))
-    works, passes = updates[-1].works, len(taken["logprobs"])
-    everything, sampled = sequences_of(works), sequences_of(works, Kind.ROLLOUT)
+    minibatches, passes = updates[-1].minibatches, len(taken["logprobs"])
+    everything, sampled = sequences_of(minibatches), sequences_of(minibatches, Kind.ROLLOUT)
     tokens = sum(sequence.length for sequence in everything)
     all_flops, old_flops = forward_flops(policy.shape, everything), forward_flops(policy.shape, sampled)
-    batches = len(works[0].rollouts) + len(works[0].teachers)
+    batches = len(minibatches[0].rollouts) + len(minibatches[0].teachers)
     size = f"{len(everything)} sequences, {tokens:,} tokens, {batches} micro-batches, {passes} log-prob passes"
     record.note(f"An update: {size}; medians of {len(updates)}.")
     spent = {name: median(seconds) for name, seconds in parts.items()}

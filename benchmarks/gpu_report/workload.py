@@ -15,12 +15,12 @@ from megatron.core import parallel_state as mpu
 from torch import Tensor
 
 from megatron_dypo.config.schema import Config, Data, Model, Objective, Parallel, Rollout, Shape, Trainer
-from megatron_dypo.convert.mapping import hf_shapes
-from megatron_dypo.policy.shape import ModelShape
+from megatron_dypo.models.families import hf_shapes
+from megatron_dypo.models.shape import ModelShape
 from megatron_dypo.records import Group, Kind, Prompt, Regime, Response, Sequence, Teacher
 from megatron_dypo.runtime import distributed
 from megatron_dypo.runtime.distributed import Layout, device
-from megatron_dypo.update import Work
+from megatron_dypo.training.minibatch import MiniBatch
 
 _COMMON = {"head_dim": 128, "vocab_size": 151936, "tied_embeddings": True, "max_position": 32768}
 _COMMON |= {"init_std": 0.02, "rope_base": 1e6, "norm_eps": 1e-6}
@@ -125,8 +125,8 @@ def forward_flops(shape: ModelShape, sequences: list[Sequence]) -> float:
     return 2.0 * (shape.active_parameters - embedding) * tokens + attention * squares
 
 
-def sequences_of(works: list[Work], kind: Kind | None = None) -> list[Sequence]:
-    return [sequence for work in works for sequence in work.sequences if kind in (None, sequence.kind)]
+def sequences_of(minibatches: list[MiniBatch], kind: Kind | None = None) -> list[Sequence]:
+    return [sequence for work in minibatches for sequence in work.sequences if kind in (None, sequence.kind)]
 
 
 def join(parallel: Parallel) -> Layout:

@@ -21,9 +21,9 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories, is_main_replica
 from torch import Tensor
 
-from megatron_dypo.checkpoint.files import Place
-from megatron_dypo.policy.adam_state import Part, adam_parts
+from megatron_dypo.checkpoint.io import TensorPiece
 from megatron_dypo.policy.model import whole_model_names
+from megatron_dypo.policy.optimizer import Part, adam_parts
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.runtime.distributed import all_gather_objects
 
@@ -52,7 +52,7 @@ def exchange_holders(policy: Policy) -> dict[str, Holders]:
     return holders
 
 
-def snapshot(policy: Policy, holders: dict[str, Holders]) -> list[tuple[Place, Tensor]]:
+def snapshot(policy: Policy, holders: dict[str, Holders]) -> list[tuple[TensorPiece, Tensor]]:
     """Copies in host memory of the pieces that this rank is to write. Collective."""
     policy.offload.require_device()
     templates = _templates(policy)
@@ -141,7 +141,7 @@ def _is_replica(holders: Holders) -> bool:
     return len({(start, end) for _, start, end in holders.slices}) == 1
 
 
-def _cut(template, prefix: str, tensor: Tensor) -> list[tuple[Place, Tensor]]:
+def _cut(template, prefix: str, tensor: Tensor) -> list[tuple[TensorPiece, Tensor]]:
     """Host copies of a rank's tensor in mcore's pieces; none where another tensor- or pipeline-parallel rank has it."""
     sharded = {0: replace(_target(template, prefix, tensor), replica_id=(*template.replica_id[:-1], 0))}
     apply_factories(sharded)
@@ -149,7 +149,7 @@ def _cut(template, prefix: str, tensor: Tensor) -> list[tuple[Place, Tensor]]:
     for piece in nested_values(sharded):
         if is_main_replica(piece.replica_id):
             sizes = (1,) * piece.prepend_axis_num + tuple(piece.local_shape)
-            place = Place(piece.key, tuple(piece.global_shape), tuple(piece.global_offset), sizes, piece.dtype)
+            place = TensorPiece(piece.key, tuple(piece.global_shape), tuple(piece.global_offset), sizes, piece.dtype)
             pieces.append((place, _on_host(piece.data)))
     return pieces
 

@@ -87,7 +87,7 @@ class Model(Section):
     )
 
 
-class Policy(Section):
+class PolicyOptions(Section):
     """How a mixture of experts is trained; a dense policy asks for nothing here."""
 
     routing_replay: Literal["off", "old", "rollout"] = key(
@@ -446,7 +446,7 @@ class Config(Section):
     """A whole run."""
 
     model: Model = Field(description="The policy network.")
-    policy: Policy = Field(Policy(), description="How a mixture of experts is trained.")
+    policy: PolicyOptions = Field(PolicyOptions(), description="How a mixture of experts is trained.")
     parallel: Parallel = Field(Parallel(), description="The layout.")
     data: Data = Field(description="Prompts, answers and teacher traces.")
     rollout: Rollout = Field(Rollout(), description="Sampling from the policy.")

@@ -21,21 +21,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dypo.checkpoint.files import shared_fault, sync_folder, write_index, write_pieces
-from megatron_dypo.checkpoint.folders import listed_files
+from megatron_dypo.checkpoint.catalog import listed_files
+from megatron_dypo.checkpoint.io import shared_fault, sync_folder, write_index, write_pieces
 from megatron_dypo.config import load_config
-from megatron_dypo.config.checks import check_layout
 from megatron_dypo.config.renamed import rename
 from megatron_dypo.config.schema import Config, Model, Parallel
-from megatron_dypo.convert import hf_writer
-from megatron_dypo.convert.finite import watched
-from megatron_dypo.convert.hf_folder import check_folder, folder_weights
-from megatron_dypo.convert.hf_metadata import copy_metadata, set_ends, write_config
-from megatron_dypo.convert.mapping import hf_shapes, rules
+from megatron_dypo.convert import hf_weights
+from megatron_dypo.convert.hf_files import copy_metadata, set_ends
+from megatron_dypo.convert.hf_weights import check_folder, folder_weights
 from megatron_dypo.convert.megatron_folder import MegatronFolder, checkpoint_folder, megatron_pieces
 from megatron_dypo.data.tokenizer import load_tokenizer
 from megatron_dypo.errors import UserError
-from megatron_dypo.policy.shape import POSITIONS, ModelShape, RopeScaling, hf_folder, model_shape
+from megatron_dypo.models.families import hf_shapes, rules
+from megatron_dypo.models.hf_config import write_config
+from megatron_dypo.models.limits import check_layout
+from megatron_dypo.models.shape import POSITIONS, ModelShape, RopeScaling, hf_folder, model_shape
+from megatron_dypo.models.sharding import watched
 from megatron_dypo.runtime.distributed import all_gather_objects, join
 
 log = logging.getLogger(__name__)
@@ -91,17 +92,17 @@ def export_folder(checkpoint: Path, out: Path, hf: str | None, dtype: str | None
     shapes = hf_shapes(shape)
     dtypes = {name: DTYPES[dtype] if dtype else weights.dtype(name) for name in shapes}
     sizes = {name: math.prod(size) * dtypes[name].itemsize for name, size in shapes.items()}
-    shards = hf_writer.plan_shards(sizes, shard_bytes)
+    shards = hf_weights.plan_shards(sizes, shard_bytes)
     read = watched(_in_dtype(weights.read, dtype), folder, log.warning)
     with _output(out) as target:
         rank, world = dist.get_rank(), dist.get_world_size()
         for file, names in list(shards.items())[rank::world]:
             tensors = {name: shapes[name] for name in names}
-            hf_writer.write_shard(target / file, tensors, dtypes, read)
+            hf_weights.write_shard(target / file, tensors, dtypes, read)
         dist.barrier()
         if rank == 0:
             _write_metadata(folder, metadata, shape, target, set(dtypes.values()), asked=dtype is not None)
-            hf_writer.write_index(target, shards, sum(sizes.values()))
+            hf_weights.write_index(target, shards, sum(sizes.values()))
     return f"{out}: {len(shapes)} tensors of {folder}, {sum(sizes.values()) / 1e9:.2f} GB in {len(shards)} files"
 
 

@@ -18,13 +18,12 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
-from megatron_dypo.checkpoint.files import Place
-from megatron_dypo.checkpoint.folders import complete_steps, step_folder
-from megatron_dypo.checkpoint.safe_pickle import read_index
-from megatron_dypo.convert.mapping import rules, stored_norms
-from megatron_dypo.convert.rules import Rule
+from megatron_dypo.checkpoint.catalog import complete_steps, step_folder
+from megatron_dypo.checkpoint.io import TensorPiece, read_index
 from megatron_dypo.errors import UserError
-from megatron_dypo.policy.shape import ModelShape
+from megatron_dypo.models.families import rules, stored_norms
+from megatron_dypo.models.rules import WeightRule
+from megatron_dypo.models.shape import ModelShape
 
 _LAYERS = "decoder.layers."
 _NO_WEIGHT = "._extra_state"  # what Transformer Engine keeps beside weights (FP8 scales)
@@ -70,7 +69,7 @@ class MegatronFolder:
             for chunk in entry.chunks if name in stacked else ():
                 self._pieces[name, tuple(chunk.offsets[: stacked[name]])].append(chunk)
         self._rule_of = {name: rule for rule in table for name in rule.names}
-        self._last: tuple[Rule | None, dict[str, Tensor]] = (None, {})
+        self._last: tuple[WeightRule | None, dict[str, Tensor]] = (None, {})
         for rule in table:
             self._check(rule)
         for name in self._entries:
@@ -89,7 +88,7 @@ class MegatronFolder:
             self._last = (rule, dict(zip(rule.names, rule.unfold(folded, self.shape), strict=True)))
         return self._last[1][name]
 
-    def _check(self, rule: Rule) -> None:
+    def _check(self, rule: WeightRule) -> None:
         (key, at), index = _key(rule, self.shape), self.folder / ".metadata"
         parts = [torch.empty(size, device="meta") for size in rule.sizes(self.shape)]
         size = tuple(rule.as_megatron(rule.fold(parts, self.shape)).shape)
@@ -108,7 +107,7 @@ class MegatronFolder:
             if (key, tuple(piece.offsets)) not in self._stored:
                 raise UserError(f"{index}: does not say where {where} at {tuple(piece.offsets)} lies")
 
-    def _whole(self, rule: Rule) -> Tensor:
+    def _whole(self, rule: WeightRule) -> Tensor:
         key, at = _key(rule, self.shape)
         entry, items, first = self._entries[key], [], (0,) * len(at)
         whole = torch.empty((*(1 for _ in at), *entry.size[len(at) :]), dtype=entry.properties.dtype)
@@ -140,8 +139,8 @@ class _Into:
 
 
 def megatron_pieces(
-    shape: ModelShape, read: Callable[[str], Tensor], chosen: list[Rule]
-) -> Iterator[tuple[Place, Tensor]]:
+    shape: ModelShape, read: Callable[[str], Tensor], chosen: list[WeightRule]
+) -> Iterator[tuple[TensorPiece, Tensor]]:
     """The pieces of the ``chosen`` weights, whole ones, of Hugging Face tensors; one in memory at a time."""
     for rule in chosen:
         key, at = _key(rule, shape)
@@ -149,11 +148,11 @@ def megatron_pieces(
         weight = rule.as_megatron(rule.fold(parts, shape))
         del parts
         size, zeros, ones = tuple(weight.shape), (0,) * weight.dim(), (1,) * len(at)
-        yield Place(key, (*_stack(rule, shape), *size), (*at, *zeros), (*ones, *size), weight.dtype), weight
+        yield TensorPiece(key, (*_stack(rule, shape), *size), (*at, *zeros), (*ones, *size), weight.dtype), weight
         del weight
 
 
-def _key(rule: Rule, shape: ModelShape) -> tuple[str, tuple[int, ...]]:
+def _key(rule: WeightRule, shape: ModelShape) -> tuple[str, tuple[int, ...]]:
     """(the weight's name in a checkpoint, its place in the stack there: layer and expert, as far as it has them)."""
     if not rule.mcore.startswith(_LAYERS):
         return rule.mcore, ()
@@ -166,6 +165,6 @@ def _key(rule: Rule, shape: ModelShape) -> tuple[str, tuple[int, ...]]:
     return _LAYERS + rest.replace(f".{rule.expert}.", ".experts."), (int(layer), rule.expert)
 
 
-def _stack(rule: Rule, shape: ModelShape) -> tuple[int, ...]:
+def _stack(rule: WeightRule, shape: ModelShape) -> tuple[int, ...]:
     """Sizes of the axes along which weights like this one are stacked."""
     return (shape.num_layers, shape.num_experts)[: len(_key(rule, shape)[1])]

@@ -16,17 +16,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_dypo.config.checks import check_layout
 from megatron_dypo.config.schema import Config, Data, Model, Objective, Parallel, Trainer
 from megatron_dypo.convert.commands import check_checkpoint, source_folder
-from megatron_dypo.convert.finite import describe, is_finite
-from megatron_dypo.convert.hf_folder import check_folder, folder_weights
-from megatron_dypo.convert.mapping import hf_shapes, rules
+from megatron_dypo.convert.hf_files import tokenizer_files
+from megatron_dypo.convert.hf_weights import check_folder, folder_weights
 from megatron_dypo.convert.megatron_folder import MegatronFolder, checkpoint_folder
-from megatron_dypo.convert.reference import TEXT, gaps, policy_logprobs, transformers_logprobs
-from megatron_dypo.convert.tokenizer_files import tokenizer_files
 from megatron_dypo.data.tokenizer import load_tokenizer
-from megatron_dypo.policy.shape import ModelShape
+from megatron_dypo.models.families import hf_shapes, rules
+from megatron_dypo.models.limits import check_layout
+from megatron_dypo.models.shape import ModelShape
+from megatron_dypo.models.sharding import describe, is_finite
+from megatron_dypo.policy.hf_logprobs import TEXT, gaps, policy_logprobs, transformers_logprobs
 from megatron_dypo.records import Prompt
 from megatron_dypo.runtime.distributed import all_gather_objects, init, join, training_backend, world_size
 

@@ -10,13 +10,12 @@ from jinja2 import TemplateError
 
 from megatron_dypo.config.schema import Config
 from megatron_dypo.data.arithmetic import arithmetic_tokens
-from megatron_dypo.data.ends import end_ids
-from megatron_dypo.data.template import ChatTemplate, today
+from megatron_dypo.data.chat_template import ChatTemplate, end_ids, today
 from megatron_dypo.data.traces import END_MARKERS, without_ends, without_opening
 from megatron_dypo.errors import UserError
-from megatron_dypo.policy.shape import ModelShape, hf_folder
+from megatron_dypo.models.shape import ModelShape, hf_folder
 from megatron_dypo.records import Prompt
-from megatron_dypo.runtime.seeding import stable_hash
+from megatron_dypo.runtime.determinism import stable_hash
 
 
 class Tokenizer:
@@ -155,7 +154,7 @@ def load_tokenizer(config: Config, shape: ModelShape, day: date | None = None) -
     if folder is None:
         backend, name = arithmetic_backend(), "model.tokenizer: the built-in tokenizer"
     else:
-        from megatron_dypo.data.backend import load_backend
+        from megatron_dypo.data.tokenizer_backends import load_backend
 
         name = f"model.tokenizer: {folder}"
         try:

@@ -49,9 +49,9 @@ def main() -> None:
     import torch.distributed as dist
 
     from megatron_dypo.config.schema import Config, Data, Model, Parallel, Trainer
-    from megatron_dypo.convert.stream import random_weights
+    from megatron_dypo.models.shape import model_shape
+    from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.policy.policy import Policy
-    from megatron_dypo.policy.shape import model_shape
     from megatron_dypo.runtime import distributed
 
     config = Config(

@@ -19,39 +19,43 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dypo.checkpoint.folders import complete_steps
-from megatron_dypo.config.checks import check_policy
+from megatron_dypo.checkpoint.catalog import complete_steps
 from megatron_dypo.config.schema import Config, Parallel
 from megatron_dypo.convert.commands import check_checkpoint, metadata_folder, model_of, source_folder
-from megatron_dypo.convert.finite import refuse, watched
-from megatron_dypo.convert.hf_folder import check_folder, folder_weights
+from megatron_dypo.convert.hf_weights import check_folder, folder_weights
 from megatron_dypo.convert.megatron_folder import MegatronFolder, checkpoint_folder
-from megatron_dypo.data.kept import keep, start_day
+from megatron_dypo.data.provenance import keep, start_day
 from megatron_dypo.data.tokenizer import load_tokenizer
+from megatron_dypo.dataprep.endpoint import Endpoint, EndpointFault
 from megatron_dypo.errors import UserError
-from megatron_dypo.evaluate.answers import AnswerFile
-from megatron_dypo.evaluate.named import named_suites
-from megatron_dypo.evaluate.respond import Respond, Server, engine_responses, longest_response, server_responses
-from megatron_dypo.evaluate.run import run_suite
-from megatron_dypo.evaluate.suites import Suite, load_suite
-from megatron_dypo.evaluate.table import Progress, show
-from megatron_dypo.policy.shape import ModelShape, of_weights
-from megatron_dypo.prepare.endpoint import Endpoint, EndpointFault
+from megatron_dypo.evaluate.respond import (
+    AnswerFile,
+    ChatServer,
+    Respond,
+    engine_responses,
+    longest_response,
+    server_responses,
+)
+from megatron_dypo.evaluate.run import EvaluationProgress, run_suite, show
+from megatron_dypo.evaluate.suites import Suite, load_suite, named_suites
+from megatron_dypo.models.limits import check_policy
+from megatron_dypo.models.shape import ModelShape, of_weights
+from megatron_dypo.models.sharding import refuse, watched
 from megatron_dypo.records import Prompt
-from megatron_dypo.rollout.collect import encode_prompts
 from megatron_dypo.rollout.engine import build_engine, check_vllm, engine_name
+from megatron_dypo.rollout.sampling import encode_prompts
 from megatron_dypo.runtime import distributed
+from megatron_dypo.runtime.determinism import stable_hash
 from megatron_dypo.runtime.distributed import Layout
 from megatron_dypo.runtime.failure import phase
-from megatron_dypo.runtime.seeding import stable_hash
-from megatron_dypo.runtime.whole_file import write_whole
-from megatron_dypo.sync.weights import StoredWeights
+from megatron_dypo.runtime.fs import atomic_write
+from megatron_dypo.weight_sync.source import StoredWeights
 
 ROUND = {"cuda": 4096, "cpu": 128}  # responses asked for at a time, and lost by a kill; vLLM samples fewer at once
 
 
 @dataclass(frozen=True)
-class Model:
+class EvaluatedModel:
     """Whom to ask: ``name`` for the results; ``digest`` tells whether the files are the same as they were.
 
     ``checkpoint``: the folder, where it is one, whose files are still to be checked.
@@ -113,7 +117,7 @@ def evaluate(
     _run(config, suites, respond, about, layout, out, restart, ROUND[distributed.device().type])
 
 
-def evaluate_server(config: Config, names: list[str], server: Server, out: Path | None, restart: bool) -> None:
+def evaluate_server(config: Config, names: list[str], server: ChatServer, out: Path | None, restart: bool) -> None:
     """``evaluate`` with whoever is behind an address; ranks share the problems, if there are several."""
     with phase("reading the inputs"):
         suites = _load(config, names)
@@ -135,7 +139,7 @@ def _load(config: Config, names: list[str]) -> dict[Suite, list[Prompt]]:
     return {suite: load_suite(suite, config.evaluation) for suite in suites}
 
 
-def _choose(config: Config, hf: str | None, checkpoint: Path | None) -> Model:
+def _choose(config: Config, hf: str | None, checkpoint: Path | None) -> EvaluatedModel:
     """The model to evaluate. It and its tokenizer become ``config.model.hf`` and ``.tokenizer``."""
     run_dir = Path(config.trainer.run_dir)
     if hf is None and checkpoint is None and complete_steps(run_dir):
@@ -146,7 +150,7 @@ def _choose(config: Config, hf: str | None, checkpoint: Path | None) -> Model:
         shape = model_of(folder, origin)
         config.model.tokenizer, config.model.hf = config.model.tokenizer or origin, origin or config.model.hf
         read = watched(MegatronFolder(folder, shape).read, folder, refuse)
-        return Model(_name(folder), _digest(folder), shape, read, folder)
+        return EvaluatedModel(_name(folder), _digest(folder), shape, read, folder)
     source = hf or config.model.hf
     if source is None:
         raise UserError(f"evaluate: {run_dir} holds no checkpoint, and a preset no weights: give --hf or --checkpoint")
@@ -154,7 +158,7 @@ def _choose(config: Config, hf: str | None, checkpoint: Path | None) -> Model:
     shape = shape if hf else of_weights(shape, config.model)
     check_folder(folder, shape)
     config.model.tokenizer, config.model.hf = hf or config.model.tokenizer, source
-    return Model(_name(folder), _digest(folder), shape, watched(folder_weights(folder), folder, refuse))
+    return EvaluatedModel(_name(folder), _digest(folder), shape, watched(folder_weights(folder), folder, refuse))
 
 
 def _name(folder: Path) -> str:
@@ -183,7 +187,7 @@ def _run(
     for suite, prompts in suites.items():
         name = suite.name
         asked = about | _asked(config, suite, prompts)
-        progress = Progress(name, layout.is_main)
+        progress = EvaluationProgress(name, layout.is_main)
         with phase(f"evaluation of {name}"), _file(out / f"{name}.jsonl", asked, layout, restart) as file:
             options = {"file": file, "round_size": round_size * layout.world, "progress": progress}
             results[name] = asked | run_suite(suite, prompts, config, respond, layout, **options)
@@ -200,7 +204,7 @@ def _write(path: Path, results: dict[str, Any], about: dict[str, Any]) -> None:
     except (OSError, ValueError):
         before = {}
     kept = {name: each for name, each in before.items() if each.get("weights") == about["weights"]}
-    write_whole(path, json.dumps(kept | results, indent=2) + "\n")
+    atomic_write(path, json.dumps(kept | results, indent=2) + "\n")
 
 
 def _asked(config: Config, suite: Suite, prompts: list[Prompt]) -> dict[str, Any]:

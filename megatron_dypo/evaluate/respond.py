@@ -1,17 +1,86 @@
-"""Who answers an evaluation's questions: a rollout engine, or whoever is behind an OpenAI-compatible address."""
+"""What answers an evaluation's questions, a rollout engine or an OpenAI-compatible server; and its file of answers.
+
+``SUITE.jsonl`` begins with a line that says what was asked of which model; each further line is one response. A killed
+evaluation goes on from it.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import json
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from megatron_dypo.config.schema import Config
 from megatron_dypo.data.tokenizer import Tokenizer
-from megatron_dypo.prepare.endpoint import Answer, Endpoint, EndpointFault
+from megatron_dypo.dataprep.endpoint import Completion, Endpoint, EndpointFault
+from megatron_dypo.errors import UserError
 from megatron_dypo.records import Prompt
 from megatron_dypo.rollout.engine import Engine, Request, Sampling
-from megatron_dypo.runtime.seeding import stable_hash
+from megatron_dypo.runtime.determinism import stable_hash
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Response number ``sample`` to a problem; ``fault`` says why nobody could grade it."""
+
+    problem: str
+    sample: int
+    text: str
+    tokens: int
+    finish_reason: str
+    right: bool
+    fault: str | None = None
+
+
+class AnswerFile:
+    """``answers`` holds what is in the file, which ``add`` appends to. Only one process may write it.
+
+    Raises UserError where it does, and where the file is of another evaluation (``about`` differs), or damaged.
+    """
+
+    def __init__(self, path: Path, about: dict[str, Any], restart: bool = False):
+        self.answers: list[Answer] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("ab+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{path}: another evaluation is at work with this file") from None
+        if restart:
+            self._file.truncate(0)
+        self._file.seek(0)
+        *lines, torn = self._file.read().split(b"\n")
+        if torn:  # by a kill in the middle of a line
+            self._file.truncate(self._file.tell() - len(torn))
+        if not lines:
+            self._write([about])
+            return
+        try:
+            before = dict(json.loads(lines[0]))
+            self.answers = [Answer(**json.loads(line)) for line in lines[1:]]
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}: holds no evaluation's responses: {error} (--restart removes it)") from None
+        if differing := [name for name in about | before if about.get(name) != before.get(name)]:
+            changes = ", ".join(f"{name} (was {before.get(name)!r}, now {about.get(name)!r})" for name in differing)
+            raise UserError(f"{path}: is of another evaluation: {changes}; --restart removes it, --out names another")
+
+    def add(self, answers: list[Answer]) -> None:
+        """Append, down to the disk."""
+        self._write([asdict(answer) for answer in answers])
+        self.answers += answers
+
+    def _write(self, rows: list[dict]) -> None:
+        self._file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
 
 
 @dataclass(frozen=True)
@@ -61,7 +130,7 @@ def engine_responses(engine: Engine, tokenizer: Tokenizer, config: Config) -> Re
 
 
 @dataclass(frozen=True)
-class Server:
+class ChatServer:
     """An OpenAI-compatible address: ``url`` is what goes before ``/chat/completions``."""
 
     url: str
@@ -70,11 +139,11 @@ class Server:
     concurrency: int
 
 
-def server_responses(server: Server, config: Config) -> Respond:
+def server_responses(server: ChatServer, config: Config) -> Respond:
     """By a server."""
     settings, most = config.evaluation, longest_response(config)
 
-    async def ask(questions: list[Question]) -> list[Answer | EndpointFault]:
+    async def ask(questions: list[Question]) -> list[Completion | EndpointFault]:
         """Each answer that came, whatever became of the others."""
         timeouts = {"concurrency": server.concurrency, "seconds": config.rollout.request_timeout}
         try:
@@ -84,7 +153,7 @@ def server_responses(server: Server, config: Config) -> Respond:
         except EndpointFault as fault:  # an address that no request could be made with
             return [fault] * len(questions)
 
-    async def one(endpoint: Endpoint, question: Question) -> Answer | EndpointFault:
+    async def one(endpoint: Endpoint, question: Question) -> Completion | EndpointFault:
         try:
             return await endpoint.ask(
                 list(question.prompt.messages),

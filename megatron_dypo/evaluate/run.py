@@ -1,24 +1,104 @@
-"""A suite's problems, asked several times each, graded, and summed up: in training and by the command alike.
+"""A suite's problems, sampled several times each, graded, and summed up: in training and by the command alike.
 
-    Prompt --respond--> text --reward--> Answer --statistics--> figures
+    Prompt --respond--> text --reward--> Answer --figures--> avg@n, pass@k and their intervals --> table
 
-The ranks share every round of questions; all hold all answers afterwards.
+The ranks share every round of questions; all hold all answers afterwards. Legend: P problems, n responses of each.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from megatron_dypo.config.schema import Config
 from megatron_dypo.errors import UserError
-from megatron_dypo.evaluate.answers import Answer, AnswerFile
-from megatron_dypo.evaluate.respond import Question, Respond, Said
-from megatron_dypo.evaluate.statistics import figures
+from megatron_dypo.evaluate.respond import Answer, AnswerFile, Question, Respond, Said
 from megatron_dypo.evaluate.suites import Suite
+from megatron_dypo.monitor.progress import print_table
 from megatron_dypo.records import Prompt
 from megatron_dypo.reward import RewardFunction, build_reward
 from megatron_dypo.runtime.distributed import Layout, all_gather_objects
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """Chance that at least one of ``k`` of the ``n`` responses, drawn without replacement, is right.
+
+    The unbiased estimate 1 - C(n - right, k) / C(n, k) of Chen et al. 2021 (arXiv 2107.03374, eq. 1).
+    """
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def interval(values_P: np.ndarray, seed: int) -> tuple[float, float]:
+    """A bootstrap confidence interval (95%, percentiles) of the mean over problems.
+
+    It tells how the figure would differ with other problems of the kind: 30 of AIME leave much open.
+    """
+    generator = np.random.default_rng(seed)
+    count = len(values_P)
+    means = [values_P[generator.integers(count, size=count)].mean() for _ in range(RESAMPLES)]
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(means, (tail, 100 - tail))
+    return float(low), float(high)
+
+
+def figures(right_P: list[int], n: int, seed: int) -> dict[str, dict[str, float]]:
+    """``pass@1``, ``avg@n`` and ``pass@k`` for k = 2, 4, 8, ... and n, each with its interval.
+
+    ``right_P``: of each problem, how many of its n responses are right. avg@n, their share, is what estimates pass@1.
+    """
+    ks = sorted({2**power for power in range(n.bit_length())} | {n})
+    wanted = {f"avg@{n}": 1} | {f"pass@{k}": k for k in ks}
+    found = {}
+    for name, k in wanted.items():
+        values_P = np.array([pass_at_k(n, right, k) for right in right_P])
+        low, high = interval(values_P, seed)
+        found[name] = {"value": float(values_P.mean()), "low": low, "high": high}
+    return found
+
+
+SECONDS = 10.0  # between two lines
+
+
+class EvaluationProgress:
+    """Told how many responses there are, of how many; prints a line every few seconds, at the start and at the end."""
+
+    def __init__(self, suite: str, active: bool):
+        self._suite, self._active, self._last = suite, active, float("-inf")
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._active and (done == total or time.monotonic() - self._last > SECONDS):
+            self._last = time.monotonic()
+            print(f"{self._suite}: {done}/{total} responses", flush=True)
+
+
+def rows(results: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
+    """A row for each suite, the header first; shares in percent with their 95% confidence intervals."""
+    found = [("suite", "problems", "samples", "avg@n = pass@1", "pass@n", "tokens", "truncated", "not graded")]
+    for name, result in results.items():
+        n = result["samples"]
+        average, best = (_share(result["figures"][key]) for key in (f"avg@{n}", f"pass@{n}"))
+        counts = str(result["problems"]), str(n)
+        rest = f"{result['response_tokens']:.0f}", f"{result['truncated_frac']:.1%}", str(result["faults"])
+        found.append((name, *counts, average, best if n > 1 else "-", *rest))
+    return found
+
+
+def _share(figure: dict[str, float]) -> str:
+    return f"{figure['value']:.1%} [{figure['low']:.1%}, {figure['high']:.1%}]"
+
+
+def show(results: dict[str, dict[str, Any]], title: str) -> None:
+    """Print the table."""
+    header, *lines = rows(results)
+    print_table(header, lines, {"suite"}, title)
+
 
 RIGHT = 0.5  # a score from here on
 
@@ -76,7 +156,7 @@ def _answers(questions: list[Question], respond: Respond, reward: RewardFunction
 
 
 def summary(prompts: list[Prompt], samples: int, answers: list[Answer], seed: int) -> dict[str, Any]:
-    """Counts of ``problems``, ``samples`` of each and ``faults``; ``figures`` (statistics.py); means over responses."""
+    """Counts of ``problems``, ``samples`` of each and ``faults``; ``figures``; means over responses."""
     right = dict.fromkeys((prompt.id for prompt in prompts), 0)
     for answer in answers:
         right[answer.problem] += answer.right

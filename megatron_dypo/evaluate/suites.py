@@ -1,15 +1,22 @@
-"""The evaluation suites of the paper (4.1): where their problems come from, and what counts as an answer.
+"""The evaluation suites of the paper (4.1) and files of one's own: their problems, and what counts as an answer.
 
     file or hub --rows--> question, answer, options --> Prompt(messages, ground_truth)
 
 A file is read whatever its field names are, as far as one of the usual ones is there; the hub's data sets have others
-than the files that circulate.
+than the files that circulate. Suites are asked for by name, or by file:
+
+    aime24                                            a suite of this module
+    data/olympiad.jsonl                               a file; its suite is called olympiad
+    hard=data/olympiad.jsonl?samples=8&extract=number
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import os
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +24,8 @@ from typing import Any
 from megatron_dypo.config.schema import Evaluation
 from megatron_dypo.errors import UserError
 from megatron_dypo.escapes import swallowed_in, with_escapes
-from megatron_dypo.evaluate.files import Place, find, read
-from megatron_dypo.evaluate.options import choices_of
+from megatron_dypo.evaluate.choices import choices_of
+from megatron_dypo.evaluate.suite_files import SUFFIXES, SuiteLocation, find, read
 from megatron_dypo.records import Prompt
 from megatron_dypo.reward import last_boxed
 
@@ -40,7 +47,7 @@ class Suite:
     """
 
     name: str
-    place: Place | None = None
+    place: SuiteLocation | None = None
     hub: tuple[str, str | None, str] | None = None
     problems: int | None = None
     samples: int = 1
@@ -61,27 +68,39 @@ class Suite:
 
 _PAPER = (
     Suite(
-        "aime24", Place(("aime24", "aime2024"), ONE_SPLIT), ("HuggingFaceH4/aime_2024", None, "train"), 30, samples=32
+        "aime24",
+        SuiteLocation(("aime24", "aime2024"), ONE_SPLIT),
+        ("HuggingFaceH4/aime_2024", None, "train"),
+        30,
+        samples=32,
     ),
-    Suite("aime25", Place(("aime25", "aime2025"), ONE_SPLIT), ("math-ai/aime25", None, "test"), 30, samples=32),
-    Suite("amc23", Place(("amc23", "amc2023", "amc"), ONE_SPLIT), ("math-ai/amc23", None, "test"), 40, samples=32),
-    Suite("math500", Place(("math500",)), ("HuggingFaceH4/MATH-500", None, "test"), 500),
-    Suite("minerva", Place(("minerva", "minervamath")), ("math-ai/minervamath", None, "test"), 272),
+    Suite("aime25", SuiteLocation(("aime25", "aime2025"), ONE_SPLIT), ("math-ai/aime25", None, "test"), 30, samples=32),
+    Suite(
+        "amc23", SuiteLocation(("amc23", "amc2023", "amc"), ONE_SPLIT), ("math-ai/amc23", None, "test"), 40, samples=32
+    ),
+    Suite("math500", SuiteLocation(("math500",)), ("HuggingFaceH4/MATH-500", None, "test"), 500),
+    Suite("minerva", SuiteLocation(("minerva", "minervamath")), ("math-ai/minervamath", None, "test"), 272),
     Suite(
         "arc_c",
-        Place(("arcc", "arcchallenge", "ai2arc"), configuration="ARC-Challenge"),
+        SuiteLocation(("arcc", "arcchallenge", "ai2arc"), configuration="ARC-Challenge"),
         ("allenai/ai2_arc", "ARC-Challenge", "test"),
         1172,
         reward="choice",
     ),
     Suite(
         "gpqa_diamond",
-        Place(("gpqadiamond", "gpqad", "gpqadiamondmc"), ONE_SPLIT),
+        SuiteLocation(("gpqadiamond", "gpqad", "gpqadiamondmc"), ONE_SPLIT),
         ("Idavidrein/gpqa", "gpqa_diamond", "train"),
         198,
         reward="choice",
     ),
-    Suite("gsm8k", Place(("gsm8k",), configuration="main"), ("openai/gsm8k", "main", "test"), 1319, extract="number"),
+    Suite(
+        "gsm8k",
+        SuiteLocation(("gsm8k",), configuration="main"),
+        ("openai/gsm8k", "main", "test"),
+        1319,
+        extract="number",
+    ),
 )
 SUITES = {suite.name: suite for suite in _PAPER}
 
@@ -181,3 +200,57 @@ def _answer(row: dict) -> str:
         return marked[2].strip()
     boxed = last_boxed(value)
     return value if boxed is None else boxed
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_TAKEN = {*SUITES, "valid"}  # eval/valid/* are the metrics of data.valid
+_OPTIONS = {  # what each may be
+    "samples": re.compile("[1-9][0-9]{0,5}"),
+    "extract": re.compile("boxed|marked|number"),
+    "reward": re.compile("math|choice"),
+}
+_SHAPES = {"samples": "a number from 1 on", "extract": "boxed, marked or number", "reward": "math or choice"}
+FORM = "[NAME=]FILE[?samples=N&extract=boxed|marked|number&reward=math|choice]"
+
+
+def named_suites(asked: Iterable[str], where: str) -> list[Suite]:
+    """In order. Raises UserError, beginning with ``where``: neither a suite nor a file's, a bad form, a name twice."""
+    suites = [SUITES[each] if each in SUITES else _own(each, where) for each in asked]
+    seen: set[str] = set()
+    for suite in suites:
+        if suite.name in seen:
+            raise UserError(f"{where}: two suites are called {suite.name!r}; give one another name: NAME=FILE")
+        seen.add(suite.name)
+    return suites
+
+
+def _own(asked: str, where: str) -> Suite:
+    place, mark, text = asked.partition("?")
+    name, equals, path = place.rpartition("=")
+    file = Path(os.path.expandvars(path)).expanduser()
+    if file.suffix.lower() not in SUFFIXES:
+        raise UserError(
+            f"{where}: {asked!r} is not one of the suites {', '.join(SUITES)}, nor a file of one's own ({FORM}; "
+            f"{', '.join(SUFFIXES)})"
+        )
+    name = name if equals else file.stem
+    if not _NAME.fullmatch(name) or name in _TAKEN:
+        why = "is taken" if name in _TAKEN else "has more than letters, digits, dots, dashes and underscores"
+        raise UserError(f"{where}: {asked!r}: the name {name!r} {why}; give another: NAME={path}")
+    if not file.is_file():
+        raise UserError(f"{where}: {asked!r}: there is no file {file}")
+    return Suite(name, file=file, **_options(asked, text if mark else None, where))
+
+
+def _options(asked: str, text: str | None, where: str) -> dict:
+    """Fields of the suite that ``text`` sets: ``samples=8&extract=number``."""
+    found: dict[str, str] = {}
+    for part in [] if text is None else text.split("&"):
+        key, equals, value = part.partition("=")
+        if not equals or key not in _OPTIONS or key in found:
+            raise UserError(f"{where}: {asked!r}: {part!r} is not one of {FORM}, each at most once")
+        if not _OPTIONS[key].fullmatch(value):
+            raise UserError(f"{where}: {asked!r}: {key} is {value!r}, not {_SHAPES[key]}")
+        found[key] = value
+    fields = found | ({"samples": int(found["samples"])} if "samples" in found else {})
+    return fields | {"given": frozenset(found)}

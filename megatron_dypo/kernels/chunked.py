@@ -2,8 +2,8 @@
 
 What is not a matrix product is bound by memory, so it is kept to few passes, in few fresh pages: no maximum is taken
 where none is needed (``vocab.py``), exponentials of a chunk lie side by side for one product over all columns, a factor
-of a whole row is left to the products, and the memory is used again (``workspace.py``). ``flow.py`` has the rest and
-the legend.
+of a whole row is left to the products, and the memory is used again (``workspace.py``). ``autograd.py`` has the rest
+and the legend.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from megatron_dypo.kernels import flow, workspace
+from megatron_dypo.kernels import autograd, workspace
 from megatron_dypo.kernels.vocab import (
     FAR,
     VocabShard,
@@ -34,21 +34,21 @@ def logprob(
     hidden, weight, targets, temperature_T, shard: VocabShard, sequence_parallel: bool, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     heads = (ChunkedHead, ChunkedHead)
-    return flow.LogProb.apply(heads, hidden, weight, targets, temperature_T, shard, sequence_parallel, entropy)
+    return autograd.LogProb.apply(heads, hidden, weight, targets, temperature_T, shard, sequence_parallel, entropy)
 
 
 def loss(hidden, weight, targets, token_loss, temperature_T, shard: VocabShard, sequence_parallel: bool, entropy: bool):
     arguments = (hidden, weight, targets, token_loss, temperature_T, shard, sequence_parallel, entropy)
-    return flow.Loss.apply(ChunkedHead, *arguments, torch.is_grad_enabled())  # within a Function it never is
+    return autograd.Loss.apply(ChunkedHead, *arguments, torch.is_grad_enabled())  # within a Function it never is
 
 
-class ChunkedHead(flow.Head):
+class ChunkedHead(autograd.LogitHead):
     """Keeps exp(z - top) of a chunk, at most CHUNK_ELEMENTS numbers, or else of one tile; top is 0 for most rows."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         widest = max(tile.stop - tile.start for tile in self.shard.tiles)
-        self.block = max(1, torch.get_num_threads() * BLOCK_ELEMENTS // max(1, widest) // flow.ROWS) * flow.ROWS
+        self.block = max(1, torch.get_num_threads() * BLOCK_ELEMENTS // max(1, widest) // autograd.ROWS) * autograd.ROWS
         self.columns = self.shard.real.stop if self.keep else widest
         sizes = [self.longest * widest, self.longest * self.columns]
         self.memory = workspace.take(sum(sizes), self.weight_VH, self.dtype)
@@ -61,7 +61,7 @@ class ChunkedHead(flow.Head):
         """Chunks of about one length: the products of a short last one would take as long as those of a whole one."""
         tokens = max(1, self.targets_T.shape[0])
         chunks = -(-tokens // self.shortened(CHUNK, CHUNK_ELEMENTS))
-        return -(-tokens // (chunks * flow.ROWS)) * flow.ROWS
+        return -(-tokens // (chunks * autograd.ROWS)) * autograd.ROWS
 
     def statistics(self, chunk: slice) -> Tensor:
         """[K, 4, t]; leaves exp(z - the tile's top) in ``exp``.
@@ -81,9 +81,9 @@ class ChunkedHead(flow.Head):
             stats.append(torch.cat([tile_statistics(*block, self.entropy) for block in blocks], dim=1))
         return torch.stack(stats)[..., :tokens]
 
-    def formed(
-        self, chunk: slice, a: Tensor, stats_K4t: Tensor, logp_t: Tensor, lse_t: Tensor, slope_t: Tensor
-    ) -> flow.Tiles:
+    def fused_backward(
+        self, chunk: slice, a: Tensor, stats_K4t: Tensor, logp_t: Tensor, lse_t: Tensor, dlogp_t: Tensor
+    ) -> autograd.Tiles:
         """dz = slope (onehot - p) = -slope share exp, where p = exp share; of all columns at once.
 
         share is exp(-lse), but 1 where that is far from 1 or a tile had to have a top: such rows become p itself. What
@@ -97,15 +97,15 @@ class ChunkedHead(flow.Head):
             for k, tile in self.tiles():
                 exp_tV[:, tile].mul_(torch.where(far_t, top_Kt[k] - lse_t, 0.0).exp_().unsqueeze(1))
         share_a = torch.where(far_t, 0.0, -lse_t)[a].exp_()
-        exp_aV = flow.moved_to_front(exp_tV, a, self.tiles())
+        exp_aV = autograd.moved_to_front(exp_tV, a, self.tiles())
         at_target_a = -miss(logp_t[a]) / share_a
         put_at_targets(exp_aV, at_target_a, *target_columns(self.targets_T[chunk][a], self.shard, self.shard.real))
-        scale_a = -slope_t[a] * share_a
+        scale_a = -dlogp_t[a] * share_a
         if self.native:  # half precision would not hold exp
             exp_aV, scale_a = exp_aV.mul_(scale_a.unsqueeze(1)), None
         yield self.shard.real, exp_aV, scale_a
 
-    def recomputed(self, chunk: slice, upstream: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> flow.Tiles:
+    def recomputed(self, chunk: slice, upstream: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> autograd.Tiles:
         dlogp_t, dentropy_t, dlse_t = upstream
         logp_t, entropy_t, lse_t = results
         hidden_tH, has_entropy = self._scaled_rows(chunk), bool(dentropy_t.any())
@@ -135,7 +135,7 @@ class ChunkedHead(flow.Head):
         """Scaled logits [t, v] of ``_scaled_rows`` (t as those are filled up), good until the next call."""
         weight_vH = self.weight(tile)
         z_tv = self.z[: hidden_tH.shape[0] * weight_vH.shape[0]].view(hidden_tH.shape[0], -1)
-        flow.multiply(hidden_tH, weight_vH.t(), z_tv)
+        autograd.multiply(hidden_tH, weight_vH.t(), z_tv)
         if self.native and self.temperature_T is not None:  # rows that were divided would be rounded again
             z_tv.div_(self._temperature_t1(chunk, len(z_tv)))
         return z_tv
@@ -144,4 +144,4 @@ class ChunkedHead(flow.Head):
         return self.exp.view(self.longest, self.columns)[:rows]
 
     def order(self, active_t: Tensor) -> Tensor:
-        return flow.few_moved(active_t)
+        return autograd.few_moved(active_t)

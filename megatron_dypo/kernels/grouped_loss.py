@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-COEFFICIENTS = ("advantage", "grpo", "grpo_slope", "gal_slope", "sft")
-SUMS = ("grpo", "kl", "grpo_slope", "clipped", "logp", "entropy")
+COEFFICIENTS = ("advantage", "grpo", "dlogp_grpo", "dlogp_gal", "sft")
+SUMS = ("grpo", "kl", "dlogp_grpo", "clipped", "logp", "entropy")
 LANES = 128  # threads of a program
 LARGEST = 60.0  # exponents are bounded so that float32 stays finite
 

@@ -10,8 +10,8 @@ Rows whose sums come near that are far; programs that have one run again and tak
 Where gradients will be formed, exp z is kept in the precision of the inputs, and is all that is kept: dz is exp z times
 a factor of its row, which is left to the products' rows, and an entry at the target, formed from the log-prob.
 
-Legend as in ``flow.py``; s parts of a tile, q columns of a quarter of a block, n rows that are far. Kernels scale by
-1 / temperature late: their z, top and sums of z exp are of the unscaled logits.
+Legend as in ``autograd.py``; s parts of a tile, q columns of a quarter of a block, n rows that are far. Kernels scale
+by 1 / temperature late: their z, top and sums of z exp are of the unscaled logits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from megatron_dypo.kernels import flow, workspace
+from megatron_dypo.kernels import autograd, workspace
 from megatron_dypo.kernels.triton_rows import RowHead
 from megatron_dypo.kernels.vocab import STATISTICS, miss, put_at_targets, target_columns
 
@@ -230,11 +230,11 @@ class FusedHead(RowHead):
         return stats_K4t
 
     def order(self, active_t: Tensor) -> Tensor:
-        return flow.few_moved(active_t)
+        return autograd.few_moved(active_t)
 
-    def formed(
-        self, chunk: slice, a: Tensor, stats_K4t: Tensor, logp_t: Tensor, lse_t: Tensor, slope_t: Tensor
-    ) -> flow.Tiles:
+    def fused_backward(
+        self, chunk: slice, a: Tensor, stats_K4t: Tensor, logp_t: Tensor, lse_t: Tensor, dlogp_t: Tensor
+    ) -> autograd.Tiles:
         """dz = slope (onehot - p) = -slope share exp, where p = exp share, but for far rows, which become p itself.
 
         share is exp(-lse). What stands for exp at the target is -(1 - p) / share.
@@ -244,9 +244,9 @@ class FusedHead(RowHead):
         if bool(far_t.any()):
             self._make_probabilities(chunk, far_t.nonzero().flatten(), lse_t)
         share_a = torch.where(far_t, 0.0, -lse_t)[a].exp_()
-        scale_a, at_target_a, targets_a = -slope_t[a] * share_a, -miss(logp_t[a]) / share_a, self.targets_T[chunk][a]
+        scale_a, at_target_a, targets_a = -dlogp_t[a] * share_a, -miss(logp_t[a]) / share_a, self.targets_T[chunk][a]
         for columns, exp_tv in self._kept(tokens):
-            exp_av = flow.moved_to_front(exp_tv, a, [(0, slice(None))])
+            exp_av = autograd.moved_to_front(exp_tv, a, [(0, slice(None))])
             put_at_targets(exp_av, at_target_a, *target_columns(targets_a, self.shard, columns))
             yield columns, exp_av, scale_a
 
@@ -266,6 +266,6 @@ class FusedHead(RowHead):
             hidden_nH = hidden_nH if self.native else hidden_nH.to(self.dtype)
             for k, tile in self.tiles():
                 z_nv = self.scale_T.new_empty(len(rows), tile.stop - tile.start)
-                flow.multiply(hidden_nH, self.weight(tile).t(), z_nv)
+                autograd.multiply(hidden_nH, self.weight(tile).t(), z_nv)
                 p_nv = z_nv.mul_(scale_n1).sub_(lse_t[rows].unsqueeze(1)).exp_()
                 self._exp_Ktv[k, :, : tile.stop - tile.start].index_copy_(0, rows, p_nv.to(self.weight_VH.dtype))

@@ -88,7 +88,7 @@ def _one_sequence(
     coefficients,
     sums,
     summands,
-    slopes,
+    dlogp_out,
     first,
     tokens,
     sequences,
@@ -111,14 +111,14 @@ def _one_sequence(
         advantage = tl.load(coefficients + s)
         grpo = tl.load(coefficients + sequences + s)
         grpo_constant = tl.load(coefficients + 2 * sequences + s)
-        gal_slope = tl.load(coefficients + 3 * sequences + s)
+        dlogp_gal = tl.load(coefficients + 3 * sequences + s)
         sft = tl.load(coefficients + 4 * sequences + s)
 
         lane = tl.arange(0, LANES)
         at = sums + s * LANES + lane
         row = sequences * LANES  # of the sums
         grpo_sum, kl_sum = tl.load(at), tl.load(at + row)
-        slope_sum, clipped_sum = tl.load(at + 2 * row), tl.load(at + 3 * row)
+        dlogp_sum, clipped_sum = tl.load(at + 2 * row), tl.load(at + 3 * row)
         logp_sum, entropy_sum = tl.load(at + 4 * row), tl.load(at + 5 * row)
 
         for block in range((begin - start) // LANES, tl.cdiv(end - start, LANES)):
@@ -126,7 +126,7 @@ def _one_sequence(
             here = (place >= begin) & (place < end)
             t = place - first
             now = tl.load(logp + t, here, 0.0)
-            summand, slope = tl.zeros_like(now), tl.zeros_like(now) + grpo_constant
+            summand, dlogp = tl.zeros_like(now), tl.zeros_like(now) + grpo_constant
 
             if old is not None:
                 weight = tl.zeros_like(now) + grpo
@@ -144,7 +144,7 @@ def _one_sequence(
                     bounded = _clamp(ratio, CLIP_LOW, CLIP_HIGH) * advantage
                     clipped = bounded < free
                     summand = -(tl.where(clipped, bounded, free) * weight)
-                    slope = tl.where(clipped, 0.0, summand) + grpo_constant
+                    dlogp = tl.where(clipped, 0.0, summand) + grpo_constant
                     clipped_sum += (clipped & here).to(tl.float64)
                 if reference is not None:
                     gap = tl.load(reference + t, here, 0.0) - now
@@ -152,20 +152,20 @@ def _one_sequence(
                     kl = (growth - gap) * weight
                     if KL_COEF != 0.0:
                         summand += kl * KL_COEF
-                        slope -= weight * KL_COEF * growth
+                        dlogp -= weight * KL_COEF * growth
                     kl_sum += tl.where(here, kl, 0.0).to(tl.float64)
                 grpo_sum += tl.where(here, summand, 0.0).to(tl.float64)
 
-            slope_sum += tl.where(here, tl.abs(slope), 0.0).to(tl.float64)
+            dlogp_sum += tl.where(here, tl.abs(dlogp), 0.0).to(tl.float64)
             logp_sum += now.to(tl.float64)
             if entropy is not None:
                 entropy_sum += tl.load(entropy + t, here, 0.0).to(tl.float64)
             tl.store(summands + t, summand - sft * now, here)
-            tl.store(slopes + t, slope + gal_slope - sft, here)
+            tl.store(dlogp_out + t, dlogp + dlogp_gal - sft, here)
 
         tl.store(at, grpo_sum)
         tl.store(at + row, kl_sum)
-        tl.store(at + 2 * row, slope_sum)
+        tl.store(at + 2 * row, dlogp_sum)
         tl.store(at + 3 * row, clipped_sum)
         tl.store(at + 4 * row, logp_sum)
         tl.store(at + 5 * row, entropy_sum)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from megatron_dypo.kernels import flow
+from megatron_dypo.kernels import autograd
 from megatron_dypo.kernels.chunked import ChunkedHead
 from megatron_dypo.kernels.triton_fused import FusedHead
 from megatron_dypo.kernels.triton_rows import RowHead
@@ -29,17 +29,17 @@ def logprob(
 ) -> tuple[Tensor, Tensor, Tensor]:
     heads = _heads(hidden, weight)
     with _on_device_of(hidden):
-        return flow.LogProb.apply(heads, hidden, weight, targets, temperature_T, shard, sequence_parallel, entropy)
+        return autograd.LogProb.apply(heads, hidden, weight, targets, temperature_T, shard, sequence_parallel, entropy)
 
 
 def loss(hidden, weight, targets, token_loss, temperature_T, shard: VocabShard, sequence_parallel: bool, entropy: bool):
     forms, _ = _heads(hidden, weight)
     arguments = (hidden, weight, targets, token_loss, temperature_T, shard, sequence_parallel, entropy)
     with _on_device_of(hidden):
-        return flow.Loss.apply(forms, *arguments, torch.is_grad_enabled())  # within a Function it never is
+        return autograd.Loss.apply(forms, *arguments, torch.is_grad_enabled())  # within a Function it never is
 
 
-def _heads(hidden: Tensor, weight: Tensor) -> tuple[type[flow.Head], type[flow.Head]]:
+def _heads(hidden: Tensor, weight: Tensor) -> tuple[type[autograd.LogitHead], type[autograd.LogitHead]]:
     forms, recomputes = HEADS[hidden.dtype]
     if forms is FusedHead and not FusedHead.takes(hidden, weight):
         forms = RowHead

@@ -3,8 +3,8 @@
 One kernel reads the logits once for the four statistics; one reads them once more and writes dz in the precision of
 the gradients' matrix products. Sums run in a fixed order without atomics: every run gives the same bits.
 
-Legend as in ``flow.py``. A pitch is the distance of two rows (``workspace.pitch``): what lies between a row's columns
-and the pitch is nobody's, and is read and written so that all loads and stores are of 16 bytes.
+Legend as in ``autograd.py``. A pitch is the distance of two rows (``workspace.pitch``): what lies between a row's
+columns and the pitch is nobody's, and is read and written so that all loads and stores are of 16 bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_dypo.kernels import flow, workspace
+from megatron_dypo.kernels import autograd, workspace
 from megatron_dypo.kernels.vocab import STATISTICS, miss, no_statistics
 
 STATISTICS_BLOCK, GRADIENT_BLOCK = 4096, 2048  # columns
@@ -55,7 +55,7 @@ def row_statistics_kernel(
 
 @triton.jit(do_not_specialize=["start"])
 def row_gradient_kernel(
-    z_ptr, rows_ptr, target_ptr, scale_ptr, logp_ptr, miss_ptr, lse_ptr, slope_ptr, lift_ptr, entropy_ptr,
+    z_ptr, rows_ptr, target_ptr, scale_ptr, logp_ptr, miss_ptr, lse_ptr, dlogp_ptr, lift_ptr, entropy_ptr,
     dentropy_ptr, dz_ptr, pitch, start, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dz [a, v] = slope (onehot - p) + p (lift - dentropy (log p + entropy)), of the rows ``rows`` [a] of z [t, v].
@@ -69,16 +69,16 @@ def row_gradient_kernel(
     z = tl.load(z_ptr + row * pitch + columns, mask=columns < pitch, other=0.0) * tl.load(scale_ptr + row)
     at_target = columns == tl.load(target_ptr + row) - start
     log_p = tl.where(at_target, tl.load(logp_ptr + row), z - lse)
-    slope = tl.load(slope_ptr + row)
+    dlogp = tl.load(dlogp_ptr + row)
     factor = tl.load(lift_ptr + row)
     if ENTROPY:
         factor -= tl.load(dentropy_ptr + row) * (log_p + tl.load(entropy_ptr + row))
-    at_once = tl.where(at_target, factor, factor - slope)  # 1 - p is not formed from p
-    dz = tl.exp(log_p) * at_once + tl.where(at_target, slope * tl.load(miss_ptr + row), 0.0)
+    at_once = tl.where(at_target, factor, factor - dlogp)  # 1 - p is not formed from p
+    dz = tl.exp(log_p) * at_once + tl.where(at_target, dlogp * tl.load(miss_ptr + row), 0.0)
     tl.store(dz_ptr + i * pitch + columns, dz.to(dz_ptr.dtype.element_ty), mask=columns < pitch)
 
 
-class RowHead(flow.Head):
+class RowHead(autograd.LogitHead):
     """Keeps a chunk's logits in fp32, or else one tile of them (``workspace.py`` has how many)."""
 
     def __init__(self, *arguments, **options):
@@ -108,7 +108,7 @@ class RowHead(flow.Head):
     def _logits(self, hidden_tH: Tensor, k: int, tile: slice) -> Tensor:
         """Logits [t, v] before the temperature, t as ``rows`` fills it up; good until the next of that number."""
         z_tv = self._z_Ktv[k if self.keep else 0, : hidden_tH.shape[0], : tile.stop - tile.start]
-        return flow.multiply(hidden_tH, self.weight(tile).t(), z_tv)
+        return autograd.multiply(hidden_tH, self.weight(tile).t(), z_tv)
 
     def statistics(self, chunk: slice) -> Tensor:
         hidden_tH, tokens = self.rows(chunk), chunk.stop - chunk.start
@@ -122,16 +122,16 @@ class RowHead(flow.Head):
             )  # fmt: skip
         return stats_K4t
 
-    def formed(
-        self, chunk: slice, a: Tensor, stats_K4t: Tensor, logp_t: Tensor, lse_t: Tensor, slope_t: Tensor
-    ) -> flow.Tiles:
-        upstream = slope_t.contiguous(), None, torch.zeros_like(lse_t)
+    def fused_backward(
+        self, chunk: slice, a: Tensor, stats_K4t: Tensor, logp_t: Tensor, lse_t: Tensor, dlogp_t: Tensor
+    ) -> autograd.Tiles:
+        upstream = dlogp_t.contiguous(), None, torch.zeros_like(lse_t)
         results = logp_t, miss(logp_t), None, lse_t
         for k, tile in self.tiles():
             z_tv = self._z_Ktv[k, :, : tile.stop - tile.start]
             yield tile, self._gradient(chunk, tile, z_tv, a, upstream, results), None
 
-    def recomputed(self, chunk: slice, upstream: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> flow.Tiles:
+    def recomputed(self, chunk: slice, upstream: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> autograd.Tiles:
         dlogp_t, dentropy_t, dlse_t = upstream
         upstream = dlogp_t, dentropy_t if bool(dentropy_t.any()) else None, dlse_t
         results = results[0], miss(results[0]), *results[1:]

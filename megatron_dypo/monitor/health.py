@@ -56,7 +56,7 @@ class Past:
 
 
 @dataclass(frozen=True)
-class Rule:
+class HealthRule:
     """``judge(now, past, all metrics)`` says what is wrong with the metric ``key``, or None.
 
     Said once the judgement is bad in ``patience`` steps in a row that have the metric.
@@ -128,54 +128,56 @@ def empty_steps(now: float, past: Past, metrics: Mapping[str, float]) -> str | N
 
 
 RULES = (
-    Rule(
+    HealthRule(
         "gradient norm",
         "train/grad_norm",
         norm_spike,
         "a lower optimizer.lr or optimizer.clip_grad, or trainer.spike_factor, which leaves such updates out",
     ),
-    Rule("SFT loss", "loss/sft", loss_spike, "look at the teacher traces of these prompts, and lower optimizer.lr"),
-    Rule("total loss", "loss/total", loss_spike, "lower optimizer.lr, and see which of the loss/ terms jumped"),
-    Rule(
+    HealthRule(
+        "SFT loss", "loss/sft", loss_spike, "look at the teacher traces of these prompts, and lower optimizer.lr"
+    ),
+    HealthRule("total loss", "loss/total", loss_spike, "lower optimizer.lr, and see which of the loss/ terms jumped"),
+    HealthRule(
         "entropy",
         "rollout/entropy",
         entropy_collapse,
         "the policy no longer explores: an earlier checkpoint with a lower optimizer.lr, objective.clip_high above "
         "clip_low, or a higher rollout.temperature",
     ),
-    Rule(
+    HealthRule(
         "response length",
         "rollout/response_tokens",
         length_collapse,
         "read some responses (rollout.record): a reward that short answers get too is a common cause",
     ),
-    Rule(
+    HealthRule(
         "saturated pairs",
         "gal/saturated_frac",
         saturated_pairs,
         "lower objective.beta_gal, or use objective.reference: previous",
     ),
-    Rule(
+    HealthRule(
         "truncation",
         "rollout/truncated_frac",
         truncation,
         "raise rollout.max_response_tokens, or see whether the policy has unlearnt to end its responses",
         patience=TRUNCATED_STEPS,
     ),
-    Rule(
+    HealthRule(
         "mismatch",
         "rollout/mismatch_mean",
         mismatch,
         "the engine does not sample from the trained policy: the same dtype on both sides, rollout.correction, "
         "or a lower optimizer.lr where they are updates apart",
     ),
-    Rule(
+    HealthRule(
         "largest mismatch",
         "rollout/mismatch_max",
         mismatch_outlier,
         "a weight that did not arrive as it was sent looks like this: rollout.verify_sync, and start the servers again",
     ),
-    Rule(
+    HealthRule(
         "empty steps",
         "train/empty_steps",
         empty_steps,
@@ -198,7 +200,7 @@ class _State:
 class Health:
     """The rules over a stream of metrics. ``said`` counts the warnings of each rule by name."""
 
-    rules: tuple[Rule, ...] = RULES
+    rules: tuple[HealthRule, ...] = RULES
     said: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -221,7 +223,7 @@ class Health:
                 past.append(known[key])
         return found
 
-    def _is_due(self, rule: Rule, is_bad: bool) -> bool:
+    def _is_due(self, rule: HealthRule, is_bad: bool) -> bool:
         state = self._states[rule.name]
         state.bad, state.good = (state.bad + 1, 0) if is_bad else (0, state.good + 1)
         if state.good >= CALM:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dypo.errors import UserError
-from megatron_dypo.runtime.whole_file import write_whole
+from megatron_dypo.runtime.fs import atomic_write
 
 
 class MetricsFile:
@@ -33,7 +33,7 @@ class MetricsFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = read_metrics(self.path) if resume_step > 0 and self.path.exists() else []
         kept = [row for row in rows if row["step"] <= resume_step]
-        write_whole(self.path, "".join(_line(row) for row in kept))
+        atomic_write(self.path, "".join(_line(row) for row in kept))
         self.last_step: int | None = kept[-1]["step"] if kept else None
         self._file = self.path.open("ab", buffering=0)
         self._whole = self.path.stat().st_size  # bytes of complete lines

@@ -11,12 +11,11 @@ from typing import Self
 from megatron_dypo.config.schema import Config
 from megatron_dypo.errors import UserError
 from megatron_dypo.monitor.health import Health
+from megatron_dypo.monitor.loggers import Writers
 from megatron_dypo.monitor.metrics import MetricsFile
 from megatron_dypo.monitor.progress import Progress, summary
 from megatron_dypo.monitor.report import write_report
-from megatron_dypo.monitor.writers import Writers
 from megatron_dypo.runtime.distributed import Layout
-from megatron_dypo.runtime.run_folder import describe
 
 
 class Monitor:
@@ -33,7 +32,6 @@ class Monitor:
 
     def __enter__(self) -> Self:
         if self._active:
-            describe(self.config, self.run_dir)
             self._file = MetricsFile(self.run_dir / "metrics.jsonl", self._start_step)
             for line in self._file.rows():  # those before a resume
                 self._health.check(line["step"], line)

@@ -1,8 +1,16 @@
-"""HTML tables of the report."""
+"""The report's tables: a run's facts and headline figures, and several runs side by side."""
 
 from __future__ import annotations
 
+import json
 from html import escape
+from typing import Any
+
+import numpy as np
+
+from megatron_dypo.monitor.axis import show
+from megatron_dypo.monitor.figures import run_color
+from megatron_dypo.monitor.run_data import Run, is_share
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -27,3 +35,149 @@ def share(value: float, low: float | None = None, high: float | None = None, sma
     return f'{escape(text)}<span class="range">{bar}<b style="left:{100 * value:.1f}%"></b></span>' + (
         f"<small>{escape(small)}</small>" if small else ""
     )
+
+
+FINAL_STEPS = 10  # a final figure is a mean over up to so many steps: a single batch is noise
+COMPARED = (
+    ("loss/total", "final loss"),
+    ("train/grad_norm", "final gradient norm"),
+    ("policy/entropy", "final entropy"),
+    ("rollout/response_tokens", "final response length"),
+    ("rollout/mismatch_mean", "final mismatch"),
+)
+
+
+def facts(run: Run) -> list[str]:
+    """What one asks first about a run, as short texts, from whatever of it the configuration holds."""
+    prompts, samples = run.setting("data", "prompts_per_step"), run.setting("rollout", "samples_per_prompt")
+    known = [
+        ("method", run.setting("objective", "method")),
+        ("model", run.setting("model", "hf") or run.setting("model", "preset")),
+        ("data", run.setting("data", "train")),
+        ("batch", f"{prompts} prompts × {samples} responses" if prompts and samples else None),
+        ("learning rate", run.setting("optimizer", "lr")),
+        ("seed", run.setting("trainer", "seed")),
+    ]
+    return [f"{name} {value}" for name, value in known if value is not None]
+
+
+def tiles(run: Run, evaluations: int | None = 4) -> list[tuple[str, str, str]]:
+    """(label, value, small print) of the headline numbers, with at most so many evaluations (None: all)."""
+    found = [("steps", f"{max(int(run.steps[-1]), 0):,}", "")]
+    seconds = run.known("time/step")
+    if len(seconds):
+        found.append(("training time", _duration(seconds.sum()), f"{np.median(seconds):.3g} s a step (median)"))
+    rewards = run.known("reward/mean")
+    if len(rewards):
+        count = _final(rewards)
+        small = f"last {count} steps; first {count}: {rewards[:count].mean():.3f}" if count > 1 else ""
+        found.append(("final reward", f"{rewards[-count:].mean():.3f}", small))
+    for key in [key for key in run.columns if key.startswith("eval/")][:evaluations]:
+        known = np.flatnonzero(np.isfinite(run.columns[key]))
+        if len(known):
+            found.append(_eval_tile(key, run.steps[known], run.columns[key][known]))
+    speed = run.known("perf/tokens_per_second")
+    if len(speed):
+        found.append(("throughput", f"{np.median(speed):,.0f}", "tokens per second (median)"))
+    for key, label, where in (
+        ("train/skipped_steps", "skipped steps", "see “Left out”"),
+        ("train/empty_steps", "empty steps", "see “Left out”"),
+        ("train/warnings", "warnings", "listed below"),
+    ):
+        if run.known(key).any():
+            found.append((label, f"{run.known(key)[-1]:,.0f}", where))
+    return found
+
+
+def final_figures(run: Run) -> list[tuple[str, str, str]]:
+    """The tiles, and the means over the last steps of more metrics: (label, value, small print)."""
+    found = tiles(run, evaluations=None)
+    for key, label in COMPARED:
+        values = run.known(key)
+        if len(values):
+            count = _final(values)
+            small = f"last {count} steps" if count > 1 else "last step"
+            found.append((label, show(float(values[-count:].mean()), False), small))
+    for key, label in (("perf/host_memory_gib", "host memory"), ("perf/device_memory_gib", "device memory")):
+        values = run.known(key)
+        if len(values) and values.any():
+            found.append((label, f"{values.max():.2f} GiB", "highest"))
+    return found
+
+
+def _final(values: np.ndarray) -> int:
+    return max(1, min(FINAL_STEPS, len(values) // 2))
+
+
+def _eval_tile(key: str, steps: np.ndarray, values: np.ndarray) -> tuple[str, str, str]:
+    percent = is_share(values)
+    label = key.removeprefix("eval/").replace("/", " ").replace("_", " ")
+    before, after = show(float(values[0]), percent), show(float(values[-1]), percent)
+    if len(values) == 1:
+        return label, after, f"step {steps[0]:,}"
+    return label, f"{before} → {after}", f"held out, step {steps[0]:,} → {steps[-1]:,}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+OWN = {"trainer.run_dir"}  # every run has its own
+ABSENT = "–"
+
+
+def figures_table(runs: list[Run]) -> str:
+    """A column for each run, a row for each figure that one of them has."""
+    figures = [{label: cell(value, small) for label, value, small in final_figures(run)} for run in runs]
+    labels = dict.fromkeys(label for column in figures for label in column)
+    rows = [[escape(label), *(column.get(label, "–") for column in figures)] for label in labels]
+    return table(_header("", runs), rows)
+
+
+def differing_keys(runs: list[Run]) -> dict[str, list[str]]:
+    """``section.key`` to each run's value, as YAML would have it, where they are not all the same; – where absent."""
+    flat = [_flat(run.config) for run in runs]
+    keys = dict.fromkeys(key for values in flat for key in values if key not in OWN)
+    compared = {key: [_written(values[key]) if key in values else ABSENT for values in flat] for key in keys}
+    return {key: values for key, values in compared.items() if len(set(values)) > 1}
+
+
+def keys_table(runs: list[Run]) -> str:
+    """Markup of ``differing_keys``; empty where no run has a configuration."""
+    if not any(run.config for run in runs):
+        return ""
+    differing = differing_keys(runs)
+    if not differing:
+        return '<p class="lead">All configuration keys are the same, but for trainer.run_dir.</p>'
+    rows = {key: [_breakable(key), *map(cell, values)] for key, values in differing.items()}
+    everywhere = [row for key, row in rows.items() if ABSENT not in differing[key]]
+    partly = [row for key, row in rows.items() if ABSENT in differing[key]]
+    markup = table(_header("key", runs), everywhere) if everywhere else ""
+    if partly:  # versions of the program differ in their keys, and that is seldom the question
+        fold = table(_header("key", runs), partly)
+        markup += f"<details><summary>{len(partly)} keys that only some of the runs have</summary>{fold}</details>"
+    return markup
+
+
+def _header(first: str, runs: list[Run]) -> list[str]:
+    swatches = [f'<i class="{run_color(place)}"></i>{escape(run.name)}' for place, run in enumerate(runs)]
+    return [escape(first), *swatches]
+
+
+def _breakable(key: str) -> str:
+    """The key as markup that a narrow column may break after a dot or an underscore."""
+    return escape(key).replace(".", ".<wbr>").replace("_", "_<wbr>")
+
+
+def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) and value else {f"{above}{key}": value}
+    return flat
+
+
+def _written(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

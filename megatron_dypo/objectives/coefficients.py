@@ -1,8 +1,9 @@
 """From a graded batch to each training sequence's coefficients: everything that is global is decided here.
 
-L = (1/Q) sum_q [Hard: gamma SFT | Mid: alpha (1/k) sum_i GRPO_i + (1 - alpha) GAL | Easy: 0]  (Eq. 24). Every
-normaliser is a count over the global batch, and GAL's pair weights are known from the coefficient pass; what is left is
-local to a token (token_loss.py). Each rank computes this for the whole batch: O(prompts x k) numbers, in float64.
+L = (1/Q) sum_q [Hard: gamma SFT | Mid: alpha (1/k) sum_i GRPO_i + (1 - alpha) GAL | Easy: 0] (Eq. 24). Every normaliser
+is a count over the global batch, and GAL's pair weights are known from the coefficient pass; what is left is local to a
+token (token_loss.py). Each rank computes this for the whole batch: O(prompts x k) numbers, in float64. ``Correction``
+says how much a token (or response) counts when the engine sampled it from a slightly other policy.
 """
 
 from __future__ import annotations
@@ -12,15 +13,33 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from megatron_dypo.objectives.correction import Correction
-from megatron_dypo.objectives.gal import gal_coefficients, pair_statistics
-from megatron_dypo.objectives.grading import group_advantages
-from megatron_dypo.objectives.routing import RECIPES
+from megatron_dypo.kernels.grouped_loss import LARGEST, correction_weight
+from megatron_dypo.objectives.dypo import gal_coefficients, group_advantages, pair_statistics
+from megatron_dypo.objectives.recipes import RECIPES
 from megatron_dypo.records import Group, Kind, Sequence
 
 if TYPE_CHECKING:
     from megatron_dypo.config.schema import Objective
+
+
+@dataclass(frozen=True)
+class Correction:
+    """``truncate``: weight min(ratio, cap); ``mask``: 0 outside [1/cap, cap], else 1; ``none``: 1."""
+
+    kind: str = "none"
+    cap: float = 2.0
+
+    def weight(self, log_ratio: Tensor) -> Tensor:
+        """Weight from log(old policy / engine's policy), in nats, elementwise."""
+        return correction_weight(log_ratio, self.kind, self.cap)
+
+    def binds(self, log_ratio: Tensor) -> Tensor:
+        """Whether the weight is capped (truncate) or 0 (mask), elementwise."""
+        if self.kind == "truncate":
+            return log_ratio.clamp(max=LARGEST).exp() > self.cap
+        return self.weight(log_ratio) == 0
 
 
 @dataclass(frozen=True)
@@ -37,14 +56,14 @@ class SequenceSums:
 class SequenceTerms:
     """Coefficients of one sequence; each token's loss is formed from them alone.
 
-    ``grpo`` weighs a token's -surrogate + KL; ``grpo_slope`` and ``gal_slope`` are constant dL/dlogp_t (sequence-level
+    ``grpo`` weighs a token's -surrogate + KL; ``dlogp_grpo`` and ``dlogp_gal`` are constant dL/dlogp_t (sequence-level
     ratio, GAL); ``sft`` weighs -logp_t.
     """
 
     advantage: float = 0.0
     grpo: float = 0.0
-    grpo_slope: float = 0.0
-    gal_slope: float = 0.0
+    dlogp_grpo: float = 0.0
+    dlogp_gal: float = 0.0
     sft: float = 0.0
 
 
@@ -147,16 +166,16 @@ def sequence_terms(
                 / mid_tokens,  # equals `scale: token` where all lengths are equal
                 "constant": share / (prompts * k * (objective.aggregation_constant or max_response_tokens)),
             }[objective.aggregation]
-            sequence_slope = 0.0
+            dlogp_sequence = 0.0
             if objective.ratio_level == "sequence" and share > 0:
                 by_sum = objective.scale == "trajectory"
                 unit = ratio_unit(objective, n)
-                surrogate, slope_s, clipped = _sequence_surrogate(sums[place], advantage, unit, objective, correction)
+                surrogate, dlogp_s, clipped = _sequence_surrogate(sums[place], advantage, unit, objective, correction)
                 batch.clipped_tokens += n * clipped
                 once = weight if by_sum and objective.aggregation == "scale" else weight * n
-                sequence_slope = -once * slope_s * unit
+                dlogp_sequence = -once * dlogp_s * unit
                 batch.grpo_sequence_loss -= once * surrogate / share
-            terms[place] = SequenceTerms(advantage, weight, sequence_slope, slope)
+            terms[place] = SequenceTerms(advantage, weight, dlogp_sequence, slope)
 
     if pairs:
         batch.eta, batch.spread, batch.saturated = sum(eta) / pairs, math.sqrt(squares / pairs), saturated / pairs

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from megatron_dypo.kernels import LossRule, empty_sums, grouped_loss, read_sums
 from megatron_dypo.kernels.grouped_loss import COEFFICIENTS
-from megatron_dypo.objectives.coefficients import SequenceTerms
-from megatron_dypo.objectives.correction import Correction
+from megatron_dypo.objectives.coefficients import Correction, SequenceTerms
 
 if TYPE_CHECKING:
     from megatron_dypo.config.schema import Objective
@@ -93,7 +92,7 @@ class TokenStreams:
             "loss/grpo": sums["grpo"] / (self.alpha or 1.0),
             "loss/kl": sums["kl"] / (self.alpha or 1.0),
             "loss/sft": -sft_S * sums["logp"] / (self.objective.gamma or 1.0),
-            "grad_share/grpo": sums["grpo_slope"],
+            "grad_share/grpo": sums["dlogp_grpo"],
             "grad_share/gal": gal_slope_S.abs() * tokens_S,
             "grad_share/sft": sft_S.abs() * tokens_S,
             "clipped": sums["clipped"] * (grpo_S > 0),
@@ -111,8 +110,8 @@ def dypo_loss(
     The value leaves out what is not local to a token (``BatchTerms.gal_loss``, ``grpo_sequence_loss``); the gradient is
     complete.
     """
-    summands_N, slopes_N = streams.terms(logp_N, entropy_N, slice(0, len(logp_N)))
-    loss = summands_N.double().sum() + (slopes_N.double() * (logp_N - logp_N.detach()).double()).sum()
+    summands_N, dlogp_N = streams.terms(logp_N, entropy_N, slice(0, len(logp_N)))
+    loss = summands_N.double().sum() + (dlogp_N.double() * (logp_N - logp_N.detach()).double()).sum()
     return loss, streams.totals
 
 

@@ -48,7 +48,7 @@ class Accelerations(NamedTuple):
     apex_gradients: bool  # Apex's kernel adds weight gradients to main_grad; else a product of torch does
 
 
-class Line(NamedTuple):
+class Acceleration(NamedTuple):
     """Of ``doctor``: what it is, whether it is in use, and why or what instead."""
 
     name: str
@@ -133,7 +133,8 @@ def refusal(model: Model, width: int, found: Found | None = None) -> str | None:
 def flash_kernels(found: Found, capability: tuple[int, int], width: int) -> dict[str, str]:
     """Of FlashAttention 3 and 4, best first: why heads of this ``width`` cannot have it here; empty: they can.
 
-    ``capability`` is the CUDA device's. Whether the installed package works with this torch is ``flash.py``'s to try.
+    ``capability`` is the CUDA device's. Whether the installed package works with this torch is ``flash_kernels.py``'s
+    to try.
     """
     reasons = {}
     for name, (module, release, devices, widest) in _KERNELS.items():
@@ -147,26 +148,28 @@ def flash_kernels(found: Found, capability: tuple[int, int], width: int) -> dict
     return reasons
 
 
-def explained(found: Found | None = None, capability: tuple[int, int] = (0, 0), width: int = 128) -> list[Line]:
+def explained(found: Found | None = None, capability: tuple[int, int] = (0, 0), width: int = 128) -> list[Acceleration]:
     """Each acceleration of the layers on this machine, for a bf16 model with heads of this ``width``."""
     found = found or on_this_machine()
     if not found.cuda:
-        return [Line("accelerations", False, "without CUDA none of them applies")]
+        return [Acceleration("accelerations", False, "without CUDA none of them applies")]
     chosen = choose(Model(preset="tiny", dtype="bf16"), width, found)
     engine, lines = chosen.transformer_engine, []
     missing = "transformer_engine is not installed"
     if "transformer_engine" in found.modules:
         missing = "transformer_engine is installed without its PyTorch extension (transformer_engine_torch)"
     layers = "its layers, RMSNorm, attention and RoPE (model.layer_spec: local does without)"
-    lines.append(Line("TE layers", engine, layers if engine else missing))
+    lines.append(Acceleration("TE layers", engine, layers if engine else missing))
     if not engine:
         reasons = flash_kernels(found, capability, width)
         best = next((name for name, why in reasons.items() if not why), None)
-        lines += [Line(name, name == best, why or ("if it agrees with FA2 at the start" if name == best else
+        lines += [Acceleration(name, name == best, why or ("if it agrees with FA2 at the start" if name == best else
                   f"{best} goes before it")) for name, why in reasons.items()]  # fmt: skip
-        lines.append(Line("FA2", best is None, "torch's own flash attention" if best is None else f"{best} takes over"))
+        lines.append(
+            Acceleration("FA2", best is None, "torch's own flash attention" if best is None else f"{best} takes over")
+        )
     both = "SwiGLU" if engine else "SwiGLU and RoPE"
-    lines.append(Line("compiled", chosen.compiled, f"{both}, by torch before the first step"))
+    lines.append(Acceleration("compiled", chosen.compiled, f"{both}, by torch before the first step"))
     apex = "Apex's kernel" if chosen.apex_gradients else "torch's product with fp32 sum; Apex's kernel is not needed"
-    lines.append(Line("fused weight gradients", True, "Transformer Engine's" if engine else apex))
+    lines.append(Acceleration("fused weight gradients", True, "Transformer Engine's" if engine else apex))
     return lines

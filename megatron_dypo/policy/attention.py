@@ -1,9 +1,15 @@
-"""Core attention over packed sequences (THD), for mcore's self-attention module: torch's SDPA, or its flash attention.
+"""Core attention over packed sequences (THD) for mcore's self-attention module: torch's SDPA or flash; and RoPE.
 
 Under context parallelism a rank holds two slices of each sequence as queries, and gathers the keys and values of all
 ranks. Everything is cut into blocks: consecutive queries that see the keys of their sequence up to their own last one.
-Without context parallelism a block is a whole sequence. Legend: T this rank's tokens, A heads, D head width; B blocks
-of a bucket, Q and K their padded numbers of queries and keys.
+Without context parallelism a block is a whole sequence.
+
+RoPE's angles are formed once a micro-batch, from its positions; mcore's unfused form would form them in every layer,
+for queries and for keys, sequence by sequence, by offsets that the host must know. Frequencies are scaled as Hugging
+Face's ``rope_type`` says.
+
+Legend: T this rank's tokens, A heads, D head width; B blocks of a bucket, Q and K their padded numbers of queries and
+keys.
 """
 
 from __future__ import annotations
@@ -13,7 +19,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -21,9 +27,60 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_dypo.batching.zigzag import held_tokens
-from megatron_dypo.policy.rope import rotation
-from megatron_dypo.runtime.signatures import accepted
+from megatron_dypo.models.shape import ModelShape, RopeScaling
+from megatron_dypo.policy.micro_batch import held_tokens
+from megatron_dypo.runtime.versions import accepted
+
+RECOMPILED = 64  # times at most, for all models of a process
+
+
+def frequencies(shape: ModelShape) -> Tensor:
+    """[D / 2], fp32, in radians a token."""
+    plain = 1.0 / shape.rope_base ** (torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim)
+    scaling = shape.rope_scaling
+    if scaling is None:
+        return plain
+    return {"linear": lambda: plain / scaling.factor, "llama3": lambda: _llama3(plain, scaling)}[scaling.rope_type]()
+
+
+def angles(frequencies: Tensor, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(cosines, sines), each [T, 1, D], formed in fp32."""
+    half = positions_T[:, None].float() * frequencies
+    whole_T1D = torch.cat([half, half], dim=-1)[:, None]
+    return whole_T1D.cos().to(dtype), whole_T1D.sin().to(dtype)
+
+
+def rotate(x_TAD: Tensor, cosines_T1D: Tensor, sines_T1D: Tensor) -> Tensor:
+    """Each pair (i, i + D / 2) of a head turned by its token's angle."""
+    first, second = x_TAD.chunk(2, dim=-1)
+    return x_TAD * cosines_T1D + torch.cat([-second, first], dim=-1) * sines_T1D
+
+
+@cache
+def rotation(compiled: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """``rotate``; ``compiled`` by torch it is one pass over memory, forward and backward.
+
+    Queries and keys, with and without a gradient, of one size and of any are compiled each by itself: 6 times for a
+    model. At its limit of 8 torch would go on uncompiled, in silence, and the two passes round differently.
+    """
+    if not compiled:
+        return rotate
+    from torch._dynamo import config
+
+    config.recompile_limit = max(config.recompile_limit, RECOMPILED)
+    return torch.compile(rotate)
+
+
+def _llama3(plain: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama 3.1's: long waves are stretched by ``factor``, short ones kept, and what lies between is blended."""
+    original, factor = scaling.original_max_position_embeddings, scaling.factor
+    waves = 2 * math.pi / plain
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    stretched = torch.where(waves > original / low, plain / factor, plain)
+    smooth = (original / waves - low) / (high - low)
+    blended = (1 - smooth) * stretched / factor + smooth * stretched
+    between = (waves >= original / high) & (waves <= original / low)
+    return torch.where(between, blended, stretched)
 
 
 @dataclass(frozen=True)
@@ -38,7 +95,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Bucket:
+class LengthBucket:
     """Blocks stacked into one SDPA call: padding sits behind each block's last query and key, where no real query
     looks. ``queries`` [B * Q] and ``keys`` [B * K] index tokens, ``kept`` [n] the slots of real queries; ``mask``
     [B, 1, Q, K] says who sees whom, and is None where all blocks are square and plain causal."""
@@ -68,7 +125,7 @@ class Segments:
         self.blocks = [block for block in self.blocks if block.queries]
 
     @cached_property
-    def buckets(self) -> list[Bucket]:
+    def buckets(self) -> list[LengthBucket]:
         """For SDPA: blocks of similar size together."""
         members = defaultdict(list)
         for block in self._in_order_of_size:
@@ -93,13 +150,13 @@ class Segments:
     def _in_order_of_size(self) -> list[Block]:
         return sorted(self.blocks, key=lambda block: (_size(block), block.query))
 
-    def _bucket(self, plain: bool, most_queries: int, most_keys: int, blocks: list[Block]) -> Bucket:
+    def _bucket(self, plain: bool, most_queries: int, most_keys: int, blocks: list[Block]) -> LengthBucket:
         table = np.array([(block.query, block.queries, block.key, block.keys) for block in blocks])
         query, queries, key, keys = table.T[..., None]
         slots, key_slots = np.arange(most_queries), np.arange(most_keys)
         real_BQ = slots < queries
         mask = None if plain else self._tensor((key_slots <= (slots + keys - queries)[..., None])[:, None])
-        return Bucket(
+        return LengthBucket(
             rows=len(blocks),
             queries=self._tensor(np.where(real_BQ, query + slots, query).reshape(-1)),
             keys=self._tensor(self._gathered[np.where(key_slots < keys, key + key_slots, key)].reshape(-1)),

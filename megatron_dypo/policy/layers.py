@@ -22,12 +22,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch.nn.functional import rms_norm
 
 from megatron_dypo.config.schema import Model
-from megatron_dypo.convert.families import FAMILIES
-from megatron_dypo.convert.mapping import stored_norms
+from megatron_dypo.models.families import FAMILIES, stored_norms
+from megatron_dypo.models.shape import ModelShape
 from megatron_dypo.policy.accelerations import Accelerations
 from megatron_dypo.policy.attention import PackedAttention
-from megatron_dypo.policy.experts import MixtureOfExperts, RecomputedMixture, RoutedLayer, Router
-from megatron_dypo.policy.shape import ModelShape
+from megatron_dypo.policy.moe import MixtureOfExperts, RecomputedMixture, RoutedLayer, TopKRouter
 
 
 class RMSNorm(torch.nn.Module):
@@ -46,7 +45,7 @@ class RMSNorm(torch.nn.Module):
 def routed(mlp: ModuleSpec | partial, experts: type[MixtureOfExperts]) -> ModuleSpec:
     """mcore's mixture ``mlp``, with its experts, as our layer with our router. From 0.18 on mcore's is a partial."""
     parts = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
-    return ModuleSpec(experts, submodules=replace(parts, router=Router))
+    return ModuleSpec(experts, submodules=replace(parts, router=TopKRouter))
 
 
 def layer_spec(model: Model, shape: ModelShape, layers: int, chosen: Accelerations) -> TransformerBlockSubmodules:

@@ -15,15 +15,14 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dypo.config.schema import Config, Optimizer
-from megatron_dypo.convert.families import FAMILIES
-from megatron_dypo.convert.mapping import STORED_NORMS
+from megatron_dypo.models.families import FAMILIES, STORED_NORMS
+from megatron_dypo.models.shape import ModelShape
 from megatron_dypo.policy import weight_gradients
 from megatron_dypo.policy.accelerations import choose
-from megatron_dypo.policy.adam_state import fuse
+from megatron_dypo.policy.attention import frequencies
 from megatron_dypo.policy.flash_kernels import use_best_flash_kernel
 from megatron_dypo.policy.layers import layer_spec
-from megatron_dypo.policy.rope import frequencies
-from megatron_dypo.policy.shape import ModelShape
+from megatron_dypo.policy.optimizer import fuse
 from megatron_dypo.runtime import cpu_shim
 from megatron_dypo.runtime.distributed import Layout, device, training_dtype
 
@@ -56,7 +55,7 @@ def _mixture(config: Config, shape: ModelShape) -> dict:
         "moe_shared_expert_gate": shape.shared_expert_ffn_hidden_size > 0,
         "expert_model_parallel_size": config.parallel.expert,
         "expert_tensor_parallel_size": config.parallel.expert_tensor,
-        # the mixture sees to its own (experts.py), in the routing that it had
+        # the mixture sees to its own (moe.py), in the routing that it had
         **({"recompute_granularity": None, "recompute_modules": None} if config.model.recompute == "selective" else {}),
     }
 

@@ -19,8 +19,8 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor, UntypedStorage
 
 from megatron_dypo.kernels import workspace
-from megatron_dypo.policy.adam_state import inner_optimizers
 from megatron_dypo.policy.host_memory import HostMemory
+from megatron_dypo.policy.optimizer import inner_optimizers
 from megatron_dypo.policy.reference import Reference
 from megatron_dypo.runtime.distributed import device
 from megatron_dypo.runtime.failure import phase

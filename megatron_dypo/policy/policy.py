@@ -17,21 +17,20 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from megatron_dypo.batching.micro_batch import MicroBatch
 from megatron_dypo.config.schema import Config
-from megatron_dypo.convert.stream import hf_tensors, load_weights
 from megatron_dypo.errors import TrainingError
 from megatron_dypo.kernels import LogProbs, linear_logprob, linear_loss
+from megatron_dypo.models.shape import ModelShape
+from megatron_dypo.models.sharding import hf_tensors, load_weights
 from megatron_dypo.objectives import TokenStreams
 from megatron_dypo.objectives.coefficients import keeps_reference
 from megatron_dypo.policy.accelerations import choose
-from megatron_dypo.policy.attention import Segments
+from megatron_dypo.policy.attention import Segments, angles, frequencies
+from megatron_dypo.policy.micro_batch import MicroBatch
 from megatron_dypo.policy.model import build_model, build_optimizer, whole_model_names
+from megatron_dypo.policy.moe import Routing, balance_weights, routed_counts, routing_metrics
 from megatron_dypo.policy.offload import Offload
 from megatron_dypo.policy.reference import PLACES, Reference
-from megatron_dypo.policy.rope import angles, frequencies
-from megatron_dypo.policy.routing import Routing, balance_weights, routed_counts, routing_metrics
-from megatron_dypo.policy.shape import ModelShape
 from megatron_dypo.runtime import cpu_shim
 from megatron_dypo.runtime.distributed import Layout, device, training_dtype
 
@@ -49,7 +48,7 @@ class Policy:
         self.optimizer = build_optimizer(config.optimizer, training_dtype(config.model.dtype), self.chunks)
         self.reference: Reference | None = None
         if keeps_reference(config.objective):
-            on = config.model.reference_on  # `auto` has been settled where a run starts (plan/reference.py)
+            on = config.model.reference_on  # `auto` has been settled where a run starts (planner/reference.py)
             self.reference = PLACES["device" if on == "auto" else on](self.parameters)
         self.offload = Offload(self.chunks, self.optimizer, self.reference)
         schedule = self.chunks[0].config  # all chunks' and the schedule's

@@ -20,13 +20,13 @@ def install() -> None:
     layers._grad_accum_fusion_available = True
 
 
-def wgrad_gemm_accum_fp32(input_TH: Tensor, slope_TV: Tensor, main_grad_VH: Tensor) -> None:
+def wgrad_gemm_accum_fp32(input_TH: Tensor, grad_output_TV: Tensor, main_grad_VH: Tensor) -> None:
     """main_grad += slope^T @ input, summed and kept in fp32 whatever the type of the two."""
     if not len(input_TH):  # an expert that no token went to
         return
     if input_TH.dtype == main_grad_VH.dtype:
-        main_grad_VH.addmm_(slope_TV.t(), input_TH)
+        main_grad_VH.addmm_(grad_output_TV.t(), input_TH)
     elif input_TH.is_cuda:
-        torch.addmm(main_grad_VH, slope_TV.t(), input_TH, out_dtype=main_grad_VH.dtype, out=main_grad_VH)
+        torch.addmm(main_grad_VH, grad_output_TV.t(), input_TH, out_dtype=main_grad_VH.dtype, out=main_grad_VH)
     else:  # CPU products have no other type for their sum
-        main_grad_VH.addmm_(slope_TV.t().float(), input_TH.float())
+        main_grad_VH.addmm_(grad_output_TV.t().float(), input_TH.float())

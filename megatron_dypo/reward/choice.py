@@ -6,9 +6,8 @@ import re
 from collections import deque
 
 from megatron_dypo.reward.answer import Extract, final_answer
-from megatron_dypo.reward.characters import plain
 from megatron_dypo.reward.math import bare_truth
-from megatron_dypo.reward.spelling import canonical
+from megatron_dypo.reward.normalize import canonical, unicode_math
 
 _LABEL = re.compile(
     r"(?:(?:the )?(?:final |correct )?(?:answer|option|choice)(?: is)?\s?:? ?)?"
@@ -45,7 +44,7 @@ def chosen(response: str, extract: Extract) -> str | None:
         return label(answer)
     if extract != "number":
         return None
-    text = plain(response)
+    text = unicode_math(response)
     if phrases := deque(_PHRASE.finditer(text), maxlen=1):
         return (phrases[0][1] or phrases[0][2]).upper()
     alone = _ALONE.fullmatch(text.rstrip().rpartition("\n")[2])

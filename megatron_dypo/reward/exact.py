@@ -49,7 +49,7 @@ def exact(text: str) -> Ratio | None:
     if not _LIKELY.search(text):
         return None
     try:
-        reader = _Reader(text)
+        reader = _ArithmeticParser(text)
         value = reader.sum()
         return value if reader.at == len(reader.tokens) else None
     except _NotRational:
@@ -71,7 +71,7 @@ def fraction(value: Ratio) -> Fraction | None:
     return Fraction(value.top, value.bottom) if small else None
 
 
-class _Reader:
+class _ArithmeticParser:
     """A recursive descent over the tokens of one text."""
 
     def __init__(self, text: str) -> None:

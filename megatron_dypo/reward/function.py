@@ -7,9 +7,10 @@ import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Self
 
+from megatron_dypo.config.checks import is_custom
 from megatron_dypo.errors import TrainingError, UserError
-from megatron_dypo.reward.judges import JUDGES, by_own, is_own, unusable
-from megatron_dypo.reward.workers import Score, WorkerPool
+from megatron_dypo.reward.scorers import SCORERS, score_custom, unusable
+from megatron_dypo.reward.worker_pool import Score, WorkerPool
 
 if TYPE_CHECKING:
     from megatron_dypo.config.schema import Reward
@@ -21,10 +22,10 @@ _NAMED_AT_MOST = 20
 
 def build_reward(settings: Reward) -> RewardFunction:
     """What ``reward.function`` names. Raises UserError where that does not exist, or cannot be imported or called."""
-    if settings.function not in JUDGES and not is_own(settings.function):
+    if settings.function not in SCORERS and not is_custom(settings.function):
         raise UserError(f"reward.function: {settings.function!r} is no reward function")
     reward = RewardFunction(settings)
-    if settings.function not in JUDGES:
+    if settings.function not in SCORERS:
         reward.start()
     return reward
 
@@ -39,7 +40,7 @@ class RewardFunction:
 
     def __init__(self, settings: Reward) -> None:
         self._settings = settings
-        self._judge = JUDGES.get(settings.function, by_own)
+        self._judge = SCORERS.get(settings.function, score_custom)
         self._pool = WorkerPool(settings.function, settings.workers, settings.cpu_seconds)
         self._turn = threading.Lock()
 

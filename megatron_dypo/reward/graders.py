@@ -1,4 +1,10 @@
-"""What a worker process calls on a job's arguments: math-verify, a reasoning-gym task's score, a user's function."""
+"""What a worker process calls on a job's arguments: math-verify, a reasoning-gym task's score, a user's function.
+
+A few reasoning-gym tasks hand the answer to ``eval`` or to sympy's parser, which evaluates, too. A policy that is
+rewarded for it finds that out: one answer could then make every later one right. So in these tasks an answer may hold
+numbers, operators, single letters and the functions of school mathematics, or quoted plain words, or be one word; no
+attribute, no other name.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +13,7 @@ import importlib.util
 import inspect
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import lru_cache
@@ -14,7 +21,34 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from megatron_dypo.reward.harmless import evaluates, harmless
+_EVALUATES = re.compile(r"\b(?:eval|exec)\(|parse_expr|sympify")
+_PLAIN = re.compile(r"[A-Za-z0-9]+")  # one word by itself names something, and does nothing
+_HEXADECIMAL = re.compile(r"\b0[xX][0-9A-Fa-f]+\b")
+_QUOTED = re.compile(r"'[A-Za-z0-9 .,-]*'|\"[A-Za-z0-9 .,-]*\"")
+_NAME = re.compile(r"[^\W\d]\w*")  # of any alphabet
+_ATTRIBUTE = re.compile(r"\.\s*[^\W\d]")
+_KNOWN = {
+    *("sqrt", "cbrt", "root", "sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "sinh", "cosh", "tanh"),
+    *("log", "ln", "exp", "abs", "Abs", "pi", "oo", "True", "False", "None", "and", "or", "not", "Rational"),
+}
+
+
+def evaluates_answers(task: Any) -> bool:
+    """Whether the module of a task's class evaluates text."""
+    return bool(_EVALUATES.search(inspect.getsource(sys.modules[type(task).__module__])))
+
+
+def is_safe_expression(answer: str) -> bool:
+    """Whether evaluating the answer can do no more than take its time."""
+    if _PLAIN.fullmatch(answer.strip()):
+        return True
+    text = _HEXADECIMAL.sub(" ", answer)
+    if "(" not in text:  # a call might evaluate what is quoted
+        text = _QUOTED.sub(" ", text)
+    if _ATTRIBUTE.search(text) or any(sign in text for sign in ("__", "'", '"', "\\", "`", "@", ":=")):
+        return False
+    return all(len(name) == 1 or name in _KNOWN for name in _NAME.findall(text))
+
 
 Grader = Callable[..., float]
 
@@ -44,7 +78,7 @@ def _task_score(source: str, index: int, question: str, truth: str, answer: str)
     item = dataset[index]
     if question != item["question"] if question else truth != str(item["answer"]):
         raise Unscored("the task builds another item in each process: set PYTHONHASHSEED for the whole run")
-    if evaluates(dataset) and not harmless(answer):
+    if evaluates_answers(dataset) and not is_safe_expression(answer):
         return 0.0
     try:
         value = dataset.score_answer(answer, entry=item)
@@ -55,7 +89,7 @@ def _task_score(source: str, index: int, question: str, truth: str, answer: str)
 
 @lru_cache(maxsize=16)
 def _dataset(source: str) -> Any:
-    from megatron_dypo.data.reasoning_gym_task import dataset
+    from megatron_dypo.data.tasks import dataset
 
     return dataset(source)
 

@@ -11,13 +11,12 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
-from megatron_dypo.reward.boxed import last_boxed
+from megatron_dypo.reward.answer import last_boxed
 from megatron_dypo.reward.exact import Ratio, exact, fraction, same
-from megatron_dypo.reward.lists import agree, is_several, listing
+from megatron_dypo.reward.lists import agree, is_several, listing, phrase
+from megatron_dypo.reward.normalize import canonical
 from megatron_dypo.reward.numbers import Number, in_base, number
-from megatron_dypo.reward.phrases import phrase
 from megatron_dypo.reward.regions import is_condition, region
-from megatron_dypo.reward.spelling import canonical
 from megatron_dypo.reward.units import PERCENT, Quantity, quantity, same_unit
 
 Verdict = bool | tuple

@@ -220,7 +220,7 @@ def parse(spelled: str) -> tuple[str, Unit, bool] | None:
     words = [part for part in parts if part[0].isalpha()]
     if not words or parts[0].lower() in _AFTER_WORDS or any(_changes_the_value(word.lower()) for word in words):
         return None
-    reader = _Reader(parts)
+    reader = _UnitParser(parts)
     unit = reader.product()
     if unit is not None and reader.at == len(parts):
         return _spelled(parts), unit, True
@@ -242,7 +242,7 @@ def _spelled(parts: list[str]) -> str:
     return " ".join("per" if part == "/" else singular(part.lower()) if part.isalpha() else part for part in parts)
 
 
-class _Reader:
+class _UnitParser:
     def __init__(self, parts: list[str]) -> None:
         self._parts = parts
         self.at = 0

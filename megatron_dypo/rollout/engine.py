@@ -16,13 +16,13 @@ import numpy as np
 from megatron_dypo.config.schema import Config
 from megatron_dypo.data.tokenizer import Tokenizer
 from megatron_dypo.errors import UserError
-from megatron_dypo.policy.shape import ModelShape
+from megatron_dypo.models.shape import ModelShape
 from megatron_dypo.records import Response
 from megatron_dypo.rollout.vllm_versions import Vllm, check_in_process, check_sender, check_server, installed
 from megatron_dypo.runtime.distributed import Layout, device_kind
 
 if TYPE_CHECKING:
-    from megatron_dypo.sync.weights import Weights
+    from megatron_dypo.weight_sync.source import Weights
 
 log = logging.getLogger(__name__)
 Role = Literal["engine", "server", "sender"]
@@ -118,14 +118,14 @@ def build_engine(
 
         return VllmEngine(config, shape, tokenizer.end_ids, folder)
     if name == "server":
-        from megatron_dypo.rollout.identity import identity
         from megatron_dypo.rollout.server_engine import ServerEngine
+        from megatron_dypo.rollout.vllm_args import served_model_name
 
-        return ServerEngine(config, identity(config, shape, tokenizer), layout)
+        return ServerEngine(config, served_model_name(config, shape, tokenizer), layout)
     if name == "transformers":
         if config.rollout.engine == "auto":
             log.warning("vLLM is not installed: sampling with transformers, many times slower")
-        from megatron_dypo.rollout.transformers_engine import TransformersEngine
+        from megatron_dypo.rollout.hf_engine import HfEngine
 
-        return TransformersEngine(shape, returns_experts=config.policy.routing_replay == "rollout")
+        return HfEngine(shape, returns_experts=config.policy.routing_replay == "rollout")
     return None

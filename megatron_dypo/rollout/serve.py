@@ -1,26 +1,68 @@
-"""One rollout server: vLLM's own, in place of this process, with this project's arguments, guard and extension."""
+"""One rollout server: vLLM's own, in place of this process, with this project's arguments, guard and worker extension.
+
+The guard lets no request without the token past, whatever its path: vLLM's own key guards the paths of its public
+interface and leaves those that replace weights open.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import ipaddress
 import os
 import socket
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_dypo.config.checks import check_policy
 from megatron_dypo.config.schema import Config
-from megatron_dypo.convert.hf_metadata import write_config
 from megatron_dypo.data.tokenizer import load_tokenizer
 from megatron_dypo.errors import UserError
-from megatron_dypo.policy.shape import model_shape
+from megatron_dypo.models.hf_config import write_config
+from megatron_dypo.models.limits import check_policy
+from megatron_dypo.models.shape import model_shape
 from megatron_dypo.rollout.engine import check_vllm, sync_backend
-from megatron_dypo.rollout.identity import identity
-from megatron_dypo.rollout.server_guard import VARIABLE, server_token
-from megatron_dypo.rollout.vllm_arguments import as_flags, engine_arguments, set_environment
-from megatron_dypo.runtime.addresses import is_loopback
-from megatron_dypo.runtime.distributed import device_kind
+from megatron_dypo.rollout.vllm_args import as_flags, engine_arguments, served_model_name, set_environment
+from megatron_dypo.runtime.distributed import device_kind, is_loopback
+
+VARIABLE = "MEGATRON_DYPO_SERVER_TOKEN"
+SHORTEST_TOKEN = 16  # characters
+
+
+def server_token() -> str:
+    """The token that servers and trainer share. Raises UserError where the environment has none worth the name."""
+    token = os.environ.get(VARIABLE, "")
+    if len(token) < SHORTEST_TOKEN:
+        raise UserError(
+            f"{VARIABLE}: rollout servers and trainer need the same secret token in the environment, "
+            f"of at least {SHORTEST_TOKEN} characters (openssl rand -hex 32)"
+        )
+    return token
+
+
+class RequireToken:
+    """ASGI middleware, given to vLLM by name (``--middleware``). Only a health check goes without."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]]):
+        self._app = app
+        self._wanted = _digest(f"Bearer {server_token()}".encode())
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        if scope["type"] == "lifespan" or scope.get("path") == "/health":
+            return await self._app(scope, receive, send)
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        if hmac.compare_digest(_digest(given), self._wanted):
+            return await self._app(scope, receive, send)
+        if scope["type"] == "websocket":
+            return await send({"type": "websocket.close", "code": 1008})
+        await send({"type": "http.response.start", "status": 401, "headers": [(b"content-type", b"text/plain")]})
+        await send({"type": "http.response.body", "body": f"the token of {VARIABLE} is needed\n".encode()})
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.sha256(text).digest()
+
 
 _ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HOST_IP": "127.0.0.1"}  # 1: the calls that replace weights
 
@@ -37,7 +79,10 @@ def serve(config: Config, host: str, port: int, tensor: int) -> NoReturn:
     check_policy(config.policy, shape, "serve")
     kind, vllm = device_kind(), check_vllm(config, shape, "server")
     tokenizer = load_tokenizer(config, shape)
-    name, folder = identity(config, shape, tokenizer), Path(config.trainer.run_dir) / "engine" / f"server_{port}"
+    name, folder = (
+        served_model_name(config, shape, tokenizer),
+        Path(config.trainer.run_dir) / "engine" / f"server_{port}",
+    )
     write_config(shape, folder, tokenizer.end_ids)
     backend = sync_backend(config, kind)
     transfer = {"shared_memory": "megatron_dypo"}.get(backend, backend)
@@ -49,7 +94,7 @@ def serve(config: Config, host: str, port: int, tensor: int) -> NoReturn:
             "served_model_name": name,
             "tokens_only": True,
             "weight_transfer_config": {"backend": transfer},
-            "middleware": "megatron_dypo.rollout.server_guard.RequireToken",
+            "middleware": "megatron_dypo.rollout.serve.RequireToken",
             "tensor_parallel_size": tensor,
             "host": host,
             "port": port,

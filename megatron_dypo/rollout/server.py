@@ -11,10 +11,10 @@ import numpy as np
 
 from megatron_dypo.records import Response
 from megatron_dypo.rollout.engine import Request, Sampling
-from megatron_dypo.rollout.routed import from_text
-from megatron_dypo.rollout.server_guard import VARIABLE, server_token
-from megatron_dypo.rollout.vllm_arguments import sampling_arguments
-from megatron_dypo.runtime.addresses import is_loopback
+from megatron_dypo.rollout.routed_experts import from_text
+from megatron_dypo.rollout.serve import VARIABLE, server_token
+from megatron_dypo.rollout.vllm_args import sampling_arguments
+from megatron_dypo.runtime.distributed import is_loopback
 
 _SHOWN = 200  # characters of what a server answered
 

@@ -10,18 +10,18 @@ from urllib.parse import urlsplit
 
 from megatron_dypo.config.schema import Config
 from megatron_dypo.records import Response
-from megatron_dypo.rollout.dispatch import Dispatch, Limits
 from megatron_dypo.rollout.engine import Request, Sampling, sync_backend
-from megatron_dypo.rollout.fleet import Fleet
+from megatron_dypo.rollout.router import Limits, Router
 from megatron_dypo.rollout.server import Server
-from megatron_dypo.rollout.vllm_arguments import MOST_SEQUENCES
+from megatron_dypo.rollout.server_pool import ServerPool
+from megatron_dypo.rollout.vllm_args import MOST_SEQUENCES
 from megatron_dypo.rollout.vllm_versions import weight_source
 from megatron_dypo.runtime.distributed import Layout, all_gather_objects, device_kind
-from megatron_dypo.sync.checksum import Watched
-from megatron_dypo.sync.transfer import SharedMemory
+from megatron_dypo.weight_sync.checksum import ChecksummedWeights
+from megatron_dypo.weight_sync.transfer import SharedMemory
 
 if TYPE_CHECKING:
-    from megatron_dypo.sync.weights import Weights
+    from megatron_dypo.weight_sync.source import Weights
 
 
 class ServerEngine:
@@ -33,7 +33,7 @@ class ServerEngine:
     def __init__(self, config: Config, wanted: str, layout: Layout):
         rollout, self._layout = config.rollout, layout
         self._servers = [Server(url) for url in rollout.servers]
-        self._fleet = Fleet(self._servers, wanted, rollout.server_timeout, rollout.sync_timeout)
+        self._pool = ServerPool(self._servers, wanted, rollout.server_timeout, rollout.sync_timeout)
         kind = device_kind()
         window = max(4, MOST_SEQUENCES[kind] // layout.world)  # all ranks together fill a server
         self._limits = Limits(window, rollout.server_timeout, rollout.request_timeout)
@@ -42,12 +42,12 @@ class ServerEngine:
         self._transfer = None
         self._label, self._version, self._lost = "", 0, dict[str, str]()
         if layout.is_main:
-            self._fleet.wait_for_all()
+            self._pool.wait_for_all()
         self._run = all_gather_objects(secrets.token_hex(4))[0]  # tells this run's weights from any other's
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Response]:
         """Raises TrainingError when no server is left that has the weights."""
-        dispatch = Dispatch(self._servers, self._lost, self._label, self._limits)
+        dispatch = Router(self._servers, self._lost, self._label, self._limits)
         responses = asyncio.run(dispatch.run(requests, sampling))
         for response in responses:
             response.weight_version = self._version
@@ -56,37 +56,37 @@ class ServerEngine:
     def sync(self, weights: Weights) -> None:
         """To all servers that answer; those that do not are left out until the next sync. Collective."""
         label, same = f"{self._run}:{weights.version}", True
-        source = Watched(weights) if self._verify and self._layout.is_main else weights
+        source = ChecksummedWeights(weights) if self._verify and self._layout.is_main else weights
         if self._layout.is_main:
-            same = self._fleet.admit(self._label)
-            before = list(self._fleet.members)
-            self._fleet.label = label
-            self._fleet.call_workers("prepare_update", checksums=self._verify)
-            same = same and before == self._fleet.members
-            self._fleet.all_or_none = self._backend == "nccl"
+            same = self._pool.refresh(self._label)
+            before = list(self._pool.members)
+            self._pool.label = label
+            self._pool.call_workers("prepare_update", checksums=self._verify)
+            same = same and before == self._pool.members
+            self._pool.all_or_none = self._backend == "nccl"
         if self._transfer is None or not all(all_gather_objects(same)):
             if self._transfer is not None:
                 self._transfer.shutdown()
-            self._transfer = _open_transfer(self._backend, self._fleet, source, self._layout)
+            self._transfer = _open_transfer(self._backend, self._pool, source, self._layout)
         self._transfer.source = source if self._backend == "shared_memory" else weight_source(source)
         self._transfer.send_weights()
         if self._layout.is_main:
-            self._fleet.all_or_none = False
-            if isinstance(source, Watched):
-                for url, taken in self._fleet.call_workers("taken_checksums").items():
+            self._pool.all_or_none = False
+            if isinstance(source, ChecksummedWeights):
+                for url, taken in self._pool.call_workers("taken_checksums").items():
                     source.compare(taken, url)
-            self._fleet.resume()
-        self._lost = all_gather_objects(self._fleet.lost)[0]
+            self._pool.resume()
+        self._lost = all_gather_objects(self._pool.lost)[0]
         self._label, self._version = label, weights.version
 
     def sleep(self, keep_weights: bool) -> None:
         """Servers have devices of their own."""
 
 
-def _open_transfer(backend: str, fleet: Fleet, source, layout: Layout):
+def _open_transfer(backend: str, pool: ServerPool, source, layout: Layout):
     """The trainer's side of a weight transfer, ready to send; all ranks call it."""
     if backend == "shared_memory":
-        return SharedMemory(fleet, source, layout.is_main)
+        return SharedMemory(pool, source, layout.is_main)
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
@@ -94,10 +94,10 @@ def _open_transfer(backend: str, fleet: Fleet, source, layout: Layout):
     if backend == "ipc":
         info = IPCTrainerInitInfo(rank=layout.rank, packed=True)
     else:
-        address, port = _endpoint(fleet.members) if layout.is_main else ("", 0)
-        workers = sum(fleet.world_sizes()) if layout.is_main else 0
+        address, port = _endpoint(pool.members) if layout.is_main else ("", 0)
+        workers = sum(pool.world_sizes()) if layout.is_main else 0
         info = NCCLTrainerInitInfo(address, port, 1 + workers, rank=layout.rank)
-    return WeightTransferTrainerFactory.trainer_init(info, client=fleet, source=weight_source(source))
+    return WeightTransferTrainerFactory.trainer_init(info, client=pool, source=weight_source(source))
 
 
 def _endpoint(servers: list[Server]) -> tuple[str, int]:

@@ -11,25 +11,20 @@ import numpy as np
 import torch
 
 from megatron_dypo.config.schema import Config
-from megatron_dypo.convert.hf_metadata import write_config
-from megatron_dypo.policy.shape import ModelShape
+from megatron_dypo.models.hf_config import write_config
+from megatron_dypo.models.shape import ModelShape
 from megatron_dypo.records import Response
 from megatron_dypo.rollout.engine import Request, Sampling
-from megatron_dypo.rollout.vllm_arguments import (
-    engine_arguments,
-    in_process_arguments,
-    sampling_arguments,
-    set_environment,
-)
+from megatron_dypo.rollout.vllm_args import engine_arguments, in_process_arguments, sampling_arguments, set_environment
 from megatron_dypo.rollout.vllm_versions import installed
-from megatron_dypo.runtime import deterministic
+from megatron_dypo.runtime import determinism
 from megatron_dypo.runtime.distributed import device_kind, launch_rank
-from megatron_dypo.runtime.memory import DEVICE
-from megatron_dypo.sync.checksum import Watched
-from megatron_dypo.sync.transfer import hand_over
+from megatron_dypo.runtime.measure import DEVICE
+from megatron_dypo.weight_sync.checksum import ChecksummedWeights
+from megatron_dypo.weight_sync.transfer import send_in_process
 
 if TYPE_CHECKING:
-    from megatron_dypo.sync.weights import Weights
+    from megatron_dypo.weight_sync.source import Weights
 
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # so that weights need no transport
 
@@ -37,14 +32,14 @@ IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # so that weights need no 
 class VllmEngine:
     """See ``Engine``. Greedy and sampled requests may share a batch; seeds are per request."""
 
-    @deterministic.not_enforced()
+    @determinism.not_enforced()
     def __init__(self, config: Config, shape: ModelShape, eos_id: int | tuple[int, ...], folder: Path):
         kind = device_kind()
         set_environment(kind, **IN_PROCESS)
         logging.getLogger("vllm").setLevel(logging.ERROR)
         import vllm
 
-        from megatron_dypo.sync.worker import BACKEND
+        from megatron_dypo.weight_sync.worker import BACKEND
 
         self._vllm = vllm
         write_config(shape, folder, eos_id)
@@ -60,7 +55,7 @@ class VllmEngine:
         self._version = 0  # of the weights, once synced
         assert torch.get_num_threads() == threads
 
-    @deterministic.not_enforced()
+    @determinism.not_enforced()
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Response]:
         """One response per request, in order; ``ids`` ends with one of the end tokens unless cut at ``max_tokens``."""
         if not requests:
@@ -72,21 +67,21 @@ class VllmEngine:
         outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
         return [_response(output.outputs[0], self._version) for output in outputs]
 
-    @deterministic.not_enforced()
+    @determinism.not_enforced()
     def sync(self, weights: Weights) -> None:
         """Replace all weights and forget what was cached under the old ones."""
         self._wake("weights")
         self._dropped = False
-        source = Watched(weights) if self._verify else weights
+        source = ChecksummedWeights(weights) if self._verify else weights
         self._llm.collective_rpc("prepare_update", args=(self._verify,))
-        hand_over(_Client(self._llm), source)
+        send_in_process(_Client(self._llm), source)
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache after a weight sync")
-        if isinstance(source, Watched):
+        if isinstance(source, ChecksummedWeights):
             source.compare(self._llm.collective_rpc("taken_checksums"), f"vLLM of rank {launch_rank()}")
         self._version = weights.version
 
-    @deterministic.not_enforced()
+    @determinism.not_enforced()
     def sleep(self, keep_weights: bool) -> None:
         """Key/value cache and weights are given back; kept weights are copied to host memory. Needs trainer.offload."""
         self._wake("weights", "kv_cache")  # vLLM takes an engine of which any part sleeps to be asleep already

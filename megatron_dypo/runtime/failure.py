@@ -1,8 +1,8 @@
 """Where this rank is, and how it says that it failed: one clear line first, from the rank that failed first.
 
 ``phase`` and ``begin_step`` keep the place, each thread its own; the rank's is that of its main thread. The rank that
-fails first claims that on the job's board (``board.py``), so that the ranks it takes down name it, in one line, instead
-of printing their own broken-connection traces.
+fails first claims that in the job's status (``job_status.py``), so that the ranks it takes down name it, in one line,
+instead of printing their own broken-connection traces.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ from typing import TYPE_CHECKING
 from megatron_dypo.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_dypo.runtime.board import Board
+    from megatron_dypo.runtime.job_status import JobStatus
 
 _PEER_LOST = ("Connection", "Socket", "socket", "Broken pipe", "imed out", "imeout", "DistBackendError", "NCCL")
 _PATIENCE = 5.0  # seconds that a rank which lost a peer leaves the others to say why
 
 
 @dataclass(frozen=True)
-class Place:
+class Phase:
     """A phase of a step (None before the loop), entered at ``since``. ``limit``: its own deadline (s) and that key."""
 
-    phase: str
+    name: str
     step: int | None = None
     limit: tuple[float, str] | None = None
     since: float = field(default_factory=time.monotonic)
 
     def __str__(self) -> str:
-        return f"phase {self.phase!r}" + (f" of step {self.step}" if self.step else "")
+        return f"phase {self.name!r}" + (f" of step {self.step}" if self.step else "")
 
 
-_START = Place("start")
-_places: dict[int, Place] = {}  # by thread
+_START = Phase("start")
+_phases: dict[int, Phase] = {}  # by thread
 
 
-def place() -> Place:
+def current_phase() -> Phase:
     """Where this rank, that is its main thread, is now."""
-    return _places.get(threading.main_thread().ident, _START)
+    return _phases.get(threading.main_thread().ident, _START)
 
 
 def begin_step(step: int) -> None:
     """From here on this thread is in ``step``, between its phases."""
-    _places[threading.get_ident()] = Place("main loop", step)
+    _phases[threading.get_ident()] = Phase("main loop", step)
 
 
 @contextmanager
@@ -61,15 +61,15 @@ def phase(name: str, limit: tuple[float, str] | None = None) -> Iterator[None]:
     outer one's anew.
     """
     thread = threading.get_ident()
-    outer = _places.get(thread, _START)
-    _places[thread] = inner = Place(name, outer.step, limit)
+    outer = _phases.get(thread, _START)
+    _phases[thread] = inner = Phase(name, outer.step, limit)
     try:
         yield
     except BaseException as error:
         error.place = getattr(error, "place", inner)  # the innermost, for the message
         raise
     finally:
-        _places[thread] = replace(outer, since=time.monotonic())
+        _phases[thread] = replace(outer, since=time.monotonic())
 
 
 def headline(rank: int, where: object, why: str) -> str:
@@ -83,7 +83,7 @@ def say(text: str) -> None:
     sys.stderr.flush()
 
 
-def report(error: BaseException, board: Board | None = None) -> None:
+def report(error: BaseException, job_status: JobStatus | None = None) -> None:
     """Print headline and traceback of this rank's error, or one line that names the rank that failed first.
 
     An error is reported once, where it is noticed first, and knows then whether it was the job's first. A UserError
@@ -91,25 +91,29 @@ def report(error: BaseException, board: Board | None = None) -> None:
     """
     if hasattr(error, "first"):
         return
-    rank, where = int(os.environ.get("RANK", "0")), getattr(error, "place", place())
+    rank, where = int(os.environ.get("RANK", "0")), getattr(error, "place", current_phase())
     first_line = (str(error).strip() or repr(error)).splitlines()[0]
     ours = headline(rank, where, f"{type(error).__name__}: {first_line}")
-    if board and any(sign in ours for sign in _PEER_LOST):
-        ours += _silent_peers(board)
-    known = board.claim_failure(ours) if board else ours
+    if job_status and any(sign in ours for sign in _PEER_LOST):
+        ours += _silent_peers(job_status)
+    known = job_status.claim_failure(ours) if job_status else ours
     error.first = known == ours
     if not error.first:
         say(f"[rank {rank}] stops in {where} because of: {known}")
     elif not isinstance(error, UserError):
-        say("\n".join([ours, *(board.whereabouts() if board else []), *traceback.format_exception(error)]))
+        say("\n".join([ours, *(job_status.whereabouts() if job_status else []), *traceback.format_exception(error)]))
 
 
-def _silent_peers(board: Board) -> str:
+def _silent_peers(job_status: JobStatus) -> str:
     """Let the peer that was lost, or those who saw it end, speak first; without a word from any: who gives no sign."""
-    before, deadline = board.beats(), time.monotonic() + _PATIENCE
-    while board.failure() is None and time.monotonic() < deadline:
+    before, deadline = job_status.heartbeats(), time.monotonic() + _PATIENCE
+    while job_status.failure() is None and time.monotonic() < deadline:
         time.sleep(0.1)
-    if not board.usable:
+    if not job_status.usable:
         return " (the rendezvous store is gone, too: the launcher or rank 0 has ended)"
-    silent = [str(rank) for rank, beat in board.beats().items() if beat == before.get(rank) and not beat.done]
+    silent = [
+        str(rank)
+        for rank, heartbeat in job_status.heartbeats().items()
+        if heartbeat == before.get(rank) and not heartbeat.done
+    ]
     return f" (no sign of life from rank {', '.join(silent)})" if silent else ""

@@ -1,4 +1,7 @@
-"""What a training process settles first: whom it ends with, and which signals tell of its state. Imports no torch."""
+"""What a training process sets up first: which process it ends with, which signals tell of its state; and threads.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,19 @@ import os
 import signal
 import socket
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
 
-from megatron_dypo.runtime.failure import headline, place, say
+from megatron_dypo.runtime.failure import current_phase, headline, say
 
 STACKS_SIGNAL = signal.SIGUSR2
 _PR_SET_PDEATHSIG = 1
 _LAUNCHER_SECONDS = 60.0  # how long a launcher that is busy may take to accept a connection
 
 
-def settle() -> None:
+def setup_process() -> None:
     """Call before anything that starts threads: the signal mask is theirs, too."""
     end_with_launcher()
     signal.pthread_sigmask(signal.SIG_BLOCK, {STACKS_SIGNAL})  # the watchdog's thread waits for it
@@ -38,5 +45,22 @@ def end_with_launcher() -> None:
         try:
             socket.create_connection(store, _LAUNCHER_SECONDS).close()
         except OSError as error:
-            say(headline(int(os.environ["RANK"]), place(), f"no launcher at {store[0]}:{store[1]}: {error}"))
+            say(headline(int(os.environ["RANK"]), current_phase(), f"no launcher at {store[0]}:{store[1]}: {error}"))
             os._exit(1)
+
+
+_Result = TypeVar("_Result")
+
+
+def in_thread(work: Callable[[], _Result], name: str) -> Future[_Result]:
+    """``work``'s result, or what it raised, from a thread that does not keep the process from ending."""
+    future: Future[_Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future

@@ -5,16 +5,38 @@ Every bound was read from the METADATA of the releases' wheels. ``doctor``, pref
 and runs by its path:
 
     python megatron_dypo/runtime/versions.py FILE    # requirements FILE, with the pins of the row that fits this Python
+
+``accepted`` asks a function which keywords it takes: torch and vLLM change them between releases.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
+from collections.abc import Callable
+from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
+
+
+def accepted(function: Callable, **keywords: object) -> dict[str, object]:
+    """Return those of ``keywords`` that ``function`` takes; all of them where it takes any (``**kwargs``)."""
+    known = _keywords(function)
+    return keywords if known is None else {name: value for name, value in keywords.items() if name in known}
+
+
+@cache
+def _keywords(function: Callable) -> frozenset[str] | None:
+    """Read the names that may be given by keyword, once a function; None stands for any name."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return frozenset(parameter.name for parameter in parameters if parameter.kind in by_name)
+
 
 Release = tuple[int, ...]
 

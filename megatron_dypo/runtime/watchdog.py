@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from typing import Self
 
 from megatron_dypo.config.schema import Parallel
-from megatron_dypo.runtime.board import Board
 from megatron_dypo.runtime.distributed import launch_rank
-from megatron_dypo.runtime.failure import headline, place, report, say
-from megatron_dypo.runtime.peers import Peers
+from megatron_dypo.runtime.failure import current_phase, headline, report, say
+from megatron_dypo.runtime.heartbeat import HeartbeatThread
+from megatron_dypo.runtime.job_status import JobStatus
 from megatron_dypo.runtime.process import STACKS_SIGNAL
 
 TICK = 2.0  # seconds
@@ -37,8 +37,12 @@ class Watchdog:
     def __init__(self, parallel: Parallel):
         self._timeout = parallel.timeout
         self._tick = min(TICK, parallel.heartbeat_timeout / 4, parallel.timeout / 4)
-        self._board = Board.of_this_job()
-        self._peers = Peers(self._board, parallel.heartbeat_timeout, self._tick, self) if self._board else None
+        self._job_status = JobStatus.of_this_job()
+        self._heartbeats = (
+            HeartbeatThread(self._job_status, parallel.heartbeat_timeout, self._tick, self)
+            if self._job_status
+            else None
+        )
         self._ending = threading.Lock()  # held for good by the thread that ends the job
         self._stopped = False
         self._failed = False  # on this rank
@@ -50,15 +54,15 @@ class Watchdog:
         # Where some library's thread does not block the signal, it may get it:
         pass_on = lambda *_: signal.pthread_kill(self._thread.ident, STACKS_SIGNAL)  # noqa: E731
         self._handler = signal.signal(STACKS_SIGNAL, pass_on)
-        if self._peers:
-            self._peers.start()
+        if self._heartbeats:
+            self._heartbeats.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception):
             self._report(error)
-        if self._peers:
-            self._peers.stop()
+        if self._heartbeats:
+            self._heartbeats.stop()
         self._stopped = True  # seen at the thread's next tick, which nobody has to wait for
         signal.signal(STACKS_SIGNAL, self._handler)
 
@@ -73,7 +77,7 @@ class Watchdog:
 
     def metrics(self) -> dict[str, float]:
         """``perf/heartbeat_gap``: the longest silence (s) of any rank since the last call; on rank 0 of several."""
-        return {"perf/heartbeat_gap": self._peers.take_gap()} if self._peers and launch_rank() == 0 else {}
+        return {"perf/heartbeat_gap": self._heartbeats.take_gap()} if self._heartbeats and launch_rank() == 0 else {}
 
     def write_stacks(self) -> None:
         """Rank, place and the stacks of all threads, to standard error."""
@@ -87,12 +91,16 @@ class Watchdog:
         self._ending.acquire()
         faulthandler.dump_traceback_later(LAST_WORDS, exit=True, file=STDERR)  # nothing below may keep this process
         ours = headline(rank, where, why)
-        board = self._peers.board if self._peers else None
-        known = board.claim_failure(ours) if board else ours
-        said = ours if known == ours else f"[rank {launch_rank()}] stops in {place()} because of: {known}"
-        say("\n".join([said, *(board.whereabouts() if board and known == ours else []), self._here(), _stacks()]))
-        if board:
-            board.ask_for_stacks()
+        job_status = self._heartbeats.job_status if self._heartbeats else None
+        known = job_status.claim_failure(ours) if job_status else ours
+        said = ours if known == ours else f"[rank {launch_rank()}] stops in {current_phase()} because of: {known}"
+        say(
+            "\n".join(
+                [said, *(job_status.whereabouts() if job_status and known == ours else []), self._here(), _stacks()]
+            )
+        )
+        if job_status:
+            job_status.ask_for_stacks()
         time.sleep(2 * self._tick)
         if frozen is not None:
             _signal(frozen, signal.SIGABRT)  # a process stuck in C writes its stacks at that (faulthandler)
@@ -102,10 +110,10 @@ class Watchdog:
 
     def _report(self, error: Exception) -> None:
         self._failed = True
-        report(error, self._board)
+        report(error, self._job_status)
 
     def _watch(self) -> None:
-        current, spent, left, before = place(), 0.0, LAST_WORDS, time.monotonic()
+        current, spent, left, before = current_phase(), 0.0, LAST_WORDS, time.monotonic()
         while not self._stopped:
             got = signal.sigtimedwait({STACKS_SIGNAL}, self._tick)
             now = time.monotonic()
@@ -113,14 +121,14 @@ class Watchdog:
                 return
             if got and now - before < self._tick:  # later ones are made up by Python 3.11 where SIGCONT came too late
                 self.write_stacks()
-                if self._peers:
-                    self._peers.ask_for_stacks()
+                if self._heartbeats:
+                    self._heartbeats.ask_for_stacks()
             passed, before = min(now - before, 2 * self._tick), time.monotonic()
-            here = place()
+            here = current_phase()
             current, spent = (here, spent + passed) if here is current else (here, 0.0)
             seconds, key = here.limit or (self._timeout, "parallel.timeout")
-            answered = not self._peers or self._peers.answered(passed)
-            doomed = self._failed or (self._peers and self._peers.failure)
+            answered = not self._heartbeats or self._heartbeats.answered(passed)
+            doomed = self._failed or (self._heartbeats and self._heartbeats.failure)
             left -= passed if doomed else 0.0
             if left <= 0:
                 self._leave()
@@ -136,11 +144,11 @@ class Watchdog:
         if self._failed:
             say(f"{self._here()}: clean-up has not ended within {LAST_WORDS:g} s\n{_stacks()}")
         else:
-            say(f"[rank {launch_rank()}] stops in {place()} because of: {self._peers.failure}")
+            say(f"[rank {launch_rank()}] stops in {current_phase()} because of: {self._heartbeats.failure}")
         os._exit(1)
 
     def _here(self) -> str:
-        here = place()
+        here = current_phase()
         return f"[rank {launch_rank()}] {here} for {time.monotonic() - here.since:.1f} s, process {os.getpid()}"
 
 

@@ -90,7 +90,7 @@ def _main(folder: str, command: list[str], acts: Sequence[Act]) -> int:
     log = os.open(f"{folder}/rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for standard in (1, 2):
         os.dup2(log, standard)
-    import megatron_dypo.train  # noqa: F401 - all modules in which a point may lie
+    import megatron_dypo.trainer  # noqa: F401 - all modules in which a point may lie
     from megatron_dypo.cli import main
 
     for point, act, ranks in acts:

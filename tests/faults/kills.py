@@ -17,7 +17,7 @@ from tests.faults.task import SAVE_EVERY
 from tests.launch import metrics
 
 LAST_STEPS = 6  # of a run: no kills are dealt to them
-NEXT_STEP = Point("call megatron_dypo.rollout.source:RolloutSource.batch")
+NEXT_STEP = Point("call megatron_dypo.rollout.manager:RolloutManager.batch")
 
 
 @dataclass(frozen=True)

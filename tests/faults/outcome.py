@@ -65,7 +65,7 @@ def reward_workers_of(ranks: list[int]) -> list[int]:
     return [
         process.pid
         for process in alive
-        if "megatron_dypo.reward.worker" in (command := process.info["cmdline"] or []) and command[-1] in parents
+        if "megatron_dypo.reward.worker_main" in (command := process.info["cmdline"] or []) and command[-1] in parents
     ]
 
 

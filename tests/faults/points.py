@@ -67,7 +67,7 @@ def at(point: Point, act: Callable[[], None]) -> None:
         step = number
 
     if point.from_step:
-        _wrap("megatron_dypo.rollout.source:RolloutSource.batch", before=start_step)
+        _wrap("megatron_dypo.rollout.manager:RolloutManager.batch", before=start_step)
     kind, _, name = point.what.partition(" ")
     if kind == "phase":
         _watch_phase(name, arrive)

@@ -83,12 +83,12 @@ def submit(capfd, monkeypatch, tmp_path) -> Submit:
     import huggingface_hub.constants
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401 - slow once, and none of an input's time
 
-    real = preflight.prepare
+    real = preflight.check_inputs
 
     def prepare(config: Any, source: str) -> None:
         raise Ready(config, real(config, source))
 
-    monkeypatch.setattr(preflight, "prepare", prepare)
+    monkeypatch.setattr(preflight, "check_inputs", prepare)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     return Submit(capfd)

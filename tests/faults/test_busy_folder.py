@@ -15,7 +15,7 @@ from tests.launch import metrics
 
 def lose_patience() -> None:
     """A launch leaves the ranks of a launcher that was killed some time to let go of the folder."""
-    from megatron_dypo.runtime import run_folder
+    from megatron_dypo import run_folder
 
     run_folder.PATIENCE = 0.5
 
@@ -23,7 +23,7 @@ def lose_patience() -> None:
 def test_a_second_launch_is_refused_in_one_line(references, tmp_path):
     config, begun, run_dir = make_task(tmp_path), tmp_path / "begun", tmp_path / "run"
     begins = (Point("phase rollout", from_step=2), partial(mark, begun), (0,))
-    starts = (Point("call megatron_dypo.runtime.run_folder:claim"), lose_patience, (0,))
+    starts = (Point("call megatron_dypo.run_folder:claim"), lose_patience, (0,))
     with Job(tmp_path / "first", config, f"trainer.steps={STEPS // 4}", acts=[begins]) as first:
         assert first.wait_for(begun), first.output()
         for pid in first.pids:  # so that it does not end before the second is refused

@@ -20,12 +20,12 @@ from safetensors.torch import save
 from megatron_dypo.config import load_config
 from megatron_dypo.config.load import dump, fingerprint
 from megatron_dypo.config.schema import walk
-from megatron_dypo.convert.hf_folder import folder_weights
-from megatron_dypo.convert.mapping import hf_shapes
-from megatron_dypo.data.order import batch_indices
+from megatron_dypo.convert.hf_weights import folder_weights
+from megatron_dypo.data.dataset import batch_indices
 from megatron_dypo.data.tokenizer import arithmetic_backend
-from megatron_dypo.policy.schedule import learning_rate
-from megatron_dypo.policy.shape import ModelShape
+from megatron_dypo.models.families import hf_shapes
+from megatron_dypo.models.shape import ModelShape
+from megatron_dypo.policy.optimizer import learning_rate
 from tests.faults.mutations import FILE_FAULTS, ODD_TEXT, odd_scalars, spoil_file, spoilt_bytes, spoilt_trees
 from tests.faults.submit import Ready, Submit, hunt
 from tests.launch import copy_task

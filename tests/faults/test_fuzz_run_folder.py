@@ -20,14 +20,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_dypo.checkpoint.folders import complete_steps, find_fault, step_folder
-from megatron_dypo.checkpoint.safe_pickle import read_index
+from megatron_dypo.checkpoint.catalog import complete_steps, find_fault, step_folder
+from megatron_dypo.checkpoint.io import read_index
 from megatron_dypo.config import load_config
 from megatron_dypo.config.load import fingerprint
 from megatron_dypo.errors import UserError
 from megatron_dypo.monitor.metrics import MetricsFile
 from megatron_dypo.records import Group, Prompt, Response, Teacher
-from megatron_dypo.rollout import recorded
+from megatron_dypo.rollout import recording
 from tests.faults.mutations import FILE_FAULTS, flipped_bytes, spoil_file, spoilt_bytes, spoilt_trees
 from tests.faults.submit import Ready, Submit, bounded, hunt
 from tests.launch import copy_task
@@ -257,19 +257,19 @@ def test_malformed_recorded_rollouts(tmp_path, fault_record):
         )
         for prompt in prompts.values()
     ]
-    recorded.record(tmp_path, 1, groups)
-    path = recorded.step_file(tmp_path, 1)
+    recording.record(tmp_path, 1, groups)
+    path = recording.step_file(tmp_path, 1)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
 
     def refuses(content: bytes) -> bool:
         path.write_bytes(content)
         try:
             with bounded():
-                replayed = recorded.replay(tmp_path, 1, prompts, 2, vocab_size=100, longest=16)
+                replayed = recording.replay(tmp_path, 1, prompts, 2, vocab_size=100, longest=16)
         except UserError as error:
             assert str(path) in str(error)
             return True
-        recorded.record(tmp_path / "again", 1, replayed)
+        recording.record(tmp_path / "again", 1, replayed)
         for group in replayed:
             assert group.teacher_indices is None or all(type(i) is int for i in group.teacher_indices)
             assert type(group.weight_version) is int
@@ -284,11 +284,11 @@ def test_malformed_recorded_rollouts(tmp_path, fault_record):
 
 @pytest.mark.parametrize("how", FILE_FAULTS)
 def test_recorded_rollouts_that_cannot_be_read(tmp_path, how):
-    path = recorded.step_file(tmp_path, 1)
+    path = recording.step_file(tmp_path, 1)
     path.touch()
     spoil_file(path, how)
     with pytest.raises(UserError, match=str(path)):
-        recorded.replay(tmp_path, 1, {}, 2, vocab_size=100, longest=16)
+        recording.replay(tmp_path, 1, {}, 2, vocab_size=100, longest=16)
 
 
 # --- the report

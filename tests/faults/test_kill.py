@@ -13,8 +13,8 @@ from tests.faults.points import Point
 from tests.faults.task import STEPS, make_task, reference
 
 POLICY = "megatron_dypo.policy.policy"
-ENGINE = "megatron_dypo.rollout.transformers_engine:TransformersEngine"
-SAVER = "megatron_dypo.checkpoint.saver"
+ENGINE = "megatron_dypo.rollout.hf_engine:HfEngine"
+SAVER = "megatron_dypo.checkpoint.manager"
 MAIN = (0,)  # what only rank 0 does
 
 START = [
@@ -42,7 +42,7 @@ STEP = [
     Kill(Point("call torch.optim.adam:adam", "after")),
     Kill(Point("phase optimizer step", "after")),
     Kill(Point(f"call {ENGINE}.sync")),
-    Kill(Point("call megatron_dypo.rollout.transformers_engine:_target", nth=5)),
+    Kill(Point("call megatron_dypo.rollout.hf_engine:_target", nth=5)),
     Kill(Point("phase weight sync", "after")),
     Kill(Point("phase evaluation", from_step=5)),
     Kill(Point("phase evaluation", "after", from_step=10)),

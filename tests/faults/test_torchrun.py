@@ -82,7 +82,7 @@ def test_where_only_the_agent_is_killed_all_end_with_it(references, tmp_path, fa
 
     with started(config) as agent:
         wait_until(lambda: saved_steps(run_dir), 120, "the first checkpoint")
-        ranks, workers = family(agent, "train"), family(agent, "megatron_dypo.reward.worker")
+        ranks, workers = family(agent, "train"), family(agent, "megatron_dypo.reward.worker_main")
         assert len(ranks) == 2 and workers and not lock_is_free(run_dir)
         agent.send_signal(signal.SIGKILL)
         seconds = wait_until(

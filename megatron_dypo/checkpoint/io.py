@@ -1,0 +1,199 @@
+"""The files of a checkpoint, in torch's format of distributed checkpoints, which Megatron-Core reads (``torch_dist``).
+
+One data file a rank, written by that rank alone, and an index that says which part of which tensor lies where. Planning
+needs no collective: every rank knows what it holds. (mcore's own writer gathers plans, starts a manager that runs
+``__main__`` again and forks writers beside the threads of vLLM and OpenMP; see benchmarks/checkpoints.py.)
+
+The index, ``.metadata``, is a pickle, and torch unpickles it without restriction: its author could choose what runs
+here. So ``read_index`` unpickles it first, with the classes that our index is made of and no others. The rest of a
+checkpoint cannot run anything: mcore reads ``common.pt`` and torch the tensors with ``weights_only``. Objects beside
+the tensors (``BytesStorageMetadata``) are left off the list on purpose: torch would unpickle them out of the data
+files, again without restriction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_dypo.checkpoint.catalog import MANIFEST, find_fault, listed_files
+from megatron_dypo.errors import UserError
+from megatron_dypo.runtime.distributed import all_gather_objects
+from megatron_dypo.runtime.fs import is_safe_name
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_ALLOWED = {
+    *((_METADATA, name) for name in ("Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata")),
+    *((_METADATA, name) for name in ("TensorProperties", "_MEM_FORMAT_ENCODING")),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+}
+
+
+class _Refused(Exception):
+    """A global that is not allowed."""
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Finds allowed globals and torch's dtypes; anything else ends the reading before it is imported."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if (module, name) not in _ALLOWED and not is_dtype:
+            raise _Refused(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+def read_index(path: Path) -> Metadata:
+    """The index of a checkpoint's tensors. Raises UserError naming the file unless it is one, of files beside it.
+
+    Names the offending global where the pickle asks for one; nothing of it is run.
+    """
+    try:
+        # From memory: out of a file, a damaged length would first be allocated.
+        index = _IndexUnpickler(io.BytesIO(path.read_bytes())).load()
+    except _Refused as refused:
+        raise UserError(f"{path}: refused: it asks for {refused}, which no index of a checkpoint holds") from None
+    except Exception as error:  # whatever the pickle machine raises on bytes that are none of its own
+        raise UserError(f"{path}: cannot be read: {type(error).__name__}: {error}") from None
+    if not _is_index(index):
+        raise UserError(f"{path}: is no index of a checkpoint's tensors")
+    return index
+
+
+def _is_index(index: Any) -> bool:
+    if not isinstance(index, Metadata):
+        return False
+    tensors, storage = getattr(index, "state_dict_metadata", None), getattr(index, "storage_data", None)
+    if not isinstance(tensors, dict) or not isinstance(storage, dict):
+        return False
+    names = [getattr(place, "relative_path", None) for place in storage.values()]
+    return all(isinstance(entry, TensorStorageMetadata) for entry in tensors.values()) and all(map(is_safe_name, names))
+
+
+@dataclass(frozen=True)
+class TensorPiece:
+    """Where a piece of a tensor belongs: ``sizes`` elements from ``offsets`` on in the tensor ``key`` of ``shape``."""
+
+    key: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """One finished file: its size in bytes, its checksum, and (place, offset, length) of each piece in it."""
+
+    file: str
+    size: int
+    sha256: str
+    pieces: list[tuple[TensorPiece, int, int]]
+
+
+def write_pieces(path: Path, pieces: Iterable[tuple[TensorPiece, Tensor]]) -> WrittenFile:
+    """Write this rank's pieces (host tensors) to ``path``, down to the disk. Raises OSError."""
+    digest, places = hashlib.sha256(), []
+    with path.open("wb") as stream:
+        for place, tensor in pieces:
+            buffer = io.BytesIO()
+            torch.save(tensor.view(place.sizes), buffer)
+            with buffer.getbuffer() as content:
+                places.append((place, stream.tell(), len(content)))
+                stream.write(content)
+                digest.update(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+        size = stream.tell()
+    return WrittenFile(path.name, size, digest.hexdigest(), places)
+
+
+def write_file(path: Path, content: bytes) -> WrittenFile:
+    """Write a file that holds no tensor, down to the disk. Raises OSError."""
+    _write(path, content)
+    return WrittenFile(path.name, len(content), hashlib.sha256(content).hexdigest(), [])
+
+
+def write_index(folder: Path, parts: list[WrittenFile], state: dict) -> None:
+    """Complete a folder: mcore's index and, last, the manifest of all files' sizes and checksums. Raises OSError.
+
+    ``state``, the step among it, is kept as ``state.json``. Raises ValueError where the pieces do not make up whole
+    tensors.
+    """
+    tensors: dict[str, TensorStorageMetadata] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    covered: dict[str, int] = defaultdict(int)
+    for part in parts:
+        for place, offset, length in part.pieces:
+            properties = TensorProperties(dtype=place.dtype)
+            entry = tensors.setdefault(place.key, TensorStorageMetadata(properties, torch.Size(place.shape), []))
+            entry.chunks.append(ChunkStorageMetadata(torch.Size(place.offsets), torch.Size(place.sizes)))
+            storage[MetadataIndex(place.key, place.offsets)] = _StorageInfo(part.file, offset, length)
+            covered[place.key] += math.prod(place.sizes)
+    for key, entry in tensors.items():
+        if covered[key] != math.prod(entry.size):
+            raise ValueError(f"{key}: {covered[key]} of {math.prod(entry.size)} elements are in the checkpoint")
+    common = io.BytesIO()
+    torch.save({"iteration": state["step"]}, common)
+    contents = {
+        ".metadata": pickle.dumps(Metadata(tensors, storage_data=storage)),
+        "common.pt": common.getvalue(),
+        "metadata.json": _json({"sharded_backend": "torch_dist", "sharded_backend_version": 1}),
+        "state.json": _json(state),
+    }
+    files = {part.file: {"bytes": part.size, "sha256": part.sha256} for part in parts}
+    for name, content in contents.items():
+        _write(folder / name, content)
+        files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    _write(folder / MANIFEST, _json({"files": files}))
+    sync_folder(folder)
+
+
+def shared_fault(folder: Path) -> str | None:
+    """The first fault that any rank found; the ranks share the files out between them. Collective."""
+    mine = listed_files(folder)[dist.get_rank() :: dist.get_world_size()]
+    faults = [fault for fault in all_gather_objects(find_fault(folder, mine)) if fault]
+    return faults[0] if faults else None
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the folder's entries, renames included, survive a crash of the machine."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, indent=2).encode()
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())

@@ -1,0 +1,290 @@
+"""Asynchronous checkpoints: snapshot to host memory, write in a thread, commit once every rank is done; and loading.
+
+Loading takes the newest checkpoint whose files are what was written. ``Counters`` is what a run counts between its
+steps, kept as ``state.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import statistics
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_dypo.checkpoint.catalog import PREFETCHED, complete_steps, find_fault, none_left, step_folder
+from megatron_dypo.checkpoint.io import (
+    WrittenFile,
+    read_index,
+    shared_fault,
+    sync_folder,
+    write_file,
+    write_index,
+    write_pieces,
+)
+from megatron_dypo.checkpoint.state import exchange_holders, restore, snapshot
+from megatron_dypo.config.schema import Config
+from megatron_dypo.errors import TrainingError
+from megatron_dypo.policy.policy import Policy
+from megatron_dypo.records import Group
+from megatron_dypo.rollout import recording
+from megatron_dypo.runtime.distributed import all_gather_objects
+from megatron_dypo.runtime.process import in_thread
+
+log = logging.getLogger(__name__)
+
+NORMS_KEPT = 50  # applied updates that make up the usual gradient norm
+NORMS_NEEDED = 20  # before that many, none is usual
+
+
+@dataclass
+class Counters:
+    """What a run counts; everything else it draws is a hash of seed, step and prompt.
+
+    ``grad_norms`` are those of the last applied updates, oldest first: JSON keeps every bit of them, so that a resumed
+    run judges the next norm as the uninterrupted one would.
+    """
+
+    step: int = 0
+    weight_version: int = 0
+    skipped_steps: int = 0
+    empty_steps: int = 0
+    skipped_in_a_row: int = 0
+    grad_norms: list[float] = field(default_factory=list)
+
+    def count(
+        self, step: int, weight_version: int, skipped: bool, empty: bool, grad_norms: Sequence[float] = ()
+    ) -> None:
+        """A finished step, with the norms of its applied updates. An empty one neither adds to nor ends a row of
+        skipped ones."""
+        self.step, self.weight_version = step, weight_version
+        self.skipped_steps += skipped
+        self.empty_steps += empty
+        if not empty:
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        self.grad_norms = [*self.grad_norms, *grad_norms][-NORMS_KEPT:]
+
+    def metrics(self) -> dict[str, int]:
+        return {"train/skipped_steps": self.skipped_steps, "train/empty_steps": self.empty_steps}
+
+
+def usual_norm(grad_norms: Sequence[float]) -> float | None:
+    """Median of the last NORMS_KEPT of ``grad_norms``; None before NORMS_NEEDED have been seen."""
+    recent = grad_norms[-NORMS_KEPT:]
+    return statistics.median(recent) if len(recent) >= NORMS_NEEDED else None
+
+
+def load_newest(run_dir: Path, steps: list[int], policy: Policy) -> Counters:
+    """Load the newest of the checkpoints ``steps`` that is undamaged; warn of each damaged one. Collective.
+
+    Raises TrainingError where none is left: training from the start in their place is for the user to decide.
+    """
+    for step in reversed(steps):
+        folder = step_folder(run_dir, step)
+        fault = shared_fault(folder)
+        if fault is None:
+            return _load(folder, policy)
+        if dist.get_rank() == 0:
+            log.warning("%s; falling back to the checkpoint before", fault)
+    raise TrainingError(none_left(run_dir))
+
+
+def _load(folder: Path, policy: Policy) -> Counters:
+    """Restore weights, optimizer and reference exactly, at any layout; collective.
+
+    Raises TrainingError where mcore cannot read them, UserError where ``.metadata`` holds more than plain data.
+    """
+    state = json.loads((folder / "state.json").read_text())
+    state.setdefault("grad_norms", state.get("norms"))  # its name before 0.2
+    counters = Counters(**{field.name: state[field.name] for field in fields(Counters)})
+    read_index(folder / ".metadata")
+    policy.version = counters.weight_version
+    try:
+        restore(policy, folder)
+    except (CheckpointException, CheckpointingException) as error:  # the first is no Exception: reports would miss it
+        raise TrainingError(f"{folder}: {error}") from error
+    return counters
+
+
+_PARTIAL = ".partial-"  # what is not, or no longer, a checkpoint; removed when a run starts
+
+
+@dataclass
+class _Pending:
+    """A save under way. ``written`` gets the files that this rank wrote, or the OSError."""
+
+    folder: Path
+    state: dict
+    written: Future[list[WrittenFile]]
+
+
+class Saver:
+    """The run's checkpoints. Its methods are collective: every rank calls them at the same steps.
+
+    A failed save (a full disk) leaves the older checkpoints as they are, is logged, and is tried again at the next
+    step.
+    """
+
+    def __init__(self, config: Config, policy: Policy):
+        self._trainer, self._timeout, self._policy = config.trainer, config.parallel.timeout, policy
+        self._run_dir = Path(config.trainer.run_dir)
+        self._holders = exchange_holders(policy)
+        self._pending: _Pending | None = None
+        self._retry, self._score = False, None
+        self._seconds = 0.0  # that the loop was held up since `take_seconds`
+        if dist.get_rank() == 0:
+            for left_over in self._run_dir.glob(f"checkpoints/{_PARTIAL}*"):
+                shutil.rmtree(left_over, ignore_errors=True)
+        dist.barrier()
+
+    def after_step(
+        self, counters: Counters, score: float | None, prefetched: Sequence[Group] = (), last: bool = False
+    ) -> None:
+        """Complete what has been written, and save where ``trainer.save_every`` says so, or, whatever that says,
+        after the ``last`` step before a stop.
+
+        ``score`` is this step's held-out accuracy, if it was evaluated: the best checkpoint is kept. ``prefetched`` is
+        what has been sampled for the next step already.
+        """
+        began = time.perf_counter()
+        self._complete(wait=False)
+        every, step = self._trainer.save_every, counters.step
+        due = every and (step % every == 0 or step == self._trainer.steps or self._retry)
+        if due or last:
+            self._complete(wait=True)
+            self._score = score
+            self._save(counters, score, prefetched)
+        self._seconds += time.perf_counter() - began
+
+    def finish(self, counters: Counters) -> None:
+        """Wait for the save under way. Raises TrainingError where the last one could not be written, tried twice."""
+        self._complete(wait=True)
+        if self._retry:
+            self._save(counters, self._score)
+            self._complete(wait=True)
+        if self._retry:
+            raise TrainingError(f"the checkpoint of step {counters.step} could not be written; see the warning above")
+        if dist.get_rank() == 0:
+            self._prune()  # a kill right after the last checkpoint got its name left this undone
+
+    def take_seconds(self) -> float:
+        """Seconds that saving held up the loop since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def _save(self, counters: Counters, score: float | None, prefetched: Sequence[Group] = ()) -> None:
+        """Take a snapshot and start writing it."""
+        pieces = snapshot(self._policy, self._holders)
+        total = sum(all_gather_objects(sum(tensor.nbytes for _, tensor in pieces)))
+        folder = self._on_rank_0(lambda: self._make_folder(counters.step, total))
+        if folder is None:
+            return
+        name = f"__{dist.get_rank()}_0.distcp"
+        waiting = [replace(group) for group in prefetched]  # the next step grades them while the thread writes
+
+        def write() -> list[WrittenFile]:
+            files = [write_pieces(folder / name, pieces)] if pieces else []
+            if waiting and dist.get_rank() == 0:
+                files.append(write_file(folder / PREFETCHED, recording.lines(waiting).encode()))
+            return files
+
+        state = asdict(counters) | {"score": score, "model": asdict(self._policy.shape)}
+        self._pending = _Pending(folder, state, in_thread(write, "checkpoint-writer"))
+
+    def _complete(self, wait: bool) -> None:
+        """Turn the save under way into a checkpoint, once all ranks have written (``wait``: when they have)."""
+        if self._pending is None:
+            return
+        pending, mine = self._pending, None
+        if wait or pending.written.done():
+            try:
+                mine = ("written", pending.written.result(self._timeout))
+            except OSError as error:
+                mine = ("failed", str(error))
+            except TimeoutError:
+                mine = ("failed", f"not written within parallel.timeout: {self._timeout:g} s")
+        everyone = all_gather_objects(mine)
+        if None in everyone:
+            return
+        self._pending = None
+        failures = [f"rank {rank}: {result[1]}" for rank, result in enumerate(everyone) if result[0] == "failed"]
+        parts = [part for result in everyone if result[0] == "written" for part in result[1]]
+
+        def commit() -> Path:
+            if failures:
+                raise OSError("; ".join(failures))
+            write_index(pending.folder, parts, pending.state)
+            return self._publish(pending)
+
+        self._on_rank_0(commit, pending.folder)
+
+    def _publish(self, pending: _Pending) -> Path:
+        """Give the folder its name and let go of older checkpoints, but for the newest and the best."""
+        final = step_folder(self._run_dir, pending.state["step"])
+        if final.exists():  # damaged: a run that skipped it has come to this step again
+            _remove(final)
+        os.replace(pending.folder, final)
+        sync_folder(final.parent)
+        self._prune()
+        return final
+
+    def _prune(self) -> None:
+        """Remove the checkpoints beyond the newest and the best."""
+        steps = complete_steps(self._run_dir)
+        scores = {step: score for step in steps if (score := _score(step_folder(self._run_dir, step))) is not None}
+        best = max(scores, key=lambda step: (scores[step], -step), default=None)
+        for step in steps[: -self._trainer.keep_checkpoints]:
+            if step != best:
+                _remove(step_folder(self._run_dir, step))
+
+    def _make_folder(self, step: int, total: int) -> Path:
+        """A new folder to write to; OSError where the disk has no room for ``total`` bytes."""
+        checkpoints = self._run_dir / "checkpoints"
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(checkpoints).free
+        if free < total:
+            raise OSError(f"{checkpoints}: {total} bytes are needed and {free} are free")
+        # A name of its own: a rank of an earlier launch that was frozen then may still be writing to that one's.
+        folder = checkpoints / f"{_PARTIAL}step_{step}-{uuid.uuid4().hex[:8]}"
+        folder.mkdir()
+        return folder
+
+    def _on_rank_0(self, action: Callable[[], Path], folder: Path | None = None) -> Path | None:
+        """``action``'s path on all ranks; None, and a warning, where it failed, and then ``folder`` is removed."""
+        outcome: tuple[Path | None, str] | None = None
+        if dist.get_rank() == 0:
+            try:
+                outcome = action(), ""
+            except OSError as error:
+                outcome = None, str(error)
+                if folder is not None:
+                    shutil.rmtree(folder, ignore_errors=True)
+        path, fault = all_gather_objects(outcome)[0]
+        self._retry = path is None
+        if fault and dist.get_rank() == 0:
+            log.warning("checkpoint not written, older ones are kept, next try at the next step: %s", fault)
+        return path
+
+
+def _remove(folder: Path) -> None:
+    """Under another name first: a kill in the middle leaves no folder that looks like a damaged checkpoint."""
+    doomed = folder.with_name(f"{_PARTIAL}removed-{folder.name}-{uuid.uuid4().hex[:8]}")
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def _score(folder: Path) -> float | None:
+    """The checkpoint's held-out accuracy; None where it has none, or where the file that holds it is damaged."""
+    if find_fault(folder, ["state.json"]):
+        return None
+    return json.loads((folder / "state.json").read_text())["score"]

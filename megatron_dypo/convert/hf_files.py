@@ -1,0 +1,75 @@
+"""What a Hugging Face folder holds beside its weights: configuration, generation defaults, tokenizer, chat template."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+
+from megatron_dypo.models.hf_config import dtype_name
+from megatron_dypo.models.shape import ModelShape
+
+log = logging.getLogger(__name__)
+
+PATTERNS = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "tiktoken.model", "*.tiktoken"),
+    *("chat_template.jinja", "chat_template.json", "tekken.json"),
+)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    return sorted({path for pattern in PATTERNS for path in folder.glob(pattern) if path.is_file()})
+
+
+def copy_tokenizer(source: Path, target: Path) -> list[str]:
+    """Copy them; returns their names, none where ``source`` has no tokenizer."""
+    found = tokenizer_files(source)
+    for path in found:
+        shutil.copyfile(path, target / path.name)
+    return [path.name for path in found]
+
+
+def set_ends(folder: Path, end_ids: tuple[int, ...]) -> None:
+    """Name the end tokens in ``generation_config.json``, whatever it held of them."""
+    path = folder / "generation_config.json"
+    settings = json.loads(path.read_bytes()) if path.is_file() else {}
+    path.write_text(json.dumps(settings | {"eos_token_id": list(end_ids)}, indent=2))
+
+
+def copy_metadata(
+    source: Path,
+    target: Path,
+    dtype: torch.dtype | None,
+    tokenizer: Path | None = None,
+    extended: ModelShape | None = None,
+) -> None:
+    """Copy it from one folder to another; a missing tokenizer is a warning.
+
+    ``dtype`` is named where it is another. ``tokenizer``: the folder of another one than the source's own.
+    ``extended``: the shape, where a run has changed how many positions it has, or its RoPE.
+    """
+    before = json.loads((source / "config.json").read_text())
+    config = copy.deepcopy(before)
+    if dtype is not None and dtype_name(dtype) != (config.get("dtype") or config.get("torch_dtype")):
+        config.pop("torch_dtype", None)
+        config["dtype"] = dtype_name(dtype)
+    if extended:
+        config["max_position_embeddings"] = extended.max_position
+        nested = config.get("rope_scaling") or config.get("rope_parameters") or {}  # of both, the first counts
+        (nested if "rope_theta" in nested else config)["rope_theta"] = extended.rope_base
+        if extended.rope_scaling and extended.rope_scaling.rope_type == "llama3":  # absent, it is the old max_position
+            name = "original_max_position_embeddings"
+            nested.setdefault(name, extended.rope_scaling.original_max_position_embeddings)
+    if config != before:
+        (target / "config.json").write_text(json.dumps(config, indent=2))
+    else:
+        shutil.copyfile(source / "config.json", target / "config.json")
+    if (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", target / "generation_config.json")
+    if not copy_tokenizer(tokenizer or source, target):
+        log.warning("%s: holds no tokenizer, so neither will what is converted from it", tokenizer or source)

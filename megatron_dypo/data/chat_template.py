@@ -1,0 +1,143 @@
+"""A tokenizer's chat template (prompt, what it writes around an answer, clock), and the tokens that end a response.
+
+Ends are what a model folder's ``generation_config.json`` names, and the tokenizer's own. transformers stops at the
+former, vLLM at both. Llama-3-Instruct ends a turn with ``<|eot_id|>`` while its first release's tokenizer names
+``<|end_of_text|>``; Qwen2.5-Instruct has ``<|im_end|>`` and ``<|endoftext|>``.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import logging
+import re
+from datetime import UTC, date, datetime, time
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from megatron_dypo.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_CLOCK = re.compile(r"\bstrftime_now\b")
+_TAIL = 400  # characters: longer than any header of an answer
+_PROBE = "PROBE7"  # an assistant's message that a template has no reason to change
+
+
+class ChatTemplate:
+    """The template of a transformers tokenizer that has one. What it asks the clock for is the midnight of ``day``.
+
+    Raises whatever Jinja and transformers raise on messages that the template refuses.
+    """
+
+    def __init__(self, backend: Any, day: date):
+        self._backend, self.day = backend, day
+
+    @property
+    def text(self) -> str:
+        """Its source; of several by name, all."""
+        template = self._backend.chat_template
+        return template if isinstance(template, str) else repr(sorted(template.items()))
+
+    @property
+    def reads_clock(self) -> bool:
+        """Whether prompts depend on the day."""
+        return _CLOCK.search(self.text) is not None
+
+    def ids(self, messages: list[dict[str, str]]) -> list[int]:
+        """The messages and the beginning of the assistant's answer."""
+        return self._apply(messages, True, tokenize=True, return_dict=False)
+
+    def text_before_answer(self, messages: list[dict[str, str]]) -> str:
+        """The end of the prompt that the messages become, as text."""
+        return self._apply(messages, True)[-_TAIL:]
+
+    @functools.cached_property
+    def opening(self) -> str:
+        """What the template writes before an answer: a header, with some models the begin of a thought; "" if nothing.
+
+        Templates that refuse a lone question, or depend on it, are taken to write nothing.
+        """
+        question = [{"role": "user", "content": _PROBE}]
+        try:
+            before, after = self._apply(question, False), self._apply(question, True)
+        except (TemplateError, TypeError, ValueError):
+            return ""
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False)))
+        return after[same:]
+
+    @functools.cached_property
+    def closing(self) -> str:
+        """What the template writes after an assistant's message; "" if nothing, or if it refuses such a chat."""
+        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
+        try:
+            return self._apply(chat, False).partition(_PROBE)[2]
+        except (TemplateError, TypeError, ValueError):
+            return ""
+
+    def end_of_answer(self, ends: tuple[int, ...]) -> int | None:
+        """The first of the ``ends`` in the ``closing``; None if there is none."""
+        ids = self._backend(self.closing, add_special_tokens=False)["input_ids"] if self.closing else []
+        return next((index for index in ids if index in ends), None)
+
+    def _apply(self, messages: list[dict[str, str]], answer: bool, tokenize: bool = False, **options: Any) -> Any:
+        now = datetime.combine(self.day, time())
+        return self._backend.apply_chat_template(
+            messages, add_generation_prompt=answer, tokenize=tokenize, strftime_now=now.strftime, **options
+        )
+
+
+def today() -> date:
+    """The same on machines of all time zones."""
+    return datetime.now(UTC).date()
+
+
+def end_ids(backend: Any, folders: list[Path], vocab_size: int) -> tuple[int, ...]:
+    """The tokenizer's end token first, then every end that ``folders`` name, in their order.
+
+    The first folder is the tokenizer's own. Another folder's ids count where they are special tokens of this tokenizer,
+    and are left out with a warning where they are not. Raises UserError for an end that is not a token id.
+    """
+    special = {index for index, token in backend.added_tokens_decoder.items() if token.special}
+    found = [backend.eos_token_id]
+    for number, folder in enumerate(folders):
+        for index in named_ends(folder):
+            if index < vocab_size and (number == 0 or index in special):
+                found.append(index)
+                if index not in backend.added_tokens_decoder and index != backend.eos_token_id:
+                    token = backend.convert_ids_to_tokens(index)
+                    why = "no special token of the tokenizer, and ends responses all the same"
+                    log.warning("%s: its end token %d (%r) is %s", folder, index, token, why)
+            else:
+                why = "beyond the model's vocabulary" if index >= vocab_size else "not a special token of the tokenizer"
+                log.warning("%s: its end token %d is %s, and is left out", folder, index, why)
+    return tuple(dict.fromkeys(found))
+
+
+def named_ends(folder: Path) -> list[int]:
+    """``eos_token_id`` of ``generation_config.json``, or where that names none of ``config.json``, as transformers."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        value = _object(path).get("eos_token_id") if path.is_file() else None
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if not all(type(index) is int and index >= 0 for index in ids):
+            raise UserError(f"{path}: eos_token_id: expected a token id or a list of them, got {value!r:.80}")
+        return ids
+    return []
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected an object")
+    return tree

@@ -1,0 +1,156 @@
+"""Load prompts, answers and teacher traces as ``Prompt`` records, check the traces, and order the prompts.
+
+The order is a pure function of (seed, step), so a resume has nothing to restore. What only the tokenizer can tell of
+traces (ends inside them, thoughts after a template's) is found here, before training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+
+import torch
+
+from megatron_dypo.config.schema import Data
+from megatron_dypo.data import rows, tasks
+from megatron_dypo.data.tokenizer import Tokenizer
+from megatron_dypo.data.traces import opening_fault, thought_fault
+from megatron_dypo.errors import UserError
+from megatron_dypo.records import Prompt, Teacher
+from megatron_dypo.runtime.determinism import generator
+
+log = logging.getLogger(__name__)
+
+
+def load_prompts(
+    source: str, skip_bad_rows: bool, *, escapes: rows.Escapes = "refuse", any_truth: bool = False
+) -> list[Prompt]:
+    """All prompts of a file or a ``reasoning_gym:`` task, duplicates (same prompt text) dropped; the first stands.
+
+    Duplicates with another ground truth, and traces with something wrong about their thoughts, are warned of.
+    ``escapes`` and ``any_truth`` are those of ``rows.read``.
+    """
+    prompts = (
+        tasks.generate(source)
+        if source.startswith(tasks.PREFIX)
+        else rows.read(source, skip_bad_rows, escapes=escapes, any_truth=any_truth)
+    )
+    first: dict[tuple, Prompt] = {}
+    differing: list[tuple[Prompt, Prompt]] = []
+    for prompt in prompts:
+        known = first.setdefault(prompt_key(prompt), prompt)
+        if known.ground_truth != prompt.ground_truth:
+            differing.append((known, prompt))
+    unique = list(first.values())
+    if len(unique) < len(prompts):
+        log.info("%s: %d duplicate prompts dropped, %d left", source, len(prompts) - len(unique), len(unique))
+    if differing:
+        known, other = differing[0]
+        log.warning(
+            "%s: %d prompts come again with another ground truth, and the first stands: %s has %.60r, %s %.60r",
+            *(source, len(differing), known.id, known.ground_truth, other.id, other.ground_truth),
+        )
+    _warn_of_thoughts(source, unique)
+    if not unique:
+        raise UserError(f"{source}: holds no prompt")
+    return unique
+
+
+def _warn_of_thoughts(source: str, prompts: list[Prompt]) -> None:
+    found: dict[str, list[str]] = {}
+    for prompt in prompts:
+        for teacher in prompt.teachers:
+            if fault := thought_fault(teacher.trace):
+                found.setdefault(fault, []).append(f"{prompt.id}, teacher {teacher.name}")
+    for fault, places in found.items():
+        log.warning("%s: %d traces: each %s; the first: prompt %s", source, len(places), fault, places[0])
+
+
+def load_data(data: Data, any_truth: bool = False) -> tuple[list[Prompt], list[Prompt]]:
+    """(training prompts, held-out prompts); whatever is held out is removed from training.
+
+    ``any_truth``: ground truths may be lists and objects, for a reward function of the user's own. Raises UserError
+    where a file is missing, a row malformed, or nothing is left to train on.
+    """
+
+    def load(source: str) -> list[Prompt]:
+        escapes = "repair" if data.repair_escapes else "refuse"
+        return load_prompts(source, data.skip_bad_rows, escapes=escapes, any_truth=any_truth)
+
+    valid = load(data.valid) if data.valid else []
+    held_out = {prompt_key(prompt) for prompt in valid}
+    everything = load(data.train)
+    train = [prompt for prompt in everything if prompt_key(prompt) not in held_out]
+    if len(train) < len(everything):
+        log.info(
+            "data.train: %d prompts also held out in data.valid: removed from training", len(everything) - len(train)
+        )
+    if len(train) < data.prompts_per_step:
+        raise UserError(
+            f"data.train: {data.train} has {len(train)} prompts, "
+            f"fewer than data.prompts_per_step: {data.prompts_per_step}"
+        )
+    return train, valid
+
+
+def prompt_key(prompt: Prompt) -> tuple[tuple[str, str], ...]:
+    """What duplicates and overlaps are found by: (role, text) of every message; a plain string is the user's one."""
+    if prompt.text:
+        return (("user", prompt.text),)
+    return tuple((message["role"], message["content"]) for message in prompt.messages)
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(count: int, seed: int, epoch: int) -> list[int]:
+    return torch.randperm(count, generator=generator(seed, "epoch", epoch)).tolist()
+
+
+def batch_indices(step: int, per_step: int, count: int, seed: int) -> list[int]:
+    """Row indices of step ``step`` (first is 1) among ``count`` rows, all different.
+
+    An epoch is as many whole batches as the rows give; the rest sits out until the next epoch's shuffle, so that no
+    batch holds a prompt twice.
+    """
+    batches = count // per_step
+    epoch, batch = divmod(step - 1, batches)
+    return _permutation(count, seed, epoch)[batch * per_step : (batch + 1) * per_step]
+
+
+@functools.lru_cache(maxsize=2)
+def spare_indices(step: int, per_step: int, count: int, seed: int) -> tuple[int, ...]:
+    """The rows that are not in the batch of step ``step``, in an order of that step's own."""
+    batch = set(batch_indices(step, per_step, count, seed))
+    order = torch.randperm(count, generator=generator(seed, "refill", step)).tolist()
+    return tuple(row for row in order if row not in batch)
+
+
+def with_usable_traces(prompts: list[Prompt], tokenizer: Tokenizer, skip: bool) -> list[Prompt]:
+    """The prompts; with ``skip`` without their traces that hold an end token before their end, which are counted.
+
+    Raises UserError naming the first such trace otherwise. Thoughts that do not fit what the chat template writes
+    before an answer are warned of.
+    """
+    checked, dropped = [], 0
+    misfits: dict[str, list[str]] = {}
+    for prompt in prompts:
+        kept: list[Teacher] = []
+        opening = tokenizer.opening(prompt) if prompt.teachers else ""
+        for teacher in prompt.teachers:
+            if fault := opening_fault(opening, teacher.trace):
+                misfits.setdefault(fault, []).append(f"{prompt.id}, teacher {teacher.name}")
+            if (end := tokenizer.end_inside(teacher.trace)) is None:
+                kept.append(teacher)
+            elif not skip:
+                raise UserError(
+                    f"data: prompt {prompt.id}: the trace of teacher {teacher.name} holds the end token {end} before "
+                    "its end (data.skip_bad_rows: true leaves such traces out)"
+                )
+        dropped += len(prompt.teachers) - len(kept)
+        same = len(kept) == len(prompt.teachers)
+        checked.append(prompt if same else dataclasses.replace(prompt, teachers=tuple(kept)))
+    if dropped:
+        log.warning("data: %d traces left out that hold an end token before their end", dropped)
+    for fault, places in misfits.items():
+        log.warning("data: %d traces: each %s; the first: prompt %s", len(places), fault, places[0])
+    return checked

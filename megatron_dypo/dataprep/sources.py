@@ -1,0 +1,187 @@
+"""Rows of local files, and of data sets of the Hugging Face hub, one after another and from any row on.
+
+train.jsonl   problems.json (a list)   part-0.parquet   folder/ (all of these in it, by name)
+hub:open-r1/OpenR1-Math-220k?config=default&split=train&revision=main
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from megatron_dypo.errors import UserError
+
+HUB = "hub:"
+SUFFIXES = (".jsonl", ".json", ".parquet")
+_OPTIONS = ("config", "split", "revision")
+_PARQUET_ROWS = 64  # decoded at a time: a row of long traces may have a megabyte
+_CHUNK = 1 << 20  # characters of a JSON list read at a time
+_LONGEST = 1 << 28  # characters of one row of it
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """``name``: as the user gave it, or a file of the folder given. ``identity`` changes when the rows do."""
+
+    name: str
+    identity: str
+
+    def rows(self, start: int = 0) -> Iterator[tuple[int, Any]]:
+        """(row number from 1, row) after the first ``start`` rows. Raises UserError naming file and row."""
+        read = _hub_rows if self.name.startswith(HUB) else _READERS[Path(self.name).suffix]
+        return enumerate(read(self.name, start), start=start + 1)
+
+
+def find_sources(names: list[str]) -> list[RowSource]:
+    """Every file that is meant, in order. Raises UserError where there is none, or its kind is unknown."""
+    sources: list[RowSource] = []
+    for name in names:
+        if name.startswith(HUB):
+            sources.append(_hub_source(name))
+            continue
+        path = Path(name)
+        found = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES) if path.is_dir() else [path]
+        if not found:
+            raise UserError(f"{name}: this folder holds no {', '.join(SUFFIXES)} file")
+        sources += map(_file_source, found)
+    return sources
+
+
+def _file_source(path: Path) -> RowSource:
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path}: expected a file {', '.join(SUFFIXES)}, a folder of them, or {HUB}NAME")
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    return RowSource(str(path), f"{status.st_size} bytes of {status.st_mtime_ns}")
+
+
+def _json_lines(name: str, start: int) -> Iterator[Any]:
+    try:
+        with Path(name).open("rb") as lines:
+            for number, line in enumerate(islice((line for line in lines if line.strip()), start, None), start + 1):
+                yield _parsed(line, f"{name}: row {number}")
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read: {error.strerror}") from None
+
+
+def _parsed(line: bytes, place: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: not valid JSON: {error}") from None
+
+
+def _json_list(name: str, start: int) -> Iterator[Any]:
+    """The elements of a list, one at a time: the file is never in memory as a whole."""
+    yield from islice(_elements(name), start, None)
+
+
+def _elements(name: str) -> Iterator[Any]:
+    decoder, text, number, opened = json.JSONDecoder(), "", 0, False
+    try:
+        with Path(name).open(encoding="utf-8-sig") as file:
+            while chunk := file.read(_CHUNK):
+                text = (text + chunk).lstrip()
+                if not opened and text:
+                    if text[0] != "[":
+                        raise UserError(f"{name}: expected a list of rows; for one object a line the name is *.jsonl")
+                    text, opened = text[1:], True
+                while text := text.lstrip(" \t\r\n,"):
+                    if text[0] == "]":
+                        return
+                    try:
+                        element, end = decoder.raw_decode(text)
+                    except RecursionError as error:
+                        raise UserError(f"{name}: row {number + 1}: not valid JSON: {error}") from None
+                    except ValueError as error:
+                        if len(text) > _LONGEST:
+                            raise UserError(f"{name}: row {number + 1}: not valid JSON: {error}") from None
+                        break  # the rest of it is in the next chunk, if anywhere
+                    text, number = text[end:], number + 1
+                    yield element
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not UTF-8: {error}") from None
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read: {error.strerror}") from None
+    raise UserError(f"{name}: row {number + 1}: the list is cut off, or this row is not valid JSON")
+
+
+def _parquet(name: str, start: int) -> Iterator[Any]:
+    import pyarrow.parquet as parquet
+
+    try:
+        with parquet.ParquetFile(name) as file:
+            first, groups = start, []
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                if groups or first < rows:
+                    groups.append(group)
+                else:
+                    first -= rows
+            batches = file.iter_batches(batch_size=_PARQUET_ROWS, row_groups=groups) if groups else ()
+            yield from islice((row for batch in batches for row in batch.to_pylist()), first, None)
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{name}: not a readable Parquet file: {error}") from None
+
+
+_READERS = {".jsonl": _json_lines, ".json": _json_list, ".parquet": _parquet}
+
+
+def _hub_options(name: str) -> tuple[str, dict[str, str]]:
+    path, _, query = name.removeprefix(HUB).partition("?")
+    try:
+        options = dict(parse_qsl(query, strict_parsing=bool(query)))
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
+    if not path or set(options) - set(_OPTIONS):
+        raise UserError(f"{name}: expected {HUB}NAME?config=...&split=...&revision=...")
+    return path, options
+
+
+def _hub_source(name: str) -> RowSource:
+    """The name with its revision made exact, so that a resume reads what the first run read."""
+    path, options = _hub_options(name)
+    _datasets(name)
+    if not Path(path).is_dir():  # a folder with the layout of a hub data set needs no hub
+        from huggingface_hub import HfApi
+
+        try:
+            options["revision"] = str(HfApi().dataset_info(path, revision=options.get("revision"), timeout=60).sha)
+        except Exception as error:  # whatever the hub's client raises on its way to an answer
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"{name}: the hub does not give it: {reason}") from None
+    exact = "&".join(f"{option}={options[option]}" for option in _OPTIONS if option in options)
+    return RowSource(f"{HUB}{path}?{exact}" if exact else f"{HUB}{path}", exact)
+
+
+def _hub_rows(name: str, start: int) -> Iterator[Any]:
+    path, options = _hub_options(name)
+    try:
+        rows = _datasets(name).load_dataset(
+            path,
+            options.get("config"),
+            split=options.get("split", "train"),
+            revision=options.get("revision"),
+            streaming=True,
+        )
+        yield from rows.skip(start)
+    except Exception as error:  # whatever the library raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{name}: cannot be read from the hub: {reason}") from None
+
+
+def _datasets(name: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{name}: data sets of the hub need the library `datasets` (pip install datasets, or the extra [eval])"
+        ) from None
+    return datasets

@@ -1,0 +1,103 @@
+"""The second stage of ``prepare``: the store's problems as rows of ``data/rows.py``, in order, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from megatron_dypo.dataprep.options import Options
+from megatron_dypo.dataprep.store import Store
+from megatron_dypo.errors import UserError
+
+_PARQUET_ROWS = 256  # of a row group: a row of long traces may have a megabyte
+
+
+def output_rows(store: Store, options: Options, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+    """The rows to write. ``counts`` gets what is left out, what is written, and traces by teacher."""
+    for row, found in store.rows():
+        taken: Counter[str] = Counter()
+        teachers = []
+        for teacher, text in found:
+            taken[teacher] += 1
+            if options.traces_per_teacher and taken[teacher] > options.traces_per_teacher:
+                counts["kept traces beyond the number per teacher"] += 1
+                continue
+            teachers.append({"name": teacher, "trace": text})
+        if not teachers and not options.keep_without_trace:
+            counts["problems without a trace, left out"] += 1
+            continue
+        counts["rows written"] += 1
+        for teacher in teachers:
+            counts[f"traces written: {teacher['name']}"] += 1
+        prompt = {"prompt": row["text"] or row["messages"]}
+        rest = {name: row[name] for name in ("data_source", "extra_info") if row[name]}
+        yield {"id": row["id"]} | prompt | {"ground_truth": row["ground_truth"], "teachers": teachers} | rest
+
+
+def write_rows(path: Path, store: Store, options: Options) -> Counter[str]:
+    """Write ``path``, down to the disk, under its name when it is whole; returns the counts of ``output_rows``."""
+    counts: Counter[str] = Counter()
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        rows = output_rows(store, options, counts)
+        if path.suffix == ".jsonl":
+            _write_json_lines(temporary, rows)
+        else:
+            extra = _extra_type(row["extra_info"] for row, _ in store.rows() if row["extra_info"])
+            _write_parquet(temporary, rows, extra)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return counts
+
+
+def _write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], extra: Any) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    text, message = pa.string(), pa.struct([("role", pa.string()), ("content", pa.string())])
+    teacher = pa.struct([("name", text), ("trace", text)])
+    first = list(islice(rows, 1))
+    plain = bool(first) and isinstance(first[0]["prompt"], str)
+    fields = [("id", text), ("prompt", text if plain else pa.list_(message)), ("ground_truth", text)]
+    fields += [("teachers", pa.list_(teacher)), ("data_source", text)] + ([("extra_info", extra)] if extra else [])
+    with parquet.ParquetWriter(path, schema := pa.schema(fields), compression="zstd") as file:
+        while batch := first + list(islice(rows, _PARQUET_ROWS - len(first))):
+            if any(isinstance(row["prompt"], str) != plain for row in batch):
+                raise UserError("--out: Parquet takes chats or plain prompts, not both: write .jsonl, or --instruction")
+            file.write_table(pa.Table.from_pylist(batch, schema))
+            first = []
+
+
+def _extra_type(values: Iterable[dict[str, Any]]) -> Any:
+    """The Arrow type that holds all of them; None where there are none."""
+    try:
+        return _unified(values)
+    except (ValueError, TypeError) as error:  # Arrow's own are of these kinds
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--out: extra_info does not fit into one Parquet column, write .jsonl: {reason}") from None
+
+
+def _unified(values: Iterable[dict[str, Any]]) -> Any:
+    import pyarrow as pa
+
+    schema = None
+    while batch := list(islice(values := iter(values), _PARQUET_ROWS)):
+        found = pa.schema([("extra_info", pa.array(batch).type)])
+        schema = pa.unify_schemas([schema, found], promote_options="permissive") if schema else found
+    return schema.field("extra_info").type if schema else None

@@ -1,0 +1,73 @@
+"""DYPO's difficulty grading (paper 3.1), group advantages (Eq. 22) and Group Alignment Loss (Eq. 14-16, 23).
+
+GAL over the pairs P = {(s, f): r_s > r_f}, d_sf = s_s - s_f, is L = mean_P -log sigmoid(beta d). Its gradient is sum_i
+C_i grad s_i with C_s = -(beta/|P|) sum_f (1 - sigmoid(beta d_sf)) and C_f = +(beta/|P|) sum_s (1 - sigmoid(beta d_sf)):
+once the k numbers s_i are known, every token's gradient is local, so a group may be cut anywhere. Legend: Q prompts, k
+responses each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from megatron_dypo.records import Regime
+
+_CORRECTION = {"population": 0, "sample": 1}
+
+
+def grade(rewards: Tensor, reward_threshold: float = 0.5, hard_max_solved: int = 0) -> list[Regime]:
+    """Regime of each row of ``rewards`` [Q, k]: Easy if all are right, Hard if at most ``hard_max_solved``, else Mid.
+
+    Exclusive and exhaustive for every k >= 1; Easy wins where both would hold, and k = 1 has no Mid.
+    """
+    rewards = torch.as_tensor(rewards)
+    solved = (rewards >= reward_threshold).sum(-1).tolist()
+    k = rewards.shape[-1]
+    return [Regime.EASY if s == k else Regime.HARD if s <= hard_max_solved else Regime.MID for s in solved]
+
+
+def group_advantages(rewards: Tensor, normalize_std: bool | str = True, eps: float = 1e-6) -> Tensor:
+    """A_i = (r_i - mean) / (std + eps) within each row of ``rewards`` [Q, k] -> float64 [Q, k] (Eq. 22).
+
+    ``normalize_std``: True or "population", "sample" (k - 1), or False or "none" (Dr. GRPO: no division). A row of
+    ties, and k = 1, give zeros.
+    """
+    rewards = torch.as_tensor(rewards, dtype=torch.float64)
+    centred = rewards - rewards.mean(-1, keepdim=True)
+    centred = torch.where((rewards == rewards[..., :1]).all(-1, keepdim=True), 0.0, centred)  # ties: exactly 0
+    kind = {True: "population", False: "none"}.get(normalize_std, normalize_std)
+    if kind == "none" or rewards.shape[-1] == 1:
+        return centred
+    return centred / (rewards.std(-1, keepdim=True, correction=_CORRECTION[kind]) + eps)
+
+
+def gal_coefficients(log_ratios: Tensor, rewards: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss [], coefficients [k], eta []) in float64 from each trajectory's log-ratio to the reference, in nats.
+
+    eta = mean over pairs of (1 - sigmoid(beta d))^2, the paper's discrimination difficulty. Without a pair all are 0.
+    """
+    d_kk, pairs_kk = _pair_differences(log_ratios, rewards)
+    count = pairs_kk.sum()
+    if count == 0:
+        zero = torch.zeros((), dtype=torch.float64)
+        return zero, torch.zeros_like(d_kk[0]), zero
+    weight_kk = torch.where(pairs_kk, torch.sigmoid(-beta * d_kk), 0.0)
+    loss = torch.where(pairs_kk, -logsigmoid(beta * d_kk), 0.0).sum() / count
+    coefficients = beta * (weight_kk.sum(0) - weight_kk.sum(1)) / count
+    return loss, coefficients, weight_kk.square().sum() / count
+
+
+def pair_statistics(log_ratios: Tensor, rewards: Tensor, beta: float) -> tuple[float, int, int]:
+    """(sum of d^2 over pairs, saturated pairs: weight < 0.01 or > 0.99, pairs)."""
+    d_kk, pairs_kk = _pair_differences(log_ratios, rewards)
+    d_P = d_kk[pairs_kk]
+    weight_P = torch.sigmoid(-beta * d_P)
+    return d_P.square().sum().item(), int(((weight_P < 0.01) | (weight_P > 0.99)).sum()), d_P.numel()
+
+
+def _pair_differences(log_ratios: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
+    s_k = torch.as_tensor(log_ratios, dtype=torch.float64)
+    r_k = torch.as_tensor(rewards, dtype=torch.float64)
+    return s_k.unsqueeze(1) - s_k.unsqueeze(0), r_k.unsqueeze(1) > r_k.unsqueeze(0)

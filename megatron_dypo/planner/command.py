@@ -1,0 +1,114 @@
+"""``plan CONFIG --gpus N --gpu-memory GiB``: what fits, how fast, and why the rest does not."""
+
+from __future__ import annotations
+
+from megatron_dypo.config.schema import Config
+from megatron_dypo.errors import UserError
+from megatron_dypo.models.limits import check_policy
+from megatron_dypo.monitor.progress import print_table
+from megatron_dypo.objectives.coefficients import keeps_reference
+from megatron_dypo.planner.cluster import Cluster, StepWorkload, planned_shape
+from megatron_dypo.planner.launch import commands
+from megatron_dypo.planner.memory import GIB
+from megatron_dypo.planner.search import Plan, Rejected, plan
+
+BEST, WORST = 12, 12  # lines of what fits, and of what does not
+
+
+def work_of(
+    config: Config, response_tokens: float | None, prompt_tokens: float | None, mid: float, hard: float
+) -> StepWorkload:
+    """A step as ``config`` has it; lengths that nobody gave are a third of the longest response, half of a prompt."""
+    longest = config.rollout.max_response_tokens
+    response = longest / 3 if response_tokens is None else response_tokens
+    prompt = config.data.max_prompt_tokens / 2 if prompt_tokens is None else prompt_tokens
+    for name, value, most in (
+        ("--response-tokens", response, longest),
+        ("--prompt-tokens", prompt, config.data.max_prompt_tokens),
+        ("--mid plus --hard", mid + hard, 1.0),
+    ):
+        if not 0 < value <= most:
+            raise UserError(f"plan: {name}: {value:g} is not between 0 and {most:g}")
+    return StepWorkload(
+        prompts=config.data.prompts_per_step,
+        samples=config.rollout.samples_per_prompt,
+        prompt_tokens=prompt,
+        response_tokens=response,
+        longest=config.data.max_prompt_tokens + longest,
+        teacher_tokens=response,
+        budget=config.data.max_tokens_per_microbatch,
+        mid=mid,
+        hard=hard,
+        passes=1 + keeps_reference(config.objective),
+        updates=config.objective.updates_per_rollout,
+        overlap=config.rollout.async_rollout > 0,
+        balanced=config.policy.aux_loss > 0,
+        reference=config.model.reference_on if keeps_reference(config.objective) else "none",
+        saves=config.trainer.save_every > 0,
+    )
+
+
+def show_plan(
+    config: Config, cluster: Cluster, work: StepWorkload, path: str, given: list[str], everything: bool = False
+) -> int:
+    """Print; returns 0, or 1 where nothing fits. ``path`` and ``given``: file and overrides that made ``config``."""
+    shape = planned_shape(config.model)
+    check_policy(config.policy, shape, "plan")
+    fits, rejected = plan(shape, cluster, work)
+    print(
+        f"{config.model.hf or config.model.preset}: {shape.parameters / 1e9:.2f}e9 parameters, {cluster.gpus} GPUs of "
+        f"{cluster.memory / GIB:g} GiB, bf16. A step: {work.prompts} x {work.samples} responses of "
+        f"{work.response_tokens:.0f} tokens (prompts {work.prompt_tokens:.0f}, longest {work.longest}), "
+        f"{work.mid:.0%} Mid, {work.hard:.0%} Hard; micro-batches of {work.budget} tokens."
+    )
+    shown = fits if everything else _of_each_cut(fits)[:BEST]
+    print_table(*_rows(shown), {"layout", "recompute", "vLLM", "reference"})
+    if fits:
+        best = fits[0]
+        ranks = f"{best.candidate.ranks} trainer ranks"
+        if best.candidate.placement == "servers":
+            ranks += f", {best.candidate.engines} servers of {best.candidate.engine_tensor} GPUs"
+        print(f"best ({ranks}): {best.candidate}, started by")
+        for line in commands(best.candidate, cluster, best.engine_memory, path, given):
+            print(f"  {line}")
+        pinned = (
+            f"{best.host.reference / GIB:.1f} GiB pinned for the reference, {best.host.offload / GIB:.1f} for offload"
+        )
+        print(f"its host memory, a rank: {pinned}, {best.host.snapshot / GIB:.1f} while a checkpoint is written")
+    else:
+        print("nothing fits")
+    _print_rejected(rejected, everything)
+    return 0 if fits else 1
+
+
+def _of_each_cut(fits: list[Plan]) -> list[Plan]:
+    """The best of each (TP, PP, CP) and placement, in order."""
+    first: dict[tuple, Plan] = {}
+    for made in fits:
+        c = made.candidate
+        first.setdefault((c.tensor, c.pipeline, c.context, c.placement), made)
+    return list(first.values())
+
+
+def _rows(plans: list[Plan]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    header = ("layout", "recompute", "vLLM", "reference", "policy GiB", "static", "activations", "vLLM GiB", "host GiB")
+    header += ("step s", "rollout", "log-probs", "update", "sync", "offload", "tokens/s/GPU")
+    rows = []
+    for made in plans:
+        c, need, seconds = made.candidate, made.need, made.seconds
+        where = f"{c.engines} servers x {c.engine_tensor}" if c.placement == "servers" else c.placement
+        sizes = (need.policy, need.static, need.activations, need.engine, made.host.total)
+        times = (seconds.step, seconds.rollout, seconds.logprob, seconds.update, seconds.sync, seconds.offload)
+        numbers = [f"{size / GIB:.1f}" for size in sizes] + [f"{time:.1f}" for time in times]
+        rows.append((str(c), c.recompute, where, c.reference, *numbers, f"{made.tokens_per_second:.0f}"))
+    return header, rows
+
+
+def _print_rejected(rejected: list[Rejected], everything: bool) -> None:
+    if not rejected:
+        return
+    print(f"does not fit ({len(rejected)} of the layouts, the closest attempt of each):")
+    for each in rejected if everything else rejected[:WORST]:
+        print(f"  {each.layout}: {each.reason}")
+    if len(rejected) > WORST and not everything:
+        print(f"  ... and {len(rejected) - WORST} more (--all)")

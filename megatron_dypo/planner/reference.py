@@ -1,0 +1,58 @@
+"""Where a run keeps its frozen reference (model.reference_on: auto), decided once from the planned peak."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from megatron_dypo.config.schema import Config
+from megatron_dypo.models.shape import ModelShape
+from megatron_dypo.objectives.coefficients import keeps_reference
+from megatron_dypo.planner.cluster import Candidate
+from megatron_dypo.planner.command import work_of
+from megatron_dypo.planner.memory import GIB, policy_need
+
+if TYPE_CHECKING:
+    from megatron_dypo.runtime.distributed import Layout
+
+
+def place_reference(
+    config: Config, shape: ModelShape, layout: Layout, memory: int | None, engine: float
+) -> tuple[str, str]:
+    """(``device`` or ``host``, a line that says so and why) for a run whose ``model.dtype`` is settled; without a
+    reference the key as it is, and no line.
+
+    ``memory``: bytes of a GPU, None without CUDA; ``engine``: what a rollout engine has of it for good.
+    """
+    if not keeps_reference(config.objective):
+        return config.model.reference_on, ""
+    candidate = replace(candidate_of(config, layout), reference="device")
+    need = policy_need(shape, candidate, work_of(config, None, None, 0.5, 0.25), config.model.dtype)
+    size = f"reference ({need.reference / GIB:.3g} GiB a rank)"
+    if config.model.reference_on != "auto":
+        return config.model.reference_on, f"{size}: on the {config.model.reference_on}, as model.reference_on says"
+    if config.trainer.offload:
+        return "host", f"{size}: in host memory, since trainer.offload would move it there in every step"
+    if memory is None:
+        return "device", f"{size}: beside the weights, which are in host memory"
+    peak = need.policy - need.reference
+    sum_ = f"{peak / GIB:.0f} planned, {engine / GIB:.0f} the engine's, of {memory / GIB:.0f}"
+    if peak + need.reference + engine <= memory:
+        return "device", f"{size}: on the device, where it fits ({sum_})"
+    return "host", f"{size}: in pinned host memory, since it does not fit on the device ({sum_})"
+
+
+def candidate_of(config: Config, layout: Layout) -> Candidate:
+    """The layout of a run under way."""
+    return Candidate(
+        tensor=layout.tp,
+        pipeline=layout.pp,
+        virtual=layout.vpp,
+        context=layout.cp,
+        data=layout.dp,
+        recompute=config.model.recompute,
+        placement="turns" if config.trainer.offload else "beside",
+        expert=layout.ep,
+        expert_tensor=layout.etp,
+        sharded=config.optimizer.distributed,
+    )

@@ -1,0 +1,206 @@
+"""A mixture of experts for mcore's transformer layer, with a router whose top-k choice can be recorded and replayed.
+
+mcore's layer, all-to-all dispatcher and experts are used as they are. Ours is the choice of experts: a micro-batch's
+``Routing`` keeps it, so that it can be counted, and replayed where ``policy.routing_replay`` asks; it comes with
+``packed_seq_params``, which a layer that is computed again in the backward pass gets again. Legend: T this rank's
+tokens (its slice of them under sequence parallelism), L layers, E experts, K of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+from torch.nn.functional import linear
+
+from megatron_dypo.models.shape import ModelShape
+from megatron_dypo.runtime.distributed import device
+
+
+class Routing:
+    """The experts of one micro-batch's tokens, by layer (from 1) as mcore numbers them.
+
+    ``real_T`` is false for what only fills up. ``given``: layer -> [T, K], rows of -1 where nothing is known.
+    """
+
+    def __init__(self, real_T: Tensor, given: dict[int, Tensor] | None = None):
+        self.real_T = real_T
+        self.chosen: dict[int, Tensor] = given or {}
+        self.score_sums: dict[int, Tensor] = {}  # [E], of the router's probabilities in a training pass
+        self.weights: Tensor | None = None  # [L, E]: what a unit of probability costs, the auxiliary loss being linear
+        self.replayed: set[int] = set()  # layers whose choice is older than the training pass
+        # of their assignments: not the router's own, and all; on the device, which no layer has to wait for
+        self.differing = torch.zeros(2, dtype=torch.int64, device=real_T.device)
+
+    def begin_training(self) -> None:
+        """What is known now is what the training pass replays."""
+        self.replayed = set(self.chosen)
+
+    def choose(self, layer: int, probs_TE: Tensor, k: int) -> Tensor:
+        """[T, K]: those of before, else the ``k`` most probable ones, which are kept."""
+        own_TK = probs_TE.topk(k).indices
+        given_TK = self.chosen.get(layer)
+        if given_TK is None:
+            self.chosen[layer] = own_TK.to(torch.int16)
+            return own_TK
+        chosen_TK = torch.where(given_TK[:, :1] < 0, own_TK, given_TK.long())
+        self.chosen[layer] = chosen_TK.to(torch.int16)
+        if layer in self.replayed and torch.is_grad_enabled():
+            same_TK = (chosen_TK[:, :, None] == own_TK[:, None, :]).any(-1)
+            self.differing += torch.stack([(~same_TK & self.real_T[:, None]).sum(), k * self.real_T.sum()])
+        return chosen_TK
+
+    def balance(self, layer: int, probs_TE: Tensor) -> Tensor | None:
+        """This rank's part of the auxiliary loss of a layer; None where there is none."""
+        sums_E = (probs_TE * self.real_T[:, None]).sum(0)
+        self.score_sums[layer] = sums_E.detach()
+        return None if self.weights is None else sums_E @ self.weights[layer - 1]
+
+
+def balance_weights(counts_LE: Tensor, coefficient: float, k: int) -> Tensor:
+    """[L, E] for ``Routing.weights``, from all ranks' ``counts_LE`` of a whole mini-batch.
+
+    The loss is the Switch Transformer's (arXiv 2101.03961, eq. 4), summed over layers: coefficient x E x sum_e f_e P_e
+    with f_e the share of the assignments and P_e the mean probability of expert e, over all tokens of the mini-batch.
+    """
+    tokens = counts_LE.sum(-1, keepdim=True).clamp(min=1) / k
+    return (coefficient * counts_LE.shape[1] * counts_LE / (tokens * k) / tokens).float()
+
+
+def routed_counts(routings: Iterable[Routing], shape: ModelShape) -> Tensor:
+    """[L, E] assignments of real tokens in these micro-batches, over all ranks. Collective."""
+    return _all_ranks(_sums(routings, shape)[0])
+
+
+def routing_metrics(routings: list[Routing], shape: ModelShape, coefficient: float) -> dict[str, float]:
+    """Of one training pass, the same on every rank; collective.
+
+    ``moe/load_max`` and ``moe/load_min``: the busiest and the idlest expert's load against an even one, each the mean
+    over layers. ``moe/aux_loss``: E x sum_e f_e P_e, the mean over layers; 1 where the load is even.
+    ``moe/rerouted_frac``: replayed choices that the router would not have made.
+    """
+    parts = [*_sums(routings, shape), sum(routing.differing for routing in routings).double()]
+    flat = _all_ranks(torch.cat([part.flatten() for part in parts])).cpu().split([part.numel() for part in parts])
+    counts_LE, scores_LE, differing = (values.view(part.shape) for values, part in zip(flat, parts, strict=True))
+    share_LE = counts_LE / counts_LE.sum(-1, keepdim=True).clamp(min=1)
+    load_LE = shape.num_experts * share_LE
+    score_LE = scores_LE / scores_LE.sum(-1, keepdim=True).clamp(min=1)
+    loss = shape.num_experts * (share_LE * score_LE).sum(-1)
+    metrics = {
+        "moe/load_max": load_LE.max(-1).values.mean().item(),
+        "moe/load_min": load_LE.min(-1).values.mean().item(),
+        "moe/aux_loss": loss.mean().item(),
+    }
+    if coefficient:
+        metrics["loss/aux"] = coefficient * loss.sum().item()
+    if differing[1] > 0:
+        metrics["moe/rerouted_frac"] = (differing[0] / differing[1]).item()
+    return metrics
+
+
+def _sums(routings: Iterable[Routing], shape: ModelShape) -> tuple[Tensor, Tensor]:
+    """This rank's [L, E] assignments and probabilities, zero in the layers of other pipeline stages; on its device."""
+    counts_LE, scores_LE = torch.zeros(2, shape.num_layers, shape.num_experts, dtype=torch.float64, device=device())
+    for routing in routings:
+        real_T = routing.real_T.double()
+        for layer, chosen_TK in routing.chosen.items():
+            real_TK = real_T[:, None].expand(chosen_TK.shape)
+            counts_LE[layer - 1].index_add_(0, chosen_TK.flatten().long(), real_TK.flatten())
+        for layer, sums_E in routing.score_sums.items():
+            scores_LE[layer - 1] += sums_E
+    return counts_LE, scores_LE
+
+
+def _all_ranks(sums: Tensor) -> Tensor:
+    dist.all_reduce(sums)
+    return sums
+
+
+_LINEAR = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
+
+class TopKRouter(TopKRouter):
+    """Softmax over all experts in fp32, the best K of them or those that ``routing`` already has."""
+
+    batch: Routing
+
+    def gating(self, input: Tensor) -> Tensor:
+        """fp32 logits; mcore's function (0.16) fails where there is no Transformer Engine."""
+        return linear(input.float(), self.weight.float())
+
+    def routing(self, logits: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        """[T, E] weights, zero where a token does not go, and [T, E] where it goes."""
+        probs_TE = logits.view(-1, logits.shape[-1]).softmax(-1, dtype=torch.float32)
+        chosen_TK = self.batch.choose(self.layer_number, probs_TE.detach(), self.topk)
+        weights_TK = probs_TE.gather(1, chosen_TK)
+        if self.config.moe_router_pre_softmax is False:
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        weights_TE = torch.zeros_like(probs_TE).scatter(1, chosen_TK, weights_TK)
+        if torch.is_grad_enabled():
+            loss = self.batch.balance(self.layer_number, probs_TE)
+            if loss is not None:
+                weights_TE = MoEAuxLossAutoScaler.apply(weights_TE, loss)
+        return weights_TE, torch.zeros_like(probs_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
+
+
+class Experts(SequentialMLP):
+    """One after the other, each in mcore's own parallel layers."""
+
+    def __init__(self, count: int, config, pg_collection=None, **_):
+        super().__init__(count, config, _LINEAR, pg_collection)
+
+
+class SharedExperts(SharedExpertMLP):
+    """What all tokens go through besides."""
+
+    def __init__(self, config, pg_collection=None, gate: bool = False, **_):
+        super().__init__(config, _LINEAR, gate, pg_collection)
+
+
+class MixtureOfExperts(MoELayer):
+    """mcore's, told of the micro-batch."""
+
+    batch: Routing
+    recompute = False
+
+    def __init__(self, config, submodules: MoESubmodules | None = None, **options):
+        super().__init__(config, submodules or _LOCAL, **options)
+
+    def forward(self, hidden_states: Tensor, *_, **__) -> tuple[Tensor, None]:
+        batch = self.batch  # at the time of the backward pass it may be another one
+
+        def run(hidden: Tensor) -> Tensor:
+            self.router.batch = batch
+            return super(MixtureOfExperts, self).forward(hidden)[0]
+
+        if self.recompute and self.training:
+            return tensor_parallel.checkpoint(run, False, hidden_states), None
+        return run(hidden_states), None
+
+
+class RecomputedMixture(MixtureOfExperts):
+    """Computed again in the backward pass, in the same routing."""
+
+    recompute = True
+
+
+class RoutedLayer(TransformerLayer):
+    """A transformer layer that hands its mixture of experts the micro-batch's routing."""
+
+    def forward(self, *arguments, packed_seq_params=None, **options):
+        self.mlp.batch = packed_seq_params.routing
+        return super().forward(*arguments, packed_seq_params=packed_seq_params, **options)
+
+
+_LOCAL = MoESubmodules(experts=Experts, shared_experts=SharedExperts, router=TopKRouter)

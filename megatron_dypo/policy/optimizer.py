@@ -1,0 +1,116 @@
+"""Adam's state by parameter, whichever of mcore's optimizers holds it; and the learning rate's schedule.
+
+The plain optimizer keeps the state of whole parameters, the distributed one of a slice [start, end) of each flattened
+parameter. mcore's own route into a checkpoint fails for the distributed one under torch's Adam: it looks for a step
+count where only Apex's and Transformer Engine's have one. So what is saved is read here, parameter by parameter. The
+step count itself is the policy's ``version``: both advance by one with every applied update.
+
+torch's Adam counts steps in a tensor for each parameter: on the host, or where it is fused on the parameter's device.
+Apex's and Transformer Engine's FusedAdam count in a number for each group. What is saved has neither and loads as both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+from megatron_dypo.config.schema import Optimizer
+
+
+def learning_rate(step: int, optimizer: Optimizer) -> float:
+    """Rate of a step (first is 1): warm-up to ``lr``, then constant, or decay to ``min_lr`` at ``schedule_steps``."""
+    if step <= optimizer.warmup_steps:
+        return optimizer.lr * step / optimizer.warmup_steps
+    if optimizer.schedule == "constant":
+        return optimizer.lr
+    done = min(1.0, (step - optimizer.warmup_steps) / (optimizer.schedule_steps - optimizer.warmup_steps))
+    left = 1 - done if optimizer.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return optimizer.min_lr + (optimizer.lr - optimizer.min_lr) * left
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MASTER = "fp32_param"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements [start, end) of a flattened parameter, whose Adam state this rank holds.
+
+    ``main`` is what Adam updates: the parameter (fp32), its fp32 master copy (bf16), or the slice of either.
+    """
+
+    start: int
+    end: int
+    main: Tensor
+    inner: torch.optim.Optimizer
+    has_master: bool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*MOMENTS, MASTER) if self.has_master else MOMENTS
+
+    def flat(self, name: str) -> Tensor:
+        """One of ``names`` as a flat view [end - start]."""
+        tensor = self.main.detach() if name == MASTER else self.inner.state[self.main][name]
+        return tensor.reshape(-1)
+
+    @torch.no_grad()
+    def restore(self, values: dict[str, Tensor], steps: int) -> None:
+        """Set the state from flat tensors [end - start] by name, after ``steps`` applied updates."""
+        state = self.inner.state[self.main]
+        for name in MOMENTS:
+            state[name] = values[name].to(self.main.device).reshape(self.main.shape).clone()
+        if isinstance(self.inner, torch.optim.Adam):  # AdamW, too
+            fused = self.inner.param_groups[0]["fused"]
+            state["step"] = torch.tensor(float(steps), device=self.main.device if fused else "cpu")
+        else:
+            for group in self.inner.param_groups:
+                group["step"] = steps
+        if self.has_master:
+            self.main.copy_(values[MASTER].reshape(self.main.shape))
+
+
+def inner_optimizers(optimizer) -> list[torch.optim.Optimizer]:
+    """torch's, Apex's or Transformer Engine's inside of mcore's ``optimizer``; none where a rank has no parameters."""
+    members = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [member.optimizer for member in members if member.optimizer is not None]
+
+
+def fuse(optimizer) -> None:
+    """Let torch's Adam, where mcore has taken it, update in one kernel.
+
+    Its other form on CUDA makes a list as large as one moment of all parameters: 4 bytes a parameter at every step.
+    """
+    for inner in inner_optimizers(optimizer):
+        if isinstance(inner, torch.optim.Adam):
+            for group in inner.param_groups:
+                group["foreach"], group["fused"] = False, True
+
+
+def adam_parts(optimizer, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, Part]:
+    """The part of each named parameter that this rank's ``optimizer`` holds; those it holds nothing of are left out."""
+    parts = {}
+    members = []
+    for mcore in getattr(optimizer, "chained_optimizers", [optimizer]):
+        updated = {id(main) for group in mcore.optimizer.param_groups for main in group["params"]}
+        members.append((mcore, mcore.optimizer, updated))
+    for name, parameter in parameters.items():
+        for mcore, inner, updated in members:
+            if isinstance(mcore, DistributedOptimizer):
+                place = mcore.model_param_group_index_map.get(parameter)
+                if place is None:
+                    continue
+                group, order = place
+                main, held = inner.param_groups[group]["params"][order], mcore._get_model_param_range_map(parameter)
+                start, end = held["param"].start, held["param"].end
+            else:
+                main, start, end = getattr(parameter, "main_param", parameter), 0, parameter.numel()
+                if id(main) not in updated:
+                    continue
+            parts[name] = Part(start, end, main, inner, has_master=main.dtype != parameter.dtype)
+    return parts

@@ -1,0 +1,160 @@
+"""The process that grades: forked, given jobs one at a time, and killed when one takes too long.
+
+The kernel's profiling timer bounds the CPU time of a job: it sends SIGPROF, whose default action is to terminate, even
+within one long operation in C (``9^{9^{9}}``) that would hold back any Python handler. A wall-clock ceiling bounds jobs
+that wait instead of computing; it is generous, since a trainer fills the cores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import select
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_dypo.reward.graders import Grader, Unscored
+
+WALL_FACTOR = 10
+"""Wall-clock ceiling of an answer, in units of its CPU time."""
+MEMORY_BYTES = 4 << 30
+"""What a child may map on top of what its parent has."""
+
+_GLANCE = 0.2  # seconds between looks whether the child is there; a process it left behind can hold its pipe open
+_MESSAGE = 300  # characters; a reply must fit into a pipe's atomic write
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+class Reply(NamedTuple):
+    """``spent``: the child has ended, or must."""
+
+    score: float
+    fault: str | None
+    spent: bool
+
+
+class GraderProcess:
+    """One forked process. ``close``: descriptors that are its parent's alone."""
+
+    def __init__(self, grader: Grader, cpu_seconds: float, close: tuple[int, ...]) -> None:
+        self._cpu_seconds = cpu_seconds
+        parent = os.getpid()
+        theirs, self._jobs = os.pipe()
+        self._replies, ours = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            for descriptor in (*close, self._jobs, self._replies):
+                os.close(descriptor)
+            _serve(grader, cpu_seconds, theirs, ours, parent)
+        os.close(theirs)
+        os.close(ours)
+
+    def ask(self, job: bytes, trainer: int) -> Reply:
+        """What the child answers, or why it does not. Ends this process when the descriptor ``trainer`` hangs up."""
+        ceiling = WALL_FACTOR * self._cpu_seconds
+        deadline = time.monotonic() + ceiling
+        poll = select.poll()
+        poll.register(self._replies, select.POLLIN)
+        poll.register(trainer, 0)
+        try:
+            _write(self._jobs, job)
+        except BrokenPipeError:
+            return Reply(0.0, self._ending(), True)
+        while (left := deadline - time.monotonic()) > 0:
+            events = dict(poll.poll(1000 * min(left, _GLANCE)))
+            if trainer in events:
+                end_descendants()
+                os._exit(0)
+            line = os.read(self._replies, 4096) if self._replies in events else None
+            if line:
+                return Reply(*json.loads(line))
+            if line == b"" or (not events and self._has_ended()):
+                return Reply(0.0, self._ending(), True)
+        return Reply(0.0, f"over the wall-clock ceiling of {ceiling:g} s", True)
+
+    def end(self) -> None:
+        """Kills the child and whatever it started, and reaps them."""
+        os.close(self._jobs)
+        os.close(self._replies)
+        end_descendants()
+
+    def _has_ended(self) -> bool:
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def _ending(self) -> str:
+        result = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        if result.si_code == os.CLD_EXITED:
+            return f"the grading process ended with exit status {result.si_status}"
+        if result.si_status == signal.SIGPROF:
+            return f"over {self._cpu_seconds:g} s of CPU time"
+        return f"the grading process was ended by {signal.Signals(result.si_status).name}"
+
+
+def end_descendants() -> None:
+    """Kills and reaps all processes below this one, which is their subreaper: who loses its parent comes here."""
+    children = Path(f"/proc/self/task/{threading.get_native_id()}/children")
+    while found := [int(pid) for pid in children.read_text().split()]:
+        for pid in found:
+            os.kill(pid, signal.SIGKILL)
+        for pid in found:
+            os.waitpid(pid, 0)
+
+
+def _serve(grader: Grader, cpu_seconds: float, jobs: int, replies: int, parent: int) -> None:
+    """The child's life; does not return."""
+    prctl = ctypes.CDLL(None).prctl
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    if os.getppid() != parent:
+        os._exit(1)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    _limit_memory()
+    me = os.getpid()
+    with os.fdopen(jobs, "rb") as lines:
+        for line in lines:
+            score, fault = _grade(grader, line, cpu_seconds)
+            if os.getpid() != me:
+                os._exit(1)  # the grader forked, and this is the copy
+            left = _left_behind()
+            if left:
+                score, fault = 0.0, "left a process behind"
+            _write(replies, json.dumps([score, fault, left]).encode() + b"\n")
+    os._exit(0)
+
+
+def _grade(grader: Grader, line: bytes, cpu_seconds: float) -> tuple[float, str | None]:
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # an earlier job's code may have changed it
+    signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+    try:
+        return float(grader(*json.loads(line))), None
+    except Unscored as error:
+        return 0.0, str(error)
+    except BaseException as error:  # a user's function may even exit
+        return 0.0, f"{type(error).__name__}: {' '.join(str(error).split())}"[:_MESSAGE]
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _left_behind() -> bool:
+    try:
+        os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return False
+    return True
+
+
+def _limit_memory() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = MEMORY_BYTES + pages * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]

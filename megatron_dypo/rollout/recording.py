@@ -1,0 +1,147 @@
+"""Recorded rollouts: one JSON Lines file a step, one line a prompt, independent of layout (docs/data.md)."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_dypo.errors import UserError
+from megatron_dypo.records import Group, Prompt, Response
+from megatron_dypo.rollout.routed_experts import as_text, from_text
+from megatron_dypo.runtime.fs import atomic_write
+
+
+def step_file(folder: str | Path, step: int) -> Path:
+    return Path(folder) / f"step_{step:06d}.jsonl"
+
+
+def record(folder: str | Path, step: int, groups: list[Group]) -> None:
+    """Write the step's groups, atomically; recording a step again overwrites it. Raises OSError (a full disk)."""
+    path = step_file(folder, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, lines(groups))
+
+
+def lines(groups: list[Group]) -> str:
+    """The groups in the format of a recorded step."""
+    return "".join(json.dumps(_line(group)) + "\n" for group in groups)
+
+
+def require_steps(folder: str | Path, steps: range) -> None:
+    """Raises UserError naming the first of ``steps`` that was never recorded in ``folder``."""
+    for step in steps:
+        if not os.path.isfile(step_file(folder, step)):
+            raise UserError(f"rollout.replay: {step_file(folder, step)}: no recorded step {step}")
+
+
+def replay(
+    folder: str | Path, step: int, prompts: dict[str, Prompt], samples: int, *, vocab_size: int, longest: int
+) -> list[Group]:
+    """The recorded groups of a step, as ``read`` has them. Raises UserError, also for a step that is missing."""
+    require_steps(folder, range(step, step + 1))
+    return read(step_file(folder, step), prompts, samples, vocab_size=vocab_size, longest=longest)
+
+
+def read(path: Path, prompts: dict[str, Prompt], samples: int, *, vocab_size: int, longest: int) -> list[Group]:
+    """A file's groups, rewards as they are; ``prompts`` by id supply ground truths and teachers.
+
+    Raises UserError naming file and line: empty file, malformed line, unknown prompt, another number of responses, an
+    id that is not below ``vocab_size``, a prompt and response of more than ``longest`` tokens.
+    """
+    groups = []
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    for number, line in enumerate(content.splitlines(), start=1):
+        try:
+            groups.append(_group(json.loads(line), prompts, vocab_size, longest))
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise UserError(f"{path}:{number}: not a recorded rollout: {error}") from None
+        if len(groups[-1].responses) != samples:
+            raise UserError(
+                f"{path}:{number}: {len(groups[-1].responses)} responses, but rollout.samples_per_prompt is {samples}"
+            )
+    if not groups:
+        raise UserError(f"{path}: holds no group")
+    return groups
+
+
+def _line(group: Group) -> dict:
+    responses = [
+        {
+            "ids": response.ids.tolist(),
+            "logprobs": [float(value) for value in response.logprobs],
+            "reward": response.reward,
+            "finish_reason": response.finish_reason,
+        }
+        | ({} if response.fault is None else {"fault": response.fault})
+        | ({} if response.experts is None else {"experts": as_text(response.experts)})
+        for response in group.responses
+    ]
+    return {
+        "id": group.prompt.id,
+        "prompt_ids": group.prompt_ids.tolist(),
+        "teacher_indices": None if group.teacher_indices is None else list(group.teacher_indices),
+        "responses": responses,
+        "weight_version": group.weight_version,
+    }
+
+
+def _of_kind(line: dict, name: str, kind: type) -> Any:
+    """A value of exactly this type (a bool is no int)."""
+    if type(line[name]) is not kind:
+        raise ValueError(f"{name} must be of type {kind.__name__}, not {type(line[name]).__name__}")
+    return line[name]
+
+
+def _ids(values: list[int], vocab_size: int) -> np.ndarray:
+    for value in values:
+        if type(value) is not int or not 0 <= value < vocab_size:
+            raise ValueError(f"{value!r} is no token id of a vocabulary of {vocab_size}")
+    return np.asarray(values, np.int32)
+
+
+def _group(line: dict, prompts: dict[str, Prompt], vocab_size: int, longest: int) -> Group:
+    if line["id"] not in prompts:
+        raise ValueError(f"prompt {line['id']!r} is not in data.train")
+    prompt_ids = _ids(_of_kind(line, "prompt_ids", list), vocab_size)
+    if not len(prompt_ids):
+        raise ValueError(f"prompt {line['id']!r}: prompt_ids is empty")
+    indices = None if line["teacher_indices"] is None else tuple(_of_kind(line, "teacher_indices", list))
+    teachers = len(prompts[line["id"]].teachers)
+    if indices is not None and not all(type(index) is int and 0 <= index < teachers for index in indices):
+        raise ValueError(f"prompt {line['id']!r}: teacher_indices {indices}, but it has {teachers} teachers")
+    version = _of_kind(line, "weight_version", int)
+    responses = [
+        Response(
+            _ids(_of_kind(r, "ids", list), vocab_size),
+            np.asarray(r["logprobs"], np.float32),
+            _of_kind(r, "finish_reason", str),
+            float(r["reward"]),
+            version,
+            None if r.get("fault") is None else _of_kind(r, "fault", str),
+            None
+            if r.get("experts") is None
+            else from_text(_of_kind(r, "experts", str), len(prompt_ids) + len(r["ids"])),
+        )
+        for r in line["responses"]
+    ]
+    for response in responses:
+        if response.ids.shape != response.logprobs.shape or not len(response.ids):
+            raise ValueError(f"prompt {line['id']!r}: {len(response.ids)} ids and {response.logprobs.size} logprobs")
+        if len(prompt_ids) + len(response.ids) > longest:
+            raise ValueError(
+                f"prompt {line['id']!r}: {len(prompt_ids)} + {len(response.ids)} tokens of prompt and response, "
+                f"more than the model's {longest}"
+            )
+    return Group(
+        prompt=prompts[line["id"]],
+        prompt_ids=prompt_ids,
+        responses=responses,
+        teacher_indices=indices,
+    )

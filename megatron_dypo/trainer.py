@@ -1,0 +1,193 @@
+"""The training loop: roll out, reward, grade, update, sync, evaluate, save. One ``step`` is one rollout.
+
+With ``rollout.async_rollout`` the next step's batch is sampled beside grade and update, and complete before the
+sync: no response is sampled across an update.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from megatron_dypo import run_folder
+from megatron_dypo.checkpoint.catalog import prefetched_file, step_folder
+from megatron_dypo.checkpoint.manager import Counters, Saver, load_newest
+from megatron_dypo.config.checks import warnings
+from megatron_dypo.config.schema import Config
+from megatron_dypo.convert.hf_weights import folder_weights
+from megatron_dypo.errors import TrainingError
+from megatron_dypo.evaluate.in_training import evaluate_now
+from megatron_dypo.models.shape import hf_folder
+from megatron_dypo.models.sharding import random_weights, require_finite
+from megatron_dypo.monitor.monitor import Monitor
+from megatron_dypo.planner.reference import place_reference
+from megatron_dypo.policy.hf_probe import probe
+from megatron_dypo.policy.optimizer import learning_rate
+from megatron_dypo.policy.policy import Policy
+from megatron_dypo.preflight import Inputs, agree_on_day, check_agreement, check_inputs
+from megatron_dypo.reward import build_reward
+from megatron_dypo.rollout.engine import Engine, build_engine, engine_name
+from megatron_dypo.rollout.manager import RolloutManager, check_staleness
+from megatron_dypo.runtime import determinism, distributed
+from megatron_dypo.runtime.distributed import Layout, all_here
+from megatron_dypo.runtime.failure import begin_step, phase
+from megatron_dypo.runtime.measure import StepTimer, device_bytes
+from megatron_dypo.runtime.stop_request import StopRequest
+from megatron_dypo.runtime.watchdog import Watchdog
+from megatron_dypo.training.metrics import batch_metrics
+from megatron_dypo.training.minibatch import grade_groups
+from megatron_dypo.training.passes import warm_up
+from megatron_dypo.training.step import StepContext, update_policy
+from megatron_dypo.weight_sync.source import sync_weights
+
+log = logging.getLogger(__name__)
+
+
+def train(
+    config: Config, inputs: Inputs | None = None, start_engine: Callable[..., Engine | None] = build_engine
+) -> bool:
+    """Run, or resume from the run folder's newest complete checkpoint, until ``trainer.steps``.
+
+    ``inputs``: what ``check_inputs`` returned; without them they are read and checked here. ``start_engine``:
+    called as ``build_engine`` is; one that is running already may be handed over.
+    Returns False where a signal stopped it before (``runtime/stop_request.py``). Raises TrainingError when more than
+    ``trainer.max_skipped_steps`` steps in a row were skipped.
+    """
+    inputs = inputs or check_inputs(config, "configuration")
+    if config.trainer.deterministic:
+        determinism.enable()
+    with phase("joining the job"):
+        layout = distributed.init(config.parallel, reaches_out=not all_here(config.rollout.servers))
+    with Watchdog(config.parallel) as watchdog:
+        return _train(config, inputs, layout, watchdog, start_engine)
+
+
+def _place_reference(config: Config, inputs: Inputs, layout: Layout) -> str:
+    """Settle ``model.reference_on``, the same on every rank; returns a line about it, empty where none is kept."""
+    memory = min(filter(None, distributed.all_gather_objects(device_bytes())), default=None)
+    engine = 0.0  # bytes of the device that it has for good
+    if memory and not config.trainer.offload:
+        held = {"vllm": config.rollout.engine_memory * memory, "transformers": 4.0 * inputs.shape.parameters}
+        engine = held.get(engine_name(config), 0.0)
+    config.model.reference_on, said = place_reference(config, inputs.shape, layout, memory, engine)
+    return said
+
+
+def _train(
+    config: Config, inputs: Inputs, layout: Layout, watchdog: Watchdog, start_engine: Callable[..., Engine | None]
+) -> bool:
+    trainer, run_dir, tokenizer = config.trainer, Path(config.trainer.run_dir), inputs.tokenizer
+    check_agreement(config, inputs)
+    agree_on_day(config, inputs)
+    log.info("%s; %s parameters; starting %s", layout, f"{inputs.shape.parameters:,}", engine_name(config))
+    with phase("rollout engine start"), determinism.trainer_kept():
+        folder = run_dir / "engine" / f"rank_{layout.rank}"
+        engine = start_engine(config, inputs.shape, tokenizer, folder, layout)
+        distributed.claim_device()  # an engine may have chosen another
+        if engine and trainer.offload:
+            engine.sleep(keep_weights=False)
+    with phase("policy start"):
+        placed = _place_reference(config, inputs, layout)
+        hf = config.model.hf
+        read = folder_weights(hf_folder(hf)) if hf else random_weights(inputs.shape, trainer.seed)
+        policy = Policy(config, inputs.shape, layout, read)
+        if hf:
+            require_finite(policy.parameters, inputs.shape, layout, f"model.hf: {hf}")
+    if hf and (config.model.probe == "on" or (config.model.probe == "auto" and not inputs.checkpoints)):
+        with phase("log-prob probe"):
+            probe(policy, Path(hf_folder(hf)), tokenizer, config.parallel.timeout)
+    counters = Counters()
+    if inputs.checkpoints:
+        with phase("checkpoint load"):
+            counters = load_newest(run_dir, inputs.checkpoints, policy)
+            require_finite(policy.parameters, inputs.shape, layout, f"trainer.run_dir: {run_dir}: step {counters.step}")
+    if torch.cuda.is_available():  # nothing is compiled on the CPU
+        with phase("warm-up"):
+            log.info("compiled and warmed up in %.1f s, before the first step", warm_up(policy, config))
+    saver = Saver(config, policy)
+
+    reward = build_reward(config.reward)
+    rollouts = RolloutManager(config, inputs.train, tokenizer, engine, reward, layout, inputs.shape)
+    if counters.step and (file := prefetched_file(step_folder(run_dir, counters.step))):
+        rollouts.resume(file)
+
+    def sync() -> None:
+        if engine:
+            sync_weights(policy, engine, config.rollout.sync_timeout)
+
+    @contextmanager
+    def engines_turn(keep_weights: bool) -> Iterator[None]:
+        """The engine samples; with ``trainer.offload`` it has the device to itself, and gives it back at the end."""
+        if not trainer.offload:
+            yield
+            return
+        with policy.offload.on_host():
+            yield
+            if engine:
+                engine.sleep(keep_weights)
+
+    def evaluate(step: int) -> dict:
+        due = trainer.eval_every and (step % trainer.eval_every == 0 or step == trainer.steps)
+        if not engine or not due:
+            return {}
+        with engines_turn(keep_weights=True), phase("evaluation"):
+            return evaluate_now(inputs.held_out, inputs.suites, tokenizer, engine, config, reward, layout)
+
+    if layout.is_main:
+        run_folder.describe(config, run_dir)
+    with Monitor(config, layout, counters.step) as monitor, reward, StopRequest() as stop, watchdog.reporting():
+        monitor.notice(warnings(config))
+        if placed:
+            monitor.say(placed)
+        sync()
+        if counters.step == 0 and (before := evaluate(0)):
+            monitor.write(0, before)
+
+        asked = None
+        for step in range(counters.step + 1, trainer.steps + 1):
+            begin_step(step)
+            clock = StepTimer()
+            with engines_turn(keep_weights=False):  # a sync comes before the next turn
+                batch = rollouts.batch(step, clock)
+            check_staleness(batch.groups, policy.version, config)
+            with rollouts.prefetch(step + 1, clock):
+                grade_groups(batch.sampled, config.objective, trainer.seed, step, rollouts.usable_teachers)
+                rollouts.record(step, batch.groups)
+                policy.refresh_reference(step)
+                context = StepContext(step, learning_rate(step, config.optimizer), clock, counters.grad_norms)
+                result = update_policy(policy, batch.groups, config, rollouts.encode_trace, context)
+            with clock("sync"):
+                sync()
+
+            counters.count(step, policy.version, result.skipped is not None, result.empty, result.grad_norms)
+            metrics = (
+                clock.metrics() | batch_metrics(batch.sampled, result.minibatches) | result.metrics | result.memory
+            )
+            metrics |= counters.metrics() | watchdog.metrics()
+            if config.rollout.dynamic_sampling:
+                metrics["rollout/refilled"] = len(batch.replaced)
+            evaluation = evaluate(step)
+            times = {"time/save": saver.take_seconds(), "time/offload": policy.offload.take_seconds()}
+            monitor.step(step, metrics | {"train/lr": context.lr} | times | evaluation)
+            if result.skipped:
+                monitor.notice([f"step {step} skipped: {result.skipped}"])
+            if counters.skipped_in_a_row > trainer.max_skipped_steps:
+                in_a_row = f"{counters.skipped_in_a_row} steps in a row were skipped"
+                raise TrainingError(f"{in_a_row}; the last: {result.skipped}")
+            asked = stop.agreed() if step < trainer.steps else None
+            with phase("checkpoint save"):
+                prefetched = rollouts.prefetched.sampled if rollouts.prefetched else ()
+                saver.after_step(counters, evaluation.get("eval/valid/greedy_accuracy"), prefetched, bool(asked))
+            if asked:
+                break
+        with phase("checkpoint save"):
+            saver.finish(counters)
+        if asked:
+            monitor.notice([f"stopped after step {counters.step} by {asked.name}; the same command goes on from there"])
+            return False
+        monitor.finish(len(inputs.held_out))
+        return True

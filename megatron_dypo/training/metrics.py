@@ -1,0 +1,188 @@
+"""What a graded batch and an update look like, as metrics; the same on every rank.
+
+``rollout/mismatch_*`` say how far the weights that are trained are from those that sampled: log-probs, versions, and
+what the correction does about it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+
+from megatron_dypo.config.schema import Config, Objective
+from megatron_dypo.objectives.coefficients import BatchTerms, Correction, alpha, ratio_unit
+from megatron_dypo.objectives.token_loss import TokenStreams
+from megatron_dypo.policy.policy import Policy
+from megatron_dypo.records import Group, Kind, Regime
+from megatron_dypo.runtime.distributed import all_gather_objects
+from megatron_dypo.runtime.measure import take_peaks
+from megatron_dypo.training.minibatch import MiniBatch
+
+DECADES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # nats, lower bounds; fp32 agrees to 1e-6, bf16 to 1e-2
+SHARE_KEYS = tuple(f"rollout/mismatch_share/{bound:g}" for bound in DECADES)
+
+
+def mismatch_metrics(policy: Policy, minibatches: list[MiniBatch], config: Config) -> dict[str, float]:
+    """Metrics of the step's trained responses, all its mini-batches together; the same on every rank.
+
+    rollout/mismatch_mean|max|kl and the share of tokens in each decade: the old policy's log-probs beside the engine's.
+    rollout/staleness_mean|max: optimizer updates between the weights that sampled a response and those that train it
+    first, whichever is newer (a replay that skipped a step is behind its recording). rollout/corrected_frac, with a
+    rollout correction: tokens whose weight in GRPO is capped or 0. Empty where no response is trained. Reads
+    ``work.logp`` and ``work.sums``.
+    """
+    correction = Correction(config.rollout.correction, config.rollout.correction_cap)
+    totals, largest = _totals(policy, minibatches, correction)
+    count = totals["tokens"]
+    if not count:
+        return {}
+    stale = [abs(policy.version - version) for minibatch in minibatches for version in _weight_versions(minibatch)]
+    metrics = {
+        "rollout/mismatch_mean": totals["gap"] / count,
+        "rollout/mismatch_max": largest,
+        "rollout/mismatch_kl": totals["kl"] / count,
+        **{key: totals[key] / count for key in SHARE_KEYS},
+        "rollout/staleness_mean": sum(stale) / len(stale),
+        "rollout/staleness_max": max(stale),
+    }
+    if correction.kind != "none":
+        by_response = config.objective.ratio_level == "sequence"
+        corrected = _corrected_responses(minibatches, config, correction) if by_response else totals["corrected"]
+        metrics["rollout/corrected_frac"] = corrected / count
+    return metrics
+
+
+def _totals(policy: Policy, minibatches: list[MiniBatch], correction: Correction) -> tuple[dict[str, float], float]:
+    """Sums over the tokens of all ranks, and the largest gap (nats)."""
+    log_ratios = [torch.zeros(0)]
+    if policy.layout.owns_logprobs:
+        for minibatch in minibatches:
+            pairs = zip(minibatch.logp["old"], minibatch.logp["rollout"], strict=True)
+            log_ratios += [old_N.cpu() - rollout_N for old_N, rollout_N in pairs]
+    log_ratio_N = torch.cat(log_ratios)
+    signed_N = log_ratio_N.double()
+    gap_N = signed_N.abs()
+    decade_N = torch.bucketize(gap_N, torch.tensor(DECADES[1:], dtype=torch.float64), right=True)
+    mine = {
+        "tokens": len(gap_N),
+        "gap": gap_N.sum().item(),
+        "kl": (signed_N.exp() - signed_N - 1).sum().item(),
+        "corrected": correction.binds(log_ratio_N).sum().item(),
+        **dict(zip(SHARE_KEYS, torch.bincount(decade_N, minlength=len(DECADES)).tolist(), strict=True)),
+    }
+    everyone = all_gather_objects((mine, gap_N.max().item() if len(gap_N) else 0.0))
+    totals = {name: sum(part[name] for part, _ in everyone) for name in mine}
+    return totals, max(largest for _, largest in everyone)
+
+
+def _corrected_responses(minibatches: list[MiniBatch], config: Config, correction: Correction) -> int:
+    """Tokens of the responses whose one weight, that of a sequence-level ratio, is corrected."""
+    corrected = 0
+    for minibatch in minibatches:
+        for sequence, sums in zip(minibatch.sequences, minibatch.sums, strict=True):
+            if sums is not None:
+                tokens = sequence.loss_tokens
+                log_ratio = (sums.old - sums.rollout) * ratio_unit(config.objective, tokens)
+                corrected += tokens * correction.binds(torch.tensor(log_ratio, dtype=torch.float64)).item()
+    return corrected
+
+
+def _weight_versions(minibatch: MiniBatch) -> list[int]:
+    """Of the trained responses."""
+    rollouts = [sequence for sequence in minibatch.sequences if sequence.kind == Kind.ROLLOUT]
+    return [minibatch.groups[sequence.group].responses[sequence.sample].weight_version for sequence in rollouts]
+
+
+def batch_metrics(groups: list[Group], minibatches: list[MiniBatch]) -> dict[str, float | None]:
+    """Rewards, regime shares, offline ratio (trained Hard prompts / trained prompts), lengths in tokens.
+
+    ``rollout/entropy`` is the mean surprise of the sampled tokens: an estimate over all responses, where
+    ``policy/entropy`` is exact but covers the trained ones only.
+    """
+    responses = [response for group in groups for response in group.responses]
+    traces = [
+        sequence for minibatch in minibatches for sequence in minibatch.sequences if sequence.kind == Kind.TEACHER
+    ]
+    trained = {
+        (w, sequence.group): sequence.kind
+        for w, minibatch in enumerate(minibatches)
+        for sequence in minibatch.sequences
+    }
+    offline = sum(kind == Kind.TEACHER for kind in trained.values())
+    sampled = sum(len(response.ids) for response in responses)
+    metrics: dict[str, float | None] = {
+        "tokens": sampled + sum(sequence.loss_tokens for sequence in traces),
+        "dypo/offline_ratio": offline / len(trained) if trained else None,
+        "dypo/hard_without_teacher": sum(group.teacher_indices == () for group in groups),
+    }
+    if responses:
+        truncated = sum(response.finish_reason == "length" for response in responses)
+        metrics |= {
+            "reward/mean": sum(response.reward for response in responses) / len(responses),
+            "reward/failed": sum(response.fault is not None for response in responses),
+            "rollout/response_tokens": sampled / len(responses),
+            "rollout/truncated_frac": truncated / len(responses),
+            "rollout/entropy": -sum(float(response.logprobs.sum()) for response in responses) / sampled,
+        }
+        for regime in Regime:
+            metrics[f"dypo/{regime.name.lower()}_frac"] = sum(g.regime == regime for g in groups) / len(groups)
+    return metrics
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """What all ranks know of an update before it is applied: token sums, gradient norm, peaks of memory (GiB), and
+    where tokens were routed."""
+
+    totals: dict[str, float]
+    norm: float
+    memory: dict[str, float]
+    routing: dict[str, float]
+
+
+def share_update_stats(policy: Policy, streams: list[TokenStreams]) -> UpdateStats:
+    """One exchange after the training pass: sums over ranks, the largest peaks, and one norm for all to judge.
+
+    The ranks' norms are equal but for rounding, and that must not make them decide differently; a non-finite one wins.
+    """
+    local: dict[str, float] = defaultdict(float)
+    if policy.layout.owns_logprobs:
+        for stream in streams:
+            for name, value in stream.totals.items():
+                local[name] += value
+    everyone = all_gather_objects((dict(local), policy.grad_norm(), take_peaks()))
+    totals: dict[str, float] = defaultdict(float)
+    memory: dict[str, float] = {}
+    for part, _, peaks in everyone:
+        for name, value in part.items():
+            totals[name] += value
+        for name, value in peaks.items():
+            memory[name] = max(memory.get(name, 0.0), value)
+    grad_norms = [norm for _, norm, _ in everyone]
+    norm = next((norm for norm in grad_norms if not math.isfinite(norm)), max(grad_norms))
+    return UpdateStats(totals, norm, memory, policy.routing_metrics())
+
+
+def update_metrics(stats: UpdateStats, terms: BatchTerms, objective: Objective) -> dict[str, float]:
+    """One update's metrics, from what the ranks shared and the coefficient pass."""
+    totals, share = stats.totals, alpha(objective)
+    grpo = totals["loss/grpo"] + terms.grpo_sequence_loss
+    metrics = {
+        "loss/total": objective.gamma * totals["loss/sft"] + share * grpo + (1 - share) * terms.gal_loss,
+        "loss/grpo": grpo,
+        "loss/gal": terms.gal_loss,
+        "loss/sft": totals["loss/sft"],
+        "loss/kl": totals["loss/kl"],
+        "train/grad_norm": stats.norm,
+    } | {name: totals[name] for name in ("grad_share/grpo", "grad_share/gal", "grad_share/sft")}
+    if totals["rollout_tokens"]:
+        metrics["policy/entropy"] = totals["entropy"] / totals["rollout_tokens"]
+        metrics["policy/clip_frac"] = (totals["clipped"] + terms.clipped_tokens) / totals["rollout_tokens"]
+    metrics |= stats.routing
+    metrics["loss/total"] += stats.routing.get("loss/aux", 0.0)
+    if terms.eta is not None:
+        metrics |= {"gal/eta": terms.eta, "gal/spread": terms.spread, "gal/saturated_frac": terms.saturated}
+    return metrics

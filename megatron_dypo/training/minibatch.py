@@ -1,0 +1,110 @@
+"""Scored groups -> graded groups with their teacher draws -> sequences to train on -> mini-batches of micro-batches.
+
+A mini-batch holds all its sequences, and this rank's micro-batches of them. Legend: N loss tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_dypo.config.schema import Config
+from megatron_dypo.objectives.coefficients import SequenceSums
+from megatron_dypo.objectives.dypo import grade
+from megatron_dypo.objectives.recipes import RECIPES
+from megatron_dypo.policy.micro_batch import MicroBatch
+from megatron_dypo.records import Group, Kind, Sequence
+from megatron_dypo.rollout.routed_experts import packed_experts
+from megatron_dypo.runtime.determinism import choose
+from megatron_dypo.runtime.distributed import Layout
+from megatron_dypo.training.packing import plan_micro_batches
+
+if TYPE_CHECKING:
+    from megatron_dypo.config.schema import Objective
+
+
+def grade_groups(
+    groups: list[Group], objective: Objective, seed: int, step: int, usable_teachers: Callable[[Group], list[int]]
+) -> None:
+    """Set every group's ``regime`` and, on the way to a teacher, ``teacher_indices``. A replay's draw stays."""
+    recipe = RECIPES[objective.method]
+    if recipe.samples:
+        rewards = torch.tensor([group.rewards for group in groups])
+        regimes = grade(rewards, objective.reward_threshold, objective.hard_max_solved)
+        for group, regime in zip(groups, regimes, strict=True):
+            group.regime = regime
+    for group in groups:
+        if recipe.route(group.regime) == "teacher" and group.teacher_indices is None:
+            draw_teachers(group, usable_teachers(group), seed, step, objective.teachers_per_prompt)
+
+
+def draw_teachers(group: Group, usable: list[int], seed: int, step: int, draws: int) -> None:
+    """Draw among a group's ``usable`` teachers: a hash of (seed, step, prompt id), nothing else."""
+    drawn = choose((seed, "teacher", step, group.prompt.id), len(usable), draws)
+    group.teacher_indices = tuple(usable[i] for i in drawn)
+
+
+def training_sequences(
+    groups: list[Group], method: str, encode_trace: Callable[[Group, int], np.ndarray]
+) -> list[Sequence]:
+    """All sequences of a (mini-)batch, by group and sample. ``encode_trace(group, i)``: ids of teacher i's trace."""
+    sequences = []
+    for g, group in enumerate(groups):
+        route = RECIPES[method].route(group.regime)
+        if route == "group":
+            tails = [(Kind.ROLLOUT, i, response.ids) for i, response in enumerate(group.responses)]
+        elif route == "teacher":
+            tails = [(Kind.TEACHER, i, encode_trace(group, i)) for i in group.teacher_indices or ()]
+        else:
+            tails = []
+        for kind, sample, ids in tails:
+            sequences.append(Sequence(np.concatenate([group.prompt_ids, ids]), len(group.prompt_ids), kind, g, sample))
+    return sequences
+
+
+@dataclass
+class MiniBatch:
+    """One mini-batch: all its sequences, and this rank's micro-batches (rollouts first, teacher traces apart)."""
+
+    groups: list[Group]
+    sequences: list[Sequence]
+    rollouts: list[MicroBatch]
+    teachers: list[MicroBatch]
+    logp: dict[str, list[Tensor]] = field(default_factory=dict)  # per rollout micro-batch [N], last stage only
+    sums: list[SequenceSums | None] = field(default_factory=list)
+
+    def forget_routing(self) -> None:
+        """When it has been trained on: the engine may need the device."""
+        for batch in self.rollouts + self.teachers:
+            batch.routing = batch.experts_TLK = None
+
+
+def build_minibatches(
+    layout: Layout, groups: list[Group], config: Config, encode_trace: Callable[[Group, int], np.ndarray]
+) -> list[MiniBatch]:
+    """Cut the groups into mini-batches of whole prompts and plan each; only the micro-batches differ between ranks."""
+    minibatches = []
+    for part in np.array_split(np.arange(len(groups)), config.objective.updates_per_rollout):
+        chosen = [groups[i] for i in part]
+        sequences = training_sequences(chosen, config.objective.method, encode_trace)
+        packed = {}
+        for kind in Kind:
+            places = [place for place, sequence in enumerate(sequences) if sequence.kind == kind]
+            lengths = [sequences[place].length for place in places]
+            budget = config.data.max_tokens_per_microbatch
+            shares = plan_micro_batches(lengths, layout.dp, budget, layout.micro_batch_multiple)
+            batches = [
+                MicroBatch.pack(sequences, [places[i] for i in members], config.rollout.temperature, **layout.packing)
+                for members in shares[layout.dp_rank]
+            ]
+            if kind == Kind.ROLLOUT and config.policy.routing_replay == "rollout":
+                for batch in batches:
+                    batch.experts_TLK = packed_experts(batch, sequences, chosen)
+            packed[kind] = batches
+        minibatches.append(MiniBatch(chosen, sequences, packed[Kind.ROLLOUT], packed[Kind.TEACHER]))
+    return minibatches

@@ -1,0 +1,124 @@
+"""The log-prob passes: old policy and reference over every rollout sequence, each response's sums; and warm-up.
+
+Warm-up runs both passes over made-up tokens before the first step, so that its time does not hold a compiler's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_dypo.config.schema import Config
+from megatron_dypo.objectives.coefficients import Correction, SequenceSums, SequenceTerms, needs_reference
+from megatron_dypo.objectives.token_loss import TokenStreams
+from megatron_dypo.policy.micro_batch import MicroBatch
+from megatron_dypo.policy.policy import Policy
+from megatron_dypo.records import Kind, Sequence
+from megatron_dypo.runtime.distributed import all_gather_objects, device
+from megatron_dypo.training.diagnostics import bad_batch
+from megatron_dypo.training.metrics import mismatch_metrics
+from megatron_dypo.training.minibatch import MiniBatch
+
+PER_TOKEN = ("now", "old", "reference", "rollout")
+
+
+def logprob_passes(policy: Policy, minibatches: list[MiniBatch], config: Config) -> tuple[dict[str, float], str | None]:
+    """Old and reference log-probs of every rollout sequence, and their sums on all ranks.
+
+    Returns (``mismatch_metrics``, the prompts with a non-finite reward or log-prob, or None).
+    """
+    for minibatch in minibatches:
+        minibatch.logp["old"] = policy.logprobs(minibatch.rollouts)
+        minibatch.logp["rollout"] = [_rollout_stream(minibatch, batch) for batch in minibatch.rollouts]
+    if needs_reference(config.objective) and any(minibatch.rollouts for minibatch in minibatches):
+        if config.objective.reference == "previous":  # the weights of this rollout
+            for minibatch in minibatches:
+                minibatch.logp["reference"] = minibatch.logp["old"]
+        else:
+            with policy.reference_weights():
+                for minibatch in minibatches:
+                    minibatch.logp["reference"] = policy.logprobs(minibatch.rollouts)
+    for minibatch in minibatches:
+        minibatch.logp["now"] = minibatch.logp["old"]
+        share_sums(policy, minibatch)
+    return mismatch_metrics(policy, minibatches, config), bad_batch(minibatches)
+
+
+def share_sums(policy: Policy, minibatch: MiniBatch) -> None:
+    """Every rank learns every response's sums (float64) over its tokens: k numbers a prompt, not k x n."""
+    local: dict[int, dict[str, float]] = {}
+    if policy.layout.owns_logprobs:
+        for b, batch in enumerate(minibatch.rollouts):
+            streams = {
+                name: batch.split(minibatch.logp[name][b].double().cpu())
+                for name in PER_TOKEN
+                if minibatch.logp.get(name)
+            }
+            for i, place in enumerate(batch.places):
+                local[place] = {name: streams[name][i].sum().item() if name in streams else 0.0 for name in PER_TOKEN}
+    totals: dict[int, dict[str, float]] = {}
+    for part in all_gather_objects(local):
+        for place, sums in part.items():  # ranks may hold parts of one response
+            so_far = totals.setdefault(place, dict.fromkeys(PER_TOKEN, 0.0))
+            totals[place] = {name: so_far[name] + sums[name] for name in PER_TOKEN}
+    minibatch.sums = [
+        SequenceSums(**totals[place]) if place in totals else None for place in range(len(minibatch.sequences))
+    ]
+
+
+def _rollout_stream(minibatch: MiniBatch, batch: MicroBatch) -> Tensor:
+    """The engine's log-probs of the micro-batch's tokens [N]."""
+    values = [torch.zeros(0)]
+    for place, tail in zip(batch.places, batch.split(batch.tail_N), strict=True):
+        sequence = minibatch.sequences[place]
+        logprobs = minibatch.groups[sequence.group].responses[sequence.sample].logprobs
+        values.append(torch.from_numpy(logprobs)[tail])
+    return torch.cat(values)
+
+
+_LENGTHS = 96, 160  # tokens: torch compiles for the first one's size, and for any size at the second
+
+
+def warm_up(policy: Policy, config: Config) -> float:
+    """Run them and forget all of it: no weight, gradient or version changes. Returns its seconds. Collective.
+
+    Beside torch's compilations it pays for the Triton kernels', and for the first use of libraries and process groups.
+    """
+    began = time.monotonic()
+    layout, longest, vocabulary = policy.layout, policy.shape.max_position, policy.shape.vocab_size
+    kinds = [kind for kind in Kind for _ in range(len(_LENGTHS) * layout.micro_batch_multiple)]
+    batches = [
+        MicroBatch.pack([_made_up(kind, min(length, longest), vocabulary)], [0], 1.0, **layout.packing)
+        for kind, length in zip(kinds, itertools.cycle(_LENGTHS), strict=False)
+    ]
+    logp = policy.logprobs(batches) or [None] * len(batches)  # of the last pipeline stage, where the loss is
+    policy.accumulate(batches, [_streams(*each, config) for each in zip(batches, kinds, logp, strict=True)])
+    policy.routing_metrics()  # taken, or the first step would find them
+    policy.zero_gradients()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.monotonic() - began
+
+
+def _made_up(kind: Kind, length: int, vocabulary: int) -> Sequence:
+    ids = np.random.default_rng(0).integers(0, vocabulary, length).astype(np.int32)
+    return Sequence(ids, length // 4, kind, 0, 0)
+
+
+def _streams(batch: MicroBatch, kind: Kind, logp_N: Tensor | None, config: Config) -> TokenStreams:
+    """What a micro-batch's loss reads, of either kind of sequence."""
+    known = {"old_N": logp_N, "rollout_N": logp_N} if kind == Kind.ROLLOUT else {}
+    if known and needs_reference(config.objective):
+        known["reference_N"] = logp_N
+    return TokenStreams.of(
+        [SequenceTerms(advantage=1.0, grpo=1.0) if known else SequenceTerms(sft=1.0)],
+        batch.counts,
+        device=device(),
+        objective=config.objective,
+        correction=Correction(config.rollout.correction, config.rollout.correction_cap),
+        **known,
+    )

@@ -1,0 +1,163 @@
+"""The updates of one step: coefficients, training pass, and the optimizer step or why it is left out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from megatron_dypo.checkpoint.manager import usual_norm
+from megatron_dypo.config.schema import Config
+from megatron_dypo.objectives.coefficients import BatchTerms, Correction, alpha, sequence_terms
+from megatron_dypo.objectives.token_loss import TokenStreams
+from megatron_dypo.policy.policy import Policy
+from megatron_dypo.records import Group
+from megatron_dypo.runtime.distributed import device
+from megatron_dypo.runtime.failure import phase
+from megatron_dypo.runtime.measure import StepTimer
+from megatron_dypo.training.diagnostics import bad_gradient, bad_weights, prompts
+from megatron_dypo.training.metrics import share_update_stats, update_metrics
+from megatron_dypo.training.minibatch import MiniBatch, build_minibatches
+from megatron_dypo.training.passes import logprob_passes, share_sums
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What one step's updates need beside their data.
+
+    ``lr`` is the learning rate, ``clock`` gets the seconds of each phase, and ``grad_norms`` are those of the updates
+    applied before this step, oldest first.
+    """
+
+    step: int
+    lr: float
+    clock: StepTimer = field(default_factory=StepTimer)
+    grad_norms: Sequence[float] = ()
+
+
+@dataclass
+class StepResult:
+    """What a step did. ``skipped`` says why it, or the rest of its updates, was left out, and on which prompts.
+
+    ``grad_norms`` are the gradient norms of the applied updates, ``memory`` the largest peaks of all ranks (GiB), and
+    ``empty`` means that there was nothing to train on.
+    """
+
+    minibatches: list[MiniBatch] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, float] = field(default_factory=dict)
+    grad_norms: list[float] = field(default_factory=list)
+    skipped: str | None = None
+    empty: bool = False
+
+
+def update_policy(
+    policy: Policy,
+    groups: list[Group],
+    config: Config,
+    encode_trace: Callable[[Group, int], np.ndarray],
+    context: StepContext,
+) -> StepResult:
+    """Make all updates of one step on its graded groups. A non-finite reward or log-prob leaves the whole step out."""
+    clock = context.clock
+    minibatches = build_minibatches(policy.layout, groups, config, encode_trace)
+    with clock("logprob"), phase("log-prob passes"):
+        agreement, offenders = logprob_passes(policy, minibatches, config)
+    if offenders is not None:
+        return StepResult(minibatches, agreement, skipped=bad_weights(policy) + offenders)
+    with clock("update"), phase("update"):
+        result = run_updates(policy, minibatches, config, context)
+    if result.skipped:
+        result.skipped = bad_weights(policy) + result.skipped
+    for minibatch in minibatches:
+        minibatch.forget_routing()
+    result.minibatches, result.metrics = minibatches, agreement | result.metrics
+    return result
+
+
+def run_updates(policy: Policy, minibatches: list[MiniBatch], config: Config, context: StepContext) -> StepResult:
+    """One optimizer update per mini-batch; those with nothing to train on are left out, the same on every rank."""
+    objective, result = config.objective, StepResult()
+    correction = Correction(config.rollout.correction, config.rollout.correction_cap)
+    reports = []
+    for u, minibatch in enumerate(minibatches):
+        if not minibatch.sequences:
+            continue
+        if u > 0 and objective.refresh_pair_weights and minibatch.rollouts:
+            minibatch.logp["now"] = policy.logprobs(minibatch.rollouts)
+            share_sums(policy, minibatch)
+        terms = sequence_terms(
+            minibatch.groups,
+            minibatch.sequences,
+            minibatch.sums,
+            objective,
+            correction,
+            config.rollout.max_response_tokens,
+        )
+        batches = minibatch.rollouts + minibatch.teachers
+        streams = [_streams(policy, minibatch, terms, b, config, correction) for b in range(len(batches))]
+        with phase("training pass"):
+            policy.accumulate(batches, streams)
+            stats = share_update_stats(policy, streams)
+        report = update_metrics(stats, terms, objective)
+        reports.append(report)
+        result.memory = {name: max(result.memory.get(name, 0.0), peak) for name, peak in stats.memory.items()}
+        limit = (config.trainer.spike_factor, usual_norm([*context.grad_norms, *result.grad_norms]))
+        if reason := _reason_to_skip(policy, minibatch, streams, stats.norm, report["loss/total"], *limit):
+            result.skipped = f"update {u + 1} of {len(minibatches)}: {reason}"
+            break  # further updates would build on one that was not taken
+        with phase("optimizer step"):
+            policy.step(context.lr)
+        result.grad_norms.append(stats.norm)
+    result.empty = not reports
+    result.metrics = {
+        name: _mean([report[name] for report in reports if name in report]) for report in reports for name in report
+    }
+    return result
+
+
+def _reason_to_skip(
+    policy: Policy,
+    minibatch: MiniBatch,
+    streams: list[TokenStreams],
+    norm: float,
+    loss: float,
+    spike_factor: float,
+    usual: float | None,
+) -> str | None:
+    """Why this update must not be applied, and on which prompts; None where it may. The same on every rank."""
+    if not (math.isfinite(norm) and math.isfinite(loss)):
+        with phase("search for what is not finite"):
+            return f"gradient norm {norm:g}, loss {loss:g}: {bad_gradient(policy, minibatch, streams)}"
+    if spike_factor and usual and norm > spike_factor * usual:
+        times = f"{norm / usual:.3g} times the median of the last applied updates ({usual:.4g})"
+        way_out = "if that is its level from now on, resume with trainer.spike_factor higher, or 0"
+        return f"gradient norm {norm:.4g}, {times}, on prompts {prompts(minibatch)}; {way_out}"
+    return None
+
+
+def _streams(
+    policy: Policy, minibatch: MiniBatch, terms: BatchTerms, b: int, config: Config, correction: Correction
+) -> TokenStreams:
+    """What the loss of micro-batch ``b`` (rollouts first, then teacher traces) reads."""
+    is_rollout = b < len(minibatch.rollouts)
+    batch = (minibatch.rollouts + minibatch.teachers)[b]
+    known = {
+        f"{name}_N": minibatch.logp[name][b].to(device()) if is_rollout and minibatch.logp.get(name) else None
+        for name in ("old", "rollout", "reference")
+    }
+    return TokenStreams.of(
+        [terms.sequences[place] for place in batch.places],
+        batch.counts,
+        device=device(),
+        objective=config.objective,
+        correction=correction,
+        alpha=alpha(config.objective),
+        **known,
+    )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,145 @@
+"""What runs inside vLLM's worker: the receiving end of a weight transfer without CUDA, and checksums of what arrived.
+
+``WorkerExtension`` is given to vLLM by name (``worker_extension_cls``); importing this file registers the backend
+``BACKEND`` with vLLM's weight transfer. A tensor comes by itself, from this process, or as a place in the shared memory
+of the trainer's process. Imports nothing of the training side.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from megatron_dypo.weight_sync.checksum import checksum
+
+BACKEND = "megatron_dypo"
+
+
+@dataclass
+class _Nothing(WeightTransferInitInfo):
+    """Nothing has to be agreed on beforehand."""
+
+
+@dataclass
+class BucketInfo(WeightTransferUpdateInfo):
+    """Whole layers, or ``part`` of one.
+
+    ``tensors``: (name, tensor), or with ``memory`` (process id, descriptor of that process, bytes) where they lie:
+    (name, dtype, shape, offset in bytes).
+    """
+
+    tensors: list[tuple]
+    memory: tuple[int, int, int] | None = None
+    part: bool = False
+
+
+class LocalEngine(WeightTransferEngine[_Nothing, BucketInfo]):
+    """vLLM loads and repacks a layer when its last tensor has come (its layerwise reload), and until then holds on to
+    the others: what comes in parts has to be copied out of a memory that will be filled again."""
+
+    init_info_cls = _Nothing
+    update_info_cls = BucketInfo
+    _kernels: tuple[tuple, ...] = ()  # (what runs a layer's experts, its kernel), during an update on a CPU
+
+    def init_transfer_engine(self, init_info: _Nothing) -> None:
+        self.shutdown()
+
+    def start_weight_update(self) -> None:
+        """On a CPU, vLLM (0.32) packs experts' weights for its kernel only when it makes one, at the first load: taken
+        away, it is made anew."""
+        methods = {id(method): method for method in map(_expert_method, self.model.modules()) if method}
+        if self.device.type == "cpu":
+            self._kernels = tuple((method, method.moe_kernel) for method in methods.values())
+        for method, _ in self._kernels:
+            method.moe_kernel = None
+        initialize_layerwise_reload(self.model)
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        for method, kernel in self._kernels:  # of a layer that got no weights
+            method.moe_kernel = method.moe_kernel or kernel
+        self._kernels = ()
+
+    def update_weights(self, update_info: dict) -> None:
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":  # the base class would ask an accelerator that a CPU machine has not
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: BucketInfo, load_weights: Callable | None = None) -> None:
+        """Load a bucket. vLLM 0.24 says where to, and starts, synchronizes and finishes an update by itself."""
+        load, tensors, memory = load_weights or self.model.load_weights, update_info.tensors, update_info.memory
+        load(tensors if memory is None else self._in_memory(tensors, memory, update_info.part))
+
+    @staticmethod
+    def trainer_send_weights(iterator: Iterator, trainer_args: object) -> None:
+        """Raise: before 0.28 vLLM wants the sending end here as well; ours is in ``transfer.py``."""
+        raise NotImplementedError
+
+    def shutdown(self) -> None:
+        self._maps: dict[tuple[int, int, int], mmap.mmap] = {}
+
+    def _in_memory(
+        self, places: Iterable[tuple], memory: tuple[int, int, int], copied: bool
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The tensors as they lie in the trainer's memory, or ``copied``."""
+        key = tuple(memory)
+        if key not in self._maps:
+            self._maps[key] = _map(*key)
+        for name, dtype, shape, offset in places:
+            count, kind = torch.Size(shape).numel(), getattr(torch, dtype)
+            tensor = torch.frombuffer(self._maps[key], dtype=kind, count=count, offset=offset).view(shape)
+            yield name, tensor.clone() if copied else tensor
+
+
+def _expert_method(module: torch.nn.Module) -> object | None:
+    """What runs a module's experts; None where it has none."""
+    method = getattr(module, "quant_method", None)
+    return method if getattr(method, "moe_kernel", None) is not None else None
+
+
+def _map(process: int, descriptor: int, size: int) -> mmap.mmap:
+    """Raises OSError where the trainer is on another machine, in another container, or another user's."""
+    with open(f"/proc/{int(process)}/fd/{int(descriptor)}", "r+b") as file:
+        return mmap.mmap(file.fileno(), size)
+
+
+class WorkerExtension:
+    """Methods that the trainer calls on vLLM's workers round an update."""
+
+    def prepare_update(self, checksums: bool) -> None:
+        """End an update that was never finished; with ``checksums``, take one of each tensor of the next.
+
+        vLLM takes an update that failed to be over, but some of its layers still wait for the rest of their tensors.
+        """
+        self._weight_update_active = True
+        self.finish_weight_update()
+        model = self.model_runner.get_model()
+        self._checksums: dict[str, str] = {}
+        vars(model).pop("load_weights", None)  # the last update's wrapper
+        if checksums:
+            load = model.load_weights
+            model.load_weights = lambda weights: load(self._watched(weights))
+
+    def _watched(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            self._checksums[name] = checksum(tensor)
+            yield name, tensor
+
+    def taken_checksums(self) -> dict[str, str]:
+        """By name, of what the model was given in the last update."""
+        return self._checksums
+
+
+if BACKEND not in WeightTransferEngineFactory._registry:  # its only way to ask
+    WeightTransferEngineFactory.register_engine(BACKEND, LocalEngine)
