@@ -1,6 +1,7 @@
 """The shape of the package: folders in layers, modules worth opening, and the Python API as documented."""
 
 import ast
+import re
 import statistics
 import subprocess
 import sys
@@ -108,3 +109,28 @@ from megatron_dypo import build_reward, final_answer, plan
 @pytest.mark.parametrize("line", API.strip().splitlines())
 def test_every_import_of_the_python_api_works(line):
     exec(line, {})  # noqa: S102 - the lines above
+
+
+def names_of_files() -> Iterator[tuple[str, str]]:
+    """(where, name) of every file of the package that docs, docstrings and comments name."""
+    pages = [PACKAGE.parent / "README.md", *(PACKAGE.parent / "docs").glob("*.md")]
+    for path in [*MODULES, *pages]:
+        for name in re.findall(r"(?<![\w/.<])(?:[a-z_]+/)*[a-z_0-9]+\.py\b", path.read_text()):
+            yield str(path.relative_to(PACKAGE.parent)), name
+
+
+def test_every_file_that_docs_and_docstrings_name_is_there():
+    """Relative to a module's folder, the package or the repository; a page may name any file of the package."""
+    of_others = {"path/file.py", "cute/interface.py", "tools/checkpoint/convert.py", "short.py"}
+    anywhere = {path.name for path in MODULES}
+    missing = {
+        (where, name)
+        for where, name in names_of_files()
+        if name not in of_others
+        and not (where.endswith(".md") and name in anywhere)
+        and not any(
+            (folder / name).exists()
+            for folder in (PACKAGE, PACKAGE.parent, PACKAGE.parent / "docs", (PACKAGE.parent / where).parent)
+        )
+    }
+    assert not missing

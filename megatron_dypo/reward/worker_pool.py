@@ -1,4 +1,4 @@
-"""A small pool of worker processes (``worker.py``), any of which may be killed and replaced at any time.
+"""A small pool of worker processes (``worker_main.py``), any of which may be killed and replaced at any time.
 
 A worker bounds the time of an answer itself, so here is no polling; the pool's own deadline, past the worker's, is for
 a worker that cannot even do that.

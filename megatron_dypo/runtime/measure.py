@@ -39,7 +39,7 @@ class StepTimer:
             }
 
     def include(self, other: StepTimer) -> None:
-        """Take over what another one measured, of work beside this step's."""
+        """Take over what another one measured, of work alongside this step's."""
         for name, seconds in other.seconds.items():
             self.seconds[name] += seconds
         self._stragglers |= other._stragglers

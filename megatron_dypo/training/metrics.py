@@ -32,7 +32,7 @@ def mismatch_metrics(policy: Policy, minibatches: list[MiniBatch], config: Confi
     rollout/staleness_mean|max: optimizer updates between the weights that sampled a response and those that train it
     first, whichever is newer (a replay that skipped a step is behind its recording). rollout/corrected_frac, with a
     rollout correction: tokens whose weight in GRPO is capped or 0. Empty where no response is trained. Reads
-    ``work.logp`` and ``work.sums``.
+    each mini-batch's ``logp`` and ``sums``.
     """
     correction = Correction(config.rollout.correction, config.rollout.correction_cap)
     totals, largest = _totals(policy, minibatches, correction)

@@ -135,7 +135,7 @@ class _Memory:
         self._used += tensor.nbytes
 
     def take(self, part: bool) -> dict:
-        """The bucket as ``worker.Bucket`` has it; afterwards there is room again."""
+        """The bucket as ``worker.BucketInfo`` has it; afterwards there is room again."""
         places, self._places, self._used = self._places, [], 0
         return {"tensors": places, "memory": (os.getpid(), self._descriptor, self._size), "part": part}
 
