@@ -223,7 +223,7 @@ def test_easy_is_dropped_mid_trains_on_its_responses_and_hard_on_its_drawn_teach
         group_of(name, regime) for name, regime in zip("emh", (Regime.EASY, Regime.MID, Regime.HARD), strict=True)
     ]
     groups[2].teacher_indices = (2, 0)
-    assert contents(training_sequences(groups, "dypo", encode_trace)) == [
+    assert contents(training_sequences(groups, Objective(method="dypo"), encode_trace)) == [
         (1, 0, Kind.ROLLOUT, [7, 8, 9, 10, 1], 3),
         (1, 1, Kind.ROLLOUT, [7, 8, 9, 11, 1], 3),
         (2, 2, Kind.TEACHER, [7, 8, 9, 22, 23, 1], 3),
@@ -237,11 +237,13 @@ def test_a_single_term_recipe_trains_on_its_term_alone():
     ]
     for group in groups:
         drawn(group)
-    assert {(s.group, s.kind) for s in training_sequences(groups, "grpo", encode_trace)} == {(1, Kind.ROLLOUT)}
+    assert {(s.group, s.kind) for s in training_sequences(groups, Objective(method="grpo"), encode_trace)} == {
+        (1, Kind.ROLLOUT)
+    }
     ungraded = [group_of(name, None, responses=0) for name in "abc"]
     for group in ungraded:
         drawn(group)
-    assert [(s.group, s.kind) for s in training_sequences(ungraded, "sft", encode_trace)] == [
+    assert [(s.group, s.kind) for s in training_sequences(ungraded, Objective(method="sft"), encode_trace)] == [
         (g, Kind.TEACHER) for g in range(3)
     ]
 
@@ -251,7 +253,12 @@ def test_a_hard_group_without_a_usable_teacher_trains_on_nothing():
     assert drawn(without) == ()
     draw_teachers(unusable, [], 0, 1, 2)
     assert unusable.teacher_indices == ()
-    assert training_sequences([without, unusable, group_of("undrawn", Regime.HARD)], "dypo", encode_trace) == []
+    assert (
+        training_sequences(
+            [without, unusable, group_of("undrawn", Regime.HARD)], Objective(method="dypo"), encode_trace
+        )
+        == []
+    )
 
 
 @settings(deadline=None)

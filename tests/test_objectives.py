@@ -30,7 +30,8 @@ from megatron_dypo.objectives import (
     pair_statistics,
     sequence_terms,
 )
-from megatron_dypo.objectives.coefficients import BatchTerms, Correction, alpha, needs_reference
+from megatron_dypo.objectives.coefficients import BatchTerms, Correction, needs_reference
+from megatron_dypo.objectives.recipes import shares, total
 from megatron_dypo.records import Group, Kind, Prompt, Response, Sequence
 from megatron_dypo.training.minibatch import training_sequences
 from tests import reference_objective as page
@@ -96,7 +97,7 @@ class Ours:
 
 
 def coefficients(batch: Batch, objective: Objective, correction: Correction) -> tuple[list[Sequence], BatchTerms]:
-    sequences = training_sequences(batch.groups, objective.method, batch.trace)
+    sequences = training_sequences(batch.groups, objective, batch.trace)
     sums: list[SequenceSums | None] = []
     for sequence in sequences:
         logp = {name: x_n.sum().item() for name, x_n in batch.logp[key(sequence)].items()}
@@ -125,7 +126,6 @@ def streams(
         dtype=dtype,
         objective=objective,
         correction=correction,
-        alpha=alpha(objective),
         old_N=known("old") if is_rollout else None,
         rollout_N=known("rollout") if is_rollout else None,
         reference_N=known("reference") if is_rollout and needs_reference(objective) else None,
@@ -164,8 +164,7 @@ def ours(
             local += loss.item()
             for name, value in totals.items():
                 result.totals[name] = result.totals.get(name, 0.0) + value
-    share = alpha(objective)
-    result.loss = local + share * terms.grpo_sequence_loss + (1 - share) * terms.gal_loss
+    result.loss = local + total({"grpo": terms.grpo_sequence_loss, "gal": terms.gal_loss, "sft": 0.0}, objective)
     return result
 
 
@@ -405,9 +404,9 @@ def test_on_the_first_step_every_ratio_is_exactly_one(ratio_base: str) -> None:
         torch.float32,
     )
     summands_N, dlogp_N = stream.terms(logp_N.detach(), None, slice(0, len(logp_N)))
-    advantage_N, grpo_N, _, gal_slope_N, _ = stream.coefficients_CS.repeat_interleave(stream.cu_seqlens.diff(), 1)
+    advantage_N, grpo_N, _, slope_N, _ = stream.coefficients_CS.repeat_interleave(stream.cu_seqlens.diff(), 1)
     assert torch.equal(summands_N, -grpo_N * advantage_N)
-    assert torch.equal(dlogp_N, -grpo_N * advantage_N + gal_slope_N)
+    assert torch.equal(dlogp_N, -grpo_N * advantage_N + slope_N)
     assert stream.totals["clipped"] == 0 and stream.totals["loss/kl"] == 0
     assert terms.eta == 0.25 and terms.spread == 0.0 and terms.saturated == 0.0
 
@@ -456,9 +455,9 @@ def test_totals_are_the_terms_and_the_share_of_the_gradient_of_each(name: str, m
     objective, correction = Objective(method=method, **METRICS[name]), Correction("truncate")
     batch = make_batch(MIXED, objective)
     result, (terms, leaves) = ours(batch, objective, correction), reference(batch, objective, correction)
-    share = alpha(objective)
+    share = shares(objective)
 
-    def total(summands: list[Tensor]) -> Tensor:
+    def summed(summands: list[Tensor]) -> Tensor:
         return sum((x.sum() for x in summands), torch.zeros(()).double())
 
     losses = {
@@ -466,18 +465,18 @@ def test_totals_are_the_terms_and_the_share_of_the_gradient_of_each(name: str, m
         "gal": result.terms.gal_loss,
         "sft": result.totals["loss/sft"],
     }
-    for term, weight in (("grpo", share), ("gal", 1 - share), ("sft", objective.gamma)):
+    for term in losses:
+        weight = share.get(term, 0.0)
         summands = getattr(terms, term)
         if term == "gal" and weight == 0:
             assert losses[term] == 0  # not computed where it has no weight
             continue
-        assert losses[term] == pytest.approx(total(summands).item(), rel=1e-10, abs=1e-15)
-        slopes = flat(gradient(weight * total(summands), leaves), leaves)
+        assert losses[term] == pytest.approx(summed(summands).item(), rel=1e-10, abs=1e-15)
+        slopes = flat(gradient(weight * summed(summands), leaves), leaves)
         assert result.totals[f"grad_share/{term}"] == pytest.approx(slopes.abs().sum().item(), rel=1e-10)
     if needs_reference(objective):
-        assert result.totals.get("loss/kl", 0.0) == pytest.approx(total(terms.kl).item(), rel=1e-10)
-    composed = objective.gamma * losses["sft"] + share * losses["grpo"] + (1 - share) * losses["gal"]
-    assert composed == pytest.approx(result.loss, rel=1e-10)
+        assert result.totals.get("loss/kl", 0.0) == pytest.approx(summed(terms.kl).item(), rel=1e-10)
+    assert total(losses, objective) == pytest.approx(result.loss, rel=1e-10)
 
 
 def test_clipped_counts_the_tokens_whose_slope_the_clip_takes() -> None:

@@ -1,10 +1,11 @@
 """The loss that is local to a token, over packed sequences: summands and analytic dL/dlogp in one pass.
 
     GRPO  w (-min(rho A, clip(rho) A) + kl (exp(ref - logp) - (ref - logp) - 1))     rho = exp(logp - base)   (Eq. 21)
-    GAL   C (constant slope; its value is the coefficient pass's)                                             (Eq. 16)
-    SFT   -v logp                                                                                             (Eq. 20)
+    slope C (constant dL/dlogp; its value is the coefficient pass's: GAL)                                     (Eq. 16)
+    nll   -v logp (v of either sign, on any sequence: SFT)                                                    (Eq. 20)
 
-A, w, C and v belong to a sequence: they are read from its row of a table, every normaliser and aggregation included.
+A, w, C and v belong to a sequence: its columns of a table, whose rows are declared in ``COEFFICIENTS``, every
+normaliser and aggregation included.
 The sums that metrics are made of are kept for each sequence, in float64, as L running sums: on CUDA token j of a
 sequence is added to lane j % L, and torch adds all to lane 0, in order. So a sum depends neither on where calls cut the
 sequence nor on what it is packed with.
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-COEFFICIENTS = ("advantage", "grpo", "dlogp_grpo", "dlogp_gal", "sft")
+COEFFICIENTS = ("advantage", "grpo", "dlogp_grpo", "slope", "nll")
 SUMS = ("grpo", "kl", "dlogp_grpo", "clipped", "logp", "entropy")
 LANES = 128  # threads of a program
 LARGEST = 60.0  # exponents are bounded so that float32 stays finite
@@ -113,7 +114,7 @@ def _grouped_loss(
     tokens = len(logp_t)
     pieces_S = cu_seqlens.clamp(first, first + tokens).diff()
     sequence_t = torch.repeat_interleave(pieces_S, output_size=tokens)
-    advantage_t, weight_t, grpo_slope_t, gal_slope_t, sft_t = coefficients_CS.index_select(1, sequence_t)
+    advantage_t, weight_t, grpo_slope_t, slope_t, nll_t = coefficients_CS.index_select(1, sequence_t)
     zero_t = torch.zeros_like(logp_t)
     grpo_t = kl_t = clipped_t = zero_t
 
@@ -147,7 +148,7 @@ def _grouped_loss(
         ]
     )
     sums_MSL.select(2, 0).scatter_add_(1, sequence_t.long().expand(len(SUMS), -1), values_Mt.double())  # one by one
-    return grpo_t - sft_t * logp_t, grpo_slope_t + gal_slope_t - sft_t
+    return grpo_t - nll_t * logp_t, grpo_slope_t + slope_t - nll_t
 
 
 def _check(logp, cu_seqlens, coefficients, sums, rule, old, rollout, reference, entropy, backend) -> None:

@@ -111,8 +111,8 @@ def _one_sequence(
         advantage = tl.load(coefficients + s)
         grpo = tl.load(coefficients + sequences + s)
         grpo_constant = tl.load(coefficients + 2 * sequences + s)
-        dlogp_gal = tl.load(coefficients + 3 * sequences + s)
-        sft = tl.load(coefficients + 4 * sequences + s)
+        slope = tl.load(coefficients + 3 * sequences + s)
+        nll = tl.load(coefficients + 4 * sequences + s)
 
         lane = tl.arange(0, LANES)
         at = sums + s * LANES + lane
@@ -160,8 +160,8 @@ def _one_sequence(
             logp_sum += now.to(tl.float64)
             if entropy is not None:
                 entropy_sum += tl.load(entropy + t, here, 0.0).to(tl.float64)
-            tl.store(summands + t, summand - sft * now, here)
-            tl.store(dlogp_out + t, dlogp + dlogp_gal - sft, here)
+            tl.store(summands + t, summand - nll * now, here)
+            tl.store(dlogp_out + t, dlogp + slope - nll, here)
 
         tl.store(at, grpo_sum)
         tl.store(at + row, kl_sum)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_dypo.kernels.grouped_loss import LARGEST, correction_weight
 from megatron_dypo.objectives.dypo import gal_coefficients, group_advantages, pair_statistics
-from megatron_dypo.objectives.recipes import RECIPES
+from megatron_dypo.objectives.recipes import recipe, shares
 from megatron_dypo.records import Group, Kind, Sequence
 
 if TYPE_CHECKING:
@@ -52,19 +52,19 @@ class SequenceSums:
     rollout: float
 
 
-@dataclass(frozen=True)
+@dataclass
 class SequenceTerms:
     """Coefficients of one sequence; each token's loss is formed from them alone.
 
-    ``grpo`` weighs a token's -surrogate + KL; ``dlogp_grpo`` and ``dlogp_gal`` are constant dL/dlogp_t (sequence-level
-    ratio, GAL); ``sft`` weighs -logp_t.
+    ``grpo`` weighs a token's -surrogate + KL; ``dlogp_grpo`` (sequence-level ratio) and ``slope`` are constant
+    dL/dlogp_t; ``nll`` weighs -logp_t.
     """
 
     advantage: float = 0.0
     grpo: float = 0.0
     dlogp_grpo: float = 0.0
-    dlogp_gal: float = 0.0
-    sft: float = 0.0
+    slope: float = 0.0
+    nll: float = 0.0
 
 
 @dataclass
@@ -81,21 +81,18 @@ class BatchTerms:
     saturated: float | None = None
 
 
-def alpha(objective: Objective) -> float:
-    """GRPO's share in this recipe."""
-    fixed = RECIPES[objective.method].alpha
-    return objective.alpha if fixed is None else fixed
-
-
 def needs_reference(objective: Objective) -> bool:
     """Whether any term reads reference log-probs."""
-    uses_gal = RECIPES[objective.method].samples and alpha(objective) < 1
-    return uses_gal or objective.kl_coef > 0 or objective.ratio_base == "reference"
+    return _open(objective, "gal") or objective.kl_coef > 0 or objective.ratio_base == "reference"
 
 
 def keeps_reference(objective: Objective) -> bool:
     """Whether that takes a copy of the weights; the previous rollout's log-probs are at hand."""
     return needs_reference(objective) and objective.reference != "previous"
+
+
+def _open(objective: Objective, rule: str) -> bool:
+    return any(term.rule == rule and shares(objective)[term.name] > 0 for term in recipe(objective).terms)
 
 
 def _per_token(objective: Objective, override: bool | None) -> bool:
@@ -117,69 +114,126 @@ def sequence_terms(
 ) -> BatchTerms:
     """Coefficients of ``sequences``, all those of the mini-batch ``groups``; ``sums[i]`` belongs to rollout sequence i.
 
-    Coefficients carry alpha, 1 - alpha, gamma and every normaliser; the returned losses carry the normalisers only.
+    Coefficients carry each term's share and every normaliser; the returned losses carry the normalisers only.
     """
-    members: dict[int, list[int]] = {}
+    members: dict[int, dict[Kind, list[int]]] = {}
     for place, sequence in enumerate(sequences):
-        members.setdefault(sequence.group, []).append(place)
-    prompts = len(members) if objective.normalize == "active" else len(groups)
-    mid = [places for places in members.values() if sequences[places[0]].kind == Kind.ROLLOUT]
-    mid_tokens = sum(sequences[place].loss_tokens for places in mid for place in places)
-    share = alpha(objective)
-    terms = [SequenceTerms()] * len(sequences)
-    batch = BatchTerms(terms)
-    eta, squares, saturated, pairs = [], 0.0, 0, 0
+        members.setdefault(sequence.group, {}).setdefault(sequence.kind, []).append(place)
+    sampled = [places[Kind.ROLLOUT] for places in members.values() if Kind.ROLLOUT in places]
+    batch = _CoefficientPass(
+        groups,
+        sequences,
+        sums,
+        objective,
+        correction,
+        constant=objective.aggregation_constant or max_response_tokens,
+        prompts=len(members) if objective.normalize == "active" else len(groups),
+        sampled_prompts=len(sampled),
+        sampled_tokens=sum(sequences[place].loss_tokens for places in sampled for place in places),
+    )
+    share = shares(objective)
+    for g, places in members.items():
+        for term in recipe(objective).terms:
+            if term.source in places and term.trains(groups[g].regime):
+                RULES[term.rule](batch, share[term.name], places[term.source])
+    batch.finish()
+    return batch.result
 
-    for places in members.values():
-        group = groups[sequences[places[0]].group]
-        if sequences[places[0]].kind == Kind.TEACHER:
-            for place in places:
-                length = sequences[place].loss_tokens if _per_token(objective, objective.sft_length_normalize) else 1
-                terms[place] = SequenceTerms(sft=objective.gamma / (prompts * len(places) * length))
-            continue
-        k = len(places)
-        rewards = torch.tensor(
-            [group.responses[sequences[place].sample].reward for place in places], dtype=torch.float64
-        )
-        advantages = group_advantages(rewards.unsqueeze(0), objective.advantage_std)[0].tolist()
-        lengths = [sequences[place].loss_tokens for place in places]
-        slopes = [0.0] * k
-        if share < 1:
-            by_mean = _per_token(objective, objective.gal_length_normalize)
-            units = [1 / n if by_mean else 1.0 for n in lengths]
-            log_ratios = torch.tensor(
-                [(sums[place].now - sums[place].reference) * unit for place, unit in zip(places, units, strict=True)],
-                dtype=torch.float64,
-            )
-            loss, coefficients, difficulty = gal_coefficients(log_ratios, rewards, objective.beta_gal)
-            batch.gal_loss += loss.item() / prompts
-            slopes = [(1 - share) / prompts * c * unit for c, unit in zip(coefficients.tolist(), units, strict=True)]
-            square, full, count = pair_statistics(log_ratios, rewards, objective.beta_gal)
-            eta.append(difficulty.item() * count)
-            squares, saturated, pairs = squares + square, saturated + full, pairs + count
-        for place, advantage, n, slope in zip(places, advantages, lengths, slopes, strict=True):
-            weight = {
-                "scale": share / (prompts * k * (n if objective.scale == "token" else 1)),
-                "token_mean": share
-                * len(mid)
-                / prompts
-                / mid_tokens,  # equals `scale: token` where all lengths are equal
-                "constant": share / (prompts * k * (objective.aggregation_constant or max_response_tokens)),
-            }[objective.aggregation]
-            dlogp_sequence = 0.0
+
+@dataclass
+class _CoefficientPass:
+    """One mini-batch on its way to coefficients: the rules add each group's numbers to its sequences' columns.
+
+    ``prompts`` is Q; ``sampled_*`` count what trains on responses; all are counts over the global batch.
+    """
+
+    groups: list[Group]
+    sequences: list[Sequence]
+    sums: list[SequenceSums | None]
+    objective: Objective
+    correction: Correction
+    constant: int
+    prompts: int
+    sampled_prompts: int
+    sampled_tokens: int
+
+    def __post_init__(self) -> None:
+        self.result = BatchTerms([SequenceTerms() for _ in self.sequences])
+        self._eta: list[float] = []
+        self._squares, self._saturated, self._pairs = 0.0, 0, 0
+
+    def finish(self) -> None:
+        """The pairs' statistics, once all groups have been seen."""
+        if self._pairs:
+            self.result.eta = sum(self._eta) / self._pairs
+            self.result.spread = math.sqrt(self._squares / self._pairs)
+            self.result.saturated = self._saturated / self._pairs
+
+    def rewards(self, places: list[int]) -> Tensor:
+        """Of responses of one group, float64 [k]."""
+        group = self.groups[self.sequences[places[0]].group]
+        rewards = [group.responses[self.sequences[place].sample].reward for place in places]
+        return torch.tensor(rewards, dtype=torch.float64)
+
+    def one(self, share: float, places: list[int]) -> None:
+        """A mean over the traces drawn, and over each one's tokens or their sum."""
+        by_mean = _per_token(self.objective, self.objective.sft_length_normalize)
+        for place in places:
+            length = self.sequences[place].loss_tokens if by_mean else 1
+            self.result.sequences[place].nll += share / (self.prompts * len(places) * length)
+
+    def advantage(self, share: float, places: list[int]) -> None:
+        """Advantages within the group; a sequence-level ratio is the coefficient pass's."""
+        objective, k = self.objective, len(places)
+        advantages = group_advantages(self.rewards(places).unsqueeze(0), objective.advantage_std)[0].tolist()
+        for place, advantage in zip(places, advantages, strict=True):
+            terms, n = self.result.sequences[place], self.sequences[place].loss_tokens
+            terms.advantage, terms.grpo = advantage, self._token_weight(share, k, n)
             if objective.ratio_level == "sequence" and share > 0:
                 by_sum = objective.scale == "trajectory"
                 unit = ratio_unit(objective, n)
-                surrogate, dlogp_s, clipped = _sequence_surrogate(sums[place], advantage, unit, objective, correction)
-                batch.clipped_tokens += n * clipped
-                once = weight if by_sum and objective.aggregation == "scale" else weight * n
-                dlogp_sequence = -once * dlogp_s * unit
-                batch.grpo_sequence_loss -= once * surrogate / share
-            terms[place] = SequenceTerms(advantage, weight, dlogp_sequence, slope)
+                surrogate, dlogp_s, clipped = _sequence_surrogate(
+                    self.sums[place], advantage, unit, objective, self.correction
+                )
+                self.result.clipped_tokens += n * clipped
+                once = terms.grpo if by_sum and objective.aggregation == "scale" else terms.grpo * n
+                terms.dlogp_grpo = -once * dlogp_s * unit
+                self.result.grpo_sequence_loss -= once * surrogate / share
 
-    if pairs:
-        batch.eta, batch.spread, batch.saturated = sum(eta) / pairs, math.sqrt(squares / pairs), saturated / pairs
-    return batch
+    def _token_weight(self, share: float, k: int, n: int) -> float:
+        """What weighs a token of a response of ``n`` tokens, one of ``k``, before its advantage."""
+        aggregation = self.objective.aggregation
+        if aggregation == "token_mean":  # equals `scale: token` where all lengths are equal
+            return share * self.sampled_prompts / self.prompts / self.sampled_tokens
+        if aggregation == "constant":
+            return share / (self.prompts * k * self.constant)
+        return share / (self.prompts * k * (n if self.objective.scale == "token" else 1))
+
+    def gal(self, share: float, places: list[int]) -> None:
+        """The pairs' coefficients (Eq. 16); a term without a share is not computed."""
+        if share <= 0:
+            return
+        objective, rewards = self.objective, self.rewards(places)
+        by_mean = _per_token(objective, objective.gal_length_normalize)
+        units = [1 / self.sequences[place].loss_tokens if by_mean else 1.0 for place in places]
+        sums = [self.sums[place] for place in places]
+        log_ratios = torch.tensor(
+            [(sum_.now - sum_.reference) * unit for sum_, unit in zip(sums, units, strict=True)], dtype=torch.float64
+        )
+        loss, coefficients, difficulty = gal_coefficients(log_ratios, rewards, objective.beta_gal)
+        self.result.gal_loss += loss.item() / self.prompts
+        for place, coefficient, unit in zip(places, coefficients.tolist(), units, strict=True):
+            self.result.sequences[place].slope += share / self.prompts * coefficient * unit
+        square, full, count = pair_statistics(log_ratios, rewards, objective.beta_gal)
+        self._eta.append(difficulty.item() * count)
+        self._squares, self._saturated, self._pairs = (
+            self._squares + square,
+            self._saturated + full,
+            self._pairs + count,
+        )
+
+
+RULES = {"one": _CoefficientPass.one, "advantage": _CoefficientPass.advantage, "gal": _CoefficientPass.gal}
 
 
 def _sequence_surrogate(

@@ -1,28 +1,91 @@
-"""Which regime trains on what, per recipe: the table behind ``objective.method``.
+"""Each recipe as a tuple of terms: the table behind ``objective.method``.
 
-``group`` = the k sampled responses (GRPO and GAL), ``teacher`` = drawn teacher traces (SFT), absent = dropped. A recipe
-that never looks at a group needs no rollouts. ``alpha`` fixes the GRPO share where the recipe has no GAL.
+A term says whose tokens it trains (``source``), in which regimes (``when``), what weighs a sequence (``rule``, decided
+in coefficients.py for the whole batch), which function of a token's log-prob it is (``token``, a column of
+kernels/grouped_loss.py), and its share of the loss (``share``, a name in ``shares``). Terms add up; one prompt may feed
+several. No recipe's name is tested elsewhere.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from megatron_dypo.records import Regime
+from megatron_dypo.records import Kind, Regime
+
+if TYPE_CHECKING:
+    from megatron_dypo.config.schema import Objective
+
+MID, HARD, ALL = frozenset({Regime.MID}), frozenset({Regime.HARD}), frozenset(Regime)
+ROLLOUT, TEACHER = Kind.ROLLOUT, Kind.TEACHER
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of the loss.
+
+    ``rule``: ``advantage`` (within the group), ``gal`` (the pairs' coefficient) or ``one`` (a mean over the traces
+    drawn). ``token``: ``surrogate`` (clipped ratio, and KL), ``slope`` (a constant dL/dlogp) or ``nll`` (-logp).
+    """
+
+    source: Kind
+    rule: str
+    token: str
+    when: frozenset[Regime] = ALL
+    share: str = "one"
+
+    @property
+    def name(self) -> str:
+        """The term's name in metrics: ``loss/<name>``, ``grad_share/<name>``."""
+        return {"surrogate": "grpo", "slope": "gal", "nll": "sft"}[self.token]
+
+    def trains(self, regime: Regime | None) -> bool:
+        """Whether the term trains a group of this regime (None: no responses, so not graded)."""
+        return regime is None or regime in self.when
 
 
 @dataclass(frozen=True)
 class Recipe:
-    routes: dict[Regime, str] = field(default_factory=dict)
-    alpha: float | None = None
-    samples: bool = True
+    terms: tuple[Term, ...]
 
-    def route(self, regime: Regime | None) -> str | None:
-        return self.routes.get(regime) if self.samples else "teacher"
+    @property
+    def samples(self) -> bool:
+        """Whether any term trains on responses; without one nothing is sampled."""
+        return any(term.source == ROLLOUT for term in self.terms)
+
+    def sources(self, regime: Regime | None) -> list[Kind]:
+        """Kinds of sequences that a group of this regime trains on."""
+        return sorted({term.source for term in self.terms if term.trains(regime)})
 
 
 RECIPES = {
-    "dypo": Recipe({Regime.MID: "group", Regime.HARD: "teacher"}),
-    "grpo": Recipe({Regime.MID: "group"}, alpha=1.0),
-    "sft": Recipe(samples=False),
+    "dypo": Recipe(
+        (
+            Term(TEACHER, "one", "nll", HARD, share="gamma"),
+            Term(ROLLOUT, "advantage", "surrogate", MID, share="alpha"),
+            Term(ROLLOUT, "gal", "slope", MID, share="1-alpha"),
+        )
+    ),
+    "grpo": Recipe((Term(ROLLOUT, "advantage", "surrogate", MID),)),
+    "sft": Recipe((Term(TEACHER, "one", "nll", share="gamma"),)),
 }
+
+
+def recipe(objective: Objective) -> Recipe:
+    """The recipe that ``objective.method`` names."""
+    return RECIPES[objective.method]
+
+
+def shares(objective: Objective) -> dict[str, float]:
+    """Each term's share of the loss, by the term's name."""
+    values = {"one": 1.0, "alpha": objective.alpha, "1-alpha": 1 - objective.alpha, "gamma": objective.gamma}
+    return {term.name: values[term.share] for term in recipe(objective).terms}
+
+
+def total(losses: Mapping[str, float], objective: Objective) -> float:
+    """The loss, from each term's own by the term's name."""
+    loss = 0.0
+    for name, share in shares(objective).items():
+        loss += share * losses[name]
+    return loss

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_dypo.kernels import LossRule, empty_sums, grouped_loss, read_sums
 from megatron_dypo.kernels.grouped_loss import COEFFICIENTS
 from megatron_dypo.objectives.coefficients import Correction, SequenceTerms
+from megatron_dypo.objectives.recipes import shares
 
 if TYPE_CHECKING:
     from megatron_dypo.config.schema import Objective
@@ -34,7 +35,6 @@ class TokenStreams:
     cu_seqlens: Tensor
     objective: Objective
     correction: Correction
-    alpha: float = 0.5
     old_N: Tensor | None = None
     rollout_N: Tensor | None = None
     reference_N: Tensor | None = None
@@ -84,18 +84,18 @@ class TokenStreams:
 
     @property
     def totals(self) -> dict[str, float]:
-        """The sums that metrics are made of, unweighted by alpha and gamma, once ``terms`` has seen every token."""
-        sums = read_sums(self.sums_MSL.cpu())
-        _, grpo_S, _, gal_slope_S, sft_S = self.coefficients_CS.double().cpu()
+        """The sums that metrics are made of, without the terms' shares, once ``terms`` has seen every token."""
+        sums, share = read_sums(self.sums_MSL.cpu()), shares(self.objective)
+        table = dict(zip(COEFFICIENTS, self.coefficients_CS.double().cpu(), strict=True))
         tokens_S, is_rollout = self.cu_seqlens.diff().cpu(), self.old_N is not None
         totals = {
-            "loss/grpo": sums["grpo"] / (self.alpha or 1.0),
-            "loss/kl": sums["kl"] / (self.alpha or 1.0),
-            "loss/sft": -sft_S * sums["logp"] / (self.objective.gamma or 1.0),
+            "loss/grpo": sums["grpo"] / (share.get("grpo") or 1.0),
+            "loss/kl": sums["kl"] / (share.get("grpo") or 1.0),
+            "loss/sft": -table["nll"] * sums["logp"] / (share.get("sft") or 1.0),
             "grad_share/grpo": sums["dlogp_grpo"],
-            "grad_share/gal": gal_slope_S.abs() * tokens_S,
-            "grad_share/sft": sft_S.abs() * tokens_S,
-            "clipped": sums["clipped"] * (grpo_S > 0),
+            "grad_share/gal": table["slope"].abs() * tokens_S,
+            "grad_share/sft": table["nll"].abs() * tokens_S,
+            "clipped": sums["clipped"] * (table["grpo"] > 0),
             "rollout_tokens": is_rollout * tokens_S,
             "entropy": is_rollout * sums["entropy"],
         }

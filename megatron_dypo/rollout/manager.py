@@ -26,8 +26,8 @@ from megatron_dypo.data.tokenizer import Tokenizer
 from megatron_dypo.errors import TrainingError, UserError
 from megatron_dypo.models.shape import ModelShape
 from megatron_dypo.objectives.dypo import grade
-from megatron_dypo.objectives.recipes import RECIPES
-from megatron_dypo.records import Batch, Group, Prompt
+from megatron_dypo.objectives.recipes import recipe
+from megatron_dypo.records import Batch, Group, Kind, Prompt
 from megatron_dypo.rollout import recording
 from megatron_dypo.rollout.engine import Engine
 from megatron_dypo.rollout.sampling import RewardProtocol, encode_prompts, sample, score, share
@@ -80,11 +80,11 @@ class DynamicSampling:
         return self.config.rollout.refill_rounds if self.config.rollout.dynamic_sampling else 0
 
     def trains(self, group: Group) -> bool:
-        """Whether a scored group would train anything: its regime has a route and, if that is a teacher's, a trace."""
+        """Whether a scored group would train anything: a term of its regime has responses, or a trace, to train on."""
         objective = self.config.objective
         (regime,) = grade(torch.tensor([group.rewards]), objective.reward_threshold, objective.hard_max_solved)
-        route = RECIPES[objective.method].route(regime)
-        return route == "group" or (route == "teacher" and bool(self.usable_teachers(group)))
+        sources = recipe(objective).sources(regime)
+        return Kind.ROLLOUT in sources or (Kind.TEACHER in sources and bool(self.usable_teachers(group)))
 
     def replacement(self, step: int, place: int, number: int) -> Group | None:
         """The ``number``-th (from 0) that may come to ``place``, not yet sampled; None where the rows have run out."""
@@ -119,7 +119,7 @@ class RolloutManager:
         self._by_id = {prompt.id: prompt for prompt in self.prompts}
         self._trace = functools.lru_cache(maxsize=4096)(self._encode_trace)
         self._dynamic = DynamicSampling(self.config, self.prompts, self.tokenizer, self.usable_teachers)
-        self._samples = self.config.rollout.samples_per_prompt if RECIPES[self.config.objective.method].samples else 0
+        self._samples = self.config.rollout.samples_per_prompt if recipe(self.config.objective).samples else 0
         self.prefetched: Batch | None = None
 
     def batch(self, step: int, clock: StepTimer) -> Batch:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from megatron_dypo.config.schema import Config, Objective
-from megatron_dypo.objectives.coefficients import BatchTerms, Correction, alpha, ratio_unit
+from megatron_dypo.objectives.coefficients import BatchTerms, Correction, ratio_unit
+from megatron_dypo.objectives.recipes import total
 from megatron_dypo.objectives.token_loss import TokenStreams
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.records import Group, Kind, Regime
@@ -107,15 +108,19 @@ def batch_metrics(groups: list[Group], minibatches: list[MiniBatch]) -> dict[str
         sequence for minibatch in minibatches for sequence in minibatch.sequences if sequence.kind == Kind.TEACHER
     ]
     trained = {
-        (w, sequence.group): sequence.kind
-        for w, minibatch in enumerate(minibatches)
-        for sequence in minibatch.sequences
+        kind: {
+            (m, sequence.group)
+            for m, minibatch in enumerate(minibatches)
+            for sequence in minibatch.sequences
+            if sequence.kind == kind
+        }
+        for kind in Kind
     }
-    offline = sum(kind == Kind.TEACHER for kind in trained.values())
+    offline, prompts = len(trained[Kind.TEACHER]), len(set().union(*trained.values()))
     sampled = sum(len(response.ids) for response in responses)
     metrics: dict[str, float | None] = {
         "tokens": sampled + sum(sequence.loss_tokens for sequence in traces),
-        "dypo/offline_ratio": offline / len(trained) if trained else None,
+        "dypo/offline_ratio": offline / prompts if prompts else None,
         "dypo/hard_without_teacher": sum(group.teacher_indices == () for group in groups),
     }
     if responses:
@@ -168,13 +173,15 @@ def share_update_stats(policy: Policy, streams: list[TokenStreams]) -> UpdateSta
 
 def update_metrics(stats: UpdateStats, terms: BatchTerms, objective: Objective) -> dict[str, float]:
     """One update's metrics, from what the ranks shared and the coefficient pass."""
-    totals, share = stats.totals, alpha(objective)
-    grpo = totals["loss/grpo"] + terms.grpo_sequence_loss
+    totals = stats.totals
+    losses = {
+        "grpo": totals["loss/grpo"] + terms.grpo_sequence_loss,
+        "gal": terms.gal_loss,
+        "sft": totals["loss/sft"],
+    }
     metrics = {
-        "loss/total": objective.gamma * totals["loss/sft"] + share * grpo + (1 - share) * terms.gal_loss,
-        "loss/grpo": grpo,
-        "loss/gal": terms.gal_loss,
-        "loss/sft": totals["loss/sft"],
+        "loss/total": total(losses, objective),
+        **{f"loss/{name}": loss for name, loss in losses.items()},
         "loss/kl": totals["loss/kl"],
         "train/grad_norm": stats.norm,
     } | {name: totals[name] for name in ("grad_share/grpo", "grad_share/gal", "grad_share/sft")}

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_dypo.config.schema import Config
 from megatron_dypo.objectives.coefficients import SequenceSums
 from megatron_dypo.objectives.dypo import grade
-from megatron_dypo.objectives.recipes import RECIPES
+from megatron_dypo.objectives.recipes import recipe
 from megatron_dypo.policy.micro_batch import MicroBatch
 from megatron_dypo.records import Group, Kind, Sequence
 from megatron_dypo.rollout.routed_experts import packed_experts
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 def grade_groups(
     groups: list[Group], objective: Objective, seed: int, step: int, usable_teachers: Callable[[Group], list[int]]
 ) -> None:
-    """Set every group's ``regime`` and, on the way to a teacher, ``teacher_indices``. A replay's draw stays."""
-    recipe = RECIPES[objective.method]
-    if recipe.samples:
+    """Set every group's ``regime`` and, where a term trains on traces, ``teacher_indices``. A replay's draw stays."""
+    chosen = recipe(objective)
+    if chosen.samples:
         rewards = torch.tensor([group.rewards for group in groups])
         regimes = grade(rewards, objective.reward_threshold, objective.hard_max_solved)
         for group, regime in zip(groups, regimes, strict=True):
             group.regime = regime
     for group in groups:
-        if recipe.route(group.regime) == "teacher" and group.teacher_indices is None:
+        if Kind.TEACHER in chosen.sources(group.regime) and group.teacher_indices is None:
             draw_teachers(group, usable_teachers(group), seed, step, objective.teachers_per_prompt)
 
 
@@ -50,20 +50,22 @@ def draw_teachers(group: Group, usable: list[int], seed: int, step: int, draws: 
 
 
 def training_sequences(
-    groups: list[Group], method: str, encode_trace: Callable[[Group, int], np.ndarray]
+    groups: list[Group], objective: Objective, encode_trace: Callable[[Group, int], np.ndarray]
 ) -> list[Sequence]:
-    """All sequences of a (mini-)batch, by group and sample. ``encode_trace(group, i)``: ids of teacher i's trace."""
+    """List a (mini-)batch's sequences by group, kind and sample: those that any term of the group's regime trains on.
+
+    ``encode_trace(group, i)`` returns the ids of teacher i's trace.
+    """
     sequences = []
     for g, group in enumerate(groups):
-        route = RECIPES[method].route(group.regime)
-        if route == "group":
-            tails = [(Kind.ROLLOUT, i, response.ids) for i, response in enumerate(group.responses)]
-        elif route == "teacher":
-            tails = [(Kind.TEACHER, i, encode_trace(group, i)) for i in group.teacher_indices or ()]
-        else:
-            tails = []
-        for kind, sample, ids in tails:
-            sequences.append(Sequence(np.concatenate([group.prompt_ids, ids]), len(group.prompt_ids), kind, g, sample))
+        for kind in recipe(objective).sources(group.regime):
+            if kind == Kind.ROLLOUT:
+                tails = [(i, response.ids) for i, response in enumerate(group.responses)]
+            else:
+                tails = [(i, encode_trace(group, i)) for i in group.teacher_indices or ()]
+            for sample, ids in tails:
+                prompt = group.prompt_ids
+                sequences.append(Sequence(np.concatenate([prompt, ids]), len(prompt), kind, g, sample))
     return sequences
 
 
@@ -91,7 +93,7 @@ def build_minibatches(
     minibatches = []
     for part in np.array_split(np.arange(len(groups)), config.objective.updates_per_rollout):
         chosen = [groups[i] for i in part]
-        sequences = training_sequences(chosen, config.objective.method, encode_trace)
+        sequences = training_sequences(chosen, config.objective, encode_trace)
         packed = {}
         for kind in Kind:
             places = [place for place, sequence in enumerate(sequences) if sequence.kind == kind]

@@ -115,7 +115,7 @@ def _streams(batch: MicroBatch, kind: Kind, logp_N: Tensor | None, config: Confi
     if known and needs_reference(config.objective):
         known["reference_N"] = logp_N
     return TokenStreams.of(
-        [SequenceTerms(advantage=1.0, grpo=1.0) if known else SequenceTerms(sft=1.0)],
+        [SequenceTerms(advantage=1.0, grpo=1.0) if known else SequenceTerms(nll=1.0)],
         batch.counts,
         device=device(),
         objective=config.objective,

@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_dypo.checkpoint.manager import usual_norm
 from megatron_dypo.config.schema import Config
-from megatron_dypo.objectives.coefficients import BatchTerms, Correction, alpha, sequence_terms
+from megatron_dypo.objectives.coefficients import BatchTerms, Correction, sequence_terms
 from megatron_dypo.objectives.token_loss import TokenStreams
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.records import Group
@@ -154,7 +154,6 @@ def _streams(
         device=device(),
         objective=config.objective,
         correction=correction,
-        alpha=alpha(config.objective),
         **known,
     )
 
