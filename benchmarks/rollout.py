@@ -82,7 +82,8 @@ def overhead(rounds: int) -> list[dict[str, float]]:
     from megatron_dypo.models.shape import model_shape
     from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.policy.policy import Policy
-    from megatron_dypo.rollout.engine import Request, Sampling, build_engine
+    from megatron_dypo.rollout.engine import Request, Sampling
+    from megatron_dypo.rollout.engines import build_engine
     from megatron_dypo.runtime import distributed
     from megatron_dypo.weight_sync.source import Weights
 

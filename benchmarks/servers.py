@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.machine import ROOT
-from megatron_dypo.rollout.serve import VARIABLE
+from megatron_dypo.rollout.server import VARIABLE
 
 SECONDS = 300.0  # to start, on a busy machine
 

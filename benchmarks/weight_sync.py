@@ -66,7 +66,7 @@ def measure(folder: Path, url: str, rounds: int) -> tuple[int, dict[str, list[di
     from megatron_dypo.models.shape import model_shape
     from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.policy.policy import Policy
-    from megatron_dypo.rollout.engine import build_engine
+    from megatron_dypo.rollout.engines import build_engine
     from megatron_dypo.runtime import distributed
     from megatron_dypo.weight_sync.source import Weights
 

@@ -25,9 +25,9 @@ from megatron_dypo.policy.accelerations import refusal
 from megatron_dypo.records import Group, Prompt
 from megatron_dypo.reward import build_reward
 from megatron_dypo.rollout import recording
-from megatron_dypo.rollout.engine import check_vllm, engine_name
+from megatron_dypo.rollout.engines import check_vllm, engine_name
 from megatron_dypo.rollout.sampling import encode_prompts
-from megatron_dypo.rollout.serve import server_token
+from megatron_dypo.rollout.server import server_token
 from megatron_dypo.runtime import determinism, distributed, versions
 from megatron_dypo.runtime.determinism import stable_hash
 

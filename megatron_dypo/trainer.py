@@ -30,7 +30,8 @@ from megatron_dypo.policy.optimizer import learning_rate
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.preflight import Inputs, agree_on_day, check_agreement, check_inputs
 from megatron_dypo.reward import build_reward
-from megatron_dypo.rollout.engine import Engine, build_engine, engine_name
+from megatron_dypo.rollout.engine import Engine
+from megatron_dypo.rollout.engines import build_engine, engine_name
 from megatron_dypo.rollout.manager import RolloutManager, check_staleness
 from megatron_dypo.runtime import determinism, distributed
 from megatron_dypo.runtime.distributed import Layout, all_here

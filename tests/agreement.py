@@ -30,7 +30,7 @@ def build(name: str, model: str, folder: str, **rollout: object):
     """(configuration, shape, layout, engine) of this rank."""
     from megatron_dypo.data.tokenizer import load_tokenizer
     from megatron_dypo.models.shape import PRESETS
-    from megatron_dypo.rollout.engine import build_engine
+    from megatron_dypo.rollout.engines import build_engine
     from megatron_dypo.runtime import distributed
 
     config = make_config(rollout={"engine": name, **rollout})

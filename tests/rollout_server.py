@@ -12,7 +12,7 @@ from typing import Any
 
 from aiohttp import web
 
-from megatron_dypo.rollout.serve import VARIABLE
+from megatron_dypo.rollout.server import VARIABLE
 from tests.loopback_server import LoopbackServer
 
 SECRET = "only for these tests"  # noqa: S105

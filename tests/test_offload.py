@@ -172,7 +172,8 @@ def turns_of_the_engine(name: str, folder: str) -> list[list]:
     import numpy as np
 
     from megatron_dypo.data.tokenizer import load_tokenizer
-    from megatron_dypo.rollout.engine import Request, Sampling, build_engine
+    from megatron_dypo.rollout.engine import Request, Sampling
+    from megatron_dypo.rollout.engines import build_engine
     from megatron_dypo.weight_sync.source import Weights
 
     config, policy = build("llama", {"rollout": {"engine": name, "verify_sync": "sent"}})

@@ -35,6 +35,7 @@ def listening(answer: bytes = b"") -> Iterator[int]:
 
         threading.Thread(target=serve, daemon=True).start()
         yield server.getsockname()[1]
+        server.shutdown(socket.SHUT_RDWR)  # a thread that waits in accept would hold the port after the close
 
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.0 400 Bad Request\r\n\r\n"])

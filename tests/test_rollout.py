@@ -126,7 +126,7 @@ def sample_one_prompt(folder: str) -> int:
     from megatron_dypo.data.tokenizer import load_tokenizer
     from megatron_dypo.models.shape import PRESETS
     from megatron_dypo.records import Group, Prompt
-    from megatron_dypo.rollout.engine import build_engine
+    from megatron_dypo.rollout.engines import build_engine
     from megatron_dypo.rollout.sampling import sample
     from megatron_dypo.runtime import distributed
     from tests.batches import make_config

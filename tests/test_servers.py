@@ -21,7 +21,7 @@ import requests
 import yaml
 
 from benchmarks.servers import Servers, free_ports, running
-from megatron_dypo.rollout.serve import VARIABLE
+from megatron_dypo.rollout.server import VARIABLE
 from tests.agreement import MODELS, agreement, build, check, compare, policy_at, sampling
 from tests.agreement import requests as requests_to_sample
 from tests.launch import copy_task, metrics

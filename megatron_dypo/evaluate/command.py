@@ -42,7 +42,7 @@ from megatron_dypo.models.limits import check_policy
 from megatron_dypo.models.shape import ModelShape, of_weights
 from megatron_dypo.models.sharding import refuse, watched
 from megatron_dypo.records import Prompt
-from megatron_dypo.rollout.engine import build_engine, check_vllm, engine_name
+from megatron_dypo.rollout.engines import build_engine, check_vllm, engine_name
 from megatron_dypo.rollout.sampling import encode_prompts
 from megatron_dypo.runtime import distributed
 from megatron_dypo.runtime.determinism import stable_hash

@@ -22,23 +22,10 @@ from megatron_dypo.errors import UserError
 from megatron_dypo.models.hf_config import write_config
 from megatron_dypo.models.limits import check_policy
 from megatron_dypo.models.shape import model_shape
-from megatron_dypo.rollout.engine import check_vllm, sync_backend
-from megatron_dypo.rollout.vllm_args import as_flags, engine_arguments, served_model_name, set_environment
+from megatron_dypo.rollout.engines import check_vllm
+from megatron_dypo.rollout.server import VARIABLE, server_token
+from megatron_dypo.rollout.vllm_args import as_flags, engine_arguments, served_model_name, set_environment, sync_backend
 from megatron_dypo.runtime.distributed import device_kind, is_loopback
-
-VARIABLE = "MEGATRON_DYPO_SERVER_TOKEN"
-SHORTEST_TOKEN = 16  # characters
-
-
-def server_token() -> str:
-    """The token that servers and trainer share. Raises UserError where the environment has none worth the name."""
-    token = os.environ.get(VARIABLE, "")
-    if len(token) < SHORTEST_TOKEN:
-        raise UserError(
-            f"{VARIABLE}: rollout servers and trainer need the same secret token in the environment, "
-            f"of at least {SHORTEST_TOKEN} characters (openssl rand -hex 32)"
-        )
-    return token
 
 
 class RequireToken:

@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from urllib.parse import urlsplit
 
 import aiohttp
 import numpy as np
 
+from megatron_dypo.errors import UserError
 from megatron_dypo.records import Response
 from megatron_dypo.rollout.engine import Request, Sampling
 from megatron_dypo.rollout.routed_experts import from_text
-from megatron_dypo.rollout.serve import VARIABLE, server_token
 from megatron_dypo.rollout.vllm_args import sampling_arguments
 from megatron_dypo.runtime.distributed import is_loopback
 
 _SHOWN = 200  # characters of what a server answered
+VARIABLE = "MEGATRON_DYPO_SERVER_TOKEN"
+SHORTEST_TOKEN = 16  # characters
+
+
+def server_token() -> str:
+    """The token that servers and trainer share. Raises UserError where the environment has none worth the name."""
+    token = os.environ.get(VARIABLE, "")
+    if len(token) < SHORTEST_TOKEN:
+        raise UserError(
+            f"{VARIABLE}: rollout servers and trainer need the same secret token in the environment, "
+            f"of at least {SHORTEST_TOKEN} characters (openssl rand -hex 32)"
+        )
+    return token
 
 
 class ServerFault(Exception):

@@ -10,11 +10,11 @@ from urllib.parse import urlsplit
 
 from megatron_dypo.config.schema import Config
 from megatron_dypo.records import Response
-from megatron_dypo.rollout.engine import Request, Sampling, sync_backend
+from megatron_dypo.rollout.engine import Request, Sampling
 from megatron_dypo.rollout.router import Limits, Router
 from megatron_dypo.rollout.server import Server
 from megatron_dypo.rollout.server_pool import ServerPool
-from megatron_dypo.rollout.vllm_args import MOST_SEQUENCES
+from megatron_dypo.rollout.vllm_args import MOST_SEQUENCES, sync_backend
 from megatron_dypo.rollout.vllm_versions import weight_source
 from megatron_dypo.runtime.distributed import Layout, all_gather_objects, device_kind
 from megatron_dypo.weight_sync.checksum import ChecksummedWeights

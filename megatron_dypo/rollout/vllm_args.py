@@ -50,6 +50,12 @@ def longest(config: Config, shape: ModelShape) -> int:
     return min(shape.max_position, config.window)
 
 
+def sync_backend(config: Config, kind: str) -> str:
+    """Return ``rollout.sync_backend`` with ``auto`` resolved for trainers and servers on devices of ``kind``."""
+    wanted = config.rollout.sync_backend
+    return wanted if wanted != "auto" else {"cuda": "nccl", "cpu": "shared_memory"}[kind]
+
+
 def set_environment(kind: str, **also: str) -> None:
     """Set the variables that vLLM reads when it is imported, on a device of ``kind`` (cuda, cpu)."""
     for name, value in (_ENVIRONMENT[kind] | also).items():
