@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from megatron_dypo.checkpoint.catalog import complete_steps, none_left
 from megatron_dypo.config.load import dump, fingerprint
+from megatron_dypo.config.reads import unread
 from megatron_dypo.config.renamed import rename
 from megatron_dypo.config.schema import Config, walk
 from megatron_dypo.errors import UserError
@@ -72,7 +73,8 @@ def checkpoints(config: Config) -> list[int]:
         ours = json.loads(json.dumps(fingerprint(config)))
         absent = {name: info.default for name, info in walk() if name in ours}  # of before a key was there
         theirs = absent | rename(theirs)
-        differing = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+        read = [name for name in ours | theirs if name not in unread(config)]
+        differing = [name for name in read if ours.get(name) != theirs.get(name)]
         if differing:
             changes = ", ".join(f"{name} (was {theirs.get(name)!r}, now {ours.get(name)!r})" for name in differing)
             raise UserError(f"trainer.run_dir: {run_dir} belongs to another run; differing: {changes}")

@@ -253,19 +253,19 @@ RULES = [  # of checks.py: (overrides that break it, what the line starts with)
     (["rollout.engine=replay"], "rollout.replay: "),
     (
         ["rollout.engine=replay", "rollout.replay=a", "rollout.async_rollout=1"],
-        "rollout.async_rollout: of no effect with rollout.",
+        "rollout.async_rollout: 1 is not read with rollout.engine: replay",
     ),
     (
         ["rollout.engine=replay", "rollout.replay=a", "rollout.dynamic_sampling=true"],
-        "rollout.dynamic_sampling: of no effect with rollout.",
+        "rollout.dynamic_sampling: true is not read with rollout.engine: replay",
     ),
     (
         ["objective.method=sft", "rollout.async_rollout=1"],
-        "rollout.async_rollout: of no effect with objective.method: sft",
+        "rollout.async_rollout: 1 is not read with objective.method: sft",
     ),
     (
         ["objective.method=sft", "rollout.dynamic_sampling=true"],
-        "rollout.dynamic_sampling: of no effect with objective.method: sft",
+        "rollout.dynamic_sampling: true is not read with objective.method: sft",
     ),
     (["rollout.async_rollout=1", "trainer.offload=true"], "rollout.async_rollout, trainer.offload: "),
     (["rollout.async_rollout=1", "trainer.deterministic=true"], "rollout.async_rollout, trainer.deterministic: "),
@@ -280,7 +280,10 @@ RULES = [  # of checks.py: (overrides that break it, what the line starts with)
         ["optimizer.schedule=linear", "optimizer.schedule_steps=5", "optimizer.warmup_steps=5"],
         "optimizer.schedule_steps: ",
     ),
-    (["optimizer.min_lr=1"], "optimizer.min_lr: "),
+    (
+        ["optimizer.min_lr=1", "optimizer.schedule=linear", "optimizer.schedule_steps=6"],
+        "optimizer.min_lr: 1.0 exceeds",
+    ),
     (["optimizer.betas=[0.9, 1.0]"], "optimizer.betas: "),
     (["optimizer.betas=[-0.1, 0.9]"], "optimizer.betas: "),
     (["trainer.eval_every=1"], "trainer.eval_every: needs data.valid or evaluation.suites"),
@@ -309,7 +312,7 @@ def test_keys_that_cannot_work_together_are_refused(smallest, overrides, start):
         ["objective.updates_per_rollout=64"],
         ["objective.method=grpo", "rollout.samples_per_prompt=2"],
         ["optimizer.schedule=linear", "optimizer.schedule_steps=6", "optimizer.warmup_steps=5"],
-        ["optimizer.min_lr=1e-6"],
+        ["optimizer.min_lr=1e-6", "optimizer.schedule=linear", "optimizer.schedule_steps=6"],
         ["optimizer.betas=[0, 0.999]"],
         ["trainer.eval_every=1", "data.valid=rows.jsonl"],
         ["parallel.sequence_parallel=true", "parallel.tensor=2"],
@@ -462,7 +465,7 @@ def test_a_path_key_knows_the_home_folder_and_the_environment(tmp_path, smallest
             suffix = ".py:score" if name == "reward.function" else ""
             config = load_config(smallest, [f"{name}={text}{suffix}", *other])
             assert attrgetter(name)(config) == expected + suffix
-    config = load_config(smallest, ["logging.wandb_project=$DATA", "evaluation.system=~/x"])
+    config = load_config(smallest, ["logging.wandb=offline", "logging.wandb_project=$DATA", "evaluation.system=~/x"])
     assert (config.logging.wandb_project, config.evaluation.system) == ("$DATA", "~/x"), "no paths"
 
 

@@ -148,7 +148,7 @@ def test_without_any_server_a_run_ends_with_one_line_and_goes_on_from_its_checkp
     config = copy_task(
         tmp_path,
         model__preset="tiny",
-        model__shape={},
+        model__shape=MODELS[MODEL],
         data__max_prompt_tokens=200,
         rollout__max_response_tokens=56,
         rollout__engine="server",

@@ -1,8 +1,9 @@
 """Configuration: one YAML file, typed and validated before anything is built.
 
-``schema.py`` holds every key with its type, default and documentation (the only place), ``load.py`` reads files and
-overrides, ``checks.py`` holds the rules that span several keys, ``renamed.py`` and ``synonyms.py`` the names that keys
-had before and have elsewhere, ``render.py`` prints ``--help`` and the reference page.
+``sections_*.py`` hold every key with its type, default and documentation (the only place), ``schema.py`` puts them
+together, ``load.py`` reads files and overrides. ``reads.py`` is the table of when a key is read,
+``checks.py`` holds the rules that span several keys, ``renamed.py`` and ``synonyms.py`` the names that keys had before
+and have elsewhere. ``render.py`` prints ``--help`` and the reference page.
 """
 
 from megatron_dypo.config.load import load_config

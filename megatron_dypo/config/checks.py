@@ -47,12 +47,8 @@ def _rules(config: Config):
         "rollout.replay: engine `replay` needs the folder of recorded rollouts",
     )
     yield (
-        rollout.engine != "replay" and rollout.replay is not None,
-        "rollout.replay: only read with rollout.engine: replay",
-    )
-    yield (
-        (rollout.engine == "server") != bool(rollout.servers),
-        "rollout.servers: the addresses of the servers, needed by rollout.engine: server and read by no other",
+        rollout.engine == "server" and not rollout.servers,
+        "rollout.servers: the addresses of the servers, needed by rollout.engine: server",
     )
     fault = _address_fault(rollout.servers)
     yield fault is not None, fault or ""
@@ -91,15 +87,6 @@ def _rules(config: Config):
         f"trainer.spike_factor: {config.trainer.spike_factor} would skip ordinary updates; give more than 1, or 0",
     )
     in_process = rollout.engine not in ("server", "replay")
-    for name, asked in (
-        ("async_rollout", rollout.async_rollout > 0),
-        ("dynamic_sampling", rollout.dynamic_sampling),
-    ):
-        nothing = "rollout.engine: replay" if rollout.engine == "replay" else "objective.method: sft"
-        yield (
-            asked and (rollout.engine == "replay" or objective.method == "sft"),
-            f"rollout.{name}: of no effect with {nothing}, which samples nothing",
-        )
     yield (
         rollout.async_rollout > 0
         and rollout.max_staleness is not None
@@ -137,19 +124,6 @@ def _reward_rules(reward: Reward, longest: int):
         reward.function not in REWARD_FUNCTIONS and not is_custom(reward.function),
         f"reward.function: {reward.function!r} is none of {', '.join(REWARD_FUNCTIONS)}, package.module:function and "
         "path/file.py:function",
-    )
-    yield (
-        (reward.format == "none") != (reward.format_penalty == 0),
-        "reward.format, reward.format_penalty: of no effect without each other",
-    )
-    default = Reward.model_fields["overlong_penalty"].default
-    yield (
-        not reward.overlong_tokens and reward.overlong_penalty != default,
-        "reward.overlong_penalty: of no effect without reward.overlong_tokens",
-    )
-    yield (
-        reward.overlong_tokens > 0 and reward.overlong_penalty == 0,
-        "reward.overlong_tokens: of no effect with reward.overlong_penalty: 0",
     )
     yield (
         reward.overlong_tokens > longest,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -14,11 +15,14 @@ from pydantic import BaseModel, ValidationError
 
 from megatron_dypo.config import synonyms
 from megatron_dypo.config.checks import check
+from megatron_dypo.config.reads import idle_keys, lookup, set_aside
 from megatron_dypo.config.renamed import answers, rename_tree
 from megatron_dypo.config.schema import Config, Parallel, walk
 from megatron_dypo.config.yaml_text import parse_yaml
 from megatron_dypo.errors import UserError
 from megatron_dypo.escapes import swallowed
+
+log = logging.getLogger(__name__)
 
 # What must not get into a run folder or a log, even in the line that refuses it.
 _CREDENTIALS = re.compile(r"://[^/\s@]*:[^/\s@]*@")
@@ -32,11 +36,33 @@ _NO_TEXT = re.compile("[\0\ud800-\udfff]")  # what YAML can escape, and no path 
 def load_config(path: str | Path, overrides: list[str] | None = None, *, recorded: bool = False) -> Config:
     """Read ``path``, apply ``section.key=value`` overrides (a later one wins), validate.
 
+    A key of the file that is not read because of an override has its default, and a line of information says so.
     ``recorded``: a run folder's ``config.yaml``, in which keys that were renamed since are read.
     Raises UserError: unreadable file, bad YAML, unknown key (names the nearest known one), old name of a key (names
-    today's), wrong type or value, or a combination of values that cannot work.
+    today's), wrong type or value, a key that is not read, or a combination of values that cannot work.
     """
-    path = Path(path)
+    path, overrides = Path(path), overrides or []
+    config = _read(path, overrides, recorded)
+    named = tuple(override.partition("=")[0] for override in overrides)
+    given = {key for key, _ in walk() if f"{key}.".startswith(tuple(f"{name}." for name in named))}
+    try:
+        notes = set_aside(config, given, recorded)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    if notes:
+        log.info("%s: not read in this run: %s", path, ", ".join(notes))
+    check(config, str(path))
+    return config
+
+
+def still_read(path: str | Path, overrides: list[str]) -> list[str]:
+    """``overrides`` without those of keys that the others make idle."""
+    idle = {each.key for each in idle_keys(_read(Path(path), overrides))}
+    return [override for override in overrides if override.partition("=")[0] not in idle]
+
+
+def _read(path: Path, overrides: list[str], recorded: bool = False) -> Config:
+    """File and overrides, each key by itself as it must be."""
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -47,7 +73,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None, *, recorde
         raise UserError(f"{path}: the configuration must be a mapping of sections")
     if recorded:
         rename_tree(tree)
-    for override in overrides or []:
+    for override in overrides:
         _apply(tree, override)
     if old := answers(tree):
         raise UserError(f"{path}: {'; '.join(old)}")
@@ -55,9 +81,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None, *, recorde
         if fault := _unusable(value):
             raise UserError(f"{path}: {name}: {fault}")
     _expand_paths(tree, str(path))
-    config = _validate(tree, str(path))
-    check(config, str(path))
-    return config
+    return _validate(tree, str(path))
 
 
 def load_parallel(overrides: list[str], source: str) -> Parallel:
@@ -204,17 +228,11 @@ def _shown(value: Any) -> str:
 
 
 def dump(config: Config) -> str:
-    """The resolved configuration as YAML, every key with its value."""
+    """The resolved configuration as YAML: every key with its value, or its default where this run does not read it."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
 
 
 def fingerprint(config: Config) -> dict[str, Any]:
-    """The keys a run folder belongs to: all but those marked ``resumable``. Flat: dotted key -> value."""
-
-    def lookup(dotted: str) -> Any:
-        node: Any = config
-        for part in dotted.split("."):
-            node = getattr(node, part)
-        return node
-
-    return {name: lookup(name) for name, info in walk() if not info.json_schema_extra["resumable"]}
+    """The keys a run folder belongs to: all but those marked ``resumable``. Flat: dotted key -> value as written."""
+    kept = [name for name, info in walk() if not info.json_schema_extra["resumable"]]
+    return {name: config.written[name] if name in config.written else lookup(config, name) for name in kept}

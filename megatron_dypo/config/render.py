@@ -5,12 +5,13 @@ from __future__ import annotations
 import textwrap
 from typing import Literal, get_args, get_origin
 
+from megatron_dypo.config.reads import read_with
 from megatron_dypo.config.schema import Config, walk
 
 _INTRODUCTION = """\
 # Configuration
 
-<!-- Written by `python -m megatron_dypo.config > docs/configuration.md` from megatron_dypo/config/schema.py. -->
+<!-- Written by `python -m megatron_dypo.config > docs/configuration.md` from megatron_dypo/config/. -->
 
 One YAML file, checked as a whole before anything is built:
 `python -m megatron_dypo train CONFIG [section.key=value ...]`.
@@ -19,6 +20,10 @@ that names the nearest known one, or ours where verl, TRL, Megatron-LM or vLLM h
 Relative paths are relative to the working directory; `~` and `$VARIABLE` in a path stand for what they stand for in a
 shell. Numbers are decimal (`010` is ten). Four keys have to be given: `model.preset` (or `model.hf`), `data.train`,
 `trainer.steps` and `trainer.run_dir`.
+
+A key that is set and not read is an error that names it and the key that decides, where both are in the file, or where
+the key is on the command line. A key of the file that an override makes idle (`objective.method=sft` with
+`objective.alpha` in the file) is named in one line, and the run goes on without it.
 """
 
 
@@ -43,12 +48,18 @@ def _default(info) -> str:
     )
 
 
+def _meaning(dotted: str, info) -> str:
+    """What a key is for, and when it is read."""
+    when = read_with(dotted)
+    return f"{info.description} Read with {when}." if when else info.description
+
+
 def key_reference() -> str:
     """Every key with type, default and meaning, for a terminal."""
     lines = ["configuration keys:"]
     for dotted, info in walk():
         lines.append(f"  {dotted}  ({_type(info.annotation)}; {_default(info)})")
-        lines.extend(textwrap.wrap(info.description, 100, initial_indent="      ", subsequent_indent="      "))
+        lines.extend(textwrap.wrap(_meaning(dotted, info), 100, initial_indent="      ", subsequent_indent="      "))
     return "\n".join(lines)
 
 
@@ -74,6 +85,6 @@ def markdown() -> str:
                 "|---|---|---|---|",
             ]
         resumable = " *(may change on resume)*" if info.json_schema_extra["resumable"] else ""
-        cells = [f"`{leaf}`", _type(info.annotation), _default(info), info.description + resumable]
+        cells = [f"`{leaf}`", _type(info.annotation), _default(info), _meaning(dotted, info) + resumable]
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines) + "\n"

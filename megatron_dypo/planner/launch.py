@@ -10,6 +10,7 @@ import shlex
 from dataclasses import dataclass
 from itertools import groupby
 
+from megatron_dypo.config.load import still_read
 from megatron_dypo.planner.cluster import Candidate, Cluster
 
 PORT = 8000  # of a node's first server, as launch/servers.sh has it
@@ -57,8 +58,9 @@ def commands(candidate: Candidate, cluster: Cluster, engine_memory: float, confi
     if candidate.placement == "servers":
         hosts = [(("127.0.0.1" if alone else node.name), number) for node in nodes for number in range(node.servers)]
         keys["rollout.servers"] = f"[{','.join(f'http://{host}:{PORT + number}' for host, number in hosts)}]"
-    given = [override for override in given if override.partition("=")[0] not in keys]
-    words = [shlex.quote(word) for word in (config, *given, *(f"{name}={value}" for name, value in keys.items()))]
+    own = [override for override in given if override.partition("=")[0] not in keys]
+    overrides = still_read(config, [*own, *(f"{name}={value}" for name, value in keys.items())])
+    words = [shlex.quote(word) for word in (config, *overrides)]
     arguments = " ".join(words)
     trainers = [node for node in nodes if node.ranks]
     lines = []

@@ -1,0 +1,187 @@
+"""When a key is read: the one table from which the loader refuses, ``--help`` and the docs say who reads what.
+
+A key that is not in ``READ_WITH`` is always read. One that is there is read where all its conditions hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_dypo.config.schema import Config, walk
+
+# methods, as the recipes have it (objectives/routing.py)
+SAMPLING = ("dypo", "grpo")  # train on sampled responses
+PAIRS = ("dypo",)  # have GAL's term
+TEACHERS = ("dypo", "sft")  # train on teachers' traces
+
+
+@dataclass(frozen=True)
+class Condition:
+    """``text``: as the docs say it; ``keys`` decide; ``holds`` asks a configuration."""
+
+    text: str
+    keys: tuple[str, ...]
+    holds: Callable[[Config], bool]
+
+
+def lookup(config: Config, dotted: str) -> Any:
+    """The value of a key."""
+    node: Any = config
+    for part in dotted.split("."):
+        node = getattr(node, part)
+    return node
+
+
+def shown(value: Any) -> str:
+    """A value as YAML has it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+def _one_of(dotted: str, *values: Any) -> Condition:
+    text = f"`{dotted}: {'` or `'.join(map(shown, values))}`"
+    return Condition(text, (dotted,), lambda config: lookup(config, dotted) in values)
+
+
+def _not(dotted: str, value: Any) -> Condition:
+    return Condition(f"`{dotted}` other than {shown(value)}", (dotted,), lambda config: lookup(config, dotted) != value)
+
+
+def _above(dotted: str, value: float) -> Condition:
+    return Condition(f"`{dotted}` above {value}", (dotted,), lambda config: lookup(config, dotted) > value)
+
+
+def uses_reference(config: Config) -> bool:
+    """Whether any term reads the reference's log-probs (``objectives.coefficients.needs_reference``)."""
+    objective = config.objective
+    gal = objective.method in PAIRS and objective.alpha < 1
+    ratio = objective.method in SAMPLING and (objective.kl_coef > 0 or objective.ratio_base == "reference")
+    return gal or ratio
+
+
+_SAMPLES = _one_of("objective.method", *SAMPLING)
+_TEACHES = _one_of("objective.method", *TEACHERS)
+_GAL = (
+    _one_of("objective.method", *PAIRS),
+    Condition("`objective.alpha` below 1", ("objective.alpha",), lambda config: config.objective.alpha < 1),
+)
+_REFERENCE = Condition(
+    "GAL's term, `objective.kl_coef` above 0 or `objective.ratio_base: reference`",
+    ("objective.method", "objective.alpha", "objective.kl_coef", "objective.ratio_base"),
+    uses_reference,
+)
+_ENGINE = _not("rollout.engine", "replay")
+_SERVERS = _one_of("rollout.engine", "server")
+_VLLM = _one_of("rollout.engine", "auto", "vllm", "server")
+
+DEFAULTS = {name: info.get_default(call_default_factory=True) for name, info in walk()}
+READ_WITH: dict[str, tuple[Condition, ...]] = {
+    "model.probe": (_not("model.hf", None),),
+    "model.reference_on": (_REFERENCE, _not("objective.reference", "previous")),
+    "policy.routing_replay": (_SAMPLES,),
+    "data.max_teacher_tokens": (_TEACHES,),
+    "reward.extract": (_one_of("reward.function", "math", "choice", "reasoning_gym"), _ENGINE),
+    "reward.format": (_SAMPLES, _ENGINE, _above("reward.format_penalty", 0)),
+    "reward.format_penalty": (_SAMPLES, _ENGINE, _not("reward.format", "none")),
+    "reward.overlong_tokens": (_SAMPLES, _ENGINE, _above("reward.overlong_penalty", 0)),
+    "reward.overlong_penalty": (_SAMPLES, _ENGINE, _above("reward.overlong_tokens", 0)),
+    "reward.cpu_seconds": (_ENGINE,),
+    "reward.workers": (_ENGINE,),
+    "rollout.servers": (_SERVERS,),
+    "rollout.server_timeout": (_SERVERS,),
+    "rollout.sync_backend": (_SERVERS,),
+    "rollout.replay": (_one_of("rollout.engine", "replay"),),
+    "rollout.samples_per_prompt": (_SAMPLES,),
+    "rollout.temperature": (_SAMPLES,),
+    "rollout.top_p": (_SAMPLES, _ENGINE),
+    "rollout.correction": (_SAMPLES,),
+    "rollout.correction_cap": (_SAMPLES, _not("rollout.correction", "none")),
+    "rollout.async_rollout": (_SAMPLES, _ENGINE),
+    "rollout.max_staleness": (_SAMPLES,),
+    "rollout.dynamic_sampling": (_SAMPLES, _ENGINE),
+    "rollout.refill_rounds": (_SAMPLES, _ENGINE, _one_of("rollout.dynamic_sampling", True)),
+    "rollout.sync_timeout": (_ENGINE,),
+    "rollout.verify_sync": (_VLLM,),
+    "rollout.engine_eager": (_VLLM,),
+    "rollout.engine_memory": (_VLLM,),
+    "rollout.head_dtype": (_VLLM,),
+    "objective.alpha": _GAL[:1],
+    "objective.beta_gal": _GAL,
+    "objective.gal_length_normalize": _GAL,
+    "objective.gamma": (_TEACHES,),
+    "objective.sft_length_normalize": (_TEACHES,),
+    "objective.teachers_per_prompt": (_TEACHES,),
+    "objective.clip_low": (_SAMPLES,),
+    "objective.clip_high": (_SAMPLES,),
+    "objective.kl_coef": (_SAMPLES,),
+    "objective.hard_max_solved": (_SAMPLES,),
+    "objective.aggregation": (_SAMPLES,),
+    "objective.aggregation_constant": (_SAMPLES, _one_of("objective.aggregation", "constant")),
+    "objective.ratio_base": (_SAMPLES,),
+    "objective.ratio_level": (_SAMPLES,),
+    "objective.reference": (_REFERENCE,),
+    "objective.advantage_std": (_SAMPLES,),
+    "objective.refresh_pair_weights": (_SAMPLES, _above("objective.updates_per_rollout", 1)),
+    "optimizer.min_lr": (_not("optimizer.schedule", "constant"),),
+    "optimizer.schedule_steps": (_not("optimizer.schedule", "constant"),),
+    "logging.wandb_project": (_not("logging.wandb", "off"),),
+}
+
+
+@dataclass(frozen=True)
+class Idle:
+    """A key that is set and not read, its value, and the conditions that do not hold."""
+
+    key: str
+    value: Any
+    failing: list[Condition]
+
+
+def unread(config: Config) -> dict[str, list[Condition]]:
+    """The keys that ``config`` does not read, with the conditions that do not hold."""
+    failing = {name: [each for each in all_ if not each.holds(config)] for name, all_ in READ_WITH.items()}
+    return {name: conditions for name, conditions in failing.items() if conditions}
+
+
+def idle_keys(config: Config) -> list[Idle]:
+    """The keys that ``config`` does not read although their values are not the defaults."""
+    values = {name: lookup(config, name) for name in READ_WITH}
+    return [Idle(name, values[name], each) for name, each in unread(config).items() if values[name] != DEFAULTS[name]]
+
+
+def set_aside(config: Config, given: set[str], recorded: bool = False) -> list[str]:
+    """Put the defaults in place of what an override made idle; returns those keys, each with what decided.
+
+    ``given``: the keys of the overrides. Raises ValueError (one line, naming both keys) where an idle key is among them
+    or is decided by the file itself, unless the file is a ``recorded`` one, of before such keys were refused.
+    """
+    notes, overridden = [], set(given)
+    while found := idle_keys(config):
+        for idle in found:
+            own = [condition for condition in idle.failing if not overridden & set(condition.keys)]
+            if (idle.key in given or own) and not recorded:
+                (condition, *_) = own or idle.failing
+                raise ValueError(
+                    f"{idle.key}: {shown(idle.value)} is not read with {_deciding(config, condition)}, "
+                    f"only with {condition.text.replace('`', '')}"
+                )
+        notes += [f"{idle.key} (with {_deciding(config, idle.failing[0])})" for idle in found]
+        for idle in found:
+            section, _, leaf = idle.key.rpartition(".")
+            setattr(lookup(config, section), leaf, DEFAULTS[idle.key])
+            config.written[idle.key] = idle.value
+            overridden.add(idle.key)
+    return notes
+
+
+def _deciding(config: Config, condition: Condition) -> str:
+    """Name the keys that decide, with their values."""
+    return ", ".join(f"{name}: {shown(lookup(config, name))}" for name in condition.keys)
+
+
+def read_with(dotted: str) -> str:
+    """Say in words when a key is read; empty where it always is."""
+    return " and ".join(condition.text for condition in READ_WITH.get(dotted, ()))

@@ -1,0 +1,162 @@
+"""Keys of the way from scored responses to a trained, evaluated and logged model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megatron_dypo.config.section import Section, key
+
+
+class Objective(Section):
+    """What is optimised (docs/objective.md)."""
+
+    method: Literal["dypo", "grpo", "sft"] = key(
+        "dypo", "Recipe: which regime trains which term. `grpo` and `sft` are the comparisons' single-term recipes."
+    )
+    scale: Literal["token", "trajectory"] = key(
+        "token", "One unit for all three terms: means over a response's tokens, or sums (the paper's literal form)."
+    )
+    alpha: float = key(0.5, "Mid: weight of GRPO; GAL has 1 - alpha.", ge=0, le=1)
+    beta_gal: float = key(1.0, "GAL's inverse temperature.", gt=0)
+    gamma: float = key(1.0, "Hard: weight of SFT on a teacher's trace.", ge=0)
+    clip_low: float = key(0.2, "GRPO: lower clip distance of the ratio.", ge=0, le=1)
+    clip_high: float = key(0.2, "GRPO: upper clip distance of the ratio.", ge=0)
+    kl_coef: float = key(0.0, "GRPO: weight of the k3 estimate of KL(policy || reference).", ge=0)
+    hard_max_solved: int = key(0, "Hard if at most so many of the k responses are right.", ge=0)
+    reward_threshold: float = key(0.5, "A response is right from this reward on.")
+    teachers_per_prompt: int = key(
+        1, "Hard: teacher traces drawn without replacement; their losses are averaged.", ge=1
+    )
+    aggregation: Literal["scale", "token_mean", "constant"] = key(
+        "scale",
+        "GRPO over tokens: as `scale` says; one mean over all Mid tokens of the batch; or sums divided by `aggregation_constant`.",
+    )
+    aggregation_constant: int | None = key(
+        None, "Fixed length of `aggregation: constant`; default: `rollout.max_response_tokens`.", ge=1
+    )
+    gal_length_normalize: bool | None = key(
+        None, "GAL's log-ratio as a mean over tokens (true) or a sum (false); default: as `scale` says."
+    )
+    sft_length_normalize: bool | None = key(
+        None, "SFT as a mean over tokens (true) or a sum (false); default: as `scale` says."
+    )
+    normalize: Literal["all", "active"] = key("all", "Q counts all prompts of the batch, or those that contribute.")
+    ratio_base: Literal["old", "reference"] = key(
+        "old", "GRPO's ratio is against the behaviour policy, or against the reference (the paper's literal form)."
+    )
+    ratio_level: Literal["token", "sequence"] = key("token", "GRPO's ratio per token, or one per response.")
+    reference: str = key(
+        "initial",
+        "Frozen reference: `initial` weights, `previous` (at the last rollout), or `every:N` steps.",
+        pattern=r"^(initial|previous|every:[1-9][0-9]*)$",
+    )
+    advantage_std: Literal["population", "sample", "none"] = key(
+        "population", "Divisor of the group advantage; `none` is Dr. GRPO's."
+    )
+    updates_per_rollout: int = key(1, "Optimizer updates per rollout: mini-batches of whole prompts.", ge=1)
+    refresh_pair_weights: bool = key(True, "Several updates: recompute the trajectory coefficients before each.")
+
+
+class Optimizer(Section):
+    """Adam, as Megatron-Core runs it."""
+
+    lr: float = key(1e-6, "Peak learning rate.", gt=0)
+    min_lr: float = key(0.0, "Final learning rate of a decaying schedule.", ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = key("constant", "Decay after the warm-up.")
+    schedule_steps: int | None = key(
+        None, "Steps over which the schedule decays; needed by `linear` and `cosine`.", ge=1
+    )
+    warmup_steps: int = key(0, "Linear warm-up.", ge=0)
+    betas: list[float] = key([0.9, 0.95], "Adam's betas.", min_length=2, max_length=2)
+    eps: float = key(1e-8, "Adam's epsilon.", gt=0)
+    weight_decay: float = key(0.0, "Decoupled weight decay (not on norms and biases).", ge=0)
+    clip_grad: float = key(1.0, "Largest global gradient norm; 0 is off.", ge=0)
+    distributed: bool = key(
+        False,
+        "Shard the optimizer's state over data-parallel ranks; may be switched on resume.",
+        resumable=True,
+    )
+    overlap_grad_reduce: bool = key(
+        False, "Sum gradients over data-parallel ranks while the backward pass goes on.", resumable=True
+    )
+
+
+class Trainer(Section):
+    """The loop."""
+
+    steps: int = key(..., "Training steps (rollouts).", ge=1, resumable=True)
+    seed: int = key(0, "Seed of initial weights, sampling and teacher draws.", ge=0, lt=2**63)
+    deterministic: bool = key(
+        False,
+        "CUDA: only kernels with one result, in training and in vLLM, so that a run repeats bit for bit on the same machine and layout; slower. CPU runs repeat anyway.",
+        resumable=True,
+    )
+    offload: bool = key(
+        False,
+        "Policy and rollout engine take turns on the GPU, so that each may need most of its memory: weights, gradients and optimizer state are in host memory while the engine samples, and the engine gives its memory back while the policy trains. No use on CPU.",
+        resumable=True,
+    )
+    eval_every: int = key(
+        0,
+        "Greedy evaluation on `data.valid` every so many steps, and before and after training; 0: never.",
+        ge=0,
+        resumable=True,
+    )
+    save_every: int = key(0, "Checkpoint every so many steps, and at the end; 0: never.", ge=0, resumable=True)
+    keep_checkpoints: int = key(2, "Newest checkpoints kept.", ge=1, resumable=True)
+    max_skipped_steps: int = key(
+        5, "Skipped steps (not finite, or a spike) in a row before the run stops.", ge=1, resumable=True
+    )
+    spike_factor: float = key(
+        0.0,
+        "Skip an update whose gradient norm exceeds so many times the median of the last 50 applied ones (20 at least); 0: never.",
+        ge=0,
+        resumable=True,
+    )
+    run_dir: str = key(..., "Run folder.", path=True, resumable=True)
+
+
+class Evaluation(Section):
+    """The suites that `evaluate` and `trainer.eval_every` run."""
+
+    suites: list[str] = key(
+        [],
+        "Suites for `trainer.eval_every`: `aime24`, `aime25`, `amc23`, `math500`, `minerva`, `arc_c`, `gpqa_diamond`, `gsm8k`, or files of one's own (`[NAME=]FILE[?samples=N&extract=number]`).",
+        resumable=True,
+    )
+    data: str | None = key(
+        None,
+        "Folder of the suites' files; default: the Hugging Face hub (library `datasets`).",
+        path=True,
+        resumable=True,
+    )
+    samples: int | None = key(
+        None, "Responses per problem; default: each suite's own (32 for AIME and AMC, else 1).", ge=1, resumable=True
+    )
+    temperature: float = key(0.6, "Sampling temperature; 0 is greedy.", ge=0, resumable=True)
+    top_p: float = key(1.0, "Nucleus sampling.", gt=0, le=1, resumable=True)
+    max_response_tokens: int | None = key(
+        None, "Longest response; default: `rollout.max_response_tokens`.", ge=1, resumable=True
+    )
+    extract: Literal["boxed", "marked", "number"] | None = key(
+        None, "As `reward.extract`; default: each suite's own (`number` for GSM8K, else `boxed`).", resumable=True
+    )
+    system: str | None = key(
+        None, "System message before each problem; default: the file's own, or none.", resumable=True
+    )
+    instruction: str | None = key(
+        "Please reason step by step, and put your final answer within \\boxed{}.",
+        "Follows each problem, after a blank line; null: nothing does.",
+        resumable=True,
+    )
+    shuffle_options: bool = key(True, "Multiple choice: shuffle the options, by `seed`.", resumable=True)
+    limit: int | None = key(None, "The first so many problems of each suite; default: all.", ge=1, resumable=True)
+    seed: int = key(0, "Seed of samples, shuffles and confidence intervals.", ge=0, lt=2**63, resumable=True)
+
+
+class Logging(Section):
+    """Who is told."""
+
+    wandb: Literal["off", "offline", "online"] = key("off", "Weights & Biases.", resumable=True)
+    wandb_project: str = key("megatron_dypo", "Weights & Biases project.", resumable=True)
+    tensorboard: bool = key(False, "TensorBoard event files in the run folder.", resumable=True)
