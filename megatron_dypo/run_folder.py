@@ -73,8 +73,8 @@ def checkpoints(config: Config) -> list[int]:
         ours = json.loads(json.dumps(fingerprint(config)))
         absent = {name: info.default for name, info in walk() if name in ours}  # of before a key was there
         theirs = absent | rename(theirs)
-        read = [name for name in ours | theirs if name not in unread(config)]
-        differing = [name for name in read if ours.get(name) != theirs.get(name)]
+        idle = unread(config)
+        differing = [name for name in ours | theirs if name not in idle and ours.get(name) != theirs.get(name)]
         if differing:
             changes = ", ".join(f"{name} (was {theirs.get(name)!r}, now {ours.get(name)!r})" for name in differing)
             raise UserError(f"trainer.run_dir: {run_dir} belongs to another run; differing: {changes}")

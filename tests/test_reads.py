@@ -11,10 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
-from megatron_dypo.batching.grade import draw_teachers
-from megatron_dypo.objectives.correction import Correction
-from megatron_dypo.objectives.routing import RECIPES
 
+from megatron_dypo import run_folder
 from megatron_dypo.config import load_config, render
 from megatron_dypo.config.load import dump, fingerprint, still_read
 from megatron_dypo.config.reads import (
@@ -30,9 +28,10 @@ from megatron_dypo.config.reads import (
 )
 from megatron_dypo.config.schema import Config, Objective, walk
 from megatron_dypo.errors import UserError
-from megatron_dypo.objectives.coefficients import needs_reference
-from megatron_dypo.records import Regime
-from megatron_dypo.runtime import run_folder
+from megatron_dypo.objectives.coefficients import Correction, needs_reference
+from megatron_dypo.objectives.recipes import RECIPES
+from megatron_dypo.records import Kind
+from megatron_dypo.training.minibatch import draw_teachers
 from tests import test_objectives as ours
 from tests.test_config import SMALLEST, complaint
 
@@ -63,11 +62,9 @@ def test_every_row_is_of_keys_that_there_are_and_the_methods_are_the_recipes():
     for conditions in READ_WITH.values():
         assert {key for condition in conditions for key in condition.keys} <= keys.keys()
     assert set(SAMPLING) == {name for name, recipe in RECIPES.items() if recipe.samples}
-    assert set(PAIRS) == {name for name, recipe in RECIPES.items() if recipe.samples and recipe.alpha is None}
-    regimes = (None, *Regime)
-    assert set(TEACHERS) == {
-        name for name, recipe in RECIPES.items() if "teacher" in [recipe.route(regime) for regime in regimes]
-    }
+    assert set(PAIRS) == {name for name, recipe in RECIPES.items() if "gal" in [term.rule for term in recipe.terms]}
+    sources = {name: {term.source for term in recipe.terms} for name, recipe in RECIPES.items()}
+    assert set(TEACHERS) == {name for name, kinds in sources.items() if Kind.TEACHER in kinds}
 
 
 def outcome(objective: Objective) -> list[float]:
@@ -75,7 +72,7 @@ def outcome(objective: Objective) -> list[float]:
     rewards = [[1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 1], [1, 0, 0, 0], [0.9, 0.5, 0.5, 0.1]]
     two = objective.model_copy(update={"teachers_per_prompt": 2})
     batch = ours.make_batch(rewards, two, seed=3, traces=[2] * len(rewards))
-    for group in batch.groups:  # as batching/grade.py has it
+    for group in batch.groups:  # as training/minibatch.py has it
         draw_teachers(group, [0, 1], 0, 1, objective.teachers_per_prompt)
     correction = Correction("none", 2.0)
     found = ours.ours(batch, objective, correction, seed=0)

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_dypo.config.checks import REWARD_FUNCTIONS
 from megatron_dypo.config.schema import Config, walk
 
-# methods, as the recipes have it (objectives/routing.py)
+# methods, as the recipes have it (objectives/recipes.py)
 SAMPLING = ("dypo", "grpo")  # train on sampled responses
 PAIRS = ("dypo",)  # have GAL's term
 TEACHERS = ("dypo", "sft")  # train on teachers' traces
@@ -83,7 +84,7 @@ READ_WITH: dict[str, tuple[Condition, ...]] = {
     "model.reference_on": (_REFERENCE, _not("objective.reference", "previous")),
     "policy.routing_replay": (_SAMPLES,),
     "data.max_teacher_tokens": (_TEACHES,),
-    "reward.extract": (_one_of("reward.function", "math", "choice", "reasoning_gym"), _ENGINE),
+    "reward.extract": (_one_of("reward.function", *REWARD_FUNCTIONS), _ENGINE),
     "reward.format": (_SAMPLES, _ENGINE, _above("reward.format_penalty", 0)),
     "reward.format_penalty": (_SAMPLES, _ENGINE, _not("reward.format", "none")),
     "reward.overlong_tokens": (_SAMPLES, _ENGINE, _above("reward.overlong_penalty", 0)),
