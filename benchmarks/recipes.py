@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_dypo.monitor.metrics import read_metrics
+from megatron_dypo.monitor.metrics_file import read_metrics
 
 RECIPES = ("dypo", "sft", "grpo")
 

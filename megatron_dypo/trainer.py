@@ -24,7 +24,7 @@ from megatron_dypo.evaluate.in_training import evaluate_now
 from megatron_dypo.models.shape import hf_folder
 from megatron_dypo.models.sharding import random_weights, require_finite
 from megatron_dypo.monitor.monitor import Monitor
-from megatron_dypo.planner.reference import place_reference
+from megatron_dypo.planner.placement import place_reference
 from megatron_dypo.policy.hf_probe import probe
 from megatron_dypo.policy.optimizer import learning_rate
 from megatron_dypo.policy.policy import Policy

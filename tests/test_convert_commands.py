@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from megatron_dypo.checkpoint.io import read_index
 from megatron_dypo.config.schema import Model, Shape
-from megatron_dypo.convert.commands import _write_metadata, checkpoint_shape
+from megatron_dypo.convert.import_export import _write_metadata, checkpoint_shape
 from megatron_dypo.convert.megatron_folder import MegatronFolder
 from megatron_dypo.models.families import FAMILIES, hf_shapes
 from megatron_dypo.models.hf_config import write_config

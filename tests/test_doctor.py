@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from megatron_dypo.doctor.checks import BAD, GOOD, NOTE, Machine, examine, this_machine
-from megatron_dypo.doctor.show import doctor
+from megatron_dypo.doctor.findings import BAD, GOOD, NOTE, Machine, examine, this_machine
+from megatron_dypo.doctor.report import doctor
 from megatron_dypo.runtime import versions as releases
 
 
@@ -117,14 +117,14 @@ def test_a_package_named_apex_that_is_not_nvidia_s_is_seen_for_what_it_is(tmp_pa
     """PyPI's has no ``apex.optimizers``; so does this one, put before everything else."""
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("raise ImportError('cannot import name UnencryptedCookieSession')")
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from megatron_dypo.doctor.checks import *; "
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from megatron_dypo.doctor.findings import *; "
     code += "print([f.verdict for f in examine(this_machine()) if f.name == 'apex'])"
     ran = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
     assert ran.stdout == "['wrong']\n", ran.stderr
 
 
 def test_on_cuda_it_says_which_accelerations_are_in_use(capsys, monkeypatch):
-    monkeypatch.setattr("megatron_dypo.doctor.show.this_machine", lambda: CUDA)
+    monkeypatch.setattr("megatron_dypo.doctor.report.this_machine", lambda: CUDA)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
     assert doctor(with_selftest=False) == 0

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from megatron_dypo.cli import main
 from megatron_dypo.config.schema import Config, Data, Evaluation, Model, Reward, Trainer
 from megatron_dypo.errors import UserError
-from megatron_dypo.evaluate import command
+from megatron_dypo.evaluate import evaluate as command
 from megatron_dypo.evaluate import run as evaluation_run
 from megatron_dypo.evaluate.choices import Choices, find_choices
-from megatron_dypo.evaluate.command import _name
+from megatron_dypo.evaluate.evaluate import _name
 from megatron_dypo.evaluate.respond import Answer, AnswerFile, ChatServer, Question, Said, server_responses
 from megatron_dypo.evaluate.run import figures, interval, metrics, pass_at_k, rows, run_suite
 from megatron_dypo.evaluate.suites import SUITES, load_suite, named_suites

@@ -26,7 +26,7 @@ from megatron_dypo.checkpoint.catalog import complete_steps
 from megatron_dypo.checkpoint.manager import NORMS_KEPT, NORMS_NEEDED, Counters, usual_norm
 from megatron_dypo.config.schema import Config
 from megatron_dypo.monitor.health import CALM, EMPTY_STEPS, NEEDED, RULES, TRUNCATED_STEPS, Health, warnings_of
-from megatron_dypo.monitor.metrics import MetricsFile, read_metrics
+from megatron_dypo.monitor.metrics_file import MetricsFile, read_metrics
 from megatron_dypo.monitor.monitor import Monitor
 from megatron_dypo.monitor.progress import Progress, summary
 from megatron_dypo.records import Group, Prompt, Response

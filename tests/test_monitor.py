@@ -24,7 +24,7 @@ from megatron_dypo.config.schema import Config
 from megatron_dypo.errors import UserError
 from megatron_dypo.monitor.chart import rolling, thin
 from megatron_dypo.monitor.loggers import Writers
-from megatron_dypo.monitor.metrics import MetricsFile, read_metrics
+from megatron_dypo.monitor.metrics_file import MetricsFile, read_metrics
 from megatron_dypo.monitor.progress import Progress, summary
 from megatron_dypo.monitor.report import write_report
 from megatron_dypo.training.metrics import SHARE_KEYS

@@ -20,7 +20,7 @@ from megatron_dypo.models.shape import PRESETS, ModelShape
 from megatron_dypo.planner.cluster import RELEASED, Candidate, Cluster, StepWorkload, gpu, planned_shape
 from megatron_dypo.planner.launch import commands, nodes_of
 from megatron_dypo.planner.memory import GIB, UNEVEN, activation_bytes, host_need, policy_need, rank_parameters
-from megatron_dypo.planner.reference import place_reference
+from megatron_dypo.planner.placement import place_reference
 from megatron_dypo.planner.search import plan
 from megatron_dypo.planner.steptime import step_seconds
 from megatron_dypo.runtime.distributed import Layout
@@ -101,8 +101,8 @@ def held_on_the_host(model: str, sections: dict) -> list[dict]:
     from megatron_dypo.checkpoint.state import exchange_holders, snapshot
     from megatron_dypo.models.shape import model_shape
     from megatron_dypo.models.sharding import random_weights
-    from megatron_dypo.planner.command import work_of
-    from megatron_dypo.planner.reference import candidate_of
+    from megatron_dypo.planner.placement import candidate_of
+    from megatron_dypo.planner.show_plan import work_of
     from megatron_dypo.policy import host_memory
     from megatron_dypo.policy.policy import Policy
     from megatron_dypo.runtime import distributed as runtime

@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks.gpu_report.results import Record
 from benchmarks.machine import ROOT
-from megatron_dypo.doctor.checks import BAD, this_machine
-from megatron_dypo.doctor.show import all_findings
+from megatron_dypo.doctor.findings import BAD, this_machine
+from megatron_dypo.doctor.report import all_findings
 
 
 def environment(record: Record) -> None:

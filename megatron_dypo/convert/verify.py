@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_dypo.config.schema import Config, Data, Model, Objective, Parallel, Trainer
-from megatron_dypo.convert.commands import check_checkpoint, source_folder
 from megatron_dypo.convert.hf_files import tokenizer_files
 from megatron_dypo.convert.hf_weights import check_folder, folder_weights
+from megatron_dypo.convert.import_export import check_checkpoint, source_folder
 from megatron_dypo.convert.megatron_folder import MegatronFolder, checkpoint_folder
 from megatron_dypo.data.tokenizer import load_tokenizer
 from megatron_dypo.models.families import hf_shapes, rules

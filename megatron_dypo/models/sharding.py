@@ -1,7 +1,7 @@
 """Cut weights over a sharded policy and gather them back, one Hugging Face tensor at a time.
 
 ``load_weights`` reads full tensors by name and keeps this rank's shard; ``hf_tensors`` gathers them. Initial weights
-and the sync to the rollout engine pass through here; checkpoints are converted on the disk (convert/commands.py).
+and the sync to the rollout engine pass through here; checkpoints are converted on the disk (convert/import_export.py).
 Weights that are NaN or infinite are named by tensor, where they are read and where a step had to be skipped.
 """
 

@@ -1,7 +1,7 @@
 """Fan-out of a step's metrics to the loggers that the configuration switches on. Rank 0 only.
 
-``metrics.jsonl`` is the record (``metrics.py``); these are copies of it for the tools people already have open. The
-report's panels are TensorBoard's layout of the tab "Custom scalars".
+``metrics.jsonl`` is the record (``metrics_file.py``); these are copies of it for the tools people already have open.
+The report's panels are TensorBoard's layout of the tab "Custom scalars".
 """
 
 from __future__ import annotations

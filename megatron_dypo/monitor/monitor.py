@@ -12,7 +12,7 @@ from megatron_dypo.config.schema import Config
 from megatron_dypo.errors import UserError
 from megatron_dypo.monitor.health import Health
 from megatron_dypo.monitor.loggers import Writers
-from megatron_dypo.monitor.metrics import MetricsFile
+from megatron_dypo.monitor.metrics_file import MetricsFile
 from megatron_dypo.monitor.progress import Progress, summary
 from megatron_dypo.monitor.report import write_report
 from megatron_dypo.runtime.distributed import Layout

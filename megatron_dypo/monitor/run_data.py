@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_dypo.config.yaml_text import parse_yaml
 from megatron_dypo.errors import UserError
-from megatron_dypo.monitor.metrics import read_metrics
+from megatron_dypo.monitor.metrics_file import read_metrics
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class Policy:
         self.optimizer = build_optimizer(config.optimizer, training_dtype(config.model.dtype), self.chunks)
         self.reference: Reference | None = None
         if keeps_reference(config.objective):
-            on = config.model.reference_on  # `auto` has been settled where a run starts (planner/reference.py)
+            on = config.model.reference_on  # `auto` has been settled where a run starts (planner/placement.py)
             self.reference = PLACES["device" if on == "auto" else on](self.parameters)
         self.offload = Offload(self.chunks, self.optimizer, self.reference)
         schedule = self.chunks[0].config  # all chunks' and the schedule's

@@ -25,7 +25,7 @@ from megatron_dypo.checkpoint.io import read_index
 from megatron_dypo.config import load_config
 from megatron_dypo.config.load import fingerprint
 from megatron_dypo.errors import UserError
-from megatron_dypo.monitor.metrics import MetricsFile
+from megatron_dypo.monitor.metrics_file import MetricsFile
 from megatron_dypo.records import Group, Prompt, Response, Teacher
 from megatron_dypo.rollout import recording
 from tests.faults.mutations import FILE_FAULTS, flipped_bytes, spoil_file, spoilt_bytes, spoilt_trees

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from megatron_dypo.checkpoint.catalog import complete_steps
 from megatron_dypo.config.schema import Config, Parallel
-from megatron_dypo.convert.commands import check_checkpoint, metadata_folder, model_of, source_folder
 from megatron_dypo.convert.hf_weights import check_folder, folder_weights
+from megatron_dypo.convert.import_export import check_checkpoint, metadata_folder, model_of, source_folder
 from megatron_dypo.convert.megatron_folder import MegatronFolder, checkpoint_folder
 from megatron_dypo.data.provenance import keep, start_day
 from megatron_dypo.data.tokenizer import load_tokenizer

@@ -9,8 +9,8 @@ from megatron_dypo.config.schema import Config
 from megatron_dypo.models.shape import ModelShape
 from megatron_dypo.objectives.coefficients import keeps_reference
 from megatron_dypo.planner.cluster import Candidate
-from megatron_dypo.planner.command import work_of
 from megatron_dypo.planner.memory import GIB, policy_need
+from megatron_dypo.planner.show_plan import work_of
 
 if TYPE_CHECKING:
     from megatron_dypo.runtime.distributed import Layout

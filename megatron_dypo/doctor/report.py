@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_dypo.doctor import selftest
-from megatron_dypo.doctor.checks import BAD, GOOD, NOTE, Finding, Machine, examine, this_machine
+from megatron_dypo.doctor.findings import BAD, GOOD, NOTE, Finding, Machine, examine, this_machine
 from megatron_dypo.monitor.progress import default_console
 
 _COLOURS = {GOOD: "#35c99b", BAD: "#e5484d"}
