@@ -1,4 +1,4 @@
-# make quickstart | test | faults | lint | docs | venv | bench | test-gpu | gpu-report | test-mcore-latest | test-vllm-older
+# make quickstart | check | test | faults | lint | docs | venv | bench | test-gpu | gpu-report | test-mcore-latest | test-vllm-older
 # PYTHON       the interpreter that .venv is made from (3.11 or later)
 # TORCH_INDEX  on a CPU machine where pip finds no CPU build of torch: the address of PyTorch's CPU wheel index
 PYTHON ?= python3
@@ -10,13 +10,17 @@ HERE = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 # One OpenMP thread a rank: two ranks share two cores, and vLLM's samples are then bit-reproducible.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: venv quickstart test faults lint docs bench test-gpu gpu-report test-mcore-latest test-vllm-older
+.PHONY: venv quickstart check test faults lint docs bench test-gpu gpu-report test-mcore-latest test-vllm-older
 
 venv:
 	@tools/make_venv.sh
 
 quickstart: venv
 	$(BIN)/torchrun --rdzv-backend loopback --rdzv-endpoint localhost --nproc-per-node 2 -m megatron_dypo train examples/quickstart/config.yaml
+
+# Before every commit, in under 2 minutes on 2 cores: lint, and the tests that start no processes (tests/slow.py).
+check: lint
+	$(BIN)/python -m pytest tests -m "not slow and not gpu and not faults" -n 2 --dist worksteal
 
 # Two workers, a file of tests to each: most of the time one core would wait for the other's imports. The longest first
 # (tests/conftest.py), not those of most tests.

@@ -7,6 +7,8 @@ from importlib.util import find_spec
 
 import pytest
 
+from tests.slow import is_slow
+
 if find_spec("hypothesis"):
     from hypothesis import settings
 
@@ -40,4 +42,7 @@ LONG = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_slow(item):
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
