@@ -15,34 +15,20 @@ if find_spec("hypothesis"):
     settings.register_profile("shared", deadline=None)
     settings.load_profile("shared")
 
-# By CPU-seconds, most first: with two workers (make test), none is left alone with a long file at the end.
+# Files over about 12 seconds, longest first, then the other slow ones, then the fast: with two workers that take a file
+# at a time (make test), neither is left alone with a long one at the end.
 LONG = (
-    *(
-        "test_servers",
-        "test_layouts",
-        "test_experts",
-        "test_end_to_end",
-        "test_checkpoint",
-        "test_watchdog",
-        "test_rollout",
-    ),
-    *(
-        "test_offload",
-        "test_convert_commands",
-        "test_gpu_report",
-        "test_smollm2",
-        "test_kill",
-        "test_benchmarks",
-        "test_health",
-    ),
-    *("test_damage", "test_full_disk", "test_frozen", "test_triton_head", "test_overlap"),
-    *("test_launch", "test_reward", "test_prepare", "test_plan", "test_teacher_traces", "test_snippets"),
-    "test_reward_functions",
-)
+    "servers", "layouts", "experts", "end_to_end", "checkpoint", "watchdog", "rollout", "offload", "convert_commands",
+    "gpu_report", "smollm2", "kill", "triton_head", "reference", "plan", "tokenizers", "prepare", "reward", "fuzz",
+    "teacher_traces", "damage", "probe", "answers", "adam_state", "full_disk", "dispatch", "reward_functions",
+    "overlap", "snippets", "ports",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if is_slow(item):
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    places = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: (places.get(item.path.stem, len(LONG)), item.path not in slow))

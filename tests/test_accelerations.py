@@ -217,6 +217,7 @@ def test_a_weights_gradient_is_added_in_fp32(dtype, tokens):
     torch.testing.assert_close(after.double(), expected, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rope_stays_compiled_for_several_models_in_both_passes(monkeypatch):
     """Past torch's limit of compilations one of the passes would go on uncompiled, and round differently."""
     ran, build = [], torch.compile

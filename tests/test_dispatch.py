@@ -55,6 +55,7 @@ def test_a_fast_server_gets_more_and_every_request_is_done_once(expected):
     assert sum(done) == len(REQUESTS) and done[0] > 2 * done[1] > 0
 
 
+@pytest.mark.slow
 def test_thousands_of_requests_on_as_many_connections():
     requests = [Request(np.arange(2, 6, dtype=np.int32), seed) for seed in range(3000)]
     limits = Limits(window=512, server_timeout=30.0, request_timeout=60.0)

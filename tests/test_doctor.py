@@ -133,6 +133,7 @@ def test_on_cuda_it_says_which_accelerations_are_in_use(capsys, monkeypatch):
         assert any(line.startswith(start) for line in printed), start
 
 
+@pytest.mark.slow
 def test_this_machine_is_well_and_its_two_ranks_work(capsys):
     assert this_machine().python == sys.version_info[:2]
     assert doctor(with_selftest=True) == 0

@@ -325,6 +325,7 @@ def test_figures_of_a_suite():
     assert list(figures([1], 32, 0)) == ["avg@32", *(f"pass@{k}" for k in (1, 2, 4, 8, 16, 32))]
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_truth_as_often_as_it_says():
     generator = np.random.default_rng(1)
     covered = 0

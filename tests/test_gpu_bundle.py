@@ -163,6 +163,7 @@ def test_what_was_built_here_runs_there_or_is_refused():
     assert not gpu_bundle.Target("3.12", 5, {}).runs(Path("a-1.0-cp312-cp312-linux_x86_64.whl"))
 
 
+@pytest.mark.slow
 def test_only_what_is_missing_is_chosen_and_what_is_there_is_given(tmp_path):
     try:
         chosen = gpu_bundle.resolve([Requirement("torchmetrics==1.9.0")], target(torch="2.11.0+cu130"), {"numpy"})

@@ -486,6 +486,7 @@ def test_a_released_model_s_shape_cannot_be_overridden_but_for_its_positions():
         planned_shape(Model(hf=name, shape=Shape(num_layers=3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("example", "gpus"),
     [("qwen2.5_math_7b_dypo", 32), ("qwen3_32b_dypo", 32), ("qwen3_30b_a3b_dypo", 8)],
@@ -562,6 +563,7 @@ def best_lines(printed: str) -> list[str]:
     return list(itertools.takewhile(lambda line: not line.startswith("its host memory"), lines[start:]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", ["none", "auto"])
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize(

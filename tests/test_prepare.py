@@ -433,6 +433,7 @@ def test_an_evaluation_file_without_problems_is_named(tmp_path):
 # --- sources
 
 
+@pytest.mark.slow
 @given(st.lists(st.recursive(st.none() | st.text() | st.floats(allow_nan=False) | st.integers(), st.lists)))
 def test_a_json_list_is_read_piece_by_piece(values):
     path = Path(os.environ["PYTEST_LIST_FOLDER"]) / "list.json"

@@ -129,6 +129,7 @@ def test_final_figures_and_differing_keys_stand_side_by_side(tmp_path):
     assert "1 keys that only some of the runs have" in page.data["summary"]
 
 
+@pytest.mark.slow
 def test_eighteen_runs_can_be_told_apart_and_stay_small(tmp_path):
     assert len({run_color(place) for place in range(18)}) == 18
     runs = [fill(tmp_path / f"run{place}", 1000) for place in range(18)]
@@ -137,6 +138,7 @@ def test_eighteen_runs_can_be_told_apart_and_stay_small(tmp_path):
     Outline(path.read_text())
 
 
+@pytest.mark.slow
 def test_three_runs_of_ten_thousand_steps_are_small_and_quick(tmp_path):
     runs = [fill(tmp_path / name, 10_000, every=100) for name in "abc"]
     start = time.process_time()  # not wall time: others may be using the machine

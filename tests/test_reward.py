@@ -259,6 +259,7 @@ def test_grading_works_from_another_thread_and_outlives_it(reward: RewardFunctio
 # --- answers that hang, workers that die
 
 
+@pytest.mark.slow
 def test_a_hanging_answer_costs_its_deadline_only_and_is_counted(
     caplog: pytest.LogCaptureFixture, new_children: Callable[[], list[int]]
 ) -> None:
@@ -280,6 +281,7 @@ def test_a_hanging_answer_costs_its_deadline_only_and_is_counted(
     assert {record.name for record in caplog.records} == {"megatron_dypo.reward"}
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_or_sleeps_is_replaced(new_children: Callable[[], list[int]]) -> None:
     with math_reward(cpu_seconds=0.2) as function:
         assert score(function, hard(5)) == [1.0]
@@ -301,6 +303,7 @@ def test_a_worker_that_dies_or_sleeps_is_replaced(new_children: Callable[[], lis
     assert not new_children()
 
 
+@pytest.mark.slow
 def test_a_grading_process_that_dies_or_sleeps_is_replaced(new_children: Callable[[], list[int]]) -> None:
     with math_reward(cpu_seconds=0.2) as function:
         assert score(function, hard(5)) == [1.0]
@@ -368,6 +371,7 @@ def test_close_leaves_the_call_of_another_thread_to_itself(reward: RewardFunctio
     assert scores == [1.0]
 
 
+@pytest.mark.slow
 def test_many_hangs_cost_their_deadlines_and_leave_no_process(new_children: Callable[[], list[int]]) -> None:
     cases = [("5", f"{HANGS_IN_C}+{number}") if number % 100 == 50 else hard(number + 1) for number in range(500)]
     with math_reward(workers=2, cpu_seconds=0.5) as function:

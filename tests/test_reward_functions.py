@@ -235,6 +235,7 @@ def tasks() -> Iterator[RewardFunction]:
         yield function
 
 
+@pytest.mark.slow
 def test_items_of_every_task_are_rebuilt_in_the_worker_from_what_the_prompt_holds(tasks):
     names = sorted(reasoning_gym.factory.DATASETS.keys() - LEFT_OUT - HASHED)
     prompts, texts, expected = [], [], []

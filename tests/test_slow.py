@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import servers
 from tests import launch
+from tests.conftest import LONG
 from tests.ranks import Launch, run_ranks
 from tests.slow import starts_processes
 
@@ -88,14 +89,15 @@ def naming(vllm="vllm", multiprocessing=partial(max, 1)):
     return vllm, multiprocessing, "import subprocess", Vllm.name, launch.metrics
 
 
-@pytest.mark.parametrize(
-    "function",
-    [helper, of_a_nested_function, of_a_class_here, of_another_modules_attribute, of_a_class, of_an_import,
-     of_an_import_of_its_top, of_a_benchmark],
-)  # fmt: skip
-def test_what_starts_processes_or_vllm_is_slow_directly_or_through_a_helper(function):
-    assert starts_processes((function,))
+@pytest.mark.parametrize("name", ["helper", *(name for name in globals() if name.startswith("of_"))])
+def test_what_starts_processes_or_vllm_is_slow_directly_or_through_a_helper(name):
+    assert starts_processes((globals()[name],))
 
 
 def test_what_only_names_them_is_not_slow():
     assert not starts_processes((naming,))
+
+
+def test_files_that_are_said_to_be_long_exist():
+    files = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    assert {f"test_{name}" for name in LONG} <= files

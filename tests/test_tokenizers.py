@@ -113,6 +113,7 @@ def sentencepiece_file(version: str) -> Path:
     return found[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -170,6 +171,7 @@ def ranks() -> list[bytes]:
     return found + [pair for pair in dict.fromkeys(pairs) if pair not in known]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "release, count, name, bos",
     [(LLAMA_3, 128_000, "tokenizer.model", [128_000]), (QWEN, 151_643, "qwen.tiktoken", [])],

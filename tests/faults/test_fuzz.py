@@ -30,6 +30,7 @@ from tests.faults.mutations import FILE_FAULTS, ODD_TEXT, odd_scalars, spoil_fil
 from tests.faults.submit import Ready, Submit, hunt
 from tests.launch import copy_task
 
+pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHAPE = ModelShape("llama", 1, 32, 32, 2, 1, 16, 128, 256)
 YAML = (

@@ -32,6 +32,7 @@ from tests.faults.mutations import FILE_FAULTS, flipped_bytes, spoil_file, spoil
 from tests.faults.submit import Ready, Submit, bounded, hunt
 from tests.launch import copy_task
 
+pytestmark = pytest.mark.slow
 STEP = 2
 
 
