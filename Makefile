@@ -1,4 +1,4 @@
-# make quickstart | check | test | faults | lint | docs | venv | bench | test-gpu | gpu-report | test-mcore-latest | test-vllm-older
+# make quickstart | check | test | faults | lint | types | docs | venv | bench | test-gpu | gpu-report | test-mcore-latest | test-vllm-older
 # PYTHON       the interpreter that .venv is made from (3.11 or later)
 # TORCH_INDEX  on a CPU machine where pip finds no CPU build of torch: the address of PyTorch's CPU wheel index
 PYTHON ?= python3
@@ -10,7 +10,7 @@ HERE = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 # One OpenMP thread a rank: two ranks share two cores, and vLLM's samples are then bit-reproducible.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: venv quickstart check test faults lint docs bench test-gpu gpu-report test-mcore-latest test-vllm-older
+.PHONY: venv quickstart check test faults lint types docs bench test-gpu gpu-report test-mcore-latest test-vllm-older
 
 venv:
 	@tools/make_venv.sh
@@ -18,8 +18,8 @@ venv:
 quickstart: venv
 	$(BIN)/torchrun --rdzv-backend loopback --rdzv-endpoint localhost --nproc-per-node 2 -m megatron_dypo train examples/quickstart/config.yaml
 
-# Before every commit, in under 2 minutes on 2 cores: lint, and the tests that start no processes (tests/slow.py).
-check: lint
+# Before every commit, in under 2 minutes on 2 cores: lint, types, and the tests that start no processes (tests/slow.py).
+check: lint types
 	$(BIN)/python -m pytest tests -m "not slow and not gpu and not faults" -n 2 --dist worksteal
 
 # Two workers, a file of tests to each: most of the time one core would wait for the other's imports. The longest first
@@ -61,6 +61,11 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/shellcheck -x launch/*.sh launch/slurm.sbatch examples/*/run.sh tools/*.sh
+
+# Each folder's type errors against the number that tools/type_errors.json allows it: a rise is an error. The first run
+# takes a minute or two, later ones what has changed. LOWER=1 writes numbers down that have fallen.
+types: venv
+	$(BIN)/python tools/type_ratchet.py $(if $(LOWER),--lower)
 
 # The pages of docs/ as a site, in site/; a link that leads nowhere is an error.
 docs: venv

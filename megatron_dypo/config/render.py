@@ -79,7 +79,7 @@ def markdown() -> str:
                 "",
                 f"## `{name}`",
                 "",
-                Config.model_fields[name].description,
+                str(Config.model_fields[name].description),
                 "",
                 "| key | type | default | meaning |",
                 "|---|---|---|---|",

@@ -36,16 +36,16 @@ class Config(Section):
     """A whole run."""
 
     model: Model = Field(description="The policy network.")
-    policy: PolicyOptions = Field(PolicyOptions(), description="How a mixture of experts is trained.")
-    parallel: Parallel = Field(Parallel(), description="The layout.")
+    policy: PolicyOptions = Field(default=PolicyOptions(), description="How a mixture of experts is trained.")
+    parallel: Parallel = Field(default=Parallel(), description="The layout.")
     data: Data = Field(description="Prompts, answers and teacher traces.")
-    rollout: Rollout = Field(Rollout(), description="Sampling from the policy.")
-    reward: Reward = Field(Reward(), description="How responses are scored.")
-    objective: Objective = Field(Objective(), description="What is optimised.")
-    optimizer: Optimizer = Field(Optimizer(), description="Adam.")
+    rollout: Rollout = Field(default=Rollout(), description="Sampling from the policy.")
+    reward: Reward = Field(default=Reward(), description="How responses are scored.")
+    objective: Objective = Field(default=Objective(), description="What is optimised.")
+    optimizer: Optimizer = Field(default=Optimizer(), description="Adam.")
     trainer: Trainer = Field(description="The loop.")
-    evaluation: Evaluation = Field(Evaluation(), description="Evaluation suites.")
-    logging: Logging = Field(Logging(), description="Who is told.")
+    evaluation: Evaluation = Field(default=Evaluation(), description="Evaluation suites.")
+    logging: Logging = Field(default=Logging(), description="Who is told.")
 
     _written: dict[str, Any] = PrivateAttr(default_factory=dict)
 

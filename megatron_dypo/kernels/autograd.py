@@ -145,7 +145,7 @@ class Gradients:
                     scaled_aH = hidden_aH if scale_a is None else _scaled(hidden_aH, scale_a)
                 (_add_product if self.begun else multiply)(dz_av.t(), scaled_aH, self.dweight_VH[tile])
         self.begun, scaled_aH = True, None
-        if dhidden_aH is not None:
+        if self.dhidden_TH is not None and dhidden_aH is not None:
             if scale_a is not None:
                 dhidden_aH.mul_(scale_a.unsqueeze(1))
             if isinstance(rows, slice):

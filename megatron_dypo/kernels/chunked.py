@@ -78,7 +78,8 @@ class ChunkedHead(autograd.LogitHead):
             exp_tv = self._exp_tV(hidden_tH.shape[0])[:, place]
             by_row = (self._logits(hidden_tH, chunk, tile), *target_columns(targets_t, self.shard, tile), exp_tv)
             blocks = zip(*(x.split(self.block) for x in by_row), strict=True)
-            stats.append(torch.cat([tile_statistics(*block, self.entropy) for block in blocks], dim=1))
+            of_blocks = [tile_statistics(z, column_t, here_t, exp, self.entropy) for z, column_t, here_t, exp in blocks]
+            stats.append(torch.cat(of_blocks, dim=1))
         return torch.stack(stats)[..., :tokens]
 
     def fused_backward(
@@ -102,8 +103,9 @@ class ChunkedHead(autograd.LogitHead):
         put_at_targets(exp_aV, at_target_a, *target_columns(self.targets_T[chunk][a], self.shard, self.shard.real))
         scale_a = -dlogp_t[a] * share_a
         if self.native:  # half precision would not hold exp
-            exp_aV, scale_a = exp_aV.mul_(scale_a.unsqueeze(1)), None
-        yield self.shard.real, exp_aV, scale_a
+            yield self.shard.real, exp_aV.mul_(scale_a.unsqueeze(1)), None
+        else:
+            yield self.shard.real, exp_aV, scale_a
 
     def recomputed(self, chunk: slice, upstream: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> autograd.Tiles:
         dlogp_t, dentropy_t, dlse_t = upstream
@@ -121,23 +123,25 @@ class ChunkedHead(autograd.LogitHead):
             put_at_targets(dz_tv, at_target_t, *target_columns(self.targets_T[chunk], self.shard, tile))
             yield tile, dz_tv, None
 
-    def _temperature_t1(self, chunk: slice, rows: int) -> Tensor:
+    def _temperature_t1(self, chunk: slice, rows: int) -> Tensor | None:
+        if self.temperature_T is None:
+            return None
         return pad(self.temperature_T[chunk], (0, rows - (chunk.stop - chunk.start)), value=1.0).unsqueeze(1)
 
     def _scaled_rows(self, chunk: slice) -> Tensor:
         """``rows`` / temperature, whose products with the weight are the scaled logits; half precision as it is."""
         hidden_tH = self.rows(chunk)
-        if self.temperature_T is None or self.native:
-            return hidden_tH
-        return hidden_tH / self._temperature_t1(chunk, len(hidden_tH))
+        temperature_t1 = None if self.native else self._temperature_t1(chunk, len(hidden_tH))
+        return hidden_tH if temperature_t1 is None else hidden_tH / temperature_t1
 
     def _logits(self, hidden_tH: Tensor, chunk: slice, tile: slice) -> Tensor:
         """Scaled logits [t, v] of ``_scaled_rows`` (t as those are filled up), good until the next call."""
         weight_vH = self.weight(tile)
         z_tv = self.z[: hidden_tH.shape[0] * weight_vH.shape[0]].view(hidden_tH.shape[0], -1)
         autograd.multiply(hidden_tH, weight_vH.t(), z_tv)
-        if self.native and self.temperature_T is not None:  # rows that were divided would be rounded again
-            z_tv.div_(self._temperature_t1(chunk, len(z_tv)))
+        temperature_t1 = self._temperature_t1(chunk, len(z_tv)) if self.native else None
+        if temperature_t1 is not None:  # rows that were divided would be rounded again
+            z_tv.div_(temperature_t1)
         return z_tv
 
     def _exp_tV(self, rows: int) -> Tensor:

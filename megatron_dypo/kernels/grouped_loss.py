@@ -119,10 +119,11 @@ def _grouped_loss(
     grpo_t = kl_t = clipped_t = zero_t
 
     if old_t is not None:
-        if rule.correction != "none":
+        if rollout_t is not None and rule.correction != "none":
             weight_t = weight_t * correction_weight(old_t - rollout_t, rule.correction, rule.cap)
         if rule.ratio_level == "token":
             base_t = old_t if rule.ratio_base == "old" else reference_t
+            assert base_t is not None, "as _check has seen"
             ratio_t = (logp_t - base_t).clamp_(max=LARGEST).exp_()
             free_t = ratio_t * advantage_t
             bounded_t = ratio_t.clamp_(1 - rule.clip_low, 1 + rule.clip_high).mul_(advantage_t)

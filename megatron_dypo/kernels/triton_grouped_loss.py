@@ -31,12 +31,13 @@ def grouped_loss(
     entropy_t: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(summands [t], dL/dlogp [t]); arguments as ``kernels.grouped_loss`` checked them, t > 0."""
-    streams = [None if x is None else x.contiguous() for x in (logp_t, old_t, rollout_t, reference_t, entropy_t)]
+    logp_t = logp_t.contiguous()
+    streams = [None if x is None else x.contiguous() for x in (old_t, rollout_t, reference_t, entropy_t)]
     table = (cu_seqlens, coefficients_CS.contiguous(), sums_MSL)
-    results = (torch.empty_like(streams[0]), torch.empty_like(streams[0]))
+    results = (torch.empty_like(logp_t), torch.empty_like(logp_t))
     sizes = (first, len(logp_t), len(cu_seqlens) - 1)
     _one_sequence[(len(cu_seqlens) - 1,)](
-        *streams, *table, *results, *sizes, **constants(rule), LANES=sums_MSL.shape[2], **OPTIONS
+        logp_t, *streams, *table, *results, *sizes, **constants(rule), LANES=sums_MSL.shape[2], **OPTIONS
     )
     return results
 

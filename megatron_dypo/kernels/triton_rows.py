@@ -132,13 +132,13 @@ class RowHead(autograd.LogitHead):
             yield tile, self._gradient(chunk, tile, z_tv, a, upstream, results), None
 
     def recomputed(self, chunk: slice, upstream: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> autograd.Tiles:
-        dlogp_t, dentropy_t, dlse_t = upstream
-        upstream = dlogp_t, dentropy_t if bool(dentropy_t.any()) else None, dlse_t
-        results = results[0], miss(results[0]), *results[1:]
+        (dlogp_t, dentropy_t, dlse_t), (logp_t, entropy_t, lse_t) = upstream, results
+        given = dlogp_t, dentropy_t if bool(dentropy_t.any()) else None, dlse_t
+        known = logp_t, miss(logp_t), entropy_t, lse_t
         hidden_tH, all_t = self.rows(chunk), torch.arange(len(dlse_t), device=dlse_t.device)
         for k, tile in self.tiles():
             z_tv = self._logits(hidden_tH, k, tile)
-            yield tile, self._gradient(chunk, tile, z_tv, all_t, upstream, results), None
+            yield tile, self._gradient(chunk, tile, z_tv, all_t, given, known), None
 
     def _gradient(
         self,

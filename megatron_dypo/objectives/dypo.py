@@ -14,7 +14,7 @@ from torch.nn.functional import logsigmoid
 
 from megatron_dypo.records import Regime
 
-_CORRECTION = {"population": 0, "sample": 1}
+_CORRECTION: dict[bool | str, int] = {True: 0, "population": 0, "sample": 1}
 
 
 def grade(rewards: Tensor, reward_threshold: float = 0.5, hard_max_solved: int = 0) -> list[Regime]:
@@ -37,10 +37,9 @@ def group_advantages(rewards: Tensor, normalize_std: bool | str = True, eps: flo
     rewards = torch.as_tensor(rewards, dtype=torch.float64)
     centred = rewards - rewards.mean(-1, keepdim=True)
     centred = torch.where((rewards == rewards[..., :1]).all(-1, keepdim=True), 0.0, centred)  # ties: exactly 0
-    kind = {True: "population", False: "none"}.get(normalize_std, normalize_std)
-    if kind == "none" or rewards.shape[-1] == 1:
+    if normalize_std in (False, "none") or rewards.shape[-1] == 1:
         return centred
-    return centred / (rewards.std(-1, keepdim=True, correction=_CORRECTION[kind]) + eps)
+    return centred / (rewards.std(-1, keepdim=True, correction=_CORRECTION[normalize_std]) + eps)
 
 
 def gal_coefficients(log_ratios: Tensor, rewards: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:

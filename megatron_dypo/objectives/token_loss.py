@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class TokenStreams:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        **fields,
+        **fields: Any,
     ) -> TokenStreams:
         """The streams of sequences with these coefficients and numbers of loss tokens; other fields by name."""
         table_CS = torch.tensor([[getattr(term, name) for term in terms] for name in COEFFICIENTS], dtype=dtype)

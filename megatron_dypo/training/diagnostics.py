@@ -72,7 +72,10 @@ def bad_gradient(policy: Policy, minibatch: MiniBatch, streams: list[TokenStream
             found[place] = min(fault, found.get(place, fault))
     if found:  # a bad log-prob spoils the coefficients of its whole group: causes first
         return some(
-            [f"{_name(minibatch, place)}: non-finite {found[place][1]}" for place in sorted(found, key=found.get)]
+            [
+                f"{_name(minibatch, place)}: non-finite {found[place][1]}"
+                for place in sorted(found, key=found.__getitem__)
+            ]
         )
     return (
         "every log-prob and dL/dlogp of the mini-batch is finite, so it arises in the model's backward pass; "

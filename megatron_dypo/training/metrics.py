@@ -87,7 +87,7 @@ def _corrected_responses(minibatches: list[MiniBatch], config: Config, correctio
             if sums is not None:
                 tokens = sequence.loss_tokens
                 log_ratio = (sums.old - sums.rollout) * ratio_unit(config.objective, tokens)
-                corrected += tokens * correction.binds(torch.tensor(log_ratio, dtype=torch.float64)).item()
+                corrected += tokens * int(correction.binds(torch.tensor(log_ratio, dtype=torch.float64)).item())
     return corrected
 
 
@@ -190,6 +190,5 @@ def update_metrics(stats: UpdateStats, terms: BatchTerms, objective: Objective) 
         metrics["policy/clip_frac"] = (totals["clipped"] + terms.clipped_tokens) / totals["rollout_tokens"]
     metrics |= stats.routing
     metrics["loss/total"] += stats.routing.get("loss/aux", 0.0)
-    if terms.eta is not None:
-        metrics |= {"gal/eta": terms.eta, "gal/spread": terms.spread, "gal/saturated_frac": terms.saturated}
-    return metrics
+    of_pairs = {"gal/eta": terms.eta, "gal/spread": terms.spread, "gal/saturated_frac": terms.saturated}
+    return metrics | {name: value for name, value in of_pairs.items() if value is not None}

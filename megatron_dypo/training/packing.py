@@ -38,8 +38,9 @@ def plan_micro_batches(lengths: list[int], ranks: int, budget: int, multiple: in
     packed = _best_fit(lengths, order, budget)
     count = -(-len(packed) // (ranks * multiple)) * multiple
     shares = _spread(lengths, order, ranks, count * budget)
-    plan = shares and [_spread(lengths, share, count, budget) for share in shares]
-    if plan is None or None in plan:
+    tried = [_spread(lengths, share, count, budget) for share in shares or ()]
+    plan = [share for share in tried if share is not None]
+    if len(plan) < ranks:
         plan = _deal(lengths, packed, ranks, count)
     return [
         [sorted(members) for members in sorted(share, key=lambda members: -_total(lengths, members))] for share in plan

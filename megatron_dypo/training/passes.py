@@ -95,7 +95,8 @@ def warm_up(policy: Policy, config: Config) -> float:
         MicroBatch.pack([_made_up(kind, min(length, longest), vocabulary)], [0], 1.0, **layout.packing)
         for kind, length in zip(kinds, itertools.cycle(_LENGTHS), strict=False)
     ]
-    logp = policy.logprobs(batches) or [None] * len(batches)  # of the last pipeline stage, where the loss is
+    # Log-probs are of the last pipeline stage, where the loss is.
+    logp: list[Tensor | None] = [*policy.logprobs(batches)] or [None] * len(batches)
     policy.accumulate(batches, [_streams(*each, config) for each in zip(batches, kinds, logp, strict=True)])
     policy.routing_metrics()  # taken, or the first step would find them
     policy.zero_gradients()
@@ -111,14 +112,14 @@ def _made_up(kind: Kind, length: int, vocabulary: int) -> Sequence:
 
 def _streams(batch: MicroBatch, kind: Kind, logp_N: Tensor | None, config: Config) -> TokenStreams:
     """What a micro-batch's loss reads, of either kind of sequence."""
-    known = {"old_N": logp_N, "rollout_N": logp_N} if kind == Kind.ROLLOUT else {}
-    if known and needs_reference(config.objective):
-        known["reference_N"] = logp_N
+    sampled_N = logp_N if kind == Kind.ROLLOUT else None
     return TokenStreams.of(
-        [SequenceTerms(advantage=1.0, grpo=1.0) if known else SequenceTerms(nll=1.0)],
+        [SequenceTerms(advantage=1.0, grpo=1.0) if kind == Kind.ROLLOUT else SequenceTerms(nll=1.0)],
         batch.counts,
         device=device(),
         objective=config.objective,
         correction=Correction(config.rollout.correction, config.rollout.correction_cap),
-        **known,
+        old_N=sampled_N,
+        rollout_N=sampled_N,
+        reference_N=sampled_N if needs_reference(config.objective) else None,
     )

@@ -145,7 +145,7 @@ def _streams(
     is_rollout = b < len(minibatch.rollouts)
     batch = (minibatch.rollouts + minibatch.teachers)[b]
     known = {
-        f"{name}_N": minibatch.logp[name][b].to(device()) if is_rollout and minibatch.logp.get(name) else None
+        name: minibatch.logp[name][b].to(device()) if is_rollout and minibatch.logp.get(name) else None
         for name in ("old", "rollout", "reference")
     }
     return TokenStreams.of(
@@ -154,7 +154,9 @@ def _streams(
         device=device(),
         objective=config.objective,
         correction=correction,
-        **known,
+        old_N=known["old"],
+        rollout_N=known["rollout"],
+        reference_N=known["reference"],
     )
 
 
