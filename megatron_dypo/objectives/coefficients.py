@@ -123,7 +123,7 @@ def sequence_terms(
     batch = _CoefficientPass(
         groups,
         sequences,
-        sums,
+        {place: known for place, known in enumerate(sums) if known is not None},
         objective,
         correction,
         constant=objective.aggregation_constant or max_response_tokens,
@@ -149,7 +149,7 @@ class _CoefficientPass:
 
     groups: list[Group]
     sequences: list[Sequence]
-    sums: list[SequenceSums | None]
+    sums: dict[int, SequenceSums]  # of rollouts, by place
     objective: Objective
     correction: Correction
     constant: int
