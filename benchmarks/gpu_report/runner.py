@@ -6,7 +6,6 @@ is kept. A stop of the runner (Ctrl-C, SIGTERM) ends the running stage and loses
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import subprocess
@@ -36,6 +35,7 @@ from benchmarks.gpu_report.results import (
 from benchmarks.gpu_report.stages import PARTS, Stage
 from benchmarks.machine import ROOT
 from megatron_dypo.runtime.fs import atomic_write
+from megatron_dypo.runtime.prctl import adopt_orphans
 
 ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
@@ -43,7 +43,6 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",  # as under torchrun
 }
-PR_SET_CHILD_SUBREAPER = 36
 LAST_LINES, LONGEST = 40, 300  # what a failed stage says at its end, on the terminal; characters of its last line
 
 
@@ -84,13 +83,12 @@ def _end(processes: set[psutil.Process]) -> None:
 
 @contextmanager
 def _adopting_orphans() -> Iterator[None]:
-    """What a stage started becomes this process's child when the stage is gone (prctl(2))."""
-    prctl = ctypes.CDLL(None).prctl
-    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    """What a stage started becomes this process's child when the stage is gone."""
+    adopt_orphans()
     try:
         yield
     finally:
-        prctl(PR_SET_CHILD_SUBREAPER, 0)
+        adopt_orphans(False)
 
 
 class Runner:

@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import pickle
 from collections import defaultdict
 from collections.abc import Iterable
@@ -40,7 +39,7 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_dypo.checkpoint.catalog import MANIFEST, find_fault, listed_files
 from megatron_dypo.errors import UserError
 from megatron_dypo.runtime.distributed import all_gather_objects
-from megatron_dypo.runtime.fs import is_safe_name
+from megatron_dypo.runtime.fs import is_safe_name, new_file, sync_folder
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _ALLOWED = {
@@ -117,7 +116,7 @@ class WrittenFile:
 def write_pieces(path: Path, pieces: Iterable[tuple[TensorPiece, Tensor]]) -> WrittenFile:
     """Write this rank's pieces (host tensors) to ``path``, down to the disk. Raises OSError."""
     digest, places = hashlib.sha256(), []
-    with path.open("wb") as stream:
+    with new_file(path) as stream:
         for place, tensor in pieces:
             buffer = io.BytesIO()
             torch.save(tensor.view(place.sizes), buffer)
@@ -125,8 +124,6 @@ def write_pieces(path: Path, pieces: Iterable[tuple[TensorPiece, Tensor]]) -> Wr
                 places.append((place, stream.tell(), len(content)))
                 stream.write(content)
                 digest.update(content)
-        stream.flush()
-        os.fsync(stream.fileno())
         size = stream.tell()
     return WrittenFile(path.name, size, digest.hexdigest(), places)
 
@@ -179,21 +176,10 @@ def shared_fault(folder: Path) -> str | None:
     return faults[0] if faults else None
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the folder's entries, renames included, survive a crash of the machine."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _json(value: object) -> bytes:
     return json.dumps(value, indent=2).encode()
 
 
 def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as stream:
+    with new_file(path) as stream:
         stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())

@@ -27,7 +27,6 @@ from megatron_dypo.checkpoint.io import (
     WrittenFile,
     read_index,
     shared_fault,
-    sync_folder,
     write_file,
     write_index,
     write_pieces,
@@ -39,6 +38,7 @@ from megatron_dypo.policy.policy import Policy
 from megatron_dypo.records import Group
 from megatron_dypo.rollout import recording
 from megatron_dypo.runtime.distributed import all_gather_objects
+from megatron_dypo.runtime.fs import sync_folder
 from megatron_dypo.runtime.process import in_thread
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,6 @@ import functools
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from megatron_dypo.models.families import hf_shapes, last_names
 from megatron_dypo.models.rules import EMBEDDING, HEAD
 from megatron_dypo.models.shape import ModelShape
 from megatron_dypo.runtime.distributed import launch_rank
-from megatron_dypo.runtime.fs import is_safe_name
+from megatron_dypo.runtime.fs import is_safe_name, new_file
 
 # What a folder's weights may be called; of several, transformers loads the first.
 LAYOUTS = (
@@ -231,12 +230,10 @@ def write_shard(
         header[name] = {"dtype": CODES[dtypes[name]], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as stream:
+    with new_file(path) as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in shapes:
             stream.write(read(name).contiguous().flatten().view(torch.uint8).numpy().data)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def write_index(folder: Path, shards: Mapping[str, list[str]], total: int) -> None:

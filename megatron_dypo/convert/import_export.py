@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dypo.checkpoint.catalog import listed_files
-from megatron_dypo.checkpoint.io import shared_fault, sync_folder, write_index, write_pieces
+from megatron_dypo.checkpoint.io import shared_fault, write_index, write_pieces
 from megatron_dypo.config import load_config
 from megatron_dypo.config.renamed import rename
 from megatron_dypo.config.schema import Config, Model, Parallel
@@ -38,6 +38,7 @@ from megatron_dypo.models.limits import check_layout
 from megatron_dypo.models.shape import POSITIONS, ModelShape, RopeScaling, hf_folder, model_shape
 from megatron_dypo.models.sharding import watched
 from megatron_dypo.runtime.distributed import all_gather_objects, join
+from megatron_dypo.runtime.fs import sync_folder
 
 log = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

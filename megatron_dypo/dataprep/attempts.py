@@ -7,7 +7,6 @@ without.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from typing import Any, Literal, Protocol, Self
 from megatron_dypo.config.schema import Reward
 from megatron_dypo.errors import UserError
 from megatron_dypo.records import Prompt
+from megatron_dypo.runtime.fs import take_lock
 
 
 class Grader(Protocol):
@@ -63,11 +63,9 @@ class AttemptFile:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from None
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not take_lock(self._fd):
             os.close(self._fd)
-            raise UserError(f"{path}: another run is at work with this file") from None
+            raise UserError(f"{path}: another run is at work with this file")
         self._size = 0
 
     def __enter__(self) -> Self:

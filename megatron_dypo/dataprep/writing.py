@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron_dypo.dataprep.options import Options
 from megatron_dypo.dataprep.store import Store
 from megatron_dypo.errors import UserError
+from megatron_dypo.runtime.fs import replaced
 
 _PARQUET_ROWS = 256  # of a row group: a row of long traces may have a megabyte
 
@@ -42,31 +42,20 @@ def output_rows(store: Store, options: Options, counts: Counter[str]) -> Iterato
 def write_rows(path: Path, store: Store, options: Options) -> Counter[str]:
     """Write ``path``, down to the disk, under its name when it is whole; returns the counts of ``output_rows``."""
     counts: Counter[str] = Counter()
-    temporary = path.with_name(path.name + ".tmp")
+    rows = output_rows(store, options, counts)
     try:
-        rows = output_rows(store, options, counts)
-        if path.suffix == ".jsonl":
-            _write_json_lines(temporary, rows)
-        else:
-            extra = _extra_type(row["extra_info"] for row, _ in store.rows() if row["extra_info"])
-            _write_parquet(temporary, rows, extra)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with replaced(path) as file:
+            if path.suffix == ".jsonl":
+                file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+            else:
+                extra = _extra_type(row["extra_info"] for row, _ in store.rows() if row["extra_info"])
+                _write_parquet(file, rows, extra)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
     return counts
 
 
-def _write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], extra: Any) -> None:
+def _write_parquet(file: BinaryIO, rows: Iterator[dict[str, Any]], extra: Any) -> None:
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
@@ -76,11 +65,11 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], extra: Any) -> No
     plain = bool(first) and isinstance(first[0]["prompt"], str)
     fields = [("id", text), ("prompt", text if plain else pa.list_(message)), ("ground_truth", text)]
     fields += [("teachers", pa.list_(teacher)), ("data_source", text)] + ([("extra_info", extra)] if extra else [])
-    with parquet.ParquetWriter(path, schema := pa.schema(fields), compression="zstd") as file:
+    with parquet.ParquetWriter(file, schema := pa.schema(fields), compression="zstd") as writer:
         while batch := first + list(islice(rows, _PARQUET_ROWS - len(first))):
             if any(isinstance(row["prompt"], str) != plain for row in batch):
                 raise UserError("--out: Parquet takes chats or plain prompts, not both: write .jsonl, or --instruction")
-            file.write_table(pa.Table.from_pylist(batch, schema))
+            writer.write_table(pa.Table.from_pylist(batch, schema))
             first = []
 
 

@@ -7,9 +7,7 @@ evaluation goes on from it.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from megatron_dypo.errors import UserError
 from megatron_dypo.records import Prompt
 from megatron_dypo.rollout.engine import Engine, Request, Sampling
 from megatron_dypo.runtime.determinism import stable_hash
+from megatron_dypo.runtime.fs import sync_file, take_lock
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,8 @@ class AnswerFile:
         self.answers: list[Answer] = []
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab+")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{path}: another evaluation is at work with this file") from None
+        if not take_lock(self._file):
+            raise UserError(f"{path}: another evaluation is at work with this file")
         if restart:
             self._file.truncate(0)
         self._file.seek(0)
@@ -76,8 +73,7 @@ class AnswerFile:
 
     def _write(self, rows: list[dict]) -> None:
         self._file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        sync_file(self._file)
 
     def close(self) -> None:
         self._file.close()

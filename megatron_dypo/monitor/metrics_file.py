@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dypo.errors import UserError
-from megatron_dypo.runtime.fs import atomic_write
+from megatron_dypo.runtime.fs import atomic_write, sync_file
 
 
 class MetricsFile:
@@ -61,7 +60,7 @@ class MetricsFile:
             left = memoryview(content)
             while left:
                 left = left[self._file.write(left) :]
-            os.fsync(self._file.fileno())
+            sync_file(self._file)
         except OSError as error:
             with suppress(OSError):  # else the next attempt takes it back
                 self._file.truncate(self._whole)

@@ -7,7 +7,6 @@ that wait instead of computing; it is generous, since a trainer fills the cores.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import resource
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_dypo.reward.graders import Grader, Unscored
+from megatron_dypo.runtime.prctl import adopt_orphans, die_with_parent
 
 WALL_FACTOR = 10
 """Wall-clock ceiling of an answer, in units of its CPU time."""
@@ -27,7 +27,6 @@ MEMORY_BYTES = 4 << 30
 
 _GLANCE = 0.2  # seconds between looks whether the child is there; a process it left behind can hold its pipe open
 _MESSAGE = 300  # characters; a reply must fit into a pipe's atomic write
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 class Reply(NamedTuple):
@@ -107,9 +106,8 @@ def end_descendants() -> None:
 
 def _serve(grader: Grader, cpu_seconds: float, jobs: int, replies: int, parent: int) -> None:
     """The child's life; does not return."""
-    prctl = ctypes.CDLL(None).prctl
-    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    die_with_parent()
+    adopt_orphans()
     if os.getppid() != parent:
         os._exit(1)
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)

@@ -9,7 +9,6 @@ leaves no process behind. Forking a process that has imported everything takes m
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
@@ -18,14 +17,13 @@ import sys
 
 from megatron_dypo.reward.grader_process import GraderProcess, end_descendants
 from megatron_dypo.reward.graders import load
-
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+from megatron_dypo.runtime.prctl import adopt_orphans, die_with_parent
 
 
 def main() -> None:
     function, cpu_seconds, parent = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
     _end_with(parent)
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # whatever a grader leaves behind comes here
+    adopt_orphans()  # whatever a grader leaves behind comes here
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's, which closes its workers
     jobs, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w")
     null = os.open(os.devnull, os.O_RDONLY)
@@ -66,7 +64,7 @@ def _end_with(parent: int) -> None:
             os._exit(1)
 
     signal.signal(signal.SIGUSR1, end_if_orphan)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1)
+    die_with_parent(signal.SIGUSR1)
     end_if_orphan()  # it may have ended before the line above
 
 

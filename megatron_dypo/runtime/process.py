@@ -5,7 +5,6 @@ Imports no torch.
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import os
 import signal
@@ -17,9 +16,9 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from megatron_dypo.runtime.failure import current_phase, headline, say
+from megatron_dypo.runtime.prctl import die_with_parent
 
 STACKS_SIGNAL = signal.SIGUSR2
-_PR_SET_PDEATHSIG = 1
 _LAUNCHER_SECONDS = 60.0  # how long a launcher that is busy may take to accept a connection
 
 
@@ -39,7 +38,7 @@ def end_with_launcher() -> None:
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent(signal.SIGKILL)
     store = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         try:
