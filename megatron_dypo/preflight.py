@@ -24,10 +24,10 @@ from megatron_dypo.models.shape import ModelShape, hf_folder, model_shape
 from megatron_dypo.policy.accelerations import refusal
 from megatron_dypo.records import Group, Prompt
 from megatron_dypo.reward import build_reward
-from megatron_dypo.rollout import recording
 from megatron_dypo.rollout.engines import check_vllm, engine_name
 from megatron_dypo.rollout.sampling import encode_prompts
 from megatron_dypo.rollout.server import server_token
+from megatron_dypo.rollout.step_files import require_steps
 from megatron_dypo.runtime import determinism, distributed, versions
 from megatron_dypo.runtime.determinism import stable_hash
 
@@ -89,7 +89,7 @@ def check_inputs(config: Config, source: str) -> Inputs:
         check_kept(run_dir, tokenizer)
     if config.rollout.replay:
         first = max(checkpoints, default=0) + 1
-        recording.require_steps(config.rollout.replay, range(first, config.trainer.steps + 1))
+        require_steps(config.rollout.replay, range(first, config.trainer.steps + 1))
     return Inputs(shape, tokenizer, train, held_out, suites, checkpoints, lock)
 
 

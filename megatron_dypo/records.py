@@ -21,6 +21,14 @@ class Regime(enum.IntEnum):
     MID = 1
     HARD = 2
 
+    @classmethod
+    def of(cls, solved: int, responses: int, hard_max_solved: int = 0) -> Regime:
+        """Easy if all are right, Hard if at most ``hard_max_solved``, else Mid.
+
+        Exclusive and exhaustive from one response on; Easy wins where both would hold, and one response has no Mid.
+        """
+        return cls.EASY if solved == responses else cls.HARD if solved <= hard_max_solved else cls.MID
+
 
 @dataclass(frozen=True)
 class Teacher:

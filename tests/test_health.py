@@ -23,15 +23,16 @@ from rich.console import Console
 
 from megatron_dypo import run_folder
 from megatron_dypo.checkpoint.catalog import complete_steps
-from megatron_dypo.checkpoint.manager import NORMS_KEPT, NORMS_NEEDED, Counters, usual_norm
+from megatron_dypo.checkpoint.manager import Counters
 from megatron_dypo.config.schema import Config
-from megatron_dypo.monitor.health import CALM, EMPTY_STEPS, NEEDED, RULES, TRUNCATED_STEPS, Health, warnings_of
+from megatron_dypo.monitor.health import CALM, EMPTY_STEPS, RULES, TRUNCATED_STEPS, Health, Past, warnings_of
 from megatron_dypo.monitor.metrics_file import MetricsFile, read_metrics
 from megatron_dypo.monitor.monitor import Monitor
 from megatron_dypo.monitor.progress import Progress, summary
 from megatron_dypo.records import Group, Prompt, Response
 from megatron_dypo.rollout.recording import record, step_file
 from megatron_dypo.runtime.distributed import Layout
+from megatron_dypo.runtime.recent import NEEDED, RECENT, recent_level
 from tests.batches import make_groups, trace_ids
 from tests.full_disk import fill_disk, small_disk
 from tests.launch import copy_task, metrics, without_times
@@ -332,9 +333,14 @@ def test_the_history_survives_a_checkpoint_bit_for_bit(part, at_once):
     for start in range(0, len(grad_norms), at_once + 1):
         counters.count(start, 0, skipped=False, empty=False, grad_norms=grad_norms[start : start + at_once + 1])
     back = Counters(**json.loads(json.dumps(asdict(counters))))
-    assert back == counters and back.grad_norms == grad_norms[-NORMS_KEPT:]
-    assert usual_norm(back.grad_norms) == usual_norm(grad_norms)
-    assert (usual_norm(grad_norms) is None) == (len(grad_norms) < NORMS_NEEDED)
+    assert back == counters and back.grad_norms == grad_norms[-RECENT:]
+    assert recent_level(back.grad_norms) == recent_level(grad_norms)
+
+
+@given(st.lists(st.floats(0, 1e12, allow_subnormal=True), max_size=120))
+def test_the_recent_level_is_the_median_of_the_last_fifty_from_twenty_on(values):
+    expected = float(np.median(values[-50:])) if len(values) >= 20 else None
+    assert recent_level(values) == expected == Past(tuple(values[-50:])).level
 
 
 def test_a_checkpoint_of_before_there_was_a_history_loads():
@@ -394,7 +400,7 @@ def spiking_update(spike_factor: float, times: float, unequal: bool) -> tuple[di
         policy.grad_norm = lambda: exact() * (1 + 1e-6)
     kept = np.ones(300_000_000, np.uint8) if policy.layout.rank == 1 else None  # one rank needs more memory
     peak = take_peaks()["perf/host_memory_gib"]
-    context = StepContext(1, 1e-3, grad_norms=[probe / times] * NORMS_NEEDED)
+    context = StepContext(1, 1e-3, grad_norms=[probe / times] * NEEDED)
     outcome = run_updates(policy, minibatches, settings, context)
     del kept
     changed = digest(policy) != before

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import shutil
-import statistics
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -40,11 +39,9 @@ from megatron_dypo.rollout import recording
 from megatron_dypo.runtime.distributed import all_gather_objects
 from megatron_dypo.runtime.fs import sync_folder
 from megatron_dypo.runtime.process import in_thread
+from megatron_dypo.runtime.recent import RECENT
 
 log = logging.getLogger(__name__)
-
-NORMS_KEPT = 50  # applied updates that make up the usual gradient norm
-NORMS_NEEDED = 20  # before that many, none is usual
 
 
 @dataclass
@@ -72,16 +69,10 @@ class Counters:
         self.empty_steps += empty
         if not empty:
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        self.grad_norms = [*self.grad_norms, *grad_norms][-NORMS_KEPT:]
+        self.grad_norms = [*self.grad_norms, *grad_norms][-RECENT:]
 
     def metrics(self) -> dict[str, int]:
         return {"train/skipped_steps": self.skipped_steps, "train/empty_steps": self.empty_steps}
-
-
-def usual_norm(grad_norms: Sequence[float]) -> float | None:
-    """Median of the last NORMS_KEPT of ``grad_norms``; None before NORMS_NEEDED have been seen."""
-    recent = grad_norms[-NORMS_KEPT:]
-    return statistics.median(recent) if len(recent) >= NORMS_NEEDED else None
 
 
 def load_newest(run_dir: Path, steps: list[int], policy: Policy) -> Counters:

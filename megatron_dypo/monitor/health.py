@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-RECENT = 50  # steps that make up a metric's recent level
-NEEDED = 20  # before that many, it has none
+from megatron_dypo.runtime.recent import RECENT, recent_level
+
 CALM = 50  # steps without trouble after which a rule may warn again
 
 NORM_SPIKE = 10.0  # times its median
@@ -46,7 +46,7 @@ class Past:
     @property
     def level(self) -> float | None:
         """Their median; None while there are too few."""
-        return statistics.median(self.values) if len(self.values) >= NEEDED else None
+        return recent_level(self.values)
 
     @property
     def deviation(self) -> float:

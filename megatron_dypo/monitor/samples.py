@@ -5,17 +5,17 @@ Token ids become text by the run's tokenizer where that needs neither torch nor 
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from html import escape
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megatron_dypo.errors import UserError
 from megatron_dypo.monitor.run_data import Run
+from megatron_dypo.records import Regime
+from megatron_dypo.rollout.step_files import read_lines, step_files, token_ids
 
 
 def decoder(run: Run) -> tuple[Callable[[list[int]], str], str]:
@@ -58,12 +58,11 @@ def _tokenizer_file(name: str) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
-REGIMES = ("easy", "mid", "hard")
+REGIMES = tuple(regime.name.lower() for regime in Regime)
 GROUPS = 3  # of a step: one of each regime where there are, since each is trained on in its own way
 SEARCHED = 64  # groups of a step that are looked through for them; a step may be gigabytes
 RESPONSES = 8  # of a group
 LONGEST = 1600  # characters of a text; what is more is cut out of its middle
-_STEP = re.compile(r"step_(\d+)\.jsonl")
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -84,23 +83,13 @@ def sample_rollouts(run: Run, last_only: bool = False) -> str:
     return f'<p class="lead">{escape(lead)}</p>{"".join(parts)}'
 
 
-def regime(rewards: list[float], threshold: float, hard_max_solved: int) -> str:
-    """A group's regime as ``objectives.grading.grade`` has it, without torch."""
-    solved = sum(reward >= threshold for reward in rewards)
-    return "easy" if solved == len(rewards) else "hard" if solved <= hard_max_solved else "mid"
-
-
 def _files(run: Run) -> dict[int, Path]:
     """The recorded steps that the run's metrics know, by number."""
     name = run.setting("rollout", "record")
     if not isinstance(name, str) or "\0" in name or run.setting("objective", "method") == "sft":
         return {}
     folders = [folder for folder in (Path(name), run.folder / name) if os.path.isdir(folder)]
-    found = {
-        int(match[1]): path
-        for path in (folders[0].iterdir() if folders else ())
-        if (match := _STEP.fullmatch(path.name))
-    }
+    found = step_files(folders[0]) if folders else {}
     return {number: path for number, path in found.items() if number <= run.steps[-1]}
 
 
@@ -109,8 +98,9 @@ def _step(path: Path, step: int, run: Run, text: Callable[[list[int]], str], ope
     threshold = threshold if isinstance(threshold, (int, float)) else 0.5
     most = most if isinstance(most, int) else 0
     groups: dict[str, list[dict[str, Any]]] = {name: [] for name in REGIMES}
-    for group in islice(_groups(path), SEARCHED):
-        groups[regime([response["reward"] for response in group["responses"]], threshold, most)].append(group)
+    for _, group in islice(read_lines(path, _checked), SEARCHED):
+        solved = sum(response["reward"] >= threshold for response in group["responses"])
+        groups[Regime.of(solved, len(group["responses"]), most).name.lower()].append(group)
         if all(groups.values()):
             break
     # One of each regime first, then more of those there are.
@@ -123,25 +113,11 @@ def _step(path: Path, step: int, run: Run, text: Callable[[list[int]], str], ope
     return f"<h4>Step {step:,}</h4>{''.join(shown)}"
 
 
-def _groups(path: Path) -> Iterator[dict[str, Any]]:
-    """The file's groups, as far as the report needs them."""
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    with file:
-        for number, line in enumerate(file, start=1):
-            try:
-                group = _checked(json.loads(line))
-            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-                raise UserError(f"{path}:{number}: not a recorded rollout: {error}") from None
-            yield group
-
-
 def _checked(line: dict[str, Any]) -> dict[str, Any]:
+    """A recorded group, as far as the report needs it."""
     responses = [
         {
-            "ids": _ids(response["ids"]),
+            "ids": token_ids(response["ids"]),
             "reward": float(response["reward"]),
             "finish_reason": str(response["finish_reason"]),
             "fault": response.get("fault"),
@@ -150,13 +126,7 @@ def _checked(line: dict[str, Any]) -> dict[str, Any]:
     ]
     if not responses:
         raise ValueError("no response")
-    return {"id": str(line["id"]), "prompt_ids": _ids(line["prompt_ids"]), "responses": responses}
-
-
-def _ids(values: list[int]) -> list[int]:
-    if not all(type(value) is int and 0 <= value < 2**31 for value in values):
-        raise ValueError("token ids must be whole numbers from 0 on")
-    return values
+    return {"id": str(line["id"]), "prompt_ids": token_ids(line["prompt_ids"]), "responses": responses}
 
 
 def _group(name: str, group: dict[str, Any], threshold: float, text: Callable[[list[int]], str], opened: bool) -> str:

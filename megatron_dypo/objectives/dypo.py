@@ -18,14 +18,10 @@ _CORRECTION: dict[bool | str, int] = {True: 0, "population": 0, "sample": 1}
 
 
 def grade(rewards: Tensor, reward_threshold: float = 0.5, hard_max_solved: int = 0) -> list[Regime]:
-    """Regime of each row of ``rewards`` [Q, k]: Easy if all are right, Hard if at most ``hard_max_solved``, else Mid.
-
-    Exclusive and exhaustive for every k >= 1; Easy wins where both would hold, and k = 1 has no Mid.
-    """
+    """Regime of each row of ``rewards`` [Q, k]; right is what is at least ``reward_threshold``."""
     rewards = torch.as_tensor(rewards)
     solved = (rewards >= reward_threshold).sum(-1).tolist()
-    k = rewards.shape[-1]
-    return [Regime.EASY if s == k else Regime.HARD if s <= hard_max_solved else Regime.MID for s in solved]
+    return [Regime.of(each, rewards.shape[-1], hard_max_solved) for each in solved]
 
 
 def group_advantages(rewards: Tensor, normalize_std: bool | str = True, eps: float = 1e-6) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,8 @@ import numpy as np
 from megatron_dypo.errors import UserError
 from megatron_dypo.records import Group, Prompt, Response
 from megatron_dypo.rollout.routed_experts import as_text, from_text
+from megatron_dypo.rollout.step_files import read_lines, require_steps, step_file, token_ids
 from megatron_dypo.runtime.fs import atomic_write
-
-
-def step_file(folder: str | Path, step: int) -> Path:
-    return Path(folder) / f"step_{step:06d}.jsonl"
 
 
 def record(folder: str | Path, step: int, groups: list[Group]) -> None:
@@ -29,13 +25,6 @@ def record(folder: str | Path, step: int, groups: list[Group]) -> None:
 def lines(groups: list[Group]) -> str:
     """The groups in the format of a recorded step."""
     return "".join(json.dumps(_line(group)) + "\n" for group in groups)
-
-
-def require_steps(folder: str | Path, steps: range) -> None:
-    """Raises UserError naming the first of ``steps`` that was never recorded in ``folder``."""
-    for step in steps:
-        if not os.path.isfile(step_file(folder, step)):
-            raise UserError(f"rollout.replay: {step_file(folder, step)}: no recorded step {step}")
 
 
 def replay(
@@ -53,19 +42,12 @@ def read(path: Path, prompts: dict[str, Prompt], samples: int, *, vocab_size: in
     id that is not below ``vocab_size``, a prompt and response of more than ``longest`` tokens.
     """
     groups = []
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    for number, line in enumerate(content.splitlines(), start=1):
-        try:
-            groups.append(_group(json.loads(line), prompts, vocab_size, longest))
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            raise UserError(f"{path}:{number}: not a recorded rollout: {error}") from None
-        if len(groups[-1].responses) != samples:
+    for number, group in read_lines(path, lambda line: _group(line, prompts, vocab_size, longest)):
+        if len(group.responses) != samples:
             raise UserError(
-                f"{path}:{number}: {len(groups[-1].responses)} responses, but rollout.samples_per_prompt is {samples}"
+                f"{path}:{number}: {len(group.responses)} responses, but rollout.samples_per_prompt is {samples}"
             )
+        groups.append(group)
     if not groups:
         raise UserError(f"{path}: holds no group")
     return groups
@@ -100,10 +82,7 @@ def _of_kind(line: dict, name: str, kind: type) -> Any:
 
 
 def _ids(values: list[int], vocab_size: int) -> np.ndarray:
-    for value in values:
-        if type(value) is not int or not 0 <= value < vocab_size:
-            raise ValueError(f"{value!r} is no token id of a vocabulary of {vocab_size}")
-    return np.asarray(values, np.int32)
+    return np.asarray(token_ids(values, vocab_size), np.int32)
 
 
 def _group(line: dict, prompts: dict[str, Prompt], vocab_size: int, longest: int) -> Group:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_dypo.checkpoint.manager import usual_norm
 from megatron_dypo.config.schema import Config
 from megatron_dypo.objectives.coefficients import BatchTerms, Correction, sequence_terms
 from megatron_dypo.objectives.token_loss import TokenStreams
@@ -17,6 +16,7 @@ from megatron_dypo.records import Group
 from megatron_dypo.runtime.distributed import device
 from megatron_dypo.runtime.failure import phase
 from megatron_dypo.runtime.measure import StepTimer
+from megatron_dypo.runtime.recent import recent_level
 from megatron_dypo.training.diagnostics import bad_gradient, bad_weights, prompts
 from megatron_dypo.training.metrics import share_update_stats, update_metrics
 from megatron_dypo.training.minibatch import MiniBatch, build_minibatches
@@ -104,7 +104,7 @@ def run_updates(policy: Policy, minibatches: list[MiniBatch], config: Config, co
         report = update_metrics(stats, terms, objective)
         reports.append(report)
         result.memory = {name: max(result.memory.get(name, 0.0), peak) for name, peak in stats.memory.items()}
-        limit = (config.trainer.spike_factor, usual_norm([*context.grad_norms, *result.grad_norms]))
+        limit = (config.trainer.spike_factor, recent_level([*context.grad_norms, *result.grad_norms]))
         if reason := _reason_to_skip(policy, minibatch, streams, stats.norm, report["loss/total"], *limit):
             result.skipped = f"update {u + 1} of {len(minibatches)}: {reason}"
             break  # further updates would build on one that was not taken

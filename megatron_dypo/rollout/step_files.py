@@ -1,0 +1,56 @@
+"""The files of recorded rollouts: one a step, one JSON line a prompt (docs/data.md). Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatron_dypo.errors import UserError
+
+_NAME = re.compile(r"step_(\d+)\.jsonl")
+_Parsed = TypeVar("_Parsed")
+
+
+def step_file(folder: str | Path, step: int) -> Path:
+    return Path(folder) / f"step_{step:06d}.jsonl"
+
+
+def step_files(folder: Path) -> dict[int, Path]:
+    """The recorded steps of a folder, by number."""
+    return {int(match[1]): path for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))}
+
+
+def require_steps(folder: str | Path, steps: range) -> None:
+    """Raises UserError naming the first of ``steps`` that was never recorded in ``folder``."""
+    for step in steps:
+        if not os.path.isfile(step_file(folder, step)):
+            raise UserError(f"rollout.replay: {step_file(folder, step)}: no recorded step {step}")
+
+
+def read_lines(path: Path, parse: Callable[[Any], _Parsed]) -> Iterator[tuple[int, _Parsed]]:
+    """(number from 1, what ``parse`` makes of the line's JSON); one line at a time, as a step may be gigabytes.
+
+    Raises UserError naming file and line where the line is not JSON, or ``parse`` refuses it as a value of that kind.
+    """
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    parsed = parse(json.loads(line))
+                except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+                    raise UserError(f"{path}:{number}: not a recorded rollout: {error}") from None
+                yield number, parsed
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def token_ids(values: Any, vocab_size: int = 2**31) -> list[int]:
+    """``values``, a list of JSON. Raises ValueError where one is not a whole number below ``vocab_size``."""
+    for value in values:
+        if type(value) is not int or not 0 <= value < vocab_size:
+            raise ValueError(f"{value!r} is no token id of a vocabulary of {vocab_size}")
+    return values
