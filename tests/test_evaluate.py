@@ -140,7 +140,7 @@ def test_parts_beside_the_whole_file_are_two_files(tmp_path):
         ({"gsm8k.jsonl": '{"question": "1+1?", "answer": "2"}\n{"question": "1+2?"}'}, "problem 2: no answer"),
         ({"gsm8k.jsonl": '{"answer": "2"}'}, "problem 1: no question"),
         ({"gsm8k.jsonl": "[]"}, "problem 1: expected an object"),
-        ({"gsm8k.parquet": "PAR1"}, "gsm8k.parquet: cannot be read"),
+        ({"gsm8k.parquet": "PAR1"}, "gsm8k.parquet: not a readable Parquet file"),
     ],
 )
 def test_a_file_that_is_no_suite_is_an_error_that_names_it(tmp_path, files, said):

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_dypo.data.row_files import BadRow, filled_lines, parquet_rows, parse_line
 from megatron_dypo.errors import UserError
 from megatron_dypo.escapes import swallowed_in, with_escapes
 from megatron_dypo.records import Prompt, Teacher
@@ -22,10 +23,6 @@ from megatron_dypo.records import Prompt, Teacher
 log = logging.getLogger(__name__)
 _READ = ("prompt", "ground_truth", "reward_model", "teachers", "target", "target_lst")  # fields that hold text
 _SURROGATE = re.compile("[\ud800-\udfff]")  # what JSON can escape one by one, and no tokenizer or file takes
-
-
-class BadRow(ValueError):
-    """A field of one row is missing or has the wrong type."""
 
 
 Escapes = Literal["refuse", "repair", "keep"]
@@ -70,28 +67,13 @@ def read(
 def _raw_rows(file: Path) -> Iterator[tuple[int, Any]]:
     """(line number from 1, row); an unparsable JSON line comes as the ``BadRow`` to raise, with its line."""
     if file.suffix == ".parquet":
-        import pyarrow.parquet as parquet
-
-        try:
-            batches = parquet.ParquetFile(file).iter_batches()
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
-        except (OSError, ValueError, NotImplementedError) as error:
-            raise UserError(f"{file}: not a readable Parquet file: {error}") from None
+        yield from enumerate(parquet_rows(file), start=1)
         return
-    try:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, _parsed(line)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-
-
-def _parsed(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return BadRow(f"not valid JSON: {error}")
+    for number, line in filled_lines(file):
+        try:
+            yield number, parse_line(line)
+        except BadRow as error:
+            yield number, error
 
 
 def read_row(row: Any, line: int, any_truth: bool = False) -> Prompt:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_dypo.data.rows import BadRow, read_row
+from megatron_dypo.data.row_files import BadRow
+from megatron_dypo.data.rows import read_row
 from megatron_dypo.reward import last_boxed
 
 REASONER = "deepseek-r1"  # who wrote the traces of OpenR1-Math and of LUFFY's selection of it

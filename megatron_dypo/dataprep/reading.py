@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
-from megatron_dypo.data.rows import BadRow
+from megatron_dypo.data.row_files import BadRow
 from megatron_dypo.data.traces import without_ends
 from megatron_dypo.dataprep.attempts import Grader
 from megatron_dypo.dataprep.filters import (

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+from megatron_dypo.data.row_files import BadRow, filled_lines, parquet_rows, parse_line
 from megatron_dypo.errors import UserError
 
 HUB = "hub:"
 SUFFIXES = (".jsonl", ".json", ".parquet")
 _OPTIONS = ("config", "split", "revision")
-_PARQUET_ROWS = 64  # decoded at a time: a row of long traces may have a megabyte
 _CHUNK = 1 << 20  # characters of a JSON list read at a time
 _LONGEST = 1 << 28  # characters of one row of it
 
@@ -63,19 +63,11 @@ def _file_source(path: Path) -> RowSource:
 
 
 def _json_lines(name: str, start: int) -> Iterator[Any]:
-    try:
-        with Path(name).open("rb") as lines:
-            for number, line in enumerate(islice((line for line in lines if line.strip()), start, None), start + 1):
-                yield _parsed(line, f"{name}: row {number}")
-    except OSError as error:
-        raise UserError(f"{name}: cannot be read: {error.strerror}") from None
-
-
-def _parsed(line: bytes, place: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not valid JSON: {error}") from None
+    for number, (_, line) in enumerate(filled_lines(Path(name), start), start + 1):
+        try:
+            yield parse_line(line)
+        except BadRow as error:
+            raise UserError(f"{name}: row {number}: {error}") from None
 
 
 def _json_list(name: str, start: int) -> Iterator[Any]:
@@ -114,21 +106,7 @@ def _elements(name: str) -> Iterator[Any]:
 
 
 def _parquet(name: str, start: int) -> Iterator[Any]:
-    import pyarrow.parquet as parquet
-
-    try:
-        with parquet.ParquetFile(name) as file:
-            first, groups = start, []
-            for group in range(file.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
-                if groups or first < rows:
-                    groups.append(group)
-                else:
-                    first -= rows
-            batches = file.iter_batches(batch_size=_PARQUET_ROWS, row_groups=groups) if groups else ()
-            yield from islice((row for batch in batches for row in batch.to_pylist()), first, None)
-    except (OSError, ValueError, NotImplementedError) as error:
-        raise UserError(f"{name}: not a readable Parquet file: {error}") from None
+    return parquet_rows(Path(name), start)
 
 
 _READERS = {".jsonl": _json_lines, ".json": _json_list, ".parquet": _parquet}

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_dypo.data.row_files import parquet_rows
 from megatron_dypo.errors import UserError
 
 SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")
@@ -112,11 +113,9 @@ def read(file: Path) -> list[Any]:
 
     Raises UserError naming the file.
     """
+    if file.suffix.lower() == ".parquet":
+        return list(parquet_rows(file))
     try:
-        if file.suffix.lower() == ".parquet":
-            import pyarrow.parquet as parquet
-
-            return parquet.read_table(file).to_pylist()
         text = file.read_bytes().decode("utf-8-sig")
         if file.suffix.lower() == ".csv":
             return list(csv.DictReader(io.StringIO(text)))
@@ -124,7 +123,7 @@ def read(file: Path) -> list[Any]:
         if file.suffix.lower() == ".jsonl" or (len(lines) > 1 and _is_whole(lines[0])):
             return [json.loads(line) for line in lines]
         rows = json.loads(text)
-    except (OSError, ValueError, RecursionError, csv.Error) as error:  # pyarrow's errors are of these kinds
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise UserError(f"{file}: cannot be read: {error}") from None
     if not isinstance(rows, list):
         raise UserError(f"{file}: expected a list of problems")
