@@ -18,8 +18,8 @@ from megatron_dypo.data.dataset import load_data, with_usable_traces
 from megatron_dypo.data.provenance import check_kept, keep, start_day
 from megatron_dypo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dypo.errors import TrainingError, UserError
-from megatron_dypo.evaluate.suites import Suite, load_suite, named_suites
-from megatron_dypo.models.limits import check_layout, check_policy
+from megatron_dypo.evaluate.suites import Suite, load_suites
+from megatron_dypo.models.limits import check_layout, check_policy, check_window
 from megatron_dypo.models.shape import ModelShape, hf_folder, model_shape
 from megatron_dypo.policy.accelerations import refusal
 from megatron_dypo.records import Group, Prompt
@@ -52,11 +52,7 @@ def check_inputs(config: Config, source: str) -> Inputs:
     shape = model_shape(config.model)
     check_layout(config.parallel, shape, distributed.world_size(), source)
     check_policy(config.policy, shape, source)
-    if config.window > shape.max_position:
-        raise UserError(
-            f"{source}: data.max_prompt_tokens + the longer of rollout.max_response_tokens and "
-            f"evaluation.max_response_tokens = {config.window} exceeds the model's limit of {shape.max_position}"
-        )
+    check_window(config, shape, source)
     engine = engine_name(config)
     if engine in ("vllm", "server"):
         check_vllm(config, shape, "sender" if engine == "server" else "engine")
@@ -79,8 +75,7 @@ def check_inputs(config: Config, source: str) -> Inputs:
     held_out = encode_prompts(valid, tokenizer, config.data.max_prompt_tokens)
     suites = {}
     if config.trainer.eval_every:
-        named = named_suites(config.evaluation.suites, f"{source}: evaluation.suites")
-        suites = {suite: load_suite(suite, config.evaluation) for suite in named}
+        suites = load_suites(config.evaluation.suites, config.evaluation, f"{source}: evaluation.suites")
     for prompts in suites.values():
         encode_prompts(prompts, tokenizer, config.data.max_prompt_tokens)
     lock = run_folder.claim(run_dir) if distributed.launch_rank() == 0 else None

@@ -20,7 +20,7 @@ from megatron_dypo.data.rows import strings
 from megatron_dypo.data.tokenizer import Tokenizer, joined, load_tokenizer
 from megatron_dypo.data.traces import THOUGHTS, opening_fault, thought_fault
 from megatron_dypo.escapes import swallowed_in
-from megatron_dypo.evaluate.suites import load_suite, named_suites
+from megatron_dypo.evaluate.suites import load_suites
 from megatron_dypo.models.shape import model_shape
 from megatron_dypo.records import Prompt, Teacher
 
@@ -58,7 +58,7 @@ def entries(config: Config, count: int) -> list[dict[str, Any]]:
     own = is_custom(config.reward.function)
     prompts = load_prompts(data.train, data.skip_bad_rows, escapes=escapes, any_truth=own)[:count]
     if settings.suites and (settings.data or config.trainer.eval_every):
-        prompts += [load_suite(suite, settings)[0] for suite in named_suites(settings.suites, "evaluation.suites")]
+        prompts += [first for first, *_ in load_suites(settings.suites, settings, "evaluation.suites").values()]
     return [_entry(prompt, tokenizer, config, asked_plain) for prompt in prompts]
 
 

@@ -332,6 +332,16 @@ SPOILT_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+def test_evaluation_refuses_responses_that_do_not_fit_into_the_model_as_training_does(config, hf, tmp_path, capsys):
+    (tmp_path / "own.jsonl").write_text('{"problem": "1+1=", "answer": "2"}\n')
+    longer = [f"evaluation.max_response_tokens={PRESETS['tiny'].max_position}", "evaluation.instruction=null"]
+    assert main(["evaluate", str(config), "--suite", str(tmp_path / "own.jsonl"), "--hf", str(hf), *longer]) == 2
+    of_evaluation = the_line(capsys.readouterr().err)
+    of_training = refusal(capsys, config, "model.preset=null", f"model.hf={hf}", *longer)
+    assert of_evaluation.startswith("evaluate: data.max_prompt_tokens + the longer of rollout.max_response_tokens and ")
+    assert of_evaluation.removeprefix("evaluate: ") == of_training.removeprefix(f"{config}: ")
+
+
 @pytest.mark.parametrize("case", SPOILT_FOLDERS)
 def test_a_spoilt_hugging_face_folder_is_refused_by_its_file(config, hf, capsys, case):
     spoil, start = SPOILT_FOLDERS[case]

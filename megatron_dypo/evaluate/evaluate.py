@@ -37,8 +37,8 @@ from megatron_dypo.evaluate.respond import (
     server_responses,
 )
 from megatron_dypo.evaluate.run import EvaluationProgress, run_suite, show
-from megatron_dypo.evaluate.suites import Suite, load_suite, named_suites
-from megatron_dypo.models.limits import check_policy
+from megatron_dypo.evaluate.suites import Suite, load_suites
+from megatron_dypo.models.limits import check_policy, check_window
 from megatron_dypo.models.shape import ModelShape, of_weights
 from megatron_dypo.models.sharding import refuse, watched
 from megatron_dypo.records import Prompt
@@ -84,17 +84,13 @@ def evaluate(
         suites = _load(config, names)
         model = _choose(config, hf, checkpoint)
         check_policy(config.policy, model.shape, "evaluate")
+        check_window(config, model.shape, "evaluate")
         if engine_name(config) != "transformers":
             check_vllm(config, model.shape)
         out = out or Path(config.trainer.run_dir) / "evaluation" / model.name
         tokenizer = load_tokenizer(config, model.shape, start_day(Path(config.trainer.run_dir), out))
         for prompts in suites.values():
             encode_prompts(prompts, tokenizer, config.data.max_prompt_tokens)
-        if config.window > model.shape.max_position:
-            raise UserError(
-                f"data.max_prompt_tokens and the longest response make {config.window} tokens, "
-                f"more than the model's {model.shape.max_position}"
-            )
     with phase("joining the job"):
         layout = distributed.init(Parallel(timeout=config.parallel.timeout))
         if model.checkpoint:
@@ -133,10 +129,10 @@ def evaluate_server(config: Config, names: list[str], server: ChatServer, out: P
 
 
 def _load(config: Config, names: list[str]) -> dict[Suite, list[Prompt]]:
-    suites = named_suites(names or config.evaluation.suites, "--suite" if names else "evaluation.suites")
-    if not suites:
+    asked = names or config.evaluation.suites
+    if not asked:
         raise UserError("evaluate: no suite: give --suite, or evaluation.suites in the configuration")
-    return {suite: load_suite(suite, config.evaluation) for suite in suites}
+    return load_suites(asked, config.evaluation, "--suite" if names else "evaluation.suites")
 
 
 def _choose(config: Config, hf: str | None, checkpoint: Path | None) -> EvaluatedModel:

@@ -105,6 +105,11 @@ _PAPER = (
 SUITES = {suite.name: suite for suite in _PAPER}
 
 
+def load_suites(asked: Iterable[str], settings: Evaluation, where: str) -> dict[Suite, list[Prompt]]:
+    """The problems of the suites ``asked`` for, in order. Raises UserError as ``named_suites`` and ``load_suite``."""
+    return {suite: load_suite(suite, settings) for suite in named_suites(asked, where)}
+
+
 def load_suite(suite: Suite | str, settings: Evaluation) -> list[Prompt]:
     """Its problems (the first ``settings.limit``), asked as ``settings`` says. Ids: ``name-0``, ``name-1``, ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from megatron_dypo.config.schema import Parallel, PolicyOptions
+from megatron_dypo.config.schema import Config, Parallel, PolicyOptions
 from megatron_dypo.errors import UserError
 from megatron_dypo.models.shape import ModelShape
 
@@ -51,6 +51,15 @@ def check_policy(policy: PolicyOptions, shape: ModelShape, source: str) -> None:
     for name, info in PolicyOptions.model_fields.items():
         if not shape.num_experts and getattr(policy, name) != info.default:
             raise UserError(f"{source}: policy.{name}: {getattr(policy, name)}, but the model has no experts")
+
+
+def check_window(config: Config, shape: ModelShape, source: str) -> None:
+    """Raise UserError where the longest prompt and response would not fit into the model."""
+    if config.window > shape.max_position:
+        raise UserError(
+            f"{source}: data.max_prompt_tokens + the longer of rollout.max_response_tokens and "
+            f"evaluation.max_response_tokens = {config.window} exceeds the model's limit of {shape.max_position}"
+        )
 
 
 def _expert_faults(parallel: Parallel, shape: ModelShape, world_size: int) -> Iterator[tuple[object, str]]:
