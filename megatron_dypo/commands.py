@@ -36,16 +36,12 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument("config", metavar="CONFIG", help="YAML file")
-    train.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="override a key; a later one wins"
-    )
+    _add_overrides(train)
     train.set_defaults(run=_train)
 
     serve = commands.add_parser("serve", help="one vLLM server for rollout.engine: server (see launch/servers.sh)")
     serve.add_argument("config", metavar="CONFIG", help="the training run's YAML file")
-    serve.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="the training run's overrides"
-    )
+    _add_overrides(serve, "the training run's overrides")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     serve.add_argument("--port", type=int, default=8000, help="(default: 8000)")
     serve.add_argument("--tensor", type=int, default=1, metavar="N", help="tensor-parallel devices (default: 1)")
@@ -85,9 +81,7 @@ def _add_show(commands) -> None:
         "show", help="the first prompts, traces and options exactly as the model will see them, with warnings"
     )
     show.add_argument("config", metavar="CONFIG", help="the run's YAML file")
-    show.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="override a key; a later one wins"
-    )
+    _add_overrides(show)
     show.add_argument("--json", action="store_true", help="all of it, for other programs")
     show.add_argument("--prompts", type=int, default=3, metavar="N", help="of data.train (default: 3)")
     show.set_defaults(run=_show)
@@ -101,9 +95,7 @@ def _add_evaluate(commands) -> None:
         "--checkpoint: the run folder's newest checkpoint, else model.hf. A killed evaluation goes on where it was.",
     )
     evaluate.add_argument("config", metavar="CONFIG", help="the run's YAML file; its section `evaluation` says how")
-    evaluate.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="override a key; a later one wins"
-    )
+    _add_overrides(evaluate)
     evaluate.add_argument(
         "--suite",
         metavar="NAME[,NAME]",
@@ -132,9 +124,7 @@ def _add_plan(commands) -> None:
         "plan", help="memory and time of every layout, best first, and why the others do not fit"
     )
     plan.add_argument("config", metavar="CONFIG", help="YAML file")
-    plan.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="override a key; a later one wins"
-    )
+    _add_overrides(plan)
     plan.add_argument("--gpus", type=int, required=True, metavar="N")
     plan.add_argument("--gpu-memory", type=float, required=True, metavar="GiB", help="of one GPU")
     plan.add_argument("--gpu", default="h100", metavar="NAME", help="a100, a800, h100 (default), h800, h200 or b200")
@@ -168,9 +158,7 @@ def _add_convert(commands) -> None:
     way.add_argument("--out", **out)
     way.add_argument("--dtype", **dtype)
     way.add_argument("--bin", action="store_true", help="read pytorch_model.bin, a pickle (tensors alone), if need be")
-    way.add_argument(
-        "overrides", nargs="*", default=[], metavar="parallel.KEY=VALUE", help="check that the model can be cut so"
-    )
+    _add_overrides(way, "check that the model can be cut so", "parallel.KEY=VALUE")
     way.set_defaults(run=_import)
 
     way = ways.add_parser("export", help="write a Hugging Face folder, which transformers and vLLM load")
@@ -187,9 +175,7 @@ def _add_convert(commands) -> None:
     way.add_argument("--hf", required=True, **hf)
     way.add_argument("--checkpoint", **checkpoint)
     way.add_argument("--tensors-only", action="store_true", help="leave out log-probs: they need the model in memory")
-    way.add_argument(
-        "overrides", nargs="*", default=[], metavar="parallel.KEY=VALUE", help="layout of the log-probs' model"
-    )
+    _add_overrides(way, "layout of the log-probs' model", "parallel.KEY=VALUE")
     way.set_defaults(run=_verify)
     for way in ways.choices.values():
         way.set_defaults(parser=way)

@@ -5,7 +5,6 @@ A weight is *folded* into a layout in which tensor parallelism cuts one axis int
     qkv        [groups, (heads/groups + 2) * D, ...]   axis 0   q heads of a group, then its k, then its v
     gate_up    [2 (gate, up), F, H]                    axis 1   each rank holds its own gate rows, then its up rows
     embedding  [V_padded, H]                           axis 0   rows beyond the vocabulary are zero
-    columns    [out, ...]                              axis 0
     rows       [H, in]                                 axis 1
     copied                                             not cut
 
@@ -129,10 +128,6 @@ class WeightRule:
 
 def copied(mcore: str, hf: str, size: str) -> WeightRule:
     return WeightRule(mcore, ((hf, size),), None)
-
-
-def columns(mcore: str, hf: str, size: str) -> WeightRule:
-    return WeightRule(mcore, ((hf, size),), 0)
 
 
 def rows(mcore: str, hf: str, size: str = "H F") -> WeightRule:

@@ -29,7 +29,6 @@ _TOKEN = re.compile(
     r"|\\(frac|binom|sqrt|cdot|times|div|ast)(?![a-zA-Z])|([-+*/^!(){}\[\]]))"
 )
 _LIKELY = re.compile(r"[0-9]")
-_OPERATION = re.compile(r"[!^*/(]|[0-9}]\s*[-+]|\\")
 
 
 class Ratio(NamedTuple):
@@ -54,11 +53,6 @@ def exact(text: str) -> Ratio | None:
         return value if reader.at == len(reader.tokens) else None
     except _NotRational:
         return None
-
-
-def is_computed(text: str) -> bool:
-    """Whether there is something to compute: anything but a number as it stands."""
-    return _OPERATION.search(text) is not None
 
 
 def same(one: Ratio, other: Ratio) -> bool:
