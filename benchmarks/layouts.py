@@ -69,14 +69,14 @@ class Job:
 
 LAYOUTS = {
     "cpu": [
-        *("dp1", "dp2", "tp2", "tp2-sp", "pp2", "pp2-vpp2", "cp2"),
-        *("dp4", "pp4", "tp2-sp-pp2", "tp2-sp-pp2-vpp2", "tp2-sp-cp2", "pp2-cp2"),
+        "dp1", "dp2", "tp2", "tp2-sp", "pp2", "pp2-vpp2", "cp2",
+        "dp4", "pp4", "tp2-sp-pp2", "tp2-sp-pp2-vpp2", "tp2-sp-cp2", "pp2-cp2",
     ],
     "cuda": [
-        *("dp8", "tp2-sp-dp4", "tp4-sp-dp2", "tp8-sp", "pp2-dp4", "tp2-sp-pp2-dp2", "tp2-sp-pp4", "tp2-sp-pp4-vpp2"),
-        *("cp2-dp4", "tp2-sp-cp2-dp2", "tp4-sp-cp2", "tp2-sp-pp2-cp2"),
+        "dp8", "tp2-sp-dp4", "tp4-sp-dp2", "tp8-sp", "pp2-dp4", "tp2-sp-pp2-dp2", "tp2-sp-pp4", "tp2-sp-pp4-vpp2",
+        "cp2-dp4", "tp2-sp-cp2-dp2", "tp4-sp-cp2", "tp2-sp-pp2-cp2",
     ],
-}
+}  # fmt: skip
 SIZE_FIELDS = [each.name for each in fields(Size)]
 SIZES = {
     "cpu": Size(

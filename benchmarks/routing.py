@@ -35,9 +35,9 @@ from megatron_dypo.weight_sync.source import StoredWeights
 
 ROUTINGS = ("off", "old", "rollout")
 COLUMNS = (
-    *("rollout/mismatch_mean", "rollout/mismatch_max", "rollout/mismatch_kl", "moe/rerouted_frac"),
-    *("policy/clip_frac", "train/grad_norm"),
-)
+    "rollout/mismatch_mean", "rollout/mismatch_max", "rollout/mismatch_kl", "moe/rerouted_frac",
+    "policy/clip_frac", "train/grad_norm",
+)  # fmt: skip
 PROMPTS, SAMPLES, TOKENS = 16, 8, 48
 
 

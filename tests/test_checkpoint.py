@@ -174,7 +174,10 @@ def test_resume_at_another_layout_has_the_same_tensors_and_goes_on_alike(saved, 
     before, after = run_ranks(1, digests, *(step_folder(tmp_path, step) for step in (3, 4)))[0]
     assert before == after
     assert {name.rsplit("decoder", 1)[0] for name in before if "decoder" in name} == {
-        *("", "reference.", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq.")
+        "",
+        "reference.",
+        "optimizer.state.exp_avg.",
+        "optimizer.state.exp_avg_sq.",
     }
     for name, tensor in there.items():
         assert abs(here[name] - tensor).max() <= 1e-5 * abs(tensor).max(), name

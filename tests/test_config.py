@@ -31,33 +31,31 @@ SIX_HEADS = {"num_attention_heads": 6, "num_query_groups": 6, "ffn_hidden_size":
 # "layout, logging, paths, number of steps, rollout engine and micro-batch budget may change on resume" (the contract);
 # an operational key (a deadline, how often to save) is none of model, objective, data, optimizer and seed either.
 LAYOUT = {
-    *("parallel.tensor", "parallel.pipeline", "parallel.sequence_parallel"),
-    *(
-        "parallel.virtual_pipeline",
+    "parallel.tensor", "parallel.pipeline", "parallel.sequence_parallel",
+    "parallel.virtual_pipeline",
         "parallel.context",
         "parallel.expert",
         "parallel.expert_tensor",
         "optimizer.distributed",
         "optimizer.overlap_grad_reduce",
-    ),
-}
+}  # fmt: skip
 LOGGING = {"logging.wandb", "logging.wandb_project", "logging.tensorboard"}
 PATHS = {"rollout.record", "rollout.replay", "trainer.run_dir"}
 STEPS = {"trainer.steps"}
 ENGINE = {
-    *("rollout.engine", "rollout.engine_memory", "rollout.servers", "rollout.server_timeout"),
-    *("rollout.request_timeout", "rollout.sync_backend", "rollout.verify_sync", "rollout.max_staleness"),
-    *("rollout.engine_eager", "rollout.head_dtype"),
-}
+    "rollout.engine", "rollout.engine_memory", "rollout.servers", "rollout.server_timeout",
+    "rollout.request_timeout", "rollout.sync_backend", "rollout.verify_sync", "rollout.max_staleness",
+    "rollout.engine_eager", "rollout.head_dtype",
+}  # fmt: skip
 BUDGET = {"data.max_tokens_per_microbatch", "model.recompute", "model.attention_backend", "model.layer_spec"}
 BUDGET |= {"model.reference_on"}
 START = {"model.probe"}
 OPERATION = {
     "data.accept_changed",
-    *("parallel.timeout", "parallel.heartbeat_timeout", "rollout.sync_timeout", "trainer.max_skipped_steps"),
-    *("trainer.eval_every", "trainer.save_every", "trainer.keep_checkpoints", "trainer.spike_factor"),
-    *("trainer.deterministic", "trainer.offload", "reward.cpu_seconds", "reward.workers"),
-}
+    "parallel.timeout", "parallel.heartbeat_timeout", "rollout.sync_timeout", "trainer.max_skipped_steps",
+    "trainer.eval_every", "trainer.save_every", "trainer.keep_checkpoints", "trainer.spike_factor",
+    "trainer.deterministic", "trainer.offload", "reward.cpu_seconds", "reward.workers",
+}  # fmt: skip
 EVALUATION = {name for name in KEYS if name.startswith("evaluation.")}
 MAY_CHANGE = EVALUATION | LAYOUT | LOGGING | PATHS | STEPS | ENGINE | BUDGET | START | OPERATION
 
@@ -209,23 +207,21 @@ def test_a_missing_required_key_is_named(tmp_path, dotted):
 @pytest.mark.parametrize(
     "override",
     [
-        *("trainer.steps=many", "trainer.steps=1.5", "trainer.steps=true", "trainer.steps=", "trainer.steps=[1]"),
-        *("optimizer.lr=fast", "optimizer.lr=true", "optimizer.betas=0.9", "optimizer.betas=[0.9]", "data.train=3"),
-        *("logging.wandb=maybe", "objective.method=ppo", "objective.reference=every:0", "data.skip_bad_rows=1"),
-        *("trainer.steps=0", "trainer.steps=-1", "optimizer.lr=0", "optimizer.lr=.inf", "optimizer.lr=.nan"),
-        *("objective.alpha=1.1", "objective.alpha=-0.1", "rollout.temperature=0", "rollout.top_p=1.01"),
-        *("rollout.correction_cap=1", "objective.teachers_per_prompt=0", "trainer.keep_checkpoints=0", "model=tiny"),
-        *("trainer.seed=-1", f"trainer.seed={2**63}", "data.seed=-1", f"data.seed={2**63}"),
-        *(
-            "optimizer.lr=0x_",
+        "trainer.steps=many", "trainer.steps=1.5", "trainer.steps=true", "trainer.steps=", "trainer.steps=[1]",
+        "optimizer.lr=fast", "optimizer.lr=true", "optimizer.betas=0.9", "optimizer.betas=[0.9]", "data.train=3",
+        "logging.wandb=maybe", "objective.method=ppo", "objective.reference=every:0", "data.skip_bad_rows=1",
+        "trainer.steps=0", "trainer.steps=-1", "optimizer.lr=0", "optimizer.lr=.inf", "optimizer.lr=.nan",
+        "objective.alpha=1.1", "objective.alpha=-0.1", "rollout.temperature=0", "rollout.top_p=1.01",
+        "rollout.correction_cap=1", "objective.teachers_per_prompt=0", "trainer.keep_checkpoints=0", "model=tiny",
+        "trainer.seed=-1", f"trainer.seed={2**63}", "data.seed=-1", f"data.seed={2**63}",
+        "optimizer.lr=0x_",
             "trainer.seed=2020-13-45",
             "trainer.steps=0x10",
             "trainer.steps=1_0",
             "trainer.steps=1:30",
-        ),
-        *("parallel.tensor=0", "data.max_tokens_per_microbatch=0", "optimizer.betas=[0.9, x]", "objective=null"),
+        "parallel.tensor=0", "data.max_tokens_per_microbatch=0", "optimizer.betas=[0.9, x]", "objective=null",
     ],
-)
+)  # fmt: skip
 def test_a_wrong_type_or_value_is_refused_by_key_and_shows_what_was_given(smallest, override):
     dotted, _, text = override.partition("=")
     line = complaint(smallest, override)

@@ -425,11 +425,11 @@ def test_options_of_a_generated_task_are_typed_and_obeyed():
 @pytest.mark.parametrize(
     "task",
     [
-        *("chain_sm?size=2", "?size=2", "chain_sum?siez=2", "chain_sum?size=a", "chain_sum?size=0", "chain_sum?size="),
-        *("chain_sum?size", "chain_sum?size=[", "chain_sum?min_terms=4&max_terms=2", "chain_sum?seed=x&size=2"),
+        "chain_sm?size=2", "?size=2", "chain_sum?siez=2", "chain_sum?size=a", "chain_sum?size=0", "chain_sum?size=",
+        "chain_sum?size", "chain_sum?size=[", "chain_sum?min_terms=4&max_terms=2", "chain_sum?seed=x&size=2",
         "chain_sum?min_terms=2.5&max_terms=3.5&size=2",
     ],
-)
+)  # fmt: skip
 def test_an_unknown_task_or_option_is_refused_by_the_source_that_asked(task):
     with pytest.raises(UserError) as caught:
         generate(f"reasoning_gym:{task}")

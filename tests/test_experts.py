@@ -19,9 +19,9 @@ from tests.test_layouts import CP2, DISTRIBUTED, PP2, SEVERAL, SP, VPP, assert_s
 EP2, EP4, ETP2 = {"expert": 2}, {"expert": 4}, {"expert_tensor": 2}
 BALANCED = {"policy": {"aux_loss": 0.1}}
 LAYOUTS = [
-    *((2, EP2), (2, SP), (2, SP | ETP2), (2, CP2 | EP2), (4, EP4), (4, VPP | EP2), (4, SP | EP2 | ETP2)),
-    *((4, SP | CP2 | EP4), (8, {"expert": 8}), (8, SP | VPP | CP2 | EP4), (8, SP | PP2 | EP2 | ETP2)),
-]
+    (2, EP2), (2, SP), (2, SP | ETP2), (2, CP2 | EP2), (4, EP4), (4, VPP | EP2), (4, SP | EP2 | ETP2),
+    (4, SP | CP2 | EP4), (8, {"expert": 8}), (8, SP | VPP | CP2 | EP4), (8, SP | PP2 | EP2 | ETP2),
+]  # fmt: skip
 
 
 @functools.cache

@@ -80,15 +80,15 @@ TP2, SP = {"tensor": 2}, {"tensor": 2, "sequence_parallel": True}
 PP2, CP2 = {"pipeline": 2}, {"context": 2}
 VPP = {"pipeline": 2, "virtual_pipeline": 2}
 LAYOUTS = [
-    *((1, {}), (2, {}), (2, TP2), (2, SP), (2, PP2), (2, VPP), (2, CP2)),
-    *((4, {}), (4, {"tensor": 4, "sequence_parallel": True}), (4, {"pipeline": 4}), (4, {"context": 4})),
-    *((4, VPP), (4, CP2), (4, SP | PP2), (4, SP | VPP), (4, TP2 | CP2), (4, SP | CP2), (4, PP2 | CP2)),
-    *((4, VPP | CP2), (8, {}), (8, SP | VPP | CP2), (8, {"tensor": 4, "sequence_parallel": True} | CP2)),
-]
+    (1, {}), (2, {}), (2, TP2), (2, SP), (2, PP2), (2, VPP), (2, CP2),
+    (4, {}), (4, {"tensor": 4, "sequence_parallel": True}), (4, {"pipeline": 4}), (4, {"context": 4}),
+    (4, VPP), (4, CP2), (4, SP | PP2), (4, SP | VPP), (4, TP2 | CP2), (4, SP | CP2), (4, PP2 | CP2),
+    (4, VPP | CP2), (8, {}), (8, SP | VPP | CP2), (8, {"tensor": 4, "sequence_parallel": True} | CP2),
+]  # fmt: skip
 SHARDED = [(4, SP), (4, VPP), (4, SP | CP2)]  # over data-parallel ranks, and over context-parallel ones
 FAMILIES = [  # tied weights, biases and norms of queries and keys, cut and put on two stages
-    *(("llama-tied", SP), ("llama-tied", PP2), ("qwen2-tied", SP), ("qwen2-tied", CP2), ("qwen3", SP), ("qwen3", PP2)),
-]
+    ("llama-tied", SP), ("llama-tied", PP2), ("qwen2-tied", SP), ("qwen2-tied", CP2), ("qwen3", SP), ("qwen3", PP2),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("world", "parallel"), LAYOUTS, ids=str)

@@ -19,7 +19,8 @@ from torch.distributed import TCPStore
 from megatron_dypo.errors import UserError
 from megatron_dypo.rollout import serve
 from megatron_dypo.runtime import rendezvous_check
-from tests.test_launch import LAUNCH, environment, free_port
+from tests.launch import free_port
+from tests.test_launch import LAUNCH, environment
 
 
 @contextmanager

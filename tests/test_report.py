@@ -244,7 +244,9 @@ def test_samples_show_one_group_of_each_regime(tmp_path):
     assert page.data["h4"] == ["Step 1", "Step 4", "Step 7"]
     names = page.data["b"]
     assert [name for name in names if name in {group[0] for group in groups} or name[0] == "h"] == [
-        *("h0", "h1", "h2"),
+        "h0",
+        "h1",
+        "h2",
         *("all right 0", "one right 0", "all wrong 0") * 2,
     ]
     badges = [text for text in page.data["i"] if text in ("easy", "mid", "hard")]

@@ -18,11 +18,11 @@ from tests.ranks import run_ranks
 @pytest.mark.parametrize(
     "engine, model",
     [
-        *(("vllm", "llama"), ("vllm", "qwen2-tied"), ("vllm", "qwen3"), ("vllm", "qwen3_moe")),
+        ("vllm", "llama"), ("vllm", "qwen2-tied"), ("vllm", "qwen3"), ("vllm", "qwen3_moe"),
         pytest.param("vllm", "mixtral", marks=pytest.mark.faults),
-        *(("transformers", "llama-tied"), ("transformers", "qwen3_moe")),
+        ("transformers", "llama-tied"), ("transformers", "qwen3_moe"),
     ],
-)
+)  # fmt: skip
 def test_engine_logprobs_agree_after_a_sync_of_different_weights(engine, model, tmp_path):
     check(run_ranks(2, agreement, engine, model, str(tmp_path), {}, seconds=300), 1e-5)
 

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,7 +22,7 @@ from megatron_dypo.errors import UserError
 from megatron_dypo.runtime.measure import StepTimer
 from tests.faults.job import Job
 from tests.faults.points import Point
-from tests.launch import copy_task, metrics
+from tests.launch import copy_task, free_port, metrics
 from tests.ranks import Launch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -93,11 +92,6 @@ def log(job: Job, rank: int) -> list[str]:
     lines = (job.folder / f"rank_{rank}.log").read_text().splitlines()
     first = next((i for i, line in enumerate(lines) if line.startswith("[rank ")), len(lines))
     return lines[first:]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def has_ended(process: psutil.Process) -> bool:

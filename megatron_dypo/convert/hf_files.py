@@ -16,10 +16,10 @@ from megatron_dypo.models.shape import ModelShape
 log = logging.getLogger(__name__)
 
 PATTERNS = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "tiktoken.model", "*.tiktoken"),
-    *("chat_template.jinja", "chat_template.json", "tekken.json"),
-)
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "tiktoken.model", "*.tiktoken",
+    "chat_template.jinja", "chat_template.json", "tekken.json",
+)  # fmt: skip
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

@@ -144,7 +144,9 @@ def _warn_of_a_second_set(folder: Path) -> None:
     if single.is_file() and index.is_file() and all(file.is_file() for file in set(_weight_map(index).values())):
         log.warning(
             "%s: holds two sets of weights: %s is read, as transformers does, not the shards of %s; remove the old one",
-            *(folder, single.name, index.name),
+            folder,
+            single.name,
+            index.name,
         )
 
 

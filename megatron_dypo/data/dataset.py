@@ -49,7 +49,12 @@ def load_prompts(
         known, other = differing[0]
         log.warning(
             "%s: %d prompts come again with another ground truth, and the first stands: %s has %.60r, %s %.60r",
-            *(source, len(differing), known.id, known.ground_truth, other.id, other.ground_truth),
+            source,
+            len(differing),
+            known.id,
+            known.ground_truth,
+            other.id,
+            other.ground_truth,
         )
     _warn_of_thoughts(source, unique)
     if not unique:

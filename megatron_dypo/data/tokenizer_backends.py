@@ -80,16 +80,16 @@ def _reserved(first: int, end: int) -> list[str]:
 LLAMA_3 = Release(
     pattern=_SPLIT.replace("DIGITS", r"\p{N}{1,3}"),
     special=(
-        *("<|begin_of_text|>", "<|end_of_text|>"),
+        "<|begin_of_text|>", "<|end_of_text|>",
         *_reserved(0, 4),
-        *("<|start_header_id|>", "<|end_header_id|>"),
+        "<|start_header_id|>", "<|end_header_id|>",
         *_reserved(4, 5),
         "<|eot_id|>",
         *_reserved(5, 251),
     ),
     bos="<|begin_of_text|>",
     eos="<|end_of_text|>",
-)
+)  # fmt: skip
 QWEN = Release(
     pattern=_SPLIT.replace("DIGITS", r"\p{N}"),
     special=("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205))),

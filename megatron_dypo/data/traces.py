@@ -7,15 +7,15 @@ from collections.abc import Iterable
 
 # Ends that models' own tokens spell and that servers leave in texts. No trace means them as text at its very end.
 END_MARKERS = (
-    *("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>", "<|return|>"),
-    *("</s>", "<end_of_turn>", "<|END_OF_TURN_TOKEN|>", "<｜end▁of▁sentence｜>", "<|endofprompt|>"),
-)
+    "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>", "<|return|>",
+    "</s>", "<end_of_turn>", "<|END_OF_TURN_TOKEN|>", "<｜end▁of▁sentence｜>", "<|endofprompt|>",
+)  # fmt: skip
 _TAG = re.compile(r"<[^<>\n]{1,40}>|\[[A-Z_]{2,30}\]")
 THOUGHTS = (  # how models mark what they think before they answer
-    *(("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<thought>", "</thought>")),
-    *(("<seed:think>", "</seed:think>"), ("<|START_THINKING|>", "<|END_THINKING|>"), ("[THINK]", "[/THINK]")),
+    ("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<thought>", "</thought>"),
+    ("<seed:think>", "</seed:think>"), ("<|START_THINKING|>", "<|END_THINKING|>"), ("[THINK]", "[/THINK]"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
-)
+)  # fmt: skip
 _REPEATED = 40  # characters: an answer may begin as a shorter thought does by chance
 UNENDED, TWICE, UNANSWERED = "does not end its thought", "has its thought twice", "has no answer after its thought"
 

@@ -31,24 +31,18 @@ _NORMALIZATION = NormalizationConfig(
 )
 _CONVERSION = ConversionConfig(lowercase_symbols=False)  # N is not n
 _EXAMPLES = [
-    *(
-        (r"\sqrt{8}", r"2\sqrt{2}"),
-        ("x^2+2x+1", "(x+1)^2"),
-        (r"\cot x", r"\frac{\cos x}{\sin x}"),
-        ("0.3333333", r"\frac{1}{3}"),
-    ),
-    *(
-        (r"\{x,2\}", r"\{2,x\}"),
-        ("[1,3)", "(1,3)"),
-        ("y-2x=3", "y=2x+3"),
-        ("x>2", r"(2,\infty)"),
-        ("(1,2,x)", "(1,2,y)"),
-    ),
-    *(
-        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\3\end{pmatrix}"),
-        ("6-5i", "-5i+6"),
-        (r"0.3\pi", r"\frac{\pi}{3}"),
-    ),
+    (r"\sqrt{8}", r"2\sqrt{2}"),
+    ("x^2+2x+1", "(x+1)^2"),
+    (r"\cot x", r"\frac{\cos x}{\sin x}"),
+    ("0.3333333", r"\frac{1}{3}"),
+    (r"\{x,2\}", r"\{2,x\}"),
+    ("[1,3)", "(1,3)"),
+    ("y-2x=3", "y=2x+3"),
+    ("x>2", r"(2,\infty)"),
+    ("(1,2,x)", "(1,2,y)"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\3\end{pmatrix}"),
+    ("6-5i", "-5i+6"),
+    (r"0.3\pi", r"\frac{\pi}{3}"),
 ]
 _DEGREES = re.compile(
     r"([0-9.]+|(?<![A-Za-z\\])[A-Za-z]|\\[a-z]+)\s*(?:\^\s*(?:\\circ(?![a-z])|\{\s*\\circ\s*\})|\\degree(?![a-z]))"

@@ -105,5 +105,8 @@ def _log_faults(prompts: list[Prompt], texts: list[str], scores: list[Score]) ->
         more = f" and {len(ids) - _NAMED_AT_MOST} more" if len(ids) > _NAMED_AT_MOST else ""
         logger.warning(
             "%d responses score 0: %s; prompts %s; the first ends in %r",
-            *(len(indices), fault, ", ".join(ids[:_NAMED_AT_MOST]) + more, texts[indices[0]][-200:]),
+            len(indices),
+            fault,
+            ", ".join(ids[:_NAMED_AT_MOST]) + more,
+            texts[indices[0]][-200:],
         )

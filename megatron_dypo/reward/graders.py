@@ -28,9 +28,9 @@ _QUOTED = re.compile(r"'[A-Za-z0-9 .,-]*'|\"[A-Za-z0-9 .,-]*\"")
 _NAME = re.compile(r"[^\W\d]\w*")  # of any alphabet
 _ATTRIBUTE = re.compile(r"\.\s*[^\W\d]")
 _KNOWN = {
-    *("sqrt", "cbrt", "root", "sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "sinh", "cosh", "tanh"),
-    *("log", "ln", "exp", "abs", "Abs", "pi", "oo", "True", "False", "None", "and", "or", "not", "Rational"),
-}
+    "sqrt", "cbrt", "root", "sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "sinh", "cosh", "tanh",
+    "log", "ln", "exp", "abs", "Abs", "pi", "oo", "True", "False", "None", "and", "or", "not", "Rational",
+}  # fmt: skip
 
 
 def evaluates_answers(task: Any) -> bool:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 # Text beside the usual: controls, line ends that only Unicode knows, half a surrogate pair, other scripts, markup.
 ODD_TEXT = [
-    *("", " ", "\0", "\n", "\r\n", "\u2028", "\x1b[31m", "\ufeff", "\ud800", "é" * 300, "日本語", "🙂", "x" * 20_000),
-    *("../..", "~", "%s", "{}", "null", "nan", "1e999", "-1", "[1", "!!int ''", "&a [*a]", "=", "<script>", "a:b@c"),
-]
+    "", " ", "\0", "\n", "\r\n", "\u2028", "\x1b[31m", "\ufeff", "\ud800", "é" * 300, "日本語", "🙂", "x" * 20_000,
+    "../..", "~", "%s", "{}", "null", "nan", "1e999", "-1", "[1", "!!int ''", "&a [*a]", "=", "<script>", "a:b@c",
+]  # fmt: skip
 HUGE = [2**30, 2**31, 2**63, 2**64, -(2**63) - 1, 10**30, 10**400]
 
 
@@ -76,9 +76,8 @@ def spoilt_trees(draw: st.DrawFn, tree: Any, at: tuple = ()) -> Any:
 
 
 _INSERTED = [
-    *(b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\r\n", b"\n\n", b"\t", b"\xc3", b"\xed\xa0\x80", b"}", b"]]", b'"', b"{"),
-    *(
-        b"[" * 5000,
+    b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\r\n", b"\n\n", b"\t", b"\xc3", b"\xed\xa0\x80", b"}", b"]]", b'"', b"{",
+    b"[" * 5000,
         b"a" * 20_000,
         b" " * 70_000,
         b"9" * 5000,
@@ -88,8 +87,7 @@ _INSERTED = [
         b"\x80\x04\x95",
         b"#",
         b"\\u0000",
-    ),
-]
+]  # fmt: skip
 
 
 @st.composite

@@ -34,12 +34,12 @@ pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHAPE = ModelShape("llama", 1, 32, 32, 2, 1, 16, 128, 256)
 YAML = (
-    *(b"!!python/object/apply:os.system ['true']", b"!!int ''", b"!!float x", b"!!bool x", b"!!timestamp x", b"!x y"),
-    *(b"&a [*a]", b"*a", b"<<: *a", b"? [1]: 2", b"%YAML 9.9\n---\n", b"\n---\n", b"@", b"`", b": ", b"- ", b"|", b">"),
+    b"!!python/object/apply:os.system ['true']", b"!!int ''", b"!!float x", b"!!bool x", b"!!timestamp x", b"!x y",
+    b"&a [*a]", b"*a", b"<<: *a", b"? [1]: 2", b"%YAML 9.9\n---\n", b"\n---\n", b"@", b"`", b": ", b"- ", b"|", b">",
     b"a: &a [x,x,x,x,x,x,x,x,x]\n" + b"".join(b"%c: &%c [%s]\n" % (c, c, b"*%c," % (c - 1) * 9) for c in b"bcdefghij"),
     b"a: &a {x: 1}\n" + b"".join(b"%c: &%c {<<: [%s]}\n" % (c, c, b"*%c," % (c - 1) * 9) for c in b"bcdefghij"),
     b"model: &a [x,x]\n",
-)
+)  # fmt: skip
 
 
 def assert_usable(ready: Ready) -> None:
