@@ -187,7 +187,7 @@ def test_a_key_that_an_override_makes_idle_is_named_in_one_line_and_has_its_defa
     config = load_config(path, overrides)
     said = caplog.messages
     assert len(said) == bool(idle)
-    assert {name for line in said for name in re.findall(r"([a-z_.]+) \(with ", line)} == idle
+    assert {name for line in said for part in line.split("; ") for name in part.split(": ")[-1].split(", ")} == idle
     assert all(lookup(config, name) == DEFAULTS[name] for name in idle)
     assert not {name for name in unread(config) if lookup(config, name) != DEFAULTS[name]}
     decided = overrides[0].replace("=", ": ") if overrides else ""

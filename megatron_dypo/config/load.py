@@ -50,7 +50,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None, *, recorde
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     if notes:
-        log.info("%s: not read in this run: %s", path, ", ".join(notes))
+        said = [f"not read with {decided}: {', '.join(keys)}" for decided, keys in notes.items()]
+        log.info("%s: %s", path, "; ".join(said))
     check(config, str(path))
     return config
 

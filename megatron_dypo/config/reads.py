@@ -153,13 +153,13 @@ def idle_keys(config: Config) -> list[Idle]:
     return [Idle(name, values[name], each) for name, each in unread(config).items() if values[name] != DEFAULTS[name]]
 
 
-def set_aside(config: Config, given: set[str], recorded: bool = False) -> list[str]:
-    """Put the defaults in place of what an override made idle; returns those keys, each with what decided.
+def set_aside(config: Config, given: set[str], recorded: bool = False) -> dict[str, list[str]]:
+    """Put the defaults in place of what an override made idle; returns those keys by what decided.
 
     ``given``: the keys of the overrides. Raises ValueError (one line, naming both keys) where an idle key is among them
     or is decided by the file itself, unless the file is a ``recorded`` one, of before such keys were refused.
     """
-    notes, overridden = [], set(given)
+    notes, overridden = {}, set(given)
     while found := idle_keys(config):
         for idle in found:
             own = [condition for condition in idle.failing if not overridden & set(condition.keys)]
@@ -169,7 +169,8 @@ def set_aside(config: Config, given: set[str], recorded: bool = False) -> list[s
                     f"{idle.key}: {shown(idle.value)} is not read with {_deciding(config, condition)}, "
                     f"only with {condition.text.replace('`', '')}"
                 )
-        notes += [f"{idle.key} (with {_deciding(config, idle.failing[0])})" for idle in found]
+        for idle in found:
+            notes.setdefault(_deciding(config, idle.failing[0]), []).append(idle.key)
         for idle in found:
             section, _, leaf = idle.key.rpartition(".")
             setattr(lookup(config, section), leaf, DEFAULTS[idle.key])

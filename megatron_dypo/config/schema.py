@@ -6,13 +6,12 @@ from typing import Any
 
 from pydantic import BaseModel, Field, PrivateAttr
 
-from megatron_dypo.config.section import YEAR, Section, key
+from megatron_dypo.config.section import Section
 from megatron_dypo.config.sections_model import Model, Parallel, PolicyOptions, Shape
 from megatron_dypo.config.sections_rollout import Data, Reward, Rollout
 from megatron_dypo.config.sections_training import Evaluation, Logging, Objective, Optimizer, Trainer
 
 __all__ = [
-    "YEAR",
     "Config",
     "Data",
     "Evaluation",
@@ -27,7 +26,6 @@ __all__ = [
     "Section",
     "Shape",
     "Trainer",
-    "key",
     "walk",
 ]
 

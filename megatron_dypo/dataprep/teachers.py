@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_dypo.config.schema import YEAR, Section, key
+from megatron_dypo.config.section import YEAR, Section, key
 from megatron_dypo.config.yaml_text import parse_yaml
 from megatron_dypo.data import rows
 from megatron_dypo.dataprep.attempts import AttemptFile, AttemptLine, Grader, Verdict, grader
