@@ -57,14 +57,23 @@ def file(folder: Path, **sections: dict[str, Any]) -> Path:
 
 
 def test_every_row_is_of_keys_that_there_are_and_the_methods_are_the_recipes():
-    keys = dict(walk())
-    assert READ_WITH.keys() <= keys.keys()
-    for conditions in READ_WITH.values():
-        assert {key for condition in conditions for key in condition.keys} <= keys.keys()
+    keys = dict(walk()).keys()
+    assert READ_WITH.keys() <= keys and all(deciding(dotted) <= keys for dotted in READ_WITH)
     assert set(SAMPLING) == {name for name, recipe in RECIPES.items() if recipe.samples}
     assert set(PAIRS) == {name for name, recipe in RECIPES.items() if "gal" in [term.rule for term in recipe.terms]}
     sources = {name: {term.source for term in recipe.terms} for name, recipe in RECIPES.items()}
     assert set(TEACHERS) == {name for name, kinds in sources.items() if Kind.TEACHER in kinds}
+
+
+def deciding(dotted: str) -> set[str]:
+    return {key for condition in READ_WITH.get(dotted, ()) for key in condition.keys}
+
+
+@pytest.mark.parametrize("dotted", READ_WITH)
+def test_what_decides_of_a_deciding_key_decides_of_the_key_too(dotted):
+    """Or an idle key at its default would make another one idle."""
+    for decider in deciding(dotted):
+        assert deciding(decider) <= deciding(dotted) | {dotted}
 
 
 def outcome(objective: Objective) -> list[float]:

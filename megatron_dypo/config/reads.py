@@ -1,6 +1,7 @@
 """When a key is read: the one table from which the loader refuses, ``--help`` and the docs say who reads what.
 
-A key that is not in ``READ_WITH`` is always read. One that is there is read where all its conditions hold.
+A key that is not in ``READ_WITH`` is always read. One that is there is read where all its conditions hold; those of a
+key that decides are among them, so that one pass finds all.
 """
 
 from __future__ import annotations
@@ -159,23 +160,22 @@ def set_aside(config: Config, given: set[str], recorded: bool = False) -> dict[s
     ``given``: the keys of the overrides. Raises ValueError (one line, naming both keys) where an idle key is among them
     or is decided by the file itself, unless the file is a ``recorded`` one, of before such keys were refused.
     """
-    notes, overridden = {}, set(given)
-    while found := idle_keys(config):
-        for idle in found:
-            own = [condition for condition in idle.failing if not overridden & set(condition.keys)]
-            if (idle.key in given or own) and not recorded:
-                (condition, *_) = own or idle.failing
-                raise ValueError(
-                    f"{idle.key}: {shown(idle.value)} is not read with {_deciding(config, condition)}, "
-                    f"only with {condition.text.replace('`', '')}"
-                )
-        for idle in found:
-            notes.setdefault(_deciding(config, idle.failing[0]), []).append(idle.key)
-        for idle in found:
-            section, _, leaf = idle.key.rpartition(".")
-            setattr(lookup(config, section), leaf, DEFAULTS[idle.key])
-            config.written[idle.key] = idle.value
-            overridden.add(idle.key)
+    found = idle_keys(config)
+    for idle in found:
+        own = [condition for condition in idle.failing if not given & set(condition.keys)]
+        if (idle.key in given or own) and not recorded:
+            (condition, *_) = own or idle.failing
+            raise ValueError(
+                f"{idle.key}: {shown(idle.value)} is not read with {_deciding(config, condition)}, "
+                f"only with {condition.text.replace('`', '')}"
+            )
+    notes: dict[str, list[str]] = {}
+    for idle in found:
+        notes.setdefault(_deciding(config, idle.failing[0]), []).append(idle.key)
+    for idle in found:
+        section, _, leaf = idle.key.rpartition(".")
+        setattr(lookup(config, section), leaf, DEFAULTS[idle.key])
+        config.written[idle.key] = idle.value
     return notes
 
 
