@@ -36,9 +36,9 @@ LATEST = $(abspath $(VENV))/mcore-latest
 test-mcore-latest: venv
 	$(BIN)/python -m pip install -q --no-deps --ignore-requires-python --upgrade --target $(LATEST) -r requirements/mcore-latest.txt
 	PYTHONPATH=$(LATEST) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_layouts.py \
-	    tests/test_end_to_end.py tests/test_checkpoint.py tests/test_rollout.py tests/test_convert_commands.py tests/test_offload.py \
-	    tests/test_update.py tests/test_head_parallel.py tests/test_convert.py tests/test_attention.py tests/test_plan.py \
-	    tests/test_experts.py tests/test_waits.py tests/test_warm_up.py
+	    tests/test_end_to_end.py tests/test_checkpoint.py tests/test_rollout.py tests/test_import_export.py tests/test_offload.py \
+	    tests/test_training.py tests/test_head_parallel.py tests/test_convert.py tests/test_attention.py tests/test_planner.py \
+	    tests/test_moe.py tests/test_waits.py tests/test_warm_up.py
 
 # The tests of an engine in process with an older vLLM, in a folder of its own (requirements/vllm-older.txt). Its servers
 # and its side of NCCL and IPC transfers are those that are refused (docs/rollout.md).
@@ -46,7 +46,7 @@ OLDER = $(abspath $(VENV))/vllm-older
 test-vllm-older: venv
 	$(BIN)/python -m pip install -q --no-deps --upgrade --target $(OLDER) -r requirements/vllm-older.txt
 	PYTHONPATH=$(OLDER) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -k "not nccl" \
-	    tests/test_rollout.py tests/test_offload.py tests/test_transfer.py tests/test_deterministic.py \
+	    tests/test_rollout.py tests/test_offload.py tests/test_transfer.py tests/test_determinism.py \
 	    tests/test_vllm_versions.py tests/test_doctor.py
 
 test-gpu:

@@ -18,10 +18,10 @@ if find_spec("hypothesis"):
 # Files over about 12 seconds, longest first, then the other slow ones, then the fast: with two workers that take a file
 # at a time (make test), neither is left alone with a long one at the end.
 LONG = (
-    "servers", "layouts", "experts", "end_to_end", "checkpoint", "watchdog", "rollout", "offload", "convert_commands",
-    "gpu_report", "smollm2", "kill", "triton_head", "reference", "plan", "tokenizers", "prepare", "reward", "fuzz",
-    "teacher_traces", "damage", "probe", "answers", "adam_state", "full_disk", "dispatch", "reward_functions",
-    "overlap", "snippets", "ports",
+    "servers", "layouts", "moe", "end_to_end", "checkpoint", "watchdog", "rollout", "offload", "import_export",
+    "gpu_report", "smollm2", "kill", "triton_head", "reference", "planner", "tokenizers", "dataprep", "reward", "fuzz",
+    "teacher_traces", "damage", "probe", "answers", "adam_state", "full_disk", "router", "reward_functions",
+    "async_rollout", "snippets", "ports",
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from megatron_dypo.kernels import linear_logprob, linear_loss, workspace
 from tests import test_grouped_loss as grouped
 from tests.batches import make_groups, trace_ids
 from tests.ranks import run_ranks
-from tests.test_deterministic import updates
+from tests.test_determinism import updates
 from tests.test_kernels import assert_sure_tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

@@ -389,7 +389,7 @@ def spiking_update(spike_factor: float, times: float, unequal: bool) -> tuple[di
     from megatron_dypo.training.minibatch import build_minibatches
     from megatron_dypo.training.passes import logprob_passes
     from megatron_dypo.training.step import StepContext, run_updates
-    from tests.test_update import build
+    from tests.test_training import build
 
     settings, policy = build({})
     settings.trainer.spike_factor = spike_factor
@@ -450,7 +450,7 @@ def spoilt_update(fault: str) -> dict:
     from megatron_dypo.training.minibatch import build_minibatches
     from megatron_dypo.training.passes import logprob_passes
     from megatron_dypo.training.step import StepContext, run_updates
-    from tests.test_update import build
+    from tests.test_training import build
 
     def one_odd_trace(group: Group, teacher: int) -> np.ndarray:
         ids = np.minimum(trace_ids(group, teacher), ODD - 1)
@@ -487,7 +487,7 @@ def test_what_is_not_finite_is_named(fault, expected):
 def non_finite_batch() -> str:
     from megatron_dypo.training.minibatch import build_minibatches
     from megatron_dypo.training.passes import logprob_passes
-    from tests.test_update import build
+    from tests.test_training import build
 
     settings, policy = build({})
     groups = make_groups()

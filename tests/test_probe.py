@@ -212,7 +212,7 @@ def test_a_bit_equal_copy_with_nan_is_verified_with_a_warning_that_names_the_ten
 def test_a_nan_in_only_one_of_two_models_is_a_difference(folders, tmp_path):
     hf = damaged(folders["llama"], tmp_path / "hf")
     run_ranks(1, converted, str(hf), str(tmp_path / "checkpoint"))
-    from tests.test_convert_commands import run
+    from tests.test_import_export import run
 
     code, printed = run(1, "verify", "--hf", folders["llama"], "--checkpoint", tmp_path / "checkpoint")
     assert code == 1 and f"differs: {DAMAGED}: 1 of {48 * 80} elements" in printed, printed

@@ -1,6 +1,6 @@
 """Which sequence goes into which micro-batch of which data-parallel rank. Pure Python, the same on every rank.
 
-Invariants (tests/test_batching.py):
+Invariants (tests/test_minibatches.py):
 - every sequence is in exactly one micro-batch;
 - a micro-batch holds at most ``budget`` tokens, or one single longer sequence;
 - every rank has the same number of micro-batches, some perhaps empty: a rank without data still takes part;
