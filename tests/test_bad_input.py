@@ -126,7 +126,11 @@ def test_the_configurations_that_the_cases_spoil_are_usable(config, hf):
         (["trainer.eval_every=1"], "{config}: trainer.eval_every: "),
         (["parallel.tensor=2"], "{config}: parallel.tensor x parallel.pipeline = 2 x 1 "),
         (["parallel.context=2"], "{config}: parallel.tensor x parallel.pipeline x parallel.context = 1 x 1 x 2 "),
-        (["parallel.virtual_pipeline=2"], "{config}: parallel.virtual_pipeline: needs parallel.pipeline > 1"),
+        (
+            ["parallel.virtual_pipeline=2"],
+            "{config}: parallel.virtual_pipeline: 2 is not read with parallel.pipeline: 1, "
+            "only with parallel.pipeline above 1",
+        ),
         (["model.attention_backend=flash", "model.dtype=fp32"], "{config}: model.attention_backend: flash needs CUDA"),
         (["model.layer_spec=te"], "{config}: model.layer_spec: te needs CUDA, and no device is found"),
         (["model.layer_spec=te", "model.attention_backend=sdpa"], "{config}: model.attention_backend: sdpa does not "),

@@ -327,7 +327,6 @@ def test_at_the_edge_of_each_rule_a_configuration_loads(smallest, overrides):
         (["parallel.tensor=4"], 4, {"num_query_groups": 2}, "parallel.tensor"),
         (["parallel.tensor=2"], 2, {"ffn_hidden_size": 33}, "parallel.tensor"),
         (["parallel.context=2"], 3, {}, "parallel.tensor x parallel.pipeline x parallel.context = 1 x 1 x 2 does not"),
-        (["parallel.virtual_pipeline=2"], 2, {}, "parallel.virtual_pipeline: needs"),
         (["parallel.pipeline=2"], 2, {"num_layers": 3}, "parallel.pipeline"),
         (["parallel.pipeline=2", "parallel.virtual_pipeline=3"], 2, {}, "parallel.pipeline x parallel.virtual"),
         (

@@ -138,6 +138,11 @@ def test_the_reference_is_read_where_the_objective_needs_one():
         (["rollout.engine=transformers", "rollout.verify_sync=sent"], "rollout.verify_sync: sent is not read with"),
         (["optimizer.min_lr=1e-7"], "optimizer.min_lr: 1e-07 is not read with optimizer.schedule: constant, only with"),
         (["rollout.refill_rounds=5"], "rollout.refill_rounds: 5 is not read with rollout.dynamic_sampling: false, "),
+        (["parallel.sequence_parallel=true"], "parallel.sequence_parallel: true is not read with parallel.tensor: 1, "),
+        (
+            ["parallel.virtual_pipeline=2"],
+            "parallel.virtual_pipeline: 2 is not read with parallel.pipeline: 1, only with",
+        ),
         (["model.probe=on"], "model.probe: on is not read with model.hf: null, only with model.hf other than null"),
     ],
 )
@@ -165,6 +170,7 @@ def test_every_key_at_its_default_is_read_by_every_method_and_engine(tmp_path, d
 
 
 DYPO = {
+    "parallel": {"tensor": 2, "sequence_parallel": True},
     "objective": {"alpha": 0.3, "gamma": 2.0, "kl_coef": 0.01},
     "rollout": {"top_p": 0.9, "dynamic_sampling": True, "refill_rounds": 5, "async_rollout": 1, "engine_memory": 0.4},
     "reward": {"workers": 4, "format": "boxed", "format_penalty": 0.1},
@@ -186,6 +192,7 @@ DYPO = {
             | {"rollout.engine_memory", "reward.workers", "reward.format", "reward.format_penalty"},
         ),
         (["rollout.engine=transformers"], {"rollout.engine_memory"}),
+        (["parallel.tensor=1"], {"parallel.sequence_parallel"}),
         (["rollout.dynamic_sampling=false"], {"rollout.refill_rounds"}),
         ([], set()),
     ],

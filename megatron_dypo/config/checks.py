@@ -107,10 +107,6 @@ def _rules(config: Config):
         config.trainer.eval_every > 0 and config.data.valid is None and not config.evaluation.suites,
         "trainer.eval_every: needs data.valid or evaluation.suites",
     )
-    yield (
-        config.parallel.sequence_parallel and config.parallel.tensor == 1,
-        "parallel.sequence_parallel: needs parallel.tensor > 1",
-    )
     yield from _reward_rules(config.reward, rollout.max_response_tokens)
     local = {"sdpa", "flash"}
     yield (

@@ -43,17 +43,21 @@ def load_config(path: str | Path, overrides: list[str] | None = None, *, recorde
     """
     path, overrides = Path(path), overrides or []
     config = _read(path, overrides, recorded)
-    named = tuple(override.partition("=")[0] for override in overrides)
-    given = {key for key, _ in walk() if f"{key}.".startswith(tuple(f"{name}." for name in named))}
-    try:
-        notes = set_aside(config, given, recorded)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+    notes = _set_aside(config, overrides, str(path), recorded)
     if notes:
         said = [f"not read with {decided}: {', '.join(keys)}" for decided, keys in notes.items()]
         log.info("%s: %s", path, "; ".join(said))
     check(config, str(path))
     return config
+
+
+def _set_aside(config: Config, overrides: list[str], source: str, recorded: bool = False) -> dict[str, list[str]]:
+    """As ``reads.set_aside``, which does not know files."""
+    named = tuple(f"{override.partition('=')[0]}." for override in overrides)
+    try:
+        return set_aside(config, {key for key, _ in walk() if f"{key}.".startswith(named)}, recorded)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
 
 
 def still_read(path: str | Path, overrides: list[str]) -> list[str]:
@@ -94,6 +98,7 @@ def load_parallel(overrides: list[str], source: str) -> Parallel:
             raise UserError(f"{source}: override {override!r:.80}: expected parallel.key=value")
         _apply(tree, override)
     config = _validate(tree, source)
+    _set_aside(config, overrides, source)
     check(config, source)
     return config.parallel
 

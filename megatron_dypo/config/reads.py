@@ -84,6 +84,8 @@ READ_WITH: dict[str, tuple[Condition, ...]] = {
     "model.probe": (_not("model.hf", None),),
     "model.reference_on": (_REFERENCE, _not("objective.reference", "previous")),
     "policy.routing_replay": (_SAMPLES,),
+    "parallel.virtual_pipeline": (_above("parallel.pipeline", 1),),
+    "parallel.sequence_parallel": (_above("parallel.tensor", 1),),
     "data.max_teacher_tokens": (_TEACHES,),
     "reward.extract": (_one_of("reward.function", *REWARD_FUNCTIONS), _ENGINE),
     "reward.format": (_SAMPLES, _ENGINE, _above("reward.format_penalty", 0)),
