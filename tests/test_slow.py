@@ -16,7 +16,7 @@ from tests.ranks import Launch, run_ranks
 from tests.slow import starts_processes
 
 ROOT = Path(__file__).parent.parent
-CORE = ("kernels", "grouped_loss", "objectives", "config", "batching", "recorded")
+CORE = ("kernels", "grouped_loss", "objectives", "config", "minibatches", "recording")
 
 
 class Collected:
