@@ -47,7 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run(options) or 0
     except UserError as error:
-        first = getattr(error, "first", None)  # None: there are no process groups yet, to know it
+        from megatron_dypo.runtime.failure import error_record
+
+        first = error_record(error).first  # None: there are no process groups yet, to know it
         if first is None and os.environ.get("RANK", "0") != "0":
             time.sleep(_PATIENCE)  # rank 0's end ends this rank; still here after it, only this rank knows
         if first is not False:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import torch
 
@@ -60,7 +60,8 @@ def check_inputs(config: Config, source: str) -> Inputs:
         determinism.refuse_batch_invariance(source)
     if engine == "server":
         server_token()
-    config.model.dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[distributed.training_dtype(config.model.dtype)]
+    names: dict[torch.dtype, Literal["bf16", "fp32"]] = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+    config.model.dtype = names[distributed.training_dtype(config.model.dtype)]
     if why := refusal(config.model, shape.head_dim):
         raise UserError(f"{source}: {why}")
     if config.model.hf:

@@ -123,7 +123,7 @@ def describe(config: Config, run_dir: Path) -> None:
     """Write ``config.yaml`` (resolved), ``environment.json``, and the fingerprint that the folder belongs to."""
     atomic_write(run_dir / "fingerprint.json", json.dumps(fingerprint(config) | {CONTENTS: contents(config)}, indent=2))
     atomic_write(run_dir / "config.yaml", dump(config))
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)

@@ -16,7 +16,7 @@ from megatron_dypo.config.checks import is_custom
 from megatron_dypo.config.schema import Config
 from megatron_dypo.data.dataset import load_prompts
 from megatron_dypo.data.provenance import start_day
-from megatron_dypo.data.rows import strings
+from megatron_dypo.data.rows import Escapes, strings
 from megatron_dypo.data.tokenizer import Tokenizer, joined, load_tokenizer
 from megatron_dypo.data.traces import THOUGHTS, opening_fault, thought_fault
 from megatron_dypo.escapes import swallowed_in
@@ -54,7 +54,7 @@ def entries(config: Config, count: int) -> list[dict[str, Any]]:
     asked_plain, config.data.plain_chat = config.data.plain_chat, True  # shown with a warning instead of refused
     tokenizer = load_tokenizer(config, model_shape(config.model), start_day(Path(config.trainer.run_dir)))
     data, settings = config.data, config.evaluation
-    escapes = "repair" if data.repair_escapes else "keep"
+    escapes: Escapes = "repair" if data.repair_escapes else "keep"
     own = is_custom(config.reward.function)
     prompts = load_prompts(data.train, data.skip_bad_rows, escapes=escapes, any_truth=own)[:count]
     if settings.suites and (settings.data or config.trainer.eval_every):

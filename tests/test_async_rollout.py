@@ -289,7 +289,7 @@ def test_where_all_prompts_are_easy_refill_ends_with_its_rounds_or_with_the_rows
 
 def failures_beside(config: str) -> list[tuple[str, str, str]]:
     """(type, message, place) of what surfaces of an error in the engine, and of one in the reward function."""
-    from megatron_dypo.runtime.failure import begin_step
+    from megatron_dypo.runtime.failure import begin_step, error_record
     from megatron_dypo.runtime.measure import StepTimer
 
     def refuse(requests, sampling):
@@ -306,7 +306,7 @@ def failures_beside(config: str) -> list[tuple[str, str, str]]:
             with source.prefetch(5, StepTimer()):
                 pass
         except Exception as error:
-            found.append((type(error).__name__, str(error), str(error.place)))
+            found.append((type(error).__name__, str(error), str(error_record(error).place)))
     return found
 
 

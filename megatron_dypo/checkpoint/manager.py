@@ -71,7 +71,7 @@ class Counters:
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         self.grad_norms = [*self.grad_norms, *grad_norms][-RECENT:]
 
-    def metrics(self) -> dict[str, int]:
+    def metrics(self) -> dict[str, float]:
         return {"train/skipped_steps": self.skipped_steps, "train/empty_steps": self.empty_steps}
 
 
@@ -131,7 +131,8 @@ class Saver:
         self._run_dir = Path(config.trainer.run_dir)
         self._holders = exchange_holders(policy)
         self._pending: _Pending | None = None
-        self._retry, self._score = False, None
+        self._retry = False
+        self._score: float | None = None
         self._seconds = 0.0  # that the loop was held up since `take_seconds`
         if dist.get_rank() == 0:
             for left_over in self._run_dir.glob(f"checkpoints/{_PARTIAL}*"):
@@ -196,7 +197,8 @@ class Saver:
         """Turn the save under way into a checkpoint, once all ranks have written (``wait``: when they have)."""
         if self._pending is None:
             return
-        pending, mine = self._pending, None
+        pending = self._pending
+        mine: tuple[str, list[WrittenFile] | str] | None = None
         if wait or pending.written.done():
             try:
                 mine = ("written", pending.written.result(self._timeout))

@@ -103,7 +103,7 @@ def restore(policy: Policy, folder: Path) -> None:
 
 def _templates(policy: Policy) -> dict:
     """mcore's description of each weight: its place in the whole model's tensor of that name."""
-    found = {}
+    found: dict = {}
     for chunk in policy.chunks:
         found |= whole_model_names(chunk.module, chunk.module.sharded_state_dict())
     return found

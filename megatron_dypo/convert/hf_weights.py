@@ -114,7 +114,7 @@ def _contents(folder: Path, allow_bin: bool) -> tuple[Path, dict[str, Path]]:
     if listing.suffix != ".json":
         return listing, dict.fromkeys(_open(listing).keys(), listing)
     named = _weight_map(listing)
-    where = {}
+    where: dict[str, Path] = {}
     for file in sorted(set(named.values())):
         for name in _open(file).keys():  # noqa: SIM118 - no mapping
             if (first := where.setdefault(name, file)) != file:

@@ -71,7 +71,7 @@ def import_folder(hf: str, out: Path, parallel: Parallel, dtype: str | None, all
         parts = [part for part in all_gather_objects(part) if part is not None]
         if rank == 0:
             (folder / METADATA).mkdir()
-            copy_metadata(source, folder / METADATA, DTYPES.get(dtype))
+            copy_metadata(source, folder / METADATA, DTYPES.get(dtype) if dtype else None)
             write_index(folder, parts, {"step": 0, "model": dataclasses.asdict(shape)})
     size = sum(part.size for part in parts)
     return f"{out}: {shape.parameters:,} parameters of {source}, {size / 1e9:.2f} GB"

@@ -108,7 +108,8 @@ def _compare_tensors(source: Path, folder: Path, shape: ModelShape) -> tuple[lis
             if not is_finite(got):
                 unfinite.append(describe(name, got))
     every = all_gather_objects((differing, unfinite))
-    return tuple(sorted(line for part in every for line in part[kind]) for kind in (0, 1))
+    differing, unfinite = (sorted(line for part in every for line in part[kind]) for kind in (0, 1))
+    return differing, unfinite
 
 
 def _compare_logprobs(

@@ -80,7 +80,7 @@ def load_data(data: Data, any_truth: bool = False) -> tuple[list[Prompt], list[P
     """
 
     def load(source: str) -> list[Prompt]:
-        escapes = "repair" if data.repair_escapes else "refuse"
+        escapes: rows.Escapes = "repair" if data.repair_escapes else "refuse"
         return load_prompts(source, data.skip_bad_rows, escapes=escapes, any_truth=any_truth)
 
     valid = load(data.valid) if data.valid else []

@@ -61,7 +61,7 @@ class Tokenizer:
     @property
     def template_digest(self) -> str | None:
         """A hash of the chat template; None where there is none."""
-        return self.template and f"{stable_hash(self.template.text):016x}"
+        return None if self.template is None else f"{stable_hash(self.template.text):016x}"
 
     @property
     def vocabulary(self) -> int:

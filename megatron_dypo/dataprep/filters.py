@@ -77,7 +77,8 @@ def fault(trace: Trace) -> str | None:
     thought = thought_fault(trace.text)
     if not trace.complete or thought == UNENDED:
         return "incomplete"
-    return {UNANSWERED: "no answer after the thought", TWICE: "thought twice"}.get(thought)
+    reasons: dict[str | None, str] = {UNANSWERED: "no answer after the thought", TWICE: "thought twice"}
+    return reasons.get(thought)
 
 
 class TokenCounter:

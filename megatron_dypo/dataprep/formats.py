@@ -153,7 +153,7 @@ def columns(names: dict[str, str]) -> Callable[[dict], Item]:
     """
 
     def read(row: dict) -> Item:
-        traces = ()
+        traces: tuple[Trace, ...] = ()
         if "trace" in names and isinstance(text := row.get(names["trace"]), str) and text:
             teacher = row.get(names["teacher"]) if "teacher" in names else names["trace"]
             traces = (Trace(str(teacher), text),)

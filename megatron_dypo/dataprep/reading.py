@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
@@ -62,7 +62,7 @@ class Reading:
         done, row = self._store.cursor
         left = limit or sys.maxsize
         for index, source in enumerate(sources[done:], start=done):
-            rows = islice(source.rows(row), left)
+            rows: Iterator[tuple[int, Any]] = islice(source.rows(row), left)
             first = next(rows, None)
             if first is not None:
                 # A resumed run goes by the same row as the one before it.

@@ -32,8 +32,8 @@ def output_rows(store: Store, options: Options, counts: Counter[str]) -> Iterato
             counts["problems without a trace, left out"] += 1
             continue
         counts["rows written"] += 1
-        for teacher in teachers:
-            counts[f"traces written: {teacher['name']}"] += 1
+        for written in teachers:
+            counts[f"traces written: {written['name']}"] += 1
         prompt = {"prompt": row["text"] or row["messages"]}
         rest = {name: row[name] for name in ("data_source", "extra_info") if row[name]}
         yield {"id": row["id"]} | prompt | {"ground_truth": row["ground_truth"], "teachers": teachers} | rest

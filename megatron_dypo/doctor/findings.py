@@ -228,8 +228,9 @@ def _settings(machine: Machine) -> Iterator[Finding]:
     if get("OMP_NUM_THREADS") is None:
         says = "torchrun sets 1 a rank; under plain python every core"
         yield Finding("OMP_NUM_THREADS", NOTE, "unset", says, "export OMP_NUM_THREADS=1")
-    if get("NCCL_DEBUG", "").upper() in ("INFO", "TRACE"):
-        yield Finding("NCCL_DEBUG", NOTE, get("NCCL_DEBUG"), "floods the log", "unset NCCL_DEBUG")
+    level = get("NCCL_DEBUG", "")
+    if level.upper() in ("INFO", "TRACE"):
+        yield Finding("NCCL_DEBUG", NOTE, level, "floods the log", "unset NCCL_DEBUG")
 
 
 _CHECKS = (_python, _torch, _mcore, _engine, _kernels, _apex, _settings)

@@ -57,10 +57,12 @@ def choices_of(row: dict[str, Any], question: str, answer: str) -> Choices:
     if not given and isinstance(row.get("question"), dict):
         given = row["question"].get("choices")
     wrong = [row[name] for name in (f"incorrect answer {number}" for number in (1, 2, 3)) if row.get(name)]
+    labels: tuple[str, ...]
+    texts: tuple[str, ...]
     if wrong:
-        texts = sorted(text.strip() for text in (answer, *wrong))  # the right one stands first in the file
+        texts = tuple(sorted(text.strip() for text in (answer, *wrong)))  # the right one stands first in the file
         labels = _LETTERS[: len(texts)]
-        return Choices(question, labels, tuple(texts), labels[texts.index(answer.strip())])
+        return Choices(question, labels, texts, labels[texts.index(answer.strip())])
     if isinstance(given, dict) and {"label", "text"} <= given.keys():
         labels, texts = tuple(map(str, given["label"])), tuple(given["text"])
     elif isinstance(given, dict):
@@ -79,8 +81,10 @@ def choices_of(row: dict[str, Any], question: str, answer: str) -> Choices:
 def _named(answer: str, labels: tuple[str, ...], texts: tuple[str, ...]) -> str:
     """The label of the option that ``answer`` means; ``answer`` itself where it means none."""
     label = true_label(answer)
-    if answer in labels or label in labels:
-        return answer if answer in labels else label
+    if answer in labels:
+        return answer
+    if label is not None and label in labels:
+        return label
     if answer in texts:
         return labels[texts.index(answer)]
     place = int(answer) if answer.isdecimal() else len(labels)
@@ -90,7 +94,8 @@ def _named(answer: str, labels: tuple[str, ...], texts: tuple[str, ...]) -> str:
 def find_choices(text: str, answer: str) -> Choices:
     """The options that end ``text``, one a line. Raises ValueError where there are none."""
     lines = text.rstrip().split("\n")
-    labels, texts = [], []
+    labels: list[str] = []
+    texts: list[str] = []
     while lines and (option := _OPTION.fullmatch(lines[-1])):
         if labels and ord(option[1]) + 1 != ord(labels[0]):
             break  # a numbered statement of the question, above its options

@@ -105,7 +105,12 @@ def evaluate(
     with phase("weight sync", limit=(config.rollout.sync_timeout, "rollout.sync_timeout")):
         dtype = distributed.training_dtype(config.model.dtype)
         engine.sync(StoredWeights(model.shape, dtype, model.read))
-    about = {"model": model.name, "weights": model.digest, "tokenizer": str(tokenizer.digest), "dtype": str(dtype)}
+    about: dict[str, str | None] = {
+        "model": model.name,
+        "weights": model.digest,
+        "tokenizer": str(tokenizer.digest),
+        "dtype": str(dtype),
+    }
     about["chat_template"] = tokenizer.template_digest
     if tokenizer.reads_clock:
         about["day"] = tokenizer.day.isoformat()
@@ -185,8 +190,10 @@ def _run(
         asked = about | _asked(config, suite, prompts)
         progress = EvaluationProgress(name, layout.is_main)
         with phase(f"evaluation of {name}"), _file(out / f"{name}.jsonl", asked, layout, restart) as file:
-            options = {"file": file, "round_size": round_size * layout.world, "progress": progress}
-            results[name] = asked | run_suite(suite, prompts, config, respond, layout, **options)
+            size = round_size * layout.world
+            results[name] = asked | run_suite(
+                suite, prompts, config, respond, layout, file=file, round_size=size, progress=progress
+            )
         if layout.is_main:
             _write(out / "results.json", results, about)
     if layout.is_main:

@@ -43,7 +43,7 @@ def evaluate_now(
     layout: Layout,
 ) -> dict:
     """``eval/valid/*`` and ``eval/<suite>/*``. Each rank takes its share of the prompts; collective."""
-    found = {}
+    found: dict = {}
     if held_out:
         found |= greedy_accuracy(held_out, engine, config, tokenizer, reward, layout)
     respond = engine_responses(engine, tokenizer, config)

@@ -114,7 +114,7 @@ def engine_responses(engine: Engine, tokenizer: Tokenizer, config: Config) -> Re
     greedy = settings.temperature == 0
     sampling = Sampling(settings.temperature or 1.0, settings.top_p, longest_response(config), tokenizer.end_ids)
 
-    def respond(questions: list[Question]) -> list[Said]:
+    def respond(questions: list[Question]) -> list[Said | EndpointFault]:
         requests = [
             Request(tokenizer.encode_prompt(question.prompt), None if greedy else question.seed(settings.seed))
             for question in questions
@@ -141,9 +141,11 @@ def server_responses(server: ChatServer, config: Config) -> Respond:
 
     async def ask(questions: list[Question]) -> list[Completion | EndpointFault]:
         """Each answer that came, whatever became of the others."""
-        timeouts = {"concurrency": server.concurrency, "seconds": config.rollout.request_timeout}
+        seconds = config.rollout.request_timeout
         try:
-            async with Endpoint(server.url, server.model, key=server.key, **timeouts) as endpoint:
+            async with Endpoint(
+                server.url, server.model, key=server.key, concurrency=server.concurrency, seconds=seconds
+            ) as endpoint:
                 asked = (one(endpoint, question) for question in questions)
                 return await asyncio.gather(*asked)
         except EndpointFault as fault:  # an address that no request could be made with

@@ -80,7 +80,8 @@ class EvaluationProgress:
 
 def rows(results: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
     """A row for each suite, the header first; shares in percent with their 95% confidence intervals."""
-    found = [("suite", "problems", "samples", "avg@n = pass@1", "pass@n", "tokens", "truncated", "not graded")]
+    header = ("suite", "problems", "samples", "avg@n = pass@1", "pass@n", "tokens", "truncated", "not graded")
+    found: list[tuple[str, ...]] = [header]
     for name, result in results.items():
         n = result["samples"]
         average, best = (_share(result["figures"][key]) for key in (f"avg@{n}", f"pass@{n}"))

@@ -84,7 +84,8 @@ def _of_configuration(groups: list[list[tuple[Any, Path]]], place: SuiteLocation
 
 def _read_name(path: Path, folder: Path, place: SuiteLocation) -> tuple[int, str, Any] | None:
     """(rank, name without its part, part) where a file is the suite's; the lowest rank is to be preferred."""
-    base, part = path.stem, 0
+    base = path.stem
+    part: int | str = 0
     if shard := _SHARD.fullmatch(base):
         base, part = shard[1], int(shard[2])
     elif piece := _PART.fullmatch(base):

@@ -218,9 +218,9 @@ class Health:
                 if self._is_due(rule, trouble is not None):
                     self.said[rule.name] += 1
                     found.append(f"step {step}: {trouble}: {rule.advice}")
-        for key, past in self._past.items():
+        for key, recent in self._past.items():
             if key in known:
-                past.append(known[key])
+                recent.append(known[key])
         return found
 
     def _is_due(self, rule: HealthRule, is_bad: bool) -> bool:

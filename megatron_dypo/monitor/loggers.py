@@ -109,7 +109,7 @@ class TensorBoardWriter:
         self._events.close()
 
 
-WRITERS: tuple[tuple[Callable[[Logging], bool], type[Writer]], ...] = (
+WRITERS: tuple[tuple[Callable[[Logging], bool], Callable[[Config, Path, int], Writer]], ...] = (
     (lambda logging: logging.wandb != "off", WandbWriter),
     (lambda logging: logging.tensorboard, TensorBoardWriter),
 )

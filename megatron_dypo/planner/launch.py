@@ -31,7 +31,7 @@ def nodes_of(candidate: Candidate, cluster: Cluster) -> list[Node]:
     """Where ranks and servers are. The candidate is one that ``server_room`` has room for."""
     sizes = _sizes(cluster)
     left = candidate.engines if candidate.placement == "servers" else 0
-    nodes = []
+    nodes: list[Node] = []
     for number in reversed(range(len(sizes))):
         servers = min(left, sizes[number] // candidate.engine_tensor)
         left -= servers
@@ -68,11 +68,10 @@ def commands(candidate: Candidate, cluster: Cluster, engine_memory: float, confi
         if not alone:
             lines.append("# on every node the same secret:")
         lines.append("export MEGATRON_DYPO_SERVER_TOKEN=$(openssl rand -hex 32)")
-    for own, each in groupby(nodes, lambda node: (node.gpus, node.ranks, node.servers)):
+    for (gpus, ranks, servers), each in groupby(nodes, lambda node: (node.gpus, node.ranks, node.servers)):
         names = [node.name for node in each]
         if not alone:
             lines.append(f"# on {names[0]}:" if len(names) == 1 else f"# on each of {names[0]} to {names[-1]}:")
-        gpus, ranks, servers = own
         if servers:
             host = "" if alone else "HOST=0.0.0.0 "
             beside = " &" if ranks else ""

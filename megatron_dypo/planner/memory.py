@@ -102,7 +102,7 @@ def activation_bytes(shape: ModelShape, candidate: Candidate, tokens: float) -> 
     without_mlp = 8 * h + 6 * query + 6 * key + before_norm
     kept = {"none": without_mlp + mlp, "selective": without_mlp, "full": 2 * h}[candidate.recompute]
     once = without_mlp + mlp - kept + passing
-    layers = shape.num_layers
+    layers: float = shape.num_layers
     if candidate.virtual > 1:
         layers *= 1 + (candidate.pipeline - 1) / (candidate.pipeline * candidate.virtual)
     return tokens * (layers * kept + once) / candidate.tensor

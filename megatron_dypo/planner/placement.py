@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from megatron_dypo.config.schema import Config
 from megatron_dypo.models.shape import ModelShape
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def place_reference(
     config: Config, shape: ModelShape, layout: Layout, memory: int | None, engine: float
-) -> tuple[str, str]:
+) -> tuple[Literal["auto", "device", "host"], str]:
     """(``device`` or ``host``, a line that says so and why) for a run whose ``model.dtype`` is settled; without a
     reference the key as it is, and no line.
 

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_dypo.config.schema import Parallel
 from megatron_dypo.errors import UserError
@@ -130,17 +131,21 @@ def _candidates(shape: ModelShape, cluster: Cluster, cut: dict[str, int]) -> Ite
         if shape.num_layers % (pipeline * virtual):
             continue
         for recompute in RECOMPUTE:
-            more = {"virtual": virtual, "recompute": recompute}
+            known: dict[str, Any] = cut | {"virtual": virtual, "recompute": recompute}
             if cluster.gpus % multiple == 0:
                 for placement in ("beside", "turns"):
-                    yield Candidate(**cut, **more, data=cluster.gpus // replica, placement=placement)
+                    yield Candidate(**known, data=cluster.gpus // replica, placement=placement)
             trainers = {multiple * round(cluster.gpus * (1 - share) / multiple) for share in SERVER_SHARES}
             for servers in sorted(cluster.gpus - ranks for ranks in trainers if 0 < ranks < cluster.gpus):
                 for engine_tensor in (size for size in SIZES if servers % size == 0 and _divides(shape, size)):
                     if servers // engine_tensor > server_room(cluster, engine_tensor):
                         continue
-                    placed = {"placement": "servers", "server_gpus": servers, "engine_tensor": engine_tensor}
-                    yield Candidate(**cut, **more, data=(cluster.gpus - servers) // replica, **placed)
+                    placed: dict[str, Any] = {
+                        "placement": "servers",
+                        "server_gpus": servers,
+                        "engine_tensor": engine_tensor,
+                    }
+                    yield Candidate(**known, data=(cluster.gpus - servers) // replica, **placed)
 
 
 def _divides(shape: ModelShape, tensor: int) -> bool:

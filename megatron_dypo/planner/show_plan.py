@@ -91,7 +91,17 @@ def _of_each_cut(fits: list[Plan]) -> list[Plan]:
 
 
 def _rows(plans: list[Plan]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    header = ("layout", "recompute", "vLLM", "reference", "policy GiB", "static", "activations", "vLLM GiB", "host GiB")
+    header: tuple[str, ...] = (
+        "layout",
+        "recompute",
+        "vLLM",
+        "reference",
+        "policy GiB",
+        "static",
+        "activations",
+        "vLLM GiB",
+        "host GiB",
+    )
     header += ("step s", "rollout", "log-probs", "update", "sync", "offload", "tokens/s/GPU")
     rows = []
     for made in plans:

@@ -31,7 +31,7 @@ class Found:
     """``cuda``: there is a device; ``torch``: its release; ``modules``: which of the optional ones can be imported."""
 
     cuda: bool
-    torch: tuple[int, int]
+    torch: tuple[int, ...]
     modules: frozenset[str] = frozenset()
 
     @property

@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -219,7 +220,7 @@ def flash(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: 
     return varlen_attn(query, key, value, query_offsets, key_offsets, most_queries, most_keys, **options).flatten(1)
 
 
-def varlen_options(varlen_attn: Callable, scale: float, grouped: bool) -> dict[str, object]:
+def varlen_options(varlen_attn: Callable, scale: float, grouped: bool) -> dict[str, Any]:
     """What makes torch's ``varlen_attn`` causal, in the words of its version, each block's last query seeing all keys.
 
     2.10 knows ``is_causal`` and no scale, later ones a window that is open to the left. From 2.12 on grouped queries

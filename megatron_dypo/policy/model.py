@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -32,7 +32,7 @@ _EXPERT = re.compile(
     r"mlp\.experts\.(local_experts\.(?P<sequential>\d+)\.)?(?P<linear>linear_fc[12])\.weight(?P<grouped>\d+)?"
 )
 T = TypeVar("T")
-_RECOMPUTE = {
+_RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     # mcore's default choice is attention, which spares its scores; ours keeps none, and the MLP most of the rest
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
@@ -165,9 +165,9 @@ def whole_model_names(gpt: GPTModel, local: Mapping[str, T]) -> dict[str, T]:
             _, _, index, rest = name.split(".", 3)
             rest = _TRANSFORMER_ENGINE_NAMES.get(rest, rest)
             if expert := _EXPERT.fullmatch(rest):
-                local = int(expert["sequential"] or expert["grouped"])
+                own = int(expert["sequential"] or expert["grouped"])
                 first = gpt.decoder.layers[int(index)].mlp.local_expert_indices[0]
-                rest = f"mlp.experts.{first + local}.{expert['linear']}.weight"
+                rest = f"mlp.experts.{first + own}.{expert['linear']}.weight"
             name = f"decoder.layers.{gpt.decoder.layers[int(index)].layer_number - 1}.{rest}"
         found[name] = value
     return found

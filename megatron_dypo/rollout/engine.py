@@ -13,7 +13,7 @@ import numpy as np
 from megatron_dypo.records import Response
 
 if TYPE_CHECKING:
-    from megatron_dypo.weight_sync.source import Weights
+    from megatron_dypo.weight_sync.source import VersionedWeights
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,6 @@ class Engine(Protocol):
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Response]: ...
 
-    def sync(self, weights: Weights) -> None: ...
+    def sync(self, weights: VersionedWeights) -> None: ...
 
     def sleep(self, keep_weights: bool) -> None: ...

@@ -15,7 +15,7 @@ from megatron_dypo.rollout.engine import Request, Sampling
 from megatron_dypo.runtime.distributed import device
 
 if TYPE_CHECKING:
-    from megatron_dypo.weight_sync.source import Weights
+    from megatron_dypo.weight_sync.source import VersionedWeights
 
 BATCH = 256
 _EXPERT = re.compile(r"(.*)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(gate_proj|up_proj|down_proj|w[123])\.weight")
@@ -43,7 +43,7 @@ class HfEngine:
                 module.register_forward_hook(lambda module, given, result: self._routed.append(result[-1]))
 
     @torch.no_grad()
-    def sync(self, weights: Weights) -> None:
+    def sync(self, weights: VersionedWeights) -> None:
         missing = {name: weight.numel() for name, weight in self._model.state_dict().items()}
         for name, tensor in weights:
             place, target = _target(self._model, name)

@@ -60,14 +60,14 @@ def packed_experts(batch: MicroBatch, sequences: list[Sequence], groups: list[Gr
     if not batch.places:
         return None
     responses = [groups[sequences[place].group].responses[sequences[place].sample] for place in batch.places]
-    if any(response.experts is None for response in responses):
+    known = [response.experts for response in responses if response.experts is not None]
+    if len(known) < len(responses):
         raise TrainingError("policy.routing_replay: rollout, but the rollout says nothing of its routing")
-    sizes = sorted({response.experts.shape[1:] for response in responses})
+    sizes = sorted({experts.shape[1:] for experts in known})
     if len(sizes) > 1:
         raise TrainingError(f"policy.routing_replay: rollout: rollouts have (layers, a token's experts) {sizes}")
     packed = torch.full((len(batch.owner_T), *sizes[0]), -1, dtype=torch.int16)
-    for i, response in enumerate(responses):
-        known = response.experts
-        mine = torch.nonzero((batch.owner_T == i) & (batch.positions_T < len(known))).squeeze(1)
-        packed[mine] = torch.from_numpy(known.astype(np.int16))[batch.positions_T[mine]]
+    for i, experts in enumerate(known):
+        mine = torch.nonzero((batch.owner_T == i) & (batch.positions_T < len(experts))).squeeze(1)
+        packed[mine] = torch.from_numpy(experts.astype(np.int16))[batch.positions_T[mine]]
     return packed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from megatron_dypo.config.schema import Config
@@ -18,10 +18,10 @@ from megatron_dypo.rollout.vllm_args import MOST_SEQUENCES, sync_backend
 from megatron_dypo.rollout.vllm_versions import weight_source
 from megatron_dypo.runtime.distributed import Layout, all_gather_objects, device_kind
 from megatron_dypo.weight_sync.checksum import ChecksummedWeights
-from megatron_dypo.weight_sync.transfer import SharedMemory
+from megatron_dypo.weight_sync.transfer import SharedMemory, Transfer, WeightSource
 
 if TYPE_CHECKING:
-    from megatron_dypo.weight_sync.source import Weights
+    from megatron_dypo.weight_sync.source import VersionedWeights
 
 
 class ServerEngine:
@@ -39,7 +39,7 @@ class ServerEngine:
         self._limits = Limits(window, rollout.server_timeout, rollout.request_timeout)
         self._backend = sync_backend(config, kind)
         self._verify = rollout.verify_sync == "sent"
-        self._transfer = None
+        self._transfer: Transfer | None = None
         self._label, self._version, self._lost = "", 0, dict[str, str]()
         if layout.is_main:
             self._pool.wait_for_all()
@@ -53,10 +53,10 @@ class ServerEngine:
             response.weight_version = self._version
         return responses
 
-    def sync(self, weights: Weights) -> None:
+    def sync(self, weights: VersionedWeights) -> None:
         """To all servers that answer; those that do not are left out until the next sync. Collective."""
         label, same = f"{self._run}:{weights.version}", True
-        source = ChecksummedWeights(weights) if self._verify and self._layout.is_main else weights
+        source: WeightSource = ChecksummedWeights(weights) if self._verify and self._layout.is_main else weights
         if self._layout.is_main:
             same = self._pool.refresh(self._label)
             before = list(self._pool.members)
@@ -64,12 +64,13 @@ class ServerEngine:
             self._pool.call_workers("prepare_update", checksums=self._verify)
             same = same and before == self._pool.members
             self._pool.all_or_none = self._backend == "nccl"
-        if self._transfer is None or not all(all_gather_objects(same)):
-            if self._transfer is not None:
-                self._transfer.shutdown()
-            self._transfer = _open_transfer(self._backend, self._pool, source, self._layout)
-        self._transfer.source = source if self._backend == "shared_memory" else weight_source(source)
-        self._transfer.send_weights()
+        transfer = self._transfer
+        if transfer is None or not all(all_gather_objects(same)):
+            if transfer is not None:
+                transfer.shutdown()
+            self._transfer = transfer = _open_transfer(self._backend, self._pool, source, self._layout)
+        transfer.source = source if self._backend == "shared_memory" else weight_source(source)
+        transfer.send_weights()
         if self._layout.is_main:
             self._pool.all_or_none = False
             if isinstance(source, ChecksummedWeights):
@@ -83,7 +84,7 @@ class ServerEngine:
         """Servers have devices of their own."""
 
 
-def _open_transfer(backend: str, pool: ServerPool, source, layout: Layout):
+def _open_transfer(backend: str, pool: ServerPool, source: WeightSource, layout: Layout) -> Transfer:
     """The trainer's side of a weight transfer, ready to send; all ranks call it."""
     if backend == "shared_memory":
         return SharedMemory(pool, source, layout.is_main)
@@ -91,13 +92,15 @@ def _open_transfer(backend: str, pool: ServerPool, source, layout: Layout):
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
+    info: IPCTrainerInitInfo | NCCLTrainerInitInfo
     if backend == "ipc":
         info = IPCTrainerInitInfo(rank=layout.rank, packed=True)
     else:
         address, port = _endpoint(pool.members) if layout.is_main else ("", 0)
         workers = sum(pool.world_sizes()) if layout.is_main else 0
         info = NCCLTrainerInitInfo(address, port, 1 + workers, rank=layout.rank)
-    return WeightTransferTrainerFactory.trainer_init(info, client=pool, source=weight_source(source))
+    client: Any = pool  # its protocol has updates as lists, too, which neither of the two sends
+    return WeightTransferTrainerFactory.trainer_init(info, client=client, source=weight_source(source))
 
 
 def _endpoint(servers: list[Server]) -> tuple[str, int]:

@@ -24,7 +24,7 @@ from megatron_dypo.weight_sync.checksum import ChecksummedWeights
 from megatron_dypo.weight_sync.transfer import send_in_process
 
 if TYPE_CHECKING:
-    from megatron_dypo.weight_sync.source import Weights
+    from megatron_dypo.weight_sync.source import VersionedWeights
 
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # so that weights need no transport
 
@@ -68,7 +68,7 @@ class VllmEngine:
         return [_response(output.outputs[0], self._version) for output in outputs]
 
     @determinism.not_enforced()
-    def sync(self, weights: Weights) -> None:
+    def sync(self, weights: VersionedWeights) -> None:
         """Replace all weights and forget what was cached under the old ones."""
         self._wake("weights")
         self._dropped = False

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib import metadata
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_dypo.config.schema import Config
 from megatron_dypo.errors import UserError
@@ -93,7 +93,7 @@ def head_dtype(config: Config, found: Vllm, kind: str) -> str:
     return "float32" if half and versions.release(found.version) >= versions.FP32_HEAD else "model"
 
 
-def weight_source(source: WeightSource) -> object:
+def weight_source(source: WeightSource) -> Any:
     """Return ``source`` as the trainer's side of the installed vLLM takes it.
 
     From 0.33 on that is a ``WeightSource`` with ``iter_full`` and the property ``metadata``; before, what we have.

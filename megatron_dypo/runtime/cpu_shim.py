@@ -160,7 +160,7 @@ def install() -> bool:
     proxy = _Proxy(torch, cuda=_cuda_proxy(), distributed=uneven, **factories)
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
-            module.torch = proxy
+            vars(module)["torch"] = proxy
     from megatron.core.tensor_parallel import random as mcore_random
 
     mcore_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()

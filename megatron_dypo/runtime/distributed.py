@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron_dypo.config.schema import Parallel
 from megatron_dypo.errors import UserError
 from megatron_dypo.runtime import cpu_shim
+from megatron_dypo.runtime.failure import error_record
 
 
 def is_loopback(host: str) -> bool:
@@ -107,7 +108,7 @@ def require_launcher() -> None:
             f"the environment has RANK={launch_rank()} and WORLD_SIZE={world_size()} but no LOCAL_RANK: "
             "no launcher started this process. Start it by torchrun or launch/, or unset RANK and WORLD_SIZE"
         )
-        error.first = True  # its own fault: rank 0 says nothing of this one
+        error_record(error).first = True  # its own fault: rank 0 says nothing of this one
         raise error
 
 

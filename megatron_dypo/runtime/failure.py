@@ -40,12 +40,30 @@ class Phase:
 
 
 _START = Phase("start")
-_phases: dict[int, Phase] = {}  # by thread
+_phases: dict[int | None, Phase] = {}  # by thread
 
 
 def current_phase() -> Phase:
     """Where this rank, that is its main thread, is now."""
     return _phases.get(threading.main_thread().ident, _START)
+
+
+@dataclass
+class ErrorRecord:
+    """What is known of an error on its way up: the innermost phase that it left, and whether it was the job's first
+    (None: not reported yet)."""
+
+    place: Phase | None = None
+    first: bool | None = None
+
+
+def error_record(error: BaseException) -> ErrorRecord:
+    """The error's record, made at first use.
+
+    It lives in the error's own namespace, from which it goes along to another thread and ends with the error. A table
+    beside would keep frames alive, and the tensors in them: built-in exceptions take no weak references.
+    """
+    return vars(error).setdefault("_megatron_dypo", ErrorRecord())
 
 
 def begin_step(step: int) -> None:
@@ -66,7 +84,8 @@ def phase(name: str, limit: tuple[float, str] | None = None) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        error.place = getattr(error, "place", inner)  # the innermost, for the message
+        known = error_record(error)
+        known.place = known.place or inner  # the innermost, for the message
         raise
     finally:
         _phases[thread] = replace(outer, since=time.monotonic())
@@ -89,16 +108,17 @@ def report(error: BaseException, job_status: JobStatus | None = None) -> None:
     An error is reported once, where it is noticed first, and knows then whether it was the job's first. A UserError
     that was is left to the command line.
     """
-    if hasattr(error, "first"):
+    own = error_record(error)
+    if own.first is not None:
         return
-    rank, where = int(os.environ.get("RANK", "0")), getattr(error, "place", current_phase())
+    rank, where = int(os.environ.get("RANK", "0")), own.place or current_phase()
     first_line = (str(error).strip() or repr(error)).splitlines()[0]
     ours = headline(rank, where, f"{type(error).__name__}: {first_line}")
     if job_status and any(sign in ours for sign in _PEER_LOST):
         ours += _silent_peers(job_status)
     known = job_status.claim_failure(ours) if job_status else ours
-    error.first = known == ours
-    if not error.first:
+    own.first = known == ours
+    if not own.first:
         say(f"[rank {rank}] stops in {where} because of: {known}")
     elif not isinstance(error, UserError):
         say("\n".join([ours, *(job_status.whereabouts() if job_status else []), *traceback.format_exception(error)]))

@@ -45,7 +45,9 @@ class JobStatus:
         attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] if kept else "0"
         self._store = dist.PrefixStore(f"megatron_dypo/{attempt}", store)
         self._others = [other for other in range(world) if other != rank]
-        self._rank, self._known, self._failure = rank, set(), None
+        self._rank = rank
+        self._known: set[int] = set()
+        self._failure: str | None = None
         self.usable = True
 
     @classmethod

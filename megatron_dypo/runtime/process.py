@@ -26,7 +26,8 @@ def setup_process() -> None:
     """Call before anything that starts threads: the signal mask is theirs, too."""
     end_with_launcher()
     signal.pthread_sigmask(signal.SIG_BLOCK, {STACKS_SIGNAL})  # the watchdog's thread waits for it
-    faulthandler.enable(file=sys.__stderr__.fileno())  # stacks of a crash in C code
+    if sys.__stderr__ is not None:
+        faulthandler.enable(file=sys.__stderr__.fileno())  # stacks of a crash in C code
 
 
 def end_with_launcher() -> None:

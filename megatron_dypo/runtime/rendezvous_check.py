@@ -38,7 +38,8 @@ def check_rendezvous(address: str) -> None:
     # In a process of its own: torch's constructor keeps to no deadline where a program is not a store.
     command = [sys.executable, "-c", _MEET, host.strip("[]"), port]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
-        child.stdout.readline()  # torch is imported
+        if child.stdout is not None:
+            child.stdout.readline()  # torch is imported
         try:
             met = child.wait(SECONDS) == 0
         except subprocess.TimeoutExpired:

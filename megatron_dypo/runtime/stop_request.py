@@ -42,7 +42,8 @@ class StopRequest:
         """The signal that any rank has got; collective. All ranks have to stop after the same step."""
         asked = torch.tensor([self._asked], dtype=torch.int32, device=device())
         dist.all_reduce(asked, dist.ReduceOp.MAX)
-        return signal.Signals(asked.item()) if asked.item() else None
+        number = int(asked.item())
+        return signal.Signals(number) if number else None
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = number

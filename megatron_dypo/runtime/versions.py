@@ -78,7 +78,7 @@ TORCH = (2, 7)  # from, on the CPU
 TORCH_CUDA = (2, 10)  # from: `addmm` adds a product of bf16 matrices to an fp32 sum
 MEGATRON = ((0, 16), (0, 20))  # from, and below
 # Of Megatron-Core 0.16's extra `dev`; later releases name no bounds. A release compiles itself for the torch it finds.
-TRANSFORMER_ENGINE = {(0, 16): ((2, 9), (2, 12))}
+TRANSFORMER_ENGINE: dict[Release, tuple[Release, Release]] = {(0, 16): ((2, 9), (2, 12))}
 PINNED_TRANSFORMER_ENGINE = "2.11.0"
 
 
@@ -117,7 +117,7 @@ def packages() -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for each in metadata.distributions():
-        if name := each.metadata.get("Name"):
+        if "Name" in each.metadata and (name := each.metadata["Name"]):
             found.setdefault(name.replace("_", "-").lower(), each.version)
     return found
 

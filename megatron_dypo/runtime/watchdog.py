@@ -51,8 +51,11 @@ class Watchdog:
     def __enter__(self) -> Self:
         signal.pthread_sigmask(signal.SIG_BLOCK, {STACKS_SIGNAL})
         self._thread.start()
-        # Where some library's thread does not block the signal, it may get it:
-        pass_on = lambda *_: signal.pthread_kill(self._thread.ident, STACKS_SIGNAL)  # noqa: E731
+
+        def pass_on(*_: object) -> None:  # it may come to some library's thread that does not block it
+            if (thread := self._thread.ident) is not None:
+                signal.pthread_kill(thread, STACKS_SIGNAL)
+
         self._handler = signal.signal(STACKS_SIGNAL, pass_on)
         if self._heartbeats:
             self._heartbeats.start()
@@ -144,7 +147,8 @@ class Watchdog:
         if self._failed:
             say(f"{self._here()}: clean-up has not ended within {LAST_WORDS:g} s\n{_stacks()}")
         else:
-            say(f"[rank {launch_rank()}] stops in {current_phase()} because of: {self._heartbeats.failure}")
+            known = self._heartbeats.failure if self._heartbeats else None
+            say(f"[rank {launch_rank()}] stops in {current_phase()} because of: {known}")
         os._exit(1)
 
     def _here(self) -> str:

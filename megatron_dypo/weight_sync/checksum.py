@@ -12,7 +12,8 @@ from torch import Tensor
 from megatron_dypo.errors import TrainingError
 
 if TYPE_CHECKING:
-    from megatron_dypo.weight_sync.source import Meta, Weights
+    from megatron_dypo.weight_sync.source import Meta
+    from megatron_dypo.weight_sync.transfer import WeightSource
 
 
 def checksum(tensor: Tensor) -> str:
@@ -25,7 +26,7 @@ def checksum(tensor: Tensor) -> str:
 class ChecksummedWeights:
     """Weights that remember a checksum of each tensor of the last pass."""
 
-    def __init__(self, weights: Weights):
+    def __init__(self, weights: WeightSource):
         self._weights = weights
         self.sent: dict[str, str] = {}
 

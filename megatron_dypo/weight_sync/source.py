@@ -44,6 +44,17 @@ def sent_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     return found
 
 
+class VersionedWeights(Protocol):
+    """``Weights`` or ``StoredWeights``: what an engine's ``sync`` takes."""
+
+    @property
+    def version(self) -> int: ...
+
+    def metadata(self) -> list[Meta]: ...
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
 class Weights:
     """The policy's weights as they are at each pass; what vLLM's trainer side calls a ``WeightSource``.
 
@@ -88,7 +99,7 @@ class StoredWeights:
 class Receiver(Protocol):
     """An engine whose weights are replaced in place."""
 
-    def sync(self, weights: Weights) -> None: ...
+    def sync(self, weights: VersionedWeights) -> None: ...
 
 
 def sync_weights(policy: Policy, engine: Receiver, seconds: float) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +42,19 @@ class Client(Protocol):
     def update_weights(self, update_info: dict) -> None: ...
 
     def finish_weight_update(self, weight_version: str | None = None) -> None: ...
+
+
+class Transfer(Protocol):
+    """The trainer's side of an open weight transfer: ``SharedMemory``, or one of vLLM's trainer engines.
+
+    ``source`` is what the next ``send_weights`` sends: a ``WeightSource``, or vLLM's own of that name.
+    """
+
+    source: Any
+
+    def send_weights(self) -> None: ...
+
+    def shutdown(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -85,7 +98,8 @@ class SharedMemory:
     """
 
     def __init__(self, client: Client, weights: WeightSource, is_sender: bool):
-        self._client, self.source, self._is_sender = client, weights, is_sender
+        self._client, self._is_sender = client, is_sender
+        self.source: WeightSource = weights
         self._buckets: list[_Memory] = []
         if is_sender:
             self._cuts = buckets(weights.metadata(), BUCKET_BYTES)
