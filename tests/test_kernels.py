@@ -187,6 +187,12 @@ def assert_sure_tokens(backend: str, shift: float, tolerance: float, device: str
     loss, logprobs = linear_loss(*inputs, targets_T, lambda logp, _, t: (logp, torch.ones_like(logp)), backend=backend)
     each([through_logp[1], through_entropy[1]], [through_logp[0], through_entropy[0]])
     each([torch.autograd.grad(loss, inputs[0])[0], logprobs.logp], [through_logp[0], logp_T])
+    loss, _ = linear_loss(*inputs, targets_T, entropy_alone, entropy=True, backend=backend)
+    each([torch.autograd.grad(loss, inputs[0])[0]], [through_entropy[0]])
+
+
+def entropy_alone(logp_t: Tensor, entropy_t: Tensor, t: slice) -> tuple[Tensor, Tensor, Tensor]:
+    return entropy_t, torch.zeros_like(logp_t), torch.ones_like(logp_t)
 
 
 @pytest.mark.parametrize("shift", [0.0, 100.0, -100.0])
@@ -234,11 +240,20 @@ def assert_same_in_halves(dtype: torch.dtype, temperature: float | str, active: 
             assert gradient.dtype == dtype
             assert_near(gradient, exact, 1e-2 if dtype == torch.bfloat16 else 2e-3)
     if entropy:
-        mixed = result.logp * dlogp_T + 0.3 * result.entropy * dlogp_T.abs()
-        exact = expected[0] * dlogp_T + 0.3 * expected[1] * dlogp_T.abs()
-        pairs = zip(torch.autograd.grad(mixed.sum(), inputs), torch.autograd.grad(exact.sum(), inputs), strict=True)
-        for gradient, right in pairs:
-            assert_near(gradient, right, 1e-2 if dtype == torch.bfloat16 else 2e-3)
+        dentropy_T = 0.3 * dlogp_T.abs()
+        mixed = result.logp * dlogp_T + result.entropy * dentropy_T
+        local, _ = linear_loss(
+            *inputs,
+            targets_T,
+            lambda logp, H, t: (dlogp_T[t] * logp + dentropy_T[t] * H, dlogp_T[t], dentropy_T[t]),
+            entropy=True,
+            backend=backend,
+            **options,
+        )
+        correct = torch.autograd.grad((expected[0] * dlogp_T + expected[1] * dentropy_T).sum(), inputs)
+        for ours in (torch.autograd.grad(mixed.sum(), inputs), torch.autograd.grad(local, inputs)):
+            for gradient, exact in zip(ours, correct, strict=True):
+                assert_near(gradient, exact, 1e-2 if dtype == torch.bfloat16 else 2e-3)
 
 
 HALF_CASES = [

@@ -115,11 +115,12 @@ def other_kernels() -> dict[str, tuple]:
         "statistics": statistics,
         "gradient": (rows.row_gradient_kernel, gradient | {"ENTROPY": False}, {}, HALVES, True),
         "gradient_with_entropy": (rows.row_gradient_kernel, gradient | {"ENTROPY": True}, {}, HALVES, True),
+        "log_factor": (fused.log_factor_kernel, {"BLOCK": fused.GRADIENT_BLOCK}, {}, HALVES, True),
     }
 
 
 HALVES = ["*bf16", "*fp16", "*fp32"]
-OTHERS = ["join", "join_far", "statistics", "gradient", "gradient_with_entropy"]
+OTHERS = ["join", "join_far", "statistics", "gradient", "gradient_with_entropy", "log_factor"]
 
 
 @needs_triton
@@ -128,11 +129,11 @@ def test_the_other_kernels_compile_without_spills(name, tmp_path):
     kernel, constants, options, outputs, wide = other_kernels()[name]
     numbers = ("tokens", "parts", "group", "width", "real", "start")
     types = dict.fromkeys(numbers, "i32") | {"pitch": "i32%"}
-    fp32 = ("partial", "stats", "logp", "miss", "lse", "dlogp", "z", "scale", "lift", "entropy", "dentropy")
+    fp32 = ("partial", "stats", "logp", "miss", "lse", "dlogp", "z", "scale", "lift", "entropy", "dentropy", "slope")
     types |= {f"{pointer}_ptr": "*fp32" for pointer in fp32}
     types |= {"rows_ptr": "*i64", "target_ptr": "*i64", "far_ptr": "*i32"}
     for dtype in outputs:
-        used = compile_for_h100(kernel, types | {"dz_ptr": dtype}, constants, options, tmp_path)
+        used = compile_for_h100(kernel, types | {"dz_ptr": dtype, "exp_ptr": dtype}, constants, options, tmp_path)
         assert used["stack"] == 0 and used["registers"] <= 128 and used["shared"] <= 4096
         assert not wide or re.search(r"ld\.global[.\w]*\.v4", used["ptx"])  # 16 bytes at a time
 
@@ -152,6 +153,7 @@ def test_every_triton_kernel_is_compiled_here():
         "join_kernel",
         "row_statistics_kernel",
         "row_gradient_kernel",
+        "log_factor_kernel",
     }
     assert found == called | compiled
 

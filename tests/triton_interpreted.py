@@ -23,6 +23,7 @@ from megatron_dypo.kernels import (
     workspace,
 )
 from megatron_dypo.kernels.vocab import VocabShard
+from tests import test_entropy_gradient as entropy_gradient
 from tests.test_kernels import (
     VALUE,
     assert_near,
@@ -103,6 +104,22 @@ def test_a_local_loss_equals_the_definition(tokens, rows, vocab_size):
     assert not dhidden_TH[weights_T == 0].any() and not dweight_VH[vocab_size or rows :].any()
 
 
+@pytest.mark.parametrize(
+    ("tokens", "rows", "vocab_size", "with_logp"),
+    [(0, 24, None, True), (1, 24, None, True), (35, 70, 61, True), (20, 128, 61, False), (9, 5, None, False)],
+    ids=["no_token", "one_token", "padded", "entropy_alone", "tiles_without_columns"],
+)
+def test_the_entropy_s_gradient_equals_the_definition(tokens, rows, vocab_size, with_logp):
+    hidden_TH, weight_VH, targets_T, temperature_T = make_head(tokens, rows)
+    head, weights_2T = (
+        (hidden_TH, weight_VH, targets_T % (vocab_size or rows), temperature_T),
+        entropy_gradient.weights(tokens, with_logp),
+    )
+    ours = entropy_gradient.found(head, weights_2T.float(), backend="triton", vocab_size=vocab_size)
+    entropy_gradient.assert_equal(ours, entropy_gradient.expected(head, weights_2T, vocab_size), 5e-6)
+    assert not ours["dhidden"][(weights_2T == 0).all(0)].any() and not ours["dweight"][vocab_size or rows :].any()
+
+
 @pytest.mark.parametrize("width", [40, 27])
 def test_a_width_that_blocks_do_not_divide(width):
     """The second is none that the fused product takes."""
@@ -151,6 +168,9 @@ def test_rows_far_from_0_beside_others(small_blocks):
     total = (weights_T.double() * expected[0].square() / 2).sum()
     for ours, correct in zip((dhidden_TH, dweight_VH), torch.autograd.grad(total, inputs), strict=True):
         assert_near(ours, correct, 5e-5)
+    weights_2T = torch.stack([weights_T, directions(tokens, seed=3)[1]])
+    ours = entropy_gradient.found(head, weights_2T, backend="triton")
+    entropy_gradient.assert_equal(ours, entropy_gradient.expected(head, weights_2T.double()), 5e-5)
 
 
 @pytest.mark.parametrize(

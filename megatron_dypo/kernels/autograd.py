@@ -12,7 +12,7 @@ of a tile; K this rank's tiles.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -63,9 +63,16 @@ class LogitHead(ABC):
 
     @abstractmethod
     def fused_backward(
-        self, chunk: slice, a: Tensor, stats_K4t: Tensor, logp_t: Tensor, lse_t: Tensor, dlogp_t: Tensor
+        self,
+        chunk: slice,
+        a: Tensor,
+        stats_K4t: Tensor,
+        upstream: tuple[Tensor, Tensor | None],
+        results: tuple[Tensor, Tensor, Tensor],
     ) -> Tiles:
-        """Of the tokens ``a`` of the chunk that ``statistics`` saw last, for dloss/dlogp / temperature = slope."""
+        """Of the tokens ``a`` of the chunk that ``statistics`` saw last; ``upstream`` gradients [t] of logp and, where
+        there are any, of the entropy, each / temperature; ``results`` [t] logp, entropy and lse.
+        """
 
     @abstractmethod
     def recomputed(self, chunk: slice, upstream: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> Tiles:
@@ -220,13 +227,20 @@ class Loss(Function):
         for chunk in head.chunks():
             stats_K4t = head.statistics(chunk)
             logp_t, entropy_t, lse_t = combine(stats_K4t, shard)
-            summands_t, dlogp_t = token_loss(logp_t, entropy_t if entropy else None, chunk)
+            summands_t, dlogp_t, dentropy_t = token_loss(logp_t, entropy_t if entropy else None, chunk)
             results[:, chunk] = torch.stack([logp_t, entropy_t, lse_t])
             total += summands_t.double().sum()
-            a = head.order(dlogp_t != 0)
+            active_t = dlogp_t != 0
+            if dentropy_t is not None:
+                pulled_t = dentropy_t != 0
+                active_t, dentropy_t = active_t | pulled_t, dentropy_t if bool(pulled_t.any()) else None
+            a = head.order(active_t)
             if len(a) and wanted:
-                scaled_t = head.by_temperature(dlogp_t.to(head.dtype), chunk)
-                tiles = head.fused_backward(chunk, a, stats_K4t, logp_t, lse_t, scaled_t)
+                upstream = tuple(
+                    None if gradient_t is None else head.by_temperature(gradient_t.to(head.dtype), chunk)
+                    for gradient_t in (dlogp_t, dentropy_t)
+                )
+                tiles = head.fused_backward(chunk, a, stats_K4t, upstream, (logp_t, entropy_t, lse_t))
                 rows = chunk if len(a) == len(dlogp_t) else chunk.start + a
                 gradients.add(rows, pick(head.rows(chunk)[: len(dlogp_t)], a), tiles)
         head.close()
@@ -252,23 +266,6 @@ class Loss(Function):
                 if gradient is not None:
                     gradient.mul_(dloss)
         return None, dhidden, dweight_VH, *[None] * 7
-
-
-def few_moved(active_t: Tensor) -> Tensor:
-    """Those among the first in their own places, the rest where others are not active: few rows have to move."""
-    a = torch.arange(int(active_t.sum()), device=active_t.device)
-    if len(a) < len(active_t):
-        a[~active_t[: len(a)]] = active_t[len(a) :].nonzero().flatten() + len(a)
-    return a
-
-
-def moved_to_front(x_tV: Tensor, a: Tensor, tiles: Iterable[tuple[int, slice]]) -> Tensor:
-    """The rows ``a`` of ``few_moved``, side by side; tile by tile, which bounds the copies."""
-    moved = (a >= len(a)).nonzero().flatten() if len(a) < len(x_tV) else a[:0]
-    if len(moved):
-        for _, tile in tiles:
-            x_tV[:, tile].index_copy_(0, moved, x_tV[:, tile].index_select(0, a[moved]))
-    return x_tV[: len(a)]
 
 
 def pick(rows_tx: Tensor, a: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from megatron_dypo.kernels import autograd, workspace
+from megatron_dypo.kernels import autograd, exponentials, workspace
 from megatron_dypo.kernels.vocab import (
     FAR,
     VocabShard,
@@ -83,29 +83,44 @@ class ChunkedHead(autograd.LogitHead):
         return torch.stack(stats)[..., :tokens]
 
     def fused_backward(
-        self, chunk: slice, a: Tensor, stats_K4t: Tensor, logp_t: Tensor, lse_t: Tensor, dlogp_t: Tensor
+        self,
+        chunk: slice,
+        a: Tensor,
+        stats_K4t: Tensor,
+        upstream: tuple[Tensor, Tensor | None],
+        results: tuple[Tensor, Tensor, Tensor],
     ) -> autograd.Tiles:
-        """dz = slope (onehot - p) = -slope share exp, where p = exp share; of all columns at once.
+        """dz of all columns at once, from ``exp`` as ``exponentials.py`` says.
 
-        share is exp(-lse), but 1 where that is far from 1 or a tile had to have a top: such rows become p itself. What
-        stands for exp at the target is -(1 - p) / share.
+        Rows are far where exp(-lse) is far from 1 or a tile had to have a top: such rows become p itself.
         """
         if not self.columns:
             return
+        lse_t = results[-1]
         exp_tV, top_Kt = self._exp_tV(len(lse_t)), stats_K4t[:, 0]
         far_t = (lse_t.abs() > FAR) | ((top_Kt != 0) & (stats_K4t[:, 1] != 0)).any(0)
         if bool(far_t.any()):
             for k, tile in self.tiles():
                 exp_tV[:, tile].mul_(torch.where(far_t, top_Kt[k] - lse_t, 0.0).exp_().unsqueeze(1))
-        share_a = torch.where(far_t, 0.0, -lse_t)[a].exp_()
-        exp_aV = autograd.moved_to_front(exp_tV, a, self.tiles())
-        at_target_a = -miss(logp_t[a]) / share_a
-        put_at_targets(exp_aV, at_target_a, *target_columns(self.targets_T[chunk][a], self.shard, self.shard.real))
-        scale_a = -dlogp_t[a] * share_a
+        by_row = exponentials.factors(a, far_t, upstream, results)
+        exp_aV, scale_a = exponentials.moved_to_front(exp_tV, a, self.tiles()), by_row.scale
+        if by_row.dentropy is not None:
+            self._multiply_by_log(exp_aV, by_row.slope, by_row.dentropy)
+        put_at_targets(exp_aV, by_row.at_target, *target_columns(self.targets_T[chunk][a], self.shard, self.shard.real))
         if self.native:  # half precision would not hold exp
             yield self.shard.real, exp_aV.mul_(scale_a.unsqueeze(1)), None
         else:
             yield self.shard.real, exp_aV, scale_a
+
+    def _multiply_by_log(self, exp_aV: Tensor, slope_a: Tensor, dentropy_a: Tensor) -> None:
+        """x (slope + dentropy log x) in place of x = exp, some rows at a time, in the cache; z is no longer needed."""
+        tiny, columns = torch.finfo(self.dtype).tiny, exp_aV.shape[1]  # 0 log 0 is 0
+        rows = max(1, min(torch.get_num_threads() * BLOCK_ELEMENTS, len(self.z)) // columns)
+        log_nV = self.z[: rows * columns].view(rows, columns)
+        blocks = (x.split(rows) for x in (exp_aV, slope_a.unsqueeze(1), dentropy_a.unsqueeze(1)))
+        for exp_nV, slope_n1, dentropy_n1 in zip(*blocks, strict=True):
+            factor_nV = torch.clamp_min(exp_nV, tiny, out=log_nV[: len(exp_nV)]).log_()
+            exp_nV.mul_(factor_nV.mul_(dentropy_n1).add_(slope_n1))
 
     def recomputed(self, chunk: slice, upstream: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> autograd.Tiles:
         dlogp_t, dentropy_t, dlse_t = upstream
@@ -148,4 +163,4 @@ class ChunkedHead(autograd.LogitHead):
         return self.exp.view(self.longest, self.columns)[:rows]
 
     def order(self, active_t: Tensor) -> Tensor:
-        return autograd.few_moved(active_t)
+        return exponentials.few_moved(active_t)

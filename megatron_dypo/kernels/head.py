@@ -17,7 +17,8 @@ from torch import Tensor
 
 from megatron_dypo.kernels.vocab import VocabShard
 
-TokenLoss = Callable[[Tensor, Tensor | None, slice], tuple[Tensor, Tensor]]
+# (summands, dloss/dlogp) of a chunk's tokens, or with dloss/dentropy
+TokenLoss = Callable[[Tensor, Tensor | None, slice], tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]]
 # imported when first used: triton is there for CUDA only
 _BACKENDS = {"chunked": "chunked", "reference": "reference", "triton": "triton_head"}
 
@@ -72,18 +73,45 @@ def linear_loss(
     entropy: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, LogProbs]:
-    """sum_t token_loss(logp_t), its gradients formed in the forward pass: three matrix products, no recomputation.
+    """sum_t token_loss(logp_t, entropy_t), with its gradients formed in the forward pass: three matrix products.
 
     ``token_loss(logp[t], entropy[t] | None, slice) -> (summands[t], dloss/dlogp[t])`` is called once per chunk with the
-    chunk's place in the batch; it must be local to each token. Other arguments as ``linear_logprob``. Returns the
-    scalar loss (differentiable in ``hidden`` and ``weight``) and the detached LogProbs.
+    chunk's place in the batch; it must be local to each token. It may return dloss/dentropy[t] as a third item, which
+    needs ``entropy=True``; None, or two items, cost nothing more. Tokens whose slopes are all 0 get no gradient and
+    take no work. Other arguments as ``linear_logprob``. Returns the scalar loss (differentiable in ``hidden`` and
+    ``weight``) and the detached LogProbs.
+
+    Raises ValueError as ``linear_logprob`` does, and for what ``token_loss`` returns, naming it.
     """
     shard, temperature_T = _check(hidden, weight, targets, temperature, tp_group, sequence_parallel, vocab_size)
     results = _backend(backend, hidden).loss(
-        hidden, weight, targets, token_loss, temperature_T, shard, sequence_parallel, entropy
+        hidden, weight, targets, _with_entropy_slope(token_loss), temperature_T, shard, sequence_parallel, entropy
     )
     loss, logp_T, entropy_T, lse_T = results
     return loss, LogProbs(logp_T, entropy_T if entropy else None, lse_T)
+
+
+def _with_entropy_slope(token_loss: TokenLoss) -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:
+    """``token_loss`` as the backends call it: always (summands, dloss/dlogp, dloss/dentropy or None), and checked."""
+
+    def checked(logp_t: Tensor, entropy_t: Tensor | None, chunk: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+        summands_t, dlogp_t, *rest = token_loss(logp_t, entropy_t, chunk)
+        if len(rest) > 1:
+            raise ValueError(
+                f"token_loss: returned {2 + len(rest)} items; "
+                "expected summands and dloss/dlogp, and at most dloss/dentropy besides"
+            )
+        dentropy_t = rest[0] if rest else None
+        if dentropy_t is not None and entropy_t is None:
+            raise ValueError("token_loss: returned a third item, dloss/dentropy: call linear_loss with entropy=True")
+        for name, slope_t in (("dloss/dlogp", dlogp_t), ("dloss/dentropy", dentropy_t)):
+            if slope_t is not None and slope_t.shape != logp_t.shape:
+                raise ValueError(
+                    f"token_loss: {name} has shape {list(slope_t.shape)}, expected that of logp, {list(logp_t.shape)}"
+                )
+        return summands_t, dlogp_t, dentropy_t
+
+    return checked
 
 
 def _backend(name: str, hidden: Tensor) -> ModuleType:

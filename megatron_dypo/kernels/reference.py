@@ -22,7 +22,10 @@ def logprob(
 
 def loss(hidden, weight, targets, token_loss, temperature_T, shard: VocabShard, sequence_parallel: bool, entropy: bool):
     logp_T, entropy_T, lse_T = logprob(hidden, weight, targets, temperature_T, shard, sequence_parallel, entropy)
-    summands_T, dlogp_T = token_loss(logp_T.detach(), entropy_T.detach() if entropy else None, slice(0, len(targets)))
+    summands_T, *slopes = token_loss(logp_T.detach(), entropy_T.detach() if entropy else None, slice(0, len(targets)))
     # value of the summands, gradient of the given derivatives
-    total = summands_T.sum().detach() + (dlogp_T.detach() * (logp_T - logp_T.detach())).sum()
+    total = summands_T.sum().detach()
+    for result_T, slope_T in zip((logp_T, entropy_T), slopes, strict=True):
+        if slope_T is not None:
+            total = total + (slope_T.detach() * (result_T - result_T.detach())).sum()
     return total, logp_T.detach(), entropy_T.detach(), lse_T.detach()

@@ -8,7 +8,8 @@ exp z is taken as it is, without a maximum: fp32 holds it for |z| up to 87, and 
 Rows whose sums come near that are far; programs that have one run again and take a maximum: the host need not know.
 
 Where gradients will be formed, exp z is kept in the precision of the inputs, and is all that is kept: dz is exp z times
-a factor of its row, which is left to the products' rows, and an entry at the target, formed from the log-prob.
+a factor of its row, which is left to the products' rows, and an entry at the target, formed from the log-prob. For a
+gradient of the entropy one more kernel reads and writes exp z (``exponentials.py``).
 
 Legend as in ``autograd.py``; s parts of a tile, q columns of a quarter of a block, n rows that are far. Kernels scale
 by 1 / temperature late: their z, top and sums of z exp are of the unscaled logits.
@@ -25,9 +26,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from megatron_dypo.kernels import autograd, workspace
+from megatron_dypo.kernels import autograd, exponentials, workspace
 from megatron_dypo.kernels.triton_rows import RowHead
-from megatron_dypo.kernels.vocab import STATISTICS, miss, put_at_targets, target_columns
+from megatron_dypo.kernels.vocab import STATISTICS, put_at_targets, target_columns
 
 BLOCK_H = 64
 # 96 KiB of shared memory, too: two programs a multiprocessor, one multiplies while the other reduces
@@ -35,6 +36,7 @@ OPTIONS = {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
 GROUP = 16  # blocks of tokens that run side by side: with as many parts they share what lies in the L2 cache
 FAR = 60.0  # |lse| up to which exp z, slopes times its inverse, and products with either stay well inside bf16 and fp32
 FAR_ROWS = 256
+GRADIENT_BLOCK = 2048  # columns
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -176,6 +178,17 @@ def join_kernel(
         tl.store(far_ptrs, ((columns > 0) & ~near).to(tl.int32), mask=written)
 
 
+@triton.jit
+def log_factor_kernel(exp_ptr, slope_ptr, dentropy_ptr, pitch, BLOCK: tl.constexpr):
+    """x (slope + dentropy log x), in fp32, in place of the kept exponentials x [a, v]; 0 log 0 is 0."""
+    i = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    exp_ptrs = exp_ptr + i * pitch + columns
+    x = tl.load(exp_ptrs, mask=columns < pitch, other=0.0).to(tl.float32)
+    factor = tl.load(slope_ptr + i) + tl.load(dentropy_ptr + i) * tl.log(tl.maximum(x, 1e-37))
+    tl.store(exp_ptrs, (x * factor).to(exp_ptr.dtype.element_ty), mask=columns < pitch)
+
+
 class FusedHead(RowHead):
     """Keeps exp z of a chunk in the inputs' precision (``workspace.py`` has how many), or nothing."""
 
@@ -230,25 +243,32 @@ class FusedHead(RowHead):
         return stats_K4t
 
     def order(self, active_t: Tensor) -> Tensor:
-        return autograd.few_moved(active_t)
+        return exponentials.few_moved(active_t)
 
     def fused_backward(
-        self, chunk: slice, a: Tensor, stats_K4t: Tensor, logp_t: Tensor, lse_t: Tensor, dlogp_t: Tensor
+        self,
+        chunk: slice,
+        a: Tensor,
+        stats_K4t: Tensor,
+        upstream: tuple[Tensor, Tensor | None],
+        results: tuple[Tensor, Tensor, Tensor],
     ) -> autograd.Tiles:
-        """dz = slope (onehot - p) = -slope share exp, where p = exp share, but for far rows, which become p itself.
-
-        share is exp(-lse). What stands for exp at the target is -(1 - p) / share.
-        """
+        """dz from exp z as ``exponentials.py`` says; far rows become p itself."""
+        lse_t = results[-1]
         top_Kt, tokens = stats_K4t[: len(list(self.tiles())), 0], len(lse_t)  # those with columns come first
         far_t = (lse_t.abs() > FAR) | (top_Kt != 0).any(0)
         if bool(far_t.any()):
             self._make_probabilities(chunk, far_t.nonzero().flatten(), lse_t)
-        share_a = torch.where(far_t, 0.0, -lse_t)[a].exp_()
-        scale_a, at_target_a, targets_a = -dlogp_t[a] * share_a, -miss(logp_t[a]) / share_a, self.targets_T[chunk][a]
+        by_row, targets_a = exponentials.factors(a, far_t, upstream, results), self.targets_T[chunk][a]
         for columns, exp_tv in self._kept(tokens):
-            exp_av = autograd.moved_to_front(exp_tv, a, [(0, slice(None))])
-            put_at_targets(exp_av, at_target_a, *target_columns(targets_a, self.shard, columns))
-            yield columns, exp_av, scale_a
+            exp_av = exponentials.moved_to_front(exp_tv, a, [(0, slice(None))])
+            if by_row.dentropy is not None:
+                blocks = triton.cdiv(exp_av.shape[1], GRADIENT_BLOCK)
+                log_factor_kernel[(len(a), blocks)](
+                    exp_av, by_row.slope, by_row.dentropy, exp_av.stride(0), BLOCK=GRADIENT_BLOCK
+                )
+            put_at_targets(exp_av, by_row.at_target, *target_columns(targets_a, self.shard, columns))
+            yield columns, exp_av, by_row.scale
 
     def _kept(self, tokens: int) -> Iterator[tuple[slice, Tensor]]:
         """(columns, exp [t, v]) of what one product takes."""

@@ -123,10 +123,16 @@ class RowHead(autograd.LogitHead):
         return stats_K4t
 
     def fused_backward(
-        self, chunk: slice, a: Tensor, stats_K4t: Tensor, logp_t: Tensor, lse_t: Tensor, dlogp_t: Tensor
+        self,
+        chunk: slice,
+        a: Tensor,
+        stats_K4t: Tensor,
+        upstream: tuple[Tensor, Tensor | None],
+        results: tuple[Tensor, Tensor, Tensor],
     ) -> autograd.Tiles:
-        upstream = dlogp_t.contiguous(), None, torch.zeros_like(lse_t)
-        results = logp_t, miss(logp_t), None, lse_t
+        dlogp_t, dentropy_t = (None if gradient_t is None else gradient_t.contiguous() for gradient_t in upstream)
+        upstream = dlogp_t, dentropy_t, torch.zeros_like(dlogp_t)
+        results = results[0], miss(results[0]), *results[1:]
         for k, tile in self.tiles():
             z_tv = self._z_Ktv[k, :, : tile.stop - tile.start]
             yield tile, self._gradient(chunk, tile, z_tv, a, upstream, results), None
@@ -147,10 +153,10 @@ class RowHead(autograd.LogitHead):
         z_tv: Tensor,
         a: Tensor,
         upstream: tuple[Tensor, Tensor | None, Tensor],
-        results: tuple[Tensor, Tensor, Tensor | None, Tensor],
+        results: tuple[Tensor, Tensor, Tensor, Tensor],
     ) -> Tensor:
         """dz [a, v], good until the next call, from gradients of logp, entropy and lse; ``results`` are logp, 1 - p,
-        entropy and lse. Without a gradient of the entropy neither is needed.
+        entropy and lse. Without a gradient of the entropy it is not read.
         """
         dlogp_t, dentropy_t, dlse_t = upstream
         logp_t, miss_t, entropy_t, lse_t = results
@@ -158,7 +164,7 @@ class RowHead(autograd.LogitHead):
         dz_av = self._dz_tv[: len(a), :width]
         row_gradient_kernel[(len(a), triton.cdiv(width, GRADIENT_BLOCK))](
             z_tv, a, self.targets_T[chunk], self.scale_T[chunk], logp_t, miss_t, lse_t, dlogp_t, dlse_t,
-            lse_t if entropy_t is None else entropy_t, lse_t if dentropy_t is None else dentropy_t,
+            entropy_t, lse_t if dentropy_t is None else dentropy_t,
             dz_av, self.pitch, self.shard.start + tile.start, ENTROPY=dentropy_t is not None, BLOCK=GRADIENT_BLOCK,
         )  # fmt: skip
         return dz_av

@@ -1,0 +1,64 @@
+"""The gradient of a chunk's logits from its kept exponentials, for heads that keep exp z in place of z.
+
+Of a row, p = x share: x is exp z and share exp(-lse), or x is p itself and share 1 where exp z left its range (far
+rows). With the slopes g of logp and e of the entropy, each / temperature, H the entropy, z = log x:
+
+    dz = g (onehot - p) - e p (log p + H) = -share x (g + e (log x + log share + H))      but at the target
+    dz = g (1 - p) - e p (logp + H)                                                       there
+
+A factor of a whole row is left to the matrix products: without e it is -g share, and x stays as it is.
+
+Legend as in ``autograd.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_dypo.kernels.vocab import miss
+
+
+class Factors(NamedTuple):
+    """Of each row [a]: dz = scale (x, or ``at_target`` in its place); with an entropy's gradient
+    dz = scale (x (slope + dentropy log x), or ``at_target``), else these two are None.
+    """
+
+    scale: Tensor
+    at_target: Tensor
+    slope: Tensor | None = None
+    dentropy: Tensor | None = None
+
+
+def factors(
+    a: Tensor, far_t: Tensor, upstream: tuple[Tensor, Tensor | None], results: tuple[Tensor, Tensor, Tensor]
+) -> Factors:
+    """``upstream`` gradients [t] of logp and, or None, of the entropy; ``results`` [t] logp, entropy and lse."""
+    dlogp_a, dentropy_a = (None if gradient_t is None else gradient_t[a] for gradient_t in upstream)
+    logp_a, entropy_a, lse_a = (result_t[a] for result_t in results)
+    log_share_a = torch.where(far_t[a], 0.0, -lse_a)
+    share_a = log_share_a.exp()
+    if dentropy_a is None:
+        return Factors(-dlogp_a * share_a, -miss(logp_a) / share_a)
+    own_a = dlogp_a * miss(logp_a) - dentropy_a * logp_a.exp() * (logp_a + entropy_a)
+    return Factors(-share_a, -own_a / share_a, dlogp_a + dentropy_a * (log_share_a + entropy_a), dentropy_a)
+
+
+def few_moved(active_t: Tensor) -> Tensor:
+    """Those among the first in their own places, the rest where others are not active: few rows have to move."""
+    a = torch.arange(int(active_t.sum()), device=active_t.device)
+    if len(a) < len(active_t):
+        a[~active_t[: len(a)]] = active_t[len(a) :].nonzero().flatten() + len(a)
+    return a
+
+
+def moved_to_front(x_tV: Tensor, a: Tensor, tiles: Iterable[tuple[int, slice]]) -> Tensor:
+    """The rows ``a`` of ``few_moved``, side by side; tile by tile, which bounds the copies."""
+    moved = (a >= len(a)).nonzero().flatten() if len(a) < len(x_tV) else a[:0]
+    if len(moved):
+        for _, tile in tiles:
+            x_tV[:, tile].index_copy_(0, moved, x_tV[:, tile].index_select(0, a[moved]))
+    return x_tV[: len(a)]
