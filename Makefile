@@ -76,6 +76,7 @@ docs: venv
 bench: venv
 	$(BIN)/python -m pip install -q --no-deps -r requirements/bench.txt
 	$(BIN)/python -m benchmarks.linear_logprob
+	$(BIN)/python -m benchmarks.linear_logprob --preset entropy
 	$(BIN)/torchrun --rdzv-backend loopback --rdzv-endpoint localhost --nproc-per-node 2 -m benchmarks.checkpoints --out benchmarks/results/checkpoints_cpu.json
 	$(BIN)/python -m benchmarks.packing
 	$(BIN)/python -m benchmarks.weight_sync

@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_dypo.kernels import linear_logprob, linear_loss
 
 SEQUENCES = 8
+ENTROPY_COEF = 0.001
 IGNORED = -100
 NAIVE, CEILING, FLOOR = "naive", "matmul", "three_products"
 # an importable package -> what pip calls it
@@ -120,6 +121,18 @@ def local_loss(b: Batch, hidden_TH: Tensor, targets_T: Tensor, slopes_T: Tensor,
 
 def ours(b: Batch) -> Tensor:
     return local_loss(b, b.hidden_TH, b.targets_T, b.slopes_T, entropy=True)
+
+
+def ours_entropy_gradient(b: Batch) -> Tensor:
+    """An entropy bonus besides: every active token has a slope of its entropy, too."""
+    dentropy_T = -ENTROPY_COEF * b.active_T / len(b.active_A)
+
+    def token_loss(logp_t, entropy_t, t):
+        return b.slopes_T[t] * logp_t + dentropy_T[t] * entropy_t, b.slopes_T[t], dentropy_T[t]
+
+    loss, logprobs = linear_loss(b.hidden_TH, b.weight_VH, b.targets_T, token_loss, vocab_size=b.vocab, entropy=True)
+    loss.backward()
+    return logprobs.logp
 
 
 def ours_compacted(b: Batch, entropy: bool = True) -> Tensor:
@@ -280,6 +293,13 @@ HEADS = {
         "`linear_logprob` and its backward, for losses that are not local to a token; slopes zero",
         ours_logprob,
         main_grad=True,
+    ),
+    "ours_entropy_gradient": Head(
+        "ours, entropy's gradient",
+        f"*slopes zero* with an entropy bonus of {ENTROPY_COEF}, whose gradient is formed as well",
+        ours_entropy_gradient,
+        main_grad=True,
+        comparable=False,
     ),
     "liger_logprob": Head(
         "Liger log-prob",

@@ -1,13 +1,13 @@
 """The output head, forward and backward, beside the naive one and the peers' (benchmarks/heads.py).
 
-    python -m benchmarks.linear_logprob [--preset cpu|cuda|report|tiny] [--rounds N] [--out FILE]
+    python -m benchmarks.linear_logprob [--preset cpu|cuda|entropy|report|tiny] [--rounds N] [--out FILE]
     python -m benchmarks.linear_logprob --shapes 64,32,512 --heads naive ours --out tiny.json
 
 Every head has a process of its own (benchmarks/worker.py), warmed by an untimed step at every shape. In a round each
 runs once, one after the other while the rest sleep, in reverse order every other round: a slow minute hits all alike,
-and ratios are taken within a round. On the CPU a head that takes more than SLOW x naive runs in the first round only.
-Errors are against float64, computed by yet another process. A head whose package is missing, that fails or that does
-not answer says so in its record, and the others go on.
+and ratios are taken within a round. On the CPU a head that takes more than ``slow`` x naive runs in the first round
+only. Errors are against float64, computed by yet another process. A head whose package is missing, that fails or that
+does not answer says so in its record, and the others go on.
 
 Writes one JSON file with all rounds, again after every setting, so that a stop loses one setting at most;
 ``python -m benchmarks.tables`` puts it into docs/performance.md. ``compare`` is all of it for other scripts.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import select
 import subprocess
@@ -34,7 +35,6 @@ import torch
 from benchmarks.heads import HEADS, NAIVE, SEQUENCES, Setting
 from benchmarks.machine import RESULTS, ROOT, environment
 
-SLOW = 1.5
 FLOAT64 = "float64"
 PACKAGES = ("torch", "triton", "liger-kernel", "nvidia-cutlass-dsl", "cut-cross-entropy", "quack-kernels")
 CHECKED_TOKENS = 8192  # beyond it, at CUDA's shapes, float64 takes longer than all else
@@ -53,6 +53,8 @@ class Plan:
     checked: frozenset[Setting] = frozenset()
     threads: int = 2  # of each process, one of which works at a time
     answer_seconds: float = 1200  # for one request; a head that takes longer is given up
+    slow: float = 1.5  # x naive on the CPU, beyond which a head runs in the first round only
+    results: str = "linear_logprob"  # what the file of its results is named by, before the device
 
 
 def settings_of(shapes: list[str], actives: list[float]) -> tuple[Setting, ...]:
@@ -81,6 +83,10 @@ PRESETS = {
     "cpu": Plan("cpu", CPU, checked=up_to_checked_tokens(CPU)),
     "cuda": Plan("cuda", CUDA, rounds=4, repeats=5, checked=up_to_checked_tokens(CUDA)),
     "report": Plan("cuda", (SMALL, *REPORT), REPORTED, 2, 3, frozenset([SMALL]), answer_seconds=60),
+    # one thread: two that wait for each other spin on a machine that others use, too, and spinning counts
+    "entropy": Plan(
+        "cpu", CPU[:1], ("ours", "ours_entropy_gradient"), 5, threads=1, slow=math.inf, results="entropy_gradient"
+    ),
     "tiny": Plan("cpu", TINY, (NAIVE, "ours", "ours_compacted"), 1, checked=frozenset(TINY), threads=1),
 }
 
@@ -186,7 +192,7 @@ def measure(workers: dict[str, Worker], setting: Setting, plan: Plan) -> list[di
             for name in names.copy() if number % 2 == 0 else names[::-1]:
                 run(name, repeats=plan.repeats, **(check if number == 0 else {}))
             if plan.device == "cpu" and number == 0 and NAIVE in names:
-                limit = SLOW * records[NAIVE]["rounds"][0]["cpu_seconds"]
+                limit = plan.slow * records[NAIVE]["rounds"][0]["cpu_seconds"]
                 names = [name for name in names if records[name]["rounds"][0]["cpu_seconds"] <= limit]
     return [record | {"tflops": tflops(record)} for record in records.values()]
 
@@ -229,7 +235,7 @@ def main() -> None:
     if options.shapes:
         settings = settings_of(options.shapes, options.active)
         plan = dataclasses.replace(plan, settings=settings, checked=up_to_checked_tokens(settings))
-    compare(plan, options.out or RESULTS / f"linear_logprob_{plan.device}.json")
+    compare(plan, options.out or RESULTS / f"{plan.results}_{plan.device}.json")
 
 
 if __name__ == "__main__":

@@ -126,6 +126,31 @@ def head_cpu(report: Report) -> str:
     return "\n\n".join(parts)
 
 
+ENTROPY_LIMIT = 1.08  # of the head's CPU-seconds, with the entropy's gradient
+
+
+def entropy_gradient(report: Report) -> str:
+    (shape,) = Shape.all_of(report)
+    (active,) = shape.actives
+    heads = ("ours", "ours_entropy_gradient")
+    without, with_it = ([r["cpu_seconds"] for r in shape.measured(head, active)["rounds"]] for head in heads)
+    rows = [
+        [
+            HEADS[head].label,
+            f"{shape.value(head, active, 'cpu_seconds'):.2f}",
+            f"{shape.ratio(head, active, 'cpu_seconds', to='ours'):.3f}x",
+            f"{shape.value(head, active, 'peak_mib'):.0f}",
+        ]
+        for head in heads
+    ]
+    ratio = shape.ratio(heads[1], active, "cpu_seconds", to="ours")
+    ratios = ", ".join(f"{a / b:.3f}" for a, b in zip(with_it, without, strict=True))
+    place = f"T {shape.tokens}, H {shape.hidden}, V {shape.vocab}, fp32, {percent(active)}; {len(with_it)} rounds"
+    result = f"Each round's ratio: {ratios}. At most {ENTROPY_LIMIT}x is the aim, met: {yes(ratio <= ENTROPY_LIMIT)}."
+    parts = [measured_on(report), place + ".", table(["", "CPU-s", "x without", "peak MiB"], rows), result]
+    return "\n\n".join(parts)
+
+
 def targets_cpu(report: Report) -> Iterable[list[str]]:
     """[target, shape, measured, yes or no] for what the report can answer."""
     for shape in Shape.all_of(report):
@@ -244,6 +269,7 @@ SECTIONS = {
     "packing": packing,
     "layouts_cpu": layouts,
     "linear_logprob_cpu": head_cpu,
+    "entropy_gradient_cpu": entropy_gradient,
     "checkpoints_cpu": checkpoints,
     "weight_sync_cpu": weight_sync,
     "rollout_cpu": overlap,
