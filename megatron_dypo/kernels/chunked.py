@@ -104,8 +104,8 @@ class ChunkedHead(autograd.LogitHead):
                 exp_tV[:, tile].mul_(torch.where(far_t, top_Kt[k] - lse_t, 0.0).exp_().unsqueeze(1))
         by_row = exponentials.factors(a, far_t, upstream, results)
         exp_aV, scale_a = exponentials.moved_to_front(exp_tV, a, self.tiles()), by_row.scale
-        if by_row.dentropy is not None:
-            self._multiply_by_log(exp_aV, by_row.slope, by_row.dentropy)
+        if by_row.of_log is not None:
+            self._multiply_by_log(exp_aV, *by_row.of_log)
         put_at_targets(exp_aV, by_row.at_target, *target_columns(self.targets_T[chunk][a], self.shard, self.shard.real))
         if self.native:  # half precision would not hold exp
             yield self.shard.real, exp_aV.mul_(scale_a.unsqueeze(1)), None

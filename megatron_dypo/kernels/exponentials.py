@@ -23,28 +23,30 @@ from megatron_dypo.kernels.vocab import miss
 
 
 class Factors(NamedTuple):
-    """Of each row [a]: dz = scale (x, or ``at_target`` in its place); with an entropy's gradient
-    dz = scale (x (slope + dentropy log x), or ``at_target``), else these two are None.
+    """Of each row [a]: dz = scale (x, or ``at_target`` in its place); with an entropy's gradient, where ``of_log`` is
+    (slope, dentropy), dz = scale (x (slope + dentropy log x), or ``at_target``).
     """
 
     scale: Tensor
     at_target: Tensor
-    slope: Tensor | None = None
-    dentropy: Tensor | None = None
+    of_log: tuple[Tensor, Tensor] | None = None
 
 
 def factors(
     a: Tensor, far_t: Tensor, upstream: tuple[Tensor, Tensor | None], results: tuple[Tensor, Tensor, Tensor]
 ) -> Factors:
     """``upstream`` gradients [t] of logp and, or None, of the entropy; ``results`` [t] logp, entropy and lse."""
-    dlogp_a, dentropy_a = (None if gradient_t is None else gradient_t[a] for gradient_t in upstream)
+    dlogp_t, dentropy_t = upstream
+    dlogp_a = dlogp_t[a]
     logp_a, entropy_a, lse_a = (result_t[a] for result_t in results)
     log_share_a = torch.where(far_t[a], 0.0, -lse_a)
     share_a = log_share_a.exp()
-    if dentropy_a is None:
+    if dentropy_t is None:
         return Factors(-dlogp_a * share_a, -miss(logp_a) / share_a)
+    dentropy_a = dentropy_t[a]
     own_a = dlogp_a * miss(logp_a) - dentropy_a * logp_a.exp() * (logp_a + entropy_a)
-    return Factors(-share_a, -own_a / share_a, dlogp_a + dentropy_a * (log_share_a + entropy_a), dentropy_a)
+    slope_a = dlogp_a + dentropy_a * (log_share_a + entropy_a)
+    return Factors(-share_a, -own_a / share_a, (slope_a, dentropy_a))
 
 
 def few_moved(active_t: Tensor) -> Tensor:

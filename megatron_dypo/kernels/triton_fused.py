@@ -262,11 +262,9 @@ class FusedHead(RowHead):
         by_row, targets_a = exponentials.factors(a, far_t, upstream, results), self.targets_T[chunk][a]
         for columns, exp_tv in self._kept(tokens):
             exp_av = exponentials.moved_to_front(exp_tv, a, [(0, slice(None))])
-            if by_row.dentropy is not None:
+            if by_row.of_log is not None:
                 blocks = triton.cdiv(exp_av.shape[1], GRADIENT_BLOCK)
-                log_factor_kernel[(len(a), blocks)](
-                    exp_av, by_row.slope, by_row.dentropy, exp_av.stride(0), BLOCK=GRADIENT_BLOCK
-                )
+                log_factor_kernel[(len(a), blocks)](exp_av, *by_row.of_log, exp_av.stride(0), BLOCK=GRADIENT_BLOCK)
             put_at_targets(exp_av, by_row.at_target, *target_columns(targets_a, self.shard, columns))
             yield columns, exp_av, by_row.scale
 

@@ -130,12 +130,13 @@ class RowHead(autograd.LogitHead):
         upstream: tuple[Tensor, Tensor | None],
         results: tuple[Tensor, Tensor, Tensor],
     ) -> autograd.Tiles:
-        dlogp_t, dentropy_t = (None if gradient_t is None else gradient_t.contiguous() for gradient_t in upstream)
-        upstream = dlogp_t, dentropy_t, torch.zeros_like(dlogp_t)
-        results = results[0], miss(results[0]), *results[1:]
+        dlogp_t, dentropy_t = upstream
+        dentropy_t = None if dentropy_t is None else dentropy_t.contiguous()
+        slopes = dlogp_t.contiguous(), dentropy_t, torch.zeros_like(results[-1])
+        values = results[0], miss(results[0]), *results[1:]
         for k, tile in self.tiles():
             z_tv = self._z_Ktv[k, :, : tile.stop - tile.start]
-            yield tile, self._gradient(chunk, tile, z_tv, a, upstream, results), None
+            yield tile, self._gradient(chunk, tile, z_tv, a, slopes, values), None
 
     def recomputed(self, chunk: slice, upstream: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> autograd.Tiles:
         (dlogp_t, dentropy_t, dlse_t), (logp_t, entropy_t, lse_t) = upstream, results
