@@ -65,6 +65,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(run=_report)
 
+    objective = commands.add_parser("objective", help="the loss and slopes of one case, without a model")
+    objective.add_argument("case", type=Path, metavar="CASE.json", help="log-probs, rewards and settings of one update")
+    objective.add_argument("--table", action="store_true", help="a line a token, for a person, instead of JSON")
+    objective.set_defaults(run=_objective)
+
     _add_convert(commands)
     for command in commands.choices.values():
         command.set_defaults(parser=command)  # whose usage goes with an error
@@ -307,6 +312,12 @@ def _serve(options: argparse.Namespace) -> None:
     from megatron_dypo.rollout.serve import serve
 
     serve(config, options.host, options.port, options.tensor)
+
+
+def _objective(options: argparse.Namespace) -> None:
+    from megatron_dypo.cases.command import show
+
+    show(options.case, options.table)
 
 
 def _report(options: argparse.Namespace) -> None:

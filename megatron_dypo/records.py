@@ -76,13 +76,17 @@ class Response:
 
 @dataclass
 class Group:
-    """A prompt and its k responses; ``teacher_indices`` is the draw for this step (Hard groups only)."""
+    """A prompt and its k responses; ``teacher_indices`` is the draw for this step, where a term trains on traces.
+
+    ``teacher_rewards`` are those of the drawn traces, where the recipe scores them.
+    """
 
     prompt: Prompt
     prompt_ids: np.ndarray
     responses: list[Response] = field(default_factory=list)
     regime: Regime | None = None
     teacher_indices: tuple[int, ...] | None = None
+    teacher_rewards: tuple[float, ...] = ()
 
     @property
     def weight_version(self) -> int:
@@ -92,6 +96,11 @@ class Group:
     @property
     def rewards(self) -> list[float]:
         return [response.reward for response in self.responses]
+
+    @property
+    def baseline(self) -> list[float]:
+        """The rewards that advantages are relative to: of the responses, then of the traces that were scored."""
+        return [*self.rewards, *self.teacher_rewards]
 
 
 @dataclass

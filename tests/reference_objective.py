@@ -27,15 +27,17 @@ class Rollout:
 
 @dataclass
 class Question:
-    """A prompt's k rollouts, and the log-probs [n] of each teacher trace drawn for it (none: no teacher)."""
+    """A prompt's k rollouts, the log-probs [n] of each teacher trace drawn for it (none: no teacher), their rewards."""
 
     rollouts: list[Rollout]
     traces: list[Tensor]
+    trace_rewards: list[float] = field(default_factory=list)
 
 
 @dataclass
 class Terms:
-    """Summands of each term, every normaliser applied, alpha and gamma not. ``kl`` is part of ``grpo``."""
+    """Summands of each term, every normaliser applied, alpha and gamma not. ``kl`` is part of ``grpo``; ``shaped`` is
+    LUFFY's on traces."""
 
     alpha: float
     gamma: float
@@ -43,16 +45,26 @@ class Terms:
     kl: list[Tensor] = field(default_factory=list)
     gal: list[Tensor] = field(default_factory=list)
     sft: list[Tensor] = field(default_factory=list)
+    shaped: list[Tensor] = field(default_factory=list)
+    entropy: list[Tensor] = field(default_factory=list)
 
     def summands(self) -> Tensor:
         """All of L's summands (Eq. 24), one per token or pair."""
-        weighted = [(self.alpha, self.grpo), (1 - self.alpha, self.gal), (self.gamma, self.sft)]
+        weighted = [
+            (self.alpha, self.grpo),
+            (1 - self.alpha, self.gal),
+            (self.gamma, self.sft),
+            (1.0, self.shaped),
+            (1.0, self.entropy),
+        ]
         return torch.cat([torch.zeros(1).double(), *(w * x.flatten() for w, term in weighted for x in term)])
 
 
-def regime(rewards: list[float], threshold: float, hard_max_solved: int) -> str:
-    """Paper 3.1."""
+def regime(rewards: list[float], threshold: float, hard_max_solved: int, gate: str = "reward") -> str:
+    """Paper 3.1; a gate on advantages shuts where no response is better than another (SuperRL's variant)."""
     solved = sum(reward >= threshold for reward in rewards)
+    if gate == "advantage":
+        return "hard" if len(set(rewards)) == 1 else "easy" if solved == len(rewards) else "mid"
     if solved == len(rewards):
         return "easy"
     return "hard" if solved <= hard_max_solved else "mid"
@@ -109,17 +121,20 @@ def grpo(rollout: Rollout, advantage: float, c, correction: str, cap: float) -> 
 
 def dypo(questions: list[Question], c, correction: str = "none", cap: float = 2.0, longest: int = 8192) -> Terms:
     """L = (1/Q) sum_q [Hard: gamma SFT | Mid: alpha (1/k) sum_i GRPO_i + (1 - alpha) GAL | Easy: 0]  (Eq. 24)."""
-    terms = Terms(alpha=1.0 if c.method == "grpo" else c.alpha, gamma=c.gamma)
-    groups, taught = [], []
+    pairs_too = c.method == "dypo"
+    terms = Terms(alpha=c.alpha if pairs_too else 1.0, gamma=c.gamma)
+    groups, taught, tied = [], [], 0
     for question in questions:
         rewards = [rollout.reward for rollout in question.rollouts]
-        kind = "hard" if c.method == "sft" else regime(rewards, c.reward_threshold, c.hard_max_solved)
-        if kind == "mid":
-            groups.append(question.rollouts)
+        kind = "hard" if c.method == "sft" else regime(rewards, c.reward_threshold, c.hard_max_solved, c.gate)
+        if kind == "mid" or c.method in ("grpo", "luffy") or (c.method == "switch" and kind == "easy"):
+            groups.append((question.rollouts, question.traces if c.method == "luffy" else [], question.trace_rewards))
+            tied += len({*rewards, *question.trace_rewards}) == 1 and not c.kl_coef
         elif kind == "hard" and c.method != "grpo" and question.traces:
             taught.append(question.traces)
-    Q = len(questions) if c.normalize == "all" else len(groups) + len(taught)
-    mid_tokens = sum(len(rollout.logp_n) for group in groups for rollout in group)
+    Q = len(questions) if c.normalize == "all" else len(groups) - tied + len(taught)
+    tokens = sum(len(x.logp_n) for rollouts, _, _ in groups for x in rollouts)
+    tokens += sum(len(logp_n) for _, traces, _ in groups for logp_n in traces)
 
     def per_token(override: bool | None) -> bool:
         return c.scale == "token" if override is None else override
@@ -127,21 +142,34 @@ def dypo(questions: list[Question], c, correction: str = "none", cap: float = 2.
     for traces in taught:
         for logp_n in traces:
             unit = 1 / len(logp_n) if per_token(c.sft_length_normalize) else 1.0
-            terms.sft.append(-logp_n * unit / len(traces) / Q)
+            of_all = len(taught) / sum(len(x) for each in taught for x in each)
+            weight = of_all if c.demo_aggregation == "token_mean" else unit / len(traces)
+            terms.sft.append(-logp_n * weight / Q)
 
-    for group in groups:
-        k, rewards = len(group), [rollout.reward for rollout in group]
-        for rollout, advantage in zip(group, advantages(rewards, c.advantage_std), strict=True):
-            n = len(rollout.logp_n)
+    def weigh(n: int, k: int) -> float:
+        if c.aggregation == "scale":
+            return 1 / (Q * k * n) if c.scale == "token" else 1 / (Q * k)
+        if c.aggregation == "token_mean":  # these groups' share of the prompts, times one mean over all their tokens
+            return len(groups) / Q / tokens
+        return 1 / (Q * k * (c.aggregation_constant or longest))
+
+    for group, traces, trace_rewards in groups:
+        rewards = [rollout.reward for rollout in group]
+        if len({*rewards, *trace_rewards}) == 1 and not c.kl_coef:
+            continue  # all advantages are 0, and there is no pair
+        A_k = advantages([*rewards, *trace_rewards], c.advantage_std)
+        k = len(A_k)
+        for logp_n, advantage in zip(traces, A_k[len(group) :], strict=True):
+            p_n = logp_n.exp()
+            f_n = p_n / (p_n + c.shape_gamma) if c.shape == "luffy" else p_n
+            terms.shaped.append(-weigh(len(logp_n), k) * advantage * f_n)
+        for rollout, advantage in zip(group, A_k, strict=False):
+            weight = weigh(len(rollout.logp_n), k)
             surrogate_n, kl_n = grpo(rollout, advantage, c, correction, cap)
-            if c.aggregation == "scale":
-                weight = 1 / (Q * k * n) if c.scale == "token" else 1 / (Q * k)
-            elif c.aggregation == "token_mean":  # Mid's share of the prompts, times one mean over all Mid tokens
-                weight = len(groups) / Q / mid_tokens
-            else:
-                weight = 1 / (Q * k * (c.aggregation_constant or longest))
             terms.grpo.append(weight * (-surrogate_n + c.kl_coef * kl_n))
             terms.kl.append(weight * kl_n)
+        if not pairs_too:
+            continue
         scores = []
         for rollout in group:
             unit = 1 / len(rollout.logp_n) if per_token(c.gal_length_normalize) else 1.0

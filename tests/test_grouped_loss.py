@@ -31,8 +31,12 @@ RULES = [
         ["token", "sequence"], ["old", "reference"], [0.0, 0.3], ["none", "truncate", "mask"]
     )
 ]
+SHAPES = [LossRule(shape="luffy", shape_gamma=0.3), LossRule(kl_coef=0.3, correction="mask", shape="p", entropy=True)]
+RULES += SHAPES
 IN_BOTH_DTYPES = [*((torch.float32, rule) for rule in RULES), *((torch.float64, rule) for rule in RULES[::5])]
-NAMES = ["-".join(map(str, (rule.ratio_level, rule.ratio_base, rule.kl_coef, rule.correction))) for rule in RULES]
+NAMES = [
+    "-".join(map(str, (rule.ratio_level, rule.ratio_base, rule.kl_coef, rule.correction, rule.shape))) for rule in RULES
+]
 STREAMS = ("logp", "old", "rollout", "reference", "entropy")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -70,7 +74,6 @@ def make_pack(counts: list[int] = COUNTS, dtype=torch.float64, drift: float = 0.
     table_CS[1].abs_()
     is_trace_S = torch.arange(sequences) % 3 == 1
     table_CS[:4, is_trace_S] = 0.0
-    table_CS[4, ~is_trace_S] = 0.0
     entropy = torch.rand(tokens, generator=generator)
     return Pack(counts, *(x.to(dtype) for x in (table_CS, others[0], old, others[1], others[2], entropy)))
 
@@ -87,8 +90,8 @@ def run(
         logp = streams.pop("logp")
         table = (pack.cu_seqlens, pack.coefficients, sums, rule)
         parts.append(grouped_loss(logp, *table, first=start, backend=backend, **streams))
-    summands, slopes = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
-    return {"summands": summands, "slopes": slopes} | read_sums(sums)
+    parts = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+    return dict(zip(("summands", "slopes", "bonus"), parts, strict=False)) | read_sums(sums)
 
 
 def statement(pack: Pack, rule: LossRule) -> dict[str, Tensor]:
@@ -96,7 +99,7 @@ def statement(pack: Pack, rule: LossRule) -> dict[str, Tensor]:
     logp_t, old_t, engine_t, reference_t, entropy_t = (getattr(pack, name).double() for name in STREAMS)
     logp_t.requires_grad_()
     counts_S = torch.tensor(pack.counts)
-    A_t, w_t, c_t, g_t, v_t = pack.coefficients.double().repeat_interleave(counts_S, 1)
+    A_t, w_t, c_t, g_t, v_t, u_t, e_t = pack.coefficients.double().repeat_interleave(counts_S, 1)
     trust_t = page.trust(old_t - engine_t, rule.correction, rule.cap)
     log_ratio_t = logp_t - (old_t if rule.ratio_base == "old" else reference_t)
     surrogate_t = page.surrogate(log_ratio_t, A_t, rule.clip_low, rule.clip_high) * (rule.ratio_level == "token")
@@ -105,15 +108,21 @@ def statement(pack: Pack, rule: LossRule) -> dict[str, Tensor]:
     grpo_t = -w_t * trust_t * surrogate_t + rule.kl_coef * kl_t
     ratio_t = log_ratio_t.exp()
     clipped_t = (A_t > 0) & (ratio_t > 1 + rule.clip_high) | (A_t < 0) & (ratio_t < 1 - rule.clip_low)
+    p_t = logp_t.exp()
+    f_t = {"none": 0 * p_t, "p": p_t, "luffy": p_t / (p_t + rule.shape_gamma)}[rule.shape]
+    entropy_t.requires_grad_()
+    own_t = -e_t * entropy_t * rule.entropy + grpo_t + (c_t + g_t - v_t) * logp_t - u_t * f_t
+    (df_t,) = torch.autograd.grad(f_t.sum(), logp_t, retain_graph=True)
     (grpo_slope_t,) = torch.autograd.grad((grpo_t + c_t * logp_t).sum(), logp_t, retain_graph=True)
-    (dlogp_t,) = torch.autograd.grad((grpo_t + (c_t + g_t - v_t) * logp_t).sum(), logp_t)
-    sums_t = (grpo_t, kl_t, grpo_slope_t.abs(), clipped_t * (rule.ratio_level == "token"), logp_t, entropy_t)
+    (dlogp_t,) = torch.autograd.grad(own_t.sum(), logp_t, retain_graph=True)
+    sums_t = (grpo_t, kl_t, grpo_slope_t.abs(), clipped_t * (rule.ratio_level == "token"), logp_t, entropy_t, f_t, df_t)
 
     def each(x_t: Tensor) -> Tensor:
         return torch.stack([piece.detach().double().sum() for piece in x_t.split(pack.counts)])
 
     sums = {name: each(x_t) for name, x_t in zip(SUMS, sums_t, strict=True)}
-    return {"summands": (grpo_t - v_t * logp_t).detach(), "slopes": dlogp_t} | sums
+    sums |= {"bonus": torch.autograd.grad(own_t.sum(), entropy_t)[0]} if rule.entropy else {}
+    return {"summands": (own_t - (c_t + g_t) * logp_t).detach(), "slopes": dlogp_t} | sums
 
 
 def assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
@@ -164,7 +173,9 @@ def test_a_sequence_gives_the_same_bits_in_any_pack() -> None:
     for s, t in enumerate(zip([0, *itertools.accumulate(COUNTS)], itertools.accumulate(COUNTS), strict=False)):
         alone = run(Pack([COUNTS[s]], pack.coefficients[:, s : s + 1].contiguous(), **pack.part(slice(*t))), rule)
         for name, value in alone.items():
-            assert torch.equal(value, together[name][slice(*t) if name in ("summands", "slopes") else slice(s, s + 1)])
+            assert torch.equal(
+                value, together[name][slice(*t) if name in ("summands", "slopes", "bonus") else slice(s, s + 1)]
+            )
 
 
 def test_offsets_may_be_of_32_bits() -> None:
@@ -182,7 +193,7 @@ def test_streams_that_are_not_there_leave_out_their_terms() -> None:
     assert not without_kl["kl"].any()
     plain = run(pack, LossRule())
     assert_same_bits(without_kl, {name: plain[name] for name in ("summands", "slopes")})
-    _, _, _, gal_t, sft_t = pack.coefficients.repeat_interleave(torch.tensor(COUNTS), 1)
+    _, _, _, gal_t, sft_t, *_ = pack.coefficients.repeat_interleave(torch.tensor(COUNTS), 1)
     traces = run(replace(pack, old=None, rollout=None, reference=None), rule)
     constant_t = pack.coefficients[2].repeat_interleave(torch.tensor(COUNTS))
     assert_same_bits(traces, {"summands": -sft_t * pack.logp, "slopes": constant_t + gal_t - sft_t})
@@ -235,10 +246,11 @@ BAD = {
     "entropy_length": ({"entropy": torch.zeros(5)}, r"entropy: expected \[4\]"),
     "no_offsets": ({"cu_seqlens": torch.zeros(0).long()}, r"cu_seqlens: expected \[S \+ 1\]"),
     "offsets_dtype": ({"cu_seqlens": torch.zeros(3)}, "cu_seqlens: .* got .*float32"),
-    "table_shape": ({"coefficients": torch.zeros(2, 5)}, r"coefficients: expected \[5, 2\] .* got \[2, 5\]"),
-    "table_dtype": ({"coefficients": torch.zeros(5, 2).double()}, "coefficients: expected .* got .*float64"),
+    "table_shape": ({"coefficients": torch.zeros(2, 7)}, r"coefficients: expected \[7, 2\] .* got \[2, 7\]"),
+    "table_dtype": ({"coefficients": torch.zeros(7, 2).double()}, "coefficients: expected .* got .*float64"),
     "sums_shape": ({"sums": empty_sums(3)}, r"sums: expected empty_sums\(2\)"),
     "sums_dtype": ({"sums": empty_sums(2).float()}, "sums: expected .* got .*float32"),
+    "no_entropy": ({"rule": LossRule(entropy=True), "entropy": None}, "entropy: needed for its bonus"),
     "no_rollout": ({"rule": LossRule(correction="mask"), "rollout": None}, "rollout: needed for correction 'mask'"),
     "no_reference": ({"rule": LossRule(ratio_base="reference"), "reference": None}, "reference: needed for ratio_base"),
 }
@@ -249,7 +261,7 @@ def test_bad_input_is_refused_by_name(bad: str) -> None:
     changes, message = BAD[bad]
     arguments = {name: torch.zeros(4) for name in STREAMS} | {
         "cu_seqlens": torch.tensor([0, 1, 4]),
-        "coefficients": torch.zeros(5, 2),
+        "coefficients": torch.zeros(7, 2),
         "sums": empty_sums(2),
         "rule": LossRule(),
     }
@@ -299,6 +311,8 @@ def every_rule_in_triton() -> None:
 def first_step_in_triton() -> None:
     """To the last bit: all ratios are 1, no exponential is rounded, and one lane adds in torch's order."""
     for dtype, rule in IN_BOTH_DTYPES:
+        if rule.shape != "none":
+            continue  # which is of an exponential
         pack = make_pack([1, 5, 0, 3], dtype, drift=0.0)
         assert_same_bits(run(pack, rule, backend="triton"), run(pack, rule))
 
@@ -315,7 +329,10 @@ def cuts_in_triton() -> None:
 def not_finite_in_triton(device: str = "cpu") -> None:
     """Log-probs and coefficients that are NaN or infinite, and policies so far apart that a ratio would overflow."""
     for value, name in itertools.product((math.nan, math.inf, 300.0, -300.0), (*STREAMS[:4], "coefficients")):
-        for rule in (LossRule(kl_coef=0.3, correction="truncate"), LossRule(correction="mask", ratio_base="reference")):
+        for rule in (
+            LossRule(kl_coef=0.3, correction="truncate", shape="luffy"),
+            LossRule(correction="mask", ratio_base="reference"),
+        ):
             pack = make_pack([3, 2, 5], torch.float32)
             getattr(pack, name).flatten()[7] = value
             ours, theirs = run(pack.to(device), rule, backend="triton", lanes=4), run(pack, rule)
@@ -332,12 +349,13 @@ def test_triton_compiles_for_an_h100_without_spills(tmp_path: Path) -> None:
     from megatron_dypo.kernels import triton_grouped_loss as kernel
     from megatron_dypo.kernels.grouped_loss import LANES
 
-    types = dict.fromkeys((*STREAMS, "coefficients", "summands", "dlogp_out"), "*fp32")
+    types = dict.fromkeys((*STREAMS, "coefficients", "summands", "dlogp_out", "dentropy_out"), "*fp32")
     types |= {"cu_seqlens": "*i64", "sums": "*fp64", "first": "i32", "tokens": "i32", "sequences": "i32"}
     for rule, absent in (
-        (LossRule(kl_coef=0.1, correction="truncate"), ()),
-        (LossRule(ratio_base="reference", correction="mask"), ("entropy",)),
-        (LossRule(), ("old", "rollout", "reference")),
+        (LossRule(kl_coef=0.1, correction="truncate", entropy=True), ()),
+        (LossRule(ratio_base="reference", correction="mask"), ("entropy", "dentropy_out")),
+        (LossRule(), ("old", "rollout", "reference", "dentropy_out")),
+        (LossRule(shape="luffy"), ("old", "rollout", "reference", "dentropy_out")),
     ):
         constants = kernel.constants(rule) | {"LANES": LANES} | dict.fromkeys(absent)
         function = kernel._one_sequence

@@ -235,11 +235,16 @@ def test_a_single_term_recipe_trains_on_its_term_alone():
     groups = [
         group_of(name, regime) for name, regime in zip("emh", (Regime.EASY, Regime.MID, Regime.HARD), strict=True)
     ]
-    for group in groups:
+    for group, (first, second) in zip(groups, [(1.0, 1.0), (1.0, 0.0), (0.4, 0.1)], strict=True):
         drawn(group)
-    assert {(s.group, s.kind) for s in training_sequences(groups, Objective(method="grpo"), encode_trace)} == {
-        (1, Kind.ROLLOUT)
-    }
+        group.responses[0].reward, group.responses[1].reward = first, second
+
+    def trained(**keys) -> set[tuple[int, Kind]]:
+        objective = Objective(method="grpo", **keys)
+        return {(s.group, s.kind) for s in training_sequences(groups, objective, encode_trace)}
+
+    assert trained() == {(1, Kind.ROLLOUT), (2, Kind.ROLLOUT)}  # no advantage, nothing to train
+    assert trained(kl_coef=0.1) == trained(entropy_coef=0.1) == {(g, Kind.ROLLOUT) for g in range(3)}
     ungraded = [group_of(name, None, responses=0) for name in "abc"]
     for group in ungraded:
         drawn(group)

@@ -31,7 +31,7 @@ from megatron_dypo.objectives import (
     sequence_terms,
 )
 from megatron_dypo.objectives.coefficients import BatchTerms, Correction, needs_reference
-from megatron_dypo.objectives.recipes import shares, total
+from megatron_dypo.objectives.recipes import RECIPES, recipe, shares, total
 from megatron_dypo.records import Group, Kind, Prompt, Response, Sequence
 from megatron_dypo.training.minibatch import training_sequences
 from tests import reference_objective as page
@@ -81,8 +81,11 @@ def make_batch(
             engine_n = logp[g, Kind.ROLLOUT, i]["rollout"]
             responses.append(Response(np.zeros(len(engine_n), np.int32), engine_n.float().numpy(), "stop", reward))
         prompt_ids = np.zeros(int(torch.randint(1, 4, (), generator=generator)), np.int32)
-        regime = grade(torch.tensor([row]), objective.reward_threshold, objective.hard_max_solved)[0]
-        groups.append(Group(Prompt(f"prompt-{g}", "", ()), prompt_ids, responses, regime, tuple(range(draws))))
+        regime = grade(torch.tensor([row]), objective.reward_threshold, objective.hard_max_solved, objective.gate)[0]
+        rewards_of_traces = (1.0, 0.3, 1.0)[:draws] if recipe(objective).scores_traces else ()
+        groups.append(
+            Group(Prompt(f"prompt-{g}", "", ()), prompt_ids, responses, regime, tuple(range(draws)), rewards_of_traces)
+        )
     return Batch(groups, logp)
 
 
@@ -164,7 +167,9 @@ def ours(
             local += loss.item()
             for name, value in totals.items():
                 result.totals[name] = result.totals.get(name, 0.0) + value
-    result.loss = local + total({"grpo": terms.grpo_sequence_loss, "gal": terms.gal_loss, "sft": 0.0}, objective)
+    result.loss = local + total(
+        {"grpo": terms.grpo_sequence_loss, "gal": terms.gal_loss, "sft": 0.0, "shaped": 0.0}, objective
+    )
     return result
 
 
@@ -183,7 +188,7 @@ def reference(
                 page.Rollout(response.reward, leaves[place], logp["old"], logp["reference"], logp["rollout"])
             )
         traces = [leaves[g, Kind.TEACHER, i] for i in group.teacher_indices or ()]
-        questions.append(page.Question(rollouts, traces))
+        questions.append(page.Question(rollouts, traces, list(group.teacher_rewards)))
     return page.dypo(questions, objective, correction.kind, correction.cap, LONGEST), leaves
 
 
@@ -283,7 +288,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("method", ["dypo", "grpo", "sft"])
+@pytest.mark.parametrize("method", RECIPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_value_and_gradient_equal_the_reference_for_degenerate_batches(shape: str, method: str) -> None:
     for extra in ({}, {"kl_coef": 0.2, "normalize": "active", "ratio_base": "reference", "aggregation": "token_mean"}):
@@ -293,7 +298,11 @@ def test_value_and_gradient_equal_the_reference_for_degenerate_batches(shape: st
 
 OBJECTIVES = st.builds(
     Objective,
-    method=st.sampled_from(["dypo", "dypo", "grpo", "sft"]),
+    method=st.sampled_from(["dypo", "dypo", *RECIPES]),
+    gate=st.sampled_from(["reward", "advantage"]),
+    demo_aggregation=st.sampled_from(["scale", "token_mean"]),
+    shape=st.sampled_from(["luffy", "p"]),
+    shape_gamma=st.sampled_from([0.01, 0.1, 1.0]),
     scale=st.sampled_from(["token", "trajectory"]),
     alpha=st.sampled_from([0.0, 0.2, 0.5, 1.0]),
     beta_gal=st.sampled_from([0.1, 1.0, 3.0]),
@@ -404,7 +413,7 @@ def test_on_the_first_step_every_ratio_is_exactly_one(ratio_base: str) -> None:
         torch.float32,
     )
     summands_N, dlogp_N = stream.terms(logp_N.detach(), None, slice(0, len(logp_N)))
-    advantage_N, grpo_N, _, slope_N, _ = stream.coefficients_CS.repeat_interleave(stream.cu_seqlens.diff(), 1)
+    advantage_N, grpo_N, _, slope_N, *_ = stream.coefficients_CS.repeat_interleave(stream.cu_seqlens.diff(), 1)
     assert torch.equal(summands_N, -grpo_N * advantage_N)
     assert torch.equal(dlogp_N, -grpo_N * advantage_N + slope_N)
     assert stream.totals["clipped"] == 0 and stream.totals["loss/kl"] == 0
@@ -449,7 +458,7 @@ METRICS = {
 }
 
 
-@pytest.mark.parametrize("method", ["dypo", "grpo", "sft"])
+@pytest.mark.parametrize("method", RECIPES)
 @pytest.mark.parametrize("name", METRICS)
 def test_totals_are_the_terms_and_the_share_of_the_gradient_of_each(name: str, method: str) -> None:
     objective, correction = Objective(method=method, **METRICS[name]), Correction("truncate")
@@ -464,6 +473,7 @@ def test_totals_are_the_terms_and_the_share_of_the_gradient_of_each(name: str, m
         "grpo": result.totals["loss/grpo"] + result.terms.grpo_sequence_loss,
         "gal": result.terms.gal_loss,
         "sft": result.totals["loss/sft"],
+        "shaped": result.totals.get("loss/shaped", 0.0),
     }
     for term in losses:
         weight = share.get(term, 0.0)
@@ -473,7 +483,7 @@ def test_totals_are_the_terms_and_the_share_of_the_gradient_of_each(name: str, m
             continue
         assert losses[term] == pytest.approx(summed(summands).item(), rel=1e-10, abs=1e-15)
         slopes = flat(gradient(weight * summed(summands), leaves), leaves)
-        assert result.totals[f"grad_share/{term}"] == pytest.approx(slopes.abs().sum().item(), rel=1e-10)
+        assert result.totals.get(f"grad_share/{term}", 0.0) == pytest.approx(slopes.abs().sum().item(), rel=1e-10)
     if needs_reference(objective):
         assert result.totals.get("loss/kl", 0.0) == pytest.approx(summed(terms.kl).item(), rel=1e-10)
     assert total(losses, objective) == pytest.approx(result.loss, rel=1e-10)

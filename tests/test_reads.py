@@ -17,9 +17,12 @@ from megatron_dypo.config import load_config, render
 from megatron_dypo.config.load import dump, fingerprint, still_read
 from megatron_dypo.config.reads import (
     DEFAULTS,
+    IMITATING,
     PAIRS,
     READ_WITH,
+    ROUTED,
     SAMPLING,
+    SHAPED,
     TEACHERS,
     lookup,
     read_with,
@@ -29,7 +32,7 @@ from megatron_dypo.config.reads import (
 from megatron_dypo.config.schema import Config, Objective, walk
 from megatron_dypo.errors import UserError
 from megatron_dypo.objectives.coefficients import Correction, needs_reference
-from megatron_dypo.objectives.recipes import RECIPES
+from megatron_dypo.objectives.recipes import ALL, RECIPES
 from megatron_dypo.records import Kind
 from megatron_dypo.training.minibatch import draw_teachers
 from tests import test_objectives as ours
@@ -41,7 +44,7 @@ ANOTHER = {  # a value that is not the default, which the others of these do not
     "alpha": 0.25, "beta_gal": 2.0, "gamma": 3.0, "clip_low": 0.05, "clip_high": 0.01, "kl_coef": 0.3,
     "hard_max_solved": 1, "teachers_per_prompt": 2, "aggregation": "token_mean", "aggregation_constant": 5,
     "gal_length_normalize": False, "sft_length_normalize": False, "ratio_base": "reference", "ratio_level": "sequence",
-    "advantage_std": "none",
+    "advantage_std": "none", "gate": "advantage", "shape": "p", "shape_gamma": 0.3, "demo_aggregation": "token_mean",
 }  # fmt: skip
 
 
@@ -62,6 +65,11 @@ def test_every_row_is_of_keys_that_there_are_and_the_methods_are_the_recipes():
     assert set(SAMPLING) == {name for name, recipe in RECIPES.items() if recipe.samples}
     assert set(PAIRS) == {name for name, recipe in RECIPES.items() if "gal" in [term.rule for term in recipe.terms]}
     sources = {name: {term.source for term in recipe.terms} for name, recipe in RECIPES.items()}
+    tokens = {name: {term.token for term in recipe.terms} for name, recipe in RECIPES.items()}
+    assert set(IMITATING) == {name for name in RECIPES if "nll" in tokens[name]}
+    assert set(SHAPED) == {name for name in RECIPES if "shaped" in tokens[name]}
+    regimes = {name: {term.when for term in recipe.terms} for name, recipe in RECIPES.items()}
+    assert set(ROUTED) == {name for name in RECIPES if regimes[name] != {ALL}}
     assert set(TEACHERS) == {name for name, kinds in sources.items() if Kind.TEACHER in kinds}
 
 
@@ -78,11 +86,12 @@ def test_what_decides_of_a_deciding_key_decides_of_the_key_too(dotted):
 
 def outcome(objective: Objective) -> list[float]:
     """Loss, metric sums and every token's gradient of made-up groups, by the code that trains."""
-    rewards = [[1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 1], [1, 0, 0, 0], [0.9, 0.5, 0.5, 0.1]]
+    rewards = [[1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 1], [1, 0, 0, 0], [0.9, 0.5, 0.5, 0.1], [0, 0, 0, 0]]
     two = objective.model_copy(update={"teachers_per_prompt": 2})
     batch = ours.make_batch(rewards, two, seed=3, traces=[2] * len(rewards))
     for group in batch.groups:  # as training/minibatch.py has it
         draw_teachers(group, [0, 1], 0, 1, objective.teachers_per_prompt)
+        group.teacher_rewards = group.teacher_rewards[: objective.teachers_per_prompt]
     correction = Correction("none", 2.0)
     found = ours.ours(batch, objective, correction, seed=0)
     gradient = [value for key in sorted(found.gradient, key=str) for value in found.gradient[key].tolist()]

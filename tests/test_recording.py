@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from megatron_dypo.errors import UserError
 from megatron_dypo.records import Group, Prompt, Response, Teacher
-from megatron_dypo.rollout.recording import record, replay, require_steps
+from megatron_dypo.rollout.recording import record, replay, require_steps, step_file
 
 PROMPT = Prompt("p-1", "5", (Teacher("left", "a"), Teacher("last", "b")), text="2+3=")
 PROMPTS = {"p-1": PROMPT, "é\u2028": Prompt("é\u2028", "6", (), text="3+3=")}
@@ -265,3 +265,10 @@ def test_the_first_step_that_was_never_recorded_is_named(tmp_path):
     for ask in (lambda: replayed_from(tmp_path, 2), lambda: require_steps(tmp_path, range(1, 4))):
         with pytest.raises(UserError, match=r"rollout\.replay: .*step_000002\.jsonl: no recorded step 2"):
             ask()
+
+
+def test_rewards_of_drawn_traces_are_recorded_where_there_are_any(tmp_path):
+    scored, plain = replace(one_group(), teacher_rewards=(0.25,)), one_group()
+    record(tmp_path, 1, [scored, plain])
+    assert ["teacher_rewards" in json.loads(line) for line in step_file(tmp_path, 1).read_text().splitlines()] == [1, 0]
+    assert [each.teacher_rewards for each in replayed_from(tmp_path, 1)] == [(0.25,), ()]

@@ -91,16 +91,25 @@ def _read(path: Path, overrides: list[str], recorded: bool = False) -> Config:
 
 def load_parallel(overrides: list[str], source: str) -> Parallel:
     """A layout from ``parallel.key=value`` overrides alone. Raises UserError as ``load_config``, and for other keys."""
-    tree: dict[str, Any] = {"model": {"preset": "any"}, "data": {"train": "any"}}
-    tree["trainer"] = {"steps": 1, "run_dir": "any"}
     for override in overrides:
         if not override.startswith("parallel."):
             raise UserError(f"{source}: override {override!r:.80}: expected parallel.key=value")
+    return load_keys(overrides, source).parallel
+
+
+def load_keys(overrides: list[str], source: str) -> Config:
+    """The configuration of ``section.key=value`` overrides alone, of made-up model and data.
+
+    Raises UserError as ``load_config``.
+    """
+    tree: dict[str, Any] = {"model": {"preset": "any"}, "data": {"train": "any"}}
+    tree["trainer"] = {"steps": 1, "run_dir": "any"}
+    for override in overrides:
         _apply(tree, override)
     config = _validate(tree, source)
     _set_aside(config, overrides, source)
     check(config, source)
-    return config.parallel
+    return config
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

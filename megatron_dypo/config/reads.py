@@ -14,9 +14,12 @@ from megatron_dypo.config.checks import REWARD_FUNCTIONS
 from megatron_dypo.config.schema import Config, walk
 
 # methods, as the recipes have it (objectives/recipes.py)
-SAMPLING = ("dypo", "grpo")  # train on sampled responses
+SAMPLING = ("dypo", "grpo", "luffy", "switch")  # train on sampled responses
 PAIRS = ("dypo",)  # have GAL's term
-TEACHERS = ("dypo", "sft")  # train on teachers' traces
+TEACHERS = ("dypo", "luffy", "sft", "switch")  # train on teachers' traces
+IMITATING = ("dypo", "sft", "switch")  # have SFT's term
+SHAPED = ("luffy",)  # have a shaped token function
+ROUTED = ("dypo", "switch")  # train other terms in other regimes
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ def uses_reference(config: Config) -> bool:
 
 _SAMPLES = _one_of("objective.method", *SAMPLING)
 _TEACHES = _one_of("objective.method", *TEACHERS)
+_IMITATES = _one_of("objective.method", *IMITATING)
+_SHAPED = _one_of("objective.method", *SHAPED)
 _GAL = (
     _one_of("objective.method", *PAIRS),
     Condition("`objective.alpha` below 1", ("objective.alpha",), lambda config: config.objective.alpha < 1),
@@ -115,13 +120,17 @@ READ_WITH: dict[str, tuple[Condition, ...]] = {
     "objective.alpha": _GAL[:1],
     "objective.beta_gal": _GAL,
     "objective.gal_length_normalize": _GAL,
-    "objective.gamma": (_TEACHES,),
-    "objective.sft_length_normalize": (_TEACHES,),
+    "objective.gamma": (_IMITATES,),
+    "objective.sft_length_normalize": (_IMITATES, _one_of("objective.demo_aggregation", "scale")),
+    "objective.demo_aggregation": (_IMITATES,),
+    "objective.shape": (_SHAPED,),
+    "objective.shape_gamma": (_SHAPED, _one_of("objective.shape", "luffy")),
+    "objective.gate": (_one_of("objective.method", *ROUTED),),
     "objective.teachers_per_prompt": (_TEACHES,),
     "objective.clip_low": (_SAMPLES,),
     "objective.clip_high": (_SAMPLES,),
     "objective.kl_coef": (_SAMPLES,),
-    "objective.hard_max_solved": (_SAMPLES,),
+    "objective.hard_max_solved": (_one_of("objective.method", *ROUTED), _one_of("objective.gate", "reward")),
     "objective.aggregation": (_SAMPLES,),
     "objective.aggregation_constant": (_SAMPLES, _one_of("objective.aggregation", "constant")),
     "objective.ratio_base": (_SAMPLES,),

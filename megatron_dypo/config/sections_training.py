@@ -10,8 +10,13 @@ from megatron_dypo.config.section import Section, key
 class Objective(Section):
     """What is optimised (docs/objective.md)."""
 
-    method: Literal["dypo", "grpo", "sft"] = key(
-        "dypo", "Recipe: which regime trains which term. `grpo` and `sft` are the comparisons' single-term recipes."
+    method: Literal["dypo", "grpo", "luffy", "sft", "switch"] = key(
+        "dypo",
+        "Recipe: which regime trains which term. `grpo` and `sft` are the comparisons' single-term recipes; `switch` trains a prompt on its responses or, where it is Hard, on a trace (SuperRL, HPT); in `luffy` the trace is one more member of the prompt's group.",
+    )
+    gate: Literal["reward", "advantage"] = key(
+        "reward",
+        "What makes a group Hard: how many of its responses are right, or (`advantage`) that none is better than another.",
     )
     scale: Literal["token", "trajectory"] = key(
         "token", "One unit for all three terms: means over a response's tokens, or sums (the paper's literal form)."
@@ -22,6 +27,9 @@ class Objective(Section):
     clip_low: float = key(0.2, "GRPO: lower clip distance of the ratio.", ge=0, le=1)
     clip_high: float = key(0.2, "GRPO: upper clip distance of the ratio.", ge=0)
     kl_coef: float = key(0.0, "GRPO: weight of the k3 estimate of KL(policy || reference).", ge=0)
+    entropy_coef: float = key(
+        0.0, "Weight of the mean entropy of all trained tokens, which the loss is lessened by.", ge=0
+    )
     hard_max_solved: int = key(0, "Hard if at most so many of the k responses are right.", ge=0)
     reward_threshold: float = key(0.5, "A response is right from this reward on.")
     teachers_per_prompt: int = key(
@@ -52,6 +60,14 @@ class Objective(Section):
     )
     advantage_std: Literal["population", "sample", "none"] = key(
         "population", "Divisor of the group advantage; `none` is Dr. GRPO's."
+    )
+    shape: Literal["luffy", "p"] = key(
+        "luffy",
+        "Function of a trace's token probability p that its advantage weighs: p / (p + `shape_gamma`), or p itself.",
+    )
+    shape_gamma: float = key(0.1, "Where the shaped probability is one half: below it a token weighs more.", gt=0)
+    demo_aggregation: Literal["scale", "token_mean"] = key(
+        "scale", "SFT over tokens: as `scale` says, or one mean over the tokens of all traces of the batch."
     )
     updates_per_rollout: int = key(1, "Optimizer updates per rollout: mini-batches of whole prompts.", ge=1)
     refresh_pair_weights: bool = key(True, "Several updates: recompute the trajectory coefficients before each.")

@@ -3,8 +3,10 @@
     GRPO  w (-min(rho A, clip(rho) A) + kl (exp(ref - logp) - (ref - logp) - 1))     rho = exp(logp - base)   (Eq. 21)
     slope C (constant dL/dlogp; its value is the coefficient pass's: GAL)                                     (Eq. 16)
     nll   -v logp (v of either sign, on any sequence: SFT)                                                    (Eq. 20)
+    shape -u f(p), p = exp(logp)      f(p) = p / (p + gamma), or p                      (LUFFY, arXiv 2504.14945)
+    bonus -e H, H the token's entropy
 
-A, w, C and v belong to a sequence: its columns of a table, whose rows are declared in ``COEFFICIENTS``, every
+A, w, C, v, u and e belong to a sequence: its columns of a table, whose rows are declared in ``COEFFICIENTS``, every
 normaliser and aggregation included.
 The sums that metrics are made of are kept for each sequence, in float64, as L running sums: on CUDA token j of a
 sequence is added to lane j % L, and torch adds all to lane 0, in order. So a sum depends neither on where calls cut the
@@ -20,8 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-COEFFICIENTS = ("advantage", "grpo", "dlogp_grpo", "slope", "nll")
-SUMS = ("grpo", "kl", "dlogp_grpo", "clipped", "logp", "entropy")
+COEFFICIENTS = ("advantage", "grpo", "dlogp_grpo", "slope", "nll", "shaped", "entropy")
+SUMS = ("grpo", "kl", "dlogp_grpo", "clipped", "logp", "entropy", "shaped", "dlogp_shaped")
 LANES = 128  # threads of a program
 LARGEST = 60.0  # exponents are bounded so that float32 stays finite
 
@@ -29,7 +31,8 @@ LARGEST = 60.0  # exponents are bounded so that float32 stays finite
 @dataclass(frozen=True)
 class LossRule:
     """What is the same for all tokens. ``ratio_level``: token, or sequence (the ratio is then in the coefficients);
-    ``ratio_base``: old or reference; ``correction``: none, truncate or mask, with its ``cap``."""
+    ``ratio_base``: old or reference; ``correction``: none, truncate or mask, with its ``cap``; ``shape``: none (the
+    column ``shaped`` is not read), luffy (with its ``shape_gamma``) or p; ``entropy``: read the column ``entropy``."""
 
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -38,6 +41,9 @@ class LossRule:
     ratio_base: str = "old"
     correction: str = "none"
     cap: float = 2.0
+    shape: str = "none"
+    shape_gamma: float = 0.1
+    entropy: bool = False
 
 
 def grouped_loss(
@@ -53,20 +59,22 @@ def grouped_loss(
     reference: Tensor | None = None,
     entropy: Tensor | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """(loss summands [t], dL/dlogp [t]) of the tokens ``first`` to ``first + t`` of a pack.
+) -> tuple[Tensor, ...]:
+    """(loss summands [t], dL/dlogp [t]) of the tokens ``first`` to ``first + t`` of a pack, and with ``rule.entropy``
+    dL/dentropy [t].
 
     logp [t] under the current policy, and ``old``, ``rollout`` (the engine's) and ``reference``, in nats; without
     ``old`` there is no GRPO term (teacher traces). cu_seqlens [S + 1] integer offsets of the sequences' tokens, from 0;
     coefficients [C, S] in logp's dtype, rows as ``COEFFICIENTS`` (objectives.SequenceTerms). ``sums``, from
     ``empty_sums``, is added to; its rows are, as ``SUMS``: sums of GRPO's summands (KL included), of the KL (weighted
-    by w, without kl_coef), of |dL/dlogp| of GRPO, of clipped tokens, of logp and of ``entropy``.
+    by w, without kl_coef), of |dL/dlogp| of GRPO, of clipped tokens, of logp, of ``entropy``, and with a shape of f(p)
+    and df/dlogp.
 
     backend: ``torch``, ``triton``, or ``auto``: triton on CUDA. Raises ValueError naming what does not fit.
     """
     _check(logp, cu_seqlens, coefficients, sums, rule, old, rollout, reference, entropy, backend)
     if not len(logp):
-        return torch.empty_like(logp), torch.empty_like(logp)
+        return tuple(torch.empty_like(logp) for _ in range(2 + rule.entropy))
     if backend == "triton" or (backend == "auto" and logp.is_cuda):
         from megatron_dypo.kernels.triton_grouped_loss import grouped_loss as run
     else:
@@ -109,12 +117,12 @@ def _grouped_loss(
     rollout_t: Tensor | None,
     reference_t: Tensor | None,
     entropy_t: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """In torch; the Triton kernel does the same operations in the same order."""
     tokens = len(logp_t)
     pieces_S = cu_seqlens.clamp(first, first + tokens).diff()
     sequence_t = torch.repeat_interleave(pieces_S, output_size=tokens)
-    advantage_t, weight_t, grpo_slope_t, slope_t, nll_t = coefficients_CS.index_select(1, sequence_t)
+    advantage_t, weight_t, grpo_slope_t, slope_t, nll_t, shaped_t, bonus_t = coefficients_CS.index_select(1, sequence_t)
     zero_t = torch.zeros_like(logp_t)
     grpo_t = kl_t = clipped_t = zero_t
 
@@ -138,18 +146,28 @@ def _grouped_loss(
                 grpo_t = grpo_t + kl_t * rule.kl_coef
                 grpo_slope_t = grpo_slope_t - weight_t * rule.kl_coef * growth_t
 
-    values_Mt = torch.stack(
-        [
-            grpo_t,
-            kl_t,
-            grpo_slope_t.abs(),
-            clipped_t.to(logp_t.dtype),
-            logp_t,
-            zero_t if entropy_t is None else entropy_t,
-        ]
-    )
-    sums_MSL.select(2, 0).scatter_add_(1, sequence_t.long().expand(len(SUMS), -1), values_Mt.double())  # one by one
-    return grpo_t - nll_t * logp_t, grpo_slope_t + slope_t - nll_t
+    values = [
+        grpo_t,
+        kl_t,
+        grpo_slope_t.abs(),
+        clipped_t.to(logp_t.dtype),
+        logp_t,
+        zero_t if entropy_t is None else entropy_t,
+    ]
+    summands_t, dlogp_t = grpo_t - nll_t * logp_t, grpo_slope_t + slope_t - nll_t
+    if rule.shape != "none":
+        f_t = df_t = logp_t.clamp(max=LARGEST).exp_()
+        if rule.shape == "luffy":
+            shifted_t = f_t + rule.shape_gamma
+            f_t = f_t / shifted_t
+            df_t = f_t * (rule.shape_gamma / shifted_t)
+        summands_t, dlogp_t = summands_t - shaped_t * f_t, dlogp_t - shaped_t * df_t
+        values += [f_t, df_t]
+    if rule.entropy:
+        summands_t = summands_t - bonus_t * entropy_t
+    places = sequence_t.long().expand(len(values), -1)
+    sums_MSL[: len(values)].select(2, 0).scatter_add_(1, places, torch.stack(values).double())  # one by one
+    return (summands_t, dlogp_t, -bonus_t) if rule.entropy else (summands_t, dlogp_t)
 
 
 def _check(logp, cu_seqlens, coefficients, sums, rule, old, rollout, reference, entropy, backend) -> None:
@@ -170,6 +188,8 @@ def _check(logp, cu_seqlens, coefficients, sums, rule, old, rollout, reference, 
         )
     if sums.shape[:2] != (len(SUMS), sequences) or sums.dtype != torch.float64 or not sums.is_contiguous():
         raise ValueError(f"sums: expected empty_sums({sequences}), got {_like(sums)}")
+    if rule.entropy and entropy is None:
+        raise ValueError("entropy: needed for its bonus")
     if old is not None and rollout is None and rule.correction != "none":
         raise ValueError(f"rollout: needed for correction {rule.correction!r}")
     if old is not None and reference is None and rule.ratio_level == "token" and rule.ratio_base == "reference":

@@ -29,15 +29,19 @@ def grouped_loss(
     rollout_t: Tensor | None,
     reference_t: Tensor | None,
     entropy_t: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """(summands [t], dL/dlogp [t]); arguments as ``kernels.grouped_loss`` checked them, t > 0."""
+) -> tuple[Tensor, ...]:
+    """(summands [t], dL/dlogp [t], with ``rule.entropy`` dL/dentropy [t]).
+
+    Arguments are as ``kernels.grouped_loss`` checked them, t > 0.
+    """
     logp_t = logp_t.contiguous()
     streams = [None if x is None else x.contiguous() for x in (old_t, rollout_t, reference_t, entropy_t)]
     table = (cu_seqlens, coefficients_CS.contiguous(), sums_MSL)
-    results = (torch.empty_like(logp_t), torch.empty_like(logp_t))
+    results = tuple(torch.empty_like(logp_t) for _ in range(2 + rule.entropy))
+    absent = () if rule.entropy else (None,)
     sizes = (first, len(logp_t), len(cu_seqlens) - 1)
     _one_sequence[(len(cu_seqlens) - 1,)](
-        logp_t, *streams, *table, *results, *sizes, **constants(rule), LANES=sums_MSL.shape[2], **OPTIONS
+        logp_t, *streams, *table, *results, *absent, *sizes, **constants(rule), LANES=sums_MSL.shape[2], **OPTIONS
     )
     return results
 
@@ -53,6 +57,8 @@ def constants(rule: LossRule) -> dict:
         "CLIP_LOW": 1.0 - rule.clip_low,
         "CLIP_HIGH": 1.0 + rule.clip_high,
         "KL_COEF": float(rule.kl_coef),
+        "SHAPE": rule.shape,
+        "SHAPE_GAMMA": float(rule.shape_gamma),
         "LARGEST": LARGEST,
     }
 
@@ -90,6 +96,7 @@ def _one_sequence(
     sums,
     summands,
     dlogp_out,
+    dentropy_out,
     first,
     tokens,
     sequences,
@@ -101,6 +108,8 @@ def _one_sequence(
     CLIP_LOW: tl.constexpr,
     CLIP_HIGH: tl.constexpr,
     KL_COEF: tl.constexpr,
+    SHAPE: tl.constexpr,
+    SHAPE_GAMMA: tl.constexpr,
     LARGEST: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -114,6 +123,10 @@ def _one_sequence(
         grpo_constant = tl.load(coefficients + 2 * sequences + s)
         slope = tl.load(coefficients + 3 * sequences + s)
         nll = tl.load(coefficients + 4 * sequences + s)
+        if SHAPE != "none":
+            shaped = tl.load(coefficients + 5 * sequences + s)
+        if dentropy_out is not None:
+            bonus = tl.load(coefficients + 6 * sequences + s)
 
         lane = tl.arange(0, LANES)
         at = sums + s * LANES + lane
@@ -121,6 +134,8 @@ def _one_sequence(
         grpo_sum, kl_sum = tl.load(at), tl.load(at + row)
         dlogp_sum, clipped_sum = tl.load(at + 2 * row), tl.load(at + 3 * row)
         logp_sum, entropy_sum = tl.load(at + 4 * row), tl.load(at + 5 * row)
+        if SHAPE != "none":
+            shaped_sum, dlogp_shaped_sum = tl.load(at + 6 * row), tl.load(at + 7 * row)
 
         for block in range((begin - start) // LANES, tl.cdiv(end - start, LANES)):
             place = start + block * LANES + lane
@@ -160,9 +175,25 @@ def _one_sequence(
             dlogp_sum += tl.where(here, tl.abs(dlogp), 0.0).to(tl.float64)
             logp_sum += now.to(tl.float64)
             if entropy is not None:
-                entropy_sum += tl.load(entropy + t, here, 0.0).to(tl.float64)
-            tl.store(summands + t, summand - nll * now, here)
-            tl.store(dlogp_out + t, dlogp + slope - nll, here)
+                spread = tl.load(entropy + t, here, 0.0)
+                entropy_sum += spread.to(tl.float64)
+            summand, dlogp = summand - nll * now, dlogp + slope - nll
+            if SHAPE != "none":
+                p = tl.exp(tl.where(now > LARGEST, LARGEST, now).to(tl.float64))
+                if SHAPE == "luffy":
+                    f64 = p / (p + SHAPE_GAMMA)
+                    df64 = f64 * (SHAPE_GAMMA / (p + SHAPE_GAMMA))
+                else:
+                    f64, df64 = p, p
+                f, df = f64.to(now.dtype), df64.to(now.dtype)
+                summand, dlogp = summand - shaped * f, dlogp - shaped * df
+                shaped_sum += tl.where(here, f, 0.0).to(tl.float64)
+                dlogp_shaped_sum += tl.where(here, df, 0.0).to(tl.float64)
+            if dentropy_out is not None:
+                summand -= bonus * spread
+                tl.store(dentropy_out + t, tl.zeros_like(now) - bonus, here)
+            tl.store(summands + t, summand, here)
+            tl.store(dlogp_out + t, dlogp, here)
 
         tl.store(at, grpo_sum)
         tl.store(at + row, kl_sum)
@@ -170,3 +201,6 @@ def _one_sequence(
         tl.store(at + 3 * row, clipped_sum)
         tl.store(at + 4 * row, logp_sum)
         tl.store(at + 5 * row, entropy_sum)
+        if SHAPE != "none":
+            tl.store(at + 6 * row, shaped_sum)
+            tl.store(at + 7 * row, dlogp_shaped_sum)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_dypo.kernels.grouped_loss import LARGEST, correction_weight
 from megatron_dypo.objectives.dypo import gal_coefficients, group_advantages, pair_statistics
-from megatron_dypo.objectives.recipes import recipe, shares
+from megatron_dypo.objectives.recipes import Term, recipe, shares, trained_sources
 from megatron_dypo.records import Group, Kind, Sequence
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class SequenceTerms:
     """Coefficients of one sequence; each token's loss is formed from them alone.
 
     ``grpo`` weighs a token's -surrogate + KL; ``dlogp_grpo`` (sequence-level ratio) and ``slope`` are constant
-    dL/dlogp_t; ``nll`` weighs -logp_t.
+    dL/dlogp_t; ``nll`` weighs -logp_t, ``shaped`` -f(p_t) and ``entropy`` -H_t.
     """
 
     advantage: float = 0.0
@@ -65,6 +65,8 @@ class SequenceTerms:
     dlogp_grpo: float = 0.0
     slope: float = 0.0
     nll: float = 0.0
+    shaped: float = 0.0
+    entropy: float = 0.0
 
 
 @dataclass
@@ -104,6 +106,12 @@ def ratio_unit(objective: Objective, tokens: int) -> float:
     return 1.0 if objective.scale == "trajectory" else 1 / tokens
 
 
+def member_advantages(group: Group, objective: Objective) -> list[float]:
+    """Advantages of a group's responses and then of its scored traces, relative to all of them."""
+    rewards = torch.tensor([group.baseline], dtype=torch.float64)
+    return group_advantages(rewards, objective.advantage_std)[0].tolist()
+
+
 def sequence_terms(
     groups: list[Group],
     sequences: list[Sequence],
@@ -119,7 +127,13 @@ def sequence_terms(
     members: dict[int, dict[Kind, list[int]]] = {}
     for place, sequence in enumerate(sequences):
         members.setdefault(sequence.group, {}).setdefault(sequence.kind, []).append(place)
-    sampled = [places[Kind.ROLLOUT] for places in members.values() if Kind.ROLLOUT in places]
+    active = [
+        g for g in members if members[g].keys() & trained_sources(objective, groups[g].regime, groups[g].baseline)
+    ]
+    sampled = [group for group in groups if Kind.ROLLOUT in recipe(objective).sources(group.regime)]
+    tokens = sum(len(response.ids) for group in sampled for response in group.responses)
+    if recipe(objective).scores_traces:
+        tokens += sum(sequence.loss_tokens for sequence in sequences if sequence.kind == Kind.TEACHER)
     batch = _CoefficientPass(
         groups,
         sequences,
@@ -127,15 +141,20 @@ def sequence_terms(
         objective,
         correction,
         constant=objective.aggregation_constant or max_response_tokens,
-        prompts=len(members) if objective.normalize == "active" else len(groups),
+        prompts=len(active) if objective.normalize == "active" else len(groups),
         sampled_prompts=len(sampled),
-        sampled_tokens=sum(sequences[place].loss_tokens for places in sampled for place in places),
+        sampled_tokens=tokens,
+        taught_prompts=sum(Kind.TEACHER in places for places in members.values()),
+        taught_tokens=sum(sequence.loss_tokens for sequence in sequences if sequence.kind == Kind.TEACHER),
     )
     share = shares(objective)
     for g, places in members.items():
         for term in recipe(objective).terms:
             if term.source in places and term.trains(groups[g].regime):
-                RULES[term.rule](batch, share[term.name], places[term.source])
+                RULES[term.rule](batch, term, share[term.name], places[term.source])
+    if objective.entropy_coef:  # with it nothing that a term could train is left out
+        for terms in batch.result.sequences:
+            terms.entropy = objective.entropy_coef / sum(sequence.loss_tokens for sequence in sequences)
     batch.finish()
     return batch.result
 
@@ -144,7 +163,8 @@ def sequence_terms(
 class _CoefficientPass:
     """One mini-batch on its way to coefficients: the rules add each group's numbers to its sequences' columns.
 
-    ``prompts`` is Q; ``sampled_*`` count what trains on responses; all are counts over the global batch.
+    ``prompts`` is Q; ``sampled_*`` count the members of groups that train on responses, also of those that are not
+    packed because they would train nothing; all are counts over the global batch.
     """
 
     groups: list[Group]
@@ -156,6 +176,8 @@ class _CoefficientPass:
     prompts: int
     sampled_prompts: int
     sampled_tokens: int
+    taught_prompts: int
+    taught_tokens: int
 
     def __post_init__(self) -> None:
         self.result = BatchTerms([SequenceTerms() for _ in self.sequences])
@@ -169,26 +191,38 @@ class _CoefficientPass:
             self.result.spread = math.sqrt(self._squares / self._pairs)
             self.result.saturated = self._saturated / self._pairs
 
-    def rewards(self, places: list[int]) -> Tensor:
-        """Of responses of one group, float64 [k]."""
-        group = self.groups[self.sequences[places[0]].group]
-        rewards = [group.responses[self.sequences[place].sample].reward for place in places]
-        return torch.tensor(rewards, dtype=torch.float64)
+    def group(self, places: list[int]) -> Group:
+        """The group that sequences are of."""
+        return self.groups[self.sequences[places[0]].group]
 
-    def one(self, share: float, places: list[int]) -> None:
-        """A mean over the traces drawn, and over each one's tokens or their sum."""
+    def one(self, term: Term, share: float, places: list[int]) -> None:
+        """A mean over the traces drawn and over each one's tokens (or their sum), or one over all traces' tokens."""
         by_mean = _per_token(self.objective, self.objective.sft_length_normalize)
+        if self.objective.demo_aggregation == "token_mean":  # these groups' share of the prompts, times that mean
+            for place in places:
+                self.result.sequences[place].nll += share * self.taught_prompts / self.prompts / self.taught_tokens
+            return
         for place in places:
             length = self.sequences[place].loss_tokens if by_mean else 1
             self.result.sequences[place].nll += share / (self.prompts * len(places) * length)
 
-    def advantage(self, share: float, places: list[int]) -> None:
-        """Advantages within the group; a sequence-level ratio is the coefficient pass's."""
-        objective, k = self.objective, len(places)
-        advantages = group_advantages(self.rewards(places).unsqueeze(0), objective.advantage_std)[0].tolist()
-        for place, advantage in zip(places, advantages, strict=True):
+    def advantage(self, term: Term, share: float, places: list[int]) -> None:
+        """Advantages within the group, traces among its members if they are scored.
+
+        A sequence-level ratio is the coefficient pass's.
+        """
+        objective, group = self.objective, self.group(places)
+        advantages = member_advantages(group, objective)
+        k = len(advantages)
+        if term.source == Kind.TEACHER:
+            advantages = advantages[len(group.responses) :]
+        for place, advantage in zip(places, advantages, strict=False):
             terms, n = self.result.sequences[place], self.sequences[place].loss_tokens
-            terms.advantage, terms.grpo = advantage, self._token_weight(share, k, n)
+            weight = self._token_weight(share, k, n)
+            if not term.has_ratio:
+                terms.shaped = advantage * weight
+                continue
+            terms.advantage, terms.grpo = advantage, weight
             if objective.ratio_level == "sequence" and share > 0:
                 by_sum = objective.scale == "trajectory"
                 unit = ratio_unit(objective, n)
@@ -201,7 +235,7 @@ class _CoefficientPass:
                 self.result.grpo_sequence_loss -= once * surrogate / share
 
     def _token_weight(self, share: float, k: int, n: int) -> float:
-        """What weighs a token of a response of ``n`` tokens, one of ``k``, before its advantage."""
+        """What weighs a token of a sequence of ``n`` tokens, one of ``k`` members, before its advantage."""
         aggregation = self.objective.aggregation
         if aggregation == "token_mean":  # equals `scale: token` where all lengths are equal
             return share * self.sampled_prompts / self.prompts / self.sampled_tokens
@@ -209,11 +243,12 @@ class _CoefficientPass:
             return share / (self.prompts * k * self.constant)
         return share / (self.prompts * k * (n if self.objective.scale == "token" else 1))
 
-    def gal(self, share: float, places: list[int]) -> None:
+    def gal(self, term: Term, share: float, places: list[int]) -> None:
         """The pairs' coefficients (Eq. 16); a term without a share is not computed."""
         if share <= 0:
             return
-        objective, rewards = self.objective, self.rewards(places)
+        objective = self.objective
+        rewards = torch.tensor(self.group(places).rewards, dtype=torch.float64)
         by_mean = _per_token(objective, objective.gal_length_normalize)
         units = [1 / self.sequences[place].loss_tokens if by_mean else 1.0 for place in places]
         sums = [self.sums[place] for place in places]

@@ -17,11 +17,19 @@ from megatron_dypo.records import Regime
 _CORRECTION: dict[bool | str, int] = {True: 0, "population": 0, "sample": 1}
 
 
-def grade(rewards: Tensor, reward_threshold: float = 0.5, hard_max_solved: int = 0) -> list[Regime]:
-    """Regime of each row of ``rewards`` [Q, k]; right is what is at least ``reward_threshold``."""
+def grade(
+    rewards: Tensor, reward_threshold: float = 0.5, hard_max_solved: int = 0, gate: str = "reward"
+) -> list[Regime]:
+    """Regime of each row of ``rewards`` [Q, k]; right is what is at least ``reward_threshold``.
+
+    With ``gate: advantage`` a row is Hard where none of it has a positive advantage, which is where all are equal.
+    """
     rewards = torch.as_tensor(rewards)
-    solved = (rewards >= reward_threshold).sum(-1).tolist()
-    return [Regime.of(each, rewards.shape[-1], hard_max_solved) for each in solved]
+    solved, k = (rewards >= reward_threshold).sum(-1).tolist(), rewards.shape[-1]
+    if gate == "reward":
+        return [Regime.of(each, k, hard_max_solved) for each in solved]
+    tied = (rewards == rewards[..., :1]).all(-1).tolist()
+    return [Regime.HARD if tie else Regime.of(each, k, -1) for tie, each in zip(tied, solved, strict=True)]
 
 
 def group_advantages(rewards: Tensor, normalize_std: bool | str = True, eps: float = 1e-6) -> Tensor:

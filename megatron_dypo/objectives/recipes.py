@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from megatron_dypo.config.schema import Objective
 
 MID, HARD, ALL = frozenset({Regime.MID}), frozenset({Regime.HARD}), frozenset(Regime)
+SOLVED = frozenset({Regime.EASY, Regime.MID})
 ROLLOUT, TEACHER = Kind.ROLLOUT, Kind.TEACHER
 
 
@@ -26,7 +27,8 @@ class Term:
     """One summand of the loss.
 
     ``rule``: ``advantage`` (within the group), ``gal`` (the pairs' coefficient) or ``one`` (a mean over the traces
-    drawn). ``token``: ``surrogate`` (clipped ratio, and KL), ``slope`` (a constant dL/dlogp) or ``nll`` (-logp).
+    drawn). ``token``: ``surrogate`` (clipped ratio, and KL), ``slope`` (a constant dL/dlogp), ``nll`` (-logp) or
+    ``shaped`` (``objective.shape`` of a trace's probability, without a ratio).
     """
 
     source: Kind
@@ -38,7 +40,12 @@ class Term:
     @property
     def name(self) -> str:
         """The term's name in metrics: ``loss/<name>``, ``grad_share/<name>``."""
-        return {"surrogate": "grpo", "slope": "gal", "nll": "sft"}[self.token]
+        return {"surrogate": "grpo", "slope": "gal", "nll": "sft", "shaped": "shaped"}[self.token]
+
+    @property
+    def has_ratio(self) -> bool:
+        """Whether the term compares with the old policy, and so has a KL term beside it."""
+        return self.name == "grpo"
 
     def trains(self, regime: Regime | None) -> bool:
         """Whether the term trains a group of this regime (None: no responses, so not graded)."""
@@ -47,12 +54,25 @@ class Term:
 
 @dataclass(frozen=True)
 class Recipe:
+    """The terms, and whose rewards an advantage is relative to: the group's ``rollouts``, or ``rollouts+demo``, its
+    rollouts and the traces drawn for it, which are then scored as they are."""
+
     terms: tuple[Term, ...]
+    baseline: str = "rollouts"
 
     @property
     def samples(self) -> bool:
         """Whether any term trains on responses; without one nothing is sampled."""
         return any(term.source == ROLLOUT for term in self.terms)
+
+    @property
+    def scores_traces(self) -> bool:
+        """Whether drawn traces get a reward."""
+        return self.baseline == "rollouts+demo"
+
+    def has(self, token: str) -> bool:
+        """Whether any term is this function of a token."""
+        return any(term.token == token for term in self.terms)
 
     def sources(self, regime: Regime | None) -> list[Kind]:
         """Kinds of sequences that a group of this regime trains on."""
@@ -67,7 +87,13 @@ RECIPES = {
             Term(ROLLOUT, "gal", "slope", MID, share="1-alpha"),
         )
     ),
-    "grpo": Recipe((Term(ROLLOUT, "advantage", "surrogate", MID),)),
+    "grpo": Recipe((Term(ROLLOUT, "advantage", "surrogate"),)),
+    "luffy": Recipe(
+        (Term(ROLLOUT, "advantage", "surrogate"), Term(TEACHER, "advantage", "shaped")), baseline="rollouts+demo"
+    ),
+    "switch": Recipe(
+        (Term(TEACHER, "one", "nll", HARD, share="gamma"), Term(ROLLOUT, "advantage", "surrogate", SOLVED))
+    ),
     "sft": Recipe((Term(TEACHER, "one", "nll", share="gamma"),)),
 }
 
@@ -75,6 +101,29 @@ RECIPES = {
 def recipe(objective: Objective) -> Recipe:
     """The recipe that ``objective.method`` names."""
     return RECIPES[objective.method]
+
+
+def learning_sources(objective: Objective, regime: Regime | None, rewards: list[float]) -> list[Kind]:
+    """Kinds of sequences of a group that its rewards or traces train, given its rewards (``Group.baseline``).
+
+    Where all rewards are equal, every advantage is 0, and every pair's coefficient.
+    """
+    tied = all(reward == rewards[0] for reward in rewards)
+    terms = [term for term in recipe(objective).terms if term.trains(regime)]
+    return sorted({term.source for term in terms if not tied or term.rule == "one"})
+
+
+def trained_sources(objective: Objective, regime: Regime | None, rewards: list[float]) -> list[Kind]:
+    """Kinds of sequences of a group that get any gradient: as ``learning_sources``, or of entropy or KL."""
+    terms = [term for term in recipe(objective).terms if term.trains(regime)]
+    held = {term.source for term in terms if objective.entropy_coef or (term.has_ratio and objective.kl_coef)}
+    return sorted({*learning_sources(objective, regime, rewards), *held})
+
+
+def packed_sources(objective: Objective, regime: Regime | None, rewards: list[float]) -> list[Kind]:
+    """Kinds of sequences of a group that are packed: those that train, and traces whose tokens a token mean counts."""
+    counted = {Kind.TEACHER} if recipe(objective).scores_traces and objective.aggregation == "token_mean" else set()
+    return sorted({*trained_sources(objective, regime, rewards), *counted})
 
 
 def shares(objective: Objective) -> dict[str, float]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_dypo.kernels import LossRule, empty_sums, grouped_loss, read_sums
 from megatron_dypo.kernels.grouped_loss import COEFFICIENTS
 from megatron_dypo.objectives.coefficients import Correction, SequenceTerms
-from megatron_dypo.objectives.recipes import shares
+from megatron_dypo.objectives.recipes import recipe, shares
 
 if TYPE_CHECKING:
     from megatron_dypo.config.schema import Objective
@@ -50,6 +50,9 @@ class TokenStreams:
             ratio_base=self.objective.ratio_base,
             correction=self.correction.kind,
             cap=self.correction.cap,
+            shape=self.objective.shape if recipe(self.objective).has("shaped") else "none",
+            shape_gamma=self.objective.shape_gamma,
+            entropy=self.objective.entropy_coef > 0,
         )
 
     @classmethod
@@ -67,8 +70,9 @@ class TokenStreams:
         cu_seqlens = torch.tensor([0, *accumulate(counts)])
         return cls(table_CS.to(device), cu_seqlens.to(device), **fields)
 
-    def terms(self, logp_t: Tensor, entropy_t: Tensor | None, t: slice) -> tuple[Tensor, Tensor]:
-        """(loss summands [t], dL/dlogp [t]) of the tokens ``t``, given their log-probs under the current policy."""
+    def terms(self, logp_t: Tensor, entropy_t: Tensor | None, t: slice) -> tuple[Tensor, ...]:
+        """(loss summands [t], dL/dlogp [t], with an entropy bonus dL/dentropy [t]) of the tokens ``t``, given their
+        log-probs and entropies under the current policy."""
         return grouped_loss(
             logp_t.detach(),
             self.cu_seqlens,
@@ -99,19 +103,27 @@ class TokenStreams:
             "rollout_tokens": is_rollout * tokens_S,
             "entropy": is_rollout * sums["entropy"],
         }
+        if self.rule.shape != "none":
+            totals["loss/shaped"] = -table["shaped"] * sums["shaped"] / (share.get("shaped") or 1.0)
+            totals["grad_share/shaped"] = table["shaped"].abs() * sums["dlogp_shaped"]
+        if self.rule.entropy:
+            totals["loss/entropy"] = -table["entropy"] * sums["entropy"]
         return {name: total_S.sum().item() for name, total_S in totals.items()}
 
 
 def dypo_loss(
     logp_N: Tensor, streams: TokenStreams, entropy_N: Tensor | None = None
 ) -> tuple[Tensor, dict[str, float]]:
-    """The token-local loss of one micro-batch, differentiable in ``logp_N`` [N], and its metric sums.
+    """The token-local loss of one micro-batch, differentiable in ``logp_N`` and ``entropy_N`` [N], and its metric sums.
 
     The value leaves out what is not local to a token (``BatchTerms.gal_loss``, ``grpo_sequence_loss``); the gradient is
     complete.
     """
-    summands_N, dlogp_N = streams.terms(logp_N, entropy_N, slice(0, len(logp_N)))
-    loss = summands_N.double().sum() + (dlogp_N.double() * (logp_N - logp_N.detach()).double()).sum()
+    summands_N, *slopes = streams.terms(logp_N, entropy_N, slice(0, len(logp_N)))
+    loss = summands_N.double().sum()
+    for slope_N, x_N in zip(slopes, (logp_N, entropy_N), strict=False):
+        if x_N is not None:
+            loss = loss + (slope_N.double() * (x_N - x_N.detach()).double()).sum()
     return loss, streams.totals
 
 

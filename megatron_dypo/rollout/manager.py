@@ -26,11 +26,19 @@ from megatron_dypo.data.tokenizer import Tokenizer
 from megatron_dypo.errors import TrainingError, UserError
 from megatron_dypo.models.shape import ModelShape
 from megatron_dypo.objectives.dypo import grade
-from megatron_dypo.objectives.recipes import recipe
+from megatron_dypo.objectives.recipes import learning_sources, recipe
 from megatron_dypo.records import Batch, Group, Kind, Prompt
 from megatron_dypo.rollout import recording
 from megatron_dypo.rollout.engine import Engine
-from megatron_dypo.rollout.sampling import RewardProtocol, encode_prompts, sample, score, share
+from megatron_dypo.rollout.sampling import (
+    RewardProtocol,
+    draw_teachers,
+    encode_prompts,
+    sample,
+    score,
+    score_traces,
+    share,
+)
 from megatron_dypo.runtime.distributed import Layout, claim_device
 from megatron_dypo.runtime.failure import begin_step, phase
 from megatron_dypo.runtime.measure import StepTimer
@@ -82,8 +90,10 @@ class DynamicSampling:
     def trains(self, group: Group) -> bool:
         """Whether a scored group would train anything: a term of its regime has responses, or a trace, to train on."""
         objective = self.config.objective
-        (regime,) = grade(torch.tensor([group.rewards]), objective.reward_threshold, objective.hard_max_solved)
-        sources = recipe(objective).sources(regime)
+        (regime,) = grade(
+            torch.tensor([group.rewards]), objective.reward_threshold, objective.hard_max_solved, objective.gate
+        )
+        sources = learning_sources(objective, regime, group.baseline)
         return Kind.ROLLOUT in sources or (Kind.TEACHER in sources and bool(self.usable_teachers(group)))
 
     def replacement(self, step: int, place: int, number: int) -> Group | None:
@@ -132,6 +142,7 @@ class RolloutManager:
             groups = recording.replay(self.config.rollout.replay, step, self._by_id, self._samples, **limits)
             self._check_replayed_draws(step, groups)
             self._check_replayed_routing(step, groups)
+            self._check_replayed_rewards(step, groups)
             return Batch(groups)
         groups = self._prompts(step)
         if not self._samples:
@@ -192,6 +203,8 @@ class RolloutManager:
                 sample(fresh, self.engine, self.config, self.tokenizer.end_ids, step)
             with clock("reward"), phase("reward"):
                 score(fresh, self.tokenizer, self.reward, self.config)
+                if recipe(self.config.objective).scores_traces:
+                    self._score_traces(fresh, step)
             if refill == self._dynamic.rounds:
                 break
             fresh = []
@@ -203,18 +216,25 @@ class RolloutManager:
                 break
         return tried
 
+    def _score_traces(self, groups: list[Group], step: int) -> None:
+        """Draw the groups' teachers, as grading does where no reward is asked of them, and score their traces."""
+        draws, seed = self.config.objective.teachers_per_prompt, self.config.trainer.seed
+        for group in groups:
+            draw_teachers(group, self.usable_teachers(group), seed, step, draws)
+        score_traces(groups, lambda group, i: len(self.encode_trace(group, i)), self.reward, self.config)
+
     def _share(self, step: int, groups: list[Group], tried: list[list[Group]], clock: StepTimer) -> Batch:
         """The whole batch, of what all ranks tried."""
         with phase("rollout exchange"):
             spent = clock.seconds["rollout"] + clock.seconds["reward"]
-            responses, seconds = share(tried, self.layout, spent)
+            sampled, seconds = share(tried, self.layout, spent)
             clock.compare(seconds)
         batch = Batch([])
         for place, group in enumerate(groups):
-            more = range(len(responses[place]) - 1)
+            more = range(len(sampled[place]) - 1)
             seen = [group, *(self._dynamic.replacement(step, place, number) for number in more)]
-            for one, its_responses in zip(seen, responses[place], strict=True):
-                one.responses = its_responses
+            for one, its in zip(seen, sampled[place], strict=True):
+                one.responses, one.teacher_indices, one.teacher_rewards = its
             batch.groups.append(seen[-1])
             batch.replaced += seen[:-1]
         return batch
@@ -242,6 +262,17 @@ class RolloutManager:
                         f"{self.config.rollout.replay}: step {step}: prompt {group.prompt.id!r} was recorded without "
                         "this model's routing (policy.routing_replay: rollout)"
                     )
+
+    def _check_replayed_rewards(self, step: int, groups: list[Group]) -> None:
+        """Where drawn traces are scored, the recording must hold their draw and their rewards."""
+        if not recipe(self.config.objective).scores_traces:
+            return
+        for group in groups:
+            if group.teacher_indices is None or len(group.teacher_rewards) != len(group.teacher_indices):
+                raise UserError(
+                    f"{self.config.rollout.replay}: step {step}: prompt {group.prompt.id!r} was recorded without the "
+                    f"rewards of its teachers' traces (objective.method: {self.config.objective.method})"
+                )
 
     def record(self, step: int, groups: list[Group]) -> None:
         """Write the graded step to ``rollout.record``, if asked for; rank 0 does. A full disk is a warning."""

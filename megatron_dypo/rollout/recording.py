@@ -65,13 +65,14 @@ def _line(group: Group) -> dict:
         | ({} if response.experts is None else {"experts": as_text(response.experts)})
         for response in group.responses
     ]
+    rewards = {"teacher_rewards": list(group.teacher_rewards)} if group.teacher_rewards else {}
     return {
         "id": group.prompt.id,
         "prompt_ids": group.prompt_ids.tolist(),
         "teacher_indices": None if group.teacher_indices is None else list(group.teacher_indices),
         "responses": responses,
         "weight_version": group.weight_version,
-    }
+    } | rewards
 
 
 def _of_kind(line: dict, name: str, kind: type) -> Any:
@@ -123,4 +124,5 @@ def _group(line: dict, prompts: dict[str, Prompt], vocab_size: int, longest: int
         prompt_ids=prompt_ids,
         responses=responses,
         teacher_indices=indices,
+        teacher_rewards=tuple(float(reward) for reward in line.get("teacher_rewards", ())),
     )

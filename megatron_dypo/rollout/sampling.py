@@ -7,6 +7,7 @@ tried in a place is a list of groups, the last of which stays there: one, but fo
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from megatron_dypo.config.schema import Config
 from megatron_dypo.data.tokenizer import Tokenizer
@@ -15,7 +16,7 @@ from megatron_dypo.records import Group, Prompt, Response
 from megatron_dypo.reward import Score
 from megatron_dypo.reward.scorers import penalty
 from megatron_dypo.rollout.engine import Engine, Request, Sampling
-from megatron_dypo.runtime.determinism import stable_hash
+from megatron_dypo.runtime.determinism import choose, stable_hash
 from megatron_dypo.runtime.distributed import Layout, all_gather_objects
 
 RewardProtocol = Callable[[list[Prompt], list[str]], list[Score]]
@@ -65,14 +66,50 @@ def score(groups: list[Group], tokenizer: Tokenizer, reward: RewardProtocol, con
             response.reward -= penalty(config.reward, text, len(response.ids), config.rollout.max_response_tokens)
 
 
-def share(tried: list[list[Group]], layout: Layout, seconds: float) -> tuple[list[list[list[Response]]], list[float]]:
-    """Tell all ranks what this one sampled for its places. Returns the responses [place, try, sample] of the whole
-    batch, and the seconds of all ranks.
+def draw_teachers(group: Group, usable: list[int], seed: int, step: int, draws: int) -> None:
+    """Draw among a group's ``usable`` teachers: a hash of (seed, step, prompt id), nothing else."""
+    drawn = choose((seed, "teacher", step, group.prompt.id), len(usable), draws)
+    group.teacher_indices = tuple(usable[i] for i in drawn)
+
+
+def score_traces(groups: list[Group], tokens: Callable[[Group, int], int], reward: RewardProtocol, config: Config):
+    """Set the rewards of the groups' drawn traces, scored as responses are. ``tokens(group, i)``: of teacher i's trace.
+
+    Raises UserError naming prompt and teacher where the reward function fails on one.
+    """
+    drawn = [(group, group.prompt.teachers[i], i) for group in groups for i in group.teacher_indices or ()]
+    scores = reward([group.prompt for group, _, _ in drawn], [teacher.trace for _, teacher, _ in drawn])
+    rewards: dict[int, list[float]] = {}
+    for (group, teacher, i), (value, fault) in zip(drawn, scores, strict=True):
+        if fault is not None:
+            raise UserError(
+                f"data: prompt {group.prompt.id}: the trace of teacher {teacher.name} cannot be scored: {fault}"
+            )
+        value -= penalty(config.reward, teacher.trace, tokens(group, i), config.rollout.max_response_tokens)
+        rewards.setdefault(id(group), []).append(value)
+    for group in groups:
+        group.teacher_rewards = tuple(rewards.get(id(group), ()))
+
+
+class Sampled(NamedTuple):
+    """What sampling and scoring add to a group."""
+
+    responses: list[Response]
+    teacher_indices: tuple[int, ...] | None
+    teacher_rewards: tuple[float, ...]
+
+
+def share(tried: list[list[Group]], layout: Layout, seconds: float) -> tuple[list[list[Sampled]], list[float]]:
+    """Tell all ranks what this one sampled for its places. Returns it for the whole batch, [place, try], and the
+    seconds of all ranks.
 
     ``seconds``: what this rank's share took, without waiting for others.
     """
-    gathered = all_gather_objects((seconds, [[group.responses for group in groups] for groups in tried]))
-    responses: list = [None] * sum(len(theirs) for _, theirs in gathered)
+    mine = [
+        [Sampled(group.responses, group.teacher_indices, group.teacher_rewards) for group in groups] for groups in tried
+    ]
+    gathered = all_gather_objects((seconds, mine))
+    sampled: list = [None] * sum(len(theirs) for _, theirs in gathered)
     for rank, (_, theirs) in enumerate(gathered):
-        responses[rank :: layout.world] = theirs
-    return responses, [spent for spent, _ in gathered]
+        sampled[rank :: layout.world] = theirs
+    return sampled, [spent for spent, _ in gathered]

@@ -89,7 +89,8 @@ def prompts(minibatch: MiniBatch) -> str:
 
 def _from_cause_to_effect(stream: TokenStreams, logp_N: Tensor) -> list[tuple[str, Tensor]]:
     """(what it is, values [N]): what a micro-batch's tokens were given, and what follows from it."""
-    _, dlogp_N = replace(stream).terms(logp_N, None, slice(0, len(logp_N)))
+    entropy_N = torch.zeros_like(logp_N)  # which no dL/dlogp reads
+    _, dlogp_N, *_ = replace(stream).terms(logp_N, entropy_N, slice(0, len(logp_N)))
     coefficients_N = stream.coefficients_CS.sum(0).repeat_interleave(stream.cu_seqlens.diff())
     given = [
         ("engine log-prob", stream.rollout_N),

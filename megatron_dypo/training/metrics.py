@@ -14,7 +14,7 @@ import torch
 
 from megatron_dypo.config.schema import Config, Objective
 from megatron_dypo.objectives.coefficients import BatchTerms, Correction, ratio_unit
-from megatron_dypo.objectives.recipes import total
+from megatron_dypo.objectives.recipes import recipe, total
 from megatron_dypo.objectives.token_loss import TokenStreams
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.records import Group, Kind, Regime
@@ -179,15 +179,20 @@ def update_metrics(stats: UpdateStats, terms: BatchTerms, objective: Objective) 
         "gal": terms.gal_loss,
         "sft": totals["loss/sft"],
     }
+    known = ("grpo", "gal", "sft", *(["shaped"] if recipe(objective).has("shaped") else []))
+    losses |= {name: totals[f"loss/{name}"] for name in known[3:]}
     metrics = {
         "loss/total": total(losses, objective),
         **{f"loss/{name}": loss for name, loss in losses.items()},
         "loss/kl": totals["loss/kl"],
         "train/grad_norm": stats.norm,
-    } | {name: totals[name] for name in ("grad_share/grpo", "grad_share/gal", "grad_share/sft")}
+    } | {name: totals[name] for name in (f"grad_share/{term}" for term in known)}
     if totals["rollout_tokens"]:
         metrics["policy/entropy"] = totals["entropy"] / totals["rollout_tokens"]
         metrics["policy/clip_frac"] = (totals["clipped"] + terms.clipped_tokens) / totals["rollout_tokens"]
+    if objective.entropy_coef:
+        metrics["loss/entropy"] = totals["loss/entropy"]
+        metrics["loss/total"] += totals["loss/entropy"]
     metrics |= stats.routing
     metrics["loss/total"] += stats.routing.get("loss/aux", 0.0)
     of_pairs = {"gal/eta": terms.eta, "gal/spread": terms.spread, "gal/saturated_frac": terms.saturated}

@@ -16,11 +16,11 @@ from torch import Tensor
 from megatron_dypo.config.schema import Config
 from megatron_dypo.objectives.coefficients import SequenceSums
 from megatron_dypo.objectives.dypo import grade
-from megatron_dypo.objectives.recipes import recipe
+from megatron_dypo.objectives.recipes import packed_sources, recipe
 from megatron_dypo.policy.micro_batch import MicroBatch
 from megatron_dypo.records import Group, Kind, Sequence
 from megatron_dypo.rollout.routed_experts import packed_experts
-from megatron_dypo.runtime.determinism import choose
+from megatron_dypo.rollout.sampling import draw_teachers
 from megatron_dypo.runtime.distributed import Layout
 from megatron_dypo.training.packing import plan_micro_batches
 
@@ -35,7 +35,7 @@ def grade_groups(
     chosen = recipe(objective)
     if chosen.samples:
         rewards = torch.tensor([group.rewards for group in groups])
-        regimes = grade(rewards, objective.reward_threshold, objective.hard_max_solved)
+        regimes = grade(rewards, objective.reward_threshold, objective.hard_max_solved, objective.gate)
         for group, regime in zip(groups, regimes, strict=True):
             group.regime = regime
     for group in groups:
@@ -43,22 +43,18 @@ def grade_groups(
             draw_teachers(group, usable_teachers(group), seed, step, objective.teachers_per_prompt)
 
 
-def draw_teachers(group: Group, usable: list[int], seed: int, step: int, draws: int) -> None:
-    """Draw among a group's ``usable`` teachers: a hash of (seed, step, prompt id), nothing else."""
-    drawn = choose((seed, "teacher", step, group.prompt.id), len(usable), draws)
-    group.teacher_indices = tuple(usable[i] for i in drawn)
-
-
 def training_sequences(
     groups: list[Group], objective: Objective, encode_trace: Callable[[Group, int], np.ndarray]
 ) -> list[Sequence]:
     """List a (mini-)batch's sequences by group, kind and sample: those that any term of the group's regime trains on.
 
+    A group whose coefficients would all be 0 has none.
+
     ``encode_trace(group, i)`` returns the ids of teacher i's trace.
     """
     sequences = []
     for g, group in enumerate(groups):
-        for kind in recipe(objective).sources(group.regime):
+        for kind in packed_sources(objective, group.regime, group.baseline):
             if kind == Kind.ROLLOUT:
                 tails = [(i, response.ids) for i, response in enumerate(group.responses)]
             else:

@@ -1,0 +1,66 @@
+"""``python -m megatron_dypo objective CASE.json``: one case's numbers as JSON, or as a table for a person."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_dypo.cases.evaluate import curve, evaluate
+from megatron_dypo.cases.translate import configuration
+from megatron_dypo.config.load import load_keys
+from megatron_dypo.errors import UserError
+
+
+def result(case: dict[str, Any], source: str) -> dict[str, Any]:
+    """The numbers of a case, and under ``config`` the keys it was turned into. Raises UserError for what is not one."""
+    try:
+        keys = configuration(case)
+        objective = load_keys([f"{name}={json.dumps(value)}" for name, value in keys.items()], "config").objective
+        if "sequences" in case:
+            return evaluate(_objects(case["sequences"]), objective) | {"config": keys}
+        if "p" in case["settings"]:
+            return curve(case["settings"]["p"], objective) | {"config": keys}
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    raise UserError(f"{source}: sequences: needed, one object for each sequence of the update")
+
+
+def _objects(sequences: Any) -> list[dict[str, Any]]:
+    if not isinstance(sequences, list) or not sequences or not all(isinstance(each, dict) for each in sequences):
+        raise UserError("sequences: expected a list of objects, one for each sequence")
+    return sequences
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A case's JSON object. Raises UserError naming the file."""
+    try:
+        case = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the case: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(case, dict):
+        raise UserError(f"{path}: expected one case, an object with system, settings and sequences")
+    return case
+
+
+def show(path: Path, as_table: bool) -> None:
+    """Print the numbers of the case in ``path``."""
+    case = read(path)
+    numbers = result(case, str(path))
+    print("\n".join(table(case, numbers)) if as_table else json.dumps(numbers, indent=1))
+
+
+def table(case: dict[str, Any], numbers: dict[str, Any]) -> list[str]:
+    """One line a token: its log-prob and its slopes."""
+    lines = [f"{key}: {value}" for key, value in numbers["config"].items()]
+    if "loss" not in numbers:
+        rows = zip(case["settings"]["p"], numbers["f"], numbers["df_dlogp"], strict=True)
+        return [*lines, f"{'p':>12}{'f':>14}{'df/dlogp':>14}", *(f"{p:12g}{f:14.6g}{df:14.6g}" for p, f, df in rows)]
+    lines += [f"loss {numbers['loss']:.10g}", f"{'sequence':<14}{'token':>6}{'logp':>12}{'dL/dlogp':>16}{'dL/dH':>14}"]
+    for i, sequence in enumerate(case["sequences"]):
+        for t, (logp, slope) in enumerate(zip(sequence["logp"], numbers["dloss_dlogp"][i], strict=True)):
+            bonus = f"{numbers['dloss_dentropy'][i][t]:14.6g}" if "dloss_dentropy" in numbers else f"{'-':>14}"
+            lines.append(f"{sequence.get('name', i)!s:<14}{t:>6}{logp:12.5g}{slope:16.8g}{bonus}")
+    return lines

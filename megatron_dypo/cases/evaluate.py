@@ -1,0 +1,179 @@
+"""A case's numbers, from the code that trains: grading, ``sequence_terms`` and the grouped loss, in float64.
+
+Legend: n tokens of one sequence, N of all sequences of one kind.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_dypo.config.schema import Objective
+from megatron_dypo.errors import UserError
+from megatron_dypo.kernels import LossRule, empty_sums, grouped_loss
+from megatron_dypo.kernels.grouped_loss import COEFFICIENTS
+from megatron_dypo.objectives import SequenceSums, TokenStreams, sequence_terms
+from megatron_dypo.objectives.coefficients import Correction, member_advantages, needs_reference
+from megatron_dypo.objectives.recipes import recipe, total
+from megatron_dypo.records import Group, Kind, Prompt, Response, Sequence, Teacher
+from megatron_dypo.training.minibatch import grade_groups, training_sequences
+
+SOURCES = {"rollout": Kind.ROLLOUT, "demo": Kind.TEACHER}
+STREAMS = {"logp": "logp", "old": "old_logp", "reference": "ref_logp", "entropy": "entropy"}
+
+
+class Case:
+    """The sequences of one update and the groups that they make up; ``logs[i]`` are sequence i's streams [n]."""
+
+    def __init__(self, sequences: list[dict[str, Any]], objective: Objective) -> None:
+        self.sequences, self.objective = sequences, objective
+        self.logs = [_logs(place, sequence) for place, sequence in enumerate(sequences)]
+        self.members: dict[Any, dict[Kind, list[int]]] = {}  # places by prompt and kind
+        for place, sequence in enumerate(sequences):
+            if sequence.get("source") not in SOURCES:
+                raise UserError(f"sequences[{place}].source: {sequence.get('source')!r} is neither rollout nor demo")
+            kinds = self.members.setdefault(sequence.get("prompt"), {Kind.ROLLOUT: [], Kind.TEACHER: []})
+            kinds[SOURCES[sequence["source"]]].append(place)
+        self.groups = [self._group(str(prompt), kinds) for prompt, kinds in self.members.items()]
+        grade_groups(self.groups, objective, 0, 1, lambda group: [])
+
+    def _group(self, name: str, kinds: dict[Kind, list[int]]) -> Group:
+        responses = [Response(self._ids(place), self._ids(place), "stop", self._reward(place)) for place in kinds[0]]
+        scored = kinds[1] if recipe(self.objective).scores_traces else []
+        return Group(
+            Prompt(name, "", tuple(Teacher(f"demo {i}", "") for i in range(len(kinds[1])))),
+            np.zeros(1, np.int32),
+            responses,
+            teacher_indices=tuple(range(len(kinds[1]))),
+            teacher_rewards=tuple(self._reward(place) for place in scored),
+        )
+
+    def _ids(self, place: int) -> np.ndarray:
+        return np.zeros(len(self.logs[place]["logp"]), np.int32)
+
+    def _reward(self, place: int) -> float:
+        reward = self.sequences[place].get("reward")
+        return 1.0 if reward is None else float(reward)
+
+    def place(self, sequence: Sequence) -> int:
+        """Where the case lists a training sequence."""
+        return list(self.members.values())[sequence.group][sequence.kind][sequence.sample]
+
+    def trained(self) -> list[Sequence]:
+        """The sequences that get a coefficient."""
+        prompts = list(self.members.values())
+        index = {id(group): g for g, group in enumerate(self.groups)}
+        return training_sequences(
+            self.groups, self.objective, lambda group, i: self._ids(prompts[index[id(group)]][Kind.TEACHER][i])
+        )
+
+    def stream(self, name: str, places: list[int]) -> Tensor | None:
+        """One stream of the sequences [N]; None where a sequence lacks it."""
+        parts = [self.logs[place].get(name) for place in places]
+        return None if any(part is None for part in parts) else torch.cat(parts)
+
+
+def _logs(place: int, sequence: dict[str, Any]) -> dict[str, Tensor]:
+    logs = {}
+    for name, given in STREAMS.items():
+        if given in sequence:
+            values = sequence[given]
+            good = isinstance(values, list) and all(isinstance(x, (int, float)) and math.isfinite(x) for x in values)
+            if not good or len(values) != len(sequence.get("logp", values)):
+                raise UserError(f"sequences[{place}].{given}: expected a number for each token of logp")
+            logs[name] = torch.tensor(values, dtype=torch.float64)
+    if "logp" not in logs or not len(logs["logp"]):
+        raise UserError(f"sequences[{place}].logp: needed, a number for each token")
+    return logs
+
+
+def evaluate(sequences: list[dict[str, Any]], objective: Objective) -> dict[str, Any]:
+    """Loss, its derivatives, advantages and routes of one update, under the names of a case's ``expected``."""
+    case = Case(sequences, objective)
+    trained = case.trained()
+    places = [case.place(sequence) for sequence in trained]
+    sums = [_sums(case, place, sequence, objective) for place, sequence in zip(places, trained, strict=True)]
+    terms = sequence_terms(case.groups, trained, sums, objective, Correction(), max_response_tokens=1)
+    others = {"grpo": terms.grpo_sequence_loss, "gal": terms.gal_loss, "sft": 0.0, "shaped": 0.0}
+    loss = total(others, objective)
+    slopes = {"dloss_dlogp": {}, "dloss_dentropy": {}}
+    for kind in Kind:
+        chosen = [i for i, sequence in enumerate(trained) if sequence.kind == kind]
+        at = [places[i] for i in chosen]
+        if not chosen:
+            continue
+        rollout = kind == Kind.ROLLOUT
+        logp_N, entropy_N = case.stream("logp", at), case.stream("entropy", at)
+        if objective.entropy_coef and entropy_N is None:
+            raise UserError("sequences: entropy is needed for settings.entropy_coef")
+        streams = TokenStreams.of(
+            [terms.sequences[i] for i in chosen],
+            [trained[i].loss_tokens for i in chosen],
+            dtype=torch.float64,
+            objective=objective,
+            correction=Correction(),
+            old_N=case.stream("old", at) if rollout else None,
+            rollout_N=case.stream("old", at) if rollout else None,
+            reference_N=case.stream("reference", at) if rollout and needs_reference(objective) else None,
+        )
+        summands_N, *parts = streams.terms(logp_N, entropy_N, slice(0, len(logp_N)))
+        loss += summands_N.sum().item()
+        for found, slope_N in zip(slopes.values(), parts, strict=False):
+            pieces = slope_N.split([trained[i].loss_tokens for i in chosen])
+            found |= {place: piece.tolist() for place, piece in zip(at, pieces, strict=True)}
+
+    def listed(found: dict[int, list[float]]) -> list[list[float]]:
+        return [found.get(place, [0.0] * len(case.logs[place]["logp"])) for place in range(len(sequences))]
+
+    result = {"loss": loss, "dloss_dlogp": listed(slopes["dloss_dlogp"])}
+    if objective.entropy_coef:
+        result["dloss_dentropy"] = listed(slopes["dloss_dentropy"])
+    return result | _advantages(case) | _routes(case)
+
+
+def _sums(case: Case, place: int, sequence: Sequence, objective: Objective) -> SequenceSums | None:
+    if sequence.kind == Kind.TEACHER:
+        return None
+    wanted = ["old"] + ["reference"] * needs_reference(objective)
+    for name in wanted:
+        if name not in case.logs[place]:
+            raise UserError(f"sequences[{place}].{STREAMS[name]}: needed by objective.method: {objective.method}")
+    logs = {name: case.logs[place][name].sum().item() for name in ("logp", *wanted)}
+    return SequenceSums(logs["logp"], logs["old"], logs.get("reference", 0.0), logs["old"])
+
+
+def _advantages(case: Case) -> dict[str, Any]:
+    """A list where every sequence has an advantage, else by the sequences' names."""
+    found: dict[int, float] = {}
+    for group, kinds in zip(case.groups, case.members.values(), strict=True):
+        if group.responses:
+            places = kinds[Kind.ROLLOUT] + kinds[Kind.TEACHER]
+            found |= dict(zip(places, member_advantages(group, case.objective), strict=False))
+    if not found:
+        return {}
+    if len(found) == len(case.sequences):
+        return {"advantages": [found[place] for place in sorted(found)]}
+    return {"advantages": {case.sequences[place].get("name", str(place)): found[place] for place in sorted(found)}}
+
+
+def _routes(case: Case) -> dict[str, Any]:
+    """Which one kind of sequence each prompt trains on, where the recipe chooses between them."""
+    chosen = recipe(case.objective)
+    if chosen.scores_traces or len({term.source for term in chosen.terms}) == 1:
+        return {}
+    routes = [chosen.sources(group.regime) for group in case.groups]
+    return {"route_of_prompt": ["rl" if route == [Kind.ROLLOUT] else "sft" for route in routes]}
+
+
+def curve(probabilities: list[float], objective: Objective) -> dict[str, Any]:
+    """The token function ``shaped`` and its derivative in logp at these probabilities, from the grouped loss."""
+    logp_N = torch.tensor(probabilities, dtype=torch.float64).log()
+    table_CS = torch.zeros(len(COEFFICIENTS), 1, dtype=torch.float64)
+    table_CS[COEFFICIENTS.index("shaped")] = -1.0
+    rule = LossRule(shape=objective.shape, shape_gamma=objective.shape_gamma)
+    f_N, df_N = grouped_loss(logp_N, torch.tensor([0, len(logp_N)]), table_CS, empty_sums(1), rule)
+    return {"f": f_N.tolist(), "df_dlogp": df_N.tolist()}

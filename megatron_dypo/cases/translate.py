@@ -1,0 +1,102 @@
+"""What a case's ``system`` and ``settings`` mean as configuration keys; nothing else knows a system by its name.
+
+Of a setting that is a sentence, the words before the first comma or bracket decide.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from megatron_dypo.errors import UserError
+
+Keys = dict[str, Any]
+BARELY_POSITIVE = 1e-30  # a reward threshold: right is every reward above 0
+SYSTEMS: dict[str, Keys] = {
+    "SFT": {"objective.method": "sft"},
+    "RL (GRPO)": {"objective.method": "grpo"},
+    "SimpleRL-Zoo": {"objective.method": "grpo"},
+    "SuperRL": {"objective.method": "switch", "objective.reward_threshold": BARELY_POSITIVE},
+    "HPT": {"objective.method": "switch"},
+    "LUFFY": {"objective.method": "luffy"},
+}
+LATER = ("Oat-Zero", "SFT->RL", "ReLIFT", "SRFT", "CHORD", "OpenReasoner-Zero", "SimpleRL-Zero", "PRIME-Zero")
+
+
+def _clip(value: float | None) -> Keys:
+    return {"objective.clip_low": 1.0 if value is None else value, "objective.clip_high": value or 1e9}
+
+
+def _shape(value: float | None) -> Keys:
+    return {"objective.shape": "p"} if value is None else {"objective.shape": "luffy", "objective.shape_gamma": value}
+
+
+def _aggregation(value: str) -> Keys:
+    return {"objective.aggregation": _one_of(value, {"token_mean": "token_mean", "mean": "scale"})}
+
+
+def _constant(value: int) -> Keys:
+    return {"objective.aggregation": "constant", "objective.aggregation_constant": value}
+
+
+def _demo_aggregation(value: str) -> Keys:
+    return {"objective.demo_aggregation": _one_of(value, {"token_mean": "token_mean", "mean": "scale"})}
+
+
+def _one_of(text: str, known: dict[str, Any]) -> Any:
+    """What the sentence says, by its first word."""
+    word = re.split(r"[,(]", text)[0].split()[0]
+    if word not in known:
+        raise ValueError(f"{text!r} begins with none of {', '.join(known)}")
+    return known[word]
+
+
+def _eps(value: float) -> Keys:
+    if value != 1e-6:
+        raise ValueError("only 1e-6 is supported")
+    return {}
+
+
+def _as(dotted: str) -> Callable[[Any], Keys]:
+    return lambda value: {dotted: value}
+
+
+SETTINGS: dict[str, Callable[[Any], Keys]] = {
+    "advantage_std": _as("objective.advantage_std"),
+    "advantage_eps": _eps,
+    "clip": _clip,
+    "constant": _constant,
+    "aggregation": _aggregation,
+    "rl_aggregation": _aggregation,
+    "kl_coef": _as("objective.kl_coef"),
+    "entropy_coef": _as("objective.entropy_coef"),
+    "gate": _as("objective.gate"),
+    "gate_max_solved": _as("objective.hard_max_solved"),
+    "k": _as("rollout.samples_per_prompt"),
+    "nll": lambda value: {"objective.sft_length_normalize": _one_of(value, {"token_mean": True, "sum": False})},
+    "sft_loss_coef": _as("objective.gamma"),
+    "gamma": _shape,
+    "p": lambda value: {},
+}
+
+
+def configuration(case: dict[str, Any]) -> Keys:
+    """The configuration keys of a case. Raises UserError naming the system or setting that is not understood."""
+    system, settings = case.get("system"), case.get("settings")
+    if system in LATER:
+        raise UserError(f"system {system!r} is not yet supported; supported: {', '.join(SYSTEMS)}")
+    if not isinstance(system, str) or system not in SYSTEMS:
+        raise UserError(f"system {system!r} is unknown; supported: {', '.join(SYSTEMS)}")
+    if not isinstance(settings, dict):
+        raise UserError(f"settings: expected an object, got {settings!r:.80}")
+    keys = dict(SYSTEMS[system])
+    own = {"aggregation": _demo_aggregation} if keys["objective.method"] == "sft" else {}
+    for name, value in settings.items():
+        if name not in SETTINGS:
+            raise UserError(f"settings.{name}: unknown; known: {', '.join(SETTINGS)}")
+        try:
+            keys |= (own | SETTINGS | own)[name](value)
+        except (ValueError, AttributeError, IndexError, TypeError) as error:
+            raise UserError(f"settings.{name}: {value!r:.80}: {error}") from None
+    return keys
