@@ -42,13 +42,16 @@ class Case:
         grade_groups(self.groups, objective, 0, 1, lambda group: [])
 
     def _group(self, name: str, kinds: dict[Kind, list[int]]) -> Group:
-        responses = [Response(self._ids(place), self._ids(place), "stop", self._reward(place)) for place in kinds[0]]
-        scored = kinds[1] if recipe(self.objective).scores_traces else []
+        responses = [
+            Response(self._ids(place), self._ids(place), "stop", self._reward(place)) for place in kinds[Kind.ROLLOUT]
+        ]
+        demos = kinds[Kind.TEACHER]
+        scored = demos if recipe(self.objective).scores_traces else []
         return Group(
-            Prompt(name, "", tuple(Teacher(f"demo {i}", "") for i in range(len(kinds[1])))),
+            Prompt(name, "", tuple(Teacher(f"demo {i}", "") for i in range(len(demos)))),
             np.zeros(1, np.int32),
             responses,
-            teacher_indices=tuple(range(len(kinds[1]))),
+            teacher_indices=tuple(range(len(demos))),
             teacher_rewards=tuple(self._reward(place) for place in scored),
         )
 
@@ -73,8 +76,8 @@ class Case:
 
     def stream(self, name: str, places: list[int]) -> Tensor | None:
         """One stream of the sequences [N]; None where a sequence lacks it."""
-        parts = [self.logs[place].get(name) for place in places]
-        return None if any(part is None for part in parts) else torch.cat(parts)
+        parts = [self.logs[place][name] for place in places if name in self.logs[place]]
+        return torch.cat(parts) if len(parts) == len(places) else None
 
 
 def _logs(place: int, sequence: dict[str, Any]) -> dict[str, Tensor]:
@@ -100,14 +103,14 @@ def evaluate(sequences: list[dict[str, Any]], objective: Objective) -> dict[str,
     terms = sequence_terms(case.groups, trained, sums, objective, Correction(), max_response_tokens=1)
     others = {"grpo": terms.grpo_sequence_loss, "gal": terms.gal_loss, "sft": 0.0, "shaped": 0.0}
     loss = total(others, objective)
-    slopes = {"dloss_dlogp": {}, "dloss_dentropy": {}}
+    slopes: dict[str, dict[int, list[float]]] = {"dloss_dlogp": {}, "dloss_dentropy": {}}
     for kind in Kind:
         chosen = [i for i, sequence in enumerate(trained) if sequence.kind == kind]
         at = [places[i] for i in chosen]
         if not chosen:
             continue
         rollout = kind == Kind.ROLLOUT
-        logp_N, entropy_N = case.stream("logp", at), case.stream("entropy", at)
+        logp_N, entropy_N = torch.cat([case.logs[place]["logp"] for place in at]), case.stream("entropy", at)
         if objective.entropy_coef and entropy_N is None:
             raise UserError("sequences: entropy is needed for settings.entropy_coef")
         streams = TokenStreams.of(

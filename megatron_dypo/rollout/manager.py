@@ -232,7 +232,8 @@ class RolloutManager:
         batch = Batch([])
         for place, group in enumerate(groups):
             more = range(len(sampled[place]) - 1)
-            seen = [group, *(self._dynamic.replacement(step, place, number) for number in more)]
+            replacements = (self._dynamic.replacement(step, place, number) for number in more)
+            seen = [group, *(each for each in replacements if each is not None)]
             for one, its in zip(seen, sampled[place], strict=True):
                 one.responses, one.teacher_indices, one.teacher_rewards = its
             batch.groups.append(seen[-1])
