@@ -196,7 +196,7 @@ class Policy:
         for batch in batches:
             if batch.routing is None:
                 batch.routing = Routing(self._own_slice(batch.owner_T) >= 0, self._given(batch))
-        return [batch.routing for batch in batches]
+        return [batch.routing for batch in batches if batch.routing is not None]
 
     def _given(self, batch: MicroBatch) -> dict[int, Tensor]:
         """The rollout engine's choice in this rank's layers; -1 for tokens that it did not route.
