@@ -304,4 +304,4 @@ def test_help_and_the_page_say_when_a_key_is_read():
     for name in READ_WITH:
         assert f"Read with {read_with(name)}." in page.replace("\\|", "|")
         assert f"Read with {read_with(name)}." in reference
-    assert read_with("objective.gamma") == "`objective.method: dypo` or `sft`"
+    assert read_with("objective.gamma") == "`objective.method: dypo` or `sft` or `switch`"
