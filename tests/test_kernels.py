@@ -412,6 +412,7 @@ def test_both_functions_and_every_run_give_the_same_bits(tokens: int) -> None:
 
 def test_memory_is_used_again_but_never_by_two_calls_at_once() -> None:
     """One call within another's loss, as an own critic might: neither writes over the other's logits."""
+    workspace.release()  # what other tests keep, of other types
     head = make_head(40)[:3]
     expected_T = linear_logprob(*head).logp
     assert workspace.held() >= 4 * 40 * 96 / 8
