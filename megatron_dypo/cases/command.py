@@ -38,7 +38,7 @@ def read(path: Path) -> dict[str, Any]:
         case = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the case: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(case, dict):
         raise UserError(f"{path}: expected one case, an object with system, settings and sequences")
