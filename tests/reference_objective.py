@@ -92,12 +92,16 @@ def surrogate(log_ratio: Tensor, advantage: float, low: float, high: float) -> T
     return torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
 
 
-def trust(log_ratio: Tensor, correction: str, cap: float) -> Tensor:
+def trust(log_ratio: Tensor, correction: str, cap: float, floor: float | None = None) -> Tensor:
     """The rollout correction's weight, of log(old / engine)."""
     ratio = log_ratio.exp()
     if correction == "truncate":
         return ratio.clamp(max=cap)
-    return ((1 / cap <= ratio) & (ratio <= cap)).double() if correction == "mask" else torch.ones_like(ratio)
+    one = torch.ones_like(ratio)
+    if correction == "none":
+        return one
+    low = 1 / cap if floor is None else floor
+    return torch.where((low <= ratio) & (ratio <= cap), one if correction == "mask" else ratio, 0.0)
 
 
 def grpo(rollout: Rollout, advantage: float, c, correction: str, cap: float) -> tuple[Tensor, Tensor]:

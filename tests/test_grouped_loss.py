@@ -32,10 +32,13 @@ RULES = [
     )
 ]
 SHAPES = [LossRule(shape="luffy", shape_gamma=0.3), LossRule(kl_coef=0.3, correction="mask", shape="p", entropy=True)]
-RULES += SHAPES
+BANDS = [LossRule(correction=kind, cap=1.4, floor=0.9) for kind in ("mask", "icepop")]
+BANDS += [LossRule(kl_coef=0.3, correction="icepop", cap=1.4)]
+RULES += SHAPES + BANDS
 IN_BOTH_DTYPES = [*((torch.float32, rule) for rule in RULES), *((torch.float64, rule) for rule in RULES[::5])]
 NAMES = [
-    "-".join(map(str, (rule.ratio_level, rule.ratio_base, rule.kl_coef, rule.correction, rule.shape))) for rule in RULES
+    "-".join(map(str, (rule.ratio_level, rule.ratio_base, rule.kl_coef, rule.correction, rule.floor, rule.shape)))
+    for rule in RULES
 ]
 STREAMS = ("logp", "old", "rollout", "reference", "entropy")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -100,7 +103,7 @@ def statement(pack: Pack, rule: LossRule) -> dict[str, Tensor]:
     logp_t.requires_grad_()
     counts_S = torch.tensor(pack.counts)
     A_t, w_t, c_t, g_t, v_t, u_t, e_t = pack.coefficients.double().repeat_interleave(counts_S, 1)
-    trust_t = page.trust(old_t - engine_t, rule.correction, rule.cap)
+    trust_t = page.trust(old_t - engine_t, rule.correction, rule.cap, rule.floor)
     log_ratio_t = logp_t - (old_t if rule.ratio_base == "old" else reference_t)
     surrogate_t = page.surrogate(log_ratio_t, A_t, rule.clip_low, rule.clip_high) * (rule.ratio_level == "token")
     gap_t = reference_t - logp_t

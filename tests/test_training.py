@@ -149,7 +149,7 @@ def test_reference_swap_is_bit_exact():
 
 # -------------------------------------------------------------------------------- agreement with the rollout engine
 
-CAP = 1.2
+CAP, FLOOR = 1.2, 0.9
 
 
 def gaps(sample: int, tokens: int) -> np.ndarray:
@@ -187,7 +187,8 @@ def agreement(parallel: dict, old: dict[tuple[int, int], np.ndarray]) -> dict[st
         groups[g].responses[i].weight_version = 9 - i if g % 2 else 9 + i  # a replay may be ahead of the policy
     minibatches = build_minibatches(policy.layout, groups, config, trace_ids)
     results = {}
-    for correction in ("none", "truncate", "mask"):
+    config.rollout.correction_floor = FLOOR
+    for correction in ("none", "truncate", "mask", "icepop"):
         for level in ("token", "sequence"):
             config.rollout.correction, config.objective.ratio_level = correction, level
             results[f"{correction} {level}"], offenders = logprob_passes(policy, minibatches, config)
@@ -207,21 +208,28 @@ def test_agreement_metrics_count_every_trained_token_once(old_logprobs, world, p
     by_response = [gaps(i, len(old)) for (_, i), old in old_logprobs.items()]
     every, bound = np.concatenate(by_response), math.log(CAP)
     capped = sum(len(gap) for gap in by_response if gap.mean() > bound)
-    masked = sum(len(gap) for gap in by_response if abs(gap.mean()) > bound)
-    assert 0 < capped < masked < len(every)
+    low = sum(len(gap) for gap in by_response if gap.mean() < math.log(FLOOR))
+    assert 0 < capped < capped + low < len(every)
+    assert low != sum(len(gap) for gap in by_response if gap.mean() < -bound), "another band than the default's"
+    outside = (every > bound) | (every < math.log(FLOOR))
     expected = {
         "none token": None,
         "none sequence": None,
         "truncate token": (every > bound).mean(),
         "truncate sequence": capped / len(every),
-        "mask token": (abs(every) > bound).mean(),
-        "mask sequence": masked / len(every),
+        "mask token": outside.mean(),
+        "mask sequence": (capped + low) / len(every),
+        "icepop token": outside.mean(),
+        "icepop sequence": (capped + low) / len(every),
     }
+    below = {"token": (every < math.log(FLOOR)).mean(), "sequence": low / len(every)}
     edges = [0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1, np.inf]
     shares, _ = np.histogram(abs(every), edges)
     for results in run_ranks(world, agreement, parallel, old_logprobs):
         for case, metrics in results.items():
             assert metrics.get("rollout/corrected_frac") == expected[case], case
+            kind, level = case.split()
+            assert metrics.get("rollout/corrected_low_frac") == (below[level] if kind in ("mask", "icepop") else None)
             found = [value for name, value in metrics.items() if name.startswith("rollout/mismatch_share/")]
             assert found[2:] == (shares / len(every)).tolist()[2:]
             assert sum(found[:2]) == pytest.approx((every == 0).mean()), "equal but for rounding"
@@ -230,12 +238,15 @@ def test_agreement_metrics_count_every_trained_token_once(old_logprobs, world, p
             assert metrics["rollout/staleness_mean"] == 1.5 and metrics["rollout/staleness_max"] == 3
 
 
-@pytest.mark.parametrize("kind", ["truncate", "mask"])
-def test_a_correction_binds_where_the_weight_is_not_the_ratio_or_not_one(kind):
+@pytest.mark.parametrize("floor", [None, 0.5, 0.0])
+@pytest.mark.parametrize("kind", ["truncate", "mask", "icepop"])
+def test_a_correction_binds_where_the_weight_is_not_the_ratio_or_not_one(kind, floor):
     log_ratio = torch.linspace(-5, 70, 1501, dtype=torch.float64)
-    correction = Correction(kind, cap=3.0)
-    plain = log_ratio.exp() if kind == "truncate" else torch.ones_like(log_ratio)
+    correction = Correction(kind, cap=3.0, floor=floor)
+    plain = torch.ones_like(log_ratio) if kind == "mask" else log_ratio.exp()
     assert torch.equal(correction.binds(log_ratio), correction.weight(log_ratio) != plain)
+    low = {None: 1 / 3, 0.5: 0.5, 0.0: 0.0}[floor]
+    assert torch.equal(correction.is_below(log_ratio), (log_ratio.exp() < low) & (kind != "truncate"))
     assert not Correction("none").binds(log_ratio).any()
 
 

@@ -108,6 +108,7 @@ READ_WITH: dict[str, tuple[Condition, ...]] = {
     "rollout.top_p": (_SAMPLES, _ENGINE),
     "rollout.correction": (_SAMPLES,),
     "rollout.correction_cap": (_SAMPLES, _not("rollout.correction", "none")),
+    "rollout.correction_floor": (_SAMPLES, _one_of("rollout.correction", "mask", "icepop")),
     "rollout.async_rollout": (_SAMPLES, _ENGINE),
     "rollout.max_staleness": (_SAMPLES,),
     "rollout.dynamic_sampling": (_SAMPLES, _ENGINE),

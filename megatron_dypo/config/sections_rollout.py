@@ -104,10 +104,14 @@ class Rollout(Section):
     replay: str | None = key(
         None, "Folder to read recorded rollouts from (with `engine: replay`).", path=True, resumable=True
     )
-    correction: Literal["none", "truncate", "mask"] = key(
-        "none", "Weight of a token's GRPO term by exp(old - rollout): capped, or dropped outside [1/cap, cap]."
+    correction: Literal["none", "truncate", "mask", "icepop"] = key(
+        "none",
+        "Weight of a token's GRPO term by the ratio exp(old - rollout): the ratio, capped (`truncate`); 1 within [floor, cap] and 0 outside (`mask`); the ratio within [floor, cap] and 0 outside (`icepop`, arXiv 2510.18855: floor 0.5, cap 5).",
     )
-    correction_cap: float = key(2.0, "Cap of the rollout correction.", gt=1)
+    correction_cap: float = key(2.0, "Cap of the rollout correction: the largest ratio that counts as it is.", gt=1)
+    correction_floor: float | None = key(
+        None, "Lower end of the ratios that `mask` and `icepop` keep; default: 1 / `correction_cap`.", ge=0, lt=1
+    )
     async_rollout: int = key(
         0,
         "Steps off policy, 0 or 1. With 1 the next batch is sampled while this one trains, with weights one step older; `correction` makes up for it. Of use with `engine: server`: an engine in process shares the trainer's device.",

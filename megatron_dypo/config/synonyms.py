@@ -93,7 +93,9 @@ SYNONYMS = {
     "rollout.refill_rounds": "max_num_gen_batches over_sampling_batch_size",
     "rollout.correction": "tis use_tis rollout_is rollout_correction vllm_importance_sampling_correction "
     "importance_sampling_correction rollout_rs",
-    "rollout.correction_cap": "tis_clip tis_imp_ratio_cap rollout_is_threshold vllm_importance_sampling_cap",
+    "rollout.correction_cap": "tis_clip tis_imp_ratio_cap rollout_is_threshold vllm_importance_sampling_cap "
+    "rollout_rs_threshold icepop_ratio_high",
+    "rollout.correction_floor": "tis_clip_low rollout_rs_threshold_lower icepop_ratio_low",
     "rollout.sync_backend": "weight_transfer_backend update_weights_backend",
     "rollout.record": "save_debug_rollout_data rollout_data_dir save_rollouts dump_rollouts",
     "rollout.replay": "load_debug_rollout_data",

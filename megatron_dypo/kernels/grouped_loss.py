@@ -31,8 +31,9 @@ LARGEST = 60.0  # exponents are bounded so that float32 stays finite
 @dataclass(frozen=True)
 class LossRule:
     """What is the same for all tokens. ``ratio_level``: token, or sequence (the ratio is then in the coefficients);
-    ``ratio_base``: old or reference; ``correction``: none, truncate or mask, with its ``cap``; ``shape``: none (the
-    column ``shaped`` is not read), luffy (with its ``shape_gamma``) or p; ``entropy``: read the column ``entropy``."""
+    ``ratio_base``: old or reference; ``correction``: none, truncate, mask or icepop, with its ``cap`` and ``floor``
+    (None: 1 / cap); ``shape``: none (the column ``shaped`` is not read), luffy (with its ``shape_gamma``) or p;
+    ``entropy``: read the column ``entropy``."""
 
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -41,6 +42,7 @@ class LossRule:
     ratio_base: str = "old"
     correction: str = "none"
     cap: float = 2.0
+    floor: float | None = None
     shape: str = "none"
     shape_gamma: float = 0.1
     entropy: bool = False
@@ -96,13 +98,19 @@ def read_sums(sums_MSL: Tensor) -> dict[str, Tensor]:
     return dict(zip(SUMS, sums_MSL.squeeze(2), strict=True))
 
 
-def correction_weight(log_ratio: Tensor, kind: str, cap: float) -> Tensor:
+def lower_end(cap: float, floor: float | None) -> float:
+    """The least ratio that a correction by a band keeps."""
+    return 1 / cap if floor is None else floor
+
+
+def correction_weight(log_ratio: Tensor, kind: str, cap: float, floor: float | None = None) -> Tensor:
     """How much a token (or response) counts, from its log(old policy / engine's policy) in nats, elementwise."""
     ratio = log_ratio.clamp(max=LARGEST).exp()
     if kind == "truncate":
         return ratio.clamp(max=cap)
-    if kind == "mask":
-        return ((ratio >= 1 / cap) & (ratio <= cap)).to(ratio.dtype)
+    if kind in ("mask", "icepop"):
+        inside = ((ratio >= lower_end(cap, floor)) & (ratio <= cap)).to(ratio.dtype)
+        return inside if kind == "mask" else inside * ratio
     return torch.ones_like(ratio)
 
 
@@ -128,7 +136,7 @@ def _grouped_loss(
 
     if old_t is not None:
         if rollout_t is not None and rule.correction != "none":
-            weight_t = weight_t * correction_weight(old_t - rollout_t, rule.correction, rule.cap)
+            weight_t = weight_t * correction_weight(old_t - rollout_t, rule.correction, rule.cap, rule.floor)
         if rule.ratio_level == "token":
             base_t = old_t if rule.ratio_base == "old" else reference_t
             assert base_t is not None, "as _check has seen"

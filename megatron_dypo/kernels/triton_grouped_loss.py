@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_dypo.kernels.grouped_loss import LARGEST, LossRule
+from megatron_dypo.kernels.grouped_loss import LARGEST, LossRule, lower_end
 
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
@@ -52,7 +52,7 @@ def constants(rule: LossRule) -> dict:
         "TOKEN_RATIO": rule.ratio_level == "token",
         "OLD_BASE": rule.ratio_base == "old",
         "CORRECTION": rule.correction,
-        "CAP_LOW": 1 / rule.cap,
+        "CAP_LOW": float(lower_end(rule.cap, rule.floor)),
         "CAP": float(rule.cap),
         "CLIP_LOW": 1.0 - rule.clip_low,
         "CLIP_HIGH": 1.0 + rule.clip_high,
@@ -152,7 +152,8 @@ def _one_sequence(
                     if CORRECTION == "truncate":
                         weight *= tl.where(trust > CAP, CAP, trust)
                     else:
-                        weight *= ((trust >= CAP_LOW) & (trust <= CAP)).to(now.dtype)
+                        inside = ((trust >= CAP_LOW) & (trust <= CAP)).to(now.dtype)
+                        weight *= inside * trust if CORRECTION == "icepop" else inside
                 if TOKEN_RATIO:
                     base = before if OLD_BASE else tl.load(reference + t, here, 0.0)
                     ratio = _exp(now - base, LARGEST)

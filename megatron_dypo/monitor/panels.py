@@ -184,7 +184,10 @@ ROLLOUT = (
         "Rollout correction",
         "Tokens whose weight in GRPO is capped, or 0 (masked).",
         "share of tokens",
-        (Curve("rollout/corrected_frac", "corrected", "c5"),),
+        (
+            Curve("rollout/corrected_frac", "corrected", "c5"),
+            Curve("rollout/corrected_low_frac", "below the floor", "c2"),
+        ),
         percent=True,
     ),
     Panel(

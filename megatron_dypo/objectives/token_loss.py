@@ -50,6 +50,7 @@ class TokenStreams:
             ratio_base=self.objective.ratio_base,
             correction=self.correction.kind,
             cap=self.correction.cap,
+            floor=self.correction.floor,
             shape=self.objective.shape if recipe(self.objective).has("shaped") else "none",
             shape_gamma=self.objective.shape_gamma,
             entropy=self.objective.entropy_coef > 0,

@@ -32,10 +32,10 @@ def mismatch_metrics(policy: Policy, minibatches: list[MiniBatch], config: Confi
     rollout/mismatch_mean|max|kl and the share of tokens in each decade: the old policy's log-probs beside the engine's.
     rollout/staleness_mean|max: optimizer updates between the weights that sampled a response and those that train it
     first, whichever is newer (a replay that skipped a step is behind its recording). rollout/corrected_frac, with a
-    rollout correction: tokens whose weight in GRPO is capped or 0. Empty where no response is trained. Reads
-    each mini-batch's ``logp`` and ``sums``.
+    rollout correction: tokens whose weight in GRPO is capped or 0, and rollout/corrected_low_frac those of them that
+    are 0 at the lower end. Empty where no response is trained. Reads each mini-batch's ``logp`` and ``sums``.
     """
-    correction = Correction(config.rollout.correction, config.rollout.correction_cap)
+    correction = Correction.of(config.rollout)
     totals, largest = _totals(policy, minibatches, correction)
     count = totals["tokens"]
     if not count:
@@ -51,8 +51,10 @@ def mismatch_metrics(policy: Policy, minibatches: list[MiniBatch], config: Confi
     }
     if correction.kind != "none":
         by_response = config.objective.ratio_level == "sequence"
-        corrected = _corrected_responses(minibatches, config, correction) if by_response else totals["corrected"]
-        metrics["rollout/corrected_frac"] = corrected / count
+        found = _corrected_responses(minibatches, config, correction) if by_response else totals
+        metrics["rollout/corrected_frac"] = found["corrected"] / count
+        if correction.kind != "truncate":
+            metrics["rollout/corrected_low_frac"] = found["corrected_low"] / count
     return metrics
 
 
@@ -72,6 +74,7 @@ def _totals(policy: Policy, minibatches: list[MiniBatch], correction: Correction
         "gap": gap_N.sum().item(),
         "kl": (signed_N.exp() - signed_N - 1).sum().item(),
         "corrected": correction.binds(log_ratio_N).sum().item(),
+        "corrected_low": correction.is_below(log_ratio_N).sum().item(),
         **dict(zip(SHARE_KEYS, torch.bincount(decade_N, minlength=len(DECADES)).tolist(), strict=True)),
     }
     everyone = all_gather_objects((mine, gap_N.max().item() if len(gap_N) else 0.0))
@@ -79,16 +82,18 @@ def _totals(policy: Policy, minibatches: list[MiniBatch], correction: Correction
     return totals, max(largest for _, largest in everyone)
 
 
-def _corrected_responses(minibatches: list[MiniBatch], config: Config, correction: Correction) -> int:
+def _corrected_responses(minibatches: list[MiniBatch], config: Config, correction: Correction) -> dict[str, float]:
     """Tokens of the responses whose one weight, that of a sequence-level ratio, is corrected."""
-    corrected = 0
+    found = {"corrected": 0.0, "corrected_low": 0.0}
     for minibatch in minibatches:
         for sequence, sums in zip(minibatch.sequences, minibatch.sums, strict=True):
             if sums is not None:
                 tokens = sequence.loss_tokens
-                log_ratio = (sums.old - sums.rollout) * ratio_unit(config.objective, tokens)
-                corrected += tokens * int(correction.binds(torch.tensor(log_ratio, dtype=torch.float64)).item())
-    return corrected
+                ratio = (sums.old - sums.rollout) * ratio_unit(config.objective, tokens)
+                log_ratio = torch.tensor(ratio, dtype=torch.float64)
+                found["corrected"] += tokens * correction.binds(log_ratio).item()
+                found["corrected_low"] += tokens * correction.is_below(log_ratio).item()
+    return found
 
 
 def _weight_versions(minibatch: MiniBatch) -> list[int]:

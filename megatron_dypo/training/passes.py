@@ -118,7 +118,7 @@ def _streams(batch: MicroBatch, kind: Kind, logp_N: Tensor | None, config: Confi
         batch.counts,
         device=device(),
         objective=config.objective,
-        correction=Correction(config.rollout.correction, config.rollout.correction_cap),
+        correction=Correction.of(config.rollout),
         old_N=sampled_N,
         rollout_N=sampled_N,
         reference_N=sampled_N if needs_reference(config.objective) else None,

@@ -80,7 +80,7 @@ def update_policy(
 def run_updates(policy: Policy, minibatches: list[MiniBatch], config: Config, context: StepContext) -> StepResult:
     """One optimizer update per mini-batch; those with nothing to train on are left out, the same on every rank."""
     objective, result = config.objective, StepResult()
-    correction = Correction(config.rollout.correction, config.rollout.correction_cap)
+    correction = Correction.of(config.rollout)
     reports = []
     for u, minibatch in enumerate(minibatches):
         if not minibatch.sequences:
