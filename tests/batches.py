@@ -16,7 +16,9 @@ from megatron_dypo.config.schema import (
     Shape,
     Trainer,
 )
+from megatron_dypo.objectives.recipes import recipe
 from megatron_dypo.records import Group, Prompt, Regime, Response, Teacher
+from megatron_dypo.training.minibatch import draw_teachers, grade_groups
 
 SHAPES = {
     "llama": Shape(num_query_groups=2),
@@ -72,6 +74,16 @@ def make_groups(prompts: int = 12, k: int = 4, seed: int = 0, vocabulary: int = 
         draw = (0, 1) if regime == Regime.HARD else None
         teachers = (Teacher("a", "first"), Teacher("b", "second trace"))
         groups.append(Group(Prompt(f"p{q}", "1", teachers), prompt_ids, responses, regime, draw))
+    return groups
+
+
+def for_recipe(groups: list[Group], objective: Objective) -> list[Group]:
+    """With the draws of this objective's recipe, and where it scores drawn traces, their rewards: one right, one not."""
+    if recipe(objective).scores_traces:
+        for group in groups:
+            draw_teachers(group, [0, 1], 0, 1, objective.teachers_per_prompt)
+            group.teacher_rewards = (1.0, 0.25)[: objective.teachers_per_prompt]
+    grade_groups(groups, objective, 0, 1, lambda group: [0, 1])
     return groups
 
 

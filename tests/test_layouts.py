@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from megatron_dypo.rollout.recording import record
-from tests.batches import make_config, make_groups, route, trace_ids
+from tests.batches import for_recipe, make_config, make_groups, route, trace_ids
 from tests.launch import copy_task, metrics, torchrun, train_here
 from tests.ranks import run_ranks
 
@@ -36,7 +36,7 @@ def train_steps(shape: str, budget: int, steps: int, sections: dict, prompts: in
     initial = hashlib.sha256(b"".join(tensor.numpy().tobytes() for _, tensor in policy.named_tensors())).hexdigest()
     history, gradients = [], {}
     for step in range(steps):
-        groups = make_groups(prompts, seed=step)
+        groups = for_recipe(make_groups(prompts, seed=step), config.objective)
         if config.policy.routing_replay == "rollout":
             route(groups, model.num_layers, model.router_topk, model.num_experts)
         minibatches = build_minibatches(policy.layout, groups, config, trace_ids)
