@@ -78,7 +78,7 @@ def make_groups(prompts: int = 12, k: int = 4, seed: int = 0, vocabulary: int = 
 
 
 def for_recipe(groups: list[Group], objective: Objective) -> list[Group]:
-    """With the draws of this objective's recipe, and where it scores drawn traces, their rewards: one right, one not."""
+    """With the teachers that this objective's recipe draws, and the rewards of their traces, if it scores them."""
     if recipe(objective).scores_traces:
         for group in groups:
             draw_teachers(group, [0, 1], 0, 1, objective.teachers_per_prompt)

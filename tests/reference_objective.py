@@ -16,22 +16,31 @@ from torch.nn.functional import logsigmoid
 
 @dataclass
 class Rollout:
-    """A sampled response: its reward, and each token's log-prob [n] under the four policies, in nats."""
+    """A sampled response: its reward, each token's log-prob [n] under the four policies and its entropy, in nats."""
 
     reward: float
     logp_n: Tensor
     old_n: Tensor
     reference_n: Tensor
     engine_n: Tensor
+    entropy_n: Tensor
+
+
+@dataclass
+class Trace:
+    """A teacher's trace: each token's log-prob and entropy [n], and its reward, where it has one."""
+
+    logp_n: Tensor
+    entropy_n: Tensor
+    reward: float | None = None
 
 
 @dataclass
 class Question:
-    """A prompt's k rollouts, the log-probs [n] of each teacher trace drawn for it (none: no teacher), their rewards."""
+    """A prompt's k rollouts, and each teacher trace drawn for it (none: no teacher)."""
 
     rollouts: list[Rollout]
-    traces: list[Tensor]
-    trace_rewards: list[float] = field(default_factory=list)
+    traces: list[Trace]
 
 
 @dataclass
@@ -132,23 +141,27 @@ def dypo(questions: list[Question], c, correction: str = "none", cap: float = 2.
         rewards = [rollout.reward for rollout in question.rollouts]
         kind = "hard" if c.method == "sft" else regime(rewards, c.reward_threshold, c.hard_max_solved, c.gate)
         if kind == "mid" or c.method in ("grpo", "luffy") or (c.method == "switch" and kind == "easy"):
-            groups.append((question.rollouts, question.traces if c.method == "luffy" else [], question.trace_rewards))
-            tied += len({*rewards, *question.trace_rewards}) == 1 and not c.kl_coef
+            members = question.traces if c.method == "luffy" else []
+            groups.append((question.rollouts, members))
+            tied += len({*rewards, *(trace.reward for trace in members)}) == 1 and not (c.kl_coef or c.entropy_coef)
         elif kind == "hard" and c.method != "grpo" and question.traces:
             taught.append(question.traces)
     Q = len(questions) if c.normalize == "all" else len(groups) - tied + len(taught)
-    tokens = sum(len(x.logp_n) for rollouts, _, _ in groups for x in rollouts)
-    tokens += sum(len(logp_n) for _, traces, _ in groups for logp_n in traces)
+    tokens = sum(len(member.logp_n) for group in groups for members in group for member in members)
+    routed = [member for group in groups for members in group for member in members]
+    routed += [trace for traces in taught for trace in traces]
+    all_tokens = sum(len(sequence.logp_n) for sequence in routed)
+    terms.entropy = [-c.entropy_coef * sequence.entropy_n / all_tokens for sequence in routed]
 
     def per_token(override: bool | None) -> bool:
         return c.scale == "token" if override is None else override
 
     for traces in taught:
-        for logp_n in traces:
-            unit = 1 / len(logp_n) if per_token(c.sft_length_normalize) else 1.0
-            of_all = len(taught) / sum(len(x) for each in taught for x in each)
+        for trace in traces:
+            unit = 1 / len(trace.logp_n) if per_token(c.sft_length_normalize) else 1.0
+            of_all = len(taught) / sum(len(x.logp_n) for each in taught for x in each)
             weight = of_all if c.demo_aggregation == "token_mean" else unit / len(traces)
-            terms.sft.append(-logp_n * weight / Q)
+            terms.sft.append(-trace.logp_n * weight / Q)
 
     def weigh(n: int, k: int) -> float:
         if c.aggregation == "scale":
@@ -157,16 +170,17 @@ def dypo(questions: list[Question], c, correction: str = "none", cap: float = 2.
             return len(groups) / Q / tokens
         return 1 / (Q * k * (c.aggregation_constant or longest))
 
-    for group, traces, trace_rewards in groups:
+    for group, traces in groups:
         rewards = [rollout.reward for rollout in group]
-        if len({*rewards, *trace_rewards}) == 1 and not c.kl_coef:
+        baseline = [*rewards, *(trace.reward for trace in traces)]
+        if len(set(baseline)) == 1 and not c.kl_coef:
             continue  # all advantages are 0, and there is no pair
-        A_k = advantages([*rewards, *trace_rewards], c.advantage_std)
+        A_k = advantages(baseline, c.advantage_std)
         k = len(A_k)
-        for logp_n, advantage in zip(traces, A_k[len(group) :], strict=True):
-            p_n = logp_n.exp()
+        for trace, advantage in zip(traces, A_k[len(group) :], strict=True):
+            p_n = trace.logp_n.exp()
             f_n = p_n / (p_n + c.shape_gamma) if c.shape == "luffy" else p_n
-            terms.shaped.append(-weigh(len(logp_n), k) * advantage * f_n)
+            terms.shaped.append(-weigh(len(p_n), k) * advantage * f_n)
         for rollout, advantage in zip(group, A_k, strict=False):
             weight = weigh(len(rollout.logp_n), k)
             surrogate_n, kl_n = grpo(rollout, advantage, c, correction, cap)

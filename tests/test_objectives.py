@@ -1,7 +1,8 @@
 """The objective against an independent float64 reference (reference_objective.py), and its parts' invariants.
 
 Ours is what update.py does: coefficients of the whole batch, then token-local losses over micro-batches, here cut at
-random. Inputs are representable in float32, so both precisions see the same numbers. Legend: N tokens of a micro-batch.
+random. Inputs are representable in float32, so both precisions see the same numbers. Legend: N tokens of a micro-batch;
+n of a sequence, whose leaves and gradients [2, n] are of the log-probs and of the entropies.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from megatron_dypo.objectives.coefficients import BatchTerms, Correction, needs_
 from megatron_dypo.objectives.recipes import RECIPES, recipe, shares, total
 from megatron_dypo.records import Group, Kind, Prompt, Response, Sequence
 from megatron_dypo.training.minibatch import training_sequences
+from megatron_dypo.training.passes import PER_TOKEN
 from tests import reference_objective as page
 
 LONGEST = 9  # tokens of a response; the default of aggregation_constant
@@ -44,7 +46,8 @@ Key = tuple[int, Kind, int]  # group, kind, sample
 
 @dataclass
 class Batch:
-    """Graded groups, and every sequence's log-probs [n] (now, old, reference, rollout), drawn for training or not."""
+    """Graded groups, and every sequence's log-probs [n] (now, old, reference, rollout) and entropies [n], drawn for
+    training or not."""
 
     groups: list[Group]
     logp: dict[Key, dict[str, Tensor]]
@@ -63,13 +66,14 @@ def make_batch(
     drift: float = 0.3,
 ) -> Batch:
     """One group per row of rewards, with ``traces[g]`` teacher traces (one each by default); drift 0: a first step."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, of_entropies = (torch.Generator().manual_seed(each) for each in (seed, seed + 1))
 
     def values() -> dict[str, Tensor]:
         n = int(torch.randint(1, longest + 1, (), generator=generator))
         old_n = -2 * torch.empty(n).exponential_(generator=generator)
         noise = {name: drift * torch.randn(n, generator=generator) for name in ("now", "reference", "rollout")}
-        return {"old": old_n.double()} | {name: (old_n + noise_n).double() for name, noise_n in noise.items()}
+        drawn = {"old": old_n, "entropy": torch.empty(n).exponential_(generator=of_entropies)}
+        return {name: x_n.double() for name, x_n in (drawn | {k: old_n + x_n for k, x_n in noise.items()}).items()}
 
     groups, logp = [], {}
     for g, row in enumerate(rewards):
@@ -91,7 +95,7 @@ def make_batch(
 
 @dataclass
 class Ours:
-    """What the package computes: loss, dL/dlogp of every trained sequence, and the metrics' sums."""
+    """What the package computes: loss, gradient [2, n] of every trained sequence, and the metrics' sums."""
 
     loss: float = 0.0
     gradient: dict[Key, Tensor] = field(default_factory=dict)
@@ -103,7 +107,7 @@ def coefficients(batch: Batch, objective: Objective, correction: Correction) -> 
     sequences = training_sequences(batch.groups, objective, batch.trace)
     sums: list[SequenceSums | None] = []
     for sequence in sequences:
-        logp = {name: x_n.sum().item() for name, x_n in batch.logp[key(sequence)].items()}
+        logp = {name: batch.logp[key(sequence)][name].sum().item() for name in PER_TOKEN}
         if not needs_reference(objective):
             logp["reference"] = 0.0  # as update.py leaves it: nobody may read it
         sums.append(SequenceSums(**logp) if sequence.kind == Kind.ROLLOUT else None)
@@ -160,9 +164,12 @@ def ours(
         for places in cut([p for p, sequence in enumerate(sequences) if sequence.kind == kind], seed):
             chosen = [sequences[place] for place in places]
             logp_N, stream = streams(batch, chosen, [terms.sequences[p] for p in places], objective, correction, dtype)
-            loss, totals = dypo_loss(logp_N, stream)
-            (gradient_N,) = torch.autograd.grad(loss, logp_N)
-            pieces = gradient_N.double().split([sequence.loss_tokens for sequence in chosen]) if chosen else []
+            entropies = [batch.logp[key(sequence)]["entropy"] for sequence in chosen]
+            entropy_N = torch.cat([torch.zeros(0), *entropies]).to(dtype).requires_grad_()
+            loss, totals = dypo_loss(logp_N, stream, entropy_N)
+            slopes = torch.autograd.grad(loss, (logp_N, entropy_N), allow_unused=True, materialize_grads=True)
+            gradient_2N = torch.stack(slopes).double()
+            pieces = gradient_2N.split([sequence.loss_tokens for sequence in chosen], 1) if chosen else []
             result.gradient |= {key(sequence): piece for sequence, piece in zip(chosen, pieces, strict=True)}
             local += loss.item()
             for name, value in totals.items():
@@ -177,23 +184,25 @@ def reference(
     batch: Batch, objective: Objective, correction: Correction = Correction()
 ) -> tuple[page.Terms, dict[Key, Tensor]]:
     """The page's terms, and the log-probs they can be differentiated in."""
-    leaves = {place: logp["now"].clone().requires_grad_() for place, logp in batch.logp.items()}
+    leaves = {place: torch.stack([x["now"], x["entropy"]]).requires_grad_() for place, x in batch.logp.items()}
     questions = []
     for g, group in enumerate(batch.groups):
         rollouts = []
         for i, response in enumerate(group.responses):
             place = (g, Kind.ROLLOUT, i)
-            logp = batch.logp[place]
+            logp, (now_n, entropy_n) = batch.logp[place], leaves[place]
             rollouts.append(
-                page.Rollout(response.reward, leaves[place], logp["old"], logp["reference"], logp["rollout"])
+                page.Rollout(response.reward, now_n, logp["old"], logp["reference"], logp["rollout"], entropy_n)
             )
-        traces = [leaves[g, Kind.TEACHER, i] for i in group.teacher_indices or ()]
-        questions.append(page.Question(rollouts, traces, list(group.teacher_rewards)))
+        traces = [page.Trace(*leaves[g, Kind.TEACHER, i]) for i in group.teacher_indices or ()]
+        for trace, reward in zip(traces, group.teacher_rewards, strict=False):
+            trace.reward = reward
+        questions.append(page.Question(rollouts, traces))
     return page.dypo(questions, objective, correction.kind, correction.cap, LONGEST), leaves
 
 
 def gradient(loss: Tensor, leaves: dict[Key, Tensor]) -> dict[Key, Tensor]:
-    """dloss/dlogp of every sequence, zero where it takes no part."""
+    """The gradient of every sequence, zero where it takes no part."""
     if not loss.requires_grad:
         return {place: torch.zeros_like(leaf) for place, leaf in leaves.items()}
     parts = torch.autograd.grad(loss, list(leaves.values()), retain_graph=True, allow_unused=True)
@@ -206,7 +215,8 @@ def gradient(loss: Tensor, leaves: dict[Key, Tensor]) -> dict[Key, Tensor]:
 def flat(values: dict[Key, Tensor], places: dict[Key, Tensor]) -> Tensor:
     """One vector over all tokens of the batch, those of dropped sequences included."""
     assert values.keys() <= places.keys()
-    return torch.cat([values.get(place, torch.zeros_like(like)) for place, like in sorted(places.items())]).detach()
+    found = [values.get(place, torch.zeros_like(like)) for place, like in sorted(places.items())]
+    return torch.cat([each.flatten() for each in found]).detach()
 
 
 def assert_agrees(batch: Batch, objective: Objective, correction: Correction = Correction(), seed: int = 0) -> None:
@@ -255,6 +265,7 @@ def test_value_and_gradient_equal_the_reference_for_any_configuration_and_cut(ro
         sft_length_normalize=draw.choice([None, True, False]),
         hard_max_solved=draw.choice([0, 1]),
         teachers_per_prompt=draw.choice([1, 2]),
+        entropy_coef=draw.choice([0.0, 0.2]),
         **ASYMMETRIC,
     )
     batch = make_batch(MIXED, objective, seed=row, traces=[1, 2, 2, 0, 1, 1, 2])
@@ -291,7 +302,11 @@ SHAPES = {
 @pytest.mark.parametrize("method", RECIPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_value_and_gradient_equal_the_reference_for_degenerate_batches(shape: str, method: str) -> None:
-    for extra in ({}, {"kl_coef": 0.2, "normalize": "active", "ratio_base": "reference", "aggregation": "token_mean"}):
+    for extra in (
+        {},
+        {"entropy_coef": 0.1},
+        {"kl_coef": 0.2, "normalize": "active", "ratio_base": "reference", "aggregation": "token_mean"},
+    ):
         objective = Objective(method=method, teachers_per_prompt=2, **extra)
         assert_agrees(make_batch(objective=objective, **SHAPES[shape]), objective)
 
@@ -320,6 +335,7 @@ OBJECTIVES = st.builds(
     ratio_base=st.sampled_from(["old", "reference"]),
     ratio_level=st.sampled_from(["token", "sequence"]),
     advantage_std=st.sampled_from(["population", "sample", "none"]),
+    entropy_coef=st.sampled_from([0.0, 0.0, 0.2]),
 )
 REWARDS = st.integers(1, 5).flatmap(
     lambda k: st.lists(
@@ -455,6 +471,7 @@ METRICS = {
     "kl": {"kl_coef": 0.3, "alpha": 0.3, "gamma": 2.0},
     "sequence": {"ratio_level": "sequence", "ratio_base": "reference", "kl_coef": 0.1},
     "trajectory": {"scale": "trajectory", "normalize": "active"},
+    "entropy": {"entropy_coef": 0.2, "normalize": "active"},
 }
 
 
@@ -486,7 +503,9 @@ def test_totals_are_the_terms_and_the_share_of_the_gradient_of_each(name: str, m
         assert result.totals.get(f"grad_share/{term}", 0.0) == pytest.approx(slopes.abs().sum().item(), rel=1e-10)
     if needs_reference(objective):
         assert result.totals.get("loss/kl", 0.0) == pytest.approx(summed(terms.kl).item(), rel=1e-10)
-    assert total(losses, objective) == pytest.approx(result.loss, rel=1e-10)
+    bonus = result.totals.get("loss/entropy", 0.0)
+    assert bonus == pytest.approx(summed(terms.entropy).item(), rel=1e-10)
+    assert total(losses, objective) + bonus == pytest.approx(result.loss, rel=1e-10)
 
 
 def test_clipped_counts_the_tokens_whose_slope_the_clip_takes() -> None:

@@ -45,6 +45,7 @@ ANOTHER = {  # a value that is not the default, which the others of these do not
     "hard_max_solved": 1, "teachers_per_prompt": 2, "aggregation": "token_mean", "aggregation_constant": 5,
     "gal_length_normalize": False, "sft_length_normalize": False, "ratio_base": "reference", "ratio_level": "sequence",
     "advantage_std": "none", "gate": "advantage", "shape": "p", "shape_gamma": 0.3, "demo_aggregation": "token_mean",
+    "entropy_coef": 0.2,
 }  # fmt: skip
 
 
@@ -94,7 +95,7 @@ def outcome(objective: Objective) -> list[float]:
         group.teacher_rewards = group.teacher_rewards[: objective.teachers_per_prompt]
     correction = Correction("none", 2.0)
     found = ours.ours(batch, objective, correction, seed=0)
-    gradient = [value for key in sorted(found.gradient, key=str) for value in found.gradient[key].tolist()]
+    gradient = [value for key in sorted(found.gradient, key=str) for value in found.gradient[key].flatten().tolist()]
     return [found.loss, len(found.gradient), *gradient]
 
 
