@@ -73,6 +73,11 @@ class Response:
     fault: str | None = None
     experts: np.ndarray | None = None
 
+    @property
+    def finished(self) -> bool:
+        """Whether it ended by itself, with an end token, and was not cut at a limit."""
+        return self.finish_reason == "stop"
+
 
 @dataclass
 class Group:

@@ -69,6 +69,10 @@ BAD = [
     ({"settings": {"aggregation": "median of tokens"}}, "settings.aggregation: 'median of tokens'"),
     ({"settings": {"constant": 0}}, "objective.aggregation_constant"),
     ({"settings": {"entropy_coef": 0.1}}, "entropy is needed"),
+    (
+        {"system": "Oat-Zero", "settings": {}, "sequences": [SCORED["sequences"][0] | {"finished": "no"}]},
+        r"sequences\[0\].finished: expected true or false, got 'no'",
+    ),
     ({"sequences": []}, "sequences: expected a list of objects"),
     ({"sequences": [{"prompt": 0, "source": "rollout", "logp": [0.1, "x"]}]}, r"sequences\[0\].logp"),
     ({"sequences": [{"prompt": 0, "source": "teacher", "logp": [0.1]}]}, r"sequences\[0\].source: 'teacher'"),

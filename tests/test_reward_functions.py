@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from megatron_dypo.config import load_config
 from megatron_dypo.config.checks import warnings
+from megatron_dypo.config.load import load_keys
 from megatron_dypo.config.schema import Config, Reward
 from megatron_dypo.data.tasks import dataset, generate
 from megatron_dypo.errors import UserError
@@ -412,6 +413,33 @@ def test_training_takes_penalties_off_and_evaluation_does_not():
         assert [response.reward for response in groups[0].responses] == [1, -0.25, -0.5]
 
 
+@pytest.mark.parametrize("value", [None, 0.0, -0.5])
+def test_an_unfinished_response_has_the_reward_that_is_given_whatever_its_text_and_is_not_graded(value):
+    """Not even by a function that would fail on it; and no penalty is taken off."""
+    texts = {"right": "stop", "cut right": "length", "cut": "abort", "wrong" + " " * 91: "stop"}
+    config = Config.model_validate(
+        {
+            "model": {"preset": "tiny"},
+            "data": {"train": "rows.jsonl"},
+            "trainer": {"steps": 1, "run_dir": "runs/x"},
+            "rollout": {"max_response_tokens": 100, "reward_unfinished": value},
+            "reward": {"format": "boxed", "format_penalty": 0.25, "overlong_tokens": 50, "overlong_penalty": 0.5},
+        }
+    )
+    responses = [Response(np.array([*map(ord, text)]), np.zeros(len(text)), end) for text, end in texts.items()]
+    seen = []
+
+    def reward(prompts: list[Prompt], answers: list[str]) -> list[Score]:
+        seen.extend(answers)
+        return [Score(float("right" in text), "broken" if text == "cut" else None) for text in answers]
+
+    score([Group(Prompt("a", "5", ()), responses[0].ids, responses)], Letters(), reward, config)
+    cut = [0.75, -0.25] if value is None else [value, value]
+    assert [response.reward for response in responses] == [0.75, *cut, -0.25 - 0.5 * 46 / 50]
+    assert seen == ([*texts] if value is None else [text for text, end in texts.items() if end == "stop"])
+    assert [response.fault for response in responses] == [None, None, "broken" if value is None else None, None]
+
+
 def test_failed_responses_are_counted_in_the_metrics(own):
     ids = [np.array([*map(ord, text)]) for text in ("right", "raises", "none", "wrong")]
     group = Group(Prompt("a", "right", ()), ids[0], [Response(each, np.zeros(len(each)), "stop") for each in ids])
@@ -455,6 +483,12 @@ def test_settings_without_effect_are_refused(tmp_path, reward, named):
 def test_settings_that_work_are_accepted_without_a_warning(tmp_path, function):
     config = configured(tmp_path, function=function, format="think", format_penalty=0.5)
     assert not [line for line in warnings(config) if "reward." in line]
+
+
+def test_a_reward_of_unfinished_responses_that_makes_them_right_is_told():
+    told = {value: warnings(load_keys([f"rollout.reward_unfinished={value}"], "x")) for value in ("0", "0.5", "null")}
+    assert told["0"] == told["null"] == []
+    assert told["0.5"][0].startswith("rollout.reward_unfinished: 0.5 is at least objective.reward_threshold: 0.5")
 
 
 @pytest.mark.parametrize(

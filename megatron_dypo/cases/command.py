@@ -16,11 +16,11 @@ def result(case: dict[str, Any], source: str) -> dict[str, Any]:
     """The numbers of a case, and under ``config`` the keys it was turned into. Raises UserError for what is not one."""
     try:
         keys = configuration(case)
-        objective = load_keys([f"{name}={json.dumps(value)}" for name, value in keys.items()], "config").objective
+        config = load_keys([f"{name}={json.dumps(value)}" for name, value in keys.items()], "config")
         if "sequences" in case:
-            return evaluate(_objects(case["sequences"]), objective) | {"config": keys}
+            return evaluate(_objects(case["sequences"]), config) | {"config": keys}
         if "p" in case["settings"]:
-            return curve(case["settings"]["p"], objective) | {"config": keys}
+            return curve(case["settings"]["p"], config.objective) | {"config": keys}
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     raise UserError(f"{source}: sequences: needed, one object for each sequence of the update")

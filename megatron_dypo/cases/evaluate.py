@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_dypo.config.schema import Objective
+from megatron_dypo.config.schema import Config, Objective
 from megatron_dypo.errors import UserError
 from megatron_dypo.kernels import LossRule, empty_sums, grouped_loss
 from megatron_dypo.kernels.grouped_loss import COEFFICIENTS
@@ -20,6 +20,7 @@ from megatron_dypo.objectives import SequenceSums, TokenStreams, sequence_terms
 from megatron_dypo.objectives.coefficients import Correction, member_advantages, needs_reference
 from megatron_dypo.objectives.recipes import recipe, total
 from megatron_dypo.records import Group, Kind, Prompt, Response, Sequence, Teacher
+from megatron_dypo.rollout.sampling import give_unfinished_reward
 from megatron_dypo.training.minibatch import grade_groups, training_sequences
 
 SOURCES = {"rollout": Kind.ROLLOUT, "demo": Kind.TEACHER}
@@ -29,8 +30,8 @@ STREAMS = {"logp": "logp", "old": "old_logp", "reference": "ref_logp", "entropy"
 class Case:
     """The sequences of one update and the groups that they make up; ``logs[i]`` are sequence i's streams [n]."""
 
-    def __init__(self, sequences: list[dict[str, Any]], objective: Objective) -> None:
-        self.sequences, self.objective = sequences, objective
+    def __init__(self, sequences: list[dict[str, Any]], config: Config) -> None:
+        self.sequences, self.objective = sequences, config.objective
         self.logs = [_logs(place, sequence) for place, sequence in enumerate(sequences)]
         self.members: dict[Any, dict[Kind, list[int]]] = {}  # places by prompt and kind
         for place, sequence in enumerate(sequences):
@@ -39,11 +40,14 @@ class Case:
             kinds = self.members.setdefault(sequence.get("prompt"), {Kind.ROLLOUT: [], Kind.TEACHER: []})
             kinds[SOURCES[sequence["source"]]].append(place)
         self.groups = [self._group(str(prompt), kinds) for prompt, kinds in self.members.items()]
-        grade_groups(self.groups, objective, 0, 1, lambda group: [])
+        for response in (response for group in self.groups for response in group.responses):
+            give_unfinished_reward(response, config)
+        grade_groups(self.groups, config.objective, 0, 1, lambda group: [])
 
     def _group(self, name: str, kinds: dict[Kind, list[int]]) -> Group:
         responses = [
-            Response(self._ids(place), self._ids(place), "stop", self._reward(place)) for place in kinds[Kind.ROLLOUT]
+            Response(self._ids(place), self._ids(place), self._end(place), self._reward(place))
+            for place in kinds[Kind.ROLLOUT]
         ]
         demos = kinds[Kind.TEACHER]
         scored = demos if recipe(self.objective).scores_traces else []
@@ -61,6 +65,12 @@ class Case:
     def _reward(self, place: int) -> float:
         reward = self.sequences[place].get("reward")
         return 1.0 if reward is None else float(reward)
+
+    def _end(self, place: int) -> str:
+        finished = self.sequences[place].get("finished", True)
+        if not isinstance(finished, bool):
+            raise UserError(f"sequences[{place}].finished: expected true or false, got {finished!r:.80}")
+        return "stop" if finished else "length"
 
     def place(self, sequence: Sequence) -> int:
         """Where the case lists a training sequence."""
@@ -94,9 +104,9 @@ def _logs(place: int, sequence: dict[str, Any]) -> dict[str, Tensor]:
     return logs
 
 
-def evaluate(sequences: list[dict[str, Any]], objective: Objective) -> dict[str, Any]:
-    """Loss, its derivatives, advantages and routes of one update, under the names of a case's ``expected``."""
-    case = Case(sequences, objective)
+def evaluate(sequences: list[dict[str, Any]], config: Config) -> dict[str, Any]:
+    """Loss, its derivatives, rewards, advantages and routes of one update, under the names of a case's ``expected``."""
+    case, objective = Case(sequences, config), config.objective
     trained = case.trained()
     places = [case.place(sequence) for sequence in trained]
     sums = [_sums(case, place, sequence, objective) for place, sequence in zip(places, trained, strict=True)]
@@ -135,7 +145,7 @@ def evaluate(sequences: list[dict[str, Any]], objective: Objective) -> dict[str,
     result = {"loss": loss, "dloss_dlogp": listed(slopes["dloss_dlogp"])}
     if objective.entropy_coef:
         result["dloss_dentropy"] = listed(slopes["dloss_dentropy"])
-    return result | _advantages(case) | _routes(case)
+    return result | _rewards(case) | _advantages(case) | _routes(case)
 
 
 def _sums(case: Case, place: int, sequence: Sequence, objective: Objective) -> SequenceSums | None:
@@ -147,6 +157,14 @@ def _sums(case: Case, place: int, sequence: Sequence, objective: Objective) -> S
             raise UserError(f"sequences[{place}].{STREAMS[name]}: needed by objective.method: {objective.method}")
     logs = {name: case.logs[place][name].sum().item() for name in ("logp", *wanted)}
     return SequenceSums(logs["logp"], logs["old"], logs.get("reference", 0.0), logs["old"])
+
+
+def _rewards(case: Case) -> dict[str, Any]:
+    """The rewards that train, where every sequence of the case is a response."""
+    seen: dict[int, float] = {}
+    for group, kinds in zip(case.groups, case.members.values(), strict=True):
+        seen |= dict(zip(kinds[Kind.ROLLOUT], group.rewards, strict=True))
+    return {"rewards_seen": [seen[place] for place in sorted(seen)]} if len(seen) == len(case.sequences) else {}
 
 
 def _advantages(case: Case) -> dict[str, Any]:

@@ -20,8 +20,9 @@ SYSTEMS: dict[str, Keys] = {
     "SuperRL": {"objective.method": "switch", "objective.reward_threshold": BARELY_POSITIVE},
     "HPT": {"objective.method": "switch"},
     "LUFFY": {"objective.method": "luffy"},
+    "Oat-Zero": {"objective.method": "grpo", "rollout.reward_unfinished": 0.0},
 }
-LATER = ("Oat-Zero", "SFT->RL", "ReLIFT", "SRFT", "CHORD", "OpenReasoner-Zero", "SimpleRL-Zero", "PRIME-Zero")
+LATER = ("SFT->RL", "ReLIFT", "SRFT", "CHORD", "OpenReasoner-Zero", "SimpleRL-Zero", "PRIME-Zero")
 
 
 def _clip(value: float | None) -> Keys:

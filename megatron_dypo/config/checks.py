@@ -157,6 +157,12 @@ def warnings(config: Config) -> list[str]:
             f"{', '.join(penalties)}: can take the 1 of a right response below objective.reward_threshold: "
             f"{objective.reward_threshold:g}, so that it is graded as wrong"
         )
+    unfinished = config.rollout.reward_unfinished
+    if unfinished is not None and unfinished >= objective.reward_threshold:
+        found.append(
+            f"rollout.reward_unfinished: {unfinished:g} is at least objective.reward_threshold: "
+            f"{objective.reward_threshold:g}, so that every response cut at its limit is graded as right"
+        )
     if config.rollout.top_p < 1:
         found.append(
             "rollout.top_p < 1: the behaviour policy is truncated; the training log-probs are of the full softmax"

@@ -106,6 +106,7 @@ READ_WITH: dict[str, tuple[Condition, ...]] = {
     "rollout.samples_per_prompt": (_SAMPLES,),
     "rollout.temperature": (_SAMPLES,),
     "rollout.top_p": (_SAMPLES, _ENGINE),
+    "rollout.reward_unfinished": (_SAMPLES, _ENGINE),
     "rollout.correction": (_SAMPLES,),
     "rollout.correction_cap": (_SAMPLES, _not("rollout.correction", "none")),
     "rollout.correction_floor": (_SAMPLES, _one_of("rollout.correction", "mask", "icepop")),

@@ -98,6 +98,10 @@ class Rollout(Section):
     temperature: float = key(1.0, "Sampling temperature; on-policy log-probs are of softmax(z / temperature).", gt=0)
     top_p: float = key(1.0, "Nucleus sampling; below 1 the behaviour policy is a truncated one.", gt=0, le=1)
     max_response_tokens: int = key(8192, "Longest response, end token included.", ge=1)
+    reward_unfinished: float | None = key(
+        None,
+        "Reward of a response that did not end by itself, whatever its text: it is not graded and pays no penalty (Oat-Zero: 0). Default: graded as it is.",
+    )
     record: str | None = key(
         None, "Folder to write each step's rollouts to (`step_000001.jsonl`).", path=True, resumable=True
     )

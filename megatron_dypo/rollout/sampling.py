@@ -56,14 +56,30 @@ def sample(groups: list[Group], engine: Engine, config: Config, end_ids: tuple[i
 
 
 def score(groups: list[Group], tokenizer: Tokenizer, reward: RewardProtocol, config: Config | None = None) -> None:
-    """Set every response's reward and fault; with ``config``, which training gives, less the penalties it asks for."""
-    pairs = [(group.prompt, response) for group in groups for response in group.responses]
+    """Set every response's reward and fault; with ``config``, which training gives, less the penalties it asks for.
+
+    An unfinished response whose reward is given is not graded and pays no penalty.
+    """
+    responses = [(group.prompt, response) for group in groups for response in group.responses]
+    pairs = [each for each in responses if config is None or not give_unfinished_reward(each[1], config)]
     texts = [tokenizer.decode(response.ids) for _, response in pairs]
     scores = reward([prompt for prompt, _ in pairs], texts)
     for (_, response), text, (value, fault) in zip(pairs, texts, scores, strict=True):
         response.reward, response.fault = value, fault
         if config:
             response.reward -= penalty(config.reward, text, len(response.ids), config.rollout.max_response_tokens)
+
+
+def give_unfinished_reward(response: Response, config: Config) -> bool:
+    """Set the reward of a response that did not end by itself to ``rollout.reward_unfinished``, whatever its text.
+
+    Returns whether that applies: False where it ended by itself, or the key is null.
+    """
+    value = config.rollout.reward_unfinished
+    if value is None or response.finished:
+        return False
+    response.reward, response.fault = value, None
+    return True
 
 
 def draw_teachers(group: Group, usable: list[int], seed: int, step: int, draws: int) -> None:
