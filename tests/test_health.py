@@ -380,10 +380,13 @@ def digest(policy) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in policy.named_tensors()}
 
 
-def spiking_update(spike_factor: float, times: float, unequal: bool) -> tuple[dict, float]:
+def spiking_update(
+    spike_factor: float, times: float, unequal: bool, bound: float = 0.0, past: int = NEEDED
+) -> tuple[dict, float]:
     """(What came of an update whose norm is ``times`` the median of its past, this rank's peak of memory in GiB).
 
-    ``unequal``: rank 1 sees a hair more of the norm.
+    ``unequal``: rank 1 sees a hair more of the norm. ``bound``: the largest norm to apply, in such medians; ``past``:
+    updates before.
     """
     from megatron_dypo.runtime.measure import take_peaks
     from megatron_dypo.training.minibatch import build_minibatches
@@ -396,13 +399,14 @@ def spiking_update(spike_factor: float, times: float, unequal: bool) -> tuple[di
     minibatches = build_minibatches(policy.layout, make_groups(), settings, trace_ids)
     logprob_passes(policy, minibatches, settings)
     probe = run_updates(policy, minibatches, settings, StepContext(1, 0.0)).grad_norms[0]
+    settings.trainer.max_grad_norm_to_apply = bound * probe / times
     before, version = digest(policy), policy.version
     if unequal and policy.layout.rank == 1:
         exact = policy.grad_norm
         policy.grad_norm = lambda: exact() * (1 + 1e-6)
     kept = np.ones(300_000_000, np.uint8) if policy.layout.rank == 1 else None  # one rank needs more memory
     peak = take_peaks()["perf/host_memory_gib"]
-    context = StepContext(1, 1e-3, grad_norms=[probe / times] * NEEDED)
+    context = StepContext(1, 1e-3, grad_norms=[probe / times] * past)
     outcome = run_updates(policy, minibatches, settings, context)
     del kept
     changed = digest(policy) != before
@@ -425,6 +429,19 @@ def test_a_spiking_update_is_left_out_on_all_ranks():
     assert "on prompts p0, p1, p2, p3, p4, p5, p6, p7 and 4 more" in result["skipped"]
     assert "trainer.spike_factor" in result["skipped"], "says what to change"
     assert result["memory"]["perf/host_memory_gib"] >= larger_peak > peak + 0.1, "of the rank that needed most"
+
+
+def test_an_update_above_an_absolute_norm_is_left_out_without_any_history_and_named():
+    """Judged before clipping, like the other bound, and alike on ranks that round differently."""
+    (result, _), (other, _) = run_ranks(2, spiking_update, 0.0, 2.0, True, 2.0 * (1 + 5e-7), 0)
+    assert result == other and not result["changed"] and result["norms"] == []
+    norm = result["metrics"]["train/grad_norm"]
+    assert re.search(
+        rf"gradient norm {norm:.4g} exceeds trainer.max_grad_norm_to_apply: [\d.]+, on prompts p0, p1, .*; if that is",
+        result["skipped"],
+    )
+    (applied, _), _ = run_ranks(2, spiking_update, 0.0, 2.0, True, 2.1, 0)
+    assert applied["skipped"] is None and applied["changed"] and applied["applied"] == 1
 
 
 @pytest.mark.parametrize(("factor", "times"), [(0.0, 1e6), (10.0, 9.0)], ids=["switched off", "below"])

@@ -129,6 +129,12 @@ class Trainer(Section):
         ge=0,
         resumable=True,
     )
+    max_grad_norm_to_apply: float = key(
+        0.0,
+        "Skip an update whose gradient norm, before clipping, exceeds this (HPT's bound, as an absolute number); 0: never.",
+        ge=0,
+        resumable=True,
+    )
     run_dir: str = key(..., "Run folder.", path=True, resumable=True)
 
 

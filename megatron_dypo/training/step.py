@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_dypo.config.schema import Config
+from megatron_dypo.config.schema import Config, Trainer
 from megatron_dypo.objectives.coefficients import BatchTerms, Correction, sequence_terms
 from megatron_dypo.objectives.token_loss import TokenStreams
 from megatron_dypo.policy.policy import Policy
@@ -104,8 +104,8 @@ def run_updates(policy: Policy, minibatches: list[MiniBatch], config: Config, co
         report = update_metrics(stats, terms, objective)
         reports.append(report)
         result.memory = {name: max(result.memory.get(name, 0.0), peak) for name, peak in stats.memory.items()}
-        limit = (config.trainer.spike_factor, recent_level([*context.grad_norms, *result.grad_norms]))
-        if reason := _reason_to_skip(policy, minibatch, streams, stats.norm, report["loss/total"], *limit):
+        limits = (config.trainer, recent_level([*context.grad_norms, *result.grad_norms]))
+        if reason := _reason_to_skip(policy, minibatch, streams, stats.norm, report["loss/total"], *limits):
             result.skipped = f"update {u + 1} of {len(minibatches)}: {reason}"
             break  # further updates would build on one that was not taken
         with phase("optimizer step"):
@@ -124,17 +124,21 @@ def _reason_to_skip(
     streams: list[TokenStreams],
     norm: float,
     loss: float,
-    spike_factor: float,
+    trainer: Trainer,
     usual: float | None,
 ) -> str | None:
     """Why this update must not be applied, and on which prompts; None where it may. The same on every rank."""
     if not (math.isfinite(norm) and math.isfinite(loss)):
         with phase("search for what is not finite"):
             return f"gradient norm {norm:g}, loss {loss:g}: {bad_gradient(policy, minibatch, streams)}"
-    if spike_factor and usual and norm > spike_factor * usual:
+    bound, way_out = trainer.max_grad_norm_to_apply, "if that is its level from now on, resume with"
+    if bound and norm > bound:
+        found = f"gradient norm {norm:.4g} exceeds trainer.max_grad_norm_to_apply: {bound:g}"
+        return f"{found}, on prompts {prompts(minibatch)}; {way_out} a higher one, or 0"
+    if trainer.spike_factor and usual and norm > trainer.spike_factor * usual:
         times = f"{norm / usual:.3g} times the median of the last applied updates ({usual:.4g})"
-        way_out = "if that is its level from now on, resume with trainer.spike_factor higher, or 0"
-        return f"gradient norm {norm:.4g}, {times}, on prompts {prompts(minibatch)}; {way_out}"
+        found = f"gradient norm {norm:.4g}, {times}"
+        return f"{found}, on prompts {prompts(minibatch)}; {way_out} trainer.spike_factor higher, or 0"
     return None
 
 
