@@ -83,7 +83,8 @@ class Response:
 class Group:
     """A prompt and its k responses; ``teacher_indices`` is the draw for this step, where a term trains on traces.
 
-    ``teacher_rewards`` are those of the drawn traces, where the recipe scores them.
+    ``teacher_rewards`` are those of the drawn traces, where the recipe scores them. An ``expert`` group is a row of the
+    expert data set: no responses, and one trace to imitate.
     """
 
     prompt: Prompt
@@ -92,6 +93,7 @@ class Group:
     regime: Regime | None = None
     teacher_indices: tuple[int, ...] | None = None
     teacher_rewards: tuple[float, ...] = ()
+    expert: bool = False
 
     @property
     def weight_version(self) -> int:
@@ -122,10 +124,11 @@ class Batch:
 
 
 class Kind(enum.IntEnum):
-    """Which term a training sequence feeds."""
+    """Where a training sequence is from: a response, a trace of the step's prompt, or one of the expert data set."""
 
     ROLLOUT = 0
     TEACHER = 1
+    EXPERT = 2
 
 
 @dataclass

@@ -179,7 +179,7 @@ def dypo(questions: list[Question], c, correction: str = "none", cap: float = 2.
         k = len(A_k)
         for trace, advantage in zip(traces, A_k[len(group) :], strict=True):
             p_n = trace.logp_n.exp()
-            f_n = p_n / (p_n + c.shape_gamma) if c.shape == "luffy" else p_n
+            f_n = p_n / (p_n + c.shape_gamma) if c.shape in (None, "luffy") else p_n
             terms.shaped.append(-weigh(len(p_n), k) * advantage * f_n)
         for rollout, advantage in zip(group, A_k, strict=False):
             weight = weigh(len(rollout.logp_n), k)

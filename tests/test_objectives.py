@@ -111,7 +111,7 @@ def coefficients(batch: Batch, objective: Objective, correction: Correction) -> 
         if not needs_reference(objective):
             logp["reference"] = 0.0  # as update.py leaves it: nobody may read it
         sums.append(SequenceSums(**logp) if sequence.kind == Kind.ROLLOUT else None)
-    return sequences, sequence_terms(batch.groups, sequences, sums, objective, correction, LONGEST)
+    return sequences, sequence_terms(batch.groups, sequences, sums, objective, correction, LONGEST, step=1)
 
 
 def key(sequence: Sequence) -> Key:
@@ -133,6 +133,7 @@ def streams(
         dtype=dtype,
         objective=objective,
         correction=correction,
+        share=shares(objective, 1),
         old_N=known("old") if is_rollout else None,
         rollout_N=known("rollout") if is_rollout else None,
         reference_N=known("reference") if is_rollout and needs_reference(objective) else None,
@@ -175,7 +176,7 @@ def ours(
             for name, value in totals.items():
                 result.totals[name] = result.totals.get(name, 0.0) + value
     result.loss = local + total(
-        {"grpo": terms.grpo_sequence_loss, "gal": terms.gal_loss, "sft": 0.0, "shaped": 0.0}, objective
+        {"grpo": terms.grpo_sequence_loss, "gal": terms.gal_loss, "sft": 0.0, "shaped": 0.0}, terms.share
     )
     return result
 
@@ -481,15 +482,15 @@ def test_totals_are_the_terms_and_the_share_of_the_gradient_of_each(name: str, m
     objective, correction = Objective(method=method, **METRICS[name]), Correction("truncate")
     batch = make_batch(MIXED, objective)
     result, (terms, leaves) = ours(batch, objective, correction), reference(batch, objective, correction)
-    share = shares(objective)
+    share = shares(objective, 1)
 
     def summed(summands: list[Tensor]) -> Tensor:
         return sum((x.sum() for x in summands), torch.zeros(()).double())
 
     losses = {
-        "grpo": result.totals["loss/grpo"] + result.terms.grpo_sequence_loss,
+        "grpo": result.totals.get("loss/grpo", 0.0) + result.terms.grpo_sequence_loss,
         "gal": result.terms.gal_loss,
-        "sft": result.totals["loss/sft"],
+        "sft": result.totals.get("loss/sft", 0.0),
         "shaped": result.totals.get("loss/shaped", 0.0),
     }
     for term in losses:
@@ -505,7 +506,7 @@ def test_totals_are_the_terms_and_the_share_of_the_gradient_of_each(name: str, m
         assert result.totals.get("loss/kl", 0.0) == pytest.approx(summed(terms.kl).item(), rel=1e-10)
     bonus = result.totals.get("loss/entropy", 0.0)
     assert bonus == pytest.approx(summed(terms.entropy).item(), rel=1e-10)
-    assert total(losses, objective) + bonus == pytest.approx(result.loss, rel=1e-10)
+    assert total(losses, share) + bonus == pytest.approx(result.loss, rel=1e-10)
 
 
 def test_clipped_counts_the_tokens_whose_slope_the_clip_takes() -> None:

@@ -58,7 +58,7 @@ def one_step(parallel: dict, kind: str) -> dict:
     _, offender = logprob_passes(policy, minibatches, config)
     outcome = run_updates(policy, minibatches, config, StepContext(1, 1e-3))
     changed = any((tensor != before[name]).any().item() for name, tensor in policy.named_tensors())
-    batches = len(minibatches[0].rollouts) + len(minibatches[0].teachers)
+    batches = len(minibatches[0].batches)
     return {
         "metrics": outcome.metrics,
         "empty": outcome.empty,

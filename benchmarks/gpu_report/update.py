@@ -132,7 +132,7 @@ def _updates(
     everything, sampled = sequences_of(minibatches), sequences_of(minibatches, Kind.ROLLOUT)
     tokens = sum(sequence.length for sequence in everything)
     all_flops, old_flops = forward_flops(policy.shape, everything), forward_flops(policy.shape, sampled)
-    batches = len(minibatches[0].rollouts) + len(minibatches[0].teachers)
+    batches = len(minibatches[0].batches)
     size = f"{len(everything)} sequences, {tokens:,} tokens, {batches} micro-batches, {passes} log-prob passes"
     record.note(f"An update: {size}; medians of {len(updates)}.")
     spent = {name: median(seconds) for name, seconds in parts.items()}

@@ -18,7 +18,7 @@ from megatron_dypo.kernels import LossRule, empty_sums, grouped_loss
 from megatron_dypo.kernels.grouped_loss import COEFFICIENTS
 from megatron_dypo.objectives import SequenceSums, TokenStreams, sequence_terms
 from megatron_dypo.objectives.coefficients import Correction, member_advantages, needs_reference
-from megatron_dypo.objectives.recipes import recipe, total
+from megatron_dypo.objectives.recipes import recipe, shape, total
 from megatron_dypo.records import Group, Kind, Prompt, Response, Sequence, Teacher
 from megatron_dypo.rollout.sampling import give_unfinished_reward
 from megatron_dypo.training.minibatch import grade_groups, training_sequences
@@ -110,9 +110,9 @@ def evaluate(sequences: list[dict[str, Any]], config: Config) -> dict[str, Any]:
     trained = case.trained()
     places = [case.place(sequence) for sequence in trained]
     sums = [_sums(case, place, sequence, objective) for place, sequence in zip(places, trained, strict=True)]
-    terms = sequence_terms(case.groups, trained, sums, objective, Correction(), max_response_tokens=1)
+    terms = sequence_terms(case.groups, trained, sums, objective, Correction(), max_response_tokens=1, step=1)
     others = {"grpo": terms.grpo_sequence_loss, "gal": terms.gal_loss, "sft": 0.0, "shaped": 0.0}
-    loss = total(others, objective)
+    loss = total(others, terms.share)
     slopes: dict[str, dict[int, list[float]]] = {"dloss_dlogp": {}, "dloss_dentropy": {}}
     for kind in Kind:
         chosen = [i for i, sequence in enumerate(trained) if sequence.kind == kind]
@@ -129,6 +129,7 @@ def evaluate(sequences: list[dict[str, Any]], config: Config) -> dict[str, Any]:
             dtype=torch.float64,
             objective=objective,
             correction=Correction(),
+            share=terms.share,
             old_N=case.stream("old", at) if rollout else None,
             rollout_N=case.stream("old", at) if rollout else None,
             reference_N=case.stream("reference", at) if rollout and needs_reference(objective) else None,
@@ -186,7 +187,7 @@ def _routes(case: Case) -> dict[str, Any]:
     chosen = recipe(case.objective)
     if chosen.scores_traces or len({term.source for term in chosen.terms}) == 1:
         return {}
-    routes = [chosen.sources(group.regime) for group in case.groups]
+    routes = [chosen.sources(group) for group in case.groups]
     return {"route_of_prompt": ["rl" if route == [Kind.ROLLOUT] else "sft" for route in routes]}
 
 
@@ -195,6 +196,6 @@ def curve(probabilities: list[float], objective: Objective) -> dict[str, Any]:
     logp_N = torch.tensor(probabilities, dtype=torch.float64).log()
     table_CS = torch.zeros(len(COEFFICIENTS), 1, dtype=torch.float64)
     table_CS[COEFFICIENTS.index("shaped")] = -1.0
-    rule = LossRule(shape=objective.shape, shape_gamma=objective.shape_gamma)
+    rule = LossRule(shape=shape(objective), shape_gamma=objective.shape_gamma)
     f_N, df_N = grouped_loss(logp_N, torch.tensor([0, len(logp_N)]), table_CS, empty_sums(1), rule)
     return {"f": f_N.tolist(), "df_dlogp": df_N.tolist()}

@@ -19,6 +19,7 @@ PAIRS = ("dypo",)  # have GAL's term
 TEACHERS = ("dypo", "luffy", "sft", "switch")  # train on teachers' traces
 IMITATING = ("dypo", "sft", "switch")  # have SFT's term
 SHAPED = ("luffy",)  # have a shaped token function
+LUFFYS = ("luffy",)  # whose own shape has a gamma
 ROUTED = ("dypo", "switch")  # train other terms in other regimes
 
 
@@ -71,6 +72,13 @@ _SAMPLES = _one_of("objective.method", *SAMPLING)
 _TEACHES = _one_of("objective.method", *TEACHERS)
 _IMITATES = _one_of("objective.method", *IMITATING)
 _SHAPED = _one_of("objective.method", *SHAPED)
+_LUFFYS = Condition(
+    "`objective.shape: luffy` (or null, with a recipe whose own that is)",
+    ("objective.shape", "objective.method"),
+    lambda config: (
+        config.objective.shape == "luffy" or (config.objective.shape is None and config.objective.method in LUFFYS)
+    ),
+)
 _GAL = (
     _one_of("objective.method", *PAIRS),
     Condition("`objective.alpha` below 1", ("objective.alpha",), lambda config: config.objective.alpha < 1),
@@ -126,7 +134,7 @@ READ_WITH: dict[str, tuple[Condition, ...]] = {
     "objective.sft_length_normalize": (_IMITATES, _one_of("objective.demo_aggregation", "scale")),
     "objective.demo_aggregation": (_IMITATES,),
     "objective.shape": (_SHAPED,),
-    "objective.shape_gamma": (_SHAPED, _one_of("objective.shape", "luffy")),
+    "objective.shape_gamma": (_SHAPED, _LUFFYS),
     "objective.gate": (_one_of("objective.method", *ROUTED),),
     "objective.teachers_per_prompt": (_TEACHES,),
     "objective.clip_low": (_SAMPLES,),

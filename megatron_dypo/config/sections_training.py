@@ -61,9 +61,9 @@ class Objective(Section):
     advantage_std: Literal["population", "sample", "none"] = key(
         "population", "Divisor of the group advantage; `none` is Dr. GRPO's."
     )
-    shape: Literal["luffy", "p"] = key(
-        "luffy",
-        "Function of a trace's token probability p that its advantage weighs: p / (p + `shape_gamma`), or p itself.",
+    shape: Literal["luffy", "p"] | None = key(
+        None,
+        "Function of a trace's token probability p that its advantage weighs: p / (p + `shape_gamma`), or p itself; default: the recipe's own.",
     )
     shape_gamma: float = key(0.1, "Where the shaped probability is one half: below it a token weighs more.", gt=0)
     demo_aggregation: Literal["scale", "token_mean"] = key(

@@ -9,6 +9,7 @@ says how much a token (or response) counts when the engine sampled it from a sli
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from megatron_dypo.kernels.grouped_loss import LARGEST, correction_weight
 from megatron_dypo.objectives.dypo import gal_coefficients, group_advantages, pair_statistics
-from megatron_dypo.objectives.recipes import Term, recipe, shares, trained_sources
+from megatron_dypo.objectives.recipes import Term, recipe, shares, trained_sources, update_terms
 from megatron_dypo.records import Group, Kind, Sequence
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class SequenceSums:
 
 @dataclass
 class SequenceTerms:
-    """Coefficients of one sequence; each token's loss is formed from them alone.
+    """Coefficients of one sequence, a row of the ``source``'s; each token's loss is formed from them alone.
 
     ``grpo`` weighs a token's -surrogate + KL; ``dlogp_grpo`` (sequence-level ratio) and ``slope`` are constant
     dL/dlogp_t; ``nll`` weighs -logp_t, ``shaped`` -f(p_t) and ``entropy`` -H_t.
@@ -78,14 +79,21 @@ class SequenceTerms:
     nll: float = 0.0
     shaped: float = 0.0
     entropy: float = 0.0
+    source: Kind = Kind.ROLLOUT
+
+    def add(self, column: str, value: float) -> None:
+        """Add to a column."""
+        setattr(self, column, getattr(self, column) + value)
 
 
 @dataclass
 class BatchTerms:
-    """Coefficients in the order of the sequences, and what the coefficient pass already knows: the loss terms that are
-    not local to a token (unweighted), and the pairs' statistics (None without a pair)."""
+    """Coefficients in the order of the sequences, the terms' shares that they carry, and what the coefficient pass
+    already knows: the loss terms that are not local to a token (unweighted), and the pairs' statistics (None without a
+    pair)."""
 
     sequences: list[SequenceTerms]
+    share: dict[str, float]
     gal_loss: float = 0.0
     grpo_sequence_loss: float = 0.0
     clipped_tokens: int = 0
@@ -105,7 +113,8 @@ def keeps_reference(objective: Objective) -> bool:
 
 
 def _open(objective: Objective, rule: str) -> bool:
-    return any(term.rule == rule and shares(objective)[term.name] > 0 for term in recipe(objective).terms)
+    first = 1  # no share that a reference hangs on changes with the step
+    return any(term.rule == rule and shares(objective, first)[term.name] > 0 for term in recipe(objective).terms)
 
 
 def _per_token(objective: Objective, override: bool | None) -> bool:
@@ -130,56 +139,79 @@ def sequence_terms(
     objective: Objective,
     correction: Correction,
     max_response_tokens: int,
+    *,
+    step: int,
+    deferred: bool = False,
 ) -> BatchTerms:
     """Coefficients of ``sequences``, all those of the mini-batch ``groups``; ``sums[i]`` belongs to rollout sequence i.
 
-    Coefficients carry each term's share and every normaliser; the returned losses carry the normalisers only.
+    ``deferred``: the mini-batch is one of deferred groups. Coefficients carry each term's share at ``step`` and every
+    normaliser; the returned losses carry the normalisers only.
     """
     members: dict[int, dict[Kind, list[int]]] = {}
     for place, sequence in enumerate(sequences):
         members.setdefault(sequence.group, {}).setdefault(sequence.kind, []).append(place)
-    active = [
-        g for g in members if members[g].keys() & trained_sources(objective, groups[g].regime, groups[g].baseline)
-    ]
-    sampled = [group for group in groups if Kind.ROLLOUT in recipe(objective).sources(group.regime)]
+    share = shares(objective, step)
+    counts = {kind: Count.of(kind, members.values(), sequences) for kind in Kind}
+    prompts = sum(not group.expert for group in groups)
+    if objective.normalize == "active":
+        trained = [g for g in members if members[g].keys() & trained_sources(objective, groups[g], deferred)]
+        prompts = sum(not groups[g].expert for g in trained)
+    sampled = [group for group in groups if Kind.ROLLOUT in recipe(objective).sources(group)]
     tokens = sum(len(response.ids) for group in sampled for response in group.responses)
     if recipe(objective).scores_traces:
-        tokens += sum(sequence.loss_tokens for sequence in sequences if sequence.kind == Kind.TEACHER)
+        tokens += counts[Kind.TEACHER].tokens
     batch = _CoefficientPass(
         groups,
         sequences,
+        share,
         {place: known for place, known in enumerate(sums) if known is not None},
         objective,
         correction,
         constant=objective.aggregation_constant or max_response_tokens,
-        prompts=len(active) if objective.normalize == "active" else len(groups),
+        prompts=prompts,
         sampled_prompts=len(sampled),
         sampled_tokens=tokens,
-        taught_prompts=sum(Kind.TEACHER in places for places in members.values()),
-        taught_tokens=sum(sequence.loss_tokens for sequence in sequences if sequence.kind == Kind.TEACHER),
+        counts=counts,
     )
-    share = shares(objective)
     for g, places in members.items():
-        for term in recipe(objective).terms:
-            if term.source in places and term.trains(groups[g].regime):
+        for term in update_terms(objective, deferred):
+            if term.source in places and term.trains(groups[g]):
                 RULES[term.rule](batch, term, share[term.name], places[term.source])
     if objective.entropy_coef:  # with it nothing that a term could train is left out
+        packed_tokens = sum(count.tokens for count in counts.values())
         for terms in batch.result.sequences:
-            terms.entropy = objective.entropy_coef / sum(sequence.loss_tokens for sequence in sequences)
+            terms.entropy = objective.entropy_coef / packed_tokens
     batch.finish()
     return batch.result
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many groups have sequences of a kind in the mini-batch, and the loss tokens of all these sequences."""
+
+    groups: int
+    tokens: int
+
+    @classmethod
+    def of(cls, kind: Kind, members: Iterable[dict[Kind, list[int]]], sequences: list[Sequence]) -> Count:
+        """Those of one kind; ``members`` lists each group's sequences by kind."""
+        groups = sum(kind in places for places in members)
+        return cls(groups, sum(sequence.loss_tokens for sequence in sequences if sequence.kind == kind))
 
 
 @dataclass
 class _CoefficientPass:
     """One mini-batch on its way to coefficients: the rules add each group's numbers to its sequences' columns.
 
-    ``prompts`` is Q; ``sampled_*`` count the members of groups that train on responses, also of those that are not
-    packed because they would train nothing; all are counts over the global batch.
+    ``prompts`` is Q, experts' rows not among them; ``sampled_*`` count the members of groups that train on responses,
+    also of those that are not packed because they would train nothing; ``counts`` are what is packed of each kind; all
+    are counts over the global batch.
     """
 
     groups: list[Group]
     sequences: list[Sequence]
+    share: dict[str, float]
     sums: dict[int, SequenceSums]  # of rollouts, by place
     objective: Objective
     correction: Correction
@@ -187,11 +219,10 @@ class _CoefficientPass:
     prompts: int
     sampled_prompts: int
     sampled_tokens: int
-    taught_prompts: int
-    taught_tokens: int
+    counts: dict[Kind, Count]
 
     def __post_init__(self) -> None:
-        self.result = BatchTerms([SequenceTerms() for _ in self.sequences])
+        self.result = BatchTerms([SequenceTerms(source=sequence.kind) for sequence in self.sequences], self.share)
         self._eta: list[float] = []
         self._squares, self._saturated, self._pairs = 0.0, 0, 0
 
@@ -207,15 +238,21 @@ class _CoefficientPass:
         return self.groups[self.sequences[places[0]].group]
 
     def one(self, term: Term, share: float, places: list[int]) -> None:
-        """A mean over the traces drawn and over each one's tokens (or their sum), or one over all traces' tokens."""
+        """A mean over the traces drawn and over each one's tokens (or their sum), or one over all traces' tokens.
+
+        Teachers' traces count as their prompts' part of all prompts, experts' as a batch of their own.
+        """
         by_mean = _per_token(self.objective, self.objective.sft_length_normalize)
-        if self.objective.demo_aggregation == "token_mean":  # these groups' share of the prompts, times that mean
-            for place in places:
-                self.result.sequences[place].nll += share * self.taught_prompts / self.prompts / self.taught_tokens
-            return
+        count = self.counts[term.source]
+        population = count.groups if term.source == Kind.EXPERT else self.prompts
         for place in places:
-            length = self.sequences[place].loss_tokens if by_mean else 1
-            self.result.sequences[place].nll += share / (self.prompts * len(places) * length)
+            terms = self.result.sequences[place]
+            if self.objective.demo_aggregation == "token_mean":  # these groups' share of the prompts, times that mean
+                weight = share * count.groups / population / count.tokens
+            else:
+                length = self.sequences[place].loss_tokens if by_mean else 1
+                weight = share / (population * len(places) * length)
+            terms.add(term.token, weight)
 
     def advantage(self, term: Term, share: float, places: list[int]) -> None:
         """Advantages within the group, traces among its members if they are scored.

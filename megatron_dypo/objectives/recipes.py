@@ -2,24 +2,40 @@
 
 A term says whose tokens it trains (``source``), in which regimes (``when``), what weighs a sequence (``rule``, decided
 in coefficients.py for the whole batch), which function of a token's log-prob it is (``token``, a column of
-kernels/grouped_loss.py), and its share of the loss (``share``, a name in ``shares``). Terms add up; one prompt may feed
+kernels/grouped_loss.py), and its share of the loss (``share``, a name in ``SHARES``). Terms add up; one prompt may feed
 several. No recipe's name is tested elsewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_dypo.records import Kind, Regime
+from megatron_dypo.records import Group, Kind, Regime
 
 if TYPE_CHECKING:
     from megatron_dypo.config.schema import Objective
 
 MID, HARD, ALL = frozenset({Regime.MID}), frozenset({Regime.HARD}), frozenset(Regime)
 SOLVED = frozenset({Regime.EASY, Regime.MID})
-ROLLOUT, TEACHER = Kind.ROLLOUT, Kind.TEACHER
+ROLLOUT, TEACHER, EXPERT = Kind.ROLLOUT, Kind.TEACHER, Kind.EXPERT
+
+# Terms' names in metrics: ``loss/<name>``, ``grad_share/<name>``.
+NAMES = {
+    (ROLLOUT, "surrogate"): "grpo",
+    (ROLLOUT, "slope"): "gal",
+    (TEACHER, "nll"): "sft",
+    (TEACHER, "shaped"): "shaped",
+    (EXPERT, "shaped"): "expert",
+}
+# What a term's share of the loss is at a step, the first of which is 1.
+SHARES: dict[str, Callable[[Objective, int], float]] = {
+    "one": lambda objective, step: 1.0,
+    "alpha": lambda objective, step: objective.alpha,
+    "1-alpha": lambda objective, step: 1 - objective.alpha,
+    "gamma": lambda objective, step: objective.gamma,
+}
 
 
 @dataclass(frozen=True)
@@ -28,7 +44,8 @@ class Term:
 
     ``rule``: ``advantage`` (within the group), ``gal`` (the pairs' coefficient) or ``one`` (a mean over the traces
     drawn). ``token``: ``surrogate`` (clipped ratio, and KL), ``slope`` (a constant dL/dlogp), ``nll`` (-logp) or
-    ``shaped`` (``objective.shape`` of a trace's probability, without a ratio).
+    ``shaped`` (the recipe's shape of a token's probability, without a ratio). A ``deferred`` term has no part in the
+    updates of its step: its groups wait, and get an update of their own.
     """
 
     source: Kind
@@ -36,29 +53,35 @@ class Term:
     token: str
     when: frozenset[Regime] = ALL
     share: str = "one"
+    deferred: bool = False
 
     @property
     def name(self) -> str:
-        """The term's name in metrics: ``loss/<name>``, ``grad_share/<name>``."""
-        return {"surrogate": "grpo", "slope": "gal", "nll": "sft", "shaped": "shaped"}[self.token]
+        """The term's name in metrics."""
+        return NAMES[self.source, self.token]
 
     @property
     def has_ratio(self) -> bool:
         """Whether the term compares with the old policy, and so has a KL term beside it."""
         return self.name == "grpo"
 
-    def trains(self, regime: Regime | None) -> bool:
-        """Whether the term trains a group of this regime (None: no responses, so not graded)."""
-        return regime is None or regime in self.when
+    def trains(self, group: Group) -> bool:
+        """Whether the term trains a group: one of experts alone, or graded in one of its regimes, or without responses
+        and so without a grade."""
+        if group.expert or self.source == EXPERT:
+            return group.expert and self.source == EXPERT
+        return group.regime is None or group.regime in self.when
 
 
 @dataclass(frozen=True)
 class Recipe:
     """The terms, and whose rewards an advantage is relative to: the group's ``rollouts``, or ``rollouts+demo``, its
-    rollouts and the traces drawn for it, which are then scored as they are."""
+    rollouts and the traces drawn for it, which are then scored as they are. ``shape`` is that of its shaped term,
+    unless ``objective.shape`` says otherwise."""
 
     terms: tuple[Term, ...]
     baseline: str = "rollouts"
+    shape: str = "none"
 
     @property
     def samples(self) -> bool:
@@ -74,9 +97,9 @@ class Recipe:
         """Whether any term is this function of a token."""
         return any(term.token == token for term in self.terms)
 
-    def sources(self, regime: Regime | None) -> list[Kind]:
-        """Kinds of sequences that a group of this regime trains on."""
-        return sorted({term.source for term in self.terms if term.trains(regime)})
+    def sources(self, group: Group) -> list[Kind]:
+        """Kinds of sequences that a group trains on, now or later."""
+        return sorted({term.source for term in self.terms if term.trains(group)})
 
 
 RECIPES = {
@@ -89,7 +112,9 @@ RECIPES = {
     ),
     "grpo": Recipe((Term(ROLLOUT, "advantage", "surrogate"),)),
     "luffy": Recipe(
-        (Term(ROLLOUT, "advantage", "surrogate"), Term(TEACHER, "advantage", "shaped")), baseline="rollouts+demo"
+        (Term(ROLLOUT, "advantage", "surrogate"), Term(TEACHER, "advantage", "shaped")),
+        baseline="rollouts+demo",
+        shape="luffy",
     ),
     "switch": Recipe(
         (Term(TEACHER, "one", "nll", HARD, share="gamma"), Term(ROLLOUT, "advantage", "surrogate", SOLVED))
@@ -103,38 +128,49 @@ def recipe(objective: Objective) -> Recipe:
     return RECIPES[objective.method]
 
 
-def learning_sources(objective: Objective, regime: Regime | None, rewards: list[float]) -> list[Kind]:
-    """Kinds of sequences of a group that its rewards or traces train, given its rewards (``Group.baseline``).
+def update_terms(objective: Objective, deferred: bool = False) -> list[Term]:
+    """The terms of an update: of the step's own, or of one of ``deferred`` groups."""
+    return [term for term in recipe(objective).terms if term.deferred == deferred]
+
+
+def shape(objective: Objective) -> str:
+    """The function of a token's probability that a shaped term is; ``none`` where the recipe has no such term."""
+    chosen = recipe(objective)
+    return (objective.shape or chosen.shape) if chosen.has("shaped") else "none"
+
+
+def learning_sources(objective: Objective, group: Group, deferred: bool = False) -> list[Kind]:
+    """Kinds of sequences of a group that its rewards or traces train.
 
     Where all rewards are equal, every advantage is 0, and every pair's coefficient.
     """
+    rewards = group.baseline
     tied = all(reward == rewards[0] for reward in rewards)
-    terms = [term for term in recipe(objective).terms if term.trains(regime)]
+    terms = [term for term in update_terms(objective, deferred) if term.trains(group)]
     return sorted({term.source for term in terms if not tied or term.rule == "one"})
 
 
-def trained_sources(objective: Objective, regime: Regime | None, rewards: list[float]) -> list[Kind]:
+def trained_sources(objective: Objective, group: Group, deferred: bool = False) -> list[Kind]:
     """Kinds of sequences of a group that get any gradient: as ``learning_sources``, or of entropy or KL."""
-    terms = [term for term in recipe(objective).terms if term.trains(regime)]
+    terms = [term for term in update_terms(objective, deferred) if term.trains(group)]
     held = {term.source for term in terms if objective.entropy_coef or (term.has_ratio and objective.kl_coef)}
-    return sorted({*learning_sources(objective, regime, rewards), *held})
+    return sorted({*learning_sources(objective, group, deferred), *held})
 
 
-def packed_sources(objective: Objective, regime: Regime | None, rewards: list[float]) -> list[Kind]:
+def packed_sources(objective: Objective, group: Group, deferred: bool = False) -> list[Kind]:
     """Kinds of sequences of a group that are packed: those that train, and traces whose tokens a token mean counts."""
-    counted = {Kind.TEACHER} if recipe(objective).scores_traces and objective.aggregation == "token_mean" else set()
-    return sorted({*trained_sources(objective, regime, rewards), *counted})
+    counted = {TEACHER} if recipe(objective).scores_traces and objective.aggregation == "token_mean" else set()
+    return sorted({*trained_sources(objective, group, deferred), *counted})
 
 
-def shares(objective: Objective) -> dict[str, float]:
-    """Each term's share of the loss, by the term's name."""
-    values = {"one": 1.0, "alpha": objective.alpha, "1-alpha": 1 - objective.alpha, "gamma": objective.gamma}
-    return {term.name: values[term.share] for term in recipe(objective).terms}
+def shares(objective: Objective, step: int) -> dict[str, float]:
+    """Each term's share of the loss at a step, by the term's name."""
+    return {term.name: SHARES[term.share](objective, step) for term in recipe(objective).terms}
 
 
-def total(losses: Mapping[str, float], objective: Objective) -> float:
-    """The loss, from each term's own by the term's name."""
+def total(losses: Mapping[str, float], share: Mapping[str, float]) -> float:
+    """The loss, from each term's own loss and share by the term's name."""
     loss = 0.0
-    for name, share in shares(objective).items():
-        loss += share * losses[name]
+    for name, part in share.items():
+        loss += part * losses[name]
     return loss

@@ -17,7 +17,8 @@ from torch import Tensor
 from megatron_dypo.kernels import LossRule, empty_sums, grouped_loss, read_sums
 from megatron_dypo.kernels.grouped_loss import COEFFICIENTS
 from megatron_dypo.objectives.coefficients import Correction, SequenceTerms
-from megatron_dypo.objectives.recipes import recipe, shares
+from megatron_dypo.objectives.recipes import recipe, shape
+from megatron_dypo.records import Kind
 
 if TYPE_CHECKING:
     from megatron_dypo.config.schema import Objective
@@ -25,16 +26,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class TokenStreams:
-    """What the loss of one micro-batch reads: its sequences' coefficients (``SequenceTerms``) and offsets [S + 1], and
-    each token's log-prob in nats [N] under the old policy, the rollout engine and the reference.
+    """What the loss of one micro-batch reads: its sequences' coefficients (``SequenceTerms``), sources and offsets
+    [S + 1], the terms' shares, and each token's log-prob in nats [N] under the old policy, the rollout engine and the
+    reference.
 
     Teacher traces have none of the three; rollouts have no reference where no term reads it.
     """
 
     coefficients_CS: Tensor
     cu_seqlens: Tensor
+    sources: list[Kind]
     objective: Objective
     correction: Correction
+    share: dict[str, float]
     old_N: Tensor | None = None
     rollout_N: Tensor | None = None
     reference_N: Tensor | None = None
@@ -51,7 +55,7 @@ class TokenStreams:
             correction=self.correction.kind,
             cap=self.correction.cap,
             floor=self.correction.floor,
-            shape=self.objective.shape if recipe(self.objective).has("shaped") else "none",
+            shape=shape(self.objective),
             shape_gamma=self.objective.shape_gamma,
             entropy=self.objective.entropy_coef > 0,
         )
@@ -69,7 +73,7 @@ class TokenStreams:
         """The streams of sequences with these coefficients and numbers of loss tokens; other fields by name."""
         table_CS = torch.tensor([[getattr(term, name) for term in terms] for name in COEFFICIENTS], dtype=dtype)
         cu_seqlens = torch.tensor([0, *accumulate(counts)])
-        return cls(table_CS.to(device), cu_seqlens.to(device), **fields)
+        return cls(table_CS.to(device), cu_seqlens.to(device), [term.source for term in terms], **fields)
 
     def terms(self, logp_t: Tensor, entropy_t: Tensor | None, t: slice) -> tuple[Tensor, ...]:
         """(loss summands [t], dL/dlogp [t], with an entropy bonus dL/dentropy [t]) of the tokens ``t``, given their
@@ -90,23 +94,26 @@ class TokenStreams:
     @property
     def totals(self) -> dict[str, float]:
         """The sums that metrics are made of, without the terms' shares, once ``terms`` has seen every token."""
-        sums, share = read_sums(self.sums_MSL.cpu()), shares(self.objective)
+        sums = read_sums(self.sums_MSL.cpu())
         table = dict(zip(COEFFICIENTS, self.coefficients_CS.double().cpu(), strict=True))
         tokens_S, is_rollout = self.cu_seqlens.diff().cpu(), self.old_N is not None
+        by_token = {  # (loss, sum of |dL/dlogp|) of a sequence
+            "surrogate": (sums["grpo"], sums["dlogp_grpo"]),
+            "slope": (torch.zeros(()), table["slope"].abs() * tokens_S),  # its loss is the coefficient pass's
+            "nll": (-table["nll"] * sums["logp"], table["nll"].abs() * tokens_S),
+            "shaped": (-table["shaped"] * sums["shaped"], table["shaped"].abs() * sums["dlogp_shaped"]),
+        }
         totals = {
-            "loss/grpo": sums["grpo"] / (share.get("grpo") or 1.0),
-            "loss/kl": sums["kl"] / (share.get("grpo") or 1.0),
-            "loss/sft": -table["nll"] * sums["logp"] / (share.get("sft") or 1.0),
-            "grad_share/grpo": sums["dlogp_grpo"],
-            "grad_share/gal": table["slope"].abs() * tokens_S,
-            "grad_share/sft": table["nll"].abs() * tokens_S,
+            "loss/kl": sums["kl"] / (self.share.get("grpo") or 1.0),
             "clipped": sums["clipped"] * (table["grpo"] > 0),
             "rollout_tokens": is_rollout * tokens_S,
             "entropy": is_rollout * sums["entropy"],
         }
-        if self.rule.shape != "none":
-            totals["loss/shaped"] = -table["shaped"] * sums["shaped"] / (share.get("shaped") or 1.0)
-            totals["grad_share/shaped"] = table["shaped"].abs() * sums["dlogp_shaped"]
+        for term in recipe(self.objective).terms:
+            own_S = torch.tensor([source == term.source for source in self.sources])
+            loss_S, dlogp_S = by_token[term.token]
+            totals[f"loss/{term.name}"] = own_S * loss_S / (self.share[term.name] or 1.0)
+            totals[f"grad_share/{term.name}"] = own_S * dlogp_S
         if self.rule.entropy:
             totals["loss/entropy"] = -table["entropy"] * sums["entropy"]
         return {name: total_S.sum().item() for name, total_S in totals.items()}

@@ -10,6 +10,7 @@ in an order of the step's own. So no two places take the same row, and neither l
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator
@@ -93,7 +94,7 @@ class DynamicSampling:
         (regime,) = grade(
             torch.tensor([group.rewards]), objective.reward_threshold, objective.hard_max_solved, objective.gate
         )
-        sources = learning_sources(objective, regime, group.baseline)
+        sources = learning_sources(objective, dataclasses.replace(group, regime=regime))
         return Kind.ROLLOUT in sources or (Kind.TEACHER in sources and bool(self.usable_teachers(group)))
 
     def replacement(self, step: int, place: int, number: int) -> Group | None:

@@ -57,7 +57,7 @@ def bad_gradient(policy: Policy, minibatch: MiniBatch, streams: list[TokenStream
     Its weights must still be those of the training pass: that pass's log-probs are computed again (nothing is kept for
     this while all goes well), and each sequence's inputs, log-probs and dL/dlogp are looked at.
     """
-    batches = minibatch.rollouts + minibatch.teachers
+    batches = minibatch.batches
     logp = policy.logprobs(batches)
     mine: dict[int, tuple[int, str]] = {}
     if policy.layout.owns_logprobs:

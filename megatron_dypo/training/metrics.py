@@ -14,7 +14,7 @@ import torch
 
 from megatron_dypo.config.schema import Config, Objective
 from megatron_dypo.objectives.coefficients import BatchTerms, Correction, ratio_unit
-from megatron_dypo.objectives.recipes import recipe, total
+from megatron_dypo.objectives.recipes import total
 from megatron_dypo.objectives.token_loss import TokenStreams
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.records import Group, Kind, Regime
@@ -179,19 +179,15 @@ def share_update_stats(policy: Policy, streams: list[TokenStreams]) -> UpdateSta
 def update_metrics(stats: UpdateStats, terms: BatchTerms, objective: Objective) -> dict[str, float]:
     """One update's metrics, from what the ranks shared and the coefficient pass."""
     totals = stats.totals
-    losses = {
-        "grpo": totals["loss/grpo"] + terms.grpo_sequence_loss,
-        "gal": terms.gal_loss,
-        "sft": totals["loss/sft"],
-    }
-    known = ("grpo", "gal", "sft", *(["shaped"] if recipe(objective).has("shaped") else []))
-    losses |= {name: totals[f"loss/{name}"] for name in known[3:]}
+    names = dict.fromkeys(("grpo", "gal", "sft", *terms.share))  # these three whatever the recipe
+    beyond_tokens = {"grpo": terms.grpo_sequence_loss, "gal": terms.gal_loss}
+    losses = {name: totals[f"loss/{name}"] + beyond_tokens.get(name, 0.0) for name in names}
     metrics = {
-        "loss/total": total(losses, objective),
+        "loss/total": total(losses, terms.share),
         **{f"loss/{name}": loss for name, loss in losses.items()},
         "loss/kl": totals["loss/kl"],
         "train/grad_norm": stats.norm,
-    } | {name: totals[name] for name in (f"grad_share/{term}" for term in known)}
+    } | {name: totals[name] for name in (f"grad_share/{name}" for name in names)}
     if totals["rollout_tokens"]:
         metrics["policy/entropy"] = totals["entropy"] / totals["rollout_tokens"]
         metrics["policy/clip_frac"] = (totals["clipped"] + terms.clipped_tokens) / totals["rollout_tokens"]

@@ -39,22 +39,25 @@ def grade_groups(
         for group, regime in zip(groups, regimes, strict=True):
             group.regime = regime
     for group in groups:
-        if Kind.TEACHER in chosen.sources(group.regime) and group.teacher_indices is None:
+        if Kind.TEACHER in chosen.sources(group) and group.teacher_indices is None:
             draw_teachers(group, usable_teachers(group), seed, step, objective.teachers_per_prompt)
 
 
 def training_sequences(
-    groups: list[Group], objective: Objective, encode_trace: Callable[[Group, int], np.ndarray]
+    groups: list[Group],
+    objective: Objective,
+    encode_trace: Callable[[Group, int], np.ndarray],
+    deferred: bool = False,
 ) -> list[Sequence]:
     """List a (mini-)batch's sequences by group, kind and sample: those that any term of the group's regime trains on.
 
-    A group whose coefficients would all be 0 has none.
+    A group whose coefficients would all be 0 has none. ``deferred``: the groups are those of deferred terms.
 
     ``encode_trace(group, i)`` returns the ids of teacher i's trace.
     """
     sequences = []
     for g, group in enumerate(groups):
-        for kind in packed_sources(objective, group.regime, group.baseline):
+        for kind in packed_sources(objective, group, deferred):
             if kind == Kind.ROLLOUT:
                 tails = [(i, response.ids) for i, response in enumerate(group.responses)]
             else:
@@ -67,18 +70,27 @@ def training_sequences(
 
 @dataclass
 class MiniBatch:
-    """One mini-batch: all its sequences, and this rank's micro-batches (rollouts first, teacher traces apart)."""
+    """One mini-batch: all its sequences, and this rank's micro-batches (rollouts first, traces apart).
+
+    ``deferred``: an update of groups that have waited, by deferred terms alone.
+    """
 
     groups: list[Group]
     sequences: list[Sequence]
     rollouts: list[MicroBatch]
-    teachers: list[MicroBatch]
+    traces: list[MicroBatch]
+    deferred: bool = False
     logp: dict[str, list[Tensor]] = field(default_factory=dict)  # per rollout micro-batch [N], last stage only
     sums: list[SequenceSums | None] = field(default_factory=list)
 
+    @property
+    def batches(self) -> list[MicroBatch]:
+        """All of this rank's, in the order of the passes."""
+        return self.rollouts + self.traces
+
     def forget_routing(self) -> None:
         """When it has been trained on: the engine may need the device."""
-        for batch in self.rollouts + self.teachers:
+        for batch in self.batches:
             batch.routing = batch.experts_TLK = None
 
 
@@ -86,23 +98,34 @@ def build_minibatches(
     layout: Layout, groups: list[Group], config: Config, encode_trace: Callable[[Group, int], np.ndarray]
 ) -> list[MiniBatch]:
     """Cut the groups into mini-batches of whole prompts and plan each; only the micro-batches differ between ranks."""
-    minibatches = []
-    for part in np.array_split(np.arange(len(groups)), config.objective.updates_per_rollout):
-        chosen = [groups[i] for i in part]
-        sequences = training_sequences(chosen, config.objective, encode_trace)
-        packed = {}
-        for kind in Kind:
-            places = [place for place, sequence in enumerate(sequences) if sequence.kind == kind]
-            lengths = [sequences[place].length for place in places]
-            budget = config.data.max_tokens_per_microbatch
-            shares = plan_micro_batches(lengths, layout.dp, budget, layout.micro_batch_multiple)
-            batches = [
+    parts = np.array_split(np.arange(len(groups)), config.objective.updates_per_rollout)
+    return [plan_minibatch(layout, [groups[i] for i in part], config, encode_trace) for part in parts]
+
+
+def plan_minibatch(
+    layout: Layout,
+    groups: list[Group],
+    config: Config,
+    encode_trace: Callable[[Group, int], np.ndarray],
+    deferred: bool = False,
+) -> MiniBatch:
+    """One mini-batch of these groups: its sequences, and this rank's micro-batches of them."""
+    sequences = training_sequences(groups, config.objective, encode_trace, deferred)
+    packed = []
+    for of_rollouts in (True, False):
+        places = [place for place, sequence in enumerate(sequences) if (sequence.kind == Kind.ROLLOUT) == of_rollouts]
+        lengths = [sequences[place].length for place in places]
+        shares = plan_micro_batches(
+            lengths, layout.dp, config.data.max_tokens_per_microbatch, layout.micro_batch_multiple
+        )
+        packed.append(
+            [
                 MicroBatch.pack(sequences, [places[i] for i in members], config.rollout.temperature, **layout.packing)
                 for members in shares[layout.dp_rank]
             ]
-            if kind == Kind.ROLLOUT and config.policy.routing_replay == "rollout":
-                for batch in batches:
-                    batch.experts_TLK = packed_experts(batch, sequences, chosen)
-            packed[kind] = batches
-        minibatches.append(MiniBatch(chosen, sequences, packed[Kind.ROLLOUT], packed[Kind.TEACHER]))
-    return minibatches
+        )
+    rollouts, traces = packed
+    if config.policy.routing_replay == "rollout":
+        for batch in rollouts:
+            batch.experts_TLK = packed_experts(batch, sequences, groups)
+    return MiniBatch(groups, sequences, rollouts, traces, deferred)

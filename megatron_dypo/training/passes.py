@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_dypo.config.schema import Config
 from megatron_dypo.objectives.coefficients import Correction, SequenceSums, SequenceTerms, needs_reference
+from megatron_dypo.objectives.recipes import shares
 from megatron_dypo.objectives.token_loss import TokenStreams
 from megatron_dypo.policy.micro_batch import MicroBatch
 from megatron_dypo.policy.policy import Policy
@@ -90,7 +91,7 @@ def warm_up(policy: Policy, config: Config) -> float:
     """
     began = time.monotonic()
     layout, longest, vocabulary = policy.layout, policy.shape.max_position, policy.shape.vocab_size
-    kinds = [kind for kind in Kind for _ in range(len(_LENGTHS) * layout.micro_batch_multiple)]
+    kinds = [kind for kind in (Kind.ROLLOUT, Kind.TEACHER) for _ in range(len(_LENGTHS) * layout.micro_batch_multiple)]
     batches = [
         MicroBatch.pack([_made_up(kind, min(length, longest), vocabulary)], [0], 1.0, **layout.packing)
         for kind, length in zip(kinds, itertools.cycle(_LENGTHS), strict=False)
@@ -114,11 +115,12 @@ def _streams(batch: MicroBatch, kind: Kind, logp_N: Tensor | None, config: Confi
     """What a micro-batch's loss reads, of either kind of sequence."""
     sampled_N = logp_N if kind == Kind.ROLLOUT else None
     return TokenStreams.of(
-        [SequenceTerms(advantage=1.0, grpo=1.0) if kind == Kind.ROLLOUT else SequenceTerms(nll=1.0)],
+        [SequenceTerms(advantage=1.0, grpo=1.0) if kind == Kind.ROLLOUT else SequenceTerms(nll=1.0, source=kind)],
         batch.counts,
         device=device(),
         objective=config.objective,
         correction=Correction.of(config.rollout),
+        share=shares(config.objective, 1),
         old_N=sampled_N,
         rollout_N=sampled_N,
         reference_N=sampled_N if needs_reference(config.objective) else None,

@@ -95,9 +95,11 @@ def run_updates(policy: Policy, minibatches: list[MiniBatch], config: Config, co
             objective,
             correction,
             config.rollout.max_response_tokens,
+            step=context.step,
+            deferred=minibatch.deferred,
         )
-        batches = minibatch.rollouts + minibatch.teachers
-        streams = [_streams(policy, minibatch, terms, b, config, correction) for b in range(len(batches))]
+        batches = minibatch.batches
+        streams = [_streams(minibatch, terms, b, config, correction) for b in range(len(batches))]
         with phase("training pass"):
             policy.accumulate(batches, streams)
             stats = share_update_stats(policy, streams)
@@ -142,12 +144,10 @@ def _reason_to_skip(
     return None
 
 
-def _streams(
-    policy: Policy, minibatch: MiniBatch, terms: BatchTerms, b: int, config: Config, correction: Correction
-) -> TokenStreams:
-    """What the loss of micro-batch ``b`` (rollouts first, then teacher traces) reads."""
+def _streams(minibatch: MiniBatch, terms: BatchTerms, b: int, config: Config, correction: Correction) -> TokenStreams:
+    """What the loss of micro-batch ``b`` (rollouts first, then traces) reads."""
     is_rollout = b < len(minibatch.rollouts)
-    batch = (minibatch.rollouts + minibatch.teachers)[b]
+    batch = minibatch.batches[b]
     known = {
         name: minibatch.logp[name][b].to(device()) if is_rollout and minibatch.logp.get(name) else None
         for name in ("old", "rollout", "reference")
@@ -158,6 +158,7 @@ def _streams(
         device=device(),
         objective=config.objective,
         correction=correction,
+        share=terms.share,
         old_N=known["old"],
         rollout_N=known["rollout"],
         reference_N=known["reference"],
