@@ -47,7 +47,9 @@ def make_config(shape: str = "llama", budget: int = 200, **sections) -> Config:
         data=Data(train="none", prompts_per_step=12, max_tokens_per_microbatch=budget),
         policy=PolicyOptions(**sections.get("policy", {})),
         parallel=Parallel(**sections.get("parallel", {})),
-        rollout=Rollout(samples_per_prompt=4, max_response_tokens=40, temperature=0.8, **sections.get("rollout", {})),
+        rollout=Rollout(
+            **{"samples_per_prompt": 4, "max_response_tokens": 40, "temperature": 0.8} | sections.get("rollout", {})
+        ),
         objective=Objective(**objective | sections.get("objective", {})),
         optimizer=Optimizer(**{"lr": 1e-3, "clip_grad": 0.0, "eps": 1e-4} | sections.get("optimizer", {})),
         trainer=Trainer(**{"steps": 1, "run_dir": "none"} | sections.get("trainer", {})),
@@ -79,8 +81,8 @@ def make_groups(prompts: int = 12, k: int = 4, seed: int = 0, vocabulary: int = 
 
 def for_recipe(groups: list[Group], objective: Objective) -> list[Group]:
     """With the teachers that this objective's recipe draws, and the rewards of their traces, if it scores them."""
-    if recipe(objective).scores_traces:
-        for group in groups:
+    for group in groups:
+        if recipe(objective).scores_traces and not group.teacher_rewards:
             draw_teachers(group, [0, 1], 0, 1, objective.teachers_per_prompt)
             group.teacher_rewards = (1.0, 0.25)[: objective.teachers_per_prompt]
     grade_groups(groups, objective, 0, 1, lambda group: [0, 1])
