@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_dypo.errors import UserError
 
-_OVERRIDE = re.compile(r"[a-z_0-9]+\.[a-z_0-9.]+=")
+_OVERRIDE = re.compile(r"[a-z_0-9]+\.[a-z_0-9.]+=|[^-=][^=]*\.ya?ml$")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -76,7 +76,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_overrides(command, text: str = "override a key; a later one wins", form: str = "section.key=value") -> None:
+OVERRIDES = "override a key, or every key of a FILE.yaml; a later one wins"
+
+
+def _add_overrides(command, text: str = OVERRIDES, form: str = "section.key=value") -> None:
     """With a default, without which argparse would name them among what is missing."""
     command.add_argument("overrides", nargs="*", default=[], metavar=form, help=text)
 

@@ -653,3 +653,38 @@ def test_no_word_has_two_answers_and_none_hides_a_key():
     words = [word for each in SYNONYMS.values() for word in each.split()]
     assert sorted(words) == sorted(set(words))
     assert not set(words) & KEYS.keys()
+
+
+# --- several files
+
+
+def test_a_second_file_stands_for_overrides_of_its_keys_in_its_place(tmp_path):
+    base = write(tmp_path, yaml.safe_dump(SMALLEST | {"objective": {"alpha": 0.25, "gamma": 0.5}}))
+    over = tmp_path / "over.yaml"
+    over.write_text(
+        "objective: {method: grpo, entropy_coef: 1e-3}\ntrainer: {steps: 7}\noptimizer: {betas: [0.9, 0.99]}\n"
+    )
+    config = load_config(base, ["trainer.steps=5", str(over), "objective.clip_low=0.1"])
+    assert (config.trainer.steps, config.objective.method, config.optimizer.betas) == (7, "grpo", [0.9, 0.99])
+    assert (config.objective.entropy_coef, config.objective.clip_low) == (1e-3, 0.1)
+    assert config.written == {"objective.alpha": 0.25, "objective.gamma": 0.5}  # idle by the second file, as by a word
+    assert load_config(base, [str(over), "trainer.steps=5"]).trainer.steps == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "over.yaml: cannot read the configuration: No such file or directory"),
+        ("objective: [", "over.yaml: not valid YAML: "),
+        ("3", "over.yaml: the configuration must be a mapping of sections"),
+        ("objective: {metod: grpo}", "over.yaml: objective.metod: unknown key; the nearest known"),
+        ("objective: {method: grpo, alpha: 0.3}", "objective.alpha: 0.3 is not read with objective.method: grpo"),
+    ],
+)  # fmt: skip
+def test_a_second_file_that_will_not_do_is_one_line(smallest, tmp_path, capsys, text, said):
+    over = tmp_path / "over.yaml"
+    if text is not None:
+        over.write_text(text)
+    assert main(["plan", str(smallest), "--gpus", "8", "--gpu-memory", "80", str(over)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line

@@ -1,8 +1,9 @@
-"""YAML file + dotted overrides -> validated ``Config``; every complaint is one line that names file and key."""
+"""YAML files + dotted overrides -> validated ``Config``; every complaint is one line that names file and key."""
 
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import os
 import re
@@ -36,12 +37,13 @@ _NO_TEXT = re.compile("[\0\ud800-\udfff]")  # what YAML can escape, and no path 
 def load_config(path: str | Path, overrides: list[str] | None = None, *, recorded: bool = False) -> Config:
     """Read ``path``, apply ``section.key=value`` overrides (a later one wins), validate.
 
+    A word of ``overrides`` that ends in ``.yaml`` is a file, and stands for an override of each of its keys.
     A key of the file that is not read because of an override has its default, and a line of information says so.
     ``recorded``: a run folder's ``config.yaml``, in which keys that were renamed since are read.
     Raises UserError: unreadable file, bad YAML, unknown key (names the nearest known one), old name of a key (names
     today's), wrong type or value, a key that is not read, or a combination of values that cannot work.
     """
-    path, overrides = Path(path), overrides or []
+    path, overrides = Path(path), list(_spelled(overrides or []))
     config = _read(path, overrides, recorded)
     notes = _set_aside(config, overrides, str(path), recorded)
     if notes:
@@ -62,12 +64,27 @@ def _set_aside(config: Config, overrides: list[str], source: str, recorded: bool
 
 def still_read(path: str | Path, overrides: list[str]) -> list[str]:
     """``overrides`` without those of keys that the others make idle."""
-    idle = {each.key for each in idle_keys(_read(Path(path), overrides))}
+    idle = {each.key for each in idle_keys(_read(Path(path), list(_spelled(overrides))))}
     return [override for override in overrides if override.partition("=")[0] not in idle]
 
 
 def _read(path: Path, overrides: list[str], recorded: bool = False) -> Config:
     """File and overrides, each key by itself as it must be."""
+    tree = _tree(path)
+    if recorded:
+        rename_tree(tree)
+    for override in overrides:
+        _apply(tree, override)
+    _refuse_old_names(tree, str(path))
+    for name, value in _leaves(tree):
+        if fault := _unusable(value):
+            raise UserError(f"{path}: {name}: {fault}")
+    _expand_paths(tree, str(path))
+    return _validate(tree, str(path))
+
+
+def _tree(path: Path) -> dict[str, Any]:
+    """The sections of a YAML file."""
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -76,17 +93,30 @@ def _read(path: Path, overrides: list[str], recorded: bool = False) -> Config:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: the configuration must be a mapping of sections")
-    if recorded:
-        rename_tree(tree)
-    for override in overrides:
-        _apply(tree, override)
-    if old := answers(tree):
-        raise UserError(f"{path}: {'; '.join(old)}")
-    for name, value in _leaves(tree):
-        if fault := _unusable(value):
-            raise UserError(f"{path}: {name}: {fault}")
-    _expand_paths(tree, str(path))
-    return _validate(tree, str(path))
+    return tree
+
+
+def _spelled(overrides: list[str]) -> Iterator[str]:
+    """The overrides with ``section.key=value`` for each key of a word that is a YAML file."""
+    for word in overrides:
+        if "=" in word or not word.endswith((".yaml", ".yml")):
+            yield word
+            continue
+        tree = _tree(Path(word))
+        _refuse_old_names(tree, word)
+        _require_known(tree, word)
+        yield from (f"{dotted}={json.dumps(value)}" for dotted, value in _keys(tree))
+
+
+def _keys(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every known key."""
+    known = dict(walk())
+    for name, value in section.items():
+        dotted = f"{prefix}{name}"
+        if isinstance(value, dict) and dotted not in known:
+            yield from _keys(value, f"{dotted}.")
+        else:
+            yield dotted, value
 
 
 def load_parallel(overrides: list[str], source: str) -> Parallel:
@@ -183,10 +213,19 @@ def _unusable(value: Any) -> str | None:
     return None
 
 
-def _validate(tree: dict[str, Any], source: str) -> Config:
+def _refuse_old_names(tree: dict[str, Any], source: str) -> None:
+    if old := answers(tree):
+        raise UserError(f"{source}: {'; '.join(old)}")
+
+
+def _require_known(tree: dict[str, Any], source: str) -> None:
     if unknown := [_unknown_key(dotted) for dotted in _unknown(tree, Config)]:
         more = f"; and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
         raise UserError(f"{source}: {'; '.join(unknown[:SHOWN])}{more}")
+
+
+def _validate(tree: dict[str, Any], source: str) -> Config:
+    _require_known(tree, source)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
