@@ -23,7 +23,7 @@ from megatron_dypo.monitor.axis import linear_axis
 from megatron_dypo.monitor.chart import WIDTH, Chart, Series, draw
 from megatron_dypo.monitor.figures import run_color
 from megatron_dypo.monitor.loggers import Writers
-from megatron_dypo.monitor.panels import LEARNING, OPTIMISATION, ROLLOUT, SPEED
+from megatron_dypo.monitor.panels import TABLE
 from megatron_dypo.monitor.report import write_report
 from megatron_dypo.monitor.run_data import read_runs
 from megatron_dypo.monitor.samples import GROUPS, LONGEST, RESPONSES, SEARCHED
@@ -107,6 +107,39 @@ def test_gradient_shares_are_each_runs_own(tmp_path):
     charts = dict(zip(page.data["h3"], map(json.loads, page.data["script"][:-1]), strict=True))
     assert [line["y"] for line in charts["Gradient shares: GRPO"]["series"]] == [[0.25], [0.75]]
     assert [line["y"] for line in charts["Gradient shares: SFT"]["series"]] == [[0.75], [0.25]]
+
+
+def test_a_new_term_schedule_and_queue_have_panels_without_an_edit_and_absent_terms_have_none(tmp_path):
+    """Only runs that have a term are in its chart; the recipe stands beside a run's name that does not say it."""
+    steps = range(1, 4)
+    rows = {
+        "srft": [
+            {"loss/total": 1.0, "loss/grpo": 0.0, "loss/sign": s, "grad_share/sign": 1.0, "stage": 2} for s in steps
+        ],
+        "chord": [
+            {"loss/total": 1.0, "loss/grpo": 2.0, "loss/expert": 3.0, "objective/mu": 1 / s, "queue/length": s - 1}
+            | {"source_share/rollout": 0.75, "source_share/teacher": 0.0, "source_share/expert": 0.25}
+            for s in steps
+        ],
+    }  # fmt: skip
+    for name, lines in rows.items():
+        (tmp_path / name).mkdir()
+        text = "".join(json.dumps({"step": step, **line}) + "\n" for step, line in zip(steps, lines, strict=True))
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+        write_config(tmp_path / name, f"objective: {{method: {name.replace('chord', 'mix')}}}\n")
+    text = write_report(tmp_path / "srft", tmp_path / "chord", out=tmp_path / "r.html").read_text()
+    page = Outline(text)
+    charts = dict(zip(page.data["h3"], map(json.loads, page.data["script"][:-1]), strict=True))
+    assert list(charts) == [
+        *("Losses: total", "Losses: GRPO", "Losses: expert", "Losses: sign", "Gradient shares"),
+        *("Trained tokens: responses", "Trained tokens: experts", "Schedules", "Queue", "Stage"),
+    ]  # fmt: skip
+    assert [len(charts[f"Losses: {term}"]["series"]) for term in ("total", "GRPO", "expert", "sign")] == [2, 1, 1, 1]
+    assert charts["Losses: sign"]["series"][0]["y"] == [1, 2, 3] and charts["Queue"]["series"][0]["y"] == [0, 1, 2]
+    assert "</i>srft <b>" in text and "</i>chord (mix) <b>" in text
+    alone = Outline(write_report(tmp_path / "chord").read_text())
+    assert alone.data["h3"] == ["Losses", "Trained tokens", "Schedules", "Queue"]
+    assert {"GRPO ", "expert ", "mu ", "length "} <= set(alone.data["span"]) and "sign " not in alone.data["span"]
 
 
 def test_final_figures_and_differing_keys_stand_side_by_side(tmp_path):
@@ -345,14 +378,13 @@ def test_tensorboard_gets_the_reports_panels(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     (event,) = events.Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
-    tables = {"Learning": LEARNING, "Optimisation": OPTIMISATION, "Rollout": ROLLOUT, "Speed": SPEED}
     found = {category.title: [chart.title for chart in category.chart] for category in layout.category}
     assert found == {
         heading: [panel.title for panel in panels] + ["Held-out evaluation"] * (heading == "Learning")
-        for heading, panels in tables.items()
+        for heading, panels in TABLE.items()
     }
     charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
-    keys = [curve.key for panels in tables.values() for panel in panels for curve in panel.curves]
+    keys = [curve.key for panels in TABLE.values() for panel in panels for curve in panel.curves]
     for key in random.Random(0).sample(keys, 20):
         assert sum(bool(re.match(tag, key)) for tags in charts.values() for tag in tags) == 1, key
     (evaluation,) = charts["Held-out evaluation"]

@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-PATH="$PATH:$PWD/.venv/bin"
+PATH="$PWD/${VENV:-.venv}/bin:$PATH"
 here=examples/systems/quickstart
 system="${1-}"
 if [ ! -f "$here/$system.yaml" ] || [ "$system" = common ]; then

@@ -16,7 +16,7 @@ _INTRODUCTION = """\
 One YAML file, checked as a whole before anything is built:
 `python -m megatron_dypo train CONFIG [section.key=value | FILE.yaml ...]`.
 An override on the command line replaces the file's value, and a later one an earlier. A further YAML file stands for an
-override of each of its keys (so `examples/systems/run.sh` lays a recipe over the quickstart). An unknown key is an error
+override of each of its keys: `examples/systems/run.sh` lays recipes over the quickstart. An unknown key is an error
 that names the nearest known one, or ours where verl, TRL, Megatron-LM or vLLM have the key by that name.
 Relative paths are relative to the working directory; `~` and `$VARIABLE` in a path stand for what they stand for in a
 shell. Numbers are decimal (`010` is ten). Four keys have to be given: `model.preset` (or `model.hf`), `data.train`,

@@ -23,7 +23,7 @@ def chart_sections(runs: list[Run]) -> list[tuple[str, str]]:
     zeros = {key for key, known in values.items() if not known.any()}
     drawn = _one_run if len(runs) == 1 else _overlaid
     return [
-        (heading, f'<div class="grid">{"".join(drawn(panel, runs, zeros) for panel in panels)}</div>')
+        (heading, f'<div class="grid">{"".join(drawn(panel, runs) for panel in panels)}</div>')
         for heading, panels in sections(values, shares, zeros)
     ]
 
@@ -34,30 +34,38 @@ def run_color(place: int) -> str:
     return f"{RUN_COLORS[color]} d{(place + turn) % 3}"  # 18 different ones
 
 
-def _one_run(panel: Panel, runs: list[Run], zeros: set[str]) -> str:
+def _one_run(panel: Panel, runs: list[Run]) -> str:
     (run,) = runs
 
     def series(curves: tuple[Curve, ...]) -> list[Series]:
         return [
             Series(curve.label, curve.color, run.steps, run.columns[curve.key])
             for curve in curves
-            if curve.key in run.columns
+            if _shows(run, curve, panel)
         ]
 
     layers = series(panel.layers)
     return _figure(panel, series(panel.lines), _relative(layers) if panel.relative else layers, runs)
 
 
-def _overlaid(panel: Panel, runs: list[Run], zeros: set[str]) -> str:
+def _shows(run: Run, curve: Curve, panel: Panel) -> bool:
+    """Whether the run has this curve: one of a quiet panel is none where it is 0 throughout."""
+    return curve.key in run.columns and (not panel.quiet or bool(run.known(curve.key).any()))
+
+
+def _overlaid(panel: Panel, runs: list[Run]) -> str:
     """A chart for each of the panel's metrics: colours tell runs apart, so they cannot tell metrics apart as well."""
-    present = [curve for curve in panel.curves if any(curve.key in run.columns for run in runs)]
-    parts = [curve for curve in present if not (curve in panel.layers and curve.key in zeros)] or present[:1]
+    present = [curve for curve in panel.curves if any(_shows(run, curve, panel) for run in runs)]
+    empty = [
+        curve for curve in panel.layers if curve in present and not any(run.known(curve.key).any() for run in runs)
+    ]
+    parts = [curve for curve in present if curve not in empty] or present[:1]
     markup = []
     for place, curve in enumerate(parts):
         lines = [
-            Series(run.name, run_color(index), run.steps, _column(run, curve, panel))
+            Series(run.label, run_color(index), run.steps, _column(run, curve, panel))
             for index, run in enumerate(runs)
-            if curve.key in run.columns
+            if _shows(run, curve, panel)
         ]
         title = panel.title if len(present) == 1 else f"{panel.title}: {curve.label}"
         one = replace(panel, title=title, note="" if place else panel.note)

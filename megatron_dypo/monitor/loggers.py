@@ -16,22 +16,23 @@ from typing import Any, Protocol
 
 from megatron_dypo.config.schema import Config, Logging
 from megatron_dypo.errors import UserError
-from megatron_dypo.monitor.panels import EVALUATION, LEARNING, OPTIMISATION, ROLLOUT, SPEED, Panel
+from megatron_dypo.monitor.panels import EVALUATION, TABLE, Panel
 
 
 def tensorboard_layout() -> dict[str, dict[str, list[Any]]]:
     """Heading -> panel -> ["Multiline", tags], as ``SummaryWriter.add_custom_scalars`` takes it.
 
-    Tags are regular expressions, so each is an exact name. TensorBoard has no stacked areas, bands or log axes here:
-    every curve is a line, and the box "smoothing" gives the running mean.
+    Tags are regular expressions: an exact name, or how the names of a family begin. TensorBoard has no stacked areas,
+    bands or log axes here: every curve is a line, and the box "smoothing" gives the running mean.
     """
-    tables = {"Learning": LEARNING, "Optimisation": OPTIMISATION, "Rollout": ROLLOUT, "Speed": SPEED}
-    layout = {heading: {panel.title: _chart(panel) for panel in panels} for heading, panels in tables.items()}
+    layout = {heading: {panel.title: _chart(panel) for panel in panels} for heading, panels in TABLE.items()}
     layout["Learning"][EVALUATION] = ["Multiline", ["^eval/.*(accuracy|avg@[0-9]+|pass@[0-9]+)$"]]
     return layout
 
 
 def _chart(panel: Panel) -> list[Any]:
+    if panel.family:
+        return ["Multiline", [f"^{panel.family}"]]
     return ["Multiline", [f"^{re.escape(curve.key)}$" for curve in panel.curves]]
 
 

@@ -1,9 +1,12 @@
-"""Which charts the report has: one table from metric keys to panels, in reading order."""
+"""Which charts the report has: one table from metric keys to panels, in reading order.
+
+A panel of a ``family`` takes every metric whose name begins so: a new term of a recipe needs no edit here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 
 
@@ -18,7 +21,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart: ``layers`` are stacked areas, ``lines`` go on top. ``unit`` names the vertical axis."""
+    """One chart: ``layers`` are stacked areas, ``lines`` go on top. ``unit`` names the vertical axis.
+
+    ``family``: how the names of further metrics begin that are curves of this panel: layers where it has layers.
+    """
 
     title: str
     note: str
@@ -31,7 +37,8 @@ class Panel:
     points: bool = False
     exact: bool = False
     relative: bool = False  # layers as parts of their sum
-    quiet: bool = False  # left out where all its values are 0
+    quiet: bool = False  # curves that are 0 throughout are left out, and the panel where no other is left
+    family: str = ""
 
     @property
     def curves(self) -> tuple[Curve, ...]:
@@ -61,16 +68,18 @@ LEARNING = (
 OPTIMISATION = (
     Panel(
         "Losses",
-        "Each term unweighted, and the total with its weights: gamma SFT + alpha GRPO + (1 - alpha) GAL.",
+        "Each of the recipe's terms unweighted, and the total with their shares and weights.",
         "loss",
         (
+            Curve("loss/total", "total", "ink"),
             Curve("loss/grpo", "GRPO", "c1"),
             Curve("loss/gal", "GAL", "c4"),
             Curve("loss/sft", "SFT", "c2"),
             Curve("loss/kl", "KL", "c6"),
             Curve("loss/aux", "load balance", "c5"),
-            Curve("loss/total", "total", "ink"),
         ),
+        family="loss/",
+        quiet=True,
     ),
     Panel(
         "Gradient shares",
@@ -83,7 +92,37 @@ OPTIMISATION = (
             Curve("grad_share/gal", "GAL", "c4"),
             Curve("grad_share/sft", "SFT", "c2"),
         ),
+        family="grad_share/",
+        quiet=True,
     ),
+    Panel(
+        "Trained tokens",
+        "Where the tokens that the step trained on are from: responses, traces of its prompts, the expert data set.",
+        "share of tokens",
+        percent=True,
+        layers=(
+            Curve("source_share/rollout", "responses", "c1"),
+            Curve("source_share/teacher", "traces", "c2"),
+            Curve("source_share/expert", "experts", "c5"),
+        ),
+        family="source_share/",
+        quiet=True,
+    ),
+    Panel(
+        "Schedules",
+        "What the recipe changes with the step, such as a term's share of the loss.",
+        "value",
+        family="objective/",
+        exact=True,
+    ),
+    Panel(
+        "Queue",
+        "Prompts that wait for an update of their own.",
+        "prompts",
+        family="queue/",
+        exact=True,
+    ),
+    Panel("Stage", "Of the run's stages, the first being 1.", "stage", family="stage", exact=True),
     Panel(
         "Gradient norm",
         "Before clipping. Rolling mean and one standard deviation to both sides.",
@@ -274,6 +313,9 @@ SPEED = (
 )
 
 
+TABLE = {"Learning": LEARNING, "Optimisation": OPTIMISATION, "Rollout": ROLLOUT, "Speed": SPEED}
+
+
 def sections(keys: Iterable[str], shares: set[str], zeros: set[str]) -> list[tuple[str, list[Panel]]]:
     """(heading, panels) for a run that has metrics ``keys``; panels and sections without any of them are left out.
 
@@ -281,15 +323,11 @@ def sections(keys: Iterable[str], shares: set[str], zeros: set[str]) -> list[tup
     0 throughout. A key that the table does not know gets a panel of its own in the last section.
     """
     keys = set(keys)
-    known = {curve.key for panel in (*LEARNING, *OPTIMISATION, *ROLLOUT, *SPEED) for curve in panel.curves}
+    table = {heading: [_grown(panel, keys) for panel in panels] for heading, panels in TABLE.items()}
+    known = {curve.key for panels in table.values() for panel in panels for curve in panel.curves}
     evals = {key for key in keys if key.startswith("eval/")}
-    table = {
-        "Learning": [*LEARNING, *_eval_panels(evals, shares)],
-        "Optimisation": OPTIMISATION,
-        "Rollout": ROLLOUT,
-        "Speed": SPEED,
-        "Further metrics": [Panel(key, "", "", (Curve(key, key, "c1"),)) for key in sorted(keys - known - evals)],
-    }
+    table["Learning"] += _eval_panels(evals, shares)
+    table["Further metrics"] = [Panel(key, "", "", (Curve(key, key, "c1"),)) for key in sorted(keys - known - evals)]
     present = {
         heading: [
             panel
@@ -299,6 +337,22 @@ def sections(keys: Iterable[str], shares: set[str], zeros: set[str]) -> list[tup
         for heading, panels in table.items()
     }
     return [(heading, panels) for heading, panels in present.items() if panels]
+
+
+def _grown(panel: Panel, keys: set[str]) -> Panel:
+    """The panel with a curve for each further metric of its family, in colours that its own present ones leave free."""
+    if not panel.family:
+        return panel
+    own = {curve.key for curve in panel.curves}
+    further = sorted(key for key in keys - own if key.startswith(panel.family))
+    taken = {curve.color for curve in panel.curves if curve.key in keys}
+    colors = cycle([color for color in PALETTE if color not in taken] or PALETTE)
+    curves = tuple(
+        Curve(key, _words(key.removeprefix(panel.family).strip("/")) or key, next(colors)) for key in further
+    )
+    if panel.layers:
+        return replace(panel, layers=panel.layers + curves)
+    return replace(panel, lines=panel.lines + curves)
 
 
 def _eval_panels(keys: set[str], shares: set[str]) -> list[Panel]:

@@ -133,7 +133,7 @@ def _of_one(run: Run) -> str:
 def _of_several(runs: list[Run]) -> str:
     common = [fact for fact in facts(runs[0]) if all(fact in facts(run) for run in runs)]
     named = [(run, sample_rollouts(run, last_only=True)) for run in runs]
-    samples = "".join(f"<h4>{escape(run.name)}</h4>{markup}" for run, markup in named if markup)
+    samples = "".join(f"<h4>{escape(run.label)}</h4>{markup}" for run, markup in named if markup)
     texts = (
         ("Warnings", lambda run: "\n".join(warnings_of(run.rows))),
         ("Configuration", lambda run: run.config_text),
@@ -146,7 +146,7 @@ def _of_several(runs: list[Run]) -> str:
         body=_section("Final figures", figures_table(runs))
         + _section("Configuration keys that differ", keys_table(runs))
         + _body(runs, samples),
-        details=[(f"{name}: {run.name}", text(run)) for name, text in texts for run in runs],
+        details=[(f"{name}: {run.label}", text(run)) for name, text in texts for run in runs],
     )
 
 

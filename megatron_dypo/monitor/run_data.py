@@ -29,6 +29,12 @@ class Run:
     config_text: str
     environment_text: str
 
+    @property
+    def label(self) -> str:
+        """The name, and the recipe where the name does not say it."""
+        method = self.setting("objective", "method")
+        return f"{self.name} ({method})" if method and method != self.name else self.name
+
     def known(self, key: str) -> np.ndarray:
         """The metric's finite values, in order; empty where the run has none."""
         return finite(self.columns.get(key))

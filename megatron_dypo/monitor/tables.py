@@ -163,7 +163,7 @@ def keys_table(runs: list[Run]) -> str:
 
 
 def _header(first: str, runs: list[Run]) -> list[str]:
-    swatches = [f'<i class="{run_color(place)}"></i>{escape(run.name)}' for place, run in enumerate(runs)]
+    swatches = [f'<i class="{run_color(place)}"></i>{escape(run.label)}' for place, run in enumerate(runs)]
     return [escape(first), *swatches]
 
 

@@ -103,15 +103,13 @@ def _weight_versions(minibatch: MiniBatch) -> list[int]:
 
 
 def batch_metrics(groups: list[Group], minibatches: list[MiniBatch]) -> dict[str, float | None]:
-    """Rewards, regime shares, offline ratio (trained Hard prompts / trained prompts), lengths in tokens.
+    """Rewards, regime shares, offline ratio (trained Hard prompts / trained prompts), lengths in tokens, and
+    source_share/KIND: of the tokens that are trained on, those of this kind of sequence.
 
     ``rollout/entropy`` is the mean surprise of the sampled tokens: an estimate over all responses, where
     ``policy/entropy`` is exact but covers the trained ones only.
     """
     responses = [response for group in groups for response in group.responses]
-    traces = [
-        sequence for minibatch in minibatches for sequence in minibatch.sequences if sequence.kind == Kind.TEACHER
-    ]
     trained = {
         kind: {
             (m, sequence.group)
@@ -121,13 +119,19 @@ def batch_metrics(groups: list[Group], minibatches: list[MiniBatch]) -> dict[str
         }
         for kind in Kind
     }
+    trained_tokens = dict.fromkeys(Kind, 0)
+    for minibatch in minibatches:
+        for sequence in minibatch.sequences:
+            trained_tokens[sequence.kind] += sequence.loss_tokens
     offline, prompts = len(trained[Kind.TEACHER]), len(set().union(*trained.values()))
     sampled = sum(len(response.ids) for response in responses)
     metrics: dict[str, float | None] = {
-        "tokens": sampled + sum(sequence.loss_tokens for sequence in traces),
+        "tokens": sampled + sum(trained_tokens.values()) - trained_tokens[Kind.ROLLOUT],
         "dypo/offline_ratio": offline / prompts if prompts else None,
         "dypo/hard_without_teacher": sum(group.teacher_indices == () for group in groups),
     }
+    if total_tokens := sum(trained_tokens.values()):
+        metrics |= {f"source_share/{kind.name.lower()}": count / total_tokens for kind, count in trained_tokens.items()}
     if responses:
         truncated = sum(response.finish_reason == "length" for response in responses)
         metrics |= {
