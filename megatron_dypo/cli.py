@@ -1,6 +1,7 @@
 """The command line: parse, run, and turn failures into exit codes.
 
-0 done, 2 unusable input, 75 training stopped by a signal and saved (to be started again), 1 anything else.
+0 done, 2 unusable input, 75 training stopped by a signal and saved (to be started again), 141 the reader of the output
+has gone, 1 anything else.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import NoReturn
 
 from megatron_dypo.commands import parse
 from megatron_dypo.errors import UserError
-from megatron_dypo.runtime.console import one_line, quiet
+from megatron_dypo.runtime.console import READER_GONE, flush_output, one_line, quiet, reader_gone
 
 _PATIENCE = 30.0  # seconds that the other ranks leave rank 0 to say what the user got wrong
 
@@ -28,11 +29,11 @@ def script() -> NoReturn:
         code = main()
     except KeyboardInterrupt:
         code = 130  # as a shell has it; a thread may still be sampling
-    sys.stdout.flush()
+    flush_output()
     sys.stderr.flush()
     if code == 0 and "vllm" in sys.modules:
         atexit._run_exitfuncs()
-        sys.stdout.flush()
+        flush_output()
         sys.stderr.flush()
         os._exit(0)
     if code:
@@ -41,7 +42,10 @@ def script() -> NoReturn:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns its exit code. Under torchrun only rank 0 prints what the user got wrong."""
+    """Run one command; returns its exit code. One whose output is not read any more (`| head`) ends quietly.
+
+    Under torchrun only rank 0 prints what the user got wrong.
+    """
     options = parse(arguments)
     quiet()
     try:
@@ -56,6 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"megatron_dypo: {one_line(str(error))}", file=sys.stderr, flush=True)
         return 2
     except Exception as error:  # the last line of defence; most errors have been reported where they were raised
+        if isinstance(error, BrokenPipeError) and reader_gone():
+            return READER_GONE
         from megatron_dypo.runtime.failure import report
 
         report(error)

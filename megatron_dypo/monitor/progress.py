@@ -16,6 +16,8 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
+from megatron_dypo.runtime.console import drop_output
+
 PLAIN_LINES = 20
 REGIMES = (("easy", "#35c99b"), ("mid", "#56a8e8"), ("hard", "#ff8a47"))  # the report's colours
 REGIME_CELLS = 18
@@ -67,9 +69,16 @@ class Progress:
             self._bar.stop()
 
 
+class _StandardOutput(Console):
+    """Goes on without output where that is not read any more: it is not worth a run, which rich would end."""
+
+    def on_broken_pipe(self) -> None:
+        drop_output()
+
+
 def default_console() -> Console:
     """Standard output. What is not a terminal gets no control codes, even where CI sets FORCE_COLOR."""
-    return Console() if sys.stdout.isatty() else Console(force_terminal=False, color_system=None)
+    return _StandardOutput() if sys.stdout.isatty() else _StandardOutput(force_terminal=False, color_system=None)
 
 
 def summary(rows: Iterable[tuple[str, str]], title: str, console: Console | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import sys
 import warnings
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import NoReturn
 
 from megatron_dypo.errors import UserError
 
+READER_GONE = 141  # exit code, as the shell has it of a program that SIGPIPE ended
 _LONGEST_LINE = 2000  # characters
 
 
@@ -24,7 +26,34 @@ def run_tool(name: str, tool: Callable[[], int]) -> NoReturn:
         code = 2
     except KeyboardInterrupt:
         code = 130
+    except BrokenPipeError:
+        if not reader_gone():
+            raise
+        code = READER_GONE
+    flush_output()
     raise SystemExit(code)
+
+
+def reader_gone() -> bool:
+    """Whether standard output is a pipe that is not read any more (`| head`)."""
+    watched = select.poll()
+    watched.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in watched.poll(0))
+
+
+def flush_output() -> None:
+    """Flush standard output; what is not read any more is dropped."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        drop_output()
+
+
+def drop_output() -> None:
+    """Send what is printed from now on nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def one_line(text: str) -> str:
