@@ -10,8 +10,9 @@ import numpy as np
 
 from megatron_dypo.monitor.axis import show
 from megatron_dypo.monitor.chart import MAX_POINTS, Chart, Series, draw
-from megatron_dypo.monitor.panels import RUN_COLORS, Curve, Panel, sections
+from megatron_dypo.monitor.panels import RUN_COLORS, Curve, Panel
 from megatron_dypo.monitor.run_data import Run, finite, is_share
+from megatron_dypo.monitor.sections import sections
 
 FEWEST_POINTS = 60  # of a line, however many runs share the page
 
