@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dypo.objectives.recipes import RECIPES
+
 PACKAGE = Path(__file__).parents[1] / "megatron_dypo"
 MODULES = {path: path.relative_to(PACKAGE.parent).with_suffix("").parts for path in PACKAGE.rglob("*.py")}
 
@@ -92,6 +94,43 @@ def test_kernels_and_objectives_need_torch_alone(folder):
     )
     ran = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=120, check=True)
     assert ran.stdout.split() == []
+
+
+KNOW_RECIPES = {"objectives/recipes.py", "config/reads.py", "config/sections_training.py"}
+
+
+def compared_names(source: str) -> Iterator[str]:
+    """Comparisons of a source text with a recipe's name; ``luffy`` is a shape's name, too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            operands = [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            operands = [node.value]
+        else:
+            continue
+        leaves = [leaf for operand in operands for leaf in (operand, *getattr(operand, "elts", ()))]
+        constants = {leaf.value for leaf in leaves if isinstance(leaf, ast.Constant)}
+        if constants & RECIPES.keys() and "shape" not in ast.unparse(node).lower():
+            yield f"line {node.lineno if isinstance(node, ast.Compare) else node.value.lineno}: {ast.unparse(node)}"
+
+
+def test_no_recipe_s_name_is_tested_but_in_the_table_and_in_what_config_knows_of_it():
+    sources = {str(path.relative_to(PACKAGE)): path.read_text() for path in MODULES}
+    assert sources.keys() >= KNOW_RECIPES
+    assert not {f"{name}: {found}" for name in sources.keys() - KNOW_RECIPES for found in compared_names(sources[name])}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'if objective.method == "grpo": pass',
+        'alone = config.objective.method not in ("sft", "other")',
+        'if run.setting("objective", "method") != "sft": pass',
+        'match method:\n    case "luffy": pass',
+    ],
+)
+def test_a_recipe_s_name_that_is_tested_is_found(line):
+    assert list(compared_names(line)) and not list(compared_names('if rule.shape == "luffy" or name == "dypos": pass'))
 
 
 API = """

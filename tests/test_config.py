@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from megatron_dypo.cli import main
 from megatron_dypo.config import load_config, render
 from megatron_dypo.config.load import SHOWN, dump, fingerprint
+from megatron_dypo.config.reads import GROUPED
 from megatron_dypo.config.renamed import RENAMED, rename
 from megatron_dypo.config.schema import Config, walk
 from megatron_dypo.config.synonyms import SYNONYMS
@@ -271,7 +272,13 @@ RULES = [  # of checks.py: (overrides that break it, what the line starts with)
     (["rollout.engine=replay", "rollout.replay=a", "rollout.record=a"], "rollout.record, rollout.replay: "),
     (["objective.hard_max_solved=8"], "objective.hard_max_solved: "),
     (["objective.updates_per_rollout=65"], "objective.updates_per_rollout: "),
-    (["objective.method=grpo", "rollout.samples_per_prompt=1"], "rollout.samples_per_prompt: "),
+    *(
+        (
+            [f"objective.method={method}", "rollout.samples_per_prompt=1"],
+            f"rollout.samples_per_prompt: objective.method: {method} compares",
+        )
+        for method in GROUPED
+    ),
     (["optimizer.schedule=cosine"], "optimizer.schedule_steps: "),
     (
         ["optimizer.schedule=linear", "optimizer.schedule_steps=5", "optimizer.warmup_steps=5"],
@@ -298,6 +305,8 @@ def test_keys_that_cannot_work_together_are_refused(smallest, overrides, start):
     [
         ["model.preset=null", "model.hf=folder"],
         ["rollout.engine=replay", "rollout.replay=a", "rollout.record=b"],
+        ["objective.method=luffy", "rollout.samples_per_prompt=1"],
+        ["objective.method=sft", "data.prompts_per_step=4"],
         [
             "rollout.engine=server",
             "rollout.servers=['http://127.0.0.1:8000']",

@@ -17,6 +17,7 @@ from megatron_dypo.config import load_config, render
 from megatron_dypo.config.load import dump, fingerprint, still_read
 from megatron_dypo.config.reads import (
     DEFAULTS,
+    GROUPED,
     IMITATING,
     PAIRS,
     READ_WITH,
@@ -71,6 +72,7 @@ def test_every_row_is_of_keys_that_there_are_and_the_methods_are_the_recipes():
     assert set(SHAPED) == {name for name in RECIPES if "shaped" in tokens[name]}
     regimes = {name: {term.when for term in recipe.terms} for name, recipe in RECIPES.items()}
     assert set(ROUTED) == {name for name in RECIPES if regimes[name] != {ALL}}
+    assert set(GROUPED) == {name for name, recipe in RECIPES.items() if recipe.samples and not recipe.scores_traces}
     assert set(TEACHERS) == {name for name, kinds in sources.items() if Kind.TEACHER in kinds}
 
 

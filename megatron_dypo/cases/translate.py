@@ -80,6 +80,7 @@ SETTINGS: dict[str, Callable[[Any], Keys]] = {
     "gamma": _shape,
     "p": lambda value: {},
 }
+OWN_SETTINGS = {"SFT": {"aggregation": _demo_aggregation}}  # what a system means otherwise by a setting's name
 
 
 def configuration(case: dict[str, Any]) -> Keys:
@@ -92,7 +93,7 @@ def configuration(case: dict[str, Any]) -> Keys:
     if not isinstance(settings, dict):
         raise UserError(f"settings: expected an object, got {settings!r:.80}")
     keys = dict(SYSTEMS[system])
-    own = {"aggregation": _demo_aggregation} if keys["objective.method"] == "sft" else {}
+    own = OWN_SETTINGS.get(system, {})
     for name, value in settings.items():
         if name not in SETTINGS:
             raise UserError(f"settings.{name}: unknown; known: {', '.join(SETTINGS)}")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from urllib.parse import urlsplit
 
+from megatron_dypo.config.reads import GROUPED
 from megatron_dypo.config.schema import Config, Reward
+from megatron_dypo.config.sections_rollout import REWARD_FUNCTIONS
 from megatron_dypo.errors import UserError
 
-REWARD_FUNCTIONS = ("math", "choice", "reasoning_gym")  # built in; others are custom
 _CUSTOM = re.compile(r"(?:[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*|[^:]*\.py):[A-Za-z_]\w*", re.ASCII)
 
 
@@ -67,8 +68,9 @@ def _rules(config: Config):
         f"data.prompts_per_step: {config.data.prompts_per_step}",
     )
     yield (
-        objective.method == "grpo" and rollout.samples_per_prompt == 1,
-        "rollout.samples_per_prompt: GRPO compares the responses of one prompt and needs at least 2",
+        objective.method in GROUPED and rollout.samples_per_prompt == 1,
+        f"rollout.samples_per_prompt: objective.method: {objective.method} compares the responses of one prompt and "
+        "needs at least 2",
     )
     decays = optimizer.schedule != "constant"
     yield (

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_dypo.config.checks import REWARD_FUNCTIONS
 from megatron_dypo.config.schema import Config, walk
+from megatron_dypo.config.sections_rollout import REWARD_FUNCTIONS
 
 # methods, as the recipes have it (objectives/recipes.py)
 SAMPLING = ("dypo", "grpo", "luffy", "switch")  # train on sampled responses
@@ -20,6 +20,7 @@ TEACHERS = ("dypo", "luffy", "sft", "switch")  # train on teachers' traces
 IMITATING = ("dypo", "sft", "switch")  # have SFT's term
 SHAPED = ("luffy",)  # have a shaped token function
 LUFFYS = ("luffy",)  # whose own shape has a gamma
+GROUPED = ("dypo", "grpo", "switch")  # compare a prompt's responses with one another, and with nothing else
 ROUTED = ("dypo", "switch")  # train other terms in other regimes
 
 

@@ -6,6 +6,8 @@ from typing import Literal
 
 from megatron_dypo.config.section import YEAR, Section, key
 
+REWARD_FUNCTIONS = ("math", "choice", "reasoning_gym")  # built in; others are a user's
+
 
 class Data(Section):
     """Prompts, answers and teacher traces."""

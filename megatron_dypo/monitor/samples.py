@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from megatron_dypo.config.reads import SAMPLING
 from megatron_dypo.monitor.run_data import Run
 from megatron_dypo.records import Regime
 from megatron_dypo.rollout.step_files import read_lines, step_files, token_ids
@@ -86,7 +87,8 @@ def sample_rollouts(run: Run, last_only: bool = False) -> str:
 def _files(run: Run) -> dict[int, Path]:
     """The recorded steps that the run's metrics know, by number."""
     name = run.setting("rollout", "record")
-    if not isinstance(name, str) or "\0" in name or run.setting("objective", "method") == "sft":
+    method = run.setting("objective", "method")
+    if not isinstance(name, str) or "\0" in name or (method is not None and method not in SAMPLING):
         return {}
     folders = [folder for folder in (Path(name), run.folder / name) if os.path.isdir(folder)]
     found = step_files(folders[0]) if folders else {}
