@@ -95,10 +95,29 @@ def gal_pairs(scores: list[Tensor], rewards: list[float], beta: float) -> list[T
     return [-logsigmoid(beta * (scores[s] - scores[f])) for s in k for f in k if rewards[s] > rewards[f]]
 
 
-def surrogate(log_ratio: Tensor, advantage: float, low: float, high: float) -> Tensor:
-    """CLIP of Eq. 21."""
+def surrogate(log_ratio: Tensor, advantage: float | Tensor, logp: Tensor, c) -> Tensor:
+    """CLIP of Eq. 21; CISPO (arXiv 2506.13585, Eq. 4); SAPO (arXiv 2511.20347)."""
     ratio = log_ratio.exp()
-    return torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+    bounded = ratio.clamp(1 - c.clip_low, 1 + c.clip_high)
+    if c.surrogate == "cispo":
+        return bounded.detach() * advantage * logp
+    if c.surrogate == "sapo":
+        A = torch.as_tensor(advantage, dtype=torch.float64)
+        tau = (A > 0).double() * c.sapo_tau_pos + (A <= 0).double() * c.sapo_tau_neg
+        return 4 / tau * torch.sigmoid(tau * (ratio - 1)) * A
+    return torch.minimum(ratio * advantage, bounded * advantage)
+
+
+def shape(logp: Tensor, kind: str, gamma: float) -> Tensor:
+    """f of a token's probability p: LUFFY's, p itself, its logarithm, or that weighed by CHORD's constants."""
+    p = logp.exp()
+    return {
+        "luffy": p / (p + gamma),
+        "p": p,
+        "nll": logp,
+        "phi": (p * (1 - p)).detach() * logp,
+        "sg_p": p.detach() * logp,
+    }[kind]
 
 
 def trust(log_ratio: Tensor, correction: str, cap: float, floor: float | None = None) -> Tensor:
@@ -124,10 +143,11 @@ def grpo(rollout: Rollout, advantage: float, c, correction: str, cap: float) -> 
     gap_n = rollout.reference_n - rollout.logp_n
     kl_n = trust_n * (gap_n.exp() - gap_n - 1)
     if c.ratio_level == "token":
-        return trust_n * surrogate(rollout.logp_n - base_n, advantage, c.clip_low, c.clip_high), kl_n
+        return trust_n * surrogate(rollout.logp_n - base_n, advantage, rollout.logp_n, c), kl_n
     unit = 1 / n if c.scale == "token" else 1.0
     weight = trust(unit * (rollout.old_n - rollout.engine_n).sum(), correction, cap)
-    value = weight * surrogate(unit * (rollout.logp_n - base_n).sum(), advantage, c.clip_low, c.clip_high)
+    score, base = unit * rollout.logp_n.sum(), unit * base_n.sum()
+    value = weight * surrogate(score - base, advantage, score, c)
     once = c.aggregation == "scale" and c.scale == "trajectory"
     return value.expand(n) / (n if once else 1), kl_n
 
@@ -178,9 +198,8 @@ def dypo(questions: list[Question], c, correction: str = "none", cap: float = 2.
         A_k = advantages(baseline, c.advantage_std)
         k = len(A_k)
         for trace, advantage in zip(traces, A_k[len(group) :], strict=True):
-            p_n = trace.logp_n.exp()
-            f_n = p_n / (p_n + c.shape_gamma) if c.shape in (None, "luffy") else p_n
-            terms.shaped.append(-weigh(len(p_n), k) * advantage * f_n)
+            f_n = shape(trace.logp_n, c.shape or "luffy", c.shape_gamma)
+            terms.shaped.append(-weigh(len(f_n), k) * advantage * f_n)
         for rollout, advantage in zip(group, A_k, strict=False):
             weight = weigh(len(rollout.logp_n), k)
             surrogate_n, kl_n = grpo(rollout, advantage, c, correction, cap)

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dypo.kernels import LossRule, empty_sums, grouped_loss, read_sums
+from megatron_dypo.kernels import LossRule, empty_sums, grouped_loss, linear_loss, read_sums
 from megatron_dypo.kernels.grouped_loss import COEFFICIENTS, SUMS
 from tests import reference_objective as page
 
@@ -31,13 +31,27 @@ RULES = [
         ["token", "sequence"], ["old", "reference"], [0.0, 0.3], ["none", "truncate", "mask"]
     )
 ]
-SHAPES = [LossRule(shape="luffy", shape_gamma=0.3), LossRule(kl_coef=0.3, correction="mask", shape="p", entropy=True)]
+MODES = [  # every token function, some together
+    LossRule(shape="luffy", shape_gamma=0.3),
+    LossRule(kl_coef=0.3, correction="mask", shape="p", entropy=True),
+    LossRule(surrogate="cispo", clip_low=0.15, clip_high=0.28, shape="nll"),
+    LossRule(surrogate="cispo", kl_coef=0.3, correction="truncate", cap=1.4, ratio_base="reference", tilt=True),
+    LossRule(surrogate="sapo", sapo_tau_pos=1.3, sapo_tau_neg=2.1, shape="phi"),
+    LossRule(surrogate="sapo", kl_coef=0.3, correction="mask", cap=1.4, shape="sg_p", entropy=True, tilt=True),
+    LossRule(tilt=True),
+]
 BANDS = [LossRule(correction=kind, cap=1.4, floor=0.9) for kind in ("mask", "icepop")]
 BANDS += [LossRule(kl_coef=0.3, correction="icepop", cap=1.4)]
-RULES += SHAPES + BANDS
-IN_BOTH_DTYPES = [*((torch.float32, rule) for rule in RULES), *((torch.float64, rule) for rule in RULES[::5])]
+RULES += BANDS + MODES
+IN_BOTH_DTYPES = [*((torch.float32, rule) for rule in RULES), *((torch.float64, rule) for rule in RULES[::5] + MODES)]
 NAMES = [
-    "-".join(map(str, (rule.ratio_level, rule.ratio_base, rule.kl_coef, rule.correction, rule.floor, rule.shape)))
+    "-".join(
+        map(
+            str,
+            (rule.ratio_level, rule.ratio_base, rule.kl_coef, rule.correction, rule.floor, rule.surrogate, rule.shape),
+        )
+    )
+    + "-tilt" * rule.tilt
     for rule in RULES
 ]
 STREAMS = ("logp", "old", "rollout", "reference", "entropy")
@@ -102,23 +116,31 @@ def statement(pack: Pack, rule: LossRule) -> dict[str, Tensor]:
     logp_t, old_t, engine_t, reference_t, entropy_t = (getattr(pack, name).double() for name in STREAMS)
     logp_t.requires_grad_()
     counts_S = torch.tensor(pack.counts)
-    A_t, w_t, c_t, g_t, v_t, u_t, e_t = pack.coefficients.double().repeat_interleave(counts_S, 1)
+    A_t, w_t, c_t, g_t, v_t, u_t, e_t, a_t = pack.coefficients.double().repeat_interleave(counts_S, 1)
     trust_t = page.trust(old_t - engine_t, rule.correction, rule.cap, rule.floor)
     log_ratio_t = logp_t - (old_t if rule.ratio_base == "old" else reference_t)
-    surrogate_t = page.surrogate(log_ratio_t, A_t, rule.clip_low, rule.clip_high) * (rule.ratio_level == "token")
+    surrogate_t = page.surrogate(log_ratio_t, A_t, logp_t, rule) * (rule.ratio_level == "token")
     gap_t = reference_t - logp_t
     kl_t = w_t * trust_t * (gap_t.exp() - gap_t - 1)
     grpo_t = -w_t * trust_t * surrogate_t + rule.kl_coef * kl_t
     ratio_t = log_ratio_t.exp()
-    clipped_t = (A_t > 0) & (ratio_t > 1 + rule.clip_high) | (A_t < 0) & (ratio_t < 1 - rule.clip_low)
-    p_t = logp_t.exp()
-    f_t = {"none": 0 * p_t, "p": p_t, "luffy": p_t / (p_t + rule.shape_gamma)}[rule.shape]
+    above_t, below_t = ratio_t > 1 + rule.clip_high, ratio_t < 1 - rule.clip_low
+    clipped_t = {
+        "clip": (A_t > 0) & above_t | (A_t < 0) & below_t,
+        "cispo": above_t | below_t,
+        "sapo": above_t & False,
+    }[rule.surrogate]
+    f_t = 0 * logp_t if rule.shape == "none" else page.shape(logp_t, rule.shape, rule.shape_gamma)
+    tilted_t = (a_t * entropy_t).exp()
     entropy_t.requires_grad_()
+    v_t = v_t * tilted_t if rule.tilt else v_t
     own_t = -e_t * entropy_t * rule.entropy + grpo_t + (c_t + g_t - v_t) * logp_t - u_t * f_t
     (df_t,) = torch.autograd.grad(f_t.sum(), logp_t, retain_graph=True)
     (grpo_slope_t,) = torch.autograd.grad((grpo_t + c_t * logp_t).sum(), logp_t, retain_graph=True)
     (dlogp_t,) = torch.autograd.grad(own_t.sum(), logp_t, retain_graph=True)
-    sums_t = (grpo_t, kl_t, grpo_slope_t.abs(), clipped_t * (rule.ratio_level == "token"), logp_t, entropy_t, f_t, df_t)
+    clipped_t = clipped_t * (rule.ratio_level == "token")
+    tilts_t = (tilted_t * logp_t * rule.tilt, tilted_t * rule.tilt)
+    sums_t = (grpo_t, kl_t, grpo_slope_t.abs(), clipped_t, logp_t, entropy_t, f_t, df_t, *tilts_t)
 
     def each(x_t: Tensor) -> Tensor:
         return torch.stack([piece.detach().double().sum() for piece in x_t.split(pack.counts)])
@@ -157,9 +179,127 @@ def test_the_pack_reaches_every_branch() -> None:
     assert 0 < trust_t.sum() < len(trust_t)
 
 
+def one_token_each(logp: Tensor, old: Tensor | None = None, entropy: Tensor | None = None, **columns: Tensor) -> Pack:
+    """A sequence of each token, whose coefficients are 0 but for ``columns``."""
+    table_CS = torch.zeros(len(COEFFICIENTS), len(logp), dtype=logp.dtype)
+    for name, values in columns.items():
+        table_CS[COEFFICIENTS.index(name)] = values
+    return Pack([1] * len(logp), table_CS, logp, old, old, None, entropy)
+
+
+def central(f: Callable[[Tensor], Tensor], x_t: Tensor, h: float = 1e-3) -> Tensor:
+    """f' by the fourth-order central difference, an error of h^4."""
+    return (8 * (f(x_t + h) - f(x_t - h)) - (f(x_t + 2 * h) - f(x_t - 2 * h))) / (12 * h)
+
+
+@pytest.mark.parametrize("rule", MODES, ids=NAMES[-len(MODES) :])
+@pytest.mark.parametrize("column", ["advantage", "nll", "shaped"])
+def test_slopes_equal_the_central_difference_of_the_summands(rule: LossRule, column: str) -> None:
+    """Each term alone. What the derivative holds constant is the summand over logp; the others are differentiated."""
+    rule = replace(rule, kl_coef=0.0, ratio_base="old")
+    pack = replace(make_pack(), reference=None)
+    keep = ("grpo", "tilt", column)
+    pack.coefficients[[row for row, name in enumerate(COEFFICIENTS) if name not in keep]] = 0.0
+    logp_t, log_ratio_t = pack.logp, pack.logp - pack.old
+    found = run(pack, rule)
+    holds = {"advantage": rule.surrogate == "cispo", "nll": True, "shaped": rule.shape in ("phi", "sg_p")}
+    if holds[column]:
+        expected_t = found["summands"] / logp_t
+    else:
+        expected_t = central(lambda x_t: run(replace(pack, logp=x_t), rule)["summands"], logp_t)
+    smooth_t = torch.ones(len(logp_t), dtype=torch.bool)
+    if column == "advantage" and rule.surrogate == "clip":
+        kinks = [math.log(bound) for bound in (1 - rule.clip_low, 1 + rule.clip_high)]
+        smooth_t = torch.stack([(log_ratio_t - kink).abs() > 2e-3 for kink in kinks]).all(0)
+    assert smooth_t.sum() > len(smooth_t) / 2
+    torch.testing.assert_close(found["slopes"][smooth_t], expected_t[smooth_t], rtol=1e-9, atol=1e-10)
+
+
+PROBABILITIES = [1.0, 1 - 1e-9, 1 - 1e-4, 0.5, 1e-3, 1e-12, 0.0]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6)], ids=str)
+def test_shapes_hold_where_p_is_near_0_and_1(dtype: torch.dtype, tolerance: float) -> None:
+    """Relative to each value; 1 - p of p near 1 is -logp to first order."""
+    logp_t = torch.tensor([*(math.log1p(p - 1) for p in PROBABILITIES[:-1]), -200.0], dtype=dtype)
+    exact_t = logp_t.double()
+    p_t, rest_t = exact_t.exp(), -exact_t.expm1()
+    slopes = {"luffy": 0.1 * p_t / (p_t + 0.1) ** 2, "p": p_t, "nll": torch.ones_like(p_t), "phi": p_t * rest_t}
+    slopes["sg_p"] = p_t
+    values = {"luffy": p_t / (p_t + 0.1), "p": p_t} | {name: slopes[name] * exact_t for name in ("nll", "phi", "sg_p")}
+    for shape, slope_t in slopes.items():
+        found = run(one_token_each(logp_t, shaped=-torch.ones_like(logp_t)), LossRule(shape=shape))
+        torch.testing.assert_close(found["summands"].double(), values[shape], rtol=tolerance, atol=1e-40)
+        torch.testing.assert_close(found["slopes"].double(), slope_t, rtol=tolerance, atol=1e-40)
+    assert 0.9e-9 < slopes["phi"][1] < 1.1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("surrogate", ["cispo", "sapo"])
+def test_a_huge_ratio_is_bounded_and_so_is_its_slope(surrogate: str, dtype: torch.dtype) -> None:
+    gaps_t = torch.tensor([-80.0, -3.0, 0.0, 3.0, 30.0, 59.0, 80.0, 1e4], dtype=dtype)
+    for advantage in (2.0, -2.0):
+        ones_t = torch.ones_like(gaps_t)
+        pack = one_token_each(gaps_t - 1, old=-ones_t, advantage=advantage * ones_t, grpo=ones_t)
+        found = run(pack, LossRule(surrogate=surrogate, clip_low=0.5, clip_high=3.0))
+        ratio_t = gaps_t.double().clamp(max=60).exp()
+        if surrogate == "cispo":
+            slopes_t = ratio_t.clamp(0.5, 4.0)
+            assert found["clipped"].tolist() == [1, 1, 0, 1, 1, 1, 1, 1]
+        else:
+            tau = 1.0 if advantage > 0 else 1.05
+            gate_t = torch.sigmoid(tau * (ratio_t - 1))
+            slopes_t = 4 * ratio_t * gate_t * torch.sigmoid(-tau * (ratio_t - 1))
+            assert not found["clipped"].any() and slopes_t[2] == 1
+            torch.testing.assert_close(found["summands"].double(), -advantage * 4 / tau * gate_t, rtol=1e-6, atol=0)
+        torch.testing.assert_close(found["slopes"].double(), -advantage * slopes_t, rtol=1e-4, atol=1e-30)
+
+
+def test_a_tilt_of_0_is_no_tilt_and_a_huge_one_is_bounded() -> None:
+    pack = make_pack()
+    pack.coefficients[COEFFICIENTS.index("tilt")] = 0.0
+    plain = run(pack, LossRule())
+    assert_same_bits(run(pack, LossRule(tilt=True)), {name: plain[name] for name in ("summands", "slopes", "grpo")})
+    for dtype in (torch.float32, torch.float64):
+        one_t = torch.ones(1, dtype=dtype)
+        steep = run(one_token_each(-one_t, entropy=9 * one_t, tilt=1e3 * one_t, nll=one_t), LossRule(tilt=True))
+        assert steep["summands"].item() == -steep["slopes"].item() == pytest.approx(math.exp(60), rel=1e-6)
+
+
+@pytest.mark.parametrize("rule", MODES, ids=NAMES[-len(MODES) :])
+def test_gradients_through_the_fused_head_equal_autograd_through_logits(rule: LossRule) -> None:
+    """Each mode as a training step has it: one pass of ``linear_loss``, against the statement on naive logits."""
+    pack, generator = make_pack(seed=1), torch.Generator().manual_seed(2)
+    tokens, width, vocabulary = len(pack.logp), 8, 23
+    hidden_TH = torch.randn(tokens, width, generator=generator, dtype=torch.float64)
+    weight_VH = torch.randn(vocabulary, width, generator=generator, dtype=torch.float64)
+    targets_T = torch.randint(0, vocabulary, (tokens,), generator=generator)
+    inputs = hidden_TH.requires_grad_(), weight_VH.requires_grad_()
+    logits_TV = (inputs[0] @ inputs[1].t()).log_softmax(1)
+    logp_T = logits_TV.gather(1, targets_T[:, None]).squeeze(1)
+    entropy_T = -(logits_TV.exp() * logits_TV).sum(1)
+    others = {name: logp_T.detach() + getattr(pack, name) - pack.logp for name in ("old", "rollout", "reference")}
+    table, sums = (pack.cu_seqlens, pack.coefficients), empty_sums(len(pack.counts))
+
+    def token_loss(logp_t: Tensor, entropy_t: Tensor | None, t: slice) -> tuple[Tensor, ...]:
+        streams = {name: x_T[t] for name, x_T in others.items()}
+        return grouped_loss(logp_t, *table, sums, rule, first=t.start, entropy=entropy_t, **streams)
+
+    loss, _ = linear_loss(*inputs, targets_T, token_loss, entropy=True)
+    known = statement(replace(pack, logp=logp_T.detach(), entropy=entropy_T.detach(), **others), rule)
+    local = (
+        (known["slopes"] * logp_T).sum() + (known["bonus"] * entropy_T).sum()
+        if rule.entropy
+        else (known["slopes"] * logp_T).sum()
+    )
+    torch.testing.assert_close(loss, known["summands"].sum(), rtol=1e-12, atol=0)
+    for ours, correct in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(local, inputs), strict=True):
+        torch.testing.assert_close(ours, correct, rtol=1e-10, atol=1e-11)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_a_cut_at_any_place_gives_the_same_bits(dtype: torch.dtype) -> None:
-    for rule in RULES[::5]:
+    for rule in [*RULES[::5], *MODES]:
         pack = make_pack(dtype=dtype)
         tokens = len(pack.logp)
         whole = run(pack, rule)
@@ -249,11 +389,14 @@ BAD = {
     "entropy_length": ({"entropy": torch.zeros(5)}, r"entropy: expected \[4\]"),
     "no_offsets": ({"cu_seqlens": torch.zeros(0).long()}, r"cu_seqlens: expected \[S \+ 1\]"),
     "offsets_dtype": ({"cu_seqlens": torch.zeros(3)}, "cu_seqlens: .* got .*float32"),
-    "table_shape": ({"coefficients": torch.zeros(2, 7)}, r"coefficients: expected \[7, 2\] .* got \[2, 7\]"),
-    "table_dtype": ({"coefficients": torch.zeros(7, 2).double()}, "coefficients: expected .* got .*float64"),
+    "table_shape": ({"coefficients": torch.zeros(2, 8)}, r"coefficients: expected \[8, 2\] .* got \[2, 8\]"),
+    "table_dtype": ({"coefficients": torch.zeros(8, 2).double()}, "coefficients: expected .* got .*float64"),
     "sums_shape": ({"sums": empty_sums(3)}, r"sums: expected empty_sums\(2\)"),
     "sums_dtype": ({"sums": empty_sums(2).float()}, "sums: expected .* got .*float32"),
     "no_entropy": ({"rule": LossRule(entropy=True), "entropy": None}, "entropy: needed for its bonus"),
+    "no_entropy_to_tilt_by": ({"rule": LossRule(tilt=True), "entropy": None}, "entropy: needed .* or for a tilt"),
+    "surrogate": ({"rule": LossRule(surrogate="ppo")}, "rule.surrogate: 'ppo' is unknown; known: clip, cispo, sapo"),
+    "shape": ({"rule": LossRule(shape="psi")}, "rule.shape: 'psi' is unknown; known: none, luffy"),
     "no_rollout": ({"rule": LossRule(correction="mask"), "rollout": None}, "rollout: needed for correction 'mask'"),
     "no_reference": ({"rule": LossRule(ratio_base="reference"), "reference": None}, "reference: needed for ratio_base"),
 }
@@ -264,7 +407,7 @@ def test_bad_input_is_refused_by_name(bad: str) -> None:
     changes, message = BAD[bad]
     arguments = {name: torch.zeros(4) for name in STREAMS} | {
         "cu_seqlens": torch.tensor([0, 1, 4]),
-        "coefficients": torch.zeros(7, 2),
+        "coefficients": torch.zeros(8, 2),
         "sums": empty_sums(2),
         "rule": LossRule(),
     }
@@ -314,19 +457,23 @@ def every_rule_in_triton() -> None:
 def first_step_in_triton() -> None:
     """To the last bit: all ratios are 1, no exponential is rounded, and one lane adds in torch's order."""
     for dtype, rule in IN_BOTH_DTYPES:
-        if rule.shape != "none":
-            continue  # which is of an exponential
+        if rule.shape != "none" or rule.tilt or rule.surrogate == "sapo":
+            continue  # which are of an exponential
         pack = make_pack([1, 5, 0, 3], dtype, drift=0.0)
         assert_same_bits(run(pack, rule, backend="triton"), run(pack, rule))
 
 
 def cuts_in_triton() -> None:
     """A cut at any place gives the same bits."""
-    pack, rule = make_pack([1, 6, 0, 2], torch.float32), LossRule(kl_coef=0.3, correction="truncate")
+    pack = make_pack([1, 6, 0, 2], torch.float32)
     tokens = len(pack.logp)
-    whole = run(pack, rule, backend="triton", lanes=4)
-    for edges in [[0, cut, tokens] for cut in range(tokens + 1)] + [list(range(tokens + 1))]:
-        assert_same_bits(run(pack, rule, edges, backend="triton", lanes=4), whole)
+    for rule in (
+        LossRule(kl_coef=0.3, correction="truncate"),
+        LossRule(surrogate="sapo", shape="phi", tilt=True, entropy=True),
+    ):
+        whole = run(pack, rule, backend="triton", lanes=4)
+        for edges in [[0, cut, tokens] for cut in range(tokens + 1)] + [list(range(tokens + 1))]:
+            assert_same_bits(run(pack, rule, edges, backend="triton", lanes=4), whole)
 
 
 def not_finite_in_triton(device: str = "cpu") -> None:
@@ -334,7 +481,9 @@ def not_finite_in_triton(device: str = "cpu") -> None:
     for value, name in itertools.product((math.nan, math.inf, 300.0, -300.0), (*STREAMS[:4], "coefficients")):
         for rule in (
             LossRule(kl_coef=0.3, correction="truncate", shape="luffy"),
-            LossRule(correction="mask", ratio_base="reference"),
+            LossRule(correction="mask", ratio_base="reference", shape="phi", tilt=True),
+            LossRule(surrogate="cispo", shape="sg_p"),
+            LossRule(surrogate="sapo", shape="nll"),
         ):
             pack = make_pack([3, 2, 5], torch.float32)
             getattr(pack, name).flatten()[7] = value
@@ -359,6 +508,8 @@ def test_triton_compiles_for_an_h100_without_spills(tmp_path: Path) -> None:
         (LossRule(ratio_base="reference", correction="mask"), ("entropy", "dentropy_out")),
         (LossRule(), ("old", "rollout", "reference", "dentropy_out")),
         (LossRule(shape="luffy"), ("old", "rollout", "reference", "dentropy_out")),
+        (LossRule(surrogate="sapo", correction="mask", shape="phi", tilt=True, entropy=True), ()),
+        (LossRule(surrogate="cispo", shape="sg_p"), ("reference", "entropy", "dentropy_out")),
     ):
         constants = kernel.constants(rule) | {"LANES": LANES} | dict.fromkeys(absent)
         function = kernel._one_sequence

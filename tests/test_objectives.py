@@ -267,6 +267,8 @@ def test_value_and_gradient_equal_the_reference_for_any_configuration_and_cut(ro
         hard_max_solved=draw.choice([0, 1]),
         teachers_per_prompt=draw.choice([1, 2]),
         entropy_coef=draw.choice([0.0, 0.2]),
+        surrogate=draw.choice(["clip", "cispo", "sapo"]),
+        sapo_tau_neg=draw.choice([1.05, 2.0]),
         **ASYMMETRIC,
     )
     batch = make_batch(MIXED, objective, seed=row, traces=[1, 2, 2, 0, 1, 1, 2])
@@ -317,7 +319,9 @@ OBJECTIVES = st.builds(
     method=st.sampled_from(["dypo", "dypo", *RECIPES]),
     gate=st.sampled_from(["reward", "advantage"]),
     demo_aggregation=st.sampled_from(["scale", "token_mean"]),
-    shape=st.sampled_from(["luffy", "p"]),
+    shape=st.sampled_from(["luffy", "p", "nll", "phi", "sg_p"]),
+    surrogate=st.sampled_from(["clip", "cispo", "sapo"]),
+    sapo_tau_pos=st.sampled_from([0.5, 1.0]),
     shape_gamma=st.sampled_from([0.01, 0.1, 1.0]),
     scale=st.sampled_from(["token", "trajectory"]),
     alpha=st.sampled_from([0.0, 0.2, 0.5, 1.0]),

@@ -47,6 +47,7 @@ ANOTHER = {  # a value that is not the default, which the others of these do not
     "gal_length_normalize": False, "sft_length_normalize": False, "ratio_base": "reference", "ratio_level": "sequence",
     "advantage_std": "none", "gate": "advantage", "shape": "p", "shape_gamma": 0.3, "demo_aggregation": "token_mean",
     "entropy_coef": 0.2,
+    "surrogate": "cispo", "sapo_tau_pos": 2.0, "sapo_tau_neg": 2.0,
 }  # fmt: skip
 
 
@@ -105,7 +106,8 @@ def outcome(objective: Objective) -> list[float]:
 def test_an_objective_s_key_changes_what_is_trained_exactly_where_the_table_has_it_read(method):
     always = {"kl_coef": 0.1} if method in SAMPLING else {}
     for name, value in ANOTHER.items():
-        companion = {"aggregation_constant": {"aggregation": "constant"}}.get(name, {})
+        sapo = {key: {"surrogate": "sapo"} for key in ("sapo_tau_pos", "sapo_tau_neg")}
+        companion = ({"aggregation_constant": {"aggregation": "constant"}} | sapo).get(name, {})
         before = Objective(method=method, **always | companion)
         after = before.model_copy(update={name: value})
         config = Config.model_construct(objective=after)

@@ -80,6 +80,7 @@ _LUFFYS = Condition(
         config.objective.shape == "luffy" or (config.objective.shape is None and config.objective.method in LUFFYS)
     ),
 )
+_BOUNDED = _one_of("objective.surrogate", "clip", "cispo")
 _GAL = (
     _one_of("objective.method", *PAIRS),
     Condition("`objective.alpha` below 1", ("objective.alpha",), lambda config: config.objective.alpha < 1),
@@ -138,8 +139,11 @@ READ_WITH: dict[str, tuple[Condition, ...]] = {
     "objective.shape_gamma": (_SHAPED, _LUFFYS),
     "objective.gate": (_one_of("objective.method", *ROUTED),),
     "objective.teachers_per_prompt": (_TEACHES,),
-    "objective.clip_low": (_SAMPLES,),
-    "objective.clip_high": (_SAMPLES,),
+    "objective.surrogate": (_SAMPLES,),
+    "objective.clip_low": (_SAMPLES, _BOUNDED),
+    "objective.clip_high": (_SAMPLES, _BOUNDED),
+    "objective.sapo_tau_pos": (_SAMPLES, _one_of("objective.surrogate", "sapo")),
+    "objective.sapo_tau_neg": (_SAMPLES, _one_of("objective.surrogate", "sapo")),
     "objective.kl_coef": (_SAMPLES,),
     "objective.hard_max_solved": (_one_of("objective.method", *ROUTED), _one_of("objective.gate", "reward")),
     "objective.aggregation": (_SAMPLES,),

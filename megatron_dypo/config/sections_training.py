@@ -26,6 +26,14 @@ class Objective(Section):
     gamma: float = key(1.0, "Hard: weight of SFT on a teacher's trace.", ge=0)
     clip_low: float = key(0.2, "GRPO: lower clip distance of the ratio.", ge=0, le=1)
     clip_high: float = key(0.2, "GRPO: upper clip distance of the ratio.", ge=0)
+    surrogate: Literal["clip", "cispo", "sapo"] = key(
+        "clip",
+        "GRPO: what bounds the ratio. `clip`: PPO's minimum; `cispo`: the clipped ratio, held constant, times A logp, so that every token keeps a gradient; `sapo`: 4 / tau sigmoid(tau (ratio - 1)), softly.",
+    )
+    sapo_tau_pos: float = key(
+        1.0, "SAPO's temperature where the advantage is above 0: how soon a ratio ceases to count.", gt=0
+    )
+    sapo_tau_neg: float = key(1.05, "SAPO's temperature where the advantage is not above 0.", gt=0)
     kl_coef: float = key(0.0, "GRPO: weight of the k3 estimate of KL(policy || reference).", ge=0)
     entropy_coef: float = key(
         0.0, "Weight of the mean entropy of all trained tokens, which the loss is lessened by.", ge=0
@@ -61,9 +69,9 @@ class Objective(Section):
     advantage_std: Literal["population", "sample", "none"] = key(
         "population", "Divisor of the group advantage; `none` is Dr. GRPO's."
     )
-    shape: Literal["luffy", "p"] | None = key(
+    shape: Literal["luffy", "p", "nll", "phi", "sg_p"] | None = key(
         None,
-        "Function of a trace's token probability p that its advantage weighs: p / (p + `shape_gamma`), or p itself; default: the recipe's own.",
+        "Function of a trace's token probability p that its advantage weighs: `luffy` p / (p + `shape_gamma`); p itself; `nll` log p; log p weighed by p (1 - p) (`phi`) or by p (`sg_p`), held constant; default: the recipe's own.",
     )
     shape_gamma: float = key(0.1, "Where the shaped probability is one half: below it a token weighs more.", gt=0)
     demo_aggregation: Literal["scale", "token_mean"] = key(

@@ -105,7 +105,11 @@ SYNONYMS = {
     "reward.overlong_tokens": "overlong_buffer overlong_buffer.len overlong_buffer.enable overlong_buffer_len",
     "reward.overlong_penalty": "overlong_buffer.penalty_factor overlong_penalty_factor",
     # objective
-    "objective.method": "adv_estimator advantage_estimator algorithm algorithm.name trainer_type loss_mode",
+    "objective.method": "adv_estimator advantage_estimator algorithm algorithm.name trainer_type",
+    "objective.surrogate": "loss_mode policy_loss policy_loss_type policy_loss.loss_mode",
+    "objective.surrogate: cispo or sapo, else objective.aggregation": "loss_type",
+    "objective.sapo_tau_pos": "tau_pos sapo_temperature_pos",
+    "objective.sapo_tau_neg": "tau_neg sapo_temperature_neg",
     "objective.kl_coef": "kl_beta beta kl_loss_coef kl_coeff kl_loss use_kl_loss kl_penalty init_kl_coef kl_ctrl "
     "use_kl_in_reward kl_loss_type kl_weight kl_penalty_coef",
     "objective.clip_low and objective.clip_high": "clip_ratio epsilon cliprange clip_range eps_clip clip_eps clip "
@@ -115,7 +119,7 @@ SYNONYMS = {
     "objective.clip_high keeps the entropy up (there is no entropy bonus)": "entropy_coeff entropy_coef "
     "entropy_bonus entropy_loss_coef",
     "objective.clip_low and objective.clip_high (there is no dual clip)": "clip_ratio_c eps_clip_c",
-    "objective.aggregation": "loss_agg_mode loss_type calculate_per_token_loss loss_reduction",
+    "objective.aggregation": "loss_agg_mode calculate_per_token_loss loss_reduction",
     "objective.advantage_std": "norm_adv_by_std_in_grpo scale_rewards normalize_advantages grpo_std_normalization "
     "disable_grpo_std_normalization whiten_rewards",
     "objective.ratio_level": "importance_sampling_level",

@@ -1,13 +1,15 @@
 """The loss that is local to a token, over packed sequences: summands and analytic dL/dlogp in one pass.
 
     GRPO  w (-min(rho A, clip(rho) A) + kl (exp(ref - logp) - (ref - logp) - 1))     rho = exp(logp - base)   (Eq. 21)
+          with other surrogates of rho in place of the clipped one: token_functions.py
     slope C (constant dL/dlogp; its value is the coefficient pass's: GAL)                                     (Eq. 16)
     nll   -v logp (v of either sign, on any sequence: SFT)                                                    (Eq. 20)
-    shape -u f(p), p = exp(logp)      f(p) = p / (p + gamma), or p                      (LUFFY, arXiv 2504.14945)
-    bonus -e H, H the token's entropy
+    tilt  -v sg(exp(a H)) logp in its place, H the token's entropy                      (SRFT, arXiv 2506.19767)
+    shape -u f(p), p = exp(logp)      f(p): token_functions.py
+    bonus -e H
 
-A, w, C, v, u and e belong to a sequence: its columns of a table, whose rows are declared in ``COEFFICIENTS``, every
-normaliser and aggregation included.
+A, w, C, v, a, u and e belong to a sequence: its columns of a table, whose rows are declared in ``COEFFICIENTS``, every
+normaliser and aggregation included. sg: held constant by the derivative.
 The sums that metrics are made of are kept for each sequence, in float64, as L running sums: on CUDA token j of a
 sequence is added to lane j % L, and torch adds all to lane 0, in order. So a sum depends neither on where calls cut the
 sequence nor on what it is packed with.
@@ -22,18 +24,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-COEFFICIENTS = ("advantage", "grpo", "dlogp_grpo", "slope", "nll", "shaped", "entropy")
-SUMS = ("grpo", "kl", "dlogp_grpo", "clipped", "logp", "entropy", "shaped", "dlogp_shaped")
+from megatron_dypo.kernels.token_functions import LARGEST, SHAPES, SURROGATES, cispo, sapo, shaped
+
+COEFFICIENTS = ("advantage", "grpo", "dlogp_grpo", "slope", "nll", "shaped", "entropy", "tilt")
+SUMS = ("grpo", "kl", "dlogp_grpo", "clipped", "logp", "entropy", "shaped", "dlogp_shaped", "tilted", "dlogp_tilted")
 LANES = 128  # threads of a program
-LARGEST = 60.0  # exponents are bounded so that float32 stays finite
 
 
 @dataclass(frozen=True)
 class LossRule:
     """What is the same for all tokens. ``ratio_level``: token, or sequence (the ratio is then in the coefficients);
     ``ratio_base``: old or reference; ``correction``: none, truncate, mask or icepop, with its ``cap`` and ``floor``
-    (None: 1 / cap); ``shape``: none (the column ``shaped`` is not read), luffy (with its ``shape_gamma``) or p;
-    ``entropy``: read the column ``entropy``."""
+    (None: 1 / cap); ``surrogate``: clip, cispo or sapo (with its ``sapo_tau_*``); ``shape``: none (the column
+    ``shaped`` is not read), luffy (with its ``shape_gamma``), p, nll, phi or sg_p; ``entropy``, ``tilt``: read the
+    column of that name."""
 
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -46,6 +50,10 @@ class LossRule:
     shape: str = "none"
     shape_gamma: float = 0.1
     entropy: bool = False
+    surrogate: str = "clip"
+    sapo_tau_pos: float = 1.0
+    sapo_tau_neg: float = 1.05
+    tilt: bool = False
 
 
 def grouped_loss(
@@ -69,8 +77,8 @@ def grouped_loss(
     ``old`` there is no GRPO term (teacher traces). cu_seqlens [S + 1] integer offsets of the sequences' tokens, from 0;
     coefficients [C, S] in logp's dtype, rows as ``COEFFICIENTS`` (objectives.SequenceTerms). ``sums``, from
     ``empty_sums``, is added to; its rows are, as ``SUMS``: sums of GRPO's summands (KL included), of the KL (weighted
-    by w, without kl_coef), of |dL/dlogp| of GRPO, of clipped tokens, of logp, of ``entropy``, and with a shape of f(p)
-    and df/dlogp.
+    by w, without kl_coef), of |dL/dlogp| of GRPO, of clipped tokens (cispo: of ratios outside the bounds; sapo: none),
+    of logp, of ``entropy``, with a shape of f(p) and df/dlogp, and with a tilt of exp(a H) logp and exp(a H).
 
     backend: ``torch``, ``triton``, or ``auto``: triton on CUDA. Raises ValueError naming what does not fit.
     """
@@ -130,7 +138,9 @@ def _grouped_loss(
     tokens = len(logp_t)
     pieces_S = cu_seqlens.clamp(first, first + tokens).diff()
     sequence_t = torch.repeat_interleave(pieces_S, output_size=tokens)
-    advantage_t, weight_t, grpo_slope_t, slope_t, nll_t, shaped_t, bonus_t = coefficients_CS.index_select(1, sequence_t)
+    advantage_t, weight_t, grpo_slope_t, slope_t, nll_t, shaped_t, bonus_t, tilt_t = coefficients_CS.index_select(
+        1, sequence_t
+    )
     zero_t = torch.zeros_like(logp_t)
     grpo_t = kl_t = clipped_t = zero_t
 
@@ -141,11 +151,18 @@ def _grouped_loss(
             base_t = old_t if rule.ratio_base == "old" else reference_t
             assert base_t is not None, "as _check has seen"
             ratio_t = (logp_t - base_t).clamp_(max=LARGEST).exp_()
-            free_t = ratio_t * advantage_t
-            bounded_t = ratio_t.clamp_(1 - rule.clip_low, 1 + rule.clip_high).mul_(advantage_t)
-            clipped_t = bounded_t < free_t
-            grpo_t = torch.where(clipped_t, bounded_t, free_t).mul_(weight_t).neg_()
-            grpo_slope_t = grpo_t.masked_fill(clipped_t, 0.0).add_(grpo_slope_t)
+            if rule.surrogate == "clip":
+                free_t = ratio_t * advantage_t
+                bounded_t = ratio_t.clamp_(1 - rule.clip_low, 1 + rule.clip_high).mul_(advantage_t)
+                clipped_t = bounded_t < free_t
+                grpo_t = torch.where(clipped_t, bounded_t, free_t).mul_(weight_t).neg_()
+                grpo_slope_t = grpo_t.masked_fill(clipped_t, 0.0).add_(grpo_slope_t)
+            else:
+                if rule.surrogate == "cispo":
+                    value_t, dvalue_t, clipped_t = cispo(ratio_t, advantage_t, logp_t, rule.clip_low, rule.clip_high)
+                else:
+                    value_t, dvalue_t = sapo(ratio_t, advantage_t, rule.sapo_tau_pos, rule.sapo_tau_neg)
+                grpo_t, grpo_slope_t = -(value_t * weight_t), grpo_slope_t - dvalue_t * weight_t
         if reference_t is not None:
             gap_t = reference_t - logp_t
             growth_t = gap_t.clamp(max=LARGEST).expm1_()  # exact where the policies are close
@@ -154,33 +171,33 @@ def _grouped_loss(
                 grpo_t = grpo_t + kl_t * rule.kl_coef
                 grpo_slope_t = grpo_slope_t - weight_t * rule.kl_coef * growth_t
 
-    values = [
-        grpo_t,
-        kl_t,
-        grpo_slope_t.abs(),
-        clipped_t.to(logp_t.dtype),
-        logp_t,
-        zero_t if entropy_t is None else entropy_t,
-    ]
+    def add(first_row: str, *values_t: Tensor) -> None:
+        """Add to consecutive rows of the sums, one by one."""
+        rows_MS = sums_MSL.narrow(0, SUMS.index(first_row), len(values_t)).select(2, 0)
+        rows_MS.scatter_add_(1, sequence_t.long().expand(len(values_t), -1), torch.stack(values_t).double())
+
+    spread_t = zero_t if entropy_t is None else entropy_t
+    add("grpo", grpo_t, kl_t, grpo_slope_t.abs(), clipped_t.to(logp_t.dtype), logp_t, spread_t)
+    if rule.tilt:
+        tilted_t = (tilt_t * spread_t).clamp_(max=LARGEST).exp_()
+        add("tilted", tilted_t * logp_t, tilted_t)
+        nll_t = nll_t * tilted_t
     summands_t, dlogp_t = grpo_t - nll_t * logp_t, grpo_slope_t + slope_t - nll_t
     if rule.shape != "none":
-        f_t = df_t = logp_t.clamp(max=LARGEST).exp_()
-        if rule.shape == "luffy":
-            shifted_t = f_t + rule.shape_gamma
-            f_t = f_t / shifted_t
-            df_t = f_t * (rule.shape_gamma / shifted_t)
+        f_t, df_t = shaped(logp_t, rule.shape, rule.shape_gamma)
+        add("shaped", f_t, df_t)
         summands_t, dlogp_t = summands_t - shaped_t * f_t, dlogp_t - shaped_t * df_t
-        values += [f_t, df_t]
     if rule.entropy:
         summands_t = summands_t - bonus_t * entropy_t
-    places = sequence_t.long().expand(len(values), -1)
-    sums_MSL[: len(values)].select(2, 0).scatter_add_(1, places, torch.stack(values).double())  # one by one
     return (summands_t, dlogp_t, -bonus_t) if rule.entropy else (summands_t, dlogp_t)
 
 
 def _check(logp, cu_seqlens, coefficients, sums, rule, old, rollout, reference, entropy, backend) -> None:
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend: {backend!r} is unknown; known: auto, torch, triton")
+    for name, value, known in (("surrogate", rule.surrogate, SURROGATES), ("shape", rule.shape, SHAPES)):
+        if value not in known:
+            raise ValueError(f"rule.{name}: {value!r} is unknown; known: {', '.join(known)}")
     if logp.dim() != 1 or logp.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"logp: expected [t] of float32 or float64, got {list(logp.shape)} of {logp.dtype}")
     streams = {"old": old, "rollout": rollout, "reference": reference, "entropy": entropy}
@@ -196,8 +213,8 @@ def _check(logp, cu_seqlens, coefficients, sums, rule, old, rollout, reference, 
         )
     if sums.shape[:2] != (len(SUMS), sequences) or sums.dtype != torch.float64 or not sums.is_contiguous():
         raise ValueError(f"sums: expected empty_sums({sequences}), got {_like(sums)}")
-    if rule.entropy and entropy is None:
-        raise ValueError("entropy: needed for its bonus")
+    if (rule.entropy or rule.tilt) and entropy is None:
+        raise ValueError("entropy: needed for its bonus, or for a tilt")
     if old is not None and rollout is None and rule.correction != "none":
         raise ValueError(f"rollout: needed for correction {rule.correction!r}")
     if old is not None and reference is None and rule.ratio_level == "token" and rule.ratio_base == "reference":

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_dypo.kernels.grouped_loss import LARGEST, LossRule, lower_end
+from megatron_dypo.kernels.grouped_loss import LossRule, lower_end
+from megatron_dypo.kernels.token_functions import LARGEST
 
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
@@ -59,6 +60,10 @@ def constants(rule: LossRule) -> dict:
         "KL_COEF": float(rule.kl_coef),
         "SHAPE": rule.shape,
         "SHAPE_GAMMA": float(rule.shape_gamma),
+        "SURROGATE": rule.surrogate,
+        "TAU_POS": float(rule.sapo_tau_pos),
+        "TAU_NEG": float(rule.sapo_tau_neg),
+        "TILT": rule.tilt,
         "LARGEST": LARGEST,
     }
 
@@ -82,6 +87,13 @@ def _expm1(x, LARGEST: tl.constexpr):
     difference = u - 1.0
     exact = tl.where(difference == -1.0, -1.0, difference * (x64 / tl.log(u)))
     return tl.where(u == 1.0, x64, exact).to(x.dtype)
+
+
+@triton.jit
+def _gates(x):
+    """sigmoid(x) and sigmoid(-x)."""
+    x64 = x.to(tl.float64)
+    return (1.0 / (1.0 + tl.exp(-x64))).to(x.dtype), (1.0 / (1.0 + tl.exp(x64))).to(x.dtype)
 
 
 @triton.jit(do_not_specialize=["first", "tokens", "sequences"])
@@ -110,6 +122,10 @@ def _one_sequence(
     KL_COEF: tl.constexpr,
     SHAPE: tl.constexpr,
     SHAPE_GAMMA: tl.constexpr,
+    SURROGATE: tl.constexpr,
+    TAU_POS: tl.constexpr,
+    TAU_NEG: tl.constexpr,
+    TILT: tl.constexpr,
     LARGEST: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -127,6 +143,8 @@ def _one_sequence(
             shaped = tl.load(coefficients + 5 * sequences + s)
         if dentropy_out is not None:
             bonus = tl.load(coefficients + 6 * sequences + s)
+        if TILT:
+            tilt = tl.load(coefficients + 7 * sequences + s)
 
         lane = tl.arange(0, LANES)
         at = sums + s * LANES + lane
@@ -136,6 +154,8 @@ def _one_sequence(
         logp_sum, entropy_sum = tl.load(at + 4 * row), tl.load(at + 5 * row)
         if SHAPE != "none":
             shaped_sum, dlogp_shaped_sum = tl.load(at + 6 * row), tl.load(at + 7 * row)
+        if TILT:
+            tilted_sum, dlogp_tilted_sum = tl.load(at + 8 * row), tl.load(at + 9 * row)
 
         for block in range((begin - start) // LANES, tl.cdiv(end - start, LANES)):
             place = start + block * LANES + lane
@@ -157,12 +177,26 @@ def _one_sequence(
                 if TOKEN_RATIO:
                     base = before if OLD_BASE else tl.load(reference + t, here, 0.0)
                     ratio = _exp(now - base, LARGEST)
-                    free = ratio * advantage
-                    bounded = _clamp(ratio, CLIP_LOW, CLIP_HIGH) * advantage
-                    clipped = bounded < free
-                    summand = -(tl.where(clipped, bounded, free) * weight)
-                    dlogp = tl.where(clipped, 0.0, summand) + grpo_constant
-                    clipped_sum += (clipped & here).to(tl.float64)
+                    if SURROGATE == "clip":
+                        free = ratio * advantage
+                        bounded = _clamp(ratio, CLIP_LOW, CLIP_HIGH) * advantage
+                        clipped = bounded < free
+                        summand = -(tl.where(clipped, bounded, free) * weight)
+                        dlogp = tl.where(clipped, 0.0, summand) + grpo_constant
+                        clipped_sum += (clipped & here).to(tl.float64)
+                    elif SURROGATE == "cispo":
+                        bounded = _clamp(ratio, CLIP_LOW, CLIP_HIGH)
+                        summand = -(bounded * advantage * now * weight)
+                        dlogp = grpo_constant - bounded * advantage * weight
+                        clipped_sum += ((bounded != ratio) & here).to(tl.float64)
+                    else:
+                        tau = tl.where(advantage > 0.0, tl.zeros_like(now) + TAU_POS, tl.zeros_like(now) + TAU_NEG)
+                        gain = tl.where(
+                            advantage > 0.0, tl.zeros_like(now) + 4.0 / TAU_POS, tl.zeros_like(now) + 4.0 / TAU_NEG
+                        )
+                        gate, shut = _gates(tau * (ratio - 1.0))
+                        summand = -(gate * gain * advantage * weight)
+                        dlogp = grpo_constant - ratio * shut * gate * 4.0 * advantage * weight
                 if reference is not None:
                     gap = tl.load(reference + t, here, 0.0) - now
                     growth = _expm1(gap, LARGEST)
@@ -178,15 +212,29 @@ def _one_sequence(
             if entropy is not None:
                 spread = tl.load(entropy + t, here, 0.0)
                 entropy_sum += spread.to(tl.float64)
-            summand, dlogp = summand - nll * now, dlogp + slope - nll
+            if TILT:
+                tilted = _exp(tilt * spread, LARGEST)
+                tilted_sum += tl.where(here, tilted * now, 0.0).to(tl.float64)
+                dlogp_tilted_sum += tl.where(here, tilted, 0.0).to(tl.float64)
+                leaning = nll * tilted
+                summand, dlogp = summand - leaning * now, dlogp + slope - leaning
+            else:
+                summand, dlogp = summand - nll * now, dlogp + slope - nll
             if SHAPE != "none":
                 p = tl.exp(tl.where(now > LARGEST, LARGEST, now).to(tl.float64))
                 if SHAPE == "luffy":
                     f64 = p / (p + SHAPE_GAMMA)
-                    df64 = f64 * (SHAPE_GAMMA / (p + SHAPE_GAMMA))
+                    f, df = f64.to(now.dtype), (f64 * (SHAPE_GAMMA / (p + SHAPE_GAMMA))).to(now.dtype)
+                elif SHAPE == "p":
+                    f, df = p.to(now.dtype), p.to(now.dtype)
                 else:
-                    f64, df64 = p, p
-                f, df = f64.to(now.dtype), df64.to(now.dtype)
+                    if SHAPE == "nll":
+                        df = tl.zeros_like(now) + 1.0
+                    elif SHAPE == "phi":
+                        df = (p * -_expm1(now.to(tl.float64), LARGEST)).to(now.dtype)
+                    else:
+                        df = p.to(now.dtype)
+                    f = df * now
                 summand, dlogp = summand - shaped * f, dlogp - shaped * df
                 shaped_sum += tl.where(here, f, 0.0).to(tl.float64)
                 dlogp_shaped_sum += tl.where(here, df, 0.0).to(tl.float64)
@@ -205,3 +253,6 @@ def _one_sequence(
         if SHAPE != "none":
             tl.store(at + 6 * row, shaped_sum)
             tl.store(at + 7 * row, dlogp_shaped_sum)
+        if TILT:
+            tl.store(at + 8 * row, tilted_sum)
+            tl.store(at + 9 * row, dlogp_tilted_sum)

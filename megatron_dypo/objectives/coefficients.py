@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megatron_dypo.kernels.grouped_loss import LARGEST, correction_weight
+from megatron_dypo.kernels.grouped_loss import correction_weight
+from megatron_dypo.kernels.token_functions import LARGEST, cispo, sapo
 from megatron_dypo.objectives.dypo import gal_coefficients, group_advantages, pair_statistics
 from megatron_dypo.objectives.recipes import Term, recipe, shares, trained_sources, update_terms
 from megatron_dypo.records import Group, Kind, Sequence
@@ -69,7 +70,8 @@ class SequenceTerms:
     """Coefficients of one sequence, a row of the ``source``'s; each token's loss is formed from them alone.
 
     ``grpo`` weighs a token's -surrogate + KL; ``dlogp_grpo`` (sequence-level ratio) and ``slope`` are constant
-    dL/dlogp_t; ``nll`` weighs -logp_t, ``shaped`` -f(p_t) and ``entropy`` -H_t.
+    dL/dlogp_t; ``nll`` weighs -logp_t (times exp(``tilt`` H_t), where any sequence is tilted), ``shaped`` -f(p_t) and
+    ``entropy`` -H_t.
     """
 
     advantage: float = 0.0
@@ -79,6 +81,7 @@ class SequenceTerms:
     nll: float = 0.0
     shaped: float = 0.0
     entropy: float = 0.0
+    tilt: float = 0.0
     source: Kind = Kind.ROLLOUT
 
     def add(self, column: str, value: float) -> None:
@@ -324,9 +327,16 @@ def _sequence_surrogate(
 ) -> tuple[float, float, bool]:
     """(surrogate, its derivative in the response's log-ratio, clipped?) of a sequence-level ratio, with correction."""
     base = sums.old if objective.ratio_base == "old" else sums.reference
-    ratio = math.exp(min((sums.now - base) * unit, 60.0))
+    ratio = math.exp(min((sums.now - base) * unit, LARGEST))
     low, high = 1 - objective.clip_low, 1 + objective.clip_high
-    surrogate = min(ratio * advantage, min(max(ratio, low), high) * advantage)
-    clipped = ratio > high if advantage > 0 else ratio < low and advantage < 0
     weight = correction.weight(torch.tensor((sums.old - sums.rollout) * unit, dtype=torch.float64)).item()
-    return weight * surrogate, weight * (0.0 if clipped else ratio * advantage), clipped
+    if objective.surrogate == "clip":
+        surrogate = min(ratio * advantage, min(max(ratio, low), high) * advantage)
+        clipped = ratio > high if advantage > 0 else ratio < low and advantage < 0
+        return weight * surrogate, weight * (0.0 if clipped else ratio * advantage), clipped
+    ratio_, advantage_, logp_ = torch.tensor([ratio, advantage, sums.now * unit], dtype=torch.float64)
+    if objective.surrogate == "cispo":
+        surrogate_, slope_, clipped_ = cispo(ratio_, advantage_, logp_, objective.clip_low, objective.clip_high)
+        return weight * surrogate_.item(), weight * slope_.item(), bool(clipped_)
+    surrogate_, slope_ = sapo(ratio_, advantage_, objective.sapo_tau_pos, objective.sapo_tau_neg)
+    return weight * surrogate_.item(), weight * slope_.item(), False

@@ -58,6 +58,9 @@ class TokenStreams:
             shape=shape(self.objective),
             shape_gamma=self.objective.shape_gamma,
             entropy=self.objective.entropy_coef > 0,
+            surrogate=self.objective.surrogate,
+            sapo_tau_pos=self.objective.sapo_tau_pos,
+            sapo_tau_neg=self.objective.sapo_tau_neg,
         )
 
     @classmethod
