@@ -10,9 +10,12 @@ cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 PATH="$PWD/${VENV:-.venv}/bin:$PATH"
 here=examples/systems/quickstart
+systems="$(cd $here && for file in *.yaml; do echo -n "${file%.yaml} "; done)"
+systems="${systems/common /}"
+systems="${systems/warm_start /}"
 system="${1-}"
-if [ ! -f "$here/$system.yaml" ] || [ "$system" = common ]; then
-    echo "run.sh: SYSTEM is one of: $(cd $here && ls -- *.yaml | grep -v common | sed 's/\.yaml//' | tr '\n' ' ')" >&2
+if [[ -z $system || " $systems" != *" $system "* ]]; then
+    echo "run.sh: SYSTEM is one of: $systems" >&2
     exit 2
 fi
 shift

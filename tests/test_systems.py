@@ -1,0 +1,123 @@
+"""examples/systems: the published settings of each system, and the same recipes over the quickstart's task."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_dypo.cli import main
+from megatron_dypo.config import load_config
+from megatron_dypo.config.checks import warnings
+from megatron_dypo.config.reads import lookup
+from megatron_dypo.models.limits import check_layout
+from megatron_dypo.planner.cluster import planned_shape
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "examples/systems"
+TOY = FOLDER / "quickstart"
+BASE = [ROOT / "examples/quickstart/config.yaml", TOY / "common.yaml"]
+OFF = 1e9  # no upper clip
+COLUMNS = (
+    "objective.method", "data.prompts_per_step", "rollout.samples_per_prompt", "objective.updates_per_rollout",
+    "optimizer.lr", "optimizer.betas", "optimizer.weight_decay", "optimizer.clip_grad", "objective.clip_high",
+    "objective.advantage_std", "objective.aggregation", "rollout.temperature", "rollout.max_response_tokens",
+)  # fmt: skip
+NEW, OLD = [0.9, 0.999], [0.9, 0.95]
+# The published values in our keys; None: the method does not read the key.
+PUBLISHED = {
+    "sft": ("sft", 64, None, 1, 5e-5, OLD, 0.0, 1.0, None, None, None, None, 8192),
+    "rl": ("grpo", 128, 8, 2, 1e-6, NEW, 0.01, 1 / 64, 0.2, "none", "constant", 1.0, 8192),
+    "superrl": ("switch", 128, 8, 2, 1e-6, NEW, 0.01, 1.0, 0.2, "sample", "scale", 1.0, 8192),
+    "luffy": ("luffy", 128, 7, 2, 1e-6, NEW, 0.01, 1 / 64, OFF, "none", "constant", 1.0, 8192),
+    "hpt": ("switch", 128, 8, 2, 5e-6, NEW, 0.01, 1 / 64, OFF, "none", "constant", 1.0, 8192),
+    "simplerl_zoo": ("grpo", 1024, 8, 4, 5e-7, NEW, 0.01, 1.0, 0.2, "sample", "token_mean", 1.0, 3072),
+    "oat_zero": ("grpo", 128, 8, 8, 1e-6, OLD, 0.0, 1.0, 0.2, "none", "constant", 1.0, 3000),
+    "dypo": ("dypo", 128, 8, 1, 1e-6, OLD, 0.0, 1.0, 0.2, "population", "scale", 1.0, 8192),
+}
+FURTHER = {
+    "sft": {"optimizer.schedule": "cosine", "optimizer.warmup_steps": 216, "objective.demo_aggregation": "token_mean"},
+    "rl": {"objective.aggregation_constant": 8192, "objective.entropy_coef": 0.001 * 4 / 64},
+    "luffy": {"objective.shape": "luffy", "objective.shape_gamma": 0.1, "objective.teachers_per_prompt": 1},
+    "hpt": {"trainer.max_grad_norm_to_apply": 80 / 64, "objective.gamma": 1.0, "objective.hard_max_solved": 0},
+    "simplerl_zoo": {"objective.kl_coef": 1e-4, "objective.entropy_coef": 0.001},
+    "oat_zero": {"objective.aggregation_constant": 3000, "rollout.reward_unfinished": 0.0},
+    "superrl": {"objective.gate": "reward", "objective.hard_max_solved": 0, "objective.entropy_coef": 0.0},
+    "dypo": {"objective.alpha": 0.5, "objective.beta_gal": 1.0, "objective.gamma": 1.0},
+}
+SYSTEMS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+# Keys whose values on the quickstart's task are its own: sizes, and what goes with the gradient's scale.
+SIZES = {"objective.aggregation_constant", "objective.entropy_coef"}
+
+
+def test_every_system_has_its_published_values_and_a_recipe_over_the_quickstart():
+    assert set(PUBLISHED) == set(FURTHER) == set(SYSTEMS)
+    assert {path.stem for path in TOY.glob("*.yaml")} == {*SYSTEMS, "common", "warm_start"}
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_system_s_file_has_the_published_values_and_holds_no_key_that_it_does_not_read(system):
+    config = load_config(FOLDER / f"{system}.yaml")  # which refuses keys that are not read
+    expected = dict(zip(COLUMNS, PUBLISHED[system], strict=True)) | FURTHER[system]
+    expected = {name: value for name, value in expected.items() if value is not None}
+    assert {name: lookup(config, name) for name in expected} == expected
+    assert warnings(config) == []
+    text = (FOLDER / f"{system}.yaml").read_text()
+    assert "declared" in text and ("arXiv" in text or "README.md" in text)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_system_s_file_fits_16_gpus(system, capsys):
+    path = FOLDER / f"{system}.yaml"
+    config = load_config(path)
+    shape = planned_shape(config.model)
+    check_layout(config.parallel, shape, 16, str(path))
+    assert config.window <= shape.max_position
+    assert config.data.max_prompt_tokens + (config.data.max_teacher_tokens or 0) <= shape.max_position
+    assert main(["plan", str(path), "--gpus", "16", "--gpu-memory", "80"]) == 0
+    assert "best (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_recipe_on_the_quickstart_s_task_is_the_published_one(system):
+    """All keys of ``objective`` are the same but for sizes."""
+    config = load_config(BASE[0], [str(BASE[1]), str(TOY / f"{system}.yaml")])
+    published = load_config(FOLDER / f"{system}.yaml")
+    ours, theirs = config.objective.model_dump(), published.objective.model_dump()
+    differing = {f"objective.{name}" for name in ours if ours[name] != theirs[name]}
+    assert differing <= SIZES, differing
+    assert config.rollout.samples_per_prompt == published.rollout.samples_per_prompt
+    assert config.rollout.reward_unfinished == published.rollout.reward_unfinished
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> tuple[dict[str, str], Path]:
+    """An environment whose ``torchrun`` and ``python`` write down their arguments."""
+    log = tmp_path / "log"
+    for name in ("torchrun", "python"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {log}\n')
+        (tmp_path / name).chmod(0o755)
+    return os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "VENV": "none"}, log
+
+
+def test_run_sh_makes_the_common_start_once_and_lays_the_recipe_over_the_quickstart(started):
+    environment, log = started
+    ran = subprocess.run(
+        [FOLDER / "run.sh", "luffy", "trainer.steps=3"], env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    *start, run = log.read_text().splitlines()
+    quickstart, here = "train examples/quickstart/config.yaml", "examples/systems/quickstart"
+    assert run.endswith(
+        f"{quickstart} {here}/common.yaml {here}/luffy.yaml trainer.run_dir=runs/systems/luffy trainer.steps=3"
+    )
+    if start:  # this checkout has no start yet
+        assert start[0].endswith(f"{quickstart} {here}/warm_start.yaml") and "convert export" in start[1]
+
+
+@pytest.mark.parametrize("system", [[], ["ppo"], ["common"], ["../quickstart/rl"]])
+def test_run_sh_names_the_systems_where_it_gets_another(started, system):
+    ran = subprocess.run([FOLDER / "run.sh", *system], env=started[0], capture_output=True, text=True)
+    assert ran.returncode == 2 and all(name in ran.stderr for name in SYSTEMS), ran.stderr
