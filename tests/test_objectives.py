@@ -31,7 +31,8 @@ from megatron_dypo.objectives import (
     pair_statistics,
     sequence_terms,
 )
-from megatron_dypo.objectives.coefficients import BatchTerms, Correction, needs_reference
+from megatron_dypo.objectives.coefficients import BatchTerms, needs_reference
+from megatron_dypo.objectives.correction import Correction
 from megatron_dypo.objectives.recipes import RECIPES, recipe, shares, total
 from megatron_dypo.records import Group, Kind, Prompt, Response, Sequence
 from megatron_dypo.training.minibatch import training_sequences

@@ -32,7 +32,8 @@ from megatron_dypo.config.reads import (
 )
 from megatron_dypo.config.schema import Config, Objective, walk
 from megatron_dypo.errors import UserError
-from megatron_dypo.objectives.coefficients import Correction, needs_reference
+from megatron_dypo.objectives.coefficients import needs_reference
+from megatron_dypo.objectives.correction import Correction
 from megatron_dypo.objectives.recipes import ALL, RECIPES
 from megatron_dypo.records import Kind
 from megatron_dypo.training.minibatch import draw_teachers

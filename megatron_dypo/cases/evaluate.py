@@ -17,7 +17,8 @@ from megatron_dypo.errors import UserError
 from megatron_dypo.kernels import LossRule, empty_sums, grouped_loss
 from megatron_dypo.kernels.grouped_loss import COEFFICIENTS
 from megatron_dypo.objectives import SequenceSums, TokenStreams, sequence_terms
-from megatron_dypo.objectives.coefficients import Correction, member_advantages, needs_reference
+from megatron_dypo.objectives.coefficients import member_advantages, needs_reference
+from megatron_dypo.objectives.correction import Correction
 from megatron_dypo.objectives.recipes import recipe, shape, total
 from megatron_dypo.records import Group, Kind, Prompt, Response, Sequence, Teacher
 from megatron_dypo.rollout.sampling import give_unfinished_reward

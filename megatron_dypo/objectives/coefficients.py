@@ -2,8 +2,7 @@
 
 L = (1/Q) sum_q [Hard: gamma SFT | Mid: alpha (1/k) sum_i GRPO_i + (1 - alpha) GAL | Easy: 0] (Eq. 24). Every normaliser
 is a count over the global batch, and GAL's pair weights are known from the coefficient pass; what is left is local to a
-token (token_loss.py). Each rank computes this for the whole batch: O(prompts x k) numbers, in float64. ``Correction``
-says how much a token (or response) counts when the engine sampled it from a slightly other policy.
+token (token_loss.py). Each rank computes this for the whole batch: O(prompts x k) numbers, in float64.
 """
 
 from __future__ import annotations
@@ -14,45 +13,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from megatron_dypo.kernels.grouped_loss import correction_weight
 from megatron_dypo.kernels.token_functions import LARGEST, cispo, sapo
+from megatron_dypo.objectives.correction import Correction
 from megatron_dypo.objectives.dypo import gal_coefficients, group_advantages, pair_statistics
 from megatron_dypo.objectives.recipes import Term, recipe, shares, trained_sources, update_terms
 from megatron_dypo.records import Group, Kind, Sequence
 
 if TYPE_CHECKING:
-    from megatron_dypo.config.schema import Objective, Rollout
-
-
-@dataclass(frozen=True)
-class Correction:
-    """``truncate``: weight min(ratio, cap); ``mask``: 1 within [floor, cap], else 0; ``icepop`` (arXiv 2510.18855,
-    M(k)): the ratio itself within [floor, cap], else 0; ``none``: 1. A floor of None is 1 / cap."""
-
-    kind: str = "none"
-    cap: float = 2.0
-    floor: float | None = None
-
-    @classmethod
-    def of(cls, rollout: Rollout) -> Correction:
-        """The one that a configuration asks for."""
-        return cls(rollout.correction, rollout.correction_cap, rollout.correction_floor)
-
-    def weight(self, log_ratio: Tensor) -> Tensor:
-        """Weight from log(old policy / engine's policy), in nats, elementwise."""
-        return correction_weight(log_ratio, self.kind, self.cap, self.floor)
-
-    def binds(self, log_ratio: Tensor) -> Tensor:
-        """Whether the weight is capped (truncate) or 0 (mask, icepop), elementwise."""
-        if self.kind == "truncate":
-            return log_ratio.clamp(max=LARGEST).exp() > self.cap
-        return self.weight(log_ratio) == 0
-
-    def is_below(self, log_ratio: Tensor) -> Tensor:
-        """Whether it binds at its lower end, elementwise; never with ``truncate``, which has none."""
-        return self.binds(log_ratio) & (log_ratio < 0)
+    from megatron_dypo.config.schema import Objective
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megatron_dypo.kernels import LossRule, empty_sums, grouped_loss, read_sums
 from megatron_dypo.kernels.grouped_loss import COEFFICIENTS
-from megatron_dypo.objectives.coefficients import Correction, SequenceTerms
+from megatron_dypo.objectives.coefficients import SequenceTerms
+from megatron_dypo.objectives.correction import Correction
 from megatron_dypo.objectives.recipes import recipe, shape
 from megatron_dypo.records import Kind
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from megatron_dypo.config.schema import Config, Objective
-from megatron_dypo.objectives.coefficients import BatchTerms, Correction, ratio_unit
+from megatron_dypo.objectives.coefficients import BatchTerms, ratio_unit
+from megatron_dypo.objectives.correction import Correction
 from megatron_dypo.objectives.recipes import total
 from megatron_dypo.objectives.token_loss import TokenStreams
 from megatron_dypo.policy.policy import Policy

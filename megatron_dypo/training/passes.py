@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_dypo.config.schema import Config
-from megatron_dypo.objectives.coefficients import Correction, SequenceSums, SequenceTerms, needs_reference
+from megatron_dypo.objectives.coefficients import SequenceSums, SequenceTerms, needs_reference
+from megatron_dypo.objectives.correction import Correction
 from megatron_dypo.objectives.recipes import shares
 from megatron_dypo.objectives.token_loss import TokenStreams
 from megatron_dypo.policy.micro_batch import MicroBatch

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron_dypo.config.schema import Config, Trainer
-from megatron_dypo.objectives.coefficients import BatchTerms, Correction, sequence_terms
+from megatron_dypo.objectives.coefficients import BatchTerms, sequence_terms
+from megatron_dypo.objectives.correction import Correction
 from megatron_dypo.objectives.token_loss import TokenStreams
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.records import Group
