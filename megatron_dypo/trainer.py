@@ -165,9 +165,8 @@ def _train(
                 sync()
 
             counters.count(step, policy.version, result.skipped is not None, result.empty, result.grad_norms)
-            metrics = (
-                clock.metrics() | batch_metrics(batch.sampled, result.minibatches) | result.metrics | result.memory
-            )
+            sampled = batch_metrics(batch.sampled, result.minibatches, config.objective)
+            metrics = clock.metrics() | sampled | result.metrics | result.memory
             metrics |= counters.metrics() | watchdog.metrics()
             if config.rollout.dynamic_sampling:
                 metrics["rollout/refilled"] = len(batch.replaced)

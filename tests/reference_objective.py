@@ -24,6 +24,7 @@ class Rollout:
     reference_n: Tensor
     engine_n: Tensor
     entropy_n: Tensor
+    finished: bool = True
 
 
 @dataclass
@@ -156,19 +157,26 @@ def dypo(questions: list[Question], c, correction: str = "none", cap: float = 2.
     """L = (1/Q) sum_q [Hard: gamma SFT | Mid: alpha (1/k) sum_i GRPO_i + (1 - alpha) GAL | Easy: 0]  (Eq. 24)."""
     pairs_too = c.method == "dypo"
     terms = Terms(alpha=c.alpha if pairs_too else 1.0, gamma=c.gamma)
-    groups, taught, tied = [], [], 0
+    groups, taught, idle = [], [], 0
     for question in questions:
         rewards = [rollout.reward for rollout in question.rollouts]
         kind = "hard" if c.method == "sft" else regime(rewards, c.reward_threshold, c.hard_max_solved, c.gate)
         if kind == "mid" or c.method in ("grpo", "luffy") or (c.method == "switch" and kind == "easy"):
             members = question.traces if c.method == "luffy" else []
             groups.append((question.rollouts, members))
-            tied += len({*rewards, *(trace.reward for trace in members)}) == 1 and not (c.kl_coef or c.entropy_coef)
+            tied = len({*rewards, *(trace.reward for trace in members)}) == 1
+            shown = [rollout for rollout in question.rollouts if rollout.finished or not c.mask_truncated]
+            held = (c.kl_coef and shown) or (c.entropy_coef and (shown or members))
+            idle += not held and (tied or not (shown or members))
         elif kind == "hard" and c.method != "grpo" and question.traces:
             taught.append(question.traces)
-    Q = len(questions) if c.normalize == "all" else len(groups) - tied + len(taught)
-    tokens = sum(len(member.logp_n) for group in groups for members in group for member in members)
-    routed = [member for group in groups for members in group for member in members]
+    Q = len(questions) if c.normalize == "all" else len(groups) - idle + len(taught)
+
+    def carries(member: Rollout | Trace) -> bool:
+        return not c.mask_truncated or getattr(member, "finished", True)
+
+    routed = [member for group in groups for members in group for member in members if carries(member)]
+    tokens = sum(len(member.logp_n) for member in routed)
     routed += [trace for traces in taught for trace in traces]
     all_tokens = sum(len(sequence.logp_n) for sequence in routed)
     terms.entropy = [-c.entropy_coef * sequence.entropy_n / all_tokens for sequence in routed]
@@ -201,14 +209,16 @@ def dypo(questions: list[Question], c, correction: str = "none", cap: float = 2.
             f_n = shape(trace.logp_n, c.shape or "luffy", c.shape_gamma)
             terms.shaped.append(-weigh(len(f_n), k) * advantage * f_n)
         for rollout, advantage in zip(group, A_k, strict=False):
+            if not carries(rollout):
+                continue
             weight = weigh(len(rollout.logp_n), k)
             surrogate_n, kl_n = grpo(rollout, advantage, c, correction, cap)
             terms.grpo.append(weight * (-surrogate_n + c.kl_coef * kl_n))
             terms.kl.append(weight * kl_n)
         if not pairs_too:
             continue
-        scores = []
-        for rollout in group:
+        scores, rewards = [], [rollout.reward for rollout in group if carries(rollout)]
+        for rollout in filter(carries, group):
             unit = 1 / len(rollout.logp_n) if per_token(c.gal_length_normalize) else 1.0
             scores.append(unit * (rollout.logp_n - rollout.reference_n).sum())
         pairs = gal_pairs(scores, rewards, c.beta_gal)

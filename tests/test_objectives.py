@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_dypo.config.schema import Objective
+from megatron_dypo.config.schema import Config, Objective
 from megatron_dypo.objectives import (
     Regime,
     SequenceSums,
@@ -35,6 +35,7 @@ from megatron_dypo.objectives.coefficients import BatchTerms, needs_reference
 from megatron_dypo.objectives.correction import Correction
 from megatron_dypo.objectives.recipes import RECIPES, recipe, shares, total
 from megatron_dypo.records import Group, Kind, Prompt, Response, Sequence
+from megatron_dypo.rollout.manager import DynamicSampling
 from megatron_dypo.training.minibatch import training_sequences
 from megatron_dypo.training.passes import PER_TOKEN
 from tests import reference_objective as page
@@ -84,7 +85,8 @@ def make_batch(
         responses = []
         for i, reward in enumerate(row):
             engine_n = logp[g, Kind.ROLLOUT, i]["rollout"]
-            responses.append(Response(np.zeros(len(engine_n), np.int32), engine_n.float().numpy(), "stop", reward))
+            end = "length" if g % 5 == 4 or (g + i) % 3 == 0 else "stop"  # a whole group, and some of others
+            responses.append(Response(np.zeros(len(engine_n), np.int32), engine_n.float().numpy(), end, reward))
         prompt_ids = np.zeros(int(torch.randint(1, 4, (), generator=generator)), np.int32)
         regime = grade(torch.tensor([row]), objective.reward_threshold, objective.hard_max_solved, objective.gate)[0]
         rewards_of_traces = (1.0, 0.3, 1.0)[:draws] if recipe(objective).scores_traces else ()
@@ -194,7 +196,15 @@ def reference(
             place = (g, Kind.ROLLOUT, i)
             logp, (now_n, entropy_n) = batch.logp[place], leaves[place]
             rollouts.append(
-                page.Rollout(response.reward, now_n, logp["old"], logp["reference"], logp["rollout"], entropy_n)
+                page.Rollout(
+                    response.reward,
+                    now_n,
+                    logp["old"],
+                    logp["reference"],
+                    logp["rollout"],
+                    entropy_n,
+                    response.finished,
+                )
             )
         traces = [page.Trace(*leaves[g, Kind.TEACHER, i]) for i in group.teacher_indices or ()]
         for trace, reward in zip(traces, group.teacher_rewards, strict=False):
@@ -270,6 +280,7 @@ def test_value_and_gradient_equal_the_reference_for_any_configuration_and_cut(ro
         entropy_coef=draw.choice([0.0, 0.2]),
         surrogate=draw.choice(["clip", "cispo", "sapo"]),
         sapo_tau_neg=draw.choice([1.05, 2.0]),
+        mask_truncated=draw.choice([False, True]),
         **ASYMMETRIC,
     )
     batch = make_batch(MIXED, objective, seed=row, traces=[1, 2, 2, 0, 1, 1, 2])
@@ -310,6 +321,7 @@ def test_value_and_gradient_equal_the_reference_for_degenerate_batches(shape: st
         {},
         {"entropy_coef": 0.1},
         {"kl_coef": 0.2, "normalize": "active", "ratio_base": "reference", "aggregation": "token_mean"},
+        {"mask_truncated": True, "normalize": "active", "aggregation": "token_mean"},
     ):
         objective = Objective(method=method, teachers_per_prompt=2, **extra)
         assert_agrees(make_batch(objective=objective, **SHAPES[shape]), objective)
@@ -342,6 +354,7 @@ OBJECTIVES = st.builds(
     ratio_level=st.sampled_from(["token", "sequence"]),
     advantage_std=st.sampled_from(["population", "sample", "none"]),
     entropy_coef=st.sampled_from([0.0, 0.0, 0.2]),
+    mask_truncated=st.booleans(),
 )
 REWARDS = st.integers(1, 5).flatmap(
     lambda k: st.lists(
@@ -367,6 +380,40 @@ def test_the_gradient_equals_the_reference_whatever_the_configuration_and_batch(
     expected = flat(gradient(summands.sum(), leaves), leaves)
     assert abs(result.loss - summands.sum().item()) <= EXACT * summands.abs().sum().item()
     assert (flat(result.gradient, leaves) - expected).norm() <= EXACT * expected.norm()
+
+
+@pytest.mark.parametrize("method", [name for name, chosen in RECIPES.items() if chosen.samples])
+@pytest.mark.parametrize("masks", [False, True])
+def test_dynamic_sampling_keeps_the_groups_in_which_something_has_a_coefficient(method: str, masks: bool) -> None:
+    """Also where responses are masked, some or all of a group."""
+    config = Config.model_construct(objective=Objective(method=method, mask_truncated=masks))
+    sampling, kept = DynamicSampling(config, [], None, lambda group: [0]), []
+    for row, cut_off in itertools.product(
+        [[1, 1, 1], [1, 0, 0], [0, 0, 0]], itertools.product([False, True], repeat=3)
+    ):
+        batch = make_batch([row], config.objective)
+        for response, is_cut in zip(batch.groups[0].responses, cut_off, strict=True):
+            response.finish_reason = "length" if is_cut else "stop"
+        _, terms = coefficients(batch, config.objective, Correction())
+        columns = [(x.advantage * x.grpo, x.slope, x.nll, x.shaped) for x in terms.sequences]
+        kept.append(sampling.trains(batch.groups[0]))
+        assert kept[-1] == any(map(any, columns)), (row, cut_off)
+    assert any(kept)
+
+
+def test_a_masked_response_counts_in_the_baseline_and_in_k_and_in_no_token_mean() -> None:
+    """By hand: of rewards 1, 0, 0 the last is cut off; A = 2/3 and -1/3, a token weighs 1/k/n, or 1 of all tokens."""
+    for aggregation in ("scale", "token_mean"):
+        objective = Objective(method="grpo", advantage_std="none", aggregation=aggregation, mask_truncated=True)
+        batch = make_batch([[1, 0, 0]], objective, drift=0.0)
+        for response, end in zip(batch.groups[0].responses, ("stop", "stop", "length"), strict=True):
+            response.finish_reason = end
+        result = ours(batch, objective)
+        n = [len(response.ids) for response in batch.groups[0].responses]
+        weights = [1 / 3 / n[0], 1 / 3 / n[1]] if aggregation == "scale" else [1 / (n[0] + n[1])] * 2
+        assert result.gradient.keys() == {(0, Kind.ROLLOUT, 0), (0, Kind.ROLLOUT, 1)}
+        for (_, _, i), slope_2n in result.gradient.items():
+            assert torch.allclose(slope_2n[0], torch.full((n[i],), -(2 / 3, -1 / 3)[i] * weights[i]).double())
 
 
 def test_all_easy_is_exactly_nothing() -> None:

@@ -47,6 +47,7 @@ ANOTHER = {  # a value that is not the default, which the others of these do not
     "hard_max_solved": 1, "teachers_per_prompt": 2, "aggregation": "token_mean", "aggregation_constant": 5,
     "gal_length_normalize": False, "sft_length_normalize": False, "ratio_base": "reference", "ratio_level": "sequence",
     "advantage_std": "none", "gate": "advantage", "shape": "p", "shape_gamma": 0.3, "demo_aggregation": "token_mean",
+    "mask_truncated": True,
     "entropy_coef": 0.2,
     "surrogate": "cispo", "sapo_tau_pos": 2.0, "sapo_tau_neg": 2.0,
 }  # fmt: skip

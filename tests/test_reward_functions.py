@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from megatron_dypo.config import load_config
 from megatron_dypo.config.checks import warnings
 from megatron_dypo.config.load import load_keys
-from megatron_dypo.config.schema import Config, Reward
+from megatron_dypo.config.schema import Config, Objective, Reward
 from megatron_dypo.data.tasks import dataset, generate
 from megatron_dypo.errors import UserError
 from megatron_dypo.preflight import check_inputs
@@ -445,7 +445,7 @@ def test_failed_responses_are_counted_in_the_metrics(own):
     group = Group(Prompt("a", "right", ()), ids[0], [Response(each, np.zeros(len(each)), "stop") for each in ids])
     score([group], Letters(), own)
     assert [response.fault for response in group.responses] == [None, FAULTS["raises"], FAULTS["none"], None]
-    metrics = batch_metrics([group], [])
+    metrics = batch_metrics([group], [], Objective())
     assert (metrics["reward/failed"], metrics["reward/mean"]) == (2, 0.25)
 
 

@@ -152,6 +152,7 @@ READ_WITH: dict[str, tuple[Condition, ...]] = {
     "objective.ratio_level": (_SAMPLES,),
     "objective.reference": (_REFERENCE,),
     "objective.advantage_std": (_SAMPLES,),
+    "objective.mask_truncated": (_SAMPLES,),
     "objective.refresh_pair_weights": (_SAMPLES, _above("objective.updates_per_rollout", 1)),
     "optimizer.min_lr": (_not("optimizer.schedule", "constant"),),
     "optimizer.schedule_steps": (_not("optimizer.schedule", "constant"),),

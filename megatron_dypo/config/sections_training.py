@@ -77,6 +77,10 @@ class Objective(Section):
     demo_aggregation: Literal["scale", "token_mean"] = key(
         "scale", "SFT over tokens: as `scale` says, or one mean over the tokens of all traces of the batch."
     )
+    mask_truncated: bool = key(
+        False,
+        "A response that did not end by itself counts in its group's baseline, but its tokens carry no loss, KL or entropy and it is in no pair (DAPO's overlong filtering, TRL's `mask_truncated_completions`).",
+    )
     updates_per_rollout: int = key(1, "Optimizer updates per rollout: mini-batches of whole prompts.", ge=1)
     refresh_pair_weights: bool = key(True, "Several updates: recompute the trajectory coefficients before each.")
 

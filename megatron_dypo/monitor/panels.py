@@ -235,9 +235,9 @@ ROLLOUT = (
     ),
     Panel(
         "Truncated responses",
-        "Cut off at the longest allowed response.",
+        "Cut off at the longest allowed response, and left out of the loss (objective.mask_truncated).",
         "share of responses",
-        (Curve("rollout/truncated_frac", "truncated", "c2"),),
+        (Curve("rollout/truncated_frac", "truncated", "c2"), Curve("rollout/masked_frac", "masked", "c1")),
         percent=True,
     ),
     Panel(

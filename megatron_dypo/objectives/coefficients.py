@@ -17,7 +17,7 @@ import torch
 from megatron_dypo.kernels.token_functions import LARGEST, cispo, sapo
 from megatron_dypo.objectives.correction import Correction
 from megatron_dypo.objectives.dypo import gal_coefficients, group_advantages, pair_statistics
-from megatron_dypo.objectives.recipes import Term, recipe, shares, trained_sources, update_terms
+from megatron_dypo.objectives.recipes import Term, recipe, shares, trained_responses, trained_sources, update_terms
 from megatron_dypo.records import Group, Kind, Sequence
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def sequence_terms(
         trained = [g for g in members if members[g].keys() & trained_sources(objective, groups[g], deferred)]
         prompts = sum(not groups[g].expert for g in trained)
     sampled = [group for group in groups if Kind.ROLLOUT in recipe(objective).sources(group)]
-    tokens = sum(len(response.ids) for group in sampled for response in group.responses)
+    tokens = sum(len(group.responses[i].ids) for group in sampled for i in trained_responses(objective, group))
     if recipe(objective).scores_traces:
         tokens += counts[Kind.TEACHER].tokens
     batch = _CoefficientPass(
@@ -177,8 +177,8 @@ class _CoefficientPass:
     """One mini-batch on its way to coefficients: the rules add each group's numbers to its sequences' columns.
 
     ``prompts`` is Q, experts' rows not among them; ``sampled_*`` count the members of groups that train on responses,
-    also of those that are not packed because they would train nothing; ``counts`` are what is packed of each kind; all
-    are counts over the global batch.
+    also of those that are not packed because they would train nothing, but not the tokens of masked ones; ``counts``
+    are what is packed of each kind; all are counts over the global batch.
     """
 
     groups: list[Group]
@@ -227,7 +227,7 @@ class _CoefficientPass:
             terms.add(term.token, weight)
 
     def advantage(self, term: Term, share: float, places: list[int]) -> None:
-        """Advantages within the group, traces among its members if they are scored.
+        """Advantages within the group, traces among its members if they are scored, and masked responses too.
 
         A sequence-level ratio is the coefficient pass's.
         """
@@ -236,6 +236,8 @@ class _CoefficientPass:
         k = len(advantages)
         if term.source == Kind.TEACHER:
             advantages = advantages[len(group.responses) :]
+        else:
+            advantages = [advantages[self.sequences[place].sample] for place in places]
         for place, advantage in zip(places, advantages, strict=False):
             terms, n = self.result.sequences[place], self.sequences[place].loss_tokens
             weight = self._token_weight(share, k, n)
@@ -264,11 +266,12 @@ class _CoefficientPass:
         return share / (self.prompts * k * (n if self.objective.scale == "token" else 1))
 
     def gal(self, term: Term, share: float, places: list[int]) -> None:
-        """The pairs' coefficients (Eq. 16); a term without a share is not computed."""
+        """The coefficients (Eq. 16) of the pairs of packed responses; a term without a share is not computed."""
         if share <= 0:
             return
         objective = self.objective
-        rewards = torch.tensor(self.group(places).rewards, dtype=torch.float64)
+        of_group = self.group(places).rewards
+        rewards = torch.tensor([of_group[self.sequences[place].sample] for place in places], dtype=torch.float64)
         by_mean = _per_token(objective, objective.gal_length_normalize)
         units = [1 / self.sequences[place].loss_tokens if by_mean else 1.0 for place in places]
         sums = [self.sums[place] for place in places]

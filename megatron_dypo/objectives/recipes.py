@@ -139,6 +139,18 @@ def shape(objective: Objective) -> str:
     return (objective.shape or chosen.shape) if chosen.has("shaped") else "none"
 
 
+def trained_responses(objective: Objective, group: Group) -> list[int]:
+    """Places of the responses whose tokens carry loss: with ``mask_truncated`` those that ended by themselves."""
+    return [i for i, each in enumerate(group.responses) if each.finished or not objective.mask_truncated]
+
+
+def _open_terms(objective: Objective, group: Group, deferred: bool) -> list[Term]:
+    """The terms of an update that train a group, as far as it has responses that carry loss."""
+    masked = bool(group.responses) and not trained_responses(objective, group)
+    terms = [term for term in update_terms(objective, deferred) if term.trains(group)]
+    return [term for term in terms if not (masked and term.source == ROLLOUT)]
+
+
 def learning_sources(objective: Objective, group: Group, deferred: bool = False) -> list[Kind]:
     """Kinds of sequences of a group that its rewards or traces train.
 
@@ -146,13 +158,13 @@ def learning_sources(objective: Objective, group: Group, deferred: bool = False)
     """
     rewards = group.baseline
     tied = all(reward == rewards[0] for reward in rewards)
-    terms = [term for term in update_terms(objective, deferred) if term.trains(group)]
+    terms = _open_terms(objective, group, deferred)
     return sorted({term.source for term in terms if not tied or term.rule == "one"})
 
 
 def trained_sources(objective: Objective, group: Group, deferred: bool = False) -> list[Kind]:
     """Kinds of sequences of a group that get any gradient: as ``learning_sources``, or of entropy or KL."""
-    terms = [term for term in update_terms(objective, deferred) if term.trains(group)]
+    terms = _open_terms(objective, group, deferred)
     held = {term.source for term in terms if objective.entropy_coef or (term.has_ratio and objective.kl_coef)}
     return sorted({*learning_sources(objective, group, deferred), *held})
 

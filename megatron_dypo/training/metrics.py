@@ -15,7 +15,7 @@ import torch
 from megatron_dypo.config.schema import Config, Objective
 from megatron_dypo.objectives.coefficients import BatchTerms, ratio_unit
 from megatron_dypo.objectives.correction import Correction
-from megatron_dypo.objectives.recipes import total
+from megatron_dypo.objectives.recipes import total, trained_responses
 from megatron_dypo.objectives.token_loss import TokenStreams
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.records import Group, Kind, Regime
@@ -103,9 +103,10 @@ def _weight_versions(minibatch: MiniBatch) -> list[int]:
     return [minibatch.groups[sequence.group].responses[sequence.sample].weight_version for sequence in rollouts]
 
 
-def batch_metrics(groups: list[Group], minibatches: list[MiniBatch]) -> dict[str, float | None]:
+def batch_metrics(groups: list[Group], minibatches: list[MiniBatch], objective: Objective) -> dict[str, float | None]:
     """Rewards, regime shares, offline ratio (trained Hard prompts / trained prompts), lengths in tokens, and
-    source_share/KIND: of the tokens that are trained on, those of this kind of sequence.
+    source_share/KIND: of the tokens that are trained on, those of this kind of sequence. With ``mask_truncated``
+    rollout/masked_frac is the share of responses whose tokens carry no loss.
 
     ``rollout/entropy`` is the mean surprise of the sampled tokens: an estimate over all responses, where
     ``policy/entropy`` is exact but covers the trained ones only.
@@ -142,6 +143,9 @@ def batch_metrics(groups: list[Group], minibatches: list[MiniBatch]) -> dict[str
             "rollout/truncated_frac": truncated / len(responses),
             "rollout/entropy": -sum(float(response.logprobs.sum()) for response in responses) / sampled,
         }
+        if objective.mask_truncated:
+            carrying = sum(len(trained_responses(objective, group)) for group in groups)
+            metrics["rollout/masked_frac"] = 1 - carrying / len(responses)
         for regime in Regime:
             metrics[f"dypo/{regime.name.lower()}_frac"] = sum(g.regime == regime for g in groups) / len(groups)
     return metrics

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_dypo.config.schema import Config
 from megatron_dypo.objectives.coefficients import SequenceSums
 from megatron_dypo.objectives.dypo import grade
-from megatron_dypo.objectives.recipes import packed_sources, recipe
+from megatron_dypo.objectives.recipes import packed_sources, recipe, trained_responses
 from megatron_dypo.policy.micro_batch import MicroBatch
 from megatron_dypo.records import Group, Kind, Sequence
 from megatron_dypo.rollout.routed_experts import packed_experts
@@ -51,7 +51,8 @@ def training_sequences(
 ) -> list[Sequence]:
     """List a (mini-)batch's sequences by group, kind and sample: those that any term of the group's regime trains on.
 
-    A group whose coefficients would all be 0 has none. ``deferred``: the groups are those of deferred terms.
+    A group whose coefficients would all be 0 has none, and masked responses are not among them. ``deferred``: the
+    groups are those of deferred terms.
 
     ``encode_trace(group, i)`` returns the ids of teacher i's trace.
     """
@@ -59,7 +60,7 @@ def training_sequences(
     for g, group in enumerate(groups):
         for kind in packed_sources(objective, group, deferred):
             if kind == Kind.ROLLOUT:
-                tails = [(i, response.ids) for i, response in enumerate(group.responses)]
+                tails = [(i, group.responses[i].ids) for i in trained_responses(objective, group)]
             else:
                 tails = [(i, encode_trace(group, i)) for i in group.teacher_indices or ()]
             for sample, ids in tails:
