@@ -160,9 +160,22 @@ def test_final_figures_and_differing_keys_stand_side_by_side(tmp_path):
     assert "1 keys that only some of the runs have" in page.data["summary"]
 
 
+def test_of_more_than_four_lines_the_means_alone_are_drawn_and_make_the_axis(tmp_path):
+    """Light lines of every step would hide one another; the pointer still reads every step."""
+    values = np.ones(100)
+    values[50] = 1000.0
+    for count in (4, 5):
+        series = [Series(str(k), "c1", np.arange(100), values) for k in range(count)]
+        svg, data = draw(Chart(lines=series, extent=(0, 99)), "t")
+        assert svg.count('class="raw ') == (4 if count == 4 else 0) and svg.count('class="line ') == count
+        assert (data["y"][1] >= 1000) == (count == 4) and data["y"][1] > 200
+        assert max(data["series"][0]["y"]) == 1000
+
+
 @pytest.mark.slow
 def test_eighteen_runs_can_be_told_apart_and_stay_small(tmp_path):
-    assert len({run_color(place) for place in range(18)}) == 18
+    assert len({run_color(place).split()[0] for place in range(12)}) == 12  # one colour a run, and then dashes
+    assert len({run_color(place) for place in range(36)}) == 36
     runs = [fill(tmp_path / f"run{place}", 1000) for place in range(18)]
     path = write_report(*runs, out=tmp_path / "r.html")
     assert path.stat().st_size < 5_000_000

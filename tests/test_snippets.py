@@ -47,6 +47,10 @@ NOT_HERE = {  # (page, first words of the command or block): why, and what else 
         "the rows: tests/test_teacher_traces.py::test_rows_of_the_docs_are_rows"
     ),
     ("docs/gpu-report.md", "make gpu-report"): f"{GPUS}: tests/test_gpu_report.py",
+    ("docs/systems.md", "examples/systems/run.sh luffy"): (
+        "minutes: tests/test_systems.py::test_run_sh_makes_the_start_once_and_lays_the_recipe_over_the_quickstart"
+    ),
+    ("docs/systems.md", "python -m megatron_dypo report"): "of the run above: tests/test_report.py",
     ("docs/launch.md", "python3 -m pip list"): f"{NETWORK}: tests/test_gpu_bundle.py",
     ("docs/launch.md", "python tools/gpu_bundle.py"): f"{NETWORK}: tests/test_gpu_bundle.py",
     ("docs/launch.md", "tar xf bundle.tar.xz"): f"{NETWORK}: tests/test_gpu_bundle.py",

@@ -102,7 +102,7 @@ def started(tmp_path: Path) -> tuple[dict[str, str], Path]:
     return os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "VENV": "none"}, log
 
 
-def test_run_sh_makes_the_common_start_once_and_lays_the_recipe_over_the_quickstart(started):
+def test_run_sh_makes_the_start_once_and_lays_the_recipe_over_the_quickstart(started):
     environment, log = started
     ran = subprocess.run(
         [FOLDER / "run.sh", "luffy", "trainer.steps=3"], env=environment, capture_output=True, text=True

@@ -18,6 +18,7 @@ from megatron_dypo.monitor.axis import Scale, linear_axis, log_axis, round_step
 
 WIDTH, HEIGHT = 440, 236
 LEFT, RIGHT, TOP, BOTTOM = 46, 424, 22, 202  # the plot area
+MOST_RAW = 4  # lines in one chart that show every step behind their mean: more hide one another
 MAX_POINTS = 600  # of a line; 10,000 steps must stay a page that a phone opens
 
 
@@ -60,7 +61,10 @@ def draw(chart: Chart, title: str) -> tuple[str, dict[str, Any]]:
     across = Scale(first, last, LEFT, RIGHT) if last > first else Scale(first - 1, first + 1, LEFT, RIGHT)
     curves = [_prepare(chart, series) for series in chart.lines]
     layers = _stack(chart)
-    heights = [part for curve in curves for part in (curve["raw"], curve["low"], curve["high"])]
+    unsmoothed = chart.points or chart.exact
+    raw = len(curves) <= MOST_RAW and not layers
+    drawn = ("raw", "low", "high") if raw or unsmoothed or layers else ("mean",)
+    heights = [curve[part] for curve in curves for part in drawn]
     heights += [part for layer in layers for part in (layer["low"], layer["high"])]
     heights = np.concatenate([*heights, np.empty(0)])
     heights = heights[np.isfinite(heights)]
@@ -73,20 +77,19 @@ def draw(chart: Chart, title: str) -> tuple[str, dict[str, Any]]:
 
     areas = [f'<path class="layer {s["color"]}" d="{_area(across, up, s["x"], s["low"], s["high"])}"/>' for s in layers]
     light, strong = [], []
-    unsmoothed = chart.points or chart.exact
     for curve in curves:
         color = curve["color"]
-        x, raw = across(curve["x"]), up(curve["raw"])
-        if chart.band:
+        x, y = across(curve["x"]), up(curve["raw"])
+        if chart.band and raw:
             light.append(
                 f'<path class="band {color}" d="{_area(across, up, curve["at"], curve["low"], curve["high"])}"/>'
             )
-        if not (unsmoothed or layers):
-            light.append(f'<path class="raw {color}" d="{_path(x, raw)}"/>')
-        line = _path(x, raw) if unsmoothed else _path(across(curve["at"]), up(curve["mean"]))
+        if raw and not unsmoothed:
+            light.append(f'<path class="raw {color}" d="{_path(x, y)}"/>')
+        line = _path(x, y) if unsmoothed else _path(across(curve["at"]), up(curve["mean"]))
         strong.append(f'<path class="line {color}" d="{line}"/>')
         if chart.points:
-            strong.append(f'<path class="points {color}" d="{_dots(x, raw)}"/>')
+            strong.append(f'<path class="points {color}" d="{_dots(x, y)}"/>')
     body = _y_ticks(up, ticks) + _x_ticks(across) + "".join([*areas, *light, *strong])
     data = {
         "x": [across.lo, across.hi],

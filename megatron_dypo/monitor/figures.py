@@ -32,7 +32,7 @@ def chart_sections(runs: list[Run]) -> list[tuple[str, str]]:
 def run_color(place: int) -> str:
     """The CSS classes of the run at this place: a colour and a dash, so that one line shows through another's gaps."""
     turn, color = divmod(place, len(RUN_COLORS))
-    return f"{RUN_COLORS[color]} d{(place + turn) % 3}"  # 18 different ones
+    return f"{RUN_COLORS[color]} d{(place + turn) % 3}"  # 36 different ones
 
 
 def _one_run(panel: Panel, runs: list[Run]) -> str:

@@ -45,7 +45,7 @@ class Panel:
 
 PALETTE = ("c1", "c2", "c3", "c4", "c5", "c6")  # Okabe and Ito's, which colour-blind readers can tell apart
 EVALUATION = "Held-out evaluation"
-RUN_COLORS = ("c1", "c2", "c3", "c4", "c5", "ink")  # of compared runs: without the second blue
+RUN_COLORS = ("c1", "c2", "c3", "c4", "c5", "ink", "c7", "c8", "c6", "c9", "c10", "c11")  # of compared runs
 
 LEARNING = (
     Panel(
@@ -119,6 +119,13 @@ OPTIMISATION = (
         "prompts",
         family="queue/",
         exact=True,
+    ),
+    Panel(
+        "Updates of the queue",
+        "The loss and the gradient norm of the updates that such prompts get.",
+        "loss, global norm",
+        family="flush/",
+        points=True,
     ),
     Panel("Stage", "Of the run's stages, the first being 1.", "stage", family="stage", exact=True),
     Panel(

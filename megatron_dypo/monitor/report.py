@@ -28,6 +28,7 @@ const write = (v, percent) => {
   return a >= 1000 ? Math.round(v).toLocaleString("en-US") : String(Number(v.toPrecision(4)));
 };
 const place = (v, [lo, hi], from, to) => from + (v - lo) / (hi - lo) * (to - from);
+const inside = y => Math.min(Math.max(y, TOP), BOTTOM);  // an axis of means does not hold every step
 const figures = [...document.querySelectorAll("figure")].map(f => ({
   f, svg: f.querySelector("svg"), at: f.querySelector(".at"), cursor: f.querySelector(".cursor"),
   dots: [...f.querySelectorAll(".dot")], values: [...f.querySelectorAll(".key b")],
@@ -44,8 +45,9 @@ const point = step => figures.forEach(({f, at, cursor, dots, values, d}) => {
     const y = lo ? s.y[lo - 1] : null;
     values[k].textContent = write(y, d.percent);
     dots[k].classList.toggle("on", y != null && !s.top);
-    if (y != null) dots[k].setAttribute("transform",
-      `translate(${place(s.x[lo - 1], d.x, LEFT, RIGHT)} ${place(d.log ? Math.log10(y) : y, d.y, BOTTOM, TOP)})`);
+    if (y == null) return;
+    const up = inside(place(d.log ? Math.log10(y) : y, d.y, BOTTOM, TOP));
+    dots[k].setAttribute("transform", `translate(${place(s.x[lo - 1], d.x, LEFT, RIGHT)} ${up})`);
   });
 });
 const leave = () => figures.forEach(({f, at, values, last}) => {
@@ -92,8 +94,8 @@ def page(
         f"<title>{escape(title)} · megatron_dypo</title><style>{STYLE}</style></head><body><main>"
         f"<header><h1>{escape(title)}</h1>{_within('ul', 'facts', chips)}{_within('dl', 'tiles', cards)}</header>{body}"
         f"{'<h2>Set-up</h2>' if folds else ''}{folds}"
-        "<footer>Light lines: every step; strong lines: rolling mean. Point at a chart to read all at that step. "
-        f"Made by megatron_dypo.</footer></main><script>{geometry}{SCRIPT}</script></body></html>\n"
+        "<footer>Light lines: every step (of at most four lines); strong lines: rolling mean. Point at a chart to read "
+        f"all at that step. Made by megatron_dypo.</footer></main><script>{geometry}{SCRIPT}</script></body></html>\n"
     )
     return text.encode(errors="replace").decode()  # half a surrogate pair, which JSON can spell, is no UTF-8
 

@@ -3,9 +3,11 @@
 STYLE = """
 :root{--bg:#f6f7f9;--card:#fff;--ink:#1c2430;--soft:#5b6675;--line:#e3e7ec;--easy:#009e73;--mid:#0072b2;--hard:#d55e00;
 --c1:#0072b2;--c2:#d55e00;--c3:#009e73;--c4:#b0508f;--c5:#d18b00;--c6:#3a9fd8;
+--c7:#7a4b1f;--c8:#6a51c8;--c9:#808500;--c10:#d1187f;--c11:#75808d;
 --s1:#d8ecd9;--s2:#a9dcc4;--s3:#6cc5c0;--s4:#3aa3c2;--s5:#2f78b5;--s6:#3b4a9b;--s7:#472a73;--s8:#2b0b36;color-scheme:light dark}
 @media (prefers-color-scheme:dark){:root{--bg:#11151b;--card:#1a2029;--ink:#e6eaf0;--soft:#9aa6b5;--line:#2c3440;
 --easy:#35c99b;--mid:#56a8e8;--hard:#ff8a47;--c1:#56a8e8;--c2:#ff8a47;--c3:#35c99b;--c4:#e08cc0;--c5:#f0b53c;--c6:#8fd0f5;
+--c7:#c99a6b;--c8:#a898ff;--c9:#c9cf4a;--c10:#ff6ab8;--c11:#a7b1bd;
 --s1:#2b2f57;--s2:#36498b;--s3:#2f70ad;--s4:#2f99b5;--s5:#45bca5;--s6:#8fd67e;--s7:#dde26a;--s8:#fff7c2}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
@@ -38,6 +40,7 @@ svg .band,svg .layer{fill:currentColor}.band{opacity:.16}.layer{opacity:.72}[cla
 .live .cursor,.live .dot.on{visibility:visible}
 .easy{color:var(--easy)}.mid{color:var(--mid)}.hard{color:var(--hard)}.ink{color:var(--ink)}.c1{color:var(--c1)}
 .c2{color:var(--c2)}.c3{color:var(--c3)}.c4{color:var(--c4)}.c5{color:var(--c5)}.c6{color:var(--c6)}
+.c7{color:var(--c7)}.c8{color:var(--c8)}.c9{color:var(--c9)}.c10{color:var(--c10)}.c11{color:var(--c11)}
 .s1{color:var(--s1)}.s2{color:var(--s2)}.s3{color:var(--s3)}.s4{color:var(--s4)}.s5{color:var(--s5)}.s6{color:var(--s6)}
 .s7{color:var(--s7)}.s8{color:var(--s8)}
 details{margin-top:12px;padding:10px 16px}summary{cursor:pointer;font-weight:600}
