@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
@@ -21,15 +23,19 @@ from megatron_dypo.errors import TrainingError, UserError
 from megatron_dypo.evaluate.suites import Suite, load_suites
 from megatron_dypo.models.limits import check_layout, check_policy, check_window
 from megatron_dypo.models.shape import ModelShape, hf_folder, model_shape
+from megatron_dypo.objectives.recipes import recipe
 from megatron_dypo.policy.accelerations import refusal
 from megatron_dypo.records import Group, Prompt
 from megatron_dypo.reward import build_reward
 from megatron_dypo.rollout.engines import check_vllm, engine_name
-from megatron_dypo.rollout.sampling import encode_prompts
+from megatron_dypo.rollout.sampling import cannot_score, encode_prompts, trace_room
 from megatron_dypo.rollout.server import server_token
 from megatron_dypo.rollout.step_files import require_steps
 from megatron_dypo.runtime import determinism, distributed, versions
 from megatron_dypo.runtime.determinism import stable_hash
+
+log = logging.getLogger(__name__)
+TRACE_SECONDS = 60.0  # of a start, at most, to score traces whose rewards the recipe asks for
 
 
 @dataclass
@@ -73,6 +79,8 @@ def check_inputs(config: Config, source: str) -> Inputs:
     tokenizer = load_tokenizer(config, shape, start_day(run_dir))
     encode_prompts(train, tokenizer, config.data.max_prompt_tokens)
     train = with_usable_traces(train, tokenizer, config.data.skip_bad_rows)
+    if recipe(config.objective).scores_traces and not config.rollout.replay:
+        check_traces(train, tokenizer, shape, config)
     held_out = encode_prompts(valid, tokenizer, config.data.max_prompt_tokens)
     suites = {}
     if config.trainer.eval_every:
@@ -87,6 +95,34 @@ def check_inputs(config: Config, source: str) -> Inputs:
         first = max(checkpoints, default=0) + 1
         require_steps(config.rollout.replay, range(first, config.trainer.steps + 1))
     return Inputs(shape, tokenizer, train, held_out, suites, checkpoints, lock)
+
+
+def check_traces(prompts: list[Prompt], tokenizer: Tokenizer, shape: ModelShape, config: Config) -> None:
+    """Score the teachers' traces, each rank its share of them, as the steps will that draw them.
+
+    Raises UserError naming the first that may be drawn and cannot be scored. After ``TRACE_SECONDS`` the rest is left
+    to those steps, which end the run with the same line, and the log says so.
+    """
+    traces = [(prompt, teacher) for prompt in prompts for teacher in prompt.teachers]
+    mine = traces[distributed.launch_rank() :: distributed.world_size()]
+    began, at_once = time.monotonic(), 8 * config.reward.workers
+    with build_reward(config.reward) as reward:
+        for start in range(0, len(mine), at_once):
+            if time.monotonic() - began > TRACE_SECONDS:
+                log.warning(
+                    "data: %d of %d traces are scored before the first step, in %.0f s; the others in the steps that "
+                    "draw them",
+                    start,
+                    len(mine),
+                    TRACE_SECONDS,
+                )
+                return
+            part = mine[start : start + at_once]
+            scores = reward.scores([prompt for prompt, _ in part], [teacher.trace for _, teacher in part])
+            for (prompt, teacher), (_, fault) in zip(part, scores, strict=True):
+                room = trace_room(config, shape.max_position, len(tokenizer.encode_prompt(prompt))) if fault else 0
+                if fault and len(tokenizer.encode_trace(teacher.trace, prompt)) <= room:
+                    raise cannot_score(config, prompt, teacher, fault)
 
 
 def check_torch(kind: str, version: str) -> None:

@@ -7,11 +7,13 @@ import time
 from collections import Counter
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_dypo.config.schema import Objective
+from megatron_dypo.objectives.recipes import RECIPES, recipe
 from megatron_dypo.policy.micro_batch import MicroBatch, spread
 from megatron_dypo.records import Group, Kind, Prompt, Regime, Response, Sequence, Teacher
 from megatron_dypo.training.minibatch import draw_teachers, grade_groups, training_sequences
@@ -311,3 +313,16 @@ def test_grading_sets_regimes_and_draws_and_leaves_a_replayed_draw():
     assert regimes == {"easy": Regime.EASY, "mid": Regime.MID, "hard": Regime.HARD, "replayed": Regime.HARD}
     assert groups["easy"].teacher_indices is None and groups["mid"].teacher_indices is None
     assert set(groups["hard"].teacher_indices) == {0, 2} and groups["replayed"].teacher_indices == (1,)
+
+
+@pytest.mark.parametrize("method", RECIPES)
+def test_rewards_of_recorded_traces_are_no_members_of_a_group_whose_recipe_scores_none(method):
+    """A run of LUFFY's rollouts may be replayed by any recipe."""
+    objective = Objective(method=method)
+    group = group_of("recorded", None)
+    group.teacher_indices, group.teacher_rewards = (2,), (1.0,)
+    for response, reward in zip(group.responses, (0.0, 0.5), strict=True):
+        response.reward = reward
+    grade_groups([group], objective, 0, 1, lambda group: [0])
+    scores = recipe(objective).scores_traces
+    assert group.teacher_indices == (2,) and group.baseline == [0.0, 0.5] + [1.0] * scores

@@ -46,6 +46,12 @@ class RewardFunction:
 
     def __call__(self, prompts: list[Prompt], texts: list[str]) -> list[Score]:
         """One score a response, in order; the lists run in parallel. Raises TrainingError when workers cannot start."""
+        scores = self.scores(prompts, texts)
+        _log_faults(prompts, texts, scores)
+        return scores
+
+    def scores(self, prompts: list[Prompt], texts: list[str]) -> list[Score]:
+        """The same, without a line in the log for what cannot be scored."""
         scores = [Score(0.0)] * len(texts)
         jobs: dict[str, list[int]] = {}
         for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
@@ -59,7 +65,6 @@ class RewardFunction:
         for indices, score in zip(jobs.values(), graded, strict=True):
             for index in indices:
                 scores[index] = score
-        _log_faults(prompts, texts, scores)
         return scores
 
     def check(self, prompts: Iterable[Prompt]) -> None:

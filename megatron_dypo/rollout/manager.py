@@ -39,6 +39,7 @@ from megatron_dypo.rollout.sampling import (
     score,
     score_traces,
     share,
+    trace_room,
 )
 from megatron_dypo.runtime.distributed import Layout, claim_device
 from megatron_dypo.runtime.failure import begin_step, phase
@@ -287,8 +288,7 @@ class RolloutManager:
 
     def usable_teachers(self, group: Group) -> list[int]:
         """Indices of the teachers whose trace is short enough."""
-        limit = self.config.data.max_teacher_tokens or self.config.rollout.max_response_tokens
-        room = min(limit, self.shape.max_position - len(group.prompt_ids))
+        room = trace_room(self.config, self.shape.max_position, len(group.prompt_ids))
         return [i for i in range(len(group.prompt.teachers)) if len(self.encode_trace(group, i)) <= room]
 
     def encode_trace(self, group: Group, teacher: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from megatron_dypo.config.schema import Config
 from megatron_dypo.data.tokenizer import Tokenizer
 from megatron_dypo.errors import UserError
-from megatron_dypo.records import Group, Prompt, Response
+from megatron_dypo.records import Group, Prompt, Response, Teacher
 from megatron_dypo.reward import Score
 from megatron_dypo.reward.scorers import penalty
 from megatron_dypo.rollout.engine import Engine, Request, Sampling
@@ -98,13 +98,25 @@ def score_traces(groups: list[Group], tokens: Callable[[Group, int], int], rewar
     rewards: dict[int, list[float]] = {}
     for (group, teacher, i), (value, fault) in zip(drawn, scores, strict=True):
         if fault is not None:
-            raise UserError(
-                f"data: prompt {group.prompt.id}: the trace of teacher {teacher.name} cannot be scored: {fault}"
-            )
+            raise cannot_score(config, group.prompt, teacher, fault)
         value -= penalty(config.reward, teacher.trace, tokens(group, i), config.rollout.max_response_tokens)
         rewards.setdefault(id(group), []).append(value)
     for group in groups:
         group.teacher_rewards = tuple(rewards.get(id(group), ()))
+
+
+def cannot_score(config: Config, prompt: Prompt, teacher: Teacher, fault: str) -> UserError:
+    """What to raise where the reward function fails on a trace that has to be scored."""
+    return UserError(
+        f"reward.function: {config.reward.function}: prompt {prompt.id}: the trace of teacher {teacher.name} cannot be "
+        f"scored, which objective.method: {config.objective.method} asks for: {fault}"
+    )
+
+
+def trace_room(config: Config, longest: int, prompt_tokens: int) -> int:
+    """Tokens of the longest trace that may be drawn after a prompt, for a model of ``longest`` tokens."""
+    limit = config.data.max_teacher_tokens or config.rollout.max_response_tokens
+    return min(limit, longest - prompt_tokens)
 
 
 class Sampled(NamedTuple):

@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 def grade_groups(
     groups: list[Group], objective: Objective, seed: int, step: int, usable_teachers: Callable[[Group], list[int]]
 ) -> None:
-    """Set every group's ``regime`` and, where a term trains on traces, ``teacher_indices``. A replay's draw stays."""
+    """Set every group's ``regime`` and, where a term trains on traces, ``teacher_indices``.
+
+    A replay's draw stays; rewards of its traces, where this recipe scores none, do not.
+    """
     chosen = recipe(objective)
     if chosen.samples:
         rewards = torch.tensor([group.rewards for group in groups])
@@ -39,6 +42,8 @@ def grade_groups(
         for group, regime in zip(groups, regimes, strict=True):
             group.regime = regime
     for group in groups:
+        if not chosen.scores_traces:
+            group.teacher_rewards = ()
         if Kind.TEACHER in chosen.sources(group) and group.teacher_indices is None:
             draw_teachers(group, usable_teachers(group), seed, step, objective.teachers_per_prompt)
 
