@@ -68,7 +68,9 @@ def second_update(sections: dict, first: list[Group], second: list[Group], trace
     for batch, stream in packed:
         parts = [torch.cat(pieces) for pieces in zip(*seen[id(stream)], strict=True)]
         found = dict(zip(("logp", "entropy", "dlogp", "dentropy"), parts, strict=False))
-        found |= {name: x for name in ("old", "reference") if (x := getattr(stream, f"{name}_N")) is not None}
+        if stream.old_N is not None:  # a pack of rollouts: what the passes before the update found
+            b = next(b for b, each in enumerate(minibatch.rollouts) if each is batch)
+            found |= {name: minibatch.logp[name][b] for name in ("old", "reference") if name in minibatch.logp}
         pieces = {name: x_N.double().split(batch.counts) for name, x_N in found.items()}
         for i, place in enumerate(batch.places):
             sequence = minibatch.sequences[place]
