@@ -85,3 +85,4 @@ bench: venv
 	$(BIN)/python -m benchmarks.layouts
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/python -m benchmarks.recipes
+	$(BIN)/python -m benchmarks.systems

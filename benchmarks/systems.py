@@ -65,21 +65,25 @@ def rows(results: dict[str, dict]) -> str:
     return table(header, lines)
 
 
+def collect(folders: dict[str, Path], seed: int, out: Path, page: Path) -> str:
+    """Write the figures and the report of finished runs, by system; returns the table."""
+    results = {system: outcome(folder) for system, folder in folders.items()}
+    report = {"seed": seed} | environment("cpu", "2 ranks, one thread each,", PACKAGES) | {"results": results}
+    out.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(*folders.values(), out=page)
+    return rows(results)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
+    runs = ROOT / "runs/systems"
     for system in systems():
         seeds = [f"trainer.seed={options.seed}", f"data.seed={options.seed}"]
         subprocess.run([QUICKSTART.parent / "run.sh", system, *seeds], check=True, timeout=3600)
-    folders = {system: ROOT / "runs/systems" / system for system in systems()}
-    results = {system: outcome(folder) for system, folder in folders.items()}
-    report = environment("cpu", "2 ranks, one thread each,", PACKAGES)
-    report = {"seed": options.seed} | report | {"results": results}
-    options.out.write_text(json.dumps(report, indent=2) + "\n")
-    write_report(*folders.values(), out=ROOT / "runs/systems/report.html")
-    print(rows(results))
+    print(collect({system: runs / system for system in systems()}, options.seed, options.out, runs / "report.html"))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from megatron_dypo.config.schema import Objective
 from megatron_dypo.objectives.recipes import RECIPES, recipe
 from megatron_dypo.policy.micro_batch import MicroBatch, spread
 from megatron_dypo.records import Group, Kind, Prompt, Regime, Response, Sequence, Teacher
-from megatron_dypo.training.minibatch import draw_teachers, grade_groups, training_sequences
+from megatron_dypo.training.metrics import batch_metrics
+from megatron_dypo.training.minibatch import MiniBatch, draw_teachers, grade_groups, training_sequences
 from megatron_dypo.training.packing import cost, plan_micro_batches
 
 BUDGET = 8192
@@ -326,3 +327,18 @@ def test_rewards_of_recorded_traces_are_no_members_of_a_group_whose_recipe_score
     grade_groups([group], objective, 0, 1, lambda group: [0])
     scores = recipe(objective).scores_traces
     assert group.teacher_indices == (2,) and group.baseline == [0.0, 0.5] + [1.0] * scores
+
+
+def test_the_shares_of_sources_are_of_the_tokens_that_are_trained_on():
+    """Two responses of 3 and 5 tokens, and two traces of 4 and 8, in two mini-batches."""
+
+    def minibatch(kind: Kind, lengths: tuple[int, ...]) -> MiniBatch:
+        prompt = 2
+        found = [Sequence(np.zeros(prompt + n, np.int32), prompt, kind, 0, i) for i, n in enumerate(lengths)]
+        return MiniBatch([], found, [], [])
+
+    metrics = batch_metrics([], [minibatch(Kind.ROLLOUT, (3, 5)), minibatch(Kind.TEACHER, (4, 8))], Objective())
+    assert {name: value for name, value in metrics.items() if name.startswith("source_share/")} == {
+        "source_share/rollout": 0.4, "source_share/teacher": 0.6, "source_share/expert": 0.0,
+    }  # fmt: skip
+    assert not any(name.startswith("source_share/") for name in batch_metrics([], [], Objective()))
