@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Literal
 
@@ -17,6 +17,7 @@ from megatron_dypo.config.load import dump
 from megatron_dypo.config.schema import Config
 from megatron_dypo.convert.hf_weights import check_folder
 from megatron_dypo.data.dataset import load_data, with_usable_traces
+from megatron_dypo.data.experts import load_experts, usable
 from megatron_dypo.data.provenance import check_kept, keep, start_day
 from megatron_dypo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dypo.errors import TrainingError, UserError
@@ -49,6 +50,7 @@ class Inputs:
     suites: dict[Suite, list[Prompt]]  # evaluation.suites
     checkpoints: list[int]  # steps of the run folder's complete ones, oldest first
     lock: IO[str] | None  # held by rank 0 for the process's life
+    experts: list[Prompt] = field(default_factory=list)  # data.experts, where a term trains on them
 
 
 def check_inputs(config: Config, source: str) -> Inputs:
@@ -82,6 +84,7 @@ def check_inputs(config: Config, source: str) -> Inputs:
     if recipe(config.objective).scores_traces and not config.rollout.replay:
         check_traces(train, tokenizer, shape, config)
     held_out = encode_prompts(valid, tokenizer, config.data.max_prompt_tokens)
+    experts = _experts(config, shape, tokenizer, valid, source)
     suites = {}
     if config.trainer.eval_every:
         suites = load_suites(config.evaluation.suites, config.evaluation, f"{source}: evaluation.suites")
@@ -94,7 +97,20 @@ def check_inputs(config: Config, source: str) -> Inputs:
     if config.rollout.replay:
         first = max(checkpoints, default=0) + 1
         require_steps(config.rollout.replay, range(first, config.trainer.steps + 1))
-    return Inputs(shape, tokenizer, train, held_out, suites, checkpoints, lock)
+    return Inputs(shape, tokenizer, train, held_out, suites, checkpoints, lock, experts)
+
+
+def _experts(
+    config: Config, shape: ModelShape, tokenizer: Tokenizer, held_out: list[Prompt], source: str
+) -> list[Prompt]:
+    """The experts' rows that a run may train on; none where no term of its recipe does."""
+    if not recipe(config.objective).imitates_experts:
+        return []
+    if config.data.experts is None:
+        raise UserError(f"{source}: data.experts: needed by objective.method: {config.objective.method}")
+    experts = load_experts(config.data, held_out)
+    encode_prompts(experts, tokenizer, config.data.max_prompt_tokens)
+    return usable(experts, tokenizer, config.data, lambda prompt: trace_room(config, shape.max_position, prompt))
 
 
 def check_traces(prompts: list[Prompt], tokenizer: Tokenizer, shape: ModelShape, config: Config) -> None:
@@ -138,10 +154,10 @@ def check_torch(kind: str, version: str) -> None:
 def check_agreement(config: Config, inputs: Inputs) -> None:
     """After the process group is built: all ranks must have read the same configuration, data and run folder."""
     held_out = [group.prompt for group in inputs.held_out]
-    prompts = [repr(prompt) for prompt in itertools.chain(inputs.train, held_out, *inputs.suites.values())]
+    read = itertools.chain(inputs.train, inputs.experts, held_out, *inputs.suites.values())
     seen = {
         "the configuration": stable_hash(dump(config)),
-        "the prompts": stable_hash(*prompts),
+        "the prompts": stable_hash(*map(repr, read)),
         "the tokenizer": (inputs.tokenizer.digest, inputs.tokenizer.template_digest),
         "the checkpoints to resume from": inputs.checkpoints,
     }

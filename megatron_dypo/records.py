@@ -112,14 +112,16 @@ class Group:
 
 @dataclass
 class Batch:
-    """A step's groups: those that hold its places and train, and those that they took the place of (refill)."""
+    """A step's groups: those that hold its places and train, those that they took the place of (refill), and the
+    experts' rows."""
 
     groups: list[Group]
     replaced: list[Group] = field(default_factory=list)
+    experts: list[Group] = field(default_factory=list)
 
     @property
     def sampled(self) -> list[Group]:
-        """All of them: what statistics of the policy are about."""
+        """Those with responses: what statistics of the policy are about."""
         return self.groups + self.replaced
 
 

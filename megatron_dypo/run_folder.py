@@ -84,7 +84,7 @@ def contents(config: Config) -> dict[str, str]:
 
 
 def _prompt_files(config: Config) -> dict[str, str]:
-    paths = {"data.train": config.data.train, "data.valid": config.data.valid}
+    paths = {f"data.{name}": getattr(config.data, name) for name in ("train", "valid", "experts")}
     return {key: path for key, path in paths.items() if path and Path(path).is_file()}
 
 

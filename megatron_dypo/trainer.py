@@ -112,7 +112,7 @@ def _train(
     saver = Saver(config, policy)
 
     reward = build_reward(config.reward)
-    rollouts = RolloutManager(config, inputs.train, tokenizer, engine, reward, layout, inputs.shape)
+    rollouts = RolloutManager(config, inputs.train, tokenizer, engine, reward, layout, inputs.shape, inputs.experts)
     if counters.step and (file := prefetched_file(step_folder(run_dir, counters.step))):
         rollouts.resume(file)
 
@@ -160,7 +160,8 @@ def _train(
                 rollouts.record(step, batch.groups)
                 policy.refresh_reference(step)
                 context = StepContext(step, learning_rate(step, config.optimizer), clock, counters.grad_norms)
-                result = update_policy(policy, batch.groups, config, rollouts.encode_trace, context)
+                groups = batch.groups + batch.experts
+                result = update_policy(policy, groups, config, rollouts.encode_trace, context)
             with clock("sync"):
                 sync()
 

@@ -79,14 +79,26 @@ def make_groups(prompts: int = 12, k: int = 4, seed: int = 0, vocabulary: int = 
     return groups
 
 
+def make_experts(count: int, seed: int = 0, vocabulary: int = 128) -> list[Group]:
+    """Rows of an expert data set."""
+    random = np.random.default_rng(1000 + seed)
+    prompts = [Prompt(f"x{seed}-{i}", "", (Teacher("a", "a trace"),)) for i in range(count)]
+    ids = [random.integers(3, vocabulary, random.integers(2, 12)).astype(np.int32) for _ in prompts]
+    return [Group(*each, teacher_indices=(0,), expert=True) for each in zip(prompts, ids, strict=True)]
+
+
 def for_recipe(groups: list[Group], objective: Objective) -> list[Group]:
-    """With the teachers that this objective's recipe draws, and the rewards of their traces, if it scores them."""
-    for group in groups:
+    """With the teachers that this objective's recipe draws, the rewards of their traces, if it scores them, and half as
+    many experts as prompts, if it trains on some and there are none yet."""
+    prompts, experts = ([group for group in groups if group.expert == expert] for expert in (False, True))
+    for group in prompts:
         if recipe(objective).scores_traces and not group.teacher_rewards:
             draw_teachers(group, [0, 1], 0, 1, objective.teachers_per_prompt)
             group.teacher_rewards = (1.0, 0.25)[: objective.teachers_per_prompt]
-    grade_groups(groups, objective, 0, 1, lambda group: [0, 1])
-    return groups
+    grade_groups(prompts, objective, 0, 1, lambda group: [0, 1])
+    if recipe(objective).imitates_experts and not experts:
+        experts = make_experts(len(prompts) // 2)
+    return prompts + experts
 
 
 def route(groups: list[Group], layers: int, k: int, experts: int, seed: int = 0) -> list[Group]:

@@ -7,6 +7,8 @@ coefficients and slopes nor its two passes are used here. ``c`` is anything with
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -46,16 +48,18 @@ class Question:
 
 @dataclass
 class Terms:
-    """Summands of each term, every normaliser applied, alpha and gamma not. ``kl`` is part of ``grpo``; ``shaped`` is
-    LUFFY's on traces."""
+    """Summands of each term, every normaliser applied, alpha, gamma and mu not. ``kl`` is part of ``grpo``; ``shaped``
+    is LUFFY's on traces, ``expert`` CHORD's."""
 
     alpha: float
     gamma: float
+    mu: float
     grpo: list[Tensor] = field(default_factory=list)
     kl: list[Tensor] = field(default_factory=list)
     gal: list[Tensor] = field(default_factory=list)
     sft: list[Tensor] = field(default_factory=list)
     shaped: list[Tensor] = field(default_factory=list)
+    expert: list[Tensor] = field(default_factory=list)
     entropy: list[Tensor] = field(default_factory=list)
 
     def summands(self) -> Tensor:
@@ -65,6 +69,7 @@ class Terms:
             (1 - self.alpha, self.gal),
             (self.gamma, self.sft),
             (1.0, self.shaped),
+            (self.mu, self.expert),
             (1.0, self.entropy),
         ]
         return torch.cat([torch.zeros(1).double(), *(w * x.flatten() for w, term in weighted for x in term)])
@@ -153,15 +158,33 @@ def grpo(rollout: Rollout, advantage: float, c, correction: str, cap: float) -> 
     return value.expand(n) / (n if once else 1), kl_n
 
 
-def dypo(questions: list[Question], c, correction: str = "none", cap: float = 2.0, longest: int = 8192) -> Terms:
+def mix(c, step: int) -> float:
+    """CHORD's mu (arXiv 2508.11408): a line up, half a cosine down."""
+    since = step - c.mix.warmup
+    if since < 0:
+        return step / c.mix.warmup * c.mix.peak
+    fallen = min(since / c.mix.decay, 1.0) if c.mix.decay else 1.0
+    return c.mix.peak - (c.mix.peak - c.mix.valley) * (1 - math.cos(math.pi * fallen)) / 2
+
+
+def dypo(
+    questions: list[Question],
+    c,
+    correction: str = "none",
+    cap: float = 2.0,
+    longest: int = 8192,
+    experts: Sequence[Trace] = (),
+    step: int = 1,
+) -> Terms:
     """L = (1/Q) sum_q [Hard: gamma SFT | Mid: alpha (1/k) sum_i GRPO_i + (1 - alpha) GAL | Easy: 0]  (Eq. 24)."""
     pairs_too = c.method == "dypo"
-    terms = Terms(alpha=c.alpha if pairs_too else 1.0, gamma=c.gamma)
+    mu = mix(c, step) if c.method == "chord" else 0.0
+    terms = Terms(alpha=c.alpha if pairs_too else 1.0 - mu, gamma=c.gamma, mu=mu)
     groups, taught, idle = [], [], 0
     for question in questions:
         rewards = [rollout.reward for rollout in question.rollouts]
         kind = "hard" if c.method == "sft" else regime(rewards, c.reward_threshold, c.hard_max_solved, c.gate)
-        if kind == "mid" or c.method in ("grpo", "luffy") or (c.method == "switch" and kind == "easy"):
+        if kind == "mid" or c.method in ("chord", "grpo", "luffy") or (c.method == "switch" and kind == "easy"):
             members = question.traces if c.method == "luffy" else []
             groups.append((question.rollouts, members))
             tied = len({*rewards, *(trace.reward for trace in members)}) == 1
@@ -177,7 +200,7 @@ def dypo(questions: list[Question], c, correction: str = "none", cap: float = 2.
 
     routed = [member for group in groups for members in group for member in members if carries(member)]
     tokens = sum(len(member.logp_n) for member in routed)
-    routed += [trace for traces in taught for trace in traces]
+    routed += [*(trace for traces in taught for trace in traces), *experts]
     all_tokens = sum(len(sequence.logp_n) for sequence in routed)
     terms.entropy = [-c.entropy_coef * sequence.entropy_n / all_tokens for sequence in routed]
 
@@ -190,6 +213,12 @@ def dypo(questions: list[Question], c, correction: str = "none", cap: float = 2.
             of_all = len(taught) / sum(len(x.logp_n) for each in taught for x in each)
             weight = of_all if c.demo_aggregation == "token_mean" else unit / len(traces)
             terms.sft.append(-trace.logp_n * weight / Q)
+
+    for trace in experts:  # a batch of their own: one mean over all their tokens, or over the traces
+        n, all_n = len(trace.logp_n), sum(len(each.logp_n) for each in experts)
+        unit = 1 / n if per_token(c.sft_length_normalize) else 1.0
+        weight = 1 / all_n if c.demo_aggregation == "token_mean" else unit / len(experts)
+        terms.expert.append(-weight * shape(trace.logp_n, c.shape or "nll", c.shape_gamma))
 
     def weigh(n: int, k: int) -> float:
         if c.aggregation == "scale":

@@ -48,6 +48,9 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutVllm
 """
 
 
+CHORD = ["objective.method=chord"]
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     """A usable configuration, for the cases to spoil."""
@@ -173,6 +176,30 @@ def test_the_configurations_that_the_cases_spoil_are_usable(config, hf):
             ["data.prompts_per_step=5"],
             "data.train: {folder}/rows.jsonl has 4 prompts, fewer than data.prompts_per_step: 5",
         ),
+        (["objective.method=chord"], "{config}: data.experts: needed by objective.method: chord"),
+        (
+            ["data.experts={folder}/rows.jsonl"],
+            "{config}: data.experts: {folder}/rows.jsonl is not read with objective.method: dypo, "
+            "only with objective.method: chord",
+        ),
+        (["objective.mix.peak=0.5"], "{config}: objective.mix.peak: 0.5 is not read with objective.method: dypo, "),
+        ([*CHORD, "data.experts={folder}/absent.jsonl"], "data: {folder}/absent.jsonl: no such file"),
+        ([*CHORD, "data.experts={folder}/rows.jsonl"], "data.experts: {folder}/rows.jsonl: row-0 has no trace to "),
+        (
+            [*CHORD, "data.experts={folder}/rows.jsonl", "data.skip_bad_rows=true"],
+            "data.experts: {folder}/rows.jsonl has 0 traces to train on, fewer than data.experts_per_step: 64",
+        ),
+        (
+            [*CHORD, "data.experts='reasoning_gym:chain_sum?size=2'"],
+            "data: prompt experts:chain_sum-0:0 has ",
+        ),
+        (
+            [*CHORD, "data.experts=x.jsonl", "data.experts_per_step=1", "objective.updates_per_rollout=2"],
+            "{config}: data.experts_per_step: 1 cannot be shared out over objective.updates_per_rollout: 2",
+        ),
+        ([*CHORD, "objective.mix.peak=1.5"], "{config}: objective.mix.peak: input should be less than or equal to 1 "),
+        ([*CHORD, "objective.mix.valley=-0.1"], "{config}: objective.mix.valley: input should be greater than or "),
+        ([*CHORD, "objective.mix.decay=-1"], "{config}: objective.mix.decay: input should be greater than or "),
         (["data.max_prompt_tokens=3"], "data: prompt row-0 has 4 tokens; data.max_prompt_tokens is 3"),
         (["trainer.run_dir={folder}/rows.jsonl"], "trainer.run_dir: {folder}/rows.jsonl "),
         (["trainer.run_dir={folder}/rows.jsonl/run"], "trainer.run_dir: {folder}/rows.jsonl/run "),
@@ -478,15 +505,14 @@ def test_a_run_of_before_a_key_was_renamed_goes_on_and_is_compared_by_its_new_na
     assert refusal(capsys, config).endswith("differing: rollout.async_rollout (was 1, now 0)")
 
 
-@pytest.mark.parametrize("key", ["data.train", "data.valid"])
+@pytest.mark.parametrize("key", ["data.train", "data.valid", "data.experts"])
 def test_prompts_that_changed_since_the_run_was_started_are_refused_by_file(config, key, capsys, caplog):
-    rows = {name: config.parent / f"{name}.jsonl" for name in ("train", "valid")}
-    for name, file in rows.items():
-        kept = [
-            {"prompt": f"{n}{'+' if name == 'train' else '-'}1=", "ground_truth": "2", "teachers": []} for n in range(8)
-        ]
+    rows = {name: config.parent / f"{name}.jsonl" for name in ("train", "valid", "experts")}
+    for (name, file), sign in zip(rows.items(), "+-*", strict=True):
+        teachers = [{"name": "t", "trace": "2"}] * (name == "experts")
+        kept = [{"prompt": f"{n}{sign}1=", "ground_truth": "2", "teachers": teachers} for n in range(8)]
         file.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    own = [f"data.{name}={file}" for name, file in rows.items()]
+    own = [*CHORD, "data.experts_per_step=2", *(f"data.{name}={file}" for name, file in rows.items())]
     loaded = load_config(config, own)
     run_dir = checkpointed(config, *own)
     assert check_inputs(loaded, "config").checkpoints == [1], "a run folder of before"

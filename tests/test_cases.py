@@ -63,7 +63,7 @@ def test_the_trace_is_a_member_of_its_group_and_its_tokens_are_shaped() -> None:
 
 
 BAD = [
-    ({"system": "CHORD"}, "system 'CHORD' is not yet supported"),
+    ({"system": "SRFT"}, "system 'SRFT' is not yet supported"),
     ({"system": "TRPO"}, "system 'TRPO' is unknown"),
     ({"settings": {"gama": 0.1}}, "settings.gama: unknown"),
     ({"settings": {"aggregation": "median of tokens"}}, "settings.aggregation: 'median of tokens'"),

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_dypo.config.schema import Config, Objective
+from megatron_dypo.config.schema import Config, Mix, Objective
 from megatron_dypo.objectives import (
     Regime,
     SequenceSums,
@@ -55,7 +55,8 @@ class Batch:
     logp: dict[Key, dict[str, Tensor]]
 
     def trace(self, group: Group, i: int) -> np.ndarray:
-        return np.zeros(len(self.logp[self.groups.index(group), Kind.TEACHER, i]["now"]), np.int32)
+        kind = Kind.EXPERT if group.expert else Kind.TEACHER
+        return np.zeros(len(self.logp[self.groups.index(group), kind, i]["now"]), np.int32)
 
 
 def make_batch(
@@ -67,7 +68,8 @@ def make_batch(
     longest: int = LONGEST,
     drift: float = 0.3,
 ) -> Batch:
-    """One group per row of rewards, with ``traces[g]`` teacher traces (one each by default); drift 0: a first step."""
+    """One group per row of rewards, with ``traces[g]`` teacher traces (one each by default), and where the recipe has
+    them three experts; drift 0: a first step."""
     generator, of_entropies = (torch.Generator().manual_seed(each) for each in (seed, seed + 1))
 
     def values() -> dict[str, Tensor]:
@@ -93,6 +95,9 @@ def make_batch(
         groups.append(
             Group(Prompt(f"prompt-{g}", "", ()), prompt_ids, responses, regime, tuple(range(draws)), rewards_of_traces)
         )
+    for g in range(len(groups), len(groups) + 3 * recipe(objective).imitates_experts):
+        logp[g, Kind.EXPERT, 0] = values()
+        groups.append(Group(Prompt(f"expert-{g}", "", ()), np.zeros(2, np.int32), teacher_indices=(0,), expert=True))
     return Batch(groups, logp)
 
 
@@ -178,9 +183,8 @@ def ours(
             local += loss.item()
             for name, value in totals.items():
                 result.totals[name] = result.totals.get(name, 0.0) + value
-    result.loss = local + total(
-        {"grpo": terms.grpo_sequence_loss, "gal": terms.gal_loss, "sft": 0.0, "shaped": 0.0}, terms.share
-    )
+    elsewhere = dict.fromkeys(terms.share, 0.0) | {"grpo": terms.grpo_sequence_loss, "gal": terms.gal_loss}
+    result.loss = local + total(elsewhere, terms.share)
     return result
 
 
@@ -189,8 +193,11 @@ def reference(
 ) -> tuple[page.Terms, dict[Key, Tensor]]:
     """The page's terms, and the log-probs they can be differentiated in."""
     leaves = {place: torch.stack([x["now"], x["entropy"]]).requires_grad_() for place, x in batch.logp.items()}
-    questions = []
+    questions, experts = [], []
     for g, group in enumerate(batch.groups):
+        if group.expert:
+            experts.append(page.Trace(*leaves[g, Kind.EXPERT, 0]))
+            continue
         rollouts = []
         for i, response in enumerate(group.responses):
             place = (g, Kind.ROLLOUT, i)
@@ -210,7 +217,7 @@ def reference(
         for trace, reward in zip(traces, group.teacher_rewards, strict=False):
             trace.reward = reward
         questions.append(page.Question(rollouts, traces))
-    return page.dypo(questions, objective, correction.kind, correction.cap, LONGEST), leaves
+    return page.dypo(questions, objective, correction.kind, correction.cap, LONGEST, experts), leaves
 
 
 def gradient(loss: Tensor, leaves: dict[Key, Tensor]) -> dict[Key, Tensor]:
@@ -355,6 +362,13 @@ OBJECTIVES = st.builds(
     advantage_std=st.sampled_from(["population", "sample", "none"]),
     entropy_coef=st.sampled_from([0.0, 0.0, 0.2]),
     mask_truncated=st.booleans(),
+    mix=st.builds(
+        Mix,
+        warmup=st.integers(0, 3),
+        decay=st.integers(0, 3),
+        peak=st.sampled_from([0.0, 0.9, 1.0]),
+        valley=st.sampled_from([0.0, 0.1, 1.0]),
+    ),
 )
 REWARDS = st.integers(1, 5).flatmap(
     lambda k: st.lists(
@@ -543,7 +557,7 @@ def test_totals_are_the_terms_and_the_share_of_the_gradient_of_each(name: str, m
         "grpo": result.totals.get("loss/grpo", 0.0) + result.terms.grpo_sequence_loss,
         "gal": result.terms.gal_loss,
         "sft": result.totals.get("loss/sft", 0.0),
-        "shaped": result.totals.get("loss/shaped", 0.0),
+        **{name: result.totals.get(f"loss/{name}", 0.0) for name in ("shaped", "expert")},
     }
     for term in losses:
         weight = share.get(term, 0.0)

@@ -17,6 +17,7 @@ from megatron_dypo.config import load_config, render
 from megatron_dypo.config.load import dump, fingerprint, still_read
 from megatron_dypo.config.reads import (
     DEFAULTS,
+    EXPERTS,
     GROUPED,
     IMITATING,
     PAIRS,
@@ -50,6 +51,7 @@ ANOTHER = {  # a value that is not the default, which the others of these do not
     "mask_truncated": True,
     "entropy_coef": 0.2,
     "surrogate": "cispo", "sapo_tau_pos": 2.0, "sapo_tau_neg": 2.0,
+    "mix.warmup": 2, "mix.decay": 2, "mix.peak": 0.3, "mix.valley": 0.3,
 }  # fmt: skip
 
 
@@ -77,6 +79,7 @@ def test_every_row_is_of_keys_that_there_are_and_the_methods_are_the_recipes():
     assert set(ROUTED) == {name for name in RECIPES if regimes[name] != {ALL}}
     assert set(GROUPED) == {name for name, recipe in RECIPES.items() if recipe.samples and not recipe.scores_traces}
     assert set(TEACHERS) == {name for name, kinds in sources.items() if Kind.TEACHER in kinds}
+    assert set(EXPERTS) == {name for name, kinds in sources.items() if Kind.EXPERT in kinds}
 
 
 def deciding(dotted: str) -> set[str]:
@@ -96,6 +99,8 @@ def outcome(objective: Objective) -> list[float]:
     two = objective.model_copy(update={"teachers_per_prompt": 2})
     batch = ours.make_batch(rewards, two, seed=3, traces=[2] * len(rewards))
     for group in batch.groups:  # as training/minibatch.py has it
+        if group.expert:
+            continue
         draw_teachers(group, [0, 1], 0, 1, objective.teachers_per_prompt)
         group.teacher_rewards = group.teacher_rewards[: objective.teachers_per_prompt]
     correction = Correction("none", 2.0)
@@ -111,7 +116,9 @@ def test_an_objective_s_key_changes_what_is_trained_exactly_where_the_table_has_
         sapo = {key: {"surrogate": "sapo"} for key in ("sapo_tau_pos", "sapo_tau_neg")}
         companion = ({"aggregation_constant": {"aggregation": "constant"}} | sapo).get(name, {})
         before = Objective(method=method, **always | companion)
-        after = before.model_copy(update={name: value})
+        of_mix, _, leaf = name.rpartition(".")
+        value = before.mix.model_copy(update={leaf: value}) if of_mix else value
+        after = before.model_copy(update={of_mix or name: value})
         config = Config.model_construct(objective=after)
         reads = f"objective.{name}" not in {
             key

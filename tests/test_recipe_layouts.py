@@ -23,15 +23,16 @@ LAYOUTS = {  # (model, parallel, optimizer), two ranks each
     "experts": ("qwen3_moe", EP2, {}),
 }
 OBJECTIVES = {  # in three updates, all with KL and clipped tokens where the recipe has a ratio
+    "chord": {"entropy_coef": 0.03, "aggregation": "token_mean", "demo_aggregation": "token_mean", "shape": "phi"},
     "dypo": {"entropy_coef": 0.03},
     "grpo": {"entropy_coef": 0.03, "aggregation": "token_mean"},
     "luffy": {"entropy_coef": 0.03, "aggregation": "token_mean", "advantage_std": "none"},
     "sft": {"entropy_coef": 0.03, "demo_aggregation": "token_mean"},
     "switch": {"entropy_coef": 0.03, "aggregation": "constant", "normalize": "active"},
 }
-BRIEFLY = ("luffy",)
+BRIEFLY = {"luffy": tuple(LAYOUTS), "chord": ("pipeline", "distributed")}
 MATRIX = [
-    pytest.param(method, layout, marks=[] if method in BRIEFLY else pytest.mark.faults)
+    pytest.param(method, layout, marks=[] if layout in BRIEFLY.get(method, ()) else pytest.mark.faults)
     for method in RECIPES
     for layout in LAYOUTS
 ]

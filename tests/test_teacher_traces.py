@@ -602,7 +602,9 @@ def snippets(language: str) -> list[str]:
 
 @pytest.mark.parametrize("text", snippets("json"))
 def test_rows_of_the_docs_are_rows(text):
-    assert rows.read_row(json.loads(text), 1).teachers
+    row = json.loads(text)
+    graded = not row.keys().isdisjoint({"ground_truth", "reward_model"})  # an expert's row need not be
+    assert rows.read_row(row, 1, graded=graded).teachers
 
 
 def test_commands_of_the_docs_run(tmp_path):

@@ -14,11 +14,12 @@ from megatron_dypo.models.shape import model_shape
 from megatron_dypo.objectives.recipes import RECIPES
 from megatron_dypo.records import Group
 from tests import reference_objective as page
-from tests.batches import for_recipe, make_config, make_groups, trace_ids
+from tests.batches import for_recipe, make_config, make_experts, make_groups, trace_ids
 from tests.ranks import run_ranks
 from tests.updates import second_update
 
 OBJECTIVES = {
+    "chord": {"entropy_coef": 0.03, "demo_aggregation": "token_mean", "mix": {"warmup": 1, "decay": 4, "peak": 0.9}},
     "dypo": {"entropy_coef": 0.03, "hard_max_solved": 1, "refresh_pair_weights": True},
     "grpo": {"entropy_coef": 0.03, "aggregation": "token_mean", "advantage_std": "sample"},
     "luffy": {"entropy_coef": 0.03, "aggregation": "constant", "advantage_std": "none"},
@@ -64,14 +65,17 @@ def question(group: Group, models: dict[str, Model]) -> page.Question:
 @pytest.mark.parametrize("method", RECIPES)
 def test_a_step_s_gradient_is_that_of_the_objective_s_page(method):
     sections = {"objective": {"method": method} | OBJECTIVES[method]}
-    first, second = make_groups(8, seed=5), make_groups(8, seed=6)
+    first, second = (make_groups(8, seed=seed) + make_experts(5, seed) for seed in (5, 6))
     (found,) = run_ranks(1, second_update, sections, first, second)
     config = make_config("llama", **sections)
     models = {name: Model(model_shape(config.model), weights) for name, weights in found["weights"].items()}
     if any(term.has_ratio for term in RECIPES[method].terms):
         assert min(found["metrics"][name] for name in ("loss/kl", "policy/clip_frac")) > 1e-3
-    questions = [question(group, models) for group in for_recipe(second, config.objective)]
-    terms = page.dypo(questions, config.objective, longest=config.rollout.max_response_tokens)
+    groups = for_recipe(second, config.objective)
+    questions = [question(group, models) for group in groups if not group.expert]
+    experts = [page.Trace(*models["now"](group, trace_ids(group, 0), 1.0)) for group in groups if group.expert]
+    longest = config.rollout.max_response_tokens
+    terms = page.dypo(questions, config.objective, longest=longest, experts=experts, step=2)
     loss = terms.summands().sum()
     loss.backward()
     assert found["metrics"]["loss/total"] == pytest.approx(loss.item(), rel=1e-5, abs=1e-7)

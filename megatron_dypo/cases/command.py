@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_dypo.cases.evaluate import curve, evaluate
+from megatron_dypo.cases.evaluate import curve, evaluate, schedules
 from megatron_dypo.cases.translate import configuration
 from megatron_dypo.config.load import load_keys
 from megatron_dypo.errors import UserError
@@ -17,13 +17,23 @@ def result(case: dict[str, Any], source: str) -> dict[str, Any]:
     try:
         keys = configuration(case)
         config = load_keys([f"{name}={json.dumps(value)}" for name, value in keys.items()], "config")
+        settings = case["settings"]
         if "sequences" in case:
-            return evaluate(_objects(case["sequences"]), config) | {"config": keys}
-        if "p" in case["settings"]:
-            return curve(case["settings"]["p"], config.objective) | {"config": keys}
+            return evaluate(_objects(case["sequences"]), config, _step(settings.get("step", 1))) | {"config": keys}
+        if "p" in settings:
+            return curve(settings["p"], config.objective) | {"config": keys}
+        if "steps" in settings:
+            steps = settings["steps"] if isinstance(settings["steps"], list) else [settings["steps"]]
+            return schedules([_step(step) for step in steps], config.objective) | {"config": keys}
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     raise UserError(f"{source}: sequences: needed, one object for each sequence of the update")
+
+
+def _step(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise UserError(f"settings.step: expected a whole number from 0 on, got {value!r:.80}")
+    return value
 
 
 def _objects(sequences: Any) -> list[dict[str, Any]]:
@@ -55,6 +65,8 @@ def show(path: Path, as_table: bool) -> None:
 def table(case: dict[str, Any], numbers: dict[str, Any]) -> list[str]:
     """One line a token: its log-prob and its slopes."""
     lines = [f"{key}: {value}" for key, value in numbers["config"].items()]
+    if "f" not in numbers and "loss" not in numbers:
+        return [*lines, *(f"{key}: {value}" for key, value in numbers.items() if key != "config")]
     if "loss" not in numbers:
         rows = zip(case["settings"]["p"], numbers["f"], numbers["df_dlogp"], strict=True)
         return [*lines, f"{'p':>12}{'f':>14}{'df/dlogp':>14}", *(f"{p:12g}{f:14.6g}{df:14.6g}" for p, f, df in rows)]

@@ -19,12 +19,12 @@ from megatron_dypo.kernels.grouped_loss import COEFFICIENTS
 from megatron_dypo.objectives import SequenceSums, TokenStreams, sequence_terms
 from megatron_dypo.objectives.coefficients import member_advantages, needs_reference
 from megatron_dypo.objectives.correction import Correction
-from megatron_dypo.objectives.recipes import recipe, shape, total
+from megatron_dypo.objectives.recipes import ALL, recipe, scheduled, shape, total
 from megatron_dypo.records import Group, Kind, Prompt, Response, Sequence, Teacher
 from megatron_dypo.rollout.sampling import give_unfinished_reward
 from megatron_dypo.training.minibatch import grade_groups, training_sequences
 
-SOURCES = {"rollout": Kind.ROLLOUT, "demo": Kind.TEACHER}
+SOURCES = {"rollout": Kind.ROLLOUT, "demo": Kind.TEACHER, "expert": Kind.EXPERT}
 STREAMS = {"logp": "logp", "old": "old_logp", "reference": "ref_logp", "entropy": "entropy"}
 
 
@@ -34,23 +34,25 @@ class Case:
     def __init__(self, sequences: list[dict[str, Any]], config: Config) -> None:
         self.sequences, self.objective = sequences, config.objective
         self.logs = [_logs(place, sequence) for place, sequence in enumerate(sequences)]
-        self.members: dict[Any, dict[Kind, list[int]]] = {}  # places by prompt and kind
+        self.members: dict[Any, dict[Kind, list[int]]] = {}  # places by prompt and kind; an expert is one by itself
         for place, sequence in enumerate(sequences):
-            if sequence.get("source") not in SOURCES:
-                raise UserError(f"sequences[{place}].source: {sequence.get('source')!r} is neither rollout nor demo")
-            kinds = self.members.setdefault(sequence.get("prompt"), {Kind.ROLLOUT: [], Kind.TEACHER: []})
-            kinds[SOURCES[sequence["source"]]].append(place)
+            source = sequence.get("source")
+            if source not in SOURCES:
+                raise UserError(f"sequences[{place}].source: {source!r} is none of {', '.join(SOURCES)}")
+            name = f"expert {place}" if source == "expert" else sequence.get("prompt")
+            self.members.setdefault(name, {kind: [] for kind in Kind})[SOURCES[source]].append(place)
         self.groups = [self._group(str(prompt), kinds) for prompt, kinds in self.members.items()]
         for response in (response for group in self.groups for response in group.responses):
             give_unfinished_reward(response, config)
-        grade_groups(self.groups, config.objective, 0, 1, lambda group: [])
+        if graded := [group for group in self.groups if not group.expert]:
+            grade_groups(graded, config.objective, 0, 1, lambda group: [])
 
     def _group(self, name: str, kinds: dict[Kind, list[int]]) -> Group:
         responses = [
             Response(self._ids(place), self._ids(place), self._end(place), self._reward(place))
             for place in kinds[Kind.ROLLOUT]
         ]
-        demos = kinds[Kind.TEACHER]
+        demos = kinds[Kind.TEACHER] + kinds[Kind.EXPERT]
         scored = demos if recipe(self.objective).scores_traces else []
         return Group(
             Prompt(name, "", tuple(Teacher(f"demo {i}", "") for i in range(len(demos)))),
@@ -58,6 +60,7 @@ class Case:
             responses,
             teacher_indices=tuple(range(len(demos))),
             teacher_rewards=tuple(self._reward(place) for place in scored),
+            expert=bool(kinds[Kind.EXPERT]),
         )
 
     def _ids(self, place: int) -> np.ndarray:
@@ -81,9 +84,11 @@ class Case:
         """The sequences that get a coefficient."""
         prompts = list(self.members.values())
         index = {id(group): g for g, group in enumerate(self.groups)}
-        return training_sequences(
-            self.groups, self.objective, lambda group, i: self._ids(prompts[index[id(group)]][Kind.TEACHER][i])
-        )
+
+        def trace(group: Group, i: int) -> np.ndarray:
+            return self._ids(prompts[index[id(group)]][Kind.EXPERT if group.expert else Kind.TEACHER][i])
+
+        return training_sequences(self.groups, self.objective, trace)
 
     def stream(self, name: str, places: list[int]) -> Tensor | None:
         """One stream of the sequences [N]; None where a sequence lacks it."""
@@ -105,14 +110,15 @@ def _logs(place: int, sequence: dict[str, Any]) -> dict[str, Tensor]:
     return logs
 
 
-def evaluate(sequences: list[dict[str, Any]], config: Config) -> dict[str, Any]:
-    """Loss, its derivatives, rewards, advantages and routes of one update, under the names of a case's ``expected``."""
+def evaluate(sequences: list[dict[str, Any]], config: Config, step: int) -> dict[str, Any]:
+    """Loss, its derivatives, rewards, advantages and routes of an update of ``step``, under the names of a case's
+    ``expected``."""
     case, objective = Case(sequences, config), config.objective
     trained = case.trained()
     places = [case.place(sequence) for sequence in trained]
     sums = [_sums(case, place, sequence, objective) for place, sequence in zip(places, trained, strict=True)]
-    terms = sequence_terms(case.groups, trained, sums, objective, Correction(), max_response_tokens=1, step=1)
-    others = {"grpo": terms.grpo_sequence_loss, "gal": terms.gal_loss, "sft": 0.0, "shaped": 0.0}
+    terms = sequence_terms(case.groups, trained, sums, objective, Correction(), max_response_tokens=1, step=step)
+    others = dict.fromkeys(terms.share, 0.0) | {"grpo": terms.grpo_sequence_loss, "gal": terms.gal_loss}
     loss = total(others, terms.share)
     slopes: dict[str, dict[int, list[float]]] = {"dloss_dlogp": {}, "dloss_dentropy": {}}
     for kind in Kind:
@@ -147,11 +153,11 @@ def evaluate(sequences: list[dict[str, Any]], config: Config) -> dict[str, Any]:
     result = {"loss": loss, "dloss_dlogp": listed(slopes["dloss_dlogp"])}
     if objective.entropy_coef:
         result["dloss_dentropy"] = listed(slopes["dloss_dentropy"])
-    return result | _rewards(case) | _advantages(case) | _routes(case)
+    return result | scheduled(objective, step) | _rewards(case) | _advantages(case) | _routes(case)
 
 
 def _sums(case: Case, place: int, sequence: Sequence, objective: Objective) -> SequenceSums | None:
-    if sequence.kind == Kind.TEACHER:
+    if sequence.kind != Kind.ROLLOUT:
         return None
     wanted = ["old"] + ["reference"] * needs_reference(objective)
     for name in wanted:
@@ -170,7 +176,7 @@ def _rewards(case: Case) -> dict[str, Any]:
 
 
 def _advantages(case: Case) -> dict[str, Any]:
-    """A list where every sequence has an advantage, else by the sequences' names."""
+    """A list where every sequence but the experts' has an advantage, else by the sequences' names."""
     found: dict[int, float] = {}
     for group, kinds in zip(case.groups, case.members.values(), strict=True):
         if group.responses:
@@ -178,7 +184,7 @@ def _advantages(case: Case) -> dict[str, Any]:
             found |= dict(zip(places, member_advantages(group, case.objective), strict=False))
     if not found:
         return {}
-    if len(found) == len(case.sequences):
+    if len(found) == sum(sequence["source"] != "expert" for sequence in case.sequences):
         return {"advantages": [found[place] for place in sorted(found)]}
     return {"advantages": {case.sequences[place].get("name", str(place)): found[place] for place in sorted(found)}}
 
@@ -186,7 +192,7 @@ def _advantages(case: Case) -> dict[str, Any]:
 def _routes(case: Case) -> dict[str, Any]:
     """Which one kind of sequence each prompt trains on, where the recipe chooses between them."""
     chosen = recipe(case.objective)
-    if chosen.scores_traces or len({term.source for term in chosen.terms}) == 1:
+    if all(term.when == ALL for term in chosen.terms):
         return {}
     routes = [chosen.sources(group) for group in case.groups]
     return {"route_of_prompt": ["rl" if route == [Kind.ROLLOUT] else "sft" for route in routes]}
@@ -200,3 +206,11 @@ def curve(probabilities: list[float], objective: Objective) -> dict[str, Any]:
     rule = LossRule(shape=shape(objective), shape_gamma=objective.shape_gamma)
     f_N, df_N = grouped_loss(logp_N, torch.tensor([0, len(logp_N)]), table_CS, empty_sums(1), rule)
     return {"f": f_N.tolist(), "df_dlogp": df_N.tolist()}
+
+
+def schedules(steps: list[int], objective: Objective) -> dict[str, list[float]]:
+    """The shares that change with the step, at these steps."""
+    found = [scheduled(objective, step) for step in steps]
+    if not all(found):
+        raise UserError(f"settings.steps: objective.method: {objective.method} has no share that changes with the step")
+    return {name: [shares[name] for shares in found] for name in found[0]} if found else {}

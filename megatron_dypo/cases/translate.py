@@ -20,9 +20,10 @@ SYSTEMS: dict[str, Keys] = {
     "SuperRL": {"objective.method": "switch", "objective.reward_threshold": BARELY_POSITIVE},
     "HPT": {"objective.method": "switch"},
     "LUFFY": {"objective.method": "luffy"},
+    "CHORD": {"objective.method": "chord"},
     "Oat-Zero": {"objective.method": "grpo", "rollout.reward_unfinished": 0.0},
 }
-LATER = ("SFT->RL", "ReLIFT", "SRFT", "CHORD", "OpenReasoner-Zero", "SimpleRL-Zero", "PRIME-Zero")
+LATER = ("SFT->RL", "ReLIFT", "SRFT", "OpenReasoner-Zero", "SimpleRL-Zero", "PRIME-Zero")
 
 
 def _clip(value: float | None) -> Keys:
@@ -35,6 +36,14 @@ def _shape(value: float | None) -> Keys:
 
 def _aggregation(value: str) -> Keys:
     return {"objective.aggregation": _one_of(value, {"token_mean": "token_mean", "mean": "scale"})}
+
+
+def _each_aggregation(value: str) -> Keys:
+    return _aggregation(value) | _demo_aggregation(value)
+
+
+def _chord_shape(value: str) -> Keys:
+    return {"objective.shape": _one_of(value, {"none": "nll", "phi": "phi", "p": "sg_p"})}
 
 
 def _constant(value: int) -> Keys:
@@ -79,8 +88,14 @@ SETTINGS: dict[str, Callable[[Any], Keys]] = {
     "sft_loss_coef": _as("objective.gamma"),
     "gamma": _shape,
     "p": lambda value: {},
+    "step": lambda value: {},
+    "steps": lambda value: {},
+    **{name: _as(f"objective.mix.{name}") for name in ("warmup", "decay", "peak", "valley")},
 }
-OWN_SETTINGS = {"SFT": {"aggregation": _demo_aggregation}}  # what a system means otherwise by a setting's name
+OWN_SETTINGS: dict[str, dict[str, Callable[[Any], Keys]]] = {  # what a system means otherwise by a setting's name
+    "SFT": {"aggregation": _demo_aggregation},
+    "CHORD": {"aggregation": _each_aggregation, "shape": _chord_shape},
+}
 
 
 def configuration(case: dict[str, Any]) -> Keys:
@@ -93,12 +108,12 @@ def configuration(case: dict[str, Any]) -> Keys:
     if not isinstance(settings, dict):
         raise UserError(f"settings: expected an object, got {settings!r:.80}")
     keys = dict(SYSTEMS[system])
-    own = OWN_SETTINGS.get(system, {})
+    known = SETTINGS | OWN_SETTINGS.get(system, {})
     for name, value in settings.items():
-        if name not in SETTINGS:
-            raise UserError(f"settings.{name}: unknown; known: {', '.join(SETTINGS)}")
+        if name not in known:
+            raise UserError(f"settings.{name}: unknown; known: {', '.join(known)}")
         try:
-            keys |= (own | SETTINGS | own)[name](value)
+            keys |= known[name](value)
         except (ValueError, AttributeError, IndexError, TypeError) as error:
             raise UserError(f"settings.{name}: {value!r:.80}: {error}") from None
     return keys

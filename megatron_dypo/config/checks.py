@@ -68,6 +68,11 @@ def _rules(config: Config):
         f"data.prompts_per_step: {config.data.prompts_per_step}",
     )
     yield (
+        config.data.experts is not None and objective.updates_per_rollout > config.data.experts_per_step,
+        f"data.experts_per_step: {config.data.experts_per_step} cannot be shared out over "
+        f"objective.updates_per_rollout: {objective.updates_per_rollout}",
+    )
+    yield (
         objective.method in GROUPED and rollout.samples_per_prompt == 1,
         f"rollout.samples_per_prompt: objective.method: {objective.method} compares the responses of one prompt and "
         "needs at least 2",

@@ -10,17 +10,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_dypo.config.schema import Config, walk
+from megatron_dypo.config.schema import Config, Mix, walk
 from megatron_dypo.config.sections_rollout import REWARD_FUNCTIONS
 
 # methods, as the recipes have it (objectives/recipes.py)
-SAMPLING = ("dypo", "grpo", "luffy", "switch")  # train on sampled responses
+SAMPLING = ("chord", "dypo", "grpo", "luffy", "switch")  # train on sampled responses
 PAIRS = ("dypo",)  # have GAL's term
 TEACHERS = ("dypo", "luffy", "sft", "switch")  # train on teachers' traces
 IMITATING = ("dypo", "sft", "switch")  # have SFT's term
-SHAPED = ("luffy",)  # have a shaped token function
+EXPERTS = ("chord",)  # train on data.experts
+SHAPED = ("chord", "luffy")  # have a shaped token function
 LUFFYS = ("luffy",)  # whose own shape has a gamma
-GROUPED = ("dypo", "grpo", "switch")  # compare a prompt's responses with one another, and with nothing else
+GROUPED = ("chord", "dypo", "grpo", "switch")  # compare a prompt's responses with one another, and with nothing else
 ROUTED = ("dypo", "switch")  # train other terms in other regimes
 
 
@@ -72,6 +73,8 @@ def uses_reference(config: Config) -> bool:
 _SAMPLES = _one_of("objective.method", *SAMPLING)
 _TEACHES = _one_of("objective.method", *TEACHERS)
 _IMITATES = _one_of("objective.method", *IMITATING)
+_AVERAGES = _one_of("objective.method", *sorted({*IMITATING, *EXPERTS}))
+_EXPERTS = _one_of("objective.method", *EXPERTS)
 _SHAPED = _one_of("objective.method", *SHAPED)
 _LUFFYS = Condition(
     "`objective.shape: luffy` (or null, with a recipe whose own that is)",
@@ -101,7 +104,9 @@ READ_WITH: dict[str, tuple[Condition, ...]] = {
     "policy.routing_replay": (_SAMPLES,),
     "parallel.virtual_pipeline": (_above("parallel.pipeline", 1),),
     "parallel.sequence_parallel": (_above("parallel.tensor", 1),),
-    "data.max_teacher_tokens": (_TEACHES,),
+    "data.max_teacher_tokens": (_one_of("objective.method", *sorted({*TEACHERS, *EXPERTS})),),
+    "data.experts": (_EXPERTS,),
+    "data.experts_per_step": (_EXPERTS,),
     "reward.extract": (_one_of("reward.function", *REWARD_FUNCTIONS), _ENGINE),
     "reward.format": (_SAMPLES, _ENGINE, _above("reward.format_penalty", 0)),
     "reward.format_penalty": (_SAMPLES, _ENGINE, _not("reward.format", "none")),
@@ -133,8 +138,9 @@ READ_WITH: dict[str, tuple[Condition, ...]] = {
     "objective.beta_gal": _GAL,
     "objective.gal_length_normalize": _GAL,
     "objective.gamma": (_IMITATES,),
-    "objective.sft_length_normalize": (_IMITATES, _one_of("objective.demo_aggregation", "scale")),
-    "objective.demo_aggregation": (_IMITATES,),
+    "objective.sft_length_normalize": (_AVERAGES, _one_of("objective.demo_aggregation", "scale")),
+    "objective.demo_aggregation": (_AVERAGES,),
+    **{f"objective.mix.{name}": (_EXPERTS,) for name in Mix.model_fields},
     "objective.shape": (_SHAPED,),
     "objective.shape_gamma": (_SHAPED, _LUFFYS),
     "objective.gate": (_one_of("objective.method", *ROUTED),),

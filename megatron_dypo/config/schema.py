@@ -9,13 +9,14 @@ from pydantic import BaseModel, Field, PrivateAttr
 from megatron_dypo.config.section import Section
 from megatron_dypo.config.sections_model import Model, Parallel, PolicyOptions, Shape
 from megatron_dypo.config.sections_rollout import Data, Reward, Rollout
-from megatron_dypo.config.sections_training import Evaluation, Logging, Objective, Optimizer, Trainer
+from megatron_dypo.config.sections_training import Evaluation, Logging, Mix, Objective, Optimizer, Trainer
 
 __all__ = [
     "Config",
     "Data",
     "Evaluation",
     "Logging",
+    "Mix",
     "Model",
     "Objective",
     "Optimizer",

@@ -14,6 +14,12 @@ class Data(Section):
 
     train: str = key(..., "JSON Lines or Parquet file, or `reasoning_gym:TASK?key=value&...&size=N`.", path=True)
     valid: str | None = key(None, "Held-out set of the same forms, for the evaluation inside training.", path=True)
+    experts: str | None = key(
+        None,
+        "Prompts with traces to imitate, a data set beside `train` in the same forms; every trace of a row is one sequence. `ground_truth` is not needed.",
+        path=True,
+    )
+    experts_per_step: int = key(64, "Traces of `experts` in a global batch.", ge=1)
     prompts_per_step: int = key(64, "Prompts in a global batch (Q).", ge=1)
     max_prompt_tokens: int = key(1024, "A longer prompt is an error that names it.", ge=1)
     max_teacher_tokens: int | None = key(

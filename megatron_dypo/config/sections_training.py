@@ -7,12 +7,21 @@ from typing import Literal
 from megatron_dypo.config.section import Section, key
 
 
+class Mix(Section):
+    """The experts' share mu of the loss, by step (objectives/schedule.py); rollouts have 1 - mu."""
+
+    warmup: int = key(0, "Steps in which mu rises from 0 to `peak`, in a line.", ge=0)
+    decay: int = key(200, "Steps in which it then falls to `valley`, in half a cosine; 0: at once.", ge=0)
+    peak: float = key(0.9, "The experts' share where the decay begins.", ge=0, le=1)
+    valley: float = key(0.05, "The experts' share from the end of the decay on.", ge=0, le=1)
+
+
 class Objective(Section):
     """What is optimised (docs/objective.md)."""
 
-    method: Literal["dypo", "grpo", "luffy", "sft", "switch"] = key(
+    method: Literal["chord", "dypo", "grpo", "luffy", "sft", "switch"] = key(
         "dypo",
-        "Recipe: which regime trains which term. `grpo` and `sft` are the comparisons' single-term recipes; `switch` trains a prompt on its responses or, where it is Hard, on a trace (SuperRL, HPT); in `luffy` the trace is one more member of the prompt's group.",
+        "Recipe: which regime trains which term. `grpo` and `sft` are the comparisons' single-term recipes; `switch` trains a prompt on its responses or, where it is Hard, on a trace (SuperRL, HPT); in `luffy` the trace is one more member of the prompt's group; `chord` adds the rows of `data.experts` with the share of `mix`.",
     )
     gate: Literal["reward", "advantage"] = key(
         "reward",
@@ -81,6 +90,7 @@ class Objective(Section):
         False,
         "A response that did not end by itself counts in its group's baseline, but its tokens carry no loss, KL or entropy and it is in no pair (DAPO's overlong filtering, TRL's `mask_truncated_completions`).",
     )
+    mix: Mix = key(Mix(), "The experts' share of the loss.")
     updates_per_rollout: int = key(1, "Optimizer updates per rollout: mini-batches of whole prompts.", ge=1)
     refresh_pair_weights: bool = key(True, "Several updates: recompute the trajectory coefficients before each.")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+from typing import Any
 
 import torch
 
@@ -23,6 +24,13 @@ from megatron_dypo.runtime.determinism import generator
 log = logging.getLogger(__name__)
 
 
+def read_prompts(source: str, skip_bad_rows: bool, **reading: Any) -> list[Prompt]:
+    """All prompts of a file or a ``reasoning_gym:`` task; ``reading`` are options of ``rows.read``."""
+    if source.startswith(tasks.PREFIX):
+        return tasks.generate(source)
+    return rows.read(source, skip_bad_rows, **reading)
+
+
 def load_prompts(
     source: str, skip_bad_rows: bool, *, escapes: rows.Escapes = "refuse", any_truth: bool = False
 ) -> list[Prompt]:
@@ -31,11 +39,7 @@ def load_prompts(
     Duplicates with another ground truth, and traces with something wrong about their thoughts, are warned of.
     ``escapes`` and ``any_truth`` are those of ``rows.read``.
     """
-    prompts = (
-        tasks.generate(source)
-        if source.startswith(tasks.PREFIX)
-        else rows.read(source, skip_bad_rows, escapes=escapes, any_truth=any_truth)
-    )
+    prompts = read_prompts(source, skip_bad_rows, escapes=escapes, any_truth=any_truth)
     first: dict[tuple, Prompt] = {}
     differing: list[tuple[Prompt, Prompt]] = []
     for prompt in prompts:
@@ -56,13 +60,14 @@ def load_prompts(
             other.id,
             other.ground_truth,
         )
-    _warn_of_thoughts(source, unique)
+    warn_of_thoughts(source, unique)
     if not unique:
         raise UserError(f"{source}: holds no prompt")
     return unique
 
 
-def _warn_of_thoughts(source: str, prompts: list[Prompt]) -> None:
+def warn_of_thoughts(source: str, prompts: list[Prompt]) -> None:
+    """Say once for each kind of fault how many traces have it (``traces.thought_fault``)."""
     found: dict[str, list[str]] = {}
     for prompt in prompts:
         for teacher in prompt.teachers:
@@ -106,20 +111,20 @@ def prompt_key(prompt: Prompt) -> tuple[tuple[str, str], ...]:
     return tuple((message["role"], message["content"]) for message in prompt.messages)
 
 
-@functools.lru_cache(maxsize=2)
-def _permutation(count: int, seed: int, epoch: int) -> list[int]:
-    return torch.randperm(count, generator=generator(seed, "epoch", epoch)).tolist()
+@functools.lru_cache(maxsize=4)
+def _permutation(count: int, seed: int, order: str, epoch: int) -> list[int]:
+    return torch.randperm(count, generator=generator(seed, order, epoch)).tolist()
 
 
-def batch_indices(step: int, per_step: int, count: int, seed: int) -> list[int]:
-    """Row indices of step ``step`` (first is 1) among ``count`` rows, all different.
+def batch_indices(step: int, per_step: int, count: int, seed: int, order: str = "epoch") -> list[int]:
+    """Row indices of step ``step`` (first is 1) among ``count`` rows, all different; each ``order`` is another one.
 
     An epoch is as many whole batches as the rows give; the rest sits out until the next epoch's shuffle, so that no
     batch holds a prompt twice.
     """
     batches = count // per_step
     epoch, batch = divmod(step - 1, batches)
-    return _permutation(count, seed, epoch)[batch * per_step : (batch + 1) * per_step]
+    return _permutation(count, seed, order, epoch)[batch * per_step : (batch + 1) * per_step]
 
 
 @functools.lru_cache(maxsize=2)

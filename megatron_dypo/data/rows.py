@@ -29,13 +29,19 @@ Escapes = Literal["refuse", "repair", "keep"]
 
 
 def read(
-    path: str, skip_bad_rows: bool = False, *, escapes: Escapes = "refuse", any_truth: bool = False
+    path: str,
+    skip_bad_rows: bool = False,
+    *,
+    escapes: Escapes = "refuse",
+    any_truth: bool = False,
+    graded: bool = True,
 ) -> list[Prompt]:
     """All rows of a ``.jsonl`` or ``.parquet`` file.
 
     Raises UserError naming file, line and field of the first malformed row; with ``skip_bad_rows`` they are left out
     and counted in the log. Ids must be unique; a row without one is called by its line. ``escapes``: what becomes of
-    LaTeX commands whose backslash was swallowed. ``any_truth``: ground truths may be lists and objects.
+    LaTeX commands whose backslash was swallowed. ``any_truth``: ground truths may be lists and objects; not ``graded``:
+    none is read.
     """
     file = Path(path)
     if not os.path.isfile(path):
@@ -43,11 +49,11 @@ def read(
     prompts, seen, skipped, repairs = [], set(), 0, 0
     for line, row in _raw_rows(file):
         try:
-            prompt = read_row(row, line, any_truth)
+            prompt = read_row(row, line, any_truth, graded)
             if escapes != "keep" and (field := swallowed_in({name: row.get(name) for name in _READ})):
                 if escapes == "refuse":
                     raise BadRow(f"{field} (data.repair_escapes: true, or a tool's --repair-escapes, puts it back)")
-                prompt, repairs = read_row(with_escapes(row), line, any_truth), repairs + 1
+                prompt, repairs = read_row(with_escapes(row), line, any_truth, graded), repairs + 1
             if prompt.id in seen:
                 raise BadRow(f"id: {prompt.id!r} occurs twice")
         except BadRow as error:
@@ -76,25 +82,14 @@ def _raw_rows(file: Path) -> Iterator[tuple[int, Any]]:
             yield number, error
 
 
-def read_row(row: Any, line: int, any_truth: bool = False) -> Prompt:
-    """One row; one without an id is called by its line. ``any_truth`` as in ``read``. Raises BadRow."""
+def read_row(row: Any, line: int, any_truth: bool = False, graded: bool = True) -> Prompt:
+    """One row; one without an id is called by its line. ``any_truth``, ``graded`` as in ``read``. Raises BadRow."""
     if isinstance(row, BadRow):
         raise row
     if not isinstance(row, dict):
         raise BadRow("expected an object")
     text, messages = _prompt_field(row.get("prompt"))
-    nested = row.get("reward_model")
-    truth = row.get("ground_truth")
-    if truth is None and isinstance(nested, dict):
-        truth = nested.get("ground_truth")
-    if isinstance(truth, float) and not math.isfinite(truth):
-        raise BadRow(f"ground_truth: expected a finite number, got {truth}")
-    if isinstance(truth, (int, float)) and not isinstance(truth, bool):
-        truth = str(truth)
-    if any_truth and isinstance(truth, (list, dict)) and truth:
-        truth = json.loads(json.dumps(truth, default=str))  # what JSON has no form for comes of Parquet
-    elif not isinstance(truth, str) or not truth.strip():
-        raise BadRow(f"ground_truth: expected a non-empty string, got {_short(truth)}")
+    truth = _truth(row, any_truth) if graded else ""
     identity = f"row-{line}" if row.get("id") is None else row["id"]
     if not isinstance(identity, (str, int)):
         raise BadRow(f"id: expected a string, got {_short(identity)}")
@@ -112,6 +107,22 @@ def read_row(row: Any, line: int, any_truth: bool = False) -> Prompt:
         raise BadRow(f"extra_info: expected an object, got {_short(extra)}")
     kept = json.dumps(extra, default=str) if extra else ""
     return Prompt(str(identity), truth, teachers, str(row.get("data_source") or ""), messages, text, kept)
+
+
+def _truth(row: dict, any_truth: bool) -> Any:
+    nested = row.get("reward_model")
+    truth = row.get("ground_truth")
+    if truth is None and isinstance(nested, dict):
+        truth = nested.get("ground_truth")
+    if isinstance(truth, float) and not math.isfinite(truth):
+        raise BadRow(f"ground_truth: expected a finite number, got {truth}")
+    if isinstance(truth, (int, float)) and not isinstance(truth, bool):
+        truth = str(truth)
+    if any_truth and isinstance(truth, (list, dict)) and truth:
+        return json.loads(json.dumps(truth, default=str))  # what JSON has no form for comes of Parquet
+    if not isinstance(truth, str) or not truth.strip():
+        raise BadRow(f"ground_truth: expected a non-empty string, got {_short(truth)}")
+    return truth
 
 
 def strings(value: Any) -> list[str]:

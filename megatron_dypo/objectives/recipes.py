@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_dypo.objectives.schedule import mu
 from megatron_dypo.records import Group, Kind, Regime
 
 if TYPE_CHECKING:
@@ -35,7 +36,10 @@ SHARES: dict[str, Callable[[Objective, int], float]] = {
     "alpha": lambda objective, step: objective.alpha,
     "1-alpha": lambda objective, step: 1 - objective.alpha,
     "gamma": lambda objective, step: objective.gamma,
+    "mu": lambda objective, step: mu(objective.mix, step),
+    "1-mu": lambda objective, step: 1 - mu(objective.mix, step),
 }
+SCHEDULED = ("mu",)  # shares that change with the step, in metrics ``objective/<share>``
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,11 @@ class Recipe:
         return any(term.source == ROLLOUT for term in self.terms)
 
     @property
+    def imitates_experts(self) -> bool:
+        """Whether any term trains on the expert data set."""
+        return any(term.source == EXPERT for term in self.terms)
+
+    @property
     def scores_traces(self) -> bool:
         """Whether drawn traces get a reward."""
         return self.baseline == "rollouts+demo"
@@ -103,6 +112,10 @@ class Recipe:
 
 
 RECIPES = {
+    "chord": Recipe(
+        (Term(ROLLOUT, "advantage", "surrogate", share="1-mu"), Term(EXPERT, "one", "shaped", share="mu")),
+        shape="nll",
+    ),
     "dypo": Recipe(
         (
             Term(TEACHER, "one", "nll", HARD, share="gamma"),
@@ -178,6 +191,12 @@ def packed_sources(objective: Objective, group: Group, deferred: bool = False) -
 def shares(objective: Objective, step: int) -> dict[str, float]:
     """Each term's share of the loss at a step, by the term's name."""
     return {term.name: SHARES[term.share](objective, step) for term in recipe(objective).terms}
+
+
+def scheduled(objective: Objective, step: int) -> dict[str, float]:
+    """The recipe's shares that change with the step, by their names in ``SHARES``."""
+    named = {term.share for term in recipe(objective).terms}
+    return {name: SHARES[name](objective, step) for name in SCHEDULED if name in named}
 
 
 def total(losses: Mapping[str, float], share: Mapping[str, float]) -> float:

@@ -103,7 +103,7 @@ class StepWorkload:
     ``mid`` and ``hard`` are shares of the prompts; the rest is Easy and trains nothing. ``budget``: a micro-batch's
     tokens. ``passes``: of log-probs over the rollouts, 2 with a reference. ``overlap``: servers sample meanwhile.
     ``balanced``: with policy.aux_loss. ``reference``: as model.reference_on where a copy of the weights is kept, else
-    ``none``. ``saves``: checkpoints are written meanwhile.
+    ``none``. ``saves``: checkpoints are written meanwhile. ``experts``: traces of data.experts.
     """
 
     prompts: int
@@ -121,6 +121,7 @@ class StepWorkload:
     balanced: bool = False
     reference: str = "none"
     saves: bool = False
+    experts: int = 0
 
     @property
     def rollout_trained(self) -> float:
@@ -129,7 +130,8 @@ class StepWorkload:
 
     @property
     def trained(self) -> float:
-        return self.rollout_trained + self.prompts * self.hard * (self.prompt_tokens + self.teacher_tokens)
+        traces = self.prompts * self.hard + self.experts
+        return self.rollout_trained + traces * (self.prompt_tokens + self.teacher_tokens)
 
     @property
     def mean_sequence(self) -> float:

@@ -7,6 +7,7 @@ from megatron_dypo.errors import UserError
 from megatron_dypo.models.limits import check_policy
 from megatron_dypo.monitor.progress import print_table
 from megatron_dypo.objectives.coefficients import keeps_reference
+from megatron_dypo.objectives.recipes import recipe
 from megatron_dypo.planner.cluster import Cluster, StepWorkload, planned_shape
 from megatron_dypo.planner.launch import commands
 from megatron_dypo.planner.memory import GIB
@@ -45,6 +46,7 @@ def work_of(
         balanced=config.policy.aux_loss > 0,
         reference=config.model.reference_on if keeps_reference(config.objective) else "none",
         saves=config.trainer.save_every > 0,
+        experts=config.data.experts_per_step * recipe(config.objective).imitates_experts,
     )
 
 

@@ -15,7 +15,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +124,7 @@ class RolloutManager:
     reward: RewardProtocol
     layout: Layout
     shape: ModelShape
+    experts: list[Prompt] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.config.rollout.record and self.layout.is_main:
@@ -135,7 +136,13 @@ class RolloutManager:
         self.prefetched: Batch | None = None
 
     def batch(self, step: int, clock: StepTimer) -> Batch:
-        """Return the step's groups with responses and rewards: the prefetched ones, or sampled (or read) now."""
+        """Return the step's groups with responses and rewards, the prefetched ones, or sampled (or read) now; and the
+        step's experts."""
+        batch = self._batch(step, clock)
+        batch.experts = self._experts(step)
+        return batch
+
+    def _batch(self, step: int, clock: StepTimer) -> Batch:
         if self.prefetched is not None:
             batch, self.prefetched = self.prefetched, None
             return batch
@@ -193,6 +200,15 @@ class RolloutManager:
         data = self.config.data
         indices = batch_indices(step, data.prompts_per_step, len(self.prompts), data.seed)
         return encode_prompts([self.prompts[i] for i in indices], self.tokenizer, data.max_prompt_tokens)
+
+    def _experts(self, step: int) -> list[Group]:
+        """The step's rows of ``experts``, in an order of their own."""
+        if not self.experts:
+            return []
+        data = self.config.data
+        indices = batch_indices(step, data.experts_per_step, len(self.experts), data.seed, "experts")
+        groups = encode_prompts([self.experts[i] for i in indices], self.tokenizer, data.max_prompt_tokens)
+        return [dataclasses.replace(group, teacher_indices=(0,), expert=True) for group in groups]
 
     def _fill(self, step: int, groups: list[Group], clock: StepTimer) -> list[list[Group]]:
         """Sample and score this rank's places of the batch; returns the groups tried in each. Asks no other rank."""
@@ -293,6 +309,8 @@ class RolloutManager:
 
     def encode_trace(self, group: Group, teacher: int) -> np.ndarray:
         """Ids of one teacher's trace for the group's prompt, end token included."""
+        if group.expert:  # of another data set: its ids may be those of prompts, and it is not asked for often
+            return self.tokenizer.encode_trace(group.prompt.teachers[teacher].trace, group.prompt)
         return self._trace(group.prompt.id, teacher)
 
     def _encode_trace(self, prompt_id: str, teacher: int) -> np.ndarray:

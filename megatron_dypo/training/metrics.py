@@ -125,7 +125,7 @@ def batch_metrics(groups: list[Group], minibatches: list[MiniBatch], objective: 
     for minibatch in minibatches:
         for sequence in minibatch.sequences:
             trained_tokens[sequence.kind] += sequence.loss_tokens
-    offline, prompts = len(trained[Kind.TEACHER]), len(set().union(*trained.values()))
+    offline, prompts = len(trained[Kind.TEACHER]), len(trained[Kind.TEACHER] | trained[Kind.ROLLOUT])
     sampled = sum(len(response.ids) for response in responses)
     metrics: dict[str, float | None] = {
         "tokens": sampled + sum(trained_tokens.values()) - trained_tokens[Kind.ROLLOUT],

@@ -103,9 +103,14 @@ class MiniBatch:
 def build_minibatches(
     layout: Layout, groups: list[Group], config: Config, encode_trace: Callable[[Group, int], np.ndarray]
 ) -> list[MiniBatch]:
-    """Cut the groups into mini-batches of whole prompts and plan each; only the micro-batches differ between ranks."""
-    parts = np.array_split(np.arange(len(groups)), config.objective.updates_per_rollout)
-    return [plan_minibatch(layout, [groups[i] for i in part], config, encode_trace) for part in parts]
+    """Cut the groups into mini-batches of whole prompts, and of as many experts' rows each, and plan them; only the
+    micro-batches differ between ranks."""
+    parts: list[list[Group]] = [[] for _ in range(config.objective.updates_per_rollout)]
+    for expert in (False, True):
+        rows = [group for group in groups if group.expert == expert]
+        for part, indices in zip(parts, np.array_split(np.arange(len(rows)), len(parts)), strict=True):
+            part += [rows[i] for i in indices]
+    return [plan_minibatch(layout, part, config, encode_trace) for part in parts]
 
 
 def plan_minibatch(

@@ -11,6 +11,7 @@ import numpy as np
 from megatron_dypo.config.schema import Config, Trainer
 from megatron_dypo.objectives.coefficients import BatchTerms, sequence_terms
 from megatron_dypo.objectives.correction import Correction
+from megatron_dypo.objectives.recipes import scheduled
 from megatron_dypo.objectives.token_loss import TokenStreams
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.records import Group
@@ -105,6 +106,7 @@ def run_updates(policy: Policy, minibatches: list[MiniBatch], config: Config, co
             policy.accumulate(batches, streams)
             stats = share_update_stats(policy, streams)
         report = update_metrics(stats, terms, objective)
+        report |= {f"objective/{name}": share for name, share in scheduled(objective, context.step).items()}
         reports.append(report)
         result.memory = {name: max(result.memory.get(name, 0.0), peak) for name, peak in stats.memory.items()}
         limits = (config.trainer, recent_level([*context.grad_norms, *result.grad_norms]))
