@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_dypo.config.checks import is_custom
 from megatron_dypo.config.schema import Config
-from megatron_dypo.data.dataset import load_prompts
+from megatron_dypo.data.dataset import load_prompts, read_prompts
 from megatron_dypo.data.provenance import start_day
 from megatron_dypo.data.rows import Escapes, strings
 from megatron_dypo.data.tokenizer import Tokenizer, joined, load_tokenizer
@@ -29,7 +29,7 @@ _LONGEST = 3000  # characters of a text that is printed; JSON has all
 
 
 def show(config: Config, count: int, as_json: bool) -> None:
-    """Print the first ``count`` prompts of `data.train` with their traces, and the first problem of each suite.
+    """Print the first ``count`` prompts of `data.train` and `data.experts` with their traces, and one of each suite.
 
     The JSON is a list of ``{"id", "prompt_ids", "prompt", "traces": [{"name", "ids", "text"}], "warnings"}``. Raises
     UserError where model, tokenizer or data cannot be read.
@@ -57,6 +57,8 @@ def entries(config: Config, count: int) -> list[dict[str, Any]]:
     escapes: Escapes = "repair" if data.repair_escapes else "keep"
     own = is_custom(config.reward.function)
     prompts = load_prompts(data.train, data.skip_bad_rows, escapes=escapes, any_truth=own)[:count]
+    if data.experts:
+        prompts += read_prompts(data.experts, data.skip_bad_rows, escapes=escapes, graded=False)[:count]
     if settings.suites and (settings.data or config.trainer.eval_every):
         prompts += [first for first, *_ in load_suites(settings.suites, settings, "evaluation.suites").values()]
     return [_entry(prompt, tokenizer, config, asked_plain) for prompt in prompts]

@@ -151,7 +151,8 @@ def test_experts_are_not_among_the_prompts_of_any_statistic():
     groups = for_recipe(make_groups(), config.objective)
     ordinary = [group for group in groups if not group.expert]
     with_experts, without = (
-        batch_metrics(ordinary, build_minibatches(Layout(), each, config, trace_ids)) for each in (groups, ordinary)
+        batch_metrics(ordinary, build_minibatches(Layout(), each, config, trace_ids), config.objective)
+        for each in (groups, ordinary)
     )
     differing = {name for name in with_experts if with_experts[name] != without[name]}
     assert differing == {"tokens", "source_share/rollout", "source_share/expert"}

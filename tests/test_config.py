@@ -465,7 +465,8 @@ def test_a_path_key_knows_the_home_folder_and_the_environment(tmp_path, smallest
     paths = [name for name, info in walk() if info.json_schema_extra["path"]]
     assert {"trainer.run_dir", "model.hf", "data.train", "data.valid", "evaluation.data"} <= set(paths)
     for name in paths:
-        other = {"model.hf": ["model.preset=null"], "rollout.replay": ["rollout.engine=replay"]}.get(name, [])
+        own = {"data.experts": ["objective.method=chord"], "rollout.replay": ["rollout.engine=replay"]}
+        other = ({"model.hf": ["model.preset=null"]} | own).get(name, [])
         for text, expected in (("~/x y", f"{tmp_path}/home/x y"), ("$DATA/x", "/data/x"), ("${DATA}2", "/data2")):
             suffix = ".py:score" if name == "reward.function" else ""
             config = load_config(smallest, [f"{name}={text}{suffix}", *other])

@@ -76,3 +76,18 @@ def test_there_are_commands_keys_and_files_to_check():
     texts = "".join(page.read_text() for page in PAGES)
     assert sum(len(commands(page)) for page in PAGES) > 15
     assert len(set(KEY.findall(texts))) > 40 and len(set(PATH.findall(texts))) > 20
+
+
+def listings() -> list[tuple[str, str]]:
+    """(file, listing) of docs/add-an-algorithm.md: a listing is of the last file named before it."""
+    page, found = (ROOT / "docs/add-an-algorithm.md").read_text(), []
+    for block in re.finditer(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE):
+        found.append((PATH.findall(page[: block.start()])[-1], block[1]))
+    return found
+
+
+def test_every_listing_of_add_an_algorithm_is_in_the_file_that_it_is_of():
+    assert len(listings()) >= 9
+    for name, listing in listings():
+        text = (ROOT / name).read_text()
+        assert text.count(listing) == 1, f"{name} does not hold:\n{listing}"

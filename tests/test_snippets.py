@@ -46,6 +46,9 @@ NOT_HERE = {  # (page, first words of the command or block): why, and what else 
         "with two imitated teachers: tests/test_teacher_traces.py::test_commands_of_the_docs_run; "
         "the rows: tests/test_teacher_traces.py::test_rows_of_the_docs_are_rows"
     ),
+    ("docs/add-an-algorithm.md", ""): (
+        "parts of files: tests/test_docs.py::test_every_listing_of_add_an_algorithm_is_in_the_file_that_it_is_of"
+    ),
     ("docs/gpu-report.md", "make gpu-report"): f"{GPUS}: tests/test_gpu_report.py",
     ("docs/systems.md", "examples/systems/run.sh luffy"): (
         "minutes: tests/test_systems.py::test_run_sh_makes_the_start_once_and_lays_the_recipe_over_the_quickstart"

@@ -117,9 +117,14 @@ SYNONYMS = {
     "ppo_clip clip_epsilon",
     "objective.clip_low": "clip_ratio_low epsilon_low cliprange_low",
     "objective.clip_high": "clip_ratio_high epsilon_high eps_clip_high cliprange_high",
-    "objective.clip_high keeps the entropy up (there is no entropy bonus)": "entropy_coeff entropy_coef "
-    "entropy_bonus entropy_loss_coef",
+    "objective.entropy_coef": "entropy_coeff entropy_bonus entropy_loss_coef",
     "objective.clip_low and objective.clip_high (there is no dual clip)": "clip_ratio_c eps_clip_c",
+    "objective.mix.warmup": "mu_warmup_steps",
+    "objective.mix.decay": "mu_decay_steps",
+    "objective.mix.peak": "mu_peak",
+    "objective.mix.valley": "mu_valley",
+    "objective.shape: phi or nll": "enable_phi_function",
+    "data.experts_per_step": "train_batch_size_expert",
     "objective.aggregation": "loss_agg_mode calculate_per_token_loss loss_reduction",
     "objective.advantage_std": "norm_adv_by_std_in_grpo scale_rewards normalize_advantages grpo_std_normalization "
     "disable_grpo_std_normalization whiten_rewards",
