@@ -83,6 +83,8 @@ def check_inputs(config: Config, source: str) -> Inputs:
     train = with_usable_traces(train, tokenizer, config.data.skip_bad_rows)
     if recipe(config.objective).scores_traces and not config.rollout.replay:
         check_traces(train, tokenizer, shape, config)
+    if recipe(config.objective).defers:
+        check_queue(config, train, tokenizer, shape, source)
     held_out = encode_prompts(valid, tokenizer, config.data.max_prompt_tokens)
     experts = _experts(config, shape, tokenizer, valid, source)
     suites = {}
@@ -139,6 +141,26 @@ def check_traces(prompts: list[Prompt], tokenizer: Tokenizer, shape: ModelShape,
                 room = trace_room(config, shape.max_position, len(tokenizer.encode_prompt(prompt))) if fault else 0
                 if fault and len(tokenizer.encode_trace(teacher.trace, prompt)) <= room:
                     raise cannot_score(config, prompt, teacher, fault)
+
+
+def check_queue(config: Config, train: list[Prompt], tokenizer: Tokenizer, shape: ModelShape, source: str) -> None:
+    """Raise UserError where the training prompts with a trace that may be drawn are fewer than the queue is to hold."""
+    usable = 0
+    for prompt in train:
+        (group,) = encode_prompts([prompt], tokenizer, config.data.max_prompt_tokens)
+        room = trace_room(config, shape.max_position, len(group.prompt_ids))
+        usable += any(len(tokenizer.encode_trace(teacher.trace, prompt)) <= room for teacher in prompt.teachers)
+        if usable == config.objective.queue_size:
+            return
+    data = f"data.train: {config.data.train}"
+    if not any(prompt.teachers for prompt in train):
+        method = f"objective.method: {config.objective.method}"
+        raise UserError(f"{source}: {data}: no prompt has a teacher's trace, which {method} trains on")
+    longest = config.data.max_teacher_tokens or config.rollout.max_response_tokens
+    raise UserError(
+        f"{source}: objective.queue_size: {config.objective.queue_size}, but of the prompts of {data} only {usable} "
+        f"have a trace that may be drawn (of at most {longest} tokens: data.max_teacher_tokens)"
+    )
 
 
 def check_torch(kind: str, version: str) -> None:

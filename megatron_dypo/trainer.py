@@ -24,6 +24,8 @@ from megatron_dypo.evaluate.in_training import evaluate_now
 from megatron_dypo.models.shape import hf_folder
 from megatron_dypo.models.sharding import random_weights, require_finite
 from megatron_dypo.monitor.monitor import Monitor
+from megatron_dypo.objectives.queue import DeferredQueue, failed
+from megatron_dypo.objectives.recipes import recipe
 from megatron_dypo.planner.placement import place_reference
 from megatron_dypo.policy.hf_probe import probe
 from megatron_dypo.policy.optimizer import learning_rate
@@ -115,6 +117,8 @@ def _train(
     rollouts = RolloutManager(config, inputs.train, tokenizer, engine, reward, layout, inputs.shape, inputs.experts)
     if counters.step and (file := prefetched_file(step_folder(run_dir, counters.step))):
         rollouts.resume(file)
+    queue = DeferredQueue(config.objective.queue_size, config.objective.queue_order, counters.queue)
+    rollouts.deferred(queue.waiting)  # or it says what is missing
 
     def sync() -> None:
         if engine:
@@ -159,18 +163,26 @@ def _train(
                 grade_groups(batch.sampled, config.objective, trainer.seed, step, rollouts.usable_teachers)
                 rollouts.record(step, batch.groups)
                 policy.refresh_reference(step)
-                context = StepContext(step, learning_rate(step, config.optimizer), clock, counters.grad_norms)
+                lr, past = learning_rate(step, config.optimizer), (counters.grad_norms, counters.flush_norms)
+                context = StepContext(step, lr, clock, *past)
+                queue.add(failed(batch.sampled, config.objective))
+                due = rollouts.deferred(queue.due)
                 groups = batch.groups + batch.experts
-                result = update_policy(policy, groups, config, rollouts.encode_trace, context)
+                result = update_policy(policy, groups, config, rollouts.encode_trace, context, due)
+                if result.flush_norms:
+                    queue.remove_due()
             with clock("sync"):
                 sync()
 
-            counters.count(step, policy.version, result.skipped is not None, result.empty, result.grad_norms)
+            skipped, norms = result.skipped is not None, (result.grad_norms, result.flush_norms)
+            counters.count(step, policy.version, skipped, result.empty, *norms, queue.waiting)
             sampled = batch_metrics(batch.sampled, result.minibatches, config.objective)
             metrics = clock.metrics() | sampled | result.metrics | result.memory
             metrics |= counters.metrics() | watchdog.metrics()
             if config.rollout.dynamic_sampling:
                 metrics["rollout/refilled"] = len(batch.replaced)
+            if recipe(config.objective).defers:
+                metrics["queue/length"] = len(queue.waiting)
             evaluation = evaluate(step)
             times = {"time/save": saver.take_seconds(), "time/offload": policy.offload.take_seconds()}
             monitor.step(step, metrics | {"train/lr": context.lr} | times | evaluation)

@@ -176,7 +176,10 @@ def dypo(
     experts: Sequence[Trace] = (),
     step: int = 1,
 ) -> Terms:
-    """L = (1/Q) sum_q [Hard: gamma SFT | Mid: alpha (1/k) sum_i GRPO_i + (1 - alpha) GAL | Easy: 0]  (Eq. 24)."""
+    """L = (1/Q) sum_q [Hard: gamma SFT | Mid: alpha (1/k) sum_i GRPO_i + (1 - alpha) GAL | Easy: 0]  (Eq. 24).
+
+    Of ``relift`` this is the step's own update; that on its queue is one of ``sft``.
+    """
     pairs_too = c.method == "dypo"
     mu = mix(c, step) if c.method == "chord" else 0.0
     terms = Terms(alpha=c.alpha if pairs_too else 1.0 - mu, gamma=c.gamma, mu=mu)
@@ -184,7 +187,11 @@ def dypo(
     for question in questions:
         rewards = [rollout.reward for rollout in question.rollouts]
         kind = "hard" if c.method == "sft" else regime(rewards, c.reward_threshold, c.hard_max_solved, c.gate)
-        if kind == "mid" or c.method in ("chord", "grpo", "luffy") or (c.method == "switch" and kind == "easy"):
+        if (
+            kind == "mid"
+            or c.method in ("chord", "grpo", "luffy", "relift")
+            or (c.method == "switch" and kind == "easy")
+        ):
             members = question.traces if c.method == "luffy" else []
             groups.append((question.rollouts, members))
             tied = len({*rewards, *(trace.reward for trace in members)}) == 1

@@ -200,6 +200,10 @@ def test_the_configurations_that_the_cases_spoil_are_usable(config, hf):
         ([*CHORD, "objective.mix.peak=1.5"], "{config}: objective.mix.peak: input should be less than or equal to 1 "),
         ([*CHORD, "objective.mix.valley=-0.1"], "{config}: objective.mix.valley: input should be greater than or "),
         ([*CHORD, "objective.mix.decay=-1"], "{config}: objective.mix.decay: input should be greater than or "),
+        (
+            ["objective.method=relift", "objective.queue_size=1"],
+            "{config}: data.train: {folder}/rows.jsonl: no prompt has a teacher's trace, which objective.method: ",
+        ),
         (["data.max_prompt_tokens=3"], "data: prompt row-0 has 4 tokens; data.max_prompt_tokens is 3"),
         (["trainer.run_dir={folder}/rows.jsonl"], "trainer.run_dir: {folder}/rows.jsonl "),
         (["trainer.run_dir={folder}/rows.jsonl/run"], "trainer.run_dir: {folder}/rows.jsonl/run "),
@@ -231,6 +235,21 @@ def test_a_malformed_row_is_refused_by_file_line_and_field(config, capsys, row, 
     path.write_text(path.read_text() + "\n" + row)
     assert refusal(capsys, config).startswith(f"{path}:6: {field}")
     assert len(check_inputs(load_config(config, ["data.skip_bad_rows=true"]), "config").train) == 4
+
+
+def test_a_queue_larger_than_the_prompts_with_a_trace_that_may_be_drawn_is_refused(config, capsys):
+    """One of the four prompts has no trace, one has too long a one."""
+    path = config.parent / "rows.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row, traces in zip(rows, (["1"], ["a long trace", "2"], ["a long trace"], []), strict=True):
+        row["teachers"] = [{"name": "t", "trace": trace} for trace in traces]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    check_inputs(load_config(config, ["objective.method=relift", "objective.queue_size=2"]), "config")
+    line = refusal(capsys, config, "objective.method=relift", "objective.queue_size=3")
+    assert line == (
+        f"{config}: objective.queue_size: 3, but of the prompts of data.train: {path} only 2 have a trace that may be "
+        "drawn (of at most 8 tokens: data.max_teacher_tokens)"
+    )
 
 
 def json_changed(path: Path, **changes: object) -> None:

@@ -23,7 +23,7 @@ from tests.updates import second_update
 
 REPLAYED = (
     "sft-token-mean", "rl-dr-grpo-clip-entropy", "zoo-grpo-std-kl-entropy", "superrl-gate-advantage-nll-sum",
-    "hpt-gate-1-of-2", "luffy-shaped-token-mean",
+    "hpt-gate-1-of-2", "luffy-shaped-token-mean", "relift-rl-step",
 )  # fmt: skip
 SINGLE = 2e-6  # of the largest slope: float32, and the exponential of a difference of two log-probs in it
 KINDS = {"ROLLOUT": "rollout", "TEACHER": "demo"}

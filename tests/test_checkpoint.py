@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -296,5 +297,9 @@ def test_a_save_without_room_is_tried_again_at_the_next_step(tmp_path):
 
 
 def test_counters_survive_their_file():
-    counters = Counters(step=3, weight_version=2, skipped_steps=1)
-    assert Counters(**json.loads(json.dumps(vars(counters)))) == counters
+    counters = Counters(step=3, weight_version=2, skipped_steps=1, grad_norms=[0.1], flush_norms=[0.3])
+    counters.queue = [("a", (1, 0)), ("b", (2,)), ("a", (0, 1))]
+    state = json.loads(json.dumps(asdict(counters)))
+    assert Counters.of(state | {"score": None}) == counters
+    of_before = {name: state[name] for name in state if name not in ("grad_norms", "flush_norms", "queue")}
+    assert Counters.of(of_before | {"norms": [0.1]}) == replace(counters, flush_norms=[], queue=[])

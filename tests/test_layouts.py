@@ -23,9 +23,10 @@ def train_steps(shape: str, budget: int, steps: int, sections: dict, prompts: in
     digest of the initial weights."""
     from megatron_dypo.models.shape import model_shape
     from megatron_dypo.models.sharding import hf_tensors, random_weights
+    from megatron_dypo.objectives.queue import failed
     from megatron_dypo.policy.policy import Policy
     from megatron_dypo.runtime import distributed
-    from megatron_dypo.training.minibatch import build_minibatches
+    from megatron_dypo.training.minibatch import build_minibatches, plan_minibatch
     from megatron_dypo.training.passes import logprob_passes
     from megatron_dypo.training.step import StepContext, run_updates
 
@@ -40,6 +41,13 @@ def train_steps(shape: str, budget: int, steps: int, sections: dict, prompts: in
         if config.policy.routing_replay == "rollout":
             route(groups, model.num_layers, model.router_topk, model.num_experts)
         minibatches = build_minibatches(policy.layout, groups, config, trace_ids)
+        if waiting := failed(groups, config.objective):  # and all are due
+            due = [
+                dataclasses.replace(group, responses=[], regime=None)
+                for group in groups
+                if group.prompt.id in dict(waiting)
+            ]
+            minibatches.append(plan_minibatch(policy.layout, due, config, trace_ids, deferred=True))
         mismatch, offender = logprob_passes(policy, minibatches, config)
         assert offender is None
         outcome = run_updates(policy, minibatches, config, StepContext(1, 1e-3))

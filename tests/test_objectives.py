@@ -7,6 +7,7 @@ n of a sequence, whose leaves and gradients [2, n] are of the log-probs and of t
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import random
@@ -33,6 +34,7 @@ from megatron_dypo.objectives import (
 )
 from megatron_dypo.objectives.coefficients import BatchTerms, needs_reference
 from megatron_dypo.objectives.correction import Correction
+from megatron_dypo.objectives.queue import failed
 from megatron_dypo.objectives.recipes import RECIPES, recipe, shares, total
 from megatron_dypo.records import Group, Kind, Prompt, Response, Sequence
 from megatron_dypo.rollout.manager import DynamicSampling
@@ -53,6 +55,14 @@ class Batch:
 
     groups: list[Group]
     logp: dict[Key, dict[str, Tensor]]
+
+    def waiting(self, objective: Objective) -> Batch:
+        """What a queue has of them: those that failed, with their traces, and neither responses nor grades."""
+        names = {name for name, _ in failed(self.groups, objective)}
+        kept = [g for g, group in enumerate(self.groups) if group.prompt.id in names]
+        groups = [dataclasses.replace(self.groups[g], responses=[], regime=None) for g in kept]
+        traces = {place: x for place, x in self.logp.items() if place[1] == Kind.TEACHER and place[0] in kept}
+        return Batch(groups, {(kept.index(g), kind, i): x for (g, kind, i), x in traces.items()})
 
     def trace(self, group: Group, i: int) -> np.ndarray:
         kind = Kind.EXPERT if group.expert else Kind.TEACHER
@@ -111,15 +121,18 @@ class Ours:
     terms: BatchTerms = field(default_factory=lambda: BatchTerms([]))
 
 
-def coefficients(batch: Batch, objective: Objective, correction: Correction) -> tuple[list[Sequence], BatchTerms]:
-    sequences = training_sequences(batch.groups, objective, batch.trace)
+def coefficients(
+    batch: Batch, objective: Objective, correction: Correction, deferred: bool = False
+) -> tuple[list[Sequence], BatchTerms]:
+    sequences = training_sequences(batch.groups, objective, batch.trace, deferred)
     sums: list[SequenceSums | None] = []
     for sequence in sequences:
         logp = {name: batch.logp[key(sequence)][name].sum().item() for name in PER_TOKEN}
         if not needs_reference(objective):
             logp["reference"] = 0.0  # as update.py leaves it: nobody may read it
         sums.append(SequenceSums(**logp) if sequence.kind == Kind.ROLLOUT else None)
-    return sequences, sequence_terms(batch.groups, sequences, sums, objective, correction, LONGEST, step=1)
+    terms = sequence_terms(batch.groups, sequences, sums, objective, correction, LONGEST, step=1, deferred=deferred)
+    return sequences, terms
 
 
 def key(sequence: Sequence) -> Key:
@@ -165,8 +178,9 @@ def ours(
     *,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
+    deferred: bool = False,
 ) -> Ours:
-    sequences, terms = coefficients(batch, objective, correction)
+    sequences, terms = coefficients(batch, objective, correction, deferred)
     result = Ours(terms=terms)
     local = 0.0
     for kind in Kind:

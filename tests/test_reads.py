@@ -21,6 +21,7 @@ from megatron_dypo.config.reads import (
     GROUPED,
     IMITATING,
     PAIRS,
+    QUEUEING,
     READ_WITH,
     ROUTED,
     SAMPLING,
@@ -35,7 +36,7 @@ from megatron_dypo.config.schema import Config, Objective, walk
 from megatron_dypo.errors import UserError
 from megatron_dypo.objectives.coefficients import needs_reference
 from megatron_dypo.objectives.correction import Correction
-from megatron_dypo.objectives.recipes import ALL, RECIPES
+from megatron_dypo.objectives.recipes import ALL, RECIPES, recipe
 from megatron_dypo.records import Kind
 from megatron_dypo.training.minibatch import draw_teachers
 from tests import test_objectives as ours
@@ -78,6 +79,7 @@ def test_every_row_is_of_keys_that_there_are_and_the_methods_are_the_recipes():
     regimes = {name: {term.when for term in recipe.terms} for name, recipe in RECIPES.items()}
     assert set(ROUTED) == {name for name in RECIPES if regimes[name] != {ALL}}
     assert set(GROUPED) == {name for name, recipe in RECIPES.items() if recipe.samples and not recipe.scores_traces}
+    assert set(QUEUEING) == {name for name, recipe in RECIPES.items() if recipe.defers}
     assert set(TEACHERS) == {name for name, kinds in sources.items() if Kind.TEACHER in kinds}
     assert set(EXPERTS) == {name for name, kinds in sources.items() if Kind.EXPERT in kinds}
 
@@ -104,9 +106,14 @@ def outcome(objective: Objective) -> list[float]:
         draw_teachers(group, [0, 1], 0, 1, objective.teachers_per_prompt)
         group.teacher_rewards = group.teacher_rewards[: objective.teachers_per_prompt]
     correction = Correction("none", 2.0)
-    found = ours.ours(batch, objective, correction, seed=0)
-    gradient = [value for key in sorted(found.gradient, key=str) for value in found.gradient[key].flatten().tolist()]
-    return [found.loss, len(found.gradient), *gradient]
+    updates = [ours.ours(batch, objective, correction, seed=0)]
+    if recipe(objective).defers:
+        updates.append(ours.ours(batch.waiting(objective), objective, correction, deferred=True))
+    numbers = []
+    for found in updates:
+        places = sorted(found.gradient, key=str)
+        numbers += [found.loss, len(places), *(x for place in places for x in found.gradient[place].flatten().tolist())]
+    return numbers
 
 
 @pytest.mark.parametrize("method", RECIPES)
@@ -318,4 +325,4 @@ def test_help_and_the_page_say_when_a_key_is_read():
     for name in READ_WITH:
         assert f"Read with {read_with(name)}." in page.replace("\\|", "|")
         assert f"Read with {read_with(name)}." in reference
-    assert read_with("objective.gamma") == "`objective.method: dypo` or `sft` or `switch`"
+    assert read_with("objective.gamma") == "`objective.method: dypo` or `relift` or `sft` or `switch`"

@@ -27,6 +27,7 @@ OBJECTIVES = {  # in three updates, all with KL and clipped tokens where the rec
     "dypo": {"entropy_coef": 0.03},
     "grpo": {"entropy_coef": 0.03, "aggregation": "token_mean"},
     "luffy": {"entropy_coef": 0.03, "aggregation": "token_mean", "advantage_std": "none"},
+    "relift": {"entropy_coef": 0.03, "demo_aggregation": "token_mean"},
     "sft": {"entropy_coef": 0.03, "demo_aggregation": "token_mean"},
     "switch": {"entropy_coef": 0.03, "aggregation": "constant", "normalize": "active"},
 }

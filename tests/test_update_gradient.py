@@ -23,6 +23,7 @@ OBJECTIVES = {
     "dypo": {"entropy_coef": 0.03, "hard_max_solved": 1, "refresh_pair_weights": True},
     "grpo": {"entropy_coef": 0.03, "aggregation": "token_mean", "advantage_std": "sample"},
     "luffy": {"entropy_coef": 0.03, "aggregation": "constant", "advantage_std": "none"},
+    "relift": {"entropy_coef": 0.03, "aggregation": "constant", "advantage_std": "none"},
     "sft": {"entropy_coef": 0.03, "demo_aggregation": "token_mean"},
     "switch": {"entropy_coef": 0.03, "aggregation": "constant", "normalize": "active", "gate": "advantage"},
 }

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_dypo.cases.evaluate import curve, evaluate, schedules
+from megatron_dypo.cases.evaluate import curve, evaluate, schedules, simulate
 from megatron_dypo.cases.translate import configuration
 from megatron_dypo.config.load import load_keys
 from megatron_dypo.errors import UserError
@@ -25,6 +25,8 @@ def result(case: dict[str, Any], source: str) -> dict[str, Any]:
         if "steps" in settings:
             steps = settings["steps"] if isinstance(settings["steps"], list) else [settings["steps"]]
             return schedules([_step(step) for step in steps], config.objective) | {"config": keys}
+        if "unsolved_of_step" in settings:
+            return simulate(settings["unsolved_of_step"], config.objective) | {"config": keys}
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     raise UserError(f"{source}: sequences: needed, one object for each sequence of the update")
@@ -63,8 +65,16 @@ def show(path: Path, as_table: bool) -> None:
 
 
 def table(case: dict[str, Any], numbers: dict[str, Any]) -> list[str]:
-    """One line a token: its log-prob and its slopes."""
+    """One line a token: its log-prob and its slopes; of a queue, one a step."""
     lines = [f"{key}: {value}" for key, value in numbers["config"].items()]
+    if "oldest_first" in numbers:
+        orders = ("oldest_first", "newest_first")
+        rows = [(order, n, step) for order in orders for n, step in enumerate(numbers[order], start=1)]
+        return [
+            *lines,
+            f"{'order':<14}{'step':>4}  trained on, left",
+            *(f"{order:<14}{n:>4}  {step['flushed']}, {step['left']}" for order, n, step in rows),
+        ]
     if "f" not in numbers and "loss" not in numbers:
         return [*lines, *(f"{key}: {value}" for key, value in numbers.items() if key != "config")]
     if "loss" not in numbers:

@@ -6,6 +6,7 @@ Legend: n tokens of one sequence, N of all sequences of one kind.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from megatron_dypo.kernels.grouped_loss import COEFFICIENTS
 from megatron_dypo.objectives import SequenceSums, TokenStreams, sequence_terms
 from megatron_dypo.objectives.coefficients import member_advantages, needs_reference
 from megatron_dypo.objectives.correction import Correction
-from megatron_dypo.objectives.recipes import ALL, recipe, scheduled, shape, total
+from megatron_dypo.objectives.queue import DeferredQueue, failed
+from megatron_dypo.objectives.recipes import ALL, recipe, scheduled, shape, total, update_terms
 from megatron_dypo.records import Group, Kind, Prompt, Response, Sequence, Teacher
 from megatron_dypo.rollout.sampling import give_unfinished_reward
 from megatron_dypo.training.minibatch import grade_groups, training_sequences
@@ -42,10 +44,13 @@ class Case:
             name = f"expert {place}" if source == "expert" else sequence.get("prompt")
             self.members.setdefault(name, {kind: [] for kind in Kind})[SOURCES[source]].append(place)
         self.groups = [self._group(str(prompt), kinds) for prompt, kinds in self.members.items()]
-        for response in (response for group in self.groups for response in group.responses):
+        sampled = [group for group in self.groups if group.responses]
+        # Traces alone, where the recipe lets them wait, are an update on the queue, whose groups have no grade.
+        self.deferred = recipe(self.objective).defers and not sampled
+        for response in (response for group in sampled for response in group.responses):
             give_unfinished_reward(response, config)
-        if graded := [group for group in self.groups if not group.expert]:
-            grade_groups(graded, config.objective, 0, 1, lambda group: [])
+        for group in sampled:  # each by itself: of one more responses may be listed than of another
+            grade_groups([group], config.objective, 0, 1, lambda group: [])
 
     def _group(self, name: str, kinds: dict[Kind, list[int]]) -> Group:
         responses = [
@@ -88,7 +93,7 @@ class Case:
         def trace(group: Group, i: int) -> np.ndarray:
             return self._ids(prompts[index[id(group)]][Kind.EXPERT if group.expert else Kind.TEACHER][i])
 
-        return training_sequences(self.groups, self.objective, trace)
+        return training_sequences(self.groups, self.objective, trace, self.deferred)
 
     def stream(self, name: str, places: list[int]) -> Tensor | None:
         """One stream of the sequences [N]; None where a sequence lacks it."""
@@ -117,7 +122,16 @@ def evaluate(sequences: list[dict[str, Any]], config: Config, step: int) -> dict
     trained = case.trained()
     places = [case.place(sequence) for sequence in trained]
     sums = [_sums(case, place, sequence, objective) for place, sequence in zip(places, trained, strict=True)]
-    terms = sequence_terms(case.groups, trained, sums, objective, Correction(), max_response_tokens=1, step=step)
+    terms = sequence_terms(
+        case.groups,
+        trained,
+        sums,
+        objective,
+        Correction(),
+        max_response_tokens=1,
+        step=step,
+        deferred=case.deferred,
+    )
     others = dict.fromkeys(terms.share, 0.0) | {"grpo": terms.grpo_sequence_loss, "gal": terms.gal_loss}
     loss = total(others, terms.share)
     slopes: dict[str, dict[int, list[float]]] = {"dloss_dlogp": {}, "dloss_dentropy": {}}
@@ -153,7 +167,8 @@ def evaluate(sequences: list[dict[str, Any]], config: Config, step: int) -> dict
     result = {"loss": loss, "dloss_dlogp": listed(slopes["dloss_dlogp"])}
     if objective.entropy_coef:
         result["dloss_dentropy"] = listed(slopes["dloss_dentropy"])
-    return result | scheduled(objective, step) | _rewards(case) | _advantages(case) | _routes(case)
+    found = scheduled(objective, step) | _rewards(case) | _advantages(case) | _routes(case) | _queued(case)
+    return result | found
 
 
 def _sums(case: Case, place: int, sequence: Sequence, objective: Objective) -> SequenceSums | None:
@@ -191,11 +206,37 @@ def _advantages(case: Case) -> dict[str, Any]:
 
 def _routes(case: Case) -> dict[str, Any]:
     """Which one kind of sequence each prompt trains on, where the recipe chooses between them."""
-    chosen = recipe(case.objective)
-    if all(term.when == ALL for term in chosen.terms):
+    if all(term.when == ALL for term in update_terms(case.objective)):
         return {}
-    routes = [chosen.sources(group) for group in case.groups]
+    routes = [recipe(case.objective).sources(group) for group in case.groups]
     return {"route_of_prompt": ["rl" if route == [Kind.ROLLOUT] else "sft" for route in routes]}
+
+
+def _queued(case: Case) -> dict[str, Any]:
+    """The prompts that the step leaves waiting, each taken to have a trace: a case lists it where it is trained on."""
+    if case.deferred or not recipe(case.objective).defers:
+        return {}
+    asked = [
+        (prompt, replace(group, teacher_indices=(0,))) for prompt, group in zip(case.members, case.groups, strict=True)
+    ]
+    queued = [prompt for prompt, group in asked if group.responses and failed([group], case.objective)]
+    return {"queued_prompts": queued}
+
+
+def simulate(unsolved_of_step: Any, objective: Objective) -> dict[str, Any]:
+    """What a queue of ``queue_size`` gives to its updates and what it keeps, after each step, in both orders."""
+    if not isinstance(unsolved_of_step, list) or not all(isinstance(prompts, list) for prompts in unsolved_of_step):
+        raise UserError("settings.unsolved_of_step: expected a list of lists, the prompts that failed in each step")
+    found: dict[str, Any] = {}
+    for order in ("newest", "oldest"):
+        queue: DeferredQueue[Any] = DeferredQueue(objective.queue_size, order)
+        steps = found[f"{order}_first"] = []
+        for prompts in unsolved_of_step:
+            queue.add(prompts)
+            flushed = queue.due
+            queue.remove_due()
+            steps.append({"flushed": flushed or None, "left": queue.waiting})
+    return found
 
 
 def curve(probabilities: list[float], objective: Objective) -> dict[str, Any]:

@@ -21,9 +21,14 @@ SYSTEMS: dict[str, Keys] = {
     "HPT": {"objective.method": "switch"},
     "LUFFY": {"objective.method": "luffy"},
     "CHORD": {"objective.method": "chord"},
+    "ReLIFT": {
+        "objective.method": "relift",
+        "objective.reward_threshold": BARELY_POSITIVE,
+        "objective.demo_aggregation": "token_mean",
+    },
     "Oat-Zero": {"objective.method": "grpo", "rollout.reward_unfinished": 0.0},
 }
-LATER = ("SFT->RL", "ReLIFT", "SRFT", "OpenReasoner-Zero", "SimpleRL-Zero", "PRIME-Zero")
+LATER = ("SFT->RL", "SRFT", "OpenReasoner-Zero", "SimpleRL-Zero", "PRIME-Zero")
 
 
 def _clip(value: float | None) -> Keys:
@@ -88,6 +93,8 @@ SETTINGS: dict[str, Callable[[Any], Keys]] = {
     "sft_loss_coef": _as("objective.gamma"),
     "gamma": _shape,
     "p": lambda value: {},
+    "size": _as("objective.queue_size"),
+    "unsolved_of_step": lambda value: {},
     "step": lambda value: {},
     "steps": lambda value: {},
     **{name: _as(f"objective.mix.{name}") for name in ("warmup", "decay", "peak", "valley")},
@@ -95,6 +102,7 @@ SETTINGS: dict[str, Callable[[Any], Keys]] = {
 OWN_SETTINGS: dict[str, dict[str, Callable[[Any], Keys]]] = {  # what a system means otherwise by a setting's name
     "SFT": {"aggregation": _demo_aggregation},
     "CHORD": {"aggregation": _each_aggregation, "shape": _chord_shape},
+    "ReLIFT": {"aggregation": _each_aggregation},  # of whichever update
 }
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -33,6 +34,7 @@ from megatron_dypo.checkpoint.io import (
 from megatron_dypo.checkpoint.state import exchange_holders, restore, snapshot
 from megatron_dypo.config.schema import Config
 from megatron_dypo.errors import TrainingError
+from megatron_dypo.objectives.queue import Waiting
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.records import Group
 from megatron_dypo.rollout import recording
@@ -48,8 +50,9 @@ log = logging.getLogger(__name__)
 class Counters:
     """What a run counts; everything else it draws is a hash of seed, step and prompt.
 
-    ``grad_norms`` are those of the last applied updates, oldest first: JSON keeps every bit of them, so that a resumed
-    run judges the next norm as the uninterrupted one would.
+    ``grad_norms`` are those of the last applied updates, oldest first, and ``flush_norms`` those of updates on the
+    queue: JSON keeps every bit of them, so that a resumed run judges the next norm as the uninterrupted one would.
+    ``queue`` is what waits for such an update (objectives/queue.py).
     """
 
     step: int = 0
@@ -58,18 +61,36 @@ class Counters:
     empty_steps: int = 0
     skipped_in_a_row: int = 0
     grad_norms: list[float] = field(default_factory=list)
+    flush_norms: list[float] = field(default_factory=list)
+    queue: list[Waiting] = field(default_factory=list)
 
     def count(
-        self, step: int, weight_version: int, skipped: bool, empty: bool, grad_norms: Sequence[float] = ()
+        self,
+        step: int,
+        weight_version: int,
+        skipped: bool,
+        empty: bool,
+        grad_norms: Sequence[float] = (),
+        flush_norms: Sequence[float] = (),
+        queue: Sequence[Waiting] = (),
     ) -> None:
-        """A finished step, with the norms of its applied updates. An empty one neither adds to nor ends a row of
-        skipped ones."""
+        """A finished step, with the norms of its applied updates, and what it left waiting. An empty one neither adds
+        to nor ends a row of skipped ones."""
         self.step, self.weight_version = step, weight_version
         self.skipped_steps += skipped
         self.empty_steps += empty
         if not empty:
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         self.grad_norms = [*self.grad_norms, *grad_norms][-RECENT:]
+        self.flush_norms = [*self.flush_norms, *flush_norms][-RECENT:]
+        self.queue = list(queue)
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Counters:
+        """Those of a ``state.json``, also of one of before a field was there."""
+        state = {"grad_norms": state.get("norms"), "flush_norms": [], "queue": []} | state
+        state["queue"] = [(prompt, tuple(teachers)) for prompt, teachers in state["queue"]]
+        return cls(**{field.name: state[field.name] for field in fields(cls)})
 
     def metrics(self) -> dict[str, float]:
         return {"train/skipped_steps": self.skipped_steps, "train/empty_steps": self.empty_steps}
@@ -95,9 +116,7 @@ def _load(folder: Path, policy: Policy) -> Counters:
 
     Raises TrainingError where mcore cannot read them, UserError where ``.metadata`` holds more than plain data.
     """
-    state = json.loads((folder / "state.json").read_text())
-    state.setdefault("grad_norms", state.get("norms"))  # its name before 0.2
-    counters = Counters(**{field.name: state[field.name] for field in fields(Counters)})
+    counters = Counters.of(json.loads((folder / "state.json").read_text()))
     read_index(folder / ".metadata")
     policy.version = counters.weight_version
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from urllib.parse import urlsplit
 
-from megatron_dypo.config.reads import GROUPED
+from megatron_dypo.config.reads import GROUPED, QUEUEING
 from megatron_dypo.config.schema import Config, Reward
 from megatron_dypo.config.sections_rollout import REWARD_FUNCTIONS
 from megatron_dypo.errors import UserError
@@ -94,12 +94,14 @@ def _rules(config: Config):
         f"trainer.spike_factor: {config.trainer.spike_factor} would skip ordinary updates; give more than 1, or 0",
     )
     in_process = rollout.engine not in ("server", "replay")
+    queues = objective.method in QUEUEING
     yield (
         rollout.async_rollout > 0
         and rollout.max_staleness is not None
-        and rollout.max_staleness < objective.updates_per_rollout,
-        f"rollout.max_staleness: {rollout.max_staleness} would refuse every batch: with rollout.async_rollout they are "
-        f"objective.updates_per_rollout: {objective.updates_per_rollout} updates old",
+        and rollout.max_staleness < objective.updates_per_rollout + queues,
+        f"rollout.max_staleness: {rollout.max_staleness} would refuse "
+        f"{'the batch after an update on the queue' if queues else 'every batch'}: with rollout.async_rollout they are "
+        f"objective.updates_per_rollout: {objective.updates_per_rollout} updates old{', and that one' * queues}",
     )
     yield (
         rollout.async_rollout > 0 and config.trainer.offload,
@@ -155,6 +157,11 @@ def warnings(config: Config) -> list[str]:
         found.append(
             "rollout.async_rollout with an engine in this process: both share one device, and little or nothing is "
             "gained"
+        )
+    if objective.method in QUEUEING and config.rollout.dynamic_sampling and config.rollout.record:
+        found.append(
+            "rollout.record with rollout.dynamic_sampling: prompts that gave up their place are queued and not "
+            "recorded, so that a replay queues fewer"
         )
     reward = config.reward
     penalties = {"reward.format_penalty": reward.format_penalty} if reward.format != "none" else {}

@@ -14,15 +14,16 @@ from megatron_dypo.config.schema import Config, Mix, walk
 from megatron_dypo.config.sections_rollout import REWARD_FUNCTIONS
 
 # methods, as the recipes have it (objectives/recipes.py)
-SAMPLING = ("chord", "dypo", "grpo", "luffy", "switch")  # train on sampled responses
+SAMPLING = ("chord", "dypo", "grpo", "luffy", "relift", "switch")  # train on sampled responses
 PAIRS = ("dypo",)  # have GAL's term
-TEACHERS = ("dypo", "luffy", "sft", "switch")  # train on teachers' traces
-IMITATING = ("dypo", "sft", "switch")  # have SFT's term
+TEACHERS = ("dypo", "luffy", "relift", "sft", "switch")  # train on teachers' traces
+IMITATING = ("dypo", "relift", "sft", "switch")  # have SFT's term
 EXPERTS = ("chord",)  # train on data.experts
 SHAPED = ("chord", "luffy")  # have a shaped token function
 LUFFYS = ("luffy",)  # whose own shape has a gamma
-GROUPED = ("chord", "dypo", "grpo", "switch")  # compare a prompt's responses with one another, and with nothing else
-ROUTED = ("dypo", "switch")  # train other terms in other regimes
+GROUPED = ("chord", "dypo", "grpo", "relift", "switch")  # compare a prompt's responses with one another alone
+QUEUEING = ("relift",)  # let prompts wait for an update of their own
+ROUTED = ("dypo", "relift", "switch")  # train other terms in other regimes
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,8 @@ READ_WITH: dict[str, tuple[Condition, ...]] = {
     **{f"objective.mix.{name}": (_EXPERTS,) for name in Mix.model_fields},
     "objective.shape": (_SHAPED,),
     "objective.shape_gamma": (_SHAPED, _LUFFYS),
+    "objective.queue_size": (_one_of("objective.method", *QUEUEING),),
+    "objective.queue_order": (_one_of("objective.method", *QUEUEING),),
     "objective.gate": (_one_of("objective.method", *ROUTED),),
     "objective.teachers_per_prompt": (_TEACHES,),
     "objective.surrogate": (_SAMPLES,),

@@ -132,7 +132,7 @@ class Rollout(Section):
     )
     max_staleness: int | None = key(
         None,
-        "Responses may come from weights at most so many optimizer updates older than those they train first; default: `objective.updates_per_rollout` with `async_rollout`, else 0. Not checked on replay unless it is set.",
+        "Responses may come from weights at most so many optimizer updates older than those they train first; default: `objective.updates_per_rollout` with `async_rollout` (one more with a queue), else 0. Not checked on replay unless it is set.",
         ge=0,
         resumable=True,
     )

@@ -19,9 +19,9 @@ class Mix(Section):
 class Objective(Section):
     """What is optimised (docs/objective.md)."""
 
-    method: Literal["chord", "dypo", "grpo", "luffy", "sft", "switch"] = key(
+    method: Literal["chord", "dypo", "grpo", "luffy", "relift", "sft", "switch"] = key(
         "dypo",
-        "Recipe: which regime trains which term. `grpo` and `sft` are the comparisons' single-term recipes; `switch` trains a prompt on its responses or, where it is Hard, on a trace (SuperRL, HPT); in `luffy` the trace is one more member of the prompt's group; `chord` adds the rows of `data.experts` with the share of `mix`.",
+        "Recipe: which regime trains which term. `grpo` and `sft` are the comparisons' single-term recipes; `switch` trains a prompt on its responses or, where it is Hard, on a trace (SuperRL, HPT); in `luffy` the trace is one more member of the prompt's group; in `relift` prompts that failed wait for an update on their traces; `chord` adds the rows of `data.experts` with the share of `mix`.",
     )
     gate: Literal["reward", "advantage"] = key(
         "reward",
@@ -91,6 +91,15 @@ class Objective(Section):
         "A response that did not end by itself counts in its group's baseline, but its tokens carry no loss, KL or entropy and it is in no pair (DAPO's overlong filtering, TRL's `mask_truncated_completions`).",
     )
     mix: Mix = key(Mix(), "The experts' share of the loss.")
+    queue_size: int = key(
+        128,
+        "Prompts that failed and wait until an update on their teachers' traces, the last of the step, is made; at most one a step.",
+        ge=1,
+    )
+    queue_order: Literal["oldest", "newest"] = key(
+        "oldest",
+        "Which of the prompts that wait are due first. With `newest` (ReLIFT's code) old ones may wait for ever.",
+    )
     updates_per_rollout: int = key(1, "Optimizer updates per rollout: mini-batches of whole prompts.", ge=1)
     refresh_pair_weights: bool = key(True, "Several updates: recompute the trajectory coefficients before each.")
 

@@ -102,6 +102,11 @@ class Recipe:
         """Whether drawn traces get a reward."""
         return self.baseline == "rollouts+demo"
 
+    @property
+    def defers(self) -> bool:
+        """Whether any term's groups wait for an update of their own."""
+        return any(term.deferred for term in self.terms)
+
     def has(self, token: str) -> bool:
         """Whether any term is this function of a token."""
         return any(term.token == token for term in self.terms)
@@ -129,6 +134,9 @@ RECIPES = {
         baseline="rollouts+demo",
         shape="luffy",
     ),
+    "relift": Recipe(
+        (Term(ROLLOUT, "advantage", "surrogate"), Term(TEACHER, "one", "nll", HARD, share="gamma", deferred=True))
+    ),
     "switch": Recipe(
         (Term(TEACHER, "one", "nll", HARD, share="gamma"), Term(ROLLOUT, "advantage", "surrogate", SOLVED))
     ),
@@ -144,6 +152,11 @@ def recipe(objective: Objective) -> Recipe:
 def update_terms(objective: Objective, deferred: bool = False) -> list[Term]:
     """The terms of an update: of the step's own, or of one of ``deferred`` groups."""
     return [term for term in recipe(objective).terms if term.deferred == deferred]
+
+
+def most_updates(objective: Objective) -> int:
+    """Optimizer updates of one step, at most."""
+    return objective.updates_per_rollout + recipe(objective).defers
 
 
 def shape(objective: Objective) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,8 @@ from megatron_dypo.data.tokenizer import Tokenizer
 from megatron_dypo.errors import TrainingError, UserError
 from megatron_dypo.models.shape import ModelShape
 from megatron_dypo.objectives.dypo import grade
-from megatron_dypo.objectives.recipes import learning_sources, recipe
+from megatron_dypo.objectives.queue import Waiting
+from megatron_dypo.objectives.recipes import learning_sources, most_updates, recipe
 from megatron_dypo.records import Batch, Group, Kind, Prompt
 from megatron_dypo.rollout import recording
 from megatron_dypo.rollout.engine import Engine
@@ -72,7 +73,7 @@ def _limit(config: Config) -> int | None:
     rollout = config.rollout
     if rollout.max_staleness is not None or rollout.engine == "replay":
         return rollout.max_staleness
-    return config.objective.updates_per_rollout if rollout.async_rollout else 0
+    return most_updates(config.objective) if rollout.async_rollout else 0
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,22 @@ class RolloutManager:
         groups = recording.read(file, self._by_id, self._samples, **limits)
         places = self.config.data.prompts_per_step
         self.prefetched = Batch(groups[:places], groups[places:])
+
+    def deferred(self, waiting: Sequence[Waiting]) -> list[Group]:
+        """Groups to train on of what waits in the queue. Raises UserError where data.train has no such trace."""
+        groups = []
+        for name, teachers in waiting:
+            prompt = self._by_id.get(name)
+            if prompt is None or max(teachers) >= len(prompt.teachers):
+                missing = "prompt" if prompt is None else f"teacher {max(teachers)}"
+                raise UserError(
+                    f"data.train: {self.config.data.train}: the queue of the run to resume holds prompt {name!r}, and "
+                    f"this {missing} is not there any more; restore the file, or start another run"
+                )
+            (group,) = encode_prompts([prompt], self.tokenizer, self.config.data.max_prompt_tokens)
+            group.teacher_indices = teachers
+            groups.append(group)
+        return groups
 
     def _prompts(self, step: int) -> list[Group]:
         data = self.config.data

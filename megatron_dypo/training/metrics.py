@@ -15,7 +15,7 @@ import torch
 from megatron_dypo.config.schema import Config, Objective
 from megatron_dypo.objectives.coefficients import BatchTerms, ratio_unit
 from megatron_dypo.objectives.correction import Correction
-from megatron_dypo.objectives.recipes import total, trained_responses
+from megatron_dypo.objectives.recipes import total, trained_responses, update_terms
 from megatron_dypo.objectives.token_loss import TokenStreams
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.records import Group, Kind, Regime
@@ -185,8 +185,23 @@ def share_update_stats(policy: Policy, streams: list[TokenStreams]) -> UpdateSta
     return UpdateStats(totals, norm, memory, policy.routing_metrics())
 
 
-def update_metrics(stats: UpdateStats, terms: BatchTerms, objective: Objective) -> dict[str, float]:
-    """One update's metrics, from what the ranks shared and the coefficient pass."""
+def update_metrics(
+    stats: UpdateStats, terms: BatchTerms, objective: Objective, deferred: bool = False
+) -> dict[str, float]:
+    """One update's metrics, from what the ranks shared and the coefficient pass.
+
+    A ``deferred`` update reports loss and gradient norm under names of their own, and its terms' metrics, which the
+    others leave out: a step's metrics are means over its updates that have them.
+    """
+    metrics = _all_metrics(stats, terms, objective)
+    own = {f"{what}/{term.name}" for term in update_terms(objective, True) for what in ("loss", "grad_share")}
+    if not deferred:
+        return {name: value for name, value in metrics.items() if name not in own}
+    flush = {"flush/loss": metrics["loss/total"], "flush/grad_norm": stats.norm}
+    return flush | {name: value for name, value in metrics.items() if name in own}
+
+
+def _all_metrics(stats: UpdateStats, terms: BatchTerms, objective: Objective) -> dict[str, float]:
     totals = stats.totals
     names = dict.fromkeys(("grpo", "gal", "sft", *terms.share))  # these three whatever the recipe
     beyond_tokens = {"grpo": terms.grpo_sequence_loss, "gal": terms.gal_loss}

@@ -21,7 +21,7 @@ from megatron_dypo.runtime.measure import StepTimer
 from megatron_dypo.runtime.recent import recent_level
 from megatron_dypo.training.diagnostics import bad_gradient, bad_weights, prompts
 from megatron_dypo.training.metrics import share_update_stats, update_metrics
-from megatron_dypo.training.minibatch import MiniBatch, build_minibatches
+from megatron_dypo.training.minibatch import MiniBatch, build_minibatches, plan_minibatch
 from megatron_dypo.training.passes import logprob_passes, share_sums
 
 
@@ -30,27 +30,30 @@ class StepContext:
     """What one step's updates need beside their data.
 
     ``lr`` is the learning rate, ``clock`` gets the seconds of each phase, and ``grad_norms`` are those of the updates
-    applied before this step, oldest first.
+    applied before this step, oldest first, ``flush_norms`` those of updates on the queue, which have a level of their
+    own.
     """
 
     step: int
     lr: float
     clock: StepTimer = field(default_factory=StepTimer)
     grad_norms: Sequence[float] = ()
+    flush_norms: Sequence[float] = ()
 
 
 @dataclass
 class StepResult:
     """What a step did. ``skipped`` says why it, or the rest of its updates, was left out, and on which prompts.
 
-    ``grad_norms`` are the gradient norms of the applied updates, ``memory`` the largest peaks of all ranks (GiB), and
-    ``empty`` means that there was nothing to train on.
+    ``grad_norms`` are the gradient norms of the applied updates, ``flush_norms`` that of an applied one on the queue,
+    ``memory`` the largest peaks of all ranks (GiB), and ``empty`` means that there was nothing to train on.
     """
 
     minibatches: list[MiniBatch] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     memory: dict[str, float] = field(default_factory=dict)
     grad_norms: list[float] = field(default_factory=list)
+    flush_norms: list[float] = field(default_factory=list)
     skipped: str | None = None
     empty: bool = False
 
@@ -61,10 +64,16 @@ def update_policy(
     config: Config,
     encode_trace: Callable[[Group, int], np.ndarray],
     context: StepContext,
+    due: Sequence[Group] = (),
 ) -> StepResult:
-    """Make all updates of one step on its graded groups. A non-finite reward or log-prob leaves the whole step out."""
+    """Make all updates of one step on its graded groups, and then one on those of the queue that are ``due``.
+
+    A non-finite reward or log-prob leaves the whole step out.
+    """
     clock = context.clock
     minibatches = build_minibatches(policy.layout, groups, config, encode_trace)
+    if due:
+        minibatches.append(plan_minibatch(policy.layout, list(due), config, encode_trace, deferred=True))
     with clock("logprob"), phase("log-prob passes"):
         agreement, offenders = logprob_passes(policy, minibatches, config)
     if offenders is not None:
@@ -105,17 +114,22 @@ def run_updates(policy: Policy, minibatches: list[MiniBatch], config: Config, co
         with phase("training pass"):
             policy.accumulate(batches, streams)
             stats = share_update_stats(policy, streams)
-        report = update_metrics(stats, terms, objective)
+        report = update_metrics(stats, terms, objective, minibatch.deferred)
         report |= {f"objective/{name}": share for name, share in scheduled(objective, context.step).items()}
         reports.append(report)
         result.memory = {name: max(result.memory.get(name, 0.0), peak) for name, peak in stats.memory.items()}
-        limits = (config.trainer, recent_level([*context.grad_norms, *result.grad_norms]))
-        if reason := _reason_to_skip(policy, minibatch, streams, stats.norm, report["loss/total"], *limits):
-            result.skipped = f"update {u + 1} of {len(minibatches)}: {reason}"
+        before, applied = context.grad_norms, result.grad_norms
+        if minibatch.deferred:
+            before, applied = context.flush_norms, result.flush_norms
+        loss = report["flush/loss" if minibatch.deferred else "loss/total"]
+        limits = (config.trainer, recent_level([*before, *applied]))
+        if reason := _reason_to_skip(policy, minibatch, streams, stats.norm, loss, *limits):
+            of_queue = " (of the queue)" if minibatch.deferred else ""
+            result.skipped = f"update {u + 1} of {len(minibatches)}{of_queue}: {reason}"
             break  # further updates would build on one that was not taken
         with phase("optimizer step"):
             policy.step(context.lr)
-        result.grad_norms.append(stats.norm)
+        applied.append(stats.norm)
     result.empty = not reports
     result.metrics = {
         name: _mean([report[name] for report in reports if name in report]) for report in reports for name in report
