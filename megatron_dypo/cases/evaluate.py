@@ -230,12 +230,13 @@ def simulate(unsolved_of_step: Any, objective: Objective) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for order in ("newest", "oldest"):
         queue: DeferredQueue[Any] = DeferredQueue(objective.queue_size, order)
-        steps = found[f"{order}_first"] = []
+        steps: list[dict[str, Any]] = []
         for prompts in unsolved_of_step:
             queue.add(prompts)
             flushed = queue.due
             queue.remove_due()
             steps.append({"flushed": flushed or None, "left": queue.waiting})
+        found[f"{order}_first"] = steps
     return found
 
 
