@@ -167,8 +167,8 @@ def evaluate(sequences: list[dict[str, Any]], config: Config, step: int) -> dict
     result = {"loss": loss, "dloss_dlogp": listed(slopes["dloss_dlogp"])}
     if objective.entropy_coef:
         result["dloss_dentropy"] = listed(slopes["dloss_dentropy"])
-    found = scheduled(objective, step) | _rewards(case) | _advantages(case) | _routes(case) | _queued(case)
-    return result | found
+    more = scheduled(objective, step) | _rewards(case) | _advantages(case) | _routes(case) | _queued(case)
+    return result | more
 
 
 def _sums(case: Case, place: int, sequence: Sequence, objective: Objective) -> SequenceSums | None:
