@@ -112,8 +112,17 @@ def test_a_prompt_that_waits_twice_counts_twice():
 # --- one step's updates
 
 
-def updates(sections: dict, before: list[float]) -> dict:
-    """On a forked rank: a step of two updates and one on the queue; ``before``: norms of earlier updates on it."""
+ROUNDS = {  # (with prompts of the queue, norms of earlier updates on it), judged by spike_factor 3
+    "without": (False, []),
+    "first": (True, []),
+    "far above": (True, [1e9] * 20),
+    "too few": (True, [0.1] * 19),
+    "spike": (True, [0.1] * 20),
+}
+
+
+def updates() -> dict[str, dict]:
+    """On a forked rank: a step of two updates, and one on the queue, from the same weights in each of the ROUNDS."""
     from megatron_dypo.models.shape import model_shape
     from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.policy.policy import Policy
@@ -121,17 +130,19 @@ def updates(sections: dict, before: list[float]) -> dict:
     from megatron_dypo.training.minibatch import grade_groups
     from megatron_dypo.training.step import StepContext, update_policy
 
-    objective = {"method": "relift", "updates_per_rollout": 2, "gamma": 50.0} | sections.pop("objective", {})
-    config = make_config(objective=objective, **sections)
+    objective = {"method": "relift", "updates_per_rollout": 2, "gamma": 50.0}
+    config = make_config(objective=objective, trainer={"spike_factor": 3.0})
     layout, shape = distributed.init(config.parallel), model_shape(config.model)
     found = {}
-    for with_queue in (False, True):
+    for name, (with_queue, before) in ROUNDS.items():
         policy = Policy(config, shape, layout, random_weights(shape, seed=1))
         groups = make_groups()
         grade_groups(groups, config.objective, 0, 1, lambda group: [0, 1])
         due = [Group(group.prompt, group.prompt_ids, teacher_indices=(1,)) for group in groups[:3]] * with_queue
-        result = update_policy(policy, groups, config, trace_ids, StepContext(1, 1e-3, flush_norms=before), due)
-        found[with_queue] = {
+        others = found["without"]["norms"][0][:1] * 20 if found else []
+        context = StepContext(1, 1e-3, grad_norms=others, flush_norms=before)
+        result = update_policy(policy, groups, config, trace_ids, context, due)
+        found[name] = {
             "metrics": result.metrics,
             "norms": (result.grad_norms, result.flush_norms),
             "skipped": result.skipped,
@@ -140,26 +151,28 @@ def updates(sections: dict, before: list[float]) -> dict:
     return found
 
 
-def test_an_update_on_the_queue_is_one_more_and_leaves_the_others_metrics_alone():
-    (found,) = run_ranks(1, updates, {}, [])
-    without, with_queue = found[False], found[True]
+@pytest.fixture(scope="module")
+def rounds() -> dict[str, dict]:
+    return run_ranks(1, updates)[0]
+
+
+def test_an_update_on_the_queue_is_one_more_and_leaves_the_others_metrics_alone(rounds):
+    without, with_queue = rounds["without"], rounds["first"]
     assert (without["version"], with_queue["version"]) == (2, 3)
     of_queue = {"flush/loss", "flush/grad_norm", "loss/sft", "grad_share/sft"}
     assert with_queue["metrics"].keys() - without["metrics"].keys() == of_queue
     assert {name: with_queue["metrics"][name] for name in without["metrics"]} == without["metrics"]
     assert with_queue["norms"] == (without["norms"][0], [with_queue["metrics"]["flush/grad_norm"]])
     assert with_queue["metrics"]["flush/loss"] == pytest.approx(50 * with_queue["metrics"]["loss/sft"])
-    assert with_queue["metrics"]["flush/grad_norm"] > 10 * max(without["norms"][0]), "which the tests below rely on"
 
 
-@pytest.mark.parametrize(
-    ("before", "skipped"), [([1e9] * 20, False), ([1.0] * 19, False), ([0.1] * 20, True)], ids=["low", "few", "spike"]
-)
-def test_norms_of_updates_on_the_queue_are_judged_by_their_own_level(before, skipped):
-    (found,) = run_ranks(1, updates, {"trainer": {"spike_factor": 3.0}}, before)
-    reason = found[True]["skipped"]
-    assert bool(reason) == skipped and found[True]["version"] == 3 - skipped
-    assert not skipped or reason.startswith("update 3 of 3 (of the queue): gradient norm")
+@pytest.mark.parametrize("name", ["first", "far above", "too few", "spike"])
+def test_norms_of_updates_on_the_queue_are_judged_by_their_own_level(rounds, name):
+    """The others' norms are far below: by their level each would be a spike."""
+    found, skipped = rounds[name], name == "spike"
+    assert rounds["first"]["norms"][1][0] > 10 * max(found["norms"][0])
+    assert found["version"] == 3 - skipped and len(found["norms"][1]) == 1 - skipped
+    assert (found["skipped"] or "").startswith("update 3 of 3 (of the queue): gradient norm") == skipped
 
 
 # --- staleness
@@ -302,11 +315,9 @@ def test_a_killed_run_goes_on_with_its_queue_bit_for_bit(straight, tmp_path, whe
     assert ours == theirs
 
 
-@pytest.mark.parametrize("after", [0, 1])
-def test_a_replay_on_one_rank_has_the_same_queue_from_the_start_and_from_a_checkpoint_of_two_ranks(
-    straight, tmp_path, after
-):
-    config = cut_after(straight, tmp_path, after) if after else task(tmp_path, straight)
+def test_a_replay_on_one_rank_goes_on_with_the_queue_of_a_checkpoint_of_two(straight, tmp_path):
+    after = next(step for step, (due, left) in enumerate(played(failures(straight)), 1) if left and not due)
+    config = cut_after(straight, tmp_path, after)
     replay = ["rollout.engine=replay", f"rollout.replay={straight / 'rollouts'}"]
     (due,) = run_ranks(1, train_watched, str(config), replay)
     assert due == json.loads((straight / "due.json").read_text())[after:]
