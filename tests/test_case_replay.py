@@ -23,10 +23,10 @@ from tests.updates import second_update
 
 REPLAYED = (
     "sft-token-mean", "rl-dr-grpo-clip-entropy", "zoo-grpo-std-kl-entropy", "superrl-gate-advantage-nll-sum",
-    "hpt-gate-1-of-2", "luffy-shaped-token-mean", "relift-rl-step",
+    "hpt-gate-1-of-2", "luffy-shaped-token-mean", "relift-rl-step", "chord-mu", "chord-phi",
 )  # fmt: skip
 SINGLE = 2e-6  # of the largest slope: float32, and the exponential of a difference of two log-probs in it
-KINDS = {"ROLLOUT": "rollout", "TEACHER": "demo"}
+KINDS = {"ROLLOUT": "rollout", "TEACHER": "demo", "EXPERT": "expert"}
 STREAMS = {"logp": "logp", "entropy": "entropy", "old": "old_logp", "reference": "ref_logp"}
 
 
@@ -47,7 +47,7 @@ def groups_of(case: dict, name: str, scored: bool) -> tuple[list[Group], dict[tu
     prompts = list(dict.fromkeys(sequence["prompt"] for sequence in case["sequences"]))
     groups, places = [], {}
     for g, prompt in enumerate(prompts):
-        members: dict[str, list[dict]] = {"rollout": [], "demo": []}
+        members: dict[str, list[dict]] = {"rollout": [], "demo": [], "expert": []}
         for place, sequence in enumerate(case["sequences"]):
             if sequence["prompt"] == prompt:
                 places[g, sequence["source"], len(members[sequence["source"]])] = place
@@ -61,12 +61,14 @@ def groups_of(case: dict, name: str, scored: bool) -> tuple[list[Group], dict[tu
             )
             for rollout in members["rollout"]
         ]
-        demos = members["demo"]
+        demos = members["demo"] + members["expert"]
         teachers = tuple(Teacher("t", "x" * len(demo["logp"])) for demo in demos)
         rewards = tuple(1.0 if demo.get("reward") is None else demo["reward"] for demo in demos)
         prompt_ids = random.integers(3, 128, 5).astype(np.int32)
         draw = tuple(range(len(demos)))
-        groups.append(Group(Prompt(f"{name}{g}", "", teachers), prompt_ids, responses, None, draw, rewards * scored))
+        scores = rewards if scored else ()
+        is_expert = bool(members["expert"])
+        groups.append(Group(Prompt(f"{name}{g}", "", teachers), prompt_ids, responses, None, draw, scores, is_expert))
     return groups, places
 
 
@@ -78,7 +80,9 @@ def trace_of_its_length(group: Group, i: int) -> np.ndarray:
 @needs_cases
 @pytest.mark.parametrize("name", REPLAYED)
 def test_an_update_by_a_printed_configuration_has_the_slopes_that_the_command_prints(name, tmp_path, capsys):
-    case = CASES[name]
+    case = dict(CASES[name])
+    if "step" in case["settings"]:
+        case["settings"] = case["settings"] | {"step": 2}  # of the second update
     keys = printed(case, tmp_path, capsys)["config"]
     config = load_keys([f"{key}={json.dumps(value)}" for key, value in keys.items()], "config")
     scored = recipe(config.objective).scores_traces
