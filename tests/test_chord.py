@@ -159,6 +159,9 @@ def test_experts_are_not_among_the_prompts_of_any_statistic():
     tokens = sum(len(trace_ids(group, 0)) for group in groups if group.expert)
     assert tokens and with_experts["tokens"] - without["tokens"] == tokens
     assert with_experts["dypo/offline_ratio"] == 0.0
+    alone = [group for group in groups if group.expert]
+    trained = batch_metrics(ordinary, build_minibatches(Layout(), alone, config, trace_ids), config.objective)
+    assert trained["dypo/offline_ratio"] is None and trained["source_share/expert"] == 1, "no prompt was trained on"
 
 
 def one_update(tied: bool, step: int, objective: dict) -> dict:
