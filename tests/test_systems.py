@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from benchmarks.systems import RESULT, rows, systems
 from megatron_dypo.cli import main
 from megatron_dypo.config import load_config
 from megatron_dypo.config.checks import warnings
 from megatron_dypo.config.reads import lookup
 from megatron_dypo.models.limits import check_layout
+from megatron_dypo.objectives.recipes import RECIPES
 from megatron_dypo.planner.cluster import planned_shape
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,6 +99,16 @@ def test_the_recipe_on_the_quickstart_s_task_is_the_published_one(system):
     assert differing <= SIZES | SCALED.get(system, set()), differing
     assert config.rollout.samples_per_prompt == published.rollout.samples_per_prompt
     assert config.rollout.reward_unfinished == published.rollout.reward_unfinished
+
+
+def test_the_page_shows_the_stored_figures_of_every_system():
+    results = json.loads(RESULT.read_text())["results"]
+    assert list(results) == systems() == SYSTEMS
+    assert rows(results) in (ROOT / "docs/systems.md").read_text(), "run `python -m benchmarks.systems`"
+    for system, found in results.items():
+        trained = {source for source, share in found["trained_tokens"].items() if share}
+        sources = {term.source.name.lower() for term in RECIPES[PUBLISHED[system][0]].terms}
+        assert trained == sources, system
 
 
 @pytest.fixture
