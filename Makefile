@@ -80,6 +80,7 @@ bench: venv
 	$(BIN)/torchrun --rdzv-backend loopback --rdzv-endpoint localhost --nproc-per-node 2 -m benchmarks.checkpoints --out benchmarks/results/checkpoints_cpu.json
 	$(BIN)/python -m benchmarks.packing
 	$(BIN)/python -m benchmarks.weight_sync
+	$(BIN)/torchrun --rdzv-backend loopback --rdzv-endpoint localhost --nproc-per-node 16 -m benchmarks.export
 	$(BIN)/python -m benchmarks.reward
 	$(BIN)/python -m benchmarks.rollout
 	$(BIN)/python -m benchmarks.layouts

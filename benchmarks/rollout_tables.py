@@ -13,6 +13,9 @@ WAYS = {
     "vllm_reload": "vLLM's own `reload_weights` of them, in process",
     "in_process": "**sync, vLLM in process**",
     "http_shared_memory": "**sync, vLLM server: HTTP + shared memory**",
+    "in_process_sent": "in process, `verify_sync: sent`, a twentieth of the tensors",
+    "in_process_stored": "in process, `verify_sync: stored`, a twentieth of the tensors",
+    "in_process_stored_all": "in process, `verify_sync: stored`, `verify_syncs: 1`: all tensors",
 }
 
 
@@ -32,9 +35,17 @@ def weight_sync(report: Report) -> str:
             ratio(way, "vllm_reload"),
         ]
         for way, label in WAYS.items()
+        if way in rounds
     ]
     size = f"{report['bytes'] / 1e6:,.0f} MB, {len(rounds['memcpy'])} rounds"
     return f"{measured_on(report)} {size}.\n\n" + table(["", "seconds", "x memcpy", "x `reload_weights`"], rows)
+
+
+def export(report: Report) -> str:
+    """One entry a commit, oldest first."""
+    rows = [[name, f"{entry['calls']:,}", f"{median(entry['seconds']):.2f}"] for name, entry in report.items()]
+    last = next(reversed(report.values()))
+    return f"{measured_on(last)} {last['tensors']:,} tensors.\n\n" + table(["", "collectives a sync", "seconds"], rows)
 
 
 def overlap(report: Report) -> str:

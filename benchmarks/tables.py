@@ -19,7 +19,7 @@ from benchmarks.gpu_report.published import README, performance, with_gpu_column
 from benchmarks.heads import HEADS, NAIVE
 from benchmarks.machine import RESULTS, ROOT
 from benchmarks.markdown import measured_on, table
-from benchmarks.rollout_tables import overlap, weight_sync
+from benchmarks.rollout_tables import export, overlap, weight_sync
 
 PAGE = ROOT / "docs" / "performance.md"
 Report = dict[str, Any]
@@ -272,6 +272,7 @@ SECTIONS = {
     "entropy_gradient_cpu": entropy_gradient,
     "checkpoints_cpu": checkpoints,
     "weight_sync_cpu": weight_sync,
+    "export_cpu": export,
     "rollout_cpu": overlap,
 }
 

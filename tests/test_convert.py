@@ -75,8 +75,8 @@ def round_trip(folder: str, parallel: dict) -> dict:
 
     from megatron_dypo.config.schema import Model
     from megatron_dypo.convert.hf_weights import folder_weights
+    from megatron_dypo.models.export import hf_tensors
     from megatron_dypo.models.shape import model_shape
-    from megatron_dypo.models.sharding import hf_tensors
     from megatron_dypo.policy.micro_batch import MicroBatch
     from megatron_dypo.policy.policy import Policy
     from megatron_dypo.records import Kind, Sequence

@@ -21,8 +21,9 @@ from tests.ranks import run_ranks
 def train_steps(shape: str, budget: int, steps: int, sections: dict, prompts: int = 12) -> dict:
     """``steps`` updates on made-up groups; this rank's metrics, first gradients and final weights as numpy, and a
     digest of the initial weights."""
+    from megatron_dypo.models.export import hf_tensors
     from megatron_dypo.models.shape import model_shape
-    from megatron_dypo.models.sharding import hf_tensors, random_weights
+    from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.objectives.queue import failed
     from megatron_dypo.policy.policy import Policy
     from megatron_dypo.runtime import distributed

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
-import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -177,37 +175,6 @@ def test_grouped_experts_have_the_names_of_sequential_ones():
     for local in ("linear_fc2.weight1", "local_experts.1.linear_fc2.weight"):
         (name,) = whole_model_names(gpt, {f"decoder.layers.0.mlp.experts.{local}": 0})
         assert name == "decoder.layers.6.mlp.experts.5.linear_fc2.weight"
-
-
-def most_experts_held(parallel: dict) -> tuple[int, int]:
-    """While the weights pass by as they do in a sync: most matrices of other ranks' experts here at once, and seen."""
-    from megatron_dypo.models.shape import model_shape
-    from megatron_dypo.models.sharding import random_weights
-    from megatron_dypo.policy.policy import Policy
-    from megatron_dypo.runtime import distributed
-
-    config = make_config("qwen3_moe", parallel=parallel)
-    shape, layout = model_shape(config.model), distributed.init(config.parallel)
-    policy = Policy(config, shape, layout, random_weights(shape, seed=1))
-    own = {parameter.untyped_storage().data_ptr() for parameter in policy.parameters.values()}
-    passed, most, seen = [], 0, 0
-    for name, tensor in policy.named_tensors():
-        if ".experts." in name and tensor.untyped_storage().data_ptr() not in own:
-            seen += 1
-            passed.append(weakref.ref(tensor))
-            deadline = time.monotonic() + 5  # a thread of gloo lets go of what it has sent a moment later
-            while (here := sum(held() is not None for held in passed)) > 2 and time.monotonic() < deadline:
-                time.sleep(0.01)
-            most = max(most, here)
-        del tensor
-    return most, seen
-
-
-def test_a_sync_holds_one_expert_at_a_time():
-    """Of 8 x 3 matrices a layer; a gate and its up-projection are one weight."""
-    for most, seen in run_ranks(2, most_experts_held, EP2):
-        assert seen == 4 * 3 * 4, "half of the experts of four layers come from the other rank"
-        assert most <= 2
 
 
 def mixture_task(folder: Path, **keys: object) -> str:

@@ -1,7 +1,7 @@
-"""Cut weights over a sharded policy and gather them back, one Hugging Face tensor at a time.
+"""Cut weights over a sharded policy, one Hugging Face tensor at a time (export.py gathers them back).
 
-``load_weights`` reads full tensors by name and keeps this rank's shard; ``hf_tensors`` gathers them. Initial weights
-and the sync to the rollout engine pass through here; checkpoints are converted on the disk (convert/import_export.py).
+``load_weights`` reads full tensors by name and keeps this rank's shard. Initial weights and those of `model.hf` pass
+through here; checkpoints are converted on the disk (convert/import_export.py).
 Weights that are NaN or infinite are named by tensor, where they are read and where a step had to be skipped.
 """
 
@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state as mpu
 from torch import Tensor
 
 from megatron_dypo.errors import UserError
 from megatron_dypo.models.families import TIED_HEAD_RULE, hf_shapes, rules
-from megatron_dypo.models.rules import HEAD, WeightRule
 from megatron_dypo.models.shape import ModelShape
 from megatron_dypo.runtime.determinism import generator
-from megatron_dypo.runtime.distributed import Layout, all_gather_objects, device
+from megatron_dypo.runtime.distributed import Layout, all_gather_objects
 
 BLOCK = 2**20  # numbers that are drawn from one hash
 
@@ -78,63 +75,6 @@ def load_weights(local: Mapping[str, Tensor], shape: ModelShape, layout: Layout,
             ranks, rank = layout.tensor(rule.expert is not None)
             folded = folded.chunk(ranks, dim=rule.axis)[rank]
         local[rule.mcore].copy_(rule.as_megatron(folded))
-
-
-@torch.no_grad()
-def hf_tensors(
-    local: Mapping[str, Tensor], shape: ModelShape, layout: Layout, with_tied_head: bool = False
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield (Hugging Face name, full tensor) for the whole model on every rank; all ranks must iterate together.
-
-    ``local``: this rank's shards (weights, or their gradients, or ...) by their parameters' names in the whole model.
-    ``with_tied_head`` repeats a tied embedding as ``lm_head.weight``: vLLM keeps the old head otherwise, in silence.
-    """
-    dtype = next(iter(local.values())).dtype
-    for rule in rules(shape):
-        weight = local.get(rule.mcore)
-        folded = _gather(rule, None if weight is None else weight.detach(), dtype, shape, layout)
-        for name, part in zip(rule.names, rule.unfold(folded, shape), strict=True):
-            yield name, part
-            if with_tied_head and shape.tied_embeddings and rule.mcore.startswith("embedding"):
-                yield HEAD, part
-
-
-def _gather(rule: WeightRule, weight: Tensor | None, dtype: torch.dtype, shape: ModelShape, layout: Layout) -> Tensor:
-    """The folded full tensor on every rank: all-gather over TP where the weight is, then broadcast to the others.
-
-    An expert is cut over expert-tensor-parallel ranks, broadcast over expert-parallel ones, and then over PP.
-    """
-    is_expert = rule.expert is not None
-    full, (tp, _) = None, layout.tensor(is_expert)
-    if weight is not None:
-        shard = rule.folded_shard(weight, shape, tp)
-        if rule.axis is None or tp == 1:
-            full = shard
-        else:
-            group = mpu.get_expert_tensor_parallel_group() if is_expert else mpu.get_tensor_model_parallel_group()
-            shards = [torch.empty_like(shard) for _ in range(tp)]
-            dist.all_gather(shards, shard.contiguous(), group=group)
-            full = torch.cat(shards, dim=rule.axis)
-    owner = _stage(rule, shape, layout)
-    spread = []
-    if is_expert and layout.ep > 1 and layout.pp_rank == owner:
-        spread.append((mpu.get_expert_model_parallel_group(), rule.expert // (shape.num_experts // layout.ep)))
-    if layout.pp > 1:
-        spread.append((mpu.get_pipeline_model_parallel_group(), owner))
-    if full is None:
-        parts = [torch.empty(size, device="meta") for size in rule.sizes(shape)]
-        full = torch.empty(rule.fold(parts, shape).shape, dtype=dtype, device=device())
-    full = full.contiguous() if spread else full
-    for group, rank in spread:
-        dist.broadcast(full, dist.get_global_rank(group, rank), group=group)
-    return full
-
-
-def _stage(rule: WeightRule, shape: ModelShape, layout: Layout) -> int:
-    """The pipeline rank that owns a weight."""
-    if rule.mcore.startswith("decoder.layers."):
-        return int(rule.mcore.split(".")[2]) // (shape.num_layers // (layout.pp * layout.vpp)) % layout.pp
-    return 0 if rule.mcore.startswith("embedding") else layout.pp - 1
 
 
 NAMED = 8  # tensors

@@ -186,9 +186,9 @@ def misfit(
         parts = f"weights, gradients, optimizer {need.static / GIB:.0f}, activations {need.activations / GIB:.0f}"
         return over, f"policy {need.policy / GIB:.0f} GiB ({parts})"
     tensor = candidate.engine_tensor
-    # in a weight sync vLLM holds on to a layer's experts, uncut, until the last of them has come
+    # in a weight sync vLLM holds on to a layer's experts, uncut, until the last of them has come; the next is gathered
     layer = WEIGHT * expert_parameters(shape, shape.num_layers, 1, 1)
-    both = need.static + engine_weights(shape, tensor) + layer + RESERVE
+    both = need.static + engine_weights(shape, tensor) + 2 * layer + RESERVE
     if candidate.placement == "turns" and both > cluster.memory:
         return both - cluster.memory, f"policy and vLLM's weights take {both / GIB:.0f} GiB in a weight sync"
     least, room = engine_need(shape, tensor, work) + layer, engine_room(shape, candidate, cluster, need)

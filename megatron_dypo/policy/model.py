@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_dypo.config.schema import Config, Optimizer
 from megatron_dypo.models.families import FAMILIES, STORED_NORMS
 from megatron_dypo.models.shape import ModelShape
+from megatron_dypo.models.stages import stage_layers
 from megatron_dypo.policy import weight_gradients
 from megatron_dypo.policy.accelerations import choose
 from megatron_dypo.policy.attention import frequencies
@@ -126,14 +127,12 @@ def build_model(config: Config, shape: ModelShape, layout: Layout) -> list[Distr
         use_distributed_optimizer=config.optimizer.distributed,
         check_for_nan_in_grad=False,  # a non-finite gradient skips the step on all ranks instead of ending the job
     )
-    chunks = []
+    layers, chunks = stage_layers(shape.num_layers, layout.pp, layout.vpp), []
     for c in range(layout.vpp):
         is_last = layout.is_last_stage and c == layout.vpp - 1
         gpt = GPTModel(
             config=transformer,
-            transformer_layer_spec=layer_spec(
-                config.model, shape, shape.num_layers // (layout.pp * layout.vpp), chosen
-            ),
+            transformer_layer_spec=layer_spec(config.model, shape, layers[c * layout.pp + layout.pp_rank], chosen),
             vocab_size=shape.padded_vocab,
             max_sequence_length=shape.max_position,
             pre_process=layout.pp_rank == 0 and c == 0,

@@ -20,8 +20,9 @@ from torch import Tensor
 from megatron_dypo.config.schema import Config
 from megatron_dypo.errors import TrainingError
 from megatron_dypo.kernels import LogProbs, linear_logprob, linear_loss
+from megatron_dypo.models.export import hf_tensors
 from megatron_dypo.models.shape import ModelShape
-from megatron_dypo.models.sharding import hf_tensors, load_weights
+from megatron_dypo.models.sharding import load_weights
 from megatron_dypo.objectives import TokenStreams
 from megatron_dypo.objectives.coefficients import keeps_reference
 from megatron_dypo.policy.accelerations import choose

@@ -1,0 +1,166 @@
+"""The batched export: a few collectives a layer, two layers of memory, and the bytes of the weights that were cut.
+
+Bytes, names and order at every layout: test_layouts.py, test_moe.py and test_convert.py, which gather by it.
+"""
+
+from __future__ import annotations
+
+import collections
+
+import pytest
+
+from megatron_dypo.config.schema import Shape
+from tests import batches
+from tests.ranks import run_ranks
+
+SMALL = Shape(
+    family="qwen3_moe", num_layers=4, hidden_size=64, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=4,
+    head_dim=16, num_experts=16, router_topk=2,
+)  # fmt: skip
+COLLECTIVES = (
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_reduce",
+    "all_to_all",
+    "broadcast",
+    "reduce",
+    "send",
+    "recv",
+)
+ONE_BY_ONE = 3131  # calls that a pass over the model of the last test made on each of its ranks, a tensor at a time
+
+
+def build(shape: Shape, parallel: dict):
+    """This rank's policy with drawn weights, and what draws them."""
+    from megatron_dypo.models.shape import model_shape
+    from megatron_dypo.models.sharding import random_weights
+    from megatron_dypo.policy.policy import Policy
+    from megatron_dypo.runtime import distributed
+
+    batches.SHAPES["of this test"] = shape
+    config = batches.make_config("of this test", parallel=parallel)
+    layout, model = distributed.init(config.parallel), model_shape(config.model)
+    read = random_weights(model, seed=1)
+    return Policy(config, model, layout, read), read
+
+
+def counted(shape: Shape, parallel: dict) -> dict[str, int]:
+    """Calls of ``torch.distributed`` by name in one pass over the weights, each of which is what was drawn."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_dypo.weight_sync.source import sent_shapes
+
+    policy, read = build(shape, parallel)
+    calls: collections.Counter[str] = collections.Counter()
+
+    def watched(name: str, plain):
+        def call(*arguments, **options):
+            calls[name] += 1
+            return plain(*arguments, **options)
+
+        return call
+
+    for name in COLLECTIVES:
+        setattr(dist, name, watched(name, getattr(dist, name)))
+    names = []
+    for name, tensor in policy.named_tensors():
+        names.append(name)
+        assert torch.equal(tensor, read(name)), name
+    assert names == list(sent_shapes(policy.shape))
+    return dict(calls)
+
+
+def test_a_layer_of_any_number_of_experts_takes_three_collectives_and_the_rest_of_the_model_two():
+    """Experts: a broadcast to the other stage and an all-gather. All else in a layer: a broadcast."""
+    for calls in run_ranks(4, counted, SMALL, {"expert": 2, "pipeline": 2}):
+        assert calls == {"broadcast": 4 * 2 + 2, "all_gather_into_tensor": 4}
+
+
+def test_expert_tensor_parallel_shards_next_to_tensor_parallel_ones():
+    """At TP 2 x ETP 2 what tensor parallelism cuts travels apart from what it does not."""
+    parallel = {"tensor": 2, "expert_tensor": 2, "sequence_parallel": True, "pipeline": 2}
+    for calls in run_ranks(4, counted, SMALL, parallel):
+        assert calls == {"broadcast": 4 * 3 + 3, "all_gather_into_tensor": 4 * 2 + 2}
+
+
+@pytest.mark.faults
+def test_a_sync_of_a_235b_shaped_model_makes_a_fiftieth_of_the_calls_of_one_tensor_at_a_time():
+    large = SMALL.model_copy(update={"num_layers": 8, "ffn_hidden_size": 24, "num_experts": 128, "router_topk": 8})
+    for calls in run_ranks(16, counted, large, {"expert": 8, "pipeline": 2}, seconds=600):
+        assert sum(calls.values()) <= ONE_BY_ONE / 50
+        assert calls == {"broadcast": 8 * 2 + 2, "all_gather_into_tensor": 8}
+
+
+def live_bytes() -> int:
+    """Of all tensors' storages in this process."""
+    import gc
+
+    import torch
+
+    storages: collections.Counter[int] = collections.Counter()
+    for each in gc.get_objects():
+        if type(each) in (torch.Tensor, torch.nn.Parameter) and each.device.type == "cpu":
+            place = each.untyped_storage()
+            storages[place.data_ptr()] = max(storages[place.data_ptr()], place.nbytes())  # two may begin at one place
+    return sum(storages.values())
+
+
+def peak_in_layers(parallel: dict) -> float:
+    """Most memory of a pass beyond what was there before, in layers."""
+    import math
+    import time
+
+    from megatron_dypo.weight_sync.source import sent_shapes
+
+    policy, _ = build(SMALL, parallel)
+    layer = sum(4 * math.prod(size) for name, size in sent_shapes(policy.shape).items() if ".layers.0." in name)
+    before, peak, seen = live_bytes(), 0, collections.Counter()
+    for name, _ in policy.named_tensors():
+        unit = name.split(".")[2] if ".layers." in name else name
+        seen[unit] += 1
+        if seen[unit] in (1, 20):  # where the layer before could still be there; where the next one is
+            for _ in range(10):  # a thread of gloo's may hold on to what it has sent until its next turn
+                time.sleep(0.05)
+                if (extra := live_bytes() - before) <= 2.01 * layer:
+                    break
+            peak = max(peak, extra)
+    return peak / layer
+
+
+@pytest.mark.parametrize(
+    "parallel", [{"expert": 2, "pipeline": 2}, {"tensor": 2, "sequence_parallel": True, "expert": 2}]
+)
+def test_two_layers_are_in_memory_at_most_and_the_second_while_the_first_is_used(parallel):
+    for layers in run_ranks(4 if "pipeline" in parallel else 2, peak_in_layers, parallel):
+        assert 1.2 < layers <= 2.01
+
+
+def gathered_of_uneven_stages(sizes: tuple[int, ...], virtual: int) -> None:
+    """Compare what is gathered with what was drawn, where the table says how many layers a stage has."""
+    import torch
+
+    from megatron_dypo.config.schema import Parallel
+    from megatron_dypo.models import stages
+    from megatron_dypo.models.export import hf_tensors, plan
+    from megatron_dypo.models.shape import model_shape
+    from megatron_dypo.models.sharding import load_weights, random_weights
+    from megatron_dypo.runtime import distributed
+
+    stages.stage_layers = lambda *_: sizes
+    batches.SHAPES["of this test"] = SMALL
+    shape = model_shape(batches.make_config("of this test").model)
+    layout = distributed.init(Parallel(pipeline=2, virtual_pipeline=virtual))
+    own = [piece.rule for unit in plan(shape, layout) if unit.owner == layout.pp_rank for piece in unit.pieces]
+    local = {
+        rule.mcore: rule.as_megatron(rule.fold([torch.empty(size) for size in rule.sizes(shape)], shape))
+        for rule in own
+    }
+    read = random_weights(shape, seed=1)
+    load_weights(local, shape, layout, read)
+    assert all(torch.equal(tensor, read(name)) for name, tensor in hf_tensors(local, shape, layout))
+
+
+@pytest.mark.parametrize(("sizes", "virtual"), [((1, 3), 1), ((3, 1), 1), ((1, 0, 2, 1), 2)], ids=str)
+def test_uneven_stages_are_gathered_by_their_table_alone(sizes, virtual):
+    run_ranks(2, gathered_of_uneven_stages, sizes, virtual)
