@@ -4,8 +4,9 @@
 
 A 135M-parameter model (SmolLM2's shape, tied) in fp32, other weights at every sync. In one process, in turn: a memcpy
 of every tensor that a sync sends, to memory that is there already; vLLM's own ``reload_weights`` of the same tensors;
-our sync to vLLM in this process; our sync to a vLLM server over HTTP and shared memory. All of the last three make vLLM
-copy each tensor into its fused weights and repack every linear layer for the CPU (oneDNN), which no transport saves.
+our sync to vLLM in this process, without and with `rollout.verify_sync`; our sync to a vLLM server over HTTP and shared
+memory. All but the first make vLLM copy each tensor into its fused weights and repack every linear layer for the CPU
+(oneDNN), which no transport saves.
 
 Writes benchmarks/results/weight_sync_cpu.json.
 """
@@ -84,11 +85,19 @@ def measure(folder: Path, url: str, rounds: int) -> tuple[int, dict[str, list[di
         for copy, (_, tensor) in zip(copies, weights, strict=True):
             copy.copy_(tensor)
 
+    def verified(how: str, syncs: int) -> None:
+        engine._verify, engine._verify_syncs = how, syncs
+        engine.sync(weights)
+        engine._verify = "off"
+
     ways = {
         "memcpy": memcpy,
         "vllm_reload": lambda: engine._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)}),
         "in_process": lambda: engine.sync(weights),
         "http_shared_memory": lambda: server.sync(weights),
+        "in_process_sent": lambda: verified("sent", 20),
+        "in_process_stored": lambda: verified("stored", 20),
+        "in_process_stored_all": lambda: verified("stored", 1),
     }
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     for turn in range(1 + rounds):

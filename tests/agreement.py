@@ -104,11 +104,15 @@ def compare(policy, asked: list, responses: list) -> dict:
 
 
 def agreement(name: str, model: str, folder: str, rollout: dict) -> list[dict]:
+    """``agree`` with an engine that is built for it."""
+    return agree(*build(name, model, folder, **rollout))
+
+
+def agree(config, shape, layout, engine) -> list[dict]:
     """One comparison per layout and weights, then the last samples again in another order, then greedy ones."""
     from megatron_dypo.rollout.engine import Request
     from megatron_dypo.weight_sync.source import sync_weights
 
-    config, shape, layout, engine = build(name, model, folder, **rollout)
     asked, found = requests(), []
     layouts = EXPERT_LAYOUTS if shape.num_experts else LAYOUTS
     for version, (parallel, seed) in enumerate((parallel, seed) for parallel in layouts for seed in SEEDS):

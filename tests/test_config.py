@@ -45,8 +45,8 @@ PATHS = {"rollout.record", "rollout.replay", "trainer.run_dir"}
 STEPS = {"trainer.steps"}
 ENGINE = {
     "rollout.engine", "rollout.engine_memory", "rollout.servers", "rollout.server_timeout",
-    "rollout.request_timeout", "rollout.sync_backend", "rollout.verify_sync", "rollout.max_staleness",
-    "rollout.engine_eager", "rollout.head_dtype",
+    "rollout.request_timeout", "rollout.sync_backend", "rollout.verify_sync", "rollout.verify_syncs",
+    "rollout.max_staleness", "rollout.engine_eager", "rollout.head_dtype",
 }  # fmt: skip
 BUDGET = {"data.max_tokens_per_microbatch", "model.recompute", "model.attention_backend", "model.layer_spec"}
 BUDGET |= {"model.reference_on"}

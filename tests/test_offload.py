@@ -176,7 +176,7 @@ def turns_of_the_engine(name: str, folder: str) -> list[list]:
     from megatron_dypo.rollout.engines import build_engine
     from megatron_dypo.weight_sync.source import Weights
 
-    config, policy = build("llama", {"rollout": {"engine": name, "verify_sync": "sent"}})
+    config, policy = build("llama", {"rollout": {"engine": name, "verify_sync": "sent", "verify_syncs": 1}})
     engine = build_engine(config, policy.shape, load_tokenizer(config, policy.shape), Path(folder), policy.layout)
     requests = [Request(np.arange(3, 9, dtype=np.int32), seed) for seed in range(4)]
     sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=12, eos_id=1)

@@ -11,14 +11,15 @@ import torch
 from megatron_dypo.errors import TrainingError
 from megatron_dypo.rollout.vllm_versions import installed
 from megatron_dypo.runtime import versions
-from tests.agreement import MODELS, agreement, build, check, compare, policy_at, requests, sampling
+from tests.agreement import MODELS, agree, agreement, build, check, compare, policy_at, requests, sampling
+from tests.planted import GIVEN, STORED, planted
 from tests.ranks import run_ranks
 
 
 @pytest.mark.parametrize(
     "engine, model",
     [
-        ("vllm", "llama"), ("vllm", "qwen2-tied"), ("vllm", "qwen3"), ("vllm", "qwen3_moe"),
+        ("vllm", "llama"), ("vllm", "qwen3"),
         pytest.param("vllm", "mixtral", marks=pytest.mark.faults),
         ("transformers", "llama-tied"), ("transformers", "qwen3_moe"),
     ],
@@ -27,12 +28,37 @@ def test_engine_logprobs_agree_after_a_sync_of_different_weights(engine, model, 
     check(run_ranks(2, agreement, engine, model, str(tmp_path), {}, seconds=300), 1e-5)
 
 
+def proved(model: str, folder: str) -> tuple[list[dict], dict]:
+    """Agreement while all stored weights are verified, and what planted faults are answered with."""
+    parts = build("vllm", model, folder, verify_sync="stored", verify_syncs=1)
+    return agree(*parts), planted(model, *parts)
+
+
+@pytest.mark.parametrize("model", ["qwen2-tied", "qwen3_moe"])
+def test_what_is_stored_is_what_was_sent_at_every_layout_and_a_fault_is_named_with_its_rank(model, tmp_path):
+    """Perturbed by the least there is, transposed, another expert's, missing and doubled."""
+    ranks = run_ranks(2, proved, model, str(tmp_path), seconds=300)
+    check([found for found, _ in ranks], 1e-5)
+    for rank, (_, said) in enumerate(ranks):
+        unseen, turns = said.pop("sent"), said.pop("in turn")
+        assert set(unseen.values()) == {""}, "the engine took what was sent: what it stores is another question"
+        assert sorted(map(bool, turns.values())) == [False, False, False, True], "each tensor once in four syncs"
+        start, end = f"weight sync to vLLM of rank {rank}, worker 0: ", " (rollout.verify_sync)"
+        for messages in said.values():
+            assert messages.pop("none") == ""
+            for fault in GIVEN:
+                assert messages.pop(fault) == start + fault + end
+            assert len(messages) == len(STORED[model])
+            for name, message in messages.items():
+                assert message == (f"{start}{name}: is not what the engine has stored{end}" if rank else ""), name
+
+
 def faulty_syncs(folder: str) -> dict:
     """vLLM with a tied head, synced right (after a sync that broke off), and then with one fault after the other."""
     from megatron_dypo.weight_sync import transfer
     from megatron_dypo.weight_sync.source import Weights
 
-    config, shape, layout, engine = build("vllm", "qwen2-tied", folder, verify_sync="sent")
+    config, shape, layout, engine = build("vllm", "qwen2-tied", folder, verify_sync="sent", verify_syncs=1)
     asked, found = requests(), {}
 
     class Without(Weights):
@@ -66,7 +92,7 @@ def faulty_syncs(folder: str) -> dict:
         with pytest.raises(TrainingError) as refused:
             engine.sync(Without(second, name))
         found[name] = str(refused.value)
-    engine._verify = False
+    engine._verify = "off"
     engine.sync(Weights(first))
     engine.sync(Without(second, "lm_head.weight"))
     found["no head"] = compare(second, asked, engine.generate(asked, sampling()))["largest"]

@@ -22,7 +22,8 @@ import yaml
 
 from benchmarks.servers import Servers, free_ports, running
 from megatron_dypo.rollout.server import VARIABLE
-from tests.agreement import MODELS, agreement, build, check, compare, policy_at, sampling
+from tests import planted
+from tests.agreement import MODELS, agree, build, check, compare, policy_at, sampling
 from tests.agreement import requests as requests_to_sample
 from tests.launch import copy_task, metrics
 from tests.ranks import run_ranks
@@ -52,15 +53,48 @@ def served_config(urls: list[str], folder: Path) -> dict:
     }
 
 
-def agreement_with_token(*arguments) -> list[dict]:
-    """On a forked rank, which has the environment of the server that it was forked from."""
+def proved(folder: str, urls: list[str]) -> tuple[list[dict], str]:
+    """Agreement while all that the servers store is verified; then what a sync says of a server that loads another norm
+    behind it. On a forked rank, which has the environment of the server that it was forked from."""
+    import torch
+
+    from megatron_dypo.runtime.distributed import all_gather_objects
+    from megatron_dypo.weight_sync.source import Meta, Weights
+    from megatron_dypo.weight_sync.transfer import SharedMemory
+
     os.environ[VARIABLE] = SECRET
-    return agreement(*arguments)
+    rollout = {"servers": urls, "verify_sync": "stored", "verify_syncs": 1, "server_timeout": 10.0}
+    config, shape, layout, engine = build("server", MODEL, folder, **rollout)
+    found = agree(config, shape, layout, engine)
+
+    class OneNorm(dict):
+        def metadata(self) -> list[Meta]:
+            return [Meta(name, norm.dtype, tuple(norm.shape)) for name, norm in self.items()]
+
+        def __iter__(self):
+            return iter(self.items())
+
+    def call_workers(method: str, plain=engine._pool.call_workers, **arguments) -> dict[str, list]:
+        if method == "weight_report":
+            plain("prepare_update", verify="off")  # the first report stays the one that is asked for
+            other = SharedMemory(
+                engine._pool, OneNorm({"model.norm.weight": torch.full((shape.hidden_size,), 2.0)}), True
+            )
+            other.send_weights()
+        return plain(method, **arguments)
+
+    engine._pool.call_workers = call_workers
+    said = planted.said(engine, Weights(policy_at({}, 1, config, shape, layout)))
+    if said:
+        all_gather_objects(None)  # the collective that a sync ends with, which the other rank waits in
+    return found, said
 
 
-def test_logprobs_agree_after_a_sync_of_different_weights_over_http_and_shared_memory(servers, tmp_path):
-    rollout = {"servers": servers.urls, "verify_sync": "sent", "server_timeout": 10.0}
-    check(run_ranks(2, agreement_with_token, "server", MODEL, str(tmp_path), rollout, seconds=200), 1e-5)
+def test_logprobs_agree_and_stored_weights_are_those_sent_over_http_and_shared_memory(servers, tmp_path):
+    ranks = run_ranks(2, proved, str(tmp_path), servers.urls, seconds=200)
+    check([found for found, _ in ranks], 1e-5)
+    fault = "worker 0: model.norm.weight: is not what the engine has stored (rollout.verify_sync)"
+    assert ranks[0][1] == f"weight sync to {servers.urls[0]}, {fault}"
 
 
 def listeners(pids: list[int]) -> set[str]:

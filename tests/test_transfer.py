@@ -14,7 +14,7 @@ from megatron_dypo.errors import TrainingError
 from megatron_dypo.rollout.server import Server
 from megatron_dypo.rollout.server_pool import ServerPool
 from megatron_dypo.weight_sync import transfer
-from megatron_dypo.weight_sync.checksum import ChecksummedWeights, checksum
+from megatron_dypo.weight_sync.checksum import ChecksummedWeights, Turn, checksum
 from megatron_dypo.weight_sync.source import Meta
 from megatron_dypo.weight_sync.transfer import SharedMemory
 from tests.rollout_server import Imitation, set_token
@@ -132,22 +132,39 @@ def test_other_ranks_only_make_the_pass():
     assert source.passes == 1 and receiver.calls == []
 
 
-def test_checksums_name_what_is_missing_or_different():
+def test_reports_name_what_is_missing_doubled_or_different():
     source = Source()
-    watched = ChecksummedWeights(source)
+    watched = ChecksummedWeights(source, Turn(0, 1))
     sent = dict(watched)
     taken = {name: checksum(tensor) for name, tensor in sent.items()}
-    watched.compare([taken, taken], "here")
+    good = {"times": dict.fromkeys(taken, 1), "given": taken, "stored": {}}
+    watched.compare([good, good], "here")
     name = "model.layers.3.k.weight"
     changed = sent[name].clone()
     changed[0, 0] = torch.nextafter(changed[0, 0], torch.tensor(torch.inf))
-    with pytest.raises(TrainingError, match=f"here, worker 1: {name}: differs"):
-        watched.compare([taken, taken | {name: checksum(changed)}], "here")
-    del taken["lm_head.weight"]
-    with pytest.raises(TrainingError, match=r"here, worker 0: lm_head\.weight: was not received"):
-        watched.compare([taken], "here")
+    for fault, report in (
+        ("differs", good | {"given": taken | {name: checksum(changed)}}),
+        ("was received 2 times", good | {"times": good["times"] | {name: 2}}),
+        ("was not received", good | {"times": good["times"] | {name: 0}}),
+        ("is elsewhere", good | {"stored": {name: "is elsewhere"}}),
+    ):
+        with pytest.raises(TrainingError, match=f"here, worker 1: {name}: {fault}"):
+            watched.compare([good, report], "here")
     assert checksum(changed.t()) == checksum(changed.t().contiguous()) != checksum(changed)
-    changed.untyped_storage().resize_(0)  # as trainer.offload does: numpy would have forbidden it for good
+
+
+def test_every_tensor_has_its_turn_once_in_as_many_syncs_and_those_of_a_module_together():
+    modules = [
+        f"model.layers.{i}.{part}" for i in range(30) for part in ("self_attn", "mlp.experts.3", "input_layernorm")
+    ]
+    names = [f"{module}.{rest}" for module in modules for rest in ("q_proj.weight", "k_proj.bias")]
+    shares = [{name for name in names if Turn(number, 7).has(name)} for number in range(100, 107)]
+    assert sorted(name for share in shares for name in share) == sorted(names)
+    assert max(map(len, shares)) < len(names) / 3
+    assert all(
+        f"{name[:-13]}k_proj.bias" in share for share in shares for name in share if name.endswith("q_proj.weight")
+    )
+    assert all(Turn(number, 1).has(name) for number in range(3) for name in names)
 
 
 def test_a_checksum_leaves_the_storage_as_it_is():

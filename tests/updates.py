@@ -20,8 +20,9 @@ def second_update(sections: dict, first: list[Group], second: list[Group], trace
     """
     import torch
 
+    from megatron_dypo.models.export import hf_tensors
     from megatron_dypo.models.shape import model_shape
-    from megatron_dypo.models.sharding import hf_tensors, random_weights
+    from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.objectives import TokenStreams
     from megatron_dypo.policy.policy import Policy
     from megatron_dypo.runtime import distributed

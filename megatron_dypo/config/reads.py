@@ -132,6 +132,7 @@ READ_WITH: dict[str, tuple[Condition, ...]] = {
     "rollout.refill_rounds": (_SAMPLES, _ENGINE, _one_of("rollout.dynamic_sampling", True)),
     "rollout.sync_timeout": (_ENGINE,),
     "rollout.verify_sync": (_VLLM,),
+    "rollout.verify_syncs": (_VLLM, _one_of("rollout.verify_sync", "sent", "stored")),
     "rollout.engine_eager": (_VLLM,),
     "rollout.engine_memory": (_VLLM,),
     "rollout.head_dtype": (_VLLM,),

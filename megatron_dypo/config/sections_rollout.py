@@ -149,10 +149,13 @@ class Rollout(Section):
     sync_timeout: float = key(
         600.0, "Deadline of one weight sync, and of the servers' start, in seconds.", gt=0, le=YEAR, resumable=True
     )
-    verify_sync: Literal["off", "sent"] = key(
+    verify_sync: Literal["off", "sent", "stored"] = key(
         "off",
-        "With `sent`, after each sync: compare a checksum of every tensor that the engine took with the trainer's; a difference stops the run and names the tensor.",
+        "After each sync: compare checksums of the tensors that vLLM was given with the trainer's (`sent`), and of those that its layers hold then, where the forward pass takes them (`stored`). A missing, doubled or different tensor stops the run and is named.",
         resumable=True,
+    )
+    verify_syncs: int = key(
+        20, "Every tensor is compared by `verify_sync` once in so many syncs; 1: all, each time.", ge=1, resumable=True
     )
     engine_eager: bool = key(
         False,

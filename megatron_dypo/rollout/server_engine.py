@@ -17,7 +17,7 @@ from megatron_dypo.rollout.server_pool import ServerPool
 from megatron_dypo.rollout.vllm_args import MOST_SEQUENCES, sync_backend
 from megatron_dypo.rollout.vllm_versions import weight_source
 from megatron_dypo.runtime.distributed import Layout, all_gather_objects, device_kind
-from megatron_dypo.weight_sync.checksum import ChecksummedWeights
+from megatron_dypo.weight_sync.checksum import ChecksummedWeights, Turn
 from megatron_dypo.weight_sync.transfer import SharedMemory, Transfer, WeightSource
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ class ServerEngine:
         window = max(4, MOST_SEQUENCES[kind] // layout.world)  # all ranks together fill a server
         self._limits = Limits(window, rollout.server_timeout, rollout.request_timeout)
         self._backend = sync_backend(config, kind)
-        self._verify = rollout.verify_sync == "sent"
+        self._verify, self._verify_syncs = rollout.verify_sync, rollout.verify_syncs
+        self._syncs = 0
         self._transfer: Transfer | None = None
         self._label, self._version, self._lost = "", 0, dict[str, str]()
         if layout.is_main:
@@ -56,12 +57,13 @@ class ServerEngine:
     def sync(self, weights: VersionedWeights) -> None:
         """To all servers that answer; those that do not are left out until the next sync. Collective."""
         label, same = f"{self._run}:{weights.version}", True
-        source: WeightSource = ChecksummedWeights(weights) if self._verify and self._layout.is_main else weights
+        turn, verified = Turn(self._syncs, self._verify_syncs), self._verify != "off" and self._layout.is_main
+        source: WeightSource = ChecksummedWeights(weights, turn) if verified else weights
         if self._layout.is_main:
             same = self._pool.refresh(self._label)
             before = list(self._pool.members)
             self._pool.label = label
-            self._pool.call_workers("prepare_update", checksums=self._verify)
+            self._pool.call_workers("prepare_update", verify=self._verify, number=turn.number, of=turn.of)
             same = same and before == self._pool.members
             self._pool.all_or_none = self._backend == "nccl"
         transfer = self._transfer
@@ -74,11 +76,12 @@ class ServerEngine:
         if self._layout.is_main:
             self._pool.all_or_none = False
             if isinstance(source, ChecksummedWeights):
-                for url, taken in self._pool.call_workers("taken_checksums").items():
-                    source.compare(taken, url)
+                for url, reports in self._pool.call_workers("weight_report").items():
+                    source.compare(reports, url)
             self._pool.resume()
         self._lost = all_gather_objects(self._pool.lost)[0]
         self._label, self._version = label, weights.version
+        self._syncs += 1
 
     def sleep(self, keep_weights: bool) -> None:
         """Servers have devices of their own."""

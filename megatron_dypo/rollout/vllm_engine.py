@@ -20,7 +20,7 @@ from megatron_dypo.rollout.vllm_versions import installed
 from megatron_dypo.runtime import determinism
 from megatron_dypo.runtime.distributed import device_kind, launch_rank
 from megatron_dypo.runtime.measure import DEVICE
-from megatron_dypo.weight_sync.checksum import ChecksummedWeights
+from megatron_dypo.weight_sync.checksum import ChecksummedWeights, Turn
 from megatron_dypo.weight_sync.transfer import send_in_process
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ class VllmEngine:
             **in_process_arguments(config, kind, launched="RANK" in os.environ),
             weight_transfer_config=vllm.config.WeightTransferConfig(backend=BACKEND),
         )
-        self._verify = config.rollout.verify_sync == "sent"
+        self._verify, self._verify_syncs = config.rollout.verify_sync, config.rollout.verify_syncs
+        self._syncs = 0
         self._asleep: set[str] = set()  # by vLLM's names for parts of its memory
         self._dropped = False  # the weights, by a sleep since the last sync
         self._version = 0  # of the weights, once synced
@@ -72,13 +73,15 @@ class VllmEngine:
         """Replace all weights and forget what was cached under the old ones."""
         self._wake("weights")
         self._dropped = False
-        source = ChecksummedWeights(weights) if self._verify else weights
-        self._llm.collective_rpc("prepare_update", args=(self._verify,))
+        turn = Turn(self._syncs, self._verify_syncs)
+        source = weights if self._verify == "off" else ChecksummedWeights(weights, turn)
+        self._llm.collective_rpc("prepare_update", args=(self._verify, turn.number, turn.of))
         send_in_process(_Client(self._llm), source)
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache after a weight sync")
         if isinstance(source, ChecksummedWeights):
-            source.compare(self._llm.collective_rpc("taken_checksums"), f"vLLM of rank {launch_rank()}")
+            source.compare(self._llm.collective_rpc("weight_report"), f"vLLM of rank {launch_rank()}")
+        self._syncs += 1
         self._version = weights.version
 
     @determinism.not_enforced()

@@ -1,10 +1,12 @@
-"""Proof that an engine took what the trainer sent: a checksum of each tensor on both sides."""
+"""Proof that an engine has what the trainer sent: checksums of each tensor on both sides, and of what is stored."""
 
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from megatron_dypo.weight_sync.source import Meta
     from megatron_dypo.weight_sync.transfer import WeightSource
 
+Verify = Literal["off", "sent", "stored"]
+
 
 def checksum(tensor: Tensor) -> str:
     """SHA-256 of the elements' bytes, wherever they lie and in whatever order of strides."""
@@ -23,11 +27,26 @@ def checksum(tensor: Tensor) -> str:
     return hashlib.sha256(plain.numpy()).hexdigest()
 
 
-class ChecksummedWeights:
-    """Weights that remember a checksum of each tensor of the last pass."""
+@dataclass(frozen=True)
+class Turn:
+    """Which tensors are compared in a sync: those of one share of ``of``, so that all are in ``of`` syncs in a row.
 
-    def __init__(self, weights: WeightSource):
-        self._weights = weights
+    Tensors of one module come together, since a worker reads what it has fused as one.
+    """
+
+    number: int
+    of: int
+
+    def has(self, name: str) -> bool:
+        module = name.rsplit(".", 2)[0]
+        return zlib.crc32(module.encode()) % self.of == self.number % self.of
+
+
+class ChecksummedWeights:
+    """Weights that remember, of the last pass, a checksum of each tensor that has its turn."""
+
+    def __init__(self, weights: WeightSource, turn: Turn):
+        self._weights, self.turn = weights, turn
         self.sent: dict[str, str] = {}
 
     def metadata(self) -> list[Meta]:
@@ -36,17 +55,27 @@ class ChecksummedWeights:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         self.sent = {}
         for name, tensor in self._weights:
-            self.sent[name] = checksum(tensor)
+            if self.turn.has(name):
+                self.sent[name] = checksum(tensor)
             yield name, tensor
 
-    def compare(self, taken: Sequence[dict[str, str]], engine: str) -> None:
-        """Raises TrainingError naming the first tensor of which a worker of ``engine`` has other bytes, or none."""
-        if not taken:
+    def compare(self, reports: Sequence[dict], engine: str) -> None:
+        """Raises TrainingError naming the first tensor that a worker of ``engine`` did not take once, as it was sent,
+        or that it has otherwise in its layers; ``reports``: each worker's ``weight_report``."""
+        if not reports:
             raise TrainingError(f"weight sync to {engine}: no worker has checksums (rollout.verify_sync)")
-        for worker, theirs in enumerate(taken):
+        for worker, report in enumerate(reports):
             for meta in self.metadata():
-                where = f"weight sync to {engine}, worker {worker}: {meta.name}"
-                if meta.name not in theirs:
-                    raise TrainingError(f"{where}: was not received (rollout.verify_sync)")
-                if theirs[meta.name] != self.sent.get(meta.name):
-                    raise TrainingError(f"{where}: differs from the trainer's (rollout.verify_sync)")
+                if fault := self._fault(meta.name, report):
+                    where = f"weight sync to {engine}, worker {worker}: {meta.name}"
+                    raise TrainingError(f"{where}: {fault} (rollout.verify_sync)")
+
+    def _fault(self, name: str, report: dict) -> str | None:
+        times = report["times"].get(name, 0)
+        if times != 1:
+            return "was not received" if times == 0 else f"was received {times} times"
+        if not self.turn.has(name):
+            return None
+        if report["given"].get(name) != self.sent.get(name):
+            return "differs from the trainer's"
+        return report["stored"].get(name)

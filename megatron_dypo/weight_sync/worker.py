@@ -1,4 +1,4 @@
-"""What runs inside vLLM's worker: the receiving end of a weight transfer without CUDA, and checksums of what arrived.
+"""What runs inside vLLM's worker: the receiving end of a weight transfer without CUDA, and proof of what arrived.
 
 ``WorkerExtension`` is given to vLLM by name (``worker_extension_cls``); importing this file registers the backend
 ``BACKEND`` with vLLM's weight transfer. A tensor comes by itself, from this process, or as a place in the shared memory
@@ -8,6 +8,7 @@ of the trainer's process. Imports nothing of the training side.
 from __future__ import annotations
 
 import mmap
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -21,7 +22,8 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from megatron_dypo.weight_sync.checksum import checksum
+from megatron_dypo.weight_sync.checksum import Turn, Verify, checksum
+from megatron_dypo.weight_sync.stored import matrix, stored_tensors
 
 BACKEND = "megatron_dypo"
 
@@ -117,28 +119,64 @@ def _map(process: int, descriptor: int, size: int) -> mmap.mmap:
 class WorkerExtension:
     """Methods that the trainer calls on vLLM's workers round an update."""
 
-    def prepare_update(self, checksums: bool) -> None:
-        """End an update that was never finished; with ``checksums``, take one of each tensor of the next.
+    def prepare_update(self, verify: Verify, number: int = 0, of: int = 1) -> None:
+        """End an update that was never finished, and get ready to report on the next (``weight_report``): on the
+        tensors of turn ``number`` of ``of``.
 
         vLLM takes an update that failed to be over, but some of its layers still wait for the rest of their tensors.
         """
         self._weight_update_active = True
         self.finish_weight_update()
         model = self.model_runner.get_model()
-        self._checksums: dict[str, str] = {}
         vars(model).pop("load_weights", None)  # the last update's wrapper
-        if checksums:
+        if verify != "off":
+            self._proof = Proof(model, verify, Turn(number, of))
             load = model.load_weights
-            model.load_weights = lambda weights: load(self._watched(weights))
+            model.load_weights = lambda weights: load(self._proof.watched(weights))
 
-    def _watched(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def weight_report(self) -> dict[str, dict]:
+        """``Proof.report`` of the last update."""
+        return self._proof.report()
+
+
+class Proof:
+    """What a model was given in an update, and whether its layers have it now."""
+
+    def __init__(self, model: torch.nn.Module, verify: Verify, turn: Turn):
+        self._model, self._turn, self._reads_back = model, turn, verify == "stored"
+        self._stored = stored_tensors(model) if self._reads_back else {}  # before vLLM takes its layers apart
+        self._times: Counter[str] = Counter()
+        self._given: dict[str, str] = {}
+        self._own: dict[str, tuple[str, torch.dtype]] = {}  # of this worker's part
+
+    def watched(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The weights, of which checksums are taken on their way into the model."""
         for name, tensor in weights:
-            self._checksums[name] = checksum(tensor)
+            self._times[name] += 1
+            if self._times[name] > 1:
+                continue  # vLLM counts elements to know when a layer has all, and would take it for another tensor
+            if self._turn.has(name):
+                self._given[name] = checksum(tensor)
+                if name in self._stored:
+                    stored = self._stored[name]
+                    self._own[name] = stored.checksum(stored.cut(tensor)), tensor.dtype
             yield name, tensor
 
-    def taken_checksums(self) -> dict[str, str]:
-        """By name, of what the model was given in the last update."""
-        return self._checksums
+    def report(self) -> dict[str, dict]:
+        """By name: how many ``times`` a tensor came, the checksum of what was ``given`` of those that have their turn,
+        and what is wrong with what is ``stored``; with `verify_sync: stored` all of them are read back now."""
+        wrong = {}
+        matrix.cache_clear()
+        for name in self._given if self._reads_back else ():
+            if name not in self._own:
+                wrong[name] = "cannot be read back from vLLM's layers: only `sent` works here"
+                continue
+            expected, dtype = self._own[name]
+            stored = self._stored[name]
+            if stored.checksum(stored.read().to(dtype)) != expected:
+                wrong[name] = "is not what the engine has stored"
+        matrix.cache_clear()
+        return {"times": dict(self._times), "given": self._given, "stored": wrong}
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:  # its only way to ask
