@@ -24,6 +24,8 @@ from megatron_dypo.errors import TrainingError, UserError
 from megatron_dypo.evaluate.suites import Suite, load_suites
 from megatron_dypo.models.limits import check_layout, check_policy, check_window
 from megatron_dypo.models.shape import ModelShape, hf_folder, model_shape
+from megatron_dypo.objectives.coefficients import needs_reference
+from megatron_dypo.objectives.own_loss import load_own_loss, try_out
 from megatron_dypo.objectives.recipes import recipe
 from megatron_dypo.policy.accelerations import refusal
 from megatron_dypo.records import Group, Prompt
@@ -72,6 +74,9 @@ def check_inputs(config: Config, source: str) -> Inputs:
     config.model.dtype = names[distributed.training_dtype(config.model.dtype)]
     if why := refusal(config.model, shape.head_dim):
         raise UserError(f"{source}: {why}")
+    if config.objective.loss_function:
+        own = load_own_loss(config.objective.loss_function)
+        try_out(own, config.objective, needs_reference(config.objective))
     if config.model.hf:
         check_folder(hf_folder(config.model.hf), shape)
     train, valid = load_data(config.data, is_custom(config.reward.function))

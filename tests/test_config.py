@@ -468,7 +468,7 @@ def test_a_path_key_knows_the_home_folder_and_the_environment(tmp_path, smallest
         own = {"data.experts": ["objective.method=chord"], "rollout.replay": ["rollout.engine=replay"]}
         other = ({"model.hf": ["model.preset=null"]} | own).get(name, [])
         for text, expected in (("~/x y", f"{tmp_path}/home/x y"), ("$DATA/x", "/data/x"), ("${DATA}2", "/data2")):
-            suffix = ".py:score" if name == "reward.function" else ""
+            suffix = ".py:score" if name in ("reward.function", "objective.loss_function") else ""
             config = load_config(smallest, [f"{name}={text}{suffix}", *other])
             assert attrgetter(name)(config) == expected + suffix
     config = load_config(smallest, ["logging.wandb=offline", "logging.wandb_project=$DATA", "evaluation.system=~/x"])

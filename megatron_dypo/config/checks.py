@@ -6,7 +6,7 @@ import re
 from urllib.parse import urlsplit
 
 from megatron_dypo.config.reads import GROUPED, QUEUEING
-from megatron_dypo.config.schema import Config, Reward
+from megatron_dypo.config.schema import Config, Objective, Reward
 from megatron_dypo.config.sections_rollout import REWARD_FUNCTIONS
 from megatron_dypo.errors import UserError
 
@@ -116,11 +116,20 @@ def _rules(config: Config):
         config.trainer.eval_every > 0 and config.data.valid is None and not config.evaluation.suites,
         "trainer.eval_every: needs data.valid or evaluation.suites",
     )
+    yield from _loss_rules(objective)
     yield from _reward_rules(config.reward, rollout.max_response_tokens)
     local = {"sdpa", "flash"}
     yield (
         (model.layer_spec, model.attention_backend) in {("local", "te"), *(("te", backend) for backend in local)},
         f"model.attention_backend: {model.attention_backend} does not go with model.layer_spec: {model.layer_spec}",
+    )
+
+
+def _loss_rules(objective: Objective):
+    named = objective.loss_function
+    yield (
+        named is not None and not is_custom(named),
+        f"objective.loss_function: {named!r} is neither package.module:function nor path/file.py:function",
     )
 
 

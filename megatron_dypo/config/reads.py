@@ -84,7 +84,12 @@ _LUFFYS = Condition(
         config.objective.shape == "luffy" or (config.objective.shape is None and config.objective.method in LUFFYS)
     ),
 )
-_BOUNDED = _one_of("objective.surrogate", "clip", "cispo")
+_FUSED = _one_of("objective.loss_function", None)
+_BOUNDED = Condition(
+    "`objective.surrogate: clip` or `cispo` (or by `objective.loss_function`)",
+    ("objective.surrogate", "objective.loss_function"),
+    lambda config: config.objective.surrogate in ("clip", "cispo") or config.objective.loss_function is not None,
+)
 _GAL = (
     _one_of("objective.method", *PAIRS),
     Condition("`objective.alpha` below 1", ("objective.alpha",), lambda config: config.objective.alpha < 1),
@@ -149,17 +154,18 @@ READ_WITH: dict[str, tuple[Condition, ...]] = {
     "objective.queue_order": (_one_of("objective.method", *QUEUEING),),
     "objective.gate": (_one_of("objective.method", *ROUTED),),
     "objective.teachers_per_prompt": (_TEACHES,),
-    "objective.surrogate": (_SAMPLES,),
+    "objective.loss_function": (_SAMPLES,),
+    "objective.surrogate": (_SAMPLES, _FUSED),
     "objective.clip_low": (_SAMPLES, _BOUNDED),
     "objective.clip_high": (_SAMPLES, _BOUNDED),
-    "objective.sapo_tau_pos": (_SAMPLES, _one_of("objective.surrogate", "sapo")),
-    "objective.sapo_tau_neg": (_SAMPLES, _one_of("objective.surrogate", "sapo")),
+    "objective.sapo_tau_pos": (_SAMPLES, _FUSED, _one_of("objective.surrogate", "sapo")),
+    "objective.sapo_tau_neg": (_SAMPLES, _FUSED, _one_of("objective.surrogate", "sapo")),
     "objective.kl_coef": (_SAMPLES,),
     "objective.hard_max_solved": (_one_of("objective.method", *ROUTED), _one_of("objective.gate", "reward")),
     "objective.aggregation": (_SAMPLES,),
     "objective.aggregation_constant": (_SAMPLES, _one_of("objective.aggregation", "constant")),
     "objective.ratio_base": (_SAMPLES,),
-    "objective.ratio_level": (_SAMPLES,),
+    "objective.ratio_level": (_SAMPLES, _FUSED),
     "objective.reference": (_REFERENCE,),
     "objective.advantage_std": (_SAMPLES,),
     "objective.mask_truncated": (_SAMPLES,),

@@ -39,6 +39,11 @@ class Objective(Section):
         "clip",
         "GRPO: what bounds the ratio. `clip`: PPO's minimum; `cispo`: the clipped ratio, held constant, times A logp, so that every token keeps a gradient; `sapo`: 4 / tau sigmoid(tau (ratio - 1)), softly.",
     )
+    loss_function: str | None = key(
+        None,
+        "A loss of your own in place of the surrogate, run unfused: `path/file.py:function` or `package.module:function` (docs/add-an-algorithm.md).",
+        path=True,
+    )
     sapo_tau_pos: float = key(
         1.0, "SAPO's temperature where the advantage is above 0: how soon a ratio ceases to count.", gt=0
     )

@@ -102,6 +102,7 @@ SYNONYMS = {
     # reward
     "reward.function": "reward_funcs reward_function custom_reward_function custom_reward_function.path "
     "custom_reward_function.name reward_fn reward_manager rm_type custom_rm_path reward_model.enable reward_model.path",
+    "objective.loss_function": "custom_loss_function_path custom_loss custom_pg_loss_function_path",
     "objective.mask_truncated": "mask_truncated_completions overlong_filter overlong_filtering",
     "reward.overlong_tokens": "overlong_buffer overlong_buffer.len overlong_buffer.enable overlong_buffer_len",
     "reward.overlong_penalty": "overlong_buffer.penalty_factor overlong_penalty_factor",

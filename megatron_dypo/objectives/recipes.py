@@ -191,7 +191,8 @@ def learning_sources(objective: Objective, group: Group, deferred: bool = False)
 def trained_sources(objective: Objective, group: Group, deferred: bool = False) -> list[Kind]:
     """Kinds of sequences of a group that get any gradient: as ``learning_sources``, or of entropy or KL."""
     terms = _open_terms(objective, group, deferred)
-    held = {term.source for term in terms if objective.entropy_coef or (term.has_ratio and objective.kl_coef)}
+    beside = objective.kl_coef or objective.loss_function  # a user's loss may be any function of an advantage of 0
+    held = {term.source for term in terms if objective.entropy_coef or (term.has_ratio and beside)}
     return sorted({*learning_sources(objective, group, deferred), *held})
 
 

@@ -12,12 +12,14 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dypo.kernels import LossRule, empty_sums, grouped_loss, read_sums
 from megatron_dypo.kernels.grouped_loss import COEFFICIENTS
 from megatron_dypo.objectives.coefficients import SequenceTerms
 from megatron_dypo.objectives.correction import Correction
+from megatron_dypo.objectives.own_loss import OwnLoss, PolicyLossBatch, load_own_loss
 from megatron_dypo.objectives.recipes import recipe, shape
 from megatron_dypo.records import Kind
 
@@ -31,7 +33,8 @@ class TokenStreams:
     [S + 1], the terms' shares, and each token's log-prob in nats [N] under the old policy, the rollout engine and the
     reference.
 
-    Teacher traces have none of the three; rollouts have no reference where no term reads it.
+    Teacher traces have none of the three; rollouts have no reference where no term reads it. ``own`` is a user's loss
+    in place of the surrogate, which looks at whole responses, over the ranks of ``context_group``.
     """
 
     coefficients_CS: Tensor
@@ -43,9 +46,13 @@ class TokenStreams:
     old_N: Tensor | None = None
     rollout_N: Tensor | None = None
     reference_N: Tensor | None = None
+    context_group: dist.ProcessGroup | None = None
     sums_MSL: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        named, has_responses = self.objective.loss_function, self.old_N is not None and len(self.cu_seqlens) > 1
+        self.own = load_own_loss(named) if named and has_responses else None
+        self.own_totals: dict[str, float] = {}
         self.sums_MSL = empty_sums(len(self.cu_seqlens) - 1, self.cu_seqlens.device)
         self.rule = LossRule(
             clip_low=self.objective.clip_low,
@@ -81,11 +88,15 @@ class TokenStreams:
 
     def terms(self, logp_t: Tensor, entropy_t: Tensor | None, t: slice) -> tuple[Tensor, ...]:
         """(loss summands [t], dL/dlogp [t], with an entropy bonus dL/dentropy [t]) of the tokens ``t``, given their
-        log-probs and entropies under the current policy."""
-        return grouped_loss(
+        log-probs and entropies under the current policy. With an ``own`` loss ``t`` is all of them."""
+        table_CS = self.coefficients_CS
+        if self.own is not None:
+            table_CS = table_CS.clone()
+            table_CS[COEFFICIENTS.index("advantage")] = 0.0  # no surrogate is left; KL and all other terms are
+        terms = grouped_loss(
             logp_t.detach(),
             self.cu_seqlens,
-            self.coefficients_CS,
+            table_CS,
             self.sums_MSL,
             self.rule,
             first=t.start,
@@ -94,6 +105,48 @@ class TokenStreams:
             reference=_part(self.reference_N, t),
             entropy=None if entropy_t is None else entropy_t.detach(),
         )
+        return terms if self.own is None else self._with_own(self.own, terms, logp_t, entropy_t)
+
+    def _with_own(
+        self, own: OwnLoss, terms: tuple[Tensor, ...], logp_N: Tensor, entropy_N: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same summands and slopes with the user's added."""
+        if entropy_N is None or self.old_N is None or self.rollout_N is None or len(logp_N) != len(self.old_N):
+            raise ValueError(f"{own}: needs all of a micro-batch's tokens, with entropies and three log-probs")
+        advantage_N, weight_N = (
+            self.coefficients_CS[COEFFICIENTS.index(name)].repeat_interleave(
+                self.cu_seqlens.diff(), output_size=len(logp_N)
+            )
+            for name in ("advantage", "grpo")
+        )
+        batch = PolicyLossBatch(
+            logp_N,
+            entropy_N,
+            self.old_N,
+            self.rollout_N,
+            self.reference_N,
+            advantage_N,
+            weight_N * self.correction.weight(self.old_N - self.rollout_N),
+            self.cu_seqlens,
+            self.objective,
+            self.context_group,
+        )
+        summands_N, dlogp_N, dentropy_N, metrics = own.slopes(batch)
+        (term,) = {term.name for term in recipe(self.objective).terms if term.has_ratio}
+        sums = {f"loss_function/{name}": values_N for name, values_N in metrics.items()}
+        sums |= {f"loss/{term}": summands_N / (self.share[term] or 1.0), f"grad_share/{term}": dlogp_N.abs()}
+        self.own_totals = {name: values_N.double().sum().item() for name, values_N in sums.items()}
+        bonus_N = terms[2] if len(terms) > 2 else torch.zeros_like(logp_N)
+        return terms[0] + summands_N, terms[1] + dlogp_N, bonus_N + dentropy_N
+
+    def loss(self, logp_N: Tensor, entropy_N: Tensor | None) -> Tensor:
+        """The sum of all tokens' summands, float64, differentiable in ``logp_N`` and ``entropy_N`` [N]."""
+        summands_N, *slopes = self.terms(logp_N, entropy_N, slice(0, len(logp_N)))
+        loss = summands_N.double().sum()
+        for slope_N, x_N in zip(slopes, (logp_N, entropy_N), strict=False):
+            if x_N is not None:
+                loss = loss + (slope_N.double() * (x_N - x_N.detach()).double()).sum()
+        return loss
 
     @property
     def totals(self) -> dict[str, float]:
@@ -120,7 +173,8 @@ class TokenStreams:
             totals[f"grad_share/{term.name}"] = own_S * dlogp_S
         if self.rule.entropy:
             totals["loss/entropy"] = -table["entropy"] * sums["entropy"]
-        return {name: total_S.sum().item() for name, total_S in totals.items()}
+        found = {name: total_S.sum().item() for name, total_S in totals.items()}
+        return found | {name: found.get(name, 0.0) + value for name, value in self.own_totals.items()}
 
 
 def dypo_loss(
@@ -131,12 +185,7 @@ def dypo_loss(
     The value leaves out what is not local to a token (``BatchTerms.gal_loss``, ``grpo_sequence_loss``); the gradient is
     complete.
     """
-    summands_N, *slopes = streams.terms(logp_N, entropy_N, slice(0, len(logp_N)))
-    loss = summands_N.double().sum()
-    for slope_N, x_N in zip(slopes, (logp_N, entropy_N), strict=False):
-        if x_N is not None:
-            loss = loss + (slope_N.double() * (x_N - x_N.detach()).double()).sum()
-    return loss, streams.totals
+    return streams.loss(logp_N, entropy_N), streams.totals
 
 
 def _part(stream_N: Tensor | None, t: slice) -> Tensor | None:

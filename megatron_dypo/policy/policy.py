@@ -66,6 +66,7 @@ class Policy:
         engine = choose(config.model, shape.head_dim).transformer_engine
         self._offsets_on = device() if engine else torch.device("cpu")
         self._frequencies = frequencies(shape).to(device())
+        self.context_group = mpu.get_context_parallel_group() if layout.cp > 1 else None
         self.version = 0
         self._replays = config.policy.routing_replay != "off"
         self._routed: list[Routing] = []  # of the last training pass, until its metrics are taken
@@ -97,8 +98,13 @@ class Policy:
         by_batch = {id(batch): stream for batch, stream in zip(batches, streams, strict=True)}
 
         def loss(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, LogProbs]:
-            inputs = self._head_inputs(hidden, batch)
-            value, logprobs = linear_loss(*inputs, by_batch[id(batch)].terms, entropy=True, **self._head_options(batch))
+            inputs, options, stream = self._head_inputs(hidden, batch), self._head_options(batch), by_batch[id(batch)]
+            if stream.own is None:
+                value, logprobs = linear_loss(*inputs, stream.terms, entropy=True, **options)
+            else:
+                attached = linear_logprob(*inputs, entropy=True, **options)
+                value = stream.loss(attached.logp, attached.entropy).to(attached.logp.dtype)
+                logprobs = LogProbs(*(x_N.detach() for x_N in attached))
             return value, torch.zeros((), dtype=torch.int), logprobs
 
         self._run(batches, loss, forward_only=False, routings=self._routed)

@@ -8,18 +8,15 @@ attribute, no other name.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import math
-import os
 import re
 import sys
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
-from types import ModuleType
 from typing import Any
+
+from megatron_dypo.runtime.user_code import load_function
 
 _EVALUATES = re.compile(r"\b(?:eval|exec)\(|parse_expr|sympify")
 _PLAIN = re.compile(r"[A-Za-z0-9]+")  # one word by itself names something, and does nothing
@@ -96,10 +93,7 @@ def _dataset(source: str) -> Any:
 
 def _own(function: str) -> Grader:
     """A user's function, called as verl calls it."""
-    where, _, name = function.rpartition(":")
-    compute = getattr(_module(where), name, None)
-    if compute is None:
-        raise AttributeError(f"{where} has no {name}")
+    compute = load_function(function)
     keywords = dict.fromkeys(("data_source", "solution_str", "ground_truth", "extra_info"))
     inspect.signature(compute).bind(**keywords)
 
@@ -109,21 +103,6 @@ def _own(function: str) -> Grader:
         )
 
     return grade
-
-
-def _module(where: str) -> ModuleType:
-    if not where.endswith(".py"):
-        sys.path.insert(0, os.getcwd())  # as ``python -m`` would find it
-        return importlib.import_module(where)
-    path = Path(where).resolve()
-    if not path.is_file():
-        raise FileNotFoundError("no such file")
-    sys.path.insert(0, str(path.parent))  # for modules beside it
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def score_of(value: Any) -> float:

@@ -90,15 +90,17 @@ def prompts(minibatch: MiniBatch) -> str:
 def _from_cause_to_effect(stream: TokenStreams, logp_N: Tensor) -> list[tuple[str, Tensor]]:
     """(what it is, values [N]): what a micro-batch's tokens were given, and what follows from it."""
     entropy_N = torch.zeros_like(logp_N)  # which no dL/dlogp reads
-    _, dlogp_N, *_ = replace(stream).terms(logp_N, entropy_N, slice(0, len(logp_N)))
+    summands_N, dlogp_N, *_ = replace(stream).terms(logp_N, entropy_N, slice(0, len(logp_N)))
     coefficients_N = stream.coefficients_CS.sum(0).repeat_interleave(stream.cu_seqlens.diff())
+    own = "" if stream.own is None else f" ({stream.own})"
     given = [
         ("engine log-prob", stream.rollout_N),
         ("policy log-prob", logp_N),
         ("old log-prob", stream.old_N),
         ("reference log-prob", stream.reference_N),
         ("coefficient", coefficients_N),
-        ("dL/dlogp", dlogp_N),
+        (f"dL/dlogp{own}", dlogp_N),
+        (f"loss{own}", summands_N),
     ]
     return [(what, values_N) for what, values_N in given if values_N is not None]
 

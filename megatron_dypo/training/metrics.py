@@ -214,7 +214,10 @@ def _all_metrics(stats: UpdateStats, terms: BatchTerms, objective: Objective) ->
     } | {name: totals[name] for name in (f"grad_share/{name}" for name in names)}
     if totals["rollout_tokens"]:
         metrics["policy/entropy"] = totals["entropy"] / totals["rollout_tokens"]
-        metrics["policy/clip_frac"] = (totals["clipped"] + terms.clipped_tokens) / totals["rollout_tokens"]
+        if objective.loss_function is None:
+            metrics["policy/clip_frac"] = (totals["clipped"] + terms.clipped_tokens) / totals["rollout_tokens"]
+        of_own = {name: value for name, value in totals.items() if name.startswith("loss_function/")}
+        metrics |= {name: value / totals["rollout_tokens"] for name, value in of_own.items()}
     if objective.entropy_coef:
         metrics["loss/entropy"] = totals["loss/entropy"]
         metrics["loss/total"] += totals["loss/entropy"]

@@ -99,7 +99,7 @@ def warm_up(policy: Policy, config: Config) -> float:
     ]
     # Log-probs are of the last pipeline stage, where the loss is.
     logp: list[Tensor | None] = [*policy.logprobs(batches)] or [None] * len(batches)
-    policy.accumulate(batches, [_streams(*each, config) for each in zip(batches, kinds, logp, strict=True)])
+    policy.accumulate(batches, [_streams(policy, *each, config) for each in zip(batches, kinds, logp, strict=True)])
     policy.routing_metrics()  # taken, or the first step would find them
     policy.zero_gradients()
     if torch.cuda.is_available():
@@ -112,7 +112,7 @@ def _made_up(kind: Kind, length: int, vocabulary: int) -> Sequence:
     return Sequence(ids, length // 4, kind, 0, 0)
 
 
-def _streams(batch: MicroBatch, kind: Kind, logp_N: Tensor | None, config: Config) -> TokenStreams:
+def _streams(policy: Policy, batch: MicroBatch, kind: Kind, logp_N: Tensor | None, config: Config) -> TokenStreams:
     """What a micro-batch's loss reads, of either kind of sequence."""
     sampled_N = logp_N if kind == Kind.ROLLOUT else None
     return TokenStreams.of(
@@ -121,6 +121,7 @@ def _streams(batch: MicroBatch, kind: Kind, logp_N: Tensor | None, config: Confi
         device=device(),
         objective=config.objective,
         correction=Correction.of(config.rollout),
+        context_group=policy.context_group,
         share=shares(config.objective, 1),
         old_N=sampled_N,
         rollout_N=sampled_N,

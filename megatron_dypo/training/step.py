@@ -110,7 +110,7 @@ def run_updates(policy: Policy, minibatches: list[MiniBatch], config: Config, co
             deferred=minibatch.deferred,
         )
         batches = minibatch.batches
-        streams = [_streams(minibatch, terms, b, config, correction) for b in range(len(batches))]
+        streams = [_streams(policy, minibatch, terms, b, config, correction) for b in range(len(batches))]
         with phase("training pass"):
             policy.accumulate(batches, streams)
             stats = share_update_stats(policy, streams)
@@ -161,7 +161,9 @@ def _reason_to_skip(
     return None
 
 
-def _streams(minibatch: MiniBatch, terms: BatchTerms, b: int, config: Config, correction: Correction) -> TokenStreams:
+def _streams(
+    policy: Policy, minibatch: MiniBatch, terms: BatchTerms, b: int, config: Config, correction: Correction
+) -> TokenStreams:
     """What the loss of micro-batch ``b`` (rollouts first, then traces) reads."""
     is_rollout = b < len(minibatch.rollouts)
     batch = minibatch.batches[b]
@@ -175,6 +177,7 @@ def _streams(minibatch: MiniBatch, terms: BatchTerms, b: int, config: Config, co
         device=device(),
         objective=config.objective,
         correction=correction,
+        context_group=policy.context_group,
         share=terms.share,
         old_N=known["old"],
         rollout_N=known["rollout"],

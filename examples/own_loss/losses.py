@@ -1,0 +1,30 @@
+"""Losses of one's own, for objective.loss_function: PPO's clipped surrogate, GSPO's and CISPO's, as verl has them.
+
+Each gets a micro-batch of responses (megatron_dypo.objectives.own_loss.PolicyLossBatch) and returns a loss for each
+token, before any normaliser, and if it likes metrics. Legend: N tokens, S responses.
+"""
+
+import torch
+
+
+def clipped(batch):
+    """What `objective.surrogate: clip` is."""
+    ratio_N = torch.exp(batch.log_prob - batch.old_log_prob)
+    low, high = 1 - batch.objective.clip_low, 1 + batch.objective.clip_high
+    free_N, bounded_N = ratio_N * batch.advantages, ratio_N.clamp(low, high) * batch.advantages
+    return -torch.minimum(free_N, bounded_N), {"clip_frac": (bounded_N < free_N).float()}
+
+
+def gspo(batch):
+    """One ratio a response, the mean of its tokens' log-ratios (GSPO, arXiv 2507.18071)."""
+    ratio_S = torch.exp(batch.sequence_mean(batch.log_prob - batch.old_log_prob))
+    ratio_N = batch.per_token(ratio_S)
+    low, high = 1 - batch.objective.clip_low, 1 + batch.objective.clip_high
+    return -torch.minimum(ratio_N * batch.advantages, ratio_N.clamp(low, high) * batch.advantages)
+
+
+def cispo(batch):
+    """A bounded ratio, held constant, weighs the log-prob, so that no token loses its gradient (arXiv 2506.13585)."""
+    ratio_N = torch.exp(batch.log_prob - batch.old_log_prob).detach()
+    bounded_N = ratio_N.clamp(1 - batch.objective.clip_low, 1 + batch.objective.clip_high)
+    return -bounded_N * batch.advantages * batch.log_prob
