@@ -422,8 +422,9 @@ def test_dynamic_sampling_keeps_the_groups_in_which_something_has_a_coefficient(
         batch = make_batch([row], config.objective)
         for response, is_cut in zip(batch.groups[0].responses, cut_off, strict=True):
             response.finish_reason = "length" if is_cut else "stop"
-        _, terms = coefficients(batch, config.objective, Correction())
-        columns = [(x.advantage * x.grpo, x.slope, x.nll, x.shaped) for x in terms.sequences]
+        sequences, terms = coefficients(batch, config.objective, Correction())
+        sampled = [x for x, sequence in zip(terms.sequences, sequences, strict=True) if sequence.group == 0]
+        columns = [(x.advantage * x.grpo, x.slope, x.nll, x.shaped) for x in sampled]
         kept.append(sampling.trains(batch.groups[0]))
         assert kept[-1] == any(map(any, columns)), (row, cut_off)
     assert any(kept)
