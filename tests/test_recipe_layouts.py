@@ -29,7 +29,12 @@ OBJECTIVES = {  # in three updates, all with KL and clipped tokens where the rec
     "luffy": {"entropy_coef": 0.03, "aggregation": "token_mean", "advantage_std": "none"},
     "relift": {"entropy_coef": 0.03, "demo_aggregation": "token_mean"},
     "sft": {"entropy_coef": 0.03, "demo_aggregation": "token_mean"},
-    "switch": {"entropy_coef": 0.03, "aggregation": "constant", "normalize": "active"},
+    "switch": {
+        "entropy_coef": 0.03,
+        "aggregation": "constant",
+        "normalize": "active",
+        "demo_aggregation": "token_mean",
+    },
 }
 BRIEFLY = {"luffy": tuple(LAYOUTS), "chord": ("pipeline", "distributed")}
 MATRIX = [

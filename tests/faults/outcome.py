@@ -40,8 +40,9 @@ def assert_on_track(run_dir: Path, reference: Path) -> None:
     assert without_times(lines) == without_times(metrics(reference / "run"))[: len(lines)]
 
 
-def assert_same_outcome(folder: Path, reference: Path, steps: int) -> None:
-    """Both folders hold a ``run/`` and ``rollouts/``: the same metrics, rollouts, files and weights."""
+def assert_same_outcome(folder: Path, reference: Path, steps: int, keeps_reference: bool = True) -> None:
+    """Both folders hold a ``run/`` and ``rollouts/``: the same metrics, rollouts, files, weights, moments, and weights
+    of a reference policy, if it ``keeps_reference``."""
     lines = metrics(folder / "run")
     assert [line["step"] for line in lines] == list(range(steps + 1)), "steps are missing or doubled"
     assert without_times(lines) == without_times(metrics(reference / "run"))
@@ -51,7 +52,8 @@ def assert_same_outcome(folder: Path, reference: Path, steps: int) -> None:
         assert (folder / "rollouts" / recorded.name).read_bytes() == recorded.read_bytes(), recorded.name
     checkpoints = [str(path / "run" / "checkpoints" / f"step_{steps}") for path in (folder, reference)]
     ours, theirs = _digests(checkpoints[0]), _reference_digests(checkpoints[1])
-    assert any("exp_avg" in name for name in ours) and any("reference" in name for name in ours)
+    assert any("exp_avg" in name for name in ours)
+    assert any("reference" in name for name in ours) == keeps_reference
     assert ours == theirs
     ours, theirs = (json.loads(Path(path, "state.json").read_text()) for path in checkpoints)
     assert ours == theirs

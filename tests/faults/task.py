@@ -1,4 +1,4 @@
-"""The run that the fault tests disturb: 20 steps on two ranks, with all that has to be resumed in play."""
+"""The runs that the fault tests disturb: 20 steps on two ranks, with all that has to be resumed in play."""
 
 from __future__ import annotations
 
@@ -36,19 +36,33 @@ LAYOUTS = {
     },
 }
 
+NO_REFERENCE = {"objective__kl_coef": 0.0, "objective__reference": "initial"}
+RECIPES = {  # dypo's is that of the layouts
+    "grpo": {"objective__teachers_per_prompt": 1, "objective__entropy_coef": 0.01},
+    "luffy": {  # the batch in flight holds draws and rewards of traces
+        "rollout__async_rollout": 1,
+        "rollout__correction": "truncate",
+        "rollout__dynamic_sampling": True,
+        "objective__teachers_per_prompt": 1,
+    },
+    "sft": NO_REFERENCE | {"rollout__samples_per_prompt": 8},
+    "switch": {"objective__updates_per_rollout": 2},
+}
+VARIANTS = LAYOUTS | {name: {"objective__method": name} | keys for name, keys in RECIPES.items()}
 
-def make_task(folder: Path, layout: str = "data") -> Path:
+
+def make_task(folder: Path, variant: str = "data") -> Path:
     """The configuration of such a run in ``folder``, which is to hold its ``run/`` and ``rollouts/``."""
-    return copy_task(folder, rollout__record=str(folder / "rollouts"), **TASK, **LAYOUTS[layout])
+    return copy_task(folder, **{"rollout__record": str(folder / "rollouts")} | TASK | VARIANTS[variant])
 
 
-def reference(root: Path, layout: str = "data") -> Path:
+def reference(root: Path, variant: str = "data") -> Path:
     """The folder below ``root`` of the uninterrupted run; it runs once."""
-    return _run_once(root / layout, layout)
+    return _run_once(root / variant, variant)
 
 
 @cache
-def _run_once(folder: Path, layout: str) -> Path:
-    with Job(folder / "launch", make_task(folder, layout)) as job:
+def _run_once(folder: Path, variant: str) -> Path:
+    with Job(folder / "launch", make_task(folder, variant)) as job:
         assert job.wait() == [0, 0], job.output()
     return folder
