@@ -38,6 +38,12 @@ LAYOUTS = {
 
 NO_REFERENCE = {"objective__kl_coef": 0.0, "objective__reference": "initial"}
 RECIPES = {  # dypo's is that of the layouts
+    "chord": {  # the schedule bends in mid-run
+        "data__experts": "{folder}/train.jsonl",
+        "data__experts_per_step": 4,
+        "objective__mix": {"warmup": 5, "decay": 8, "peak": 0.9, "valley": 0.1},
+        "objective__teachers_per_prompt": 1,
+    },
     "grpo": {"objective__teachers_per_prompt": 1, "objective__entropy_coef": 0.01},
     "luffy": {  # the batch in flight holds draws and rewards of traces
         "rollout__async_rollout": 1,
@@ -45,6 +51,7 @@ RECIPES = {  # dypo's is that of the layouts
         "rollout__dynamic_sampling": True,
         "objective__teachers_per_prompt": 1,
     },
+    "relift": {"objective__queue_size": 11, "rollout__async_rollout": 1, "rollout__correction": "truncate"},
     "sft": NO_REFERENCE | {"rollout__samples_per_prompt": 8},
     "switch": {"objective__updates_per_rollout": 2},
 }
@@ -53,7 +60,9 @@ VARIANTS = LAYOUTS | {name: {"objective__method": name} | keys for name, keys in
 
 def make_task(folder: Path, variant: str = "data") -> Path:
     """The configuration of such a run in ``folder``, which is to hold its ``run/`` and ``rollouts/``."""
-    return copy_task(folder, **{"rollout__record": str(folder / "rollouts")} | TASK | VARIANTS[variant])
+    keys = {"rollout__record": "{folder}/rollouts"} | TASK | VARIANTS[variant]
+    values = {name: key.format(folder=folder) if isinstance(key, str) else key for name, key in keys.items()}
+    return copy_task(folder, **values)
 
 
 def reference(root: Path, variant: str = "data") -> Path:
