@@ -15,18 +15,21 @@ import pytest
 
 from megatron_dypo.cases.command import show
 from megatron_dypo.config.load import load_keys
+from megatron_dypo.config.schema import Config
 from megatron_dypo.objectives.recipes import recipe
 from megatron_dypo.records import Group, Prompt, Response, Teacher
+from megatron_dypo.rollout.sampling import give_unfinished_reward
 from tests.ranks import run_ranks
 from tests.test_cases import CASES, needs_cases
 from tests.updates import second_update
 
 REPLAYED = (
     "sft-token-mean", "rl-dr-grpo-clip-entropy", "zoo-grpo-std-kl-entropy", "superrl-gate-advantage-nll-sum",
-    "hpt-gate-1-of-2", "luffy-shaped-token-mean", "relift-rl-step", "chord-mu", "chord-phi",
+    "hpt-gate-1-of-2", "luffy-shaped-token-mean", "relift-rl-step", "oat-dr-grpo-truncated",
+    "chord-mu", "chord-phi",
 )  # fmt: skip
 SINGLE = 2e-6  # of the largest slope: float32, and the exponential of a difference of two log-probs in it
-KINDS = {"ROLLOUT": "rollout", "TEACHER": "demo", "EXPERT": "expert"}
+SOURCES = {"ROLLOUT": "rollout", "TEACHER": "demo", "EXPERT": "expert"}
 STREAMS = {"logp": "logp", "entropy": "entropy", "old": "old_logp", "reference": "ref_logp"}
 
 
@@ -38,37 +41,34 @@ def printed(case: dict, folder: Path, capsys: pytest.CaptureFixture) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def groups_of(case: dict, name: str, scored: bool) -> tuple[list[Group], dict[tuple, int]]:
-    """Groups of the case's prompts, and where it lists a group's sequences: (group, source, sample) -> place.
-
-    ``scored``: whether its demos have rewards.
-    """
+def groups_of(case: dict, name: str, config: Config) -> tuple[list[Group], dict[tuple, int]]:
+    """Groups of the case's prompts, and where it lists a group's sequences: (group, source, sample) -> place."""
     random = np.random.default_rng(len(name))
-    prompts = list(dict.fromkeys(sequence["prompt"] for sequence in case["sequences"]))
+    scored = recipe(config.objective).scores_traces
+    members: dict[int, dict[str, list[int]]] = {}  # places of each prompt's sequences by source
+    for place, sequence in enumerate(case["sequences"]):
+        members.setdefault(sequence["prompt"], {}).setdefault(sequence["source"], []).append(place)
     groups, places = [], {}
-    for g, prompt in enumerate(prompts):
-        members: dict[str, list[dict]] = {"rollout": [], "demo": [], "expert": []}
-        for place, sequence in enumerate(case["sequences"]):
-            if sequence["prompt"] == prompt:
-                places[g, sequence["source"], len(members[sequence["source"]])] = place
-                members[sequence["source"]].append(sequence)
+    for g, by_source in enumerate(members.values()):
+        places |= {(g, source, i): place for source, of in by_source.items() for i, place in enumerate(of)}
+        rollouts, demos, experts = ([case["sequences"][i] for i in by_source.get(of, ())] for of in SOURCES.values())
         responses = [
             Response(
                 random.integers(3, 128, len(rollout["logp"])).astype(np.int32),
                 np.full(len(rollout["logp"]), -4.0, np.float32),
-                "stop",
+                "stop" if rollout.get("finished", True) else "length",
                 rollout["reward"],
             )
-            for rollout in members["rollout"]
+            for rollout in rollouts
         ]
-        demos = members["demo"] + members["expert"]
-        teachers = tuple(Teacher("t", "x" * len(demo["logp"])) for demo in demos)
-        rewards = tuple(1.0 if demo.get("reward") is None else demo["reward"] for demo in demos)
-        prompt_ids = random.integers(3, 128, 5).astype(np.int32)
-        draw = tuple(range(len(demos)))
-        scores = rewards if scored else ()
-        is_expert = bool(members["expert"])
-        groups.append(Group(Prompt(f"{name}{g}", "", teachers), prompt_ids, responses, None, draw, scores, is_expert))
+        for response in responses:
+            give_unfinished_reward(response, config)
+        traces = demos or experts
+        teachers = tuple(Teacher("t", "x" * len(trace["logp"])) for trace in traces)
+        rewards = tuple(1.0 if trace.get("reward") is None else trace["reward"] for trace in traces * scored)
+        prompt = Prompt(f"{name}{g}", "", teachers)
+        ids, draw = random.integers(3, 128, 5).astype(np.int32), tuple(range(len(traces)))
+        groups.append(Group(prompt, ids, responses, None, draw, rewards, expert=bool(experts)))
     return groups, places
 
 
@@ -80,22 +80,20 @@ def trace_of_its_length(group: Group, i: int) -> np.ndarray:
 @needs_cases
 @pytest.mark.parametrize("name", REPLAYED)
 def test_an_update_by_a_printed_configuration_has_the_slopes_that_the_command_prints(name, tmp_path, capsys):
-    case = dict(CASES[name])
-    if "step" in case["settings"]:
-        case["settings"] = case["settings"] | {"step": 2}  # of the second update
+    case = CASES[name]
     keys = printed(case, tmp_path, capsys)["config"]
     config = load_keys([f"{key}={json.dumps(value)}" for key, value in keys.items()], "config")
-    scored = recipe(config.objective).scores_traces
-    (first, _), (second, places) = (groups_of(case, name, scored) for name in ("first", "second"))
+    (first, _), (second, places) = (groups_of(case, name, config) for name in ("first", "second"))
     sections = {"objective": config.objective.model_dump()}
-    (update,) = run_ranks(1, second_update, sections, first, second, trace_of_its_length)
+    step = case["settings"].get("step", 2)
+    (update,) = run_ranks(1, second_update, sections, first, second, trace_of_its_length, step)
     sequences = [dict(sequence) for sequence in case["sequences"]]
     slopes = {
         "dlogp": [[0.0] * len(x["logp"]) for x in sequences],
         "dentropy": [[0.0] * len(x["logp"]) for x in sequences],
     }
     for found in update["sequences"]:
-        place = places[found["group"], KINDS[found["kind"]], found["sample"]]
+        place = places[found["group"], SOURCES[found["kind"]], found["sample"]]
         sequences[place] |= {theirs: found[ours] for ours, theirs in STREAMS.items() if ours in found}
         for of, values in slopes.items():
             values[place] = found.get(of, values[place])

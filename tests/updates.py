@@ -11,9 +11,9 @@ from megatron_dypo.records import Group
 from tests.batches import for_recipe, make_config, make_groups, trace_ids
 
 
-def second_update(sections: dict, first: list[Group], second: list[Group], trace=trace_ids) -> dict:
-    """On a forked rank: a step on made-up groups, then one with an update on ``first`` and one on ``second``, of as
-    many prompts. ``trace(group, i)``: ids of teacher i's trace.
+def second_update(sections: dict, first: list[Group], second: list[Group], trace=trace_ids, at: int = 2) -> dict:
+    """On a forked rank: a step on made-up groups, then step ``at`` with an update on ``first`` and one on ``second``,
+    of as many prompts. ``trace(group, i)``: ids of teacher i's trace.
 
     Returns ``weights`` by policy (reference, old, now), and of the last update ``metrics``, ``gradients`` by Hugging
     Face names, and ``sequences``: group, kind, sample, and each token's streams and slopes [n] by name.
@@ -64,7 +64,7 @@ def second_update(sections: dict, first: list[Group], second: list[Group], trace
         return reports[-1]
 
     TokenStreams.terms, policy.accumulate, step.update_metrics = watched_terms, watched_accumulate, watched_metrics
-    minibatch = train(2, first + second, trace)[1]
+    minibatch = train(at, first + second, trace)[1]
     sequences = []
     for batch, stream in packed:
         parts = [torch.cat(pieces) for pieces in zip(*seen[id(stream)], strict=True)]
