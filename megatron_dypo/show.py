@@ -14,6 +14,7 @@ import numpy as np
 
 from megatron_dypo.config.checks import is_custom
 from megatron_dypo.config.schema import Config
+from megatron_dypo.config.stages import stages_of
 from megatron_dypo.data.dataset import load_prompts, read_prompts
 from megatron_dypo.data.provenance import start_day
 from megatron_dypo.data.rows import Escapes, strings
@@ -31,14 +32,19 @@ _LONGEST = 3000  # characters of a text that is printed; JSON has all
 def show(config: Config, count: int, as_json: bool) -> None:
     """Print the first ``count`` prompts of `data.train` and `data.experts` with their traces, and one of each suite.
 
-    The JSON is a list of ``{"id", "prompt_ids", "prompt", "traces": [{"name", "ids", "text"}], "warnings"}``. Raises
-    UserError where model, tokenizer or data cannot be read.
+    The JSON is a list of ``{"id", "prompt_ids", "prompt", "traces": [{"name", "ids", "text"}], "warnings"}``, with
+    ``stage`` (which, its steps and recipe) in a run of several. Raises UserError where model, tokenizer or data cannot
+    be read.
     """
     found = entries(config, count)
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
         return
+    stage = None
     for entry in found:
+        if entry.get("stage") != stage:
+            stage = entry["stage"]
+            print(f"##### {stage}")
         print(f"=== {entry['id']}: {len(entry['prompt_ids'])} tokens")
         print(_printed(entry["prompt"]))
         for trace in entry["traces"]:
@@ -53,15 +59,20 @@ def entries(config: Config, count: int) -> list[dict[str, Any]]:
     """What ``show`` prints."""
     asked_plain, config.data.plain_chat = config.data.plain_chat, True  # shown with a warning instead of refused
     tokenizer = load_tokenizer(config, model_shape(config.model), start_day(Path(config.trainer.run_dir)))
-    data, settings = config.data, config.evaluation
-    escapes: Escapes = "repair" if data.repair_escapes else "keep"
-    own = is_custom(config.reward.function)
-    prompts = load_prompts(data.train, data.skip_bad_rows, escapes=escapes, any_truth=own)[:count]
-    if data.experts:
-        prompts += read_prompts(data.experts, data.skip_bad_rows, escapes=escapes, graded=False)[:count]
+    own, settings, found = is_custom(config.reward.function), config.evaluation, []
+    for stage in stages_of(config):
+        data = stage.config.data
+        escapes: Escapes = "repair" if data.repair_escapes else "keep"
+        prompts = load_prompts(data.train, data.skip_bad_rows, escapes=escapes, any_truth=own)[:count]
+        if data.experts:
+            prompts += read_prompts(data.experts, data.skip_bad_rows, escapes=escapes, graded=False)[:count]
+        of_it = {"stage": stage.title} if stage.named else {}
+        found += [_entry(prompt, tokenizer, stage.config, asked_plain) | of_it for prompt in prompts]
     if settings.suites and (settings.data or config.trainer.eval_every):
-        prompts += [first for first, *_ in load_suites(settings.suites, settings, "evaluation.suites").values()]
-    return [_entry(prompt, tokenizer, config, asked_plain) for prompt in prompts]
+        suites = load_suites(settings.suites, settings, "evaluation.suites").values()
+        of_it = {"stage": "evaluation"} if config.stages else {}
+        found += [_entry(first, tokenizer, config, asked_plain) | of_it for first, *_ in suites]
+    return found
 
 
 def _entry(prompt: Prompt, tokenizer: Tokenizer, config: Config, plain_chat: bool) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from megatron_dypo.checkpoint.catalog import prefetched_file, step_folder
 from megatron_dypo.checkpoint.manager import Counters, Saver, load_newest
 from megatron_dypo.config.checks import warnings
 from megatron_dypo.config.schema import Config
+from megatron_dypo.config.stages import Stage, stage_at, stages_of
 from megatron_dypo.convert.hf_weights import folder_weights
 from megatron_dypo.errors import TrainingError
 from megatron_dypo.evaluate.in_training import evaluate_now
@@ -28,7 +29,6 @@ from megatron_dypo.objectives.queue import DeferredQueue, failed
 from megatron_dypo.objectives.recipes import recipe
 from megatron_dypo.planner.placement import place_reference
 from megatron_dypo.policy.hf_probe import probe
-from megatron_dypo.policy.optimizer import learning_rate
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.preflight import Inputs, agree_on_day, check_agreement, check_inputs
 from megatron_dypo.reward import build_reward
@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 def train(
     config: Config, inputs: Inputs | None = None, start_engine: Callable[..., Engine | None] = build_engine
 ) -> bool:
-    """Run, or resume from the run folder's newest complete checkpoint, until ``trainer.steps``.
+    """Run, or resume from the run folder's newest complete checkpoint, until ``trainer.steps`` or the last stage's.
 
     ``inputs``: what ``check_inputs`` returned; without them they are read and checked here. ``start_engine``:
     called as ``build_engine`` is; one that is running already may be handed over.
@@ -84,6 +84,7 @@ def _train(
     config: Config, inputs: Inputs, layout: Layout, watchdog: Watchdog, start_engine: Callable[..., Engine | None]
 ) -> bool:
     trainer, run_dir, tokenizer = config.trainer, Path(config.trainer.run_dir), inputs.tokenizer
+    stages = stages_of(config)
     check_agreement(config, inputs)
     agree_on_day(config, inputs)
     log.info("%s; %s parameters; starting %s", layout, f"{inputs.shape.parameters:,}", engine_name(config))
@@ -110,15 +111,35 @@ def _train(
             require_finite(policy.parameters, inputs.shape, layout, f"trainer.run_dir: {run_dir}: step {counters.step}")
     if torch.cuda.is_available():  # nothing is compiled on the CPU
         with phase("warm-up"):
-            log.info("compiled and warmed up in %.1f s, before the first step", warm_up(policy, config))
+            seconds = sum(warm_up(policy, stage.config) for stage in stages)
+            log.info("compiled and warmed up in %.1f s, before the first step", seconds)
     saver = Saver(config, policy)
 
     reward = build_reward(config.reward)
-    rollouts = RolloutManager(config, inputs.train, tokenizer, engine, reward, layout, inputs.shape, inputs.experts)
-    if counters.step and (file := prefetched_file(step_folder(run_dir, counters.step))):
-        rollouts.resume(file)
-    queue = DeferredQueue(config.objective.queue_size, config.objective.queue_order, counters.queue)
-    rollouts.deferred(queue.waiting)  # or it says what is missing
+    rollouts_of = [
+        RolloutManager(stage.config, prompts, tokenizer, engine, reward, layout, inputs.shape, experts, stage.before)
+        for stage, prompts, experts in zip(stages, inputs.train, inputs.experts, strict=True)
+    ]
+    under_way = stage_at(stages, counters.step + 1)
+    if counters.step > under_way.before:
+        rollouts_of[under_way.index].deferred(counters.queue)  # or it says what is missing
+        if file := prefetched_file(step_folder(run_dir, counters.step)):
+            rollouts_of[under_way.index].resume(file)
+
+    def enter(step: int) -> tuple[Stage, RolloutManager, DeferredQueue]:
+        """The stage of a step, and what it has; where it begins, the policy goes on with its weights alone."""
+        stage = stage_at(stages, step)
+        if stage.own(step) == 1:
+            policy.begin_stage(stage.config)
+            counters.begin_stage(policy.version)
+            if stage.named:
+                monitor.say(stage.title)
+        objective = stage.config.objective
+        return (
+            stage,
+            rollouts_of[stage.index],
+            DeferredQueue(objective.queue_size, objective.queue_order, counters.queue),
+        )
 
     def sync() -> None:
         if engine:
@@ -145,7 +166,7 @@ def _train(
     if layout.is_main:
         run_folder.describe(config, run_dir)
     with Monitor(config, layout, counters.step) as monitor, reward, StopRequest() as stop, watchdog.reporting():
-        monitor.notice(warnings(config))
+        monitor.notice([f"{stage.prefix}{line}" for stage in stages for line in warnings(stage.config)])
         if placed:
             monitor.say(placed)
         sync()
@@ -155,20 +176,20 @@ def _train(
         asked = None
         for step in range(counters.step + 1, trainer.steps + 1):
             begin_step(step)
-            clock = StepTimer()
+            (stage, rollouts, queue), clock = enter(step), StepTimer()
             with engines_turn(keep_weights=False):  # a sync comes before the next turn
                 batch = rollouts.batch(step, clock)
-            check_staleness(batch.groups, policy.version, config)
+            check_staleness(batch.groups, policy.version, stage.config)
             with rollouts.prefetch(step + 1, clock):
-                grade_groups(batch.sampled, config.objective, trainer.seed, step, rollouts.usable_teachers)
+                grade_groups(batch.sampled, stage.config.objective, trainer.seed, step, rollouts.usable_teachers)
                 rollouts.record(step, batch.groups)
-                policy.refresh_reference(step)
-                lr, past = learning_rate(step, config.optimizer), (counters.grad_norms, counters.flush_norms)
-                context = StepContext(step, lr, clock, *past)
-                queue.add(failed(batch.sampled, config.objective))
+                policy.refresh_reference(stage.own(step))
+                past = counters.grad_norms, counters.flush_norms
+                context = StepContext(stage.own(step), stage.lr(step), clock, *past)
+                queue.add(failed(batch.sampled, stage.config.objective))
                 due = rollouts.deferred(queue.due)
                 groups = batch.groups + batch.experts
-                result = update_policy(policy, groups, config, rollouts.encode_trace, context, due)
+                result = update_policy(policy, groups, stage.config, rollouts.encode_trace, context, due)
                 if result.flush_norms:
                     queue.remove_due()
             with clock("sync"):
@@ -176,12 +197,12 @@ def _train(
 
             skipped, norms = result.skipped is not None, (result.grad_norms, result.flush_norms)
             counters.count(step, policy.version, skipped, result.empty, *norms, queue.waiting)
-            sampled = batch_metrics(batch.sampled, result.minibatches, config.objective)
+            sampled = batch_metrics(batch.sampled, result.minibatches, stage.config.objective)
             metrics = clock.metrics() | sampled | result.metrics | result.memory
-            metrics |= counters.metrics() | watchdog.metrics()
-            if config.rollout.dynamic_sampling:
+            metrics |= counters.metrics() | watchdog.metrics() | stage.metrics
+            if stage.config.rollout.dynamic_sampling:
                 metrics["rollout/refilled"] = len(batch.replaced)
-            if recipe(config.objective).defers:
+            if recipe(stage.config.objective).defers:
                 metrics["queue/length"] = len(queue.waiting)
             evaluation = evaluate(step)
             times = {"time/save": saver.take_seconds(), "time/offload": policy.offload.take_seconds()}

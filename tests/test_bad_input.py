@@ -116,7 +116,7 @@ def refusal(capsys: pytest.CaptureFixture[str], config: Path, *overrides: str) -
 
 
 def test_the_configurations_that_the_cases_spoil_are_usable(config, hf):
-    assert len(check_inputs(load_config(config), "config").train) == 4
+    assert len(check_inputs(load_config(config), "config").train[0]) == 4
     assert check_inputs(load_config(config, ["model.preset=null", f"model.hf={hf}"]), "config").shape == PRESETS["tiny"]
 
 
@@ -234,7 +234,7 @@ def test_a_malformed_row_is_refused_by_file_line_and_field(config, capsys, row, 
     path = config.parent / "rows.jsonl"
     path.write_text(path.read_text() + "\n" + row)
     assert refusal(capsys, config).startswith(f"{path}:6: {field}")
-    assert len(check_inputs(load_config(config, ["data.skip_bad_rows=true"]), "config").train) == 4
+    assert len(check_inputs(load_config(config, ["data.skip_bad_rows=true"]), "config").train[0]) == 4
 
 
 def test_a_queue_larger_than_the_prompts_with_a_trace_that_may_be_drawn_is_refused(config, capsys):

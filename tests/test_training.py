@@ -10,8 +10,8 @@ import torch
 
 from megatron_dypo.checkpoint.manager import Counters
 from megatron_dypo.config.schema import Optimizer
+from megatron_dypo.config.stages import learning_rate
 from megatron_dypo.objectives.correction import Correction
-from megatron_dypo.policy.optimizer import learning_rate
 from megatron_dypo.records import Regime
 from tests.batches import make_config, make_groups, trace_ids
 from tests.ranks import run_ranks

@@ -33,6 +33,7 @@ from megatron_dypo.checkpoint.io import (
 )
 from megatron_dypo.checkpoint.state import exchange_holders, restore, snapshot
 from megatron_dypo.config.schema import Config
+from megatron_dypo.config.stages import stage_at, stages_of
 from megatron_dypo.errors import TrainingError
 from megatron_dypo.objectives.queue import Waiting
 from megatron_dypo.policy.policy import Policy
@@ -57,6 +58,7 @@ class Counters:
 
     step: int = 0
     weight_version: int = 0
+    stage_version: int = 0  # the weight version that the present stage of the run began with
     skipped_steps: int = 0
     empty_steps: int = 0
     skipped_in_a_row: int = 0
@@ -88,9 +90,13 @@ class Counters:
     @classmethod
     def of(cls, state: dict[str, Any]) -> Counters:
         """Those of a ``state.json``, also of one of before a field was there."""
-        state = {"grad_norms": state.get("norms"), "flush_norms": [], "queue": []} | state
+        state = {"stage_version": 0, "grad_norms": state.get("norms"), "flush_norms": [], "queue": []} | state
         state["queue"] = [(prompt, tuple(teachers)) for prompt, teachers in state["queue"]]
         return cls(**{field.name: state[field.name] for field in fields(cls)})
+
+    def begin_stage(self, weight_version: int) -> None:
+        """Adam counts anew, gradient norms of another objective are no measure, and what waited is the old stage's."""
+        self.stage_version, self.grad_norms, self.flush_norms, self.queue = weight_version, [], [], []
 
     def metrics(self) -> dict[str, float]:
         return {"train/skipped_steps": self.skipped_steps, "train/empty_steps": self.empty_steps}
@@ -118,7 +124,8 @@ def _load(folder: Path, policy: Policy) -> Counters:
     """
     counters = Counters.of(json.loads((folder / "state.json").read_text()))
     read_index(folder / ".metadata")
-    policy.version = counters.weight_version
+    policy.begin_stage(stage_at(stages_of(policy.config), counters.step).config)  # whose last step it was saved after
+    policy.version, policy.stage_version = counters.weight_version, counters.stage_version
     try:
         restore(policy, folder)
     except (CheckpointException, CheckpointingException) as error:  # the first is no Exception: reports would miss it

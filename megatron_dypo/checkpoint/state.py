@@ -74,7 +74,7 @@ def snapshot(policy: Policy, holders: dict[str, Holders]) -> list[tuple[TensorPi
 
 
 def restore(policy: Policy, folder: Path) -> None:
-    """Load weights, reference and Adam's state of ``policy.version`` updates; collective.
+    """Load weights, reference and Adam's state of ``policy.adam_steps`` updates; collective.
 
     Raises CheckpointException (torch's; no Exception) or CheckpointingException (mcore's) where they cannot be read.
     """
@@ -98,7 +98,7 @@ def restore(policy: Policy, folder: Path) -> None:
             policy.reference.write(name, kept)
     for name, part in parts.items():
         flat = {kind: loaded[kind][name].reshape(-1)[part.start : part.end] for kind in part.names}
-        part.restore(flat, policy.version)
+        part.restore(flat, policy.adam_steps)
 
 
 def _templates(policy: Policy) -> dict:

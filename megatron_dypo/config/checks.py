@@ -8,7 +8,6 @@ from urllib.parse import urlsplit
 from megatron_dypo.config.reads import GROUPED, QUEUEING
 from megatron_dypo.config.schema import Config, Objective, Reward
 from megatron_dypo.config.sections_rollout import REWARD_FUNCTIONS
-from megatron_dypo.errors import UserError
 
 _CUSTOM = re.compile(r"(?:[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*|[^:]*\.py):[A-Za-z_]\w*", re.ASCII)
 
@@ -18,11 +17,9 @@ def is_custom(function: str) -> bool:
     return _CUSTOM.fullmatch(function) is not None
 
 
-def check(config: Config, source: str) -> None:
-    """Raise UserError (one line, naming the keys) for combinations that cannot work."""
-    for broken, message in _rules(config):
-        if broken:
-            raise UserError(f"{source}: {message}")
+def fault(config: Config) -> str | None:
+    """The first combination of values that cannot work, in one line that names the keys; None where all can."""
+    return next((message for broken, message in _rules(config) if broken), None)
 
 
 def _address_fault(addresses: list[str]) -> str | None:

@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import logging
-import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from megatron_dypo.config import synonyms
-from megatron_dypo.config.checks import check
-from megatron_dypo.config.reads import idle_keys, lookup, set_aside
-from megatron_dypo.config.renamed import answers, rename_tree
+from megatron_dypo.config import stages
+from megatron_dypo.config.checks import fault
+from megatron_dypo.config.reads import deciding, idle_keys, lookup, put_aside, refusal, unread
 from megatron_dypo.config.schema import Config, Parallel, walk
-from megatron_dypo.config.yaml_text import parse_yaml
+from megatron_dypo.config.stages import has, leaves, stage_keys
+from megatron_dypo.config.tree import apply_override, read_tree, require_known, spelled
 from megatron_dypo.errors import UserError
-from megatron_dypo.escapes import swallowed
 
 log = logging.getLogger(__name__)
 
-# What must not get into a run folder or a log, even in the line that refuses it.
-_CREDENTIALS = re.compile(r"://[^/\s@]*:[^/\s@]*@")
-_SECRET_NAME = re.compile("token$|password|passwd|secret|credential|api_?key", re.IGNORECASE)
 _OPAQUE = re.compile(r"[\w-]{20,}")
-_VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
-SHOWN = 8  # unknown keys that one line names at most
-_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # what YAML can escape, and no path or file takes
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None, *, recorded: bool = False) -> Config:
@@ -43,80 +33,114 @@ def load_config(path: str | Path, overrides: list[str] | None = None, *, recorde
     Raises UserError: unreadable file, bad YAML, unknown key (names the nearest known one), old name of a key (names
     today's), wrong type or value, a key that is not read, or a combination of values that cannot work.
     """
-    path, overrides = Path(path), list(_spelled(overrides or []))
-    config = _read(path, overrides, recorded)
-    notes = _set_aside(config, overrides, str(path), recorded)
-    if notes:
-        said = [f"not read with {decided}: {', '.join(keys)}" for decided, keys in notes.items()]
-        log.info("%s: %s", path, "; ".join(said))
-    check(config, str(path))
-    return config
-
-
-def _set_aside(config: Config, overrides: list[str], source: str, recorded: bool = False) -> dict[str, list[str]]:
-    """As ``reads.set_aside``, which does not know files."""
-    named = tuple(f"{override.partition('=')[0]}." for override in overrides)
-    try:
-        return set_aside(config, {key for key, _ in walk() if f"{key}.".startswith(named)}, recorded)
-    except ValueError as error:
-        raise UserError(f"{source}: {error}") from None
+    path, overrides = Path(path), list(spelled(overrides or []))
+    return _resolve(read_tree(path, overrides, recorded), overrides, str(path), recorded)
 
 
 def still_read(path: str | Path, overrides: list[str]) -> list[str]:
     """``overrides`` without those of keys that the others make idle."""
-    idle = {each.key for each in idle_keys(_read(Path(path), list(_spelled(overrides))))}
+    _, configs = _each_stage(read_tree(Path(path), list(spelled(overrides))), str(path))
+    idle = set.intersection(*({each.key for each in idle_keys(config)} for config in configs))
     return [override for override in overrides if override.partition("=")[0] not in idle]
 
 
-def _read(path: Path, overrides: list[str], recorded: bool = False) -> Config:
-    """File and overrides, each key by itself as it must be."""
-    tree = _tree(path)
-    if recorded:
-        rename_tree(tree)
+def _resolve(tree: dict[str, Any], overrides: list[str], source: str, recorded: bool = False) -> Config:
+    """The configuration of a tree: of one stage, or joined from several, each as valid as a run of its own."""
+    own, configs = _each_stage(tree, source)
+    _refuse_hidden(own, overrides, source)
+    not_read = [unread(config).keys() for config in configs]
+    if not recorded and (dead := _hidden_by_stages(tree, overrides, own, not_read)):
+        raise UserError(f"{source}: {dead}: never read: each stage that would has its own")
+    _set_aside(own, configs, overrides, source, recorded)
+    broken = [fault(config) for config in configs]
+    for index, said in enumerate(broken):
+        if said:
+            where = f"stages.{index}: " if len({*broken}) > 1 else ""  # the same in all: no stage's own
+            raise UserError(f"{source}: {where}{said}")
+    return configs[0] if tree.get("stages") is None else stages.joined(configs)
+
+
+def _set_aside(
+    own: list[dict[str, Any]], configs: list[Config], overrides: list[str], source: str, recorded: bool
+) -> None:
+    """Put defaults in place of what is not read: because of an override, or in this stage and not in others.
+
+    Raises UserError where the file, or an override, gives a key that nothing reads. A ``recorded`` file may: it is of
+    before such keys were refused.
+    """
+    idle = [{each.key: each for each in idle_keys(config)} for config in configs]
+    nowhere = set.intersection(*(set(unread(config)) for config in configs))
+    refused: dict[str, list[str | None]] = {}
+    for index, (given, config, found) in enumerate(zip(own, configs, idle, strict=True)):
+        names = [override.partition("=")[0] for override in overrides]
+        named = tuple(f"{name}." for name in [*names, *_named_in_stage(overrides, index, given)])
+        keys = {key for key, _ in walk() if f"{key}.".startswith(named)}
+        for key, each in found.items():
+            if recorded or not (key in nowhere or has(given, key)):
+                continue
+            said = refusal(config, each, keys)
+            if said and has(given, key):
+                raise UserError(f"{source}: stages.{index}.{said}")
+            refused.setdefault(key, []).append(said)
+    for everywhere in refused.values():
+        if all(everywhere):
+            raise UserError(f"{source}: {everywhere[0]}")
+    notes: dict[str, dict[str, None]] = {}  # in the order of the table
+    of_stages = stage_keys()
+    for config, found in zip(configs, idle, strict=True):
+        for key, each in found.items():
+            if key in nowhere:
+                notes.setdefault(deciding(config, each.failing[0]), {})[key] = None
+            if key in nowhere or key in of_stages:
+                put_aside(config, each)
+    if notes:
+        lines = [f"not read with {decided}: {', '.join(keys)}" for decided, keys in notes.items()]
+        log.info("%s: %s", source, "; ".join(lines))
+
+
+def _each_stage(tree: dict[str, Any], source: str) -> tuple[list[dict[str, Any]], list[Config]]:
+    """(what each stage gives itself, its configuration, each key by itself as it must be); one stage without any."""
+    sections = dict(stages.parts(tree))
+    base = sections.pop("")
+    if tree.get("stages") is None:
+        return [{}], [_validate(base, source)]
+    for said in stages.faults(tree):
+        raise UserError(f"{source}: {said}")
+    own = list(sections.values())
+    return own, [_validate(stages.merged(base, part), source, part, prefix) for prefix, part in sections.items()]
+
+
+def _hidden_by_stages(
+    tree: dict[str, Any], overrides: list[str], own: list[dict[str, Any]], idle: Sequence[Collection[str]]
+) -> str | None:
+    """The first key that the file gives for all stages, and none of them takes from there."""
+    late = {name for index, given in enumerate(own) for name in _named_in_stage(overrides, index, given)}
+    for name in sorted(leaves(dict(stages.parts(tree))[""]) - late):
+        taken = [not has(given, name) and name not in unread for given, unread in zip(own, idle, strict=True)]
+        if not any(taken) and any(has(given, name) for given in own):
+            return name
+    return None
+
+
+def _named_in_stage(overrides: list[str], index: int, given: dict[str, Any]) -> Iterator[str]:
+    """The keys that overrides of stage ``index`` give."""
     for override in overrides:
-        _apply(tree, override)
-    _refuse_old_names(tree, str(path))
-    for name, value in _leaves(tree):
-        if fault := _unusable(value):
-            raise UserError(f"{path}: {name}: {fault}")
-    _expand_paths(tree, str(path))
-    return _validate(tree, str(path))
+        name = override.partition("=")[0]
+        if name in ("stages", f"stages.{index}"):
+            yield from leaves(given)
+        elif name.startswith(f"stages.{index}."):
+            yield name.removeprefix(f"stages.{index}.")
 
 
-def _tree(path: Path) -> dict[str, Any]:
-    """The sections of a YAML file."""
-    try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: the configuration must be a mapping of sections")
-    return tree
-
-
-def _spelled(overrides: list[str]) -> Iterator[str]:
-    """The overrides with ``section.key=value`` for each key of a word that is a YAML file."""
-    for word in overrides:
-        if "=" in word or not word.endswith((".yaml", ".yml")):
-            yield word
-            continue
-        tree = _tree(Path(word))
-        _refuse_old_names(tree, word)
-        _require_known(tree, word)
-        yield from (f"{dotted}={json.dumps(value)}" for dotted, value in _keys(tree))
-
-
-def _keys(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every known key."""
-    known = dict(walk())
-    for name, value in section.items():
-        dotted = f"{prefix}{name}"
-        if isinstance(value, dict) and dotted not in known:
-            yield from _keys(value, f"{dotted}.")
-        else:
-            yield dotted, value
+def _refuse_hidden(own: list[dict[str, Any]], overrides: list[str], source: str) -> None:
+    """Raise UserError where an override is for all stages, and one of them has a value of its own there already."""
+    names = [override.partition("=")[0] for override in overrides]
+    first = len(names) - names[::-1].index("stages") if "stages" in names else 0  # after the stages themselves
+    for name in names[first:]:
+        for index, given in enumerate(own):
+            for key in sorted(leaves(given)):
+                if f"{key}.".startswith(f"{name}.") or f"{name}.".startswith(f"{key}."):
+                    raise UserError(f"{source}: override {name}: a stage has its own; give stages.{index}.{key}=...")
 
 
 def load_parallel(overrides: list[str], source: str) -> Parallel:
@@ -134,142 +158,31 @@ def load_keys(overrides: list[str], source: str) -> Config:
     """
     tree: dict[str, Any] = {"model": {"preset": "any"}, "data": {"train": "any"}}
     tree["trainer"] = {"steps": 1, "run_dir": "any"}
+    if any(override.startswith("stages") for override in overrides):
+        del tree["trainer"]["steps"]
     for override in overrides:
-        _apply(tree, override)
-    config = _validate(tree, source)
-    _set_aside(config, overrides, source)
-    check(config, source)
-    return config
+        apply_override(tree, override)
+    require_known(tree, source)
+    return _resolve(tree, overrides, source)
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
-    dotted, equals, text = override.partition("=")
-    if not equals or not dotted:
-        raise UserError(f"override {override!r}: expected section.key=value")
-    try:
-        value = parse_yaml(text)
-    except ValueError:
-        value = text
-    *parents, last = dotted.split(".")
-    node = tree
-    for parent in parents:
-        child = node.get(parent)
-        node[parent] = child if isinstance(child, dict) else {}
-        node = node[parent]
-    node[last] = value
-
-
-def _expand_paths(tree: dict[str, Any], source: str) -> None:
-    """Put a home folder for `~` and the environment's value for `$VARIABLE` into every key that is a path.
-
-    Raises UserError for a variable that is not set and a user who has no home folder.
-    """
-    for dotted, info in walk():
-        *parents, last = dotted.split(".")
-        node: Any = tree
-        for parent in parents:
-            node = node.get(parent) if isinstance(node, dict) else None
-        if not info.json_schema_extra["path"] or not isinstance(node, dict) or not isinstance(node.get(last), str):
-            continue
-        value = node[last]
-        node[last] = expanded = os.path.expanduser(os.path.expandvars(value))
-        if unset := _VARIABLE.search(expanded):
-            raise UserError(f"{source}: {dotted}: {value}: the environment has no {unset[0]}")
-        if expanded.startswith("~"):
-            raise UserError(f"{source}: {dotted}: {value}: no home folder for {expanded.split('/')[0]}")
-
-
-def _leaves(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of whatever YAML gave, keys of mappings themselves included."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            dotted = f"{name}.{key}" if name else str(key)
-            yield dotted, key
-            yield from _leaves(value, dotted)
-    elif isinstance(node, list):
-        for value in node:
-            yield from _leaves(value, name)
-    else:
-        yield name, node
-
-
-def _unusable(value: Any) -> str | None:
-    """What no key can use, whatever it is for."""
-    if isinstance(value, int) and abs(value) >= 2**64:
-        return "is out of range"
-    if not isinstance(value, str):
-        return None
-    if not value.strip():
-        return "is empty (to leave a key unset, leave it out or give null)"
-    if _NO_TEXT.search(value):
-        return "holds a character that no path or text file takes"
-    if command := swallowed(value):
-        return (
-            f"holds a control character where {command!r:.40} was meant: within double quotes a backslash begins an "
-            "escape; take single quotes"
-        )
-    if _CREDENTIALS.search(value):
-        return "holds credentials, which belong in the environment: the configuration is copied into the run folder"
-    return None
-
-
-def _refuse_old_names(tree: dict[str, Any], source: str) -> None:
-    if old := answers(tree):
-        raise UserError(f"{source}: {'; '.join(old)}")
-
-
-def _require_known(tree: dict[str, Any], source: str) -> None:
-    if unknown := [_unknown_key(dotted) for dotted in _unknown(tree, Config)]:
-        more = f"; and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
-        raise UserError(f"{source}: {'; '.join(unknown[:SHOWN])}{more}")
-
-
-def _validate(tree: dict[str, Any], source: str) -> Config:
-    _require_known(tree, source)
+def _validate(tree: dict[str, Any], source: str, own: dict[str, Any] | None = None, prefix: str = "") -> Config:
+    """``own``: what of the tree is a stage's, whose keys are named with ``prefix``."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{source}: {_one_line(error)}") from None
+        dotted, said = _one_line(error)
+        raise UserError(f"{source}: {prefix if own and has(own, dotted) else ''}{dotted}: {said}") from None
 
 
-def _unknown(tree: dict[str, Any], section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """What the file has and the schema has not: of a foreign section the leaves that we know by another name."""
-    for name, value in tree.items():
-        dotted, field = f"{prefix}{name}", section.model_fields.get(name)
-        if field is None:
-            yield from [leaf for leaf in _names(value, dotted) if synonyms.answer(leaf)] or [dotted]
-        elif isinstance(value, dict) and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _unknown(value, field.annotation, f"{dotted}.")
-
-
-def _names(node: Any, dotted: str) -> Iterator[str]:
-    """The dotted name of whatever is not a mapping at and below ``node``."""
-    if isinstance(node, dict):
-        for name, value in node.items():
-            yield from _names(value, f"{dotted}.{name}")
-    else:
-        yield dotted
-
-
-def _unknown_key(dotted: str) -> str:
-    """Say what to write instead."""
-    if _SECRET_NAME.search(dotted):
-        return f"{dotted}: no key holds a secret; it comes from the environment"
-    if here := synonyms.answer(dotted):
-        return f"{dotted}: unknown key; here it is {here}"
-    known = [name for name, _ in walk()]
-    sections = sorted({name.rsplit(".", 1)[0] for name in known})
-    near = difflib.get_close_matches(dotted, known + sections, n=1, cutoff=0.0)
-    return f"{dotted}: unknown key; the nearest known key is {near[0]}"
-
-
-def _one_line(error: ValidationError) -> str:
+def _one_line(error: ValidationError) -> tuple[str, str]:
+    """(the key, what is wrong with it)."""
     first = error.errors()[0]
     dotted = ".".join(str(part) for part in first["loc"])
     if first["type"] == "missing":
-        return f"{dotted}: required key is missing"
+        return dotted, "required key is missing"
     message = first["msg"][0].lower() + first["msg"][1:]
-    return f"{dotted}: {message} (got {_shown(first['input'])})"
+    return dotted, f"{message} (got {_shown(first['input'])})"
 
 
 def _shown(value: Any) -> str:
@@ -282,11 +195,30 @@ def _shown(value: Any) -> str:
 
 
 def dump(config: Config) -> str:
-    """The resolved configuration as YAML: every key with its value, or its default where this run does not read it."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+    """The resolved configuration as YAML: every key with its value, or its default where this run does not read it.
+
+    Of a run with stages, what a stage may give is in each of them, and nowhere else.
+    """
+    tree = config.model_dump()
+    if config.stages is not None:
+        own = {*stage_keys(), "stages"}
+        tree = stages.tree_of(config, [name for name, _ in walk() if name not in own]) | {"stages": tree["stages"]}
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def fingerprint(config: Config) -> dict[str, Any]:
-    """The keys a run folder belongs to: all but those marked ``resumable``. Flat: dotted key -> value as written."""
+    """The keys a run folder belongs to: all but those marked ``resumable``. Flat: dotted key -> value as written.
+
+    In a run with stages, what a stage may give is under ``stages``: such a mapping of each, its steps among them.
+    """
     kept = [name for name, info in walk() if not info.json_schema_extra["resumable"]]
-    return {name: config.written[name] if name in config.written else lookup(config, name) for name in kept}
+    if config.stages is None:
+        return {name: config.written.get(name, lookup(config, name)) for name in kept}
+    own = [name for name in stage_keys() if name in kept or name == stages.STEPS]
+    values = {name: config.written.get(name, lookup(config, name)) for name in kept if name not in own}
+    return values | {
+        "stages": [
+            {name: config.written.get(f"stages.{at.index}.{name}", lookup(at.config, name)) for name in own}
+            for at in stages.stages_of(config)
+        ]
+    }

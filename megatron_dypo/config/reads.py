@@ -197,32 +197,29 @@ def idle_keys(config: Config) -> list[Idle]:
     return [Idle(name, values[name], each) for name, each in unread(config).items() if values[name] != DEFAULTS[name]]
 
 
-def set_aside(config: Config, given: set[str], recorded: bool = False) -> dict[str, list[str]]:
-    """Put the defaults in place of what an override made idle; returns those keys by what decided.
+def refusal(config: Config, idle: Idle, given: set[str]) -> str | None:
+    """Why a key must not be set where it is not read (one line, naming both keys); None where an override made it idle.
 
-    ``given``: the keys of the overrides. Raises ValueError (one line, naming both keys) where an idle key is among them
-    or is decided by the file itself, unless the file is a ``recorded`` one, of before such keys were refused.
+    ``given``: the keys of the overrides. Refused is an idle key that is among them, or is decided by the file itself.
     """
-    found = idle_keys(config)
-    for idle in found:
-        own = [condition for condition in idle.failing if not given & set(condition.keys)]
-        if (idle.key in given or own) and not recorded:
-            (condition, *_) = own or idle.failing
-            raise ValueError(
-                f"{idle.key}: {shown(idle.value)} is not read with {_deciding(config, condition)}, "
-                f"only with {condition.text.replace('`', '')}"
-            )
-    notes: dict[str, list[str]] = {}
-    for idle in found:
-        notes.setdefault(_deciding(config, idle.failing[0]), []).append(idle.key)
-    for idle in found:
-        section, _, leaf = idle.key.rpartition(".")
-        setattr(lookup(config, section), leaf, DEFAULTS[idle.key])
-        config.written[idle.key] = idle.value
-    return notes
+    own = [condition for condition in idle.failing if not given & set(condition.keys)]
+    if idle.key not in given and not own:
+        return None
+    (condition, *_) = own or idle.failing
+    return (
+        f"{idle.key}: {shown(idle.value)} is not read with {deciding(config, condition)}, "
+        f"only with {condition.text.replace('`', '')}"
+    )
 
 
-def _deciding(config: Config, condition: Condition) -> str:
+def put_aside(config: Config, idle: Idle) -> None:
+    """The default in place of a key's value, which is kept in ``config.written``."""
+    section, _, leaf = idle.key.rpartition(".")
+    setattr(lookup(config, section), leaf, DEFAULTS[idle.key])
+    config.written[idle.key] = idle.value
+
+
+def deciding(config: Config, condition: Condition) -> str:
     """Name the keys that decide, with their values."""
     return ", ".join(f"{name}: {shown(lookup(config, name))}" for name in condition.keys)
 

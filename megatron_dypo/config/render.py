@@ -7,6 +7,7 @@ from typing import Literal, get_args, get_origin
 
 from megatron_dypo.config.reads import read_with
 from megatron_dypo.config.schema import Config, walk
+from megatron_dypo.config.stages import BESIDES, OF_THE_RUN, SECTIONS
 
 _INTRODUCTION = """\
 # Configuration
@@ -25,6 +26,37 @@ shell. Numbers are decimal (`010` is ten). Four keys have to be given: `model.pr
 A key that is set and not read is an error that names it and the key that decides, where both are in the file, or where
 the key is on the command line. A key of the file that an override makes idle (`objective.method=sft` with
 `objective.alpha` in the file) is named in one line, and the run goes on without it.
+"""
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return " and ".join(", ".join(f"`{name}`" for name in part) for part in (names[:-1], names[-1:]))
+
+
+_STAGES = f"""
+```yaml
+trainer:
+  run_dir: runs/sft_then_rl        # and no trainer.steps: the run ends with the last stage
+stages:
+- objective:
+    method: sft
+  optimizer:
+    lr: 5.0e-5
+  trainer:
+    steps: 500
+- objective:
+    method: grpo
+  trainer:
+    steps: 500
+```
+
+A stage may give the keys of {_listed(SECTIONS)} that may not change on resume, but for
+{_listed(OF_THE_RUN)}; and beside them
+{_listed(BESIDES)}.
+All other keys are the run's. What a stage does not give is taken from the rest of the file, where a key need be read by
+one stage only. On the command line `stages.0.optimizer.lr=...` is the first stage's. What begins anew with a stage:
+[objective.md](objective.md#stages). On resume the stage under way may get another `trainer.steps`, and those after it
+may be others altogether.
 """
 
 
@@ -74,6 +106,9 @@ def markdown() -> str:
     lines, section = [], None
     for dotted, info in walk():
         name, _, leaf = dotted.partition(".")
+        if not leaf:
+            lines += ["", f"## `{name}`", "", str(info.description), *_STAGES.splitlines()]
+            continue
         if name != section:
             section = name
             lines += [

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, PrivateAttr
 
-from megatron_dypo.config.section import Section
+from megatron_dypo.config.section import Section, key
 from megatron_dypo.config.sections_model import Model, Parallel, PolicyOptions, Shape
 from megatron_dypo.config.sections_rollout import Data, Reward, Rollout
 from megatron_dypo.config.sections_training import Evaluation, Logging, Mix, Objective, Optimizer, Trainer
@@ -45,6 +45,11 @@ class Config(Section):
     trainer: Trainer = Field(description="The loop.")
     evaluation: Evaluation = Field(default=Evaluation(), description="Evaluation suites.")
     logging: Logging = Field(default=Logging(), description="Who is told.")
+    stages: list[dict[str, Any]] | None = key(
+        None,
+        "Several stages in one run: of each its own `trainer.steps`, and the keys in which it differs from the file.",
+        resumable=True,
+    )
 
     _written: dict[str, Any] = PrivateAttr(default_factory=dict)
 

@@ -96,12 +96,17 @@ def load_data(data: Data, any_truth: bool = False) -> tuple[list[Prompt], list[P
         log.info(
             "data.train: %d prompts also held out in data.valid: removed from training", len(everything) - len(train)
         )
+    require_batch(train, data)
+    return train, valid
+
+
+def require_batch(train: list[Prompt], data: Data) -> None:
+    """Raise UserError where there are fewer prompts than a step takes."""
     if len(train) < data.prompts_per_step:
         raise UserError(
             f"data.train: {data.train} has {len(train)} prompts, "
             f"fewer than data.prompts_per_step: {data.prompts_per_step}"
         )
-    return train, valid
 
 
 def prompt_key(prompt: Prompt) -> tuple[tuple[str, str], ...]:

@@ -33,6 +33,7 @@ MISMATCH = 0.05  # nats per token; bf16 engines differ from the trainer by about
 OUTLIER = 30.0  # times the median of the steps' largest mismatch, ...
 OUTLIER_FLOOR = 0.01  # ... and more nats than rounding in fp32 makes
 EMPTY_STEPS = 20  # in a row
+COUNTS = {"train/empty_steps"}  # of the run, which a new stage of it goes on with
 
 Judge = Callable[[float, "Past", Mapping[str, float]], str | None]
 
@@ -206,10 +207,15 @@ class Health:
     def __post_init__(self) -> None:
         self._states = {rule.name: _State() for rule in self.rules}
         self._past: dict[str, deque[float]] = {rule.key: deque(maxlen=RECENT) for rule in self.rules}
+        self._stage = 0.0
 
     def check(self, step: int, metrics: Mapping[str, Any]) -> list[str]:
         """The warnings that this step calls for; steps in order. What is missing or not finite is not judged."""
         known = {name: float(value) for name, value in metrics.items() if value is not None and math.isfinite(value)}
+        if (stage := known.get("stage", self._stage)) != self._stage:  # its level is no measure for another objective
+            self._stage = stage
+            for key in self._past.keys() - COUNTS:
+                self._past[key].clear()
         found = []
         for rule in self.rules:
             if rule.key in known:

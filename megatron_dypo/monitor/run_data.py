@@ -40,9 +40,15 @@ class Run:
         return finite(self.columns.get(key))
 
     def setting(self, section: str, key: str) -> Any:
-        """A configuration key's value, None where it is not there."""
-        values = self.config.get(section)
-        return values.get(key) if isinstance(values, dict) else None
+        """A configuration key's value, the last stage's where stages have their own; None where it is not there."""
+        return next(reversed(self.settings(section, key)), None)
+
+    def settings(self, section: str, key: str) -> list[Any]:
+        """The value of a configuration key, or of each of the run's stages."""
+        stages = self.config.get("stages")
+        parts = [self.config, *(stages if isinstance(stages, list) else ())]
+        sections = [part.get(section) for part in parts if isinstance(part, dict)]
+        return [values[key] for values in sections if isinstance(values, dict) and key in values]
 
 
 def read_runs(folders: list[Path]) -> list[Run]:

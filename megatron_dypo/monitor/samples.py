@@ -13,6 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_dypo.config.reads import SAMPLING
 from megatron_dypo.monitor.run_data import Run
 from megatron_dypo.records import Regime
@@ -85,14 +87,15 @@ def sample_rollouts(run: Run, last_only: bool = False) -> str:
 
 
 def _files(run: Run) -> dict[int, Path]:
-    """The recorded steps that the run's metrics know, by number."""
-    name = run.setting("rollout", "record")
-    method = run.setting("objective", "method")
-    if not isinstance(name, str) or "\0" in name or (method is not None and method not in SAMPLING):
+    """The recorded steps in which the run sampled responses, by number."""
+    name, rewards = run.setting("rollout", "record"), run.columns.get("reward/mean")
+    methods = run.settings("objective", "method")
+    if not isinstance(name, str) or "\0" in name or (methods and not {*map(str, methods)} & {*SAMPLING}):
         return {}
     folders = [folder for folder in (Path(name), run.folder / name) if os.path.isdir(folder)]
     found = step_files(folders[0]) if folders else {}
-    return {number: path for number, path in found.items() if number <= run.steps[-1]}
+    sampled = set() if rewards is None else set(run.steps[np.isfinite(rewards)].tolist())
+    return {number: path for number, path in found.items() if number in sampled}
 
 
 def _step(path: Path, step: int, run: Run, text: Callable[[list[int]], str], opened: bool) -> str:

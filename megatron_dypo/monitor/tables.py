@@ -50,12 +50,17 @@ COMPARED = (
 def facts(run: Run) -> list[str]:
     """What one asks first about a run, as short texts, from whatever of it the configuration holds."""
     prompts, samples = run.setting("data", "prompts_per_step"), run.setting("rollout", "samples_per_prompt")
+
+    def of_stages(section: str, key: str) -> str | None:
+        values = [str(value) for value in run.settings(section, key) if value is not None]
+        return ", then ".join(dict.fromkeys(values)) or None
+
     known = [
-        ("method", run.setting("objective", "method")),
+        ("method", of_stages("objective", "method")),
         ("model", run.setting("model", "hf") or run.setting("model", "preset")),
-        ("data", run.setting("data", "train")),
+        ("data", of_stages("data", "train")),
         ("batch", f"{prompts} prompts × {samples} responses" if prompts and samples else None),
-        ("learning rate", run.setting("optimizer", "lr")),
+        ("learning rate", of_stages("optimizer", "lr")),
         ("seed", run.setting("trainer", "seed")),
     ]
     return [f"{name} {value}" for name, value in known if value is not None]

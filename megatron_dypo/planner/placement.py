@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from megatron_dypo.config.schema import Config
+from megatron_dypo.config.stages import stages_of
 from megatron_dypo.models.shape import ModelShape
 from megatron_dypo.objectives.coefficients import keeps_reference
 from megatron_dypo.planner.cluster import Candidate
@@ -24,7 +25,7 @@ def place_reference(
 
     ``memory``: bytes of a GPU, None without CUDA; ``engine``: what a rollout engine has of it for good.
     """
-    if not keeps_reference(config.objective):
+    if not any(keeps_reference(stage.config.objective) for stage in stages_of(config)):
         return config.model.reference_on, ""
     candidate = replace(candidate_of(config, layout), reference="device")
     need = policy_need(shape, candidate, work_of(config, None, None, 0.5, 0.25), config.model.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_dypo.config.schema import Config
+from megatron_dypo.config.stages import stages_of
 from megatron_dypo.errors import UserError
 from megatron_dypo.models.limits import check_policy
 from megatron_dypo.monitor.progress import print_table
@@ -16,10 +17,30 @@ from megatron_dypo.planner.search import Plan, Rejected, plan
 BEST, WORST = 12, 12  # lines of what fits, and of what does not
 
 
+def heaviest(config: Config) -> Config:
+    """Of a run with stages, the one that takes most: one with a reference, one that samples, the most responses.
+
+    It has room for the longest prompt and response of all stages.
+    """
+
+    def weight(one: Config) -> tuple[bool, bool, int]:
+        responses = one.data.prompts_per_step * one.rollout.samples_per_prompt
+        return keeps_reference(one.objective), recipe(one.objective).samples, responses
+
+    heavy = max((stage.config for stage in stages_of(config)), key=weight)
+    longest = {"rollout": {"max_response_tokens": config.rollout.max_response_tokens}}
+    longest |= {"data": {"max_prompt_tokens": config.data.max_prompt_tokens}}
+    return heavy.model_copy(update={name: getattr(heavy, name).model_copy(update=own) for name, own in longest.items()})
+
+
 def work_of(
     config: Config, response_tokens: float | None, prompt_tokens: float | None, mid: float, hard: float
 ) -> StepWorkload:
-    """A step as ``config`` has it; lengths that nobody gave are a third of the longest response, half of a prompt."""
+    """A step as ``config`` has it, of its heaviest stage.
+
+    Lengths that are not given are a third of the longest response, and half of the longest prompt.
+    """
+    config = heaviest(config)
     longest = config.rollout.max_response_tokens
     response = longest / 3 if response_tokens is None else response_tokens
     prompt = config.data.max_prompt_tokens / 2 if prompt_tokens is None else prompt_tokens

@@ -29,11 +29,12 @@ from megatron_dypo.runtime.failure import phase
 class Offload:
     """Moves weights, gradients, optimizer state and a reference on the device off it and back.
 
-    Between the two nothing may read or write any of them: their storages have 0 bytes.
+    Between the two nothing may read or write any of them: their storages have 0 bytes. A new stage of the run may have
+    another ``reference``.
     """
 
     def __init__(self, chunks: list[DistributedDataParallel], optimizer, reference: Reference | None):
-        self._chunks, self._optimizer, self._reference = chunks, optimizer, reference
+        self._chunks, self._optimizer, self.reference = chunks, optimizer, reference
         self._host = HostMemory()
         self._kept: list[tuple[UntypedStorage, int]] = []  # what is empty after a copy, and its bytes
         self._gradients: list[tuple[UntypedStorage, int]] = []  # what is empty without one
@@ -54,7 +55,7 @@ class Offload:
         """Empty the device's storages; all but the gradients, which are not needed again, is copied first."""
         self.require_device()
         with self._timed():
-            reference = self._reference.on_device() if self._reference else ()
+            reference = self.reference.on_device() if self.reference else ()
             self._kept = _sized(chain(_weights(self._chunks), _optimizer_state(self._optimizer), reference))
             self._gradients = _sized(_gradients(self._chunks))
             for on_device, on_host in self._pieces():

@@ -1,9 +1,9 @@
-"""Adam's state by parameter, whichever of mcore's optimizers holds it; and the learning rate's schedule.
+"""Adam's state by parameter, whichever of mcore's optimizers holds it; and the settings that a step runs with.
 
 The plain optimizer keeps the state of whole parameters, the distributed one of a slice [start, end) of each flattened
 parameter. mcore's own route into a checkpoint fails for the distributed one under torch's Adam: it looks for a step
 count where only Apex's and Transformer Engine's have one. So what is saved is read here, parameter by parameter. The
-step count itself is the policy's ``version``: both advance by one with every applied update.
+step count itself is the policy's ``adam_steps``: both advance by one with every applied update.
 
 torch's Adam counts steps in a tensor for each parameter: on the host, or where it is fused on the parameter's device.
 Apex's and Transformer Engine's FusedAdam count in a number for each group. What is saved has neither and loads as both.
@@ -11,7 +11,6 @@ Apex's and Transformer Engine's FusedAdam count in a number for each group. What
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,18 +19,6 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megatron_dypo.config.schema import Optimizer
-
-
-def learning_rate(step: int, optimizer: Optimizer) -> float:
-    """Rate of a step (first is 1): warm-up to ``lr``, then constant, or decay to ``min_lr`` at ``schedule_steps``."""
-    if step <= optimizer.warmup_steps:
-        return optimizer.lr * step / optimizer.warmup_steps
-    if optimizer.schedule == "constant":
-        return optimizer.lr
-    done = min(1.0, (step - optimizer.warmup_steps) / (optimizer.schedule_steps - optimizer.warmup_steps))
-    left = 1 - done if optimizer.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return optimizer.min_lr + (optimizer.lr - optimizer.min_lr) * left
-
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "fp32_param"
@@ -65,20 +52,42 @@ class Part:
         state = self.inner.state[self.main]
         for name in MOMENTS:
             state[name] = values[name].to(self.main.device).reshape(self.main.shape).clone()
+        self._count(steps)
+        if self.has_master:
+            self.main.copy_(values[MASTER].reshape(self.main.shape))
+
+    @torch.no_grad()
+    def begin_anew(self) -> None:
+        """No moments and no steps, in the tensors that are there; a master copy stays what it is."""
+        for name in MOMENTS:
+            self.inner.state[self.main][name].zero_()
+        self._count(0)
+
+    def _count(self, steps: int) -> None:
+        """Let Adam's bias correction know of ``steps`` applied updates."""
+        state = self.inner.state[self.main]
         if isinstance(self.inner, torch.optim.Adam):  # AdamW, too
             fused = self.inner.param_groups[0]["fused"]
             state["step"] = torch.tensor(float(steps), device=self.main.device if fused else "cpu")
         else:
             for group in self.inner.param_groups:
                 group["step"] = steps
-        if self.has_master:
-            self.main.copy_(values[MASTER].reshape(self.main.shape))
 
 
 def inner_optimizers(optimizer) -> list[torch.optim.Optimizer]:
     """torch's, Apex's or Transformer Engine's inside of mcore's ``optimizer``; none where a rank has no parameters."""
     members = getattr(optimizer, "chained_optimizers", [optimizer])
     return [member.optimizer for member in members if member.optimizer is not None]
+
+
+def set_hyperparameters(optimizer, settings: Optimizer, lr: float) -> None:
+    """What the next update runs with, of whichever stage of the run; mcore keeps what it was built with otherwise."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+        group["betas"], group["eps"] = tuple(settings.betas), settings.eps
+    for member in getattr(optimizer, "chained_optimizers", [optimizer]):
+        member.config.clip_grad = settings.clip_grad
 
 
 def fuse(optimizer) -> None:

@@ -31,13 +31,17 @@ from megatron_dypo.policy.micro_batch import MicroBatch
 from megatron_dypo.policy.model import build_model, build_optimizer, whole_model_names
 from megatron_dypo.policy.moe import Routing, balance_weights, routed_counts, routing_metrics
 from megatron_dypo.policy.offload import Offload
+from megatron_dypo.policy.optimizer import adam_parts, set_hyperparameters
 from megatron_dypo.policy.reference import PLACES, Reference
 from megatron_dypo.runtime import cpu_shim
 from megatron_dypo.runtime.distributed import Layout, device, training_dtype
 
 
 class Policy:
-    """A Megatron-Core GPT with its optimizer. ``version`` counts optimizer updates since the initial weights."""
+    """A Megatron-Core GPT with its optimizer, as the run's present stage has it.
+
+    ``version`` counts optimizer updates since the initial weights, ``stage_version`` is its value as the stage began.
+    """
 
     def __init__(self, config: Config, shape: ModelShape, layout: Layout, read_weights: Callable[[str], Tensor]):
         self.config, self.shape, self.layout = config, shape, layout
@@ -47,10 +51,7 @@ class Policy:
             self.parameters |= whole_model_names(chunk.module, dict(chunk.module.named_parameters()))
         load_weights(self.parameters, shape, layout, read_weights)
         self.optimizer = build_optimizer(config.optimizer, training_dtype(config.model.dtype), self.chunks)
-        self.reference: Reference | None = None
-        if keeps_reference(config.objective):
-            on = config.model.reference_on  # `auto` has been settled where a run starts (planner/placement.py)
-            self.reference = PLACES["device" if on == "auto" else on](self.parameters)
+        self.reference = self._stage_reference()
         self.offload = Offload(self.chunks, self.optimizer, self.reference)
         schedule = self.chunks[0].config  # all chunks' and the schedule's
         # The one place where mcore's own normalisation is switched off: every coefficient is already global.
@@ -67,11 +68,37 @@ class Policy:
         self._offsets_on = device() if engine else torch.device("cpu")
         self._frequencies = frequencies(shape).to(device())
         self.context_group = mpu.get_context_parallel_group() if layout.cp > 1 else None
-        self.version = 0
+        self.version = self.stage_version = 0
         self._replays = config.policy.routing_replay != "off"
         self._routed: list[Routing] = []  # of the last training pass, until its metrics are taken
         if self.reference:
             self.keep_reference()
+
+    def begin_stage(self, config: Config) -> None:
+        """Go on from the weights as they are, with Adam and a reference as fresh as in a run that starts from them.
+
+        ``config`` is the new stage's, which differs from the present one in what ``config/stages.py`` lets it.
+        """
+        self.offload.require_device()
+        self.config, self.stage_version = config, self.version
+        if self.version > 0:  # Adam has no state before the first applied update
+            for part in adam_parts(self.optimizer, self.parameters).values():
+                part.begin_anew()
+        self.reference = self.offload.reference = self._stage_reference(self.reference)
+        if self.reference:
+            self.keep_reference()
+
+    @property
+    def adam_steps(self) -> int:
+        """Updates that Adam's moments are of."""
+        return self.version - self.stage_version
+
+    def _stage_reference(self, there: Reference | None = None) -> Reference | None:
+        """Room for the reference of a stage that keeps one: what is ``there`` already, or new."""
+        if not keeps_reference(self.config.objective):
+            return None
+        on = self.config.model.reference_on  # `auto` has been settled where a run starts (planner/placement.py)
+        return there or PLACES["device" if on == "auto" else on](self.parameters)
 
     def logprobs(self, batches: list[MicroBatch]) -> list[Tensor]:
         """Log-probs [N] (nats) of each micro-batch's targets; an empty list except on the last pipeline stage.
@@ -131,9 +158,7 @@ class Policy:
     def step(self, lr: float) -> None:
         """One optimizer update with the accumulated gradients, clipped, at this learning rate."""
         self.offload.require_device()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-            group["weight_decay"] = self.config.optimizer.weight_decay * group["wd_mult"]
+        set_hyperparameters(self.optimizer, self.config.optimizer, lr)
         with cpu_shim.cuda_type_names():
             self.optimizer.step()
         self.version += 1
@@ -149,7 +174,7 @@ class Policy:
         self.reference.keep()
 
     def refresh_reference(self, step: int) -> None:
-        """Before step ``step`` (first is 1): with ``reference: every:N``, freeze anew at steps 1, N + 1, ..."""
+        """Before the stage's ``step`` (first is 1): with ``reference: every:N``, freeze anew at steps 1, N + 1, ..."""
         every = self.config.objective.reference.partition("every:")[2]
         if self.reference is not None and every and (step - 1) % int(every) == 0:
             self.keep_reference()

@@ -84,6 +84,7 @@ class DynamicSampling:
     prompts: list[Prompt]
     tokenizer: Tokenizer
     usable_teachers: Callable[[Group], list[int]]
+    before: int = 0  # steps of the run before those that the order of rows begins with
 
     @property
     def rounds(self) -> int:
@@ -102,7 +103,7 @@ class DynamicSampling:
     def replacement(self, step: int, place: int, number: int) -> Group | None:
         """The ``number``-th (from 0) that may come to ``place``, not yet sampled; None where the rows have run out."""
         data = self.config.data
-        rows = spare_indices(step, data.prompts_per_step, len(self.prompts), data.seed)
+        rows = spare_indices(step - self.before, data.prompts_per_step, len(self.prompts), data.seed)
         index = number * data.prompts_per_step + place
         if index >= len(rows):
             return None
@@ -114,8 +115,9 @@ class DynamicSampling:
 class RolloutManager:
     """Prompts in, scored groups out. Without an engine the steps are read from ``rollout.replay``.
 
-    ``prefetched`` is the batch that has been sampled ahead for the next step. Raises OSError, before training, where
-    there can be no folder ``rollout.record``.
+    It is of one stage: steps have the run's numbers, and the order of the prompts begins after the ``before`` steps of
+    earlier stages. ``prefetched`` is the batch that has been sampled ahead for the next step. Raises OSError, before
+    training, where there can be no folder ``rollout.record``.
     """
 
     config: Config
@@ -126,13 +128,14 @@ class RolloutManager:
     layout: Layout
     shape: ModelShape
     experts: list[Prompt] = field(default_factory=list)
+    before: int = 0
 
     def __post_init__(self) -> None:
         if self.config.rollout.record and self.layout.is_main:
             Path(self.config.rollout.record).mkdir(parents=True, exist_ok=True)
         self._by_id = {prompt.id: prompt for prompt in self.prompts}
         self._trace = functools.lru_cache(maxsize=4096)(self._encode_trace)
-        self._dynamic = DynamicSampling(self.config, self.prompts, self.tokenizer, self.usable_teachers)
+        self._dynamic = DynamicSampling(self.config, self.prompts, self.tokenizer, self.usable_teachers, self.before)
         self._samples = self.config.rollout.samples_per_prompt if recipe(self.config.objective).samples else 0
         self.prefetched: Batch | None = None
 
@@ -163,9 +166,9 @@ class RolloutManager:
     def prefetch(self, step: int, clock: StepTimer) -> Iterator[None]:
         """Sample the batch of ``step`` in a thread while the body trains; at the end of the body it is ``prefetched``.
 
-        Does nothing but run the body without ``rollout.async_rollout``, and past the last step. ``clock``, of the step
-        that trains, gets the seconds of the sampling, and as ``rollout_wait`` those that the end waited for it. Raises
-        what the thread raised.
+        Does nothing but run the body without ``rollout.async_rollout``, and past the stage's last step. ``clock``, of
+        the step that trains, gets the seconds of the sampling, and as ``rollout_wait`` those that the end waited for
+        it. Raises what the thread raised.
         """
         if not self.config.rollout.async_rollout:
             yield
@@ -177,7 +180,7 @@ class RolloutManager:
             begin_step(step)
             return self._fill(step, groups, sampling_clock)
 
-        sampling = in_thread(fill, "rollout") if step <= self.config.trainer.steps else None
+        sampling = in_thread(fill, "rollout") if step <= self.before + self.config.trainer.steps else None
         yield
         with clock("rollout_wait"):
             if sampling is None:
@@ -215,7 +218,7 @@ class RolloutManager:
 
     def _prompts(self, step: int) -> list[Group]:
         data = self.config.data
-        indices = batch_indices(step, data.prompts_per_step, len(self.prompts), data.seed)
+        indices = batch_indices(step - self.before, data.prompts_per_step, len(self.prompts), data.seed)
         return encode_prompts([self.prompts[i] for i in indices], self.tokenizer, data.max_prompt_tokens)
 
     def _experts(self, step: int) -> list[Group]:
@@ -223,7 +226,7 @@ class RolloutManager:
         if not self.experts:
             return []
         data = self.config.data
-        indices = batch_indices(step, data.experts_per_step, len(self.experts), data.seed, "experts")
+        indices = batch_indices(step - self.before, data.experts_per_step, len(self.experts), data.seed, "experts")
         groups = encode_prompts([self.experts[i] for i in indices], self.tokenizer, data.max_prompt_tokens)
         return [dataclasses.replace(group, teacher_indices=(0,), expert=True) for group in groups]
 

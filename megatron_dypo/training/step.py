@@ -29,9 +29,9 @@ from megatron_dypo.training.passes import logprob_passes, share_sums
 class StepContext:
     """What one step's updates need beside their data.
 
-    ``lr`` is the learning rate, ``clock`` gets the seconds of each phase, and ``grad_norms`` are those of the updates
-    applied before this step, oldest first, ``flush_norms`` those of updates on the queue, which have a level of their
-    own.
+    ``step`` is counted from the begin of its stage, for the schedules of the loss's shares. ``lr`` is the learning
+    rate, ``clock`` gets the seconds of each phase, and ``grad_norms`` are those of the updates applied before this
+    step, oldest first, ``flush_norms`` those of updates on the queue, which have a level of their own.
     """
 
     step: int

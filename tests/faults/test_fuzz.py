@@ -20,12 +20,12 @@ from safetensors.torch import save
 from megatron_dypo.config import load_config
 from megatron_dypo.config.load import dump, fingerprint
 from megatron_dypo.config.schema import walk
+from megatron_dypo.config.stages import learning_rate
 from megatron_dypo.convert.hf_weights import folder_weights
 from megatron_dypo.data.dataset import batch_indices
 from megatron_dypo.data.tokenizer import arithmetic_backend
 from megatron_dypo.models.families import hf_shapes
 from megatron_dypo.models.shape import ModelShape
-from megatron_dypo.policy.optimizer import learning_rate
 from tests.faults.mutations import FILE_FAULTS, ODD_TEXT, odd_scalars, spoil_file, spoilt_bytes, spoilt_trees
 from tests.faults.submit import Ready, Submit, hunt
 from tests.launch import copy_task
@@ -52,10 +52,10 @@ def assert_usable(ready: Ready) -> None:
     int(config.rollout.engine_memory * 2**30)
     assert all(math.isfinite(learning_rate(step, config.optimizer)) for step in (1, 1000))
     assert inputs.shape.parameters > 0
-    for prompt in inputs.train:
+    for prompt in inputs.train[0]:
         for teacher in prompt.teachers:
             assert len(inputs.tokenizer.encode_trace(teacher.trace)) > 0
-    assert len(batch_indices(1, config.data.prompts_per_step, len(inputs.train), config.data.seed)) > 0
+    assert len(batch_indices(1, config.data.prompts_per_step, len(inputs.train[0]), config.data.seed)) > 0
     if config.model.hf:
         read = folder_weights(config.model.hf)
         assert all(tuple(read(name).shape) == size for name, size in hf_shapes(inputs.shape).items())
