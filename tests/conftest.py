@@ -21,7 +21,7 @@ LONG = (
     "servers", "layouts", "moe", "end_to_end", "checkpoint", "watchdog", "rollout", "offload", "import_export",
     "gpu_report", "smollm2", "kill", "triton_head", "reference", "planner", "tokenizers", "dataprep", "reward", "fuzz",
     "teacher_traces", "damage", "probe", "answers", "adam_state", "full_disk", "router", "reward_functions",
-    "async_rollout", "snippets", "ports",
+    "async_rollout", "relift", "snippets", "ports",
 )  # fmt: skip
 
 
