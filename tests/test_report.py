@@ -142,6 +142,14 @@ def test_a_new_term_schedule_and_queue_have_panels_without_an_edit_and_absent_te
     assert {"GRPO ", "expert ", "mu ", "length "} <= set(alone.data["span"]) and "sign " not in alone.data["span"]
 
 
+def test_a_run_of_stages_is_named_with_each_stage_s_recipe(tmp_path):
+    stages = "stages:\n- objective: {method: sft}\n- objective: {method: grpo}\n- objective: {method: sft}\n"
+    write_config(fill(tmp_path / "both", 3), f"objective: {{method: sft}}\n{stages}")
+    write_config(fill(tmp_path / "sft", 3), "objective: {method: sft}\n")
+    text = write_report(tmp_path / "both", tmp_path / "sft", out=tmp_path / "r.html").read_text()
+    assert "</i>both (sft, grpo) <b>" in text and "</i>sft <b>" in text
+
+
 def test_final_figures_and_differing_keys_stand_side_by_side(tmp_path):
     a = write_config(fill(tmp_path / "a", 30, value=0.25), "trainer: {run_dir: a, steps: 30}\noptimizer: {lr: 1e-6}\n")
     b = write_config(

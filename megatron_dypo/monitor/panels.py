@@ -127,7 +127,7 @@ OPTIMISATION = (
         family="flush/",
         points=True,
     ),
-    Panel("Stage", "Of the run's stages, the first being 1.", "stage", family="stage", exact=True),
+    Panel("Stage", "Of the run's stages, the first being 0.", "stage", family="stage", exact=True),
     Panel(
         "Gradient norm",
         "Before clipping. Rolling mean and one standard deviation to both sides.",

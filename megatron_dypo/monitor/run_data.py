@@ -32,7 +32,7 @@ class Run:
     @property
     def label(self) -> str:
         """The name, and the recipe where the name does not say it."""
-        method = self.setting("objective", "method")
+        method = ", ".join(dict.fromkeys(map(str, self.settings("objective", "method"))))
         return f"{self.name} ({method})" if method and method != self.name else self.name
 
     def known(self, key: str) -> np.ndarray:
