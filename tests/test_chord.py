@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -318,3 +319,16 @@ def test_a_replay_on_one_rank_takes_the_same_experts_from_their_file(straight, t
     for here, there in zip(metrics(tmp_path / "run"), metrics(straight / "run"), strict=True):
         for name in ("loss/total", "loss/expert", "loss/grpo", "train/grad_norm", "objective/mu"):
             assert here[name] == pytest.approx(there[name], rel=1e-4, abs=1e-6), name
+
+
+def test_a_stage_s_share_and_experts_begin_with_it(straight, tmp_path):
+    """After two steps of another recipe its own are those of a run of its own."""
+    config = task(tmp_path, straight)
+    tree = yaml.safe_load(config.read_text())
+    del tree["trainer"]["steps"]
+    tree["stages"] = [{"objective": {"method": "sft"}, "trainer": {"steps": 2}}, {"trainer": {"steps": 3}}]
+    config.write_text(yaml.safe_dump(tree))
+    (seen,) = run_ranks(1, train_watched, str(config), [])
+    assert seen == [[], [], *json.loads((straight / "seen.json").read_text())[:3]]
+    lines = metrics(tmp_path / "run")
+    assert [line.get("objective/mu") for line in lines] == pytest.approx([None, None, *map(by_hand, (1, 2, 3))])
