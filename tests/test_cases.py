@@ -62,6 +62,35 @@ def test_the_trace_is_a_member_of_its_group_and_its_tokens_are_shaped() -> None:
     assert numbers["advantages"] == [-0.5, 0.5] and numbers["config"]["objective.shape_gamma"] == 0.2
 
 
+CHORD = {
+    "system": "CHORD",
+    "settings": {"warmup": 2, "decay": 0, "peak": 0.5, "valley": 0.25, "shape": None, "aggregation": "mean of each"},
+    "sequences": [
+        {"prompt": 0, "source": "rollout", "reward": reward, "logp": [-0.5], "old_logp": [-0.5]}
+        for reward in (1.0, 0.0)
+    ]
+    + [{"prompt": 0, "source": "expert", "logp": logp} for logp in ([-1.0], [-2.0, -3.0])],
+}
+
+
+def test_experts_are_a_batch_of_their_own_with_the_share_of_the_step() -> None:
+    """By hand, at step 1: mu = 1/4; A is 1 and -1 (std 1/2), and half of an expert's share is each one's, by length."""
+    numbers = result(CHORD | {"settings": CHORD["settings"] | {"step": 1}}, "case.json")
+    A = 0.5 / (0.5 + 1e-6)
+    expected = [[-0.75 / 2 * A], [0.75 / 2 * A], [-1 / 8], [-1 / 16, -1 / 16]]
+    assert not differences(numbers["dloss_dlogp"], expected, "dloss_dlogp")
+    assert numbers["mu"] == 0.25 and numbers["loss"] == pytest.approx(1 / 8 + 5 / 16, rel=1e-12)
+    assert "route_of_prompt" not in numbers and len(numbers["advantages"]) == 2
+
+
+def test_a_schedule_alone_is_a_number_at_a_step_and_a_list_over_steps() -> None:
+    case = {"system": "CHORD", "settings": CHORD["settings"]}
+    assert result({**case, "settings": case["settings"] | {"step": 0}}, "case.json")["mu"] == 0.0
+    assert result({**case, "settings": case["settings"] | {"steps": [0, 1, 2]}}, "case.json")["mu"] == [0.0, 0.25, 0.25]
+    with pytest.raises(UserError, match="grpo has no share that changes with the step"):
+        result({"system": "RL (GRPO)", "settings": {"steps": [1]}}, "case.json")
+
+
 BAD = [
     ({"system": "SRFT"}, "system 'SRFT' is not yet supported"),
     ({"system": "TRPO"}, "system 'TRPO' is unknown"),
@@ -74,6 +103,9 @@ BAD = [
         r"sequences\[0\].finished: expected true or false, got 'no'",
     ),
     ({"sequences": []}, "sequences: expected a list of objects"),
+    (CHORD | {"settings": {"peak": 1.5}}, r"objective.mix.peak: .*\(got 1.5\)"),
+    (CHORD | {"settings": {"step": -1}}, "settings.step: expected a whole number from 0 on, got -1"),
+    (CHORD | {"settings": {"shape": "sigma"}}, "settings.shape: 'sigma'"),
     ({"sequences": [{"prompt": 0, "source": "rollout", "logp": [0.1, "x"]}]}, r"sequences\[0\].logp"),
     ({"sequences": [{"prompt": 0, "source": "teacher", "logp": [0.1]}]}, r"sequences\[0\].source: 'teacher'"),
 ]

@@ -22,9 +22,10 @@ def result(case: dict[str, Any], source: str) -> dict[str, Any]:
             return evaluate(_objects(case["sequences"]), config, _step(settings.get("step", 1))) | {"config": keys}
         if "p" in settings:
             return curve(settings["p"], config.objective) | {"config": keys}
-        if "steps" in settings:
-            steps = settings["steps"] if isinstance(settings["steps"], list) else [settings["steps"]]
-            return schedules([_step(step) for step in steps], config.objective) | {"config": keys}
+        steps = settings.get("steps", settings.get("step"))
+        if steps not in (None, []):
+            several = [_step(step) for step in steps] if isinstance(steps, list) else _step(steps)
+            return schedules(several, config.objective) | {"config": keys}
         if "unsolved_of_step" in settings:
             return simulate(settings["unsolved_of_step"], config.objective) | {"config": keys}
     except UserError as error:

@@ -250,9 +250,9 @@ def curve(probabilities: list[float], objective: Objective) -> dict[str, Any]:
     return {"f": f_N.tolist(), "df_dlogp": df_N.tolist()}
 
 
-def schedules(steps: list[int], objective: Objective) -> dict[str, list[float]]:
-    """The shares that change with the step, at these steps."""
-    found = [scheduled(objective, step) for step in steps]
+def schedules(steps: int | list[int], objective: Objective) -> dict[str, Any]:
+    """The shares that change with the step, at these steps or at one."""
+    found = [scheduled(objective, step) for step in ([steps] if isinstance(steps, int) else steps)]
     if not all(found):
         raise UserError(f"settings.steps: objective.method: {objective.method} has no share that changes with the step")
-    return {name: [shares[name] for shares in found] for name in found[0]} if found else {}
+    return found[0] if isinstance(steps, int) else {name: [share[name] for share in found] for name in found[0]}

@@ -47,8 +47,8 @@ def _each_aggregation(value: str) -> Keys:
     return _aggregation(value) | _demo_aggregation(value)
 
 
-def _chord_shape(value: str) -> Keys:
-    return {"objective.shape": _one_of(value, {"none": "nll", "phi": "phi", "p": "sg_p"})}
+def _chord_shape(value: str | None) -> Keys:
+    return {"objective.shape": _one_of(value or "none", {"none": "nll", "phi": "phi", "p": "sg_p"})}
 
 
 def _constant(value: int) -> Keys:
