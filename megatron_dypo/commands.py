@@ -176,6 +176,7 @@ def _add_convert(commands) -> None:
         "--hf", **hf | {"help": "whose configuration and tokenizer to take; default: where the weights came from"}
     )
     way.add_argument("--dtype", **dtype)
+    way.add_argument("--side", action="store_true", help="the run's second model (PRIME's process reward model)")
     way.add_argument("--shard-size", type=float, default=5.0, metavar="GB", help="of a file, at most (default: 5)")
     way.set_defaults(run=_export)
 
@@ -205,7 +206,7 @@ def _export(options: argparse.Namespace) -> None:
     if not 0 < options.shard_size < 1e6:
         raise UserError(f"--shard-size: {options.shard_size:g} GB is no size of a file")
     shard_bytes = int(options.shard_size * 1e9)
-    _say(export_folder(options.checkpoint, options.out, options.hf, options.dtype, shard_bytes))
+    _say(export_folder(options.checkpoint, options.out, options.hf, options.dtype, shard_bytes, options.side))
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -22,12 +22,13 @@ class Regime(enum.IntEnum):
     HARD = 2
 
     @classmethod
-    def of(cls, solved: int, responses: int, hard_max_solved: int = 0) -> Regime:
-        """Easy if all are right, Hard if at most ``hard_max_solved``, else Mid.
+    def of(cls, solved: int, responses: int, hard_max_solved: int = 0, easy_min_solved: int | None = None) -> Regime:
+        """Easy if at least ``easy_min_solved`` are right (default: all), Hard if at most ``hard_max_solved``, else Mid.
 
         Exclusive and exhaustive from one response on; Easy wins where both would hold, and one response has no Mid.
         """
-        return cls.EASY if solved == responses else cls.HARD if solved <= hard_max_solved else cls.MID
+        easy = responses if easy_min_solved is None else easy_min_solved
+        return cls.EASY if solved >= easy else cls.HARD if solved <= hard_max_solved else cls.MID
 
 
 @dataclass(frozen=True)

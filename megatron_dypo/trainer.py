@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -44,6 +44,7 @@ from megatron_dypo.runtime.watchdog import Watchdog
 from megatron_dypo.training.metrics import batch_metrics
 from megatron_dypo.training.minibatch import grade_groups
 from megatron_dypo.training.passes import warm_up
+from megatron_dypo.training.side_model import build_side
 from megatron_dypo.training.step import StepContext, update_policy
 from megatron_dypo.weight_sync.source import sync_weights
 
@@ -101,19 +102,21 @@ def _train(
         policy = Policy(config, inputs.shape, layout, read)
         if hf:
             require_finite(policy.parameters, inputs.shape, layout, f"model.hf: {hf}")
+        side = build_side(config, inputs.shape, layout, read)
     if hf and (config.model.probe == "on" or (config.model.probe == "auto" and not inputs.checkpoints)):
         with phase("log-prob probe"):
             probe(policy, Path(hf_folder(hf)), tokenizer, config.parallel.timeout)
     counters = Counters()
     if inputs.checkpoints:
         with phase("checkpoint load"):
-            counters = load_newest(run_dir, inputs.checkpoints, policy)
+            counters = load_newest(run_dir, inputs.checkpoints, policy, side and side.policy)
             require_finite(policy.parameters, inputs.shape, layout, f"trainer.run_dir: {run_dir}: step {counters.step}")
     if torch.cuda.is_available():  # nothing is compiled on the CPU
         with phase("warm-up"):
             seconds = sum(warm_up(policy, stage.config) for stage in stages)
             log.info("compiled and warmed up in %.1f s, before the first step", seconds)
-    saver = Saver(config, policy)
+    saver = Saver(config, policy, side and side.policy)
+    offloads = [policy.offload] + ([side.policy.offload] if side else [])
 
     reward = build_reward(config.reward)
     rollouts_of = [
@@ -151,7 +154,9 @@ def _train(
         if not trainer.offload:
             yield
             return
-        with policy.offload.on_host():
+        with ExitStack() as others_turn:
+            for offload in offloads:
+                others_turn.enter_context(offload.on_host())
             yield
             if engine:
                 engine.sleep(keep_weights)
@@ -185,7 +190,7 @@ def _train(
                 rollouts.record(step, batch.groups)
                 policy.refresh_reference(stage.own(step))
                 past = counters.grad_norms, counters.flush_norms
-                context = StepContext(stage.own(step), stage.lr(step), clock, *past)
+                context = StepContext(stage.own(step), stage.lr(step), clock, *past, side)
                 queue.add(failed(batch.sampled, stage.config.objective))
                 due = rollouts.deferred(queue.due)
                 groups = batch.groups + batch.experts
@@ -205,7 +210,10 @@ def _train(
             if recipe(stage.config.objective).defers:
                 metrics["queue/length"] = len(queue.waiting)
             evaluation = evaluate(step)
-            times = {"time/save": saver.take_seconds(), "time/offload": policy.offload.take_seconds()}
+            times = {
+                "time/save": saver.take_seconds(),
+                "time/offload": sum(offload.take_seconds() for offload in offloads),
+            }
             monitor.step(step, metrics | {"train/lr": context.lr} | times | evaluation)
             if result.skipped:
                 monitor.notice([f"step {step} skipped: {result.skipped}"])

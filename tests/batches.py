@@ -14,6 +14,7 @@ from megatron_dypo.config.schema import (
     PolicyOptions,
     Rollout,
     Shape,
+    Side,
     Trainer,
 )
 from megatron_dypo.objectives.recipes import recipe
@@ -52,6 +53,7 @@ def make_config(shape: str = "llama", budget: int = 200, **sections) -> Config:
         ),
         objective=Objective(**objective | sections.get("objective", {})),
         optimizer=Optimizer(**{"lr": 1e-3, "clip_grad": 0.0, "eps": 1e-4} | sections.get("optimizer", {})),
+        side=Side(**{"lr": 1e-2, "clip_grad": 0.0, "eps": 1e-4} | sections.get("side", {})),
         trainer=Trainer(**{"steps": 1, "run_dir": "none"} | sections.get("trainer", {})),
     )
 

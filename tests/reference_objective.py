@@ -27,6 +27,7 @@ class Rollout:
     engine_n: Tensor
     entropy_n: Tensor
     finished: bool = True
+    advantage_n: Tensor | None = None  # each token's own, of a second model
 
 
 @dataclass
@@ -75,12 +76,14 @@ class Terms:
         return torch.cat([torch.zeros(1).double(), *(w * x.flatten() for w, term in weighted for x in term)])
 
 
-def regime(rewards: list[float], threshold: float, hard_max_solved: int, gate: str = "reward") -> str:
+def regime(
+    rewards: list[float], threshold: float, hard_max_solved: int, gate: str = "reward", easy: int | None = None
+) -> str:
     """Paper 3.1; a gate on advantages shuts where no response is better than another (SuperRL's variant)."""
     solved = sum(reward >= threshold for reward in rewards)
     if gate == "advantage":
         return "hard" if len(set(rewards)) == 1 else "easy" if solved == len(rewards) else "mid"
-    if solved == len(rewards):
+    if solved >= (len(rewards) if easy is None else easy):
         return "easy"
     return "hard" if solved <= hard_max_solved else "mid"
 
@@ -148,7 +151,7 @@ def grpo(rollout: Rollout, advantage: float, c, correction: str, cap: float) -> 
     trust_n = trust(rollout.old_n - rollout.engine_n, correction, cap)
     gap_n = rollout.reference_n - rollout.logp_n
     kl_n = trust_n * (gap_n.exp() - gap_n - 1)
-    if c.ratio_level == "token":
+    if c.ratio_level == "token" or c.method == "prime":
         return trust_n * surrogate(rollout.logp_n - base_n, advantage, rollout.logp_n, c), kl_n
     unit = 1 / n if c.scale == "token" else 1.0
     weight = trust(unit * (rollout.old_n - rollout.engine_n).sum(), correction, cap)
@@ -186,7 +189,8 @@ def dypo(
     groups, taught, idle = [], [], 0
     for question in questions:
         rewards = [rollout.reward for rollout in question.rollouts]
-        kind = "hard" if c.method == "sft" else regime(rewards, c.reward_threshold, c.hard_max_solved, c.gate)
+        limits = c.reward_threshold, c.hard_max_solved, c.gate, c.easy_min_solved
+        kind = "hard" if c.method == "sft" else regime(rewards, *limits)
         if (
             kind == "mid"
             or c.method in ("chord", "grpo", "luffy", "relift")
@@ -198,7 +202,7 @@ def dypo(
             shown = [rollout for rollout in question.rollouts if rollout.finished or not c.mask_truncated]
             held = (c.kl_coef and shown) or (c.entropy_coef and (shown or members))
             idle += not held and (tied or not (shown or members))
-        elif kind == "hard" and c.method != "grpo" and question.traces:
+        elif kind == "hard" and c.method not in ("grpo", "prime") and question.traces:
             taught.append(question.traces)
     Q = len(questions) if c.normalize == "all" else len(groups) - idle + len(taught)
 
@@ -237,9 +241,11 @@ def dypo(
     for group, traces in groups:
         rewards = [rollout.reward for rollout in group]
         baseline = [*rewards, *(trace.reward for trace in traces)]
-        if len(set(baseline)) == 1 and not c.kl_coef:
+        if len(set(baseline)) == 1 and not c.kl_coef and c.method != "prime":
             continue  # all advantages are 0, and there is no pair
         A_k = advantages(baseline, c.advantage_std)
+        if c.method == "prime":
+            A_k = [rollout.advantage_n for rollout in group]
         k = len(A_k)
         for trace, advantage in zip(traces, A_k[len(group) :], strict=True):
             f_n = shape(trace.logp_n, c.shape or "luffy", c.shape_gamma)

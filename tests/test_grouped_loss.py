@@ -54,7 +54,7 @@ NAMES = [
     + "-tilt" * rule.tilt
     for rule in RULES
 ]
-STREAMS = ("logp", "old", "rollout", "reference", "entropy")
+STREAMS = ("logp", "old", "rollout", "reference", "entropy", "advantage")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -69,13 +69,15 @@ class Pack:
     rollout: Tensor | None
     reference: Tensor | None
     entropy: Tensor | None
+    advantage: Tensor | None = None  # each token's own
 
     @property
     def cu_seqlens(self) -> Tensor:
         return torch.tensor([0, *itertools.accumulate(self.counts)], device=self.logp.device)
 
     def to(self, device: str) -> Pack:
-        return replace(self, **{name: getattr(self, name).to(device) for name in (*STREAMS, "coefficients")})
+        present = [name for name in (*STREAMS, "coefficients") if getattr(self, name) is not None]
+        return replace(self, **{name: getattr(self, name).to(device) for name in present})
 
     def part(self, t: slice) -> dict[str, Tensor | None]:
         return {name: None if (x := getattr(self, name)) is None else x[t] for name in STREAMS}
@@ -113,10 +115,11 @@ def run(
 
 def statement(pack: Pack, rule: LossRule) -> dict[str, Tensor]:
     """The same as the objective's page states it, slopes by torch's autograd, all in float64."""
-    logp_t, old_t, engine_t, reference_t, entropy_t = (getattr(pack, name).double() for name in STREAMS)
+    logp_t, old_t, engine_t, reference_t, entropy_t = (getattr(pack, name).double() for name in STREAMS[:5])
     logp_t.requires_grad_()
     counts_S = torch.tensor(pack.counts)
     A_t, w_t, c_t, g_t, v_t, u_t, e_t, a_t = pack.coefficients.double().repeat_interleave(counts_S, 1)
+    A_t = A_t if pack.advantage is None else pack.advantage.double()
     trust_t = page.trust(old_t - engine_t, rule.correction, rule.cap, rule.floor)
     log_ratio_t = logp_t - (old_t if rule.ratio_base == "old" else reference_t)
     surrogate_t = page.surrogate(log_ratio_t, A_t, logp_t, rule) * (rule.ratio_level == "token")
@@ -343,6 +346,25 @@ def test_streams_that_are_not_there_leave_out_their_terms() -> None:
     assert not any(traces[name].any() for name in ("grpo", "kl", "clipped"))
 
 
+def with_advantages(pack: Pack) -> Pack:
+    """Each token with an advantage of its own, some of them 0, and NaN in the column that is then not read."""
+    drawn_t = torch.randn(len(pack.logp), generator=torch.Generator().manual_seed(5), dtype=pack.logp.dtype)
+    table_CS = pack.coefficients.clone()
+    table_CS[COEFFICIENTS.index("advantage")] = math.nan
+    return replace(pack, coefficients=table_CS, advantage=drawn_t * (drawn_t.abs() > 0.2))
+
+
+@pytest.mark.parametrize("rule", [LossRule(kl_coef=0.3), *(LossRule(surrogate=name) for name in ("cispo", "sapo"))])
+def test_a_stream_of_advantages_takes_the_place_of_the_column(rule: LossRule) -> None:
+    pack = with_advantages(make_pack())
+    ours, theirs = run(pack, rule), statement(pack, rule)
+    assert_near({name: ours[name] for name in theirs}, theirs, 1e-12)
+    spread = replace(
+        make_pack(), advantage=make_pack().coefficients[0].repeat_interleave(torch.tensor(COUNTS))
+    )  # the column's own numbers
+    assert_same_bits(run(spread, rule), run(make_pack(), rule))
+
+
 def close_policies() -> tuple[Pack, Tensor]:
     """A pack whose policies differ by 1e-5, and the KL's sums [S] from the first terms of exp(x) - x - 1."""
     pack = make_pack(drift=1e-5)
@@ -452,6 +474,9 @@ def every_rule_in_triton() -> None:
         assert_near(run(part, rule, backend="triton", lanes=4), run(part, rule), 1e-15)
     pack, kl_S = close_policies()
     assert_near(run(pack, rule, backend="triton", lanes=16), {"kl": kl_S}, 1e-9)
+    for rule in (LossRule(kl_coef=0.1), LossRule(surrogate="cispo"), LossRule(surrogate="sapo")):
+        pack = with_advantages(make_pack([1, 5, 0, 3]))
+        assert_near(run(pack, rule, backend="triton", lanes=4), run(pack, rule), 1e-15)
 
 
 def first_step_in_triton() -> None:
@@ -501,15 +526,16 @@ def test_triton_compiles_for_an_h100_without_spills(tmp_path: Path) -> None:
     from megatron_dypo.kernels import triton_grouped_loss as kernel
     from megatron_dypo.kernels.grouped_loss import LANES
 
-    types = dict.fromkeys((*STREAMS, "coefficients", "summands", "dlogp_out", "dentropy_out"), "*fp32")
+    types = dict.fromkeys((*STREAMS, "advantages", "coefficients", "summands", "dlogp_out", "dentropy_out"), "*fp32")
     types |= {"cu_seqlens": "*i64", "sums": "*fp64", "first": "i32", "tokens": "i32", "sequences": "i32"}
     for rule, absent in (
-        (LossRule(kl_coef=0.1, correction="truncate", entropy=True), ()),
-        (LossRule(ratio_base="reference", correction="mask"), ("entropy", "dentropy_out")),
-        (LossRule(), ("old", "rollout", "reference", "dentropy_out")),
-        (LossRule(shape="luffy"), ("old", "rollout", "reference", "dentropy_out")),
-        (LossRule(surrogate="sapo", correction="mask", shape="phi", tilt=True, entropy=True), ()),
-        (LossRule(surrogate="cispo", shape="sg_p"), ("reference", "entropy", "dentropy_out")),
+        (LossRule(kl_coef=0.1, correction="truncate", entropy=True), ("advantages",)),
+        (LossRule(ratio_base="reference", correction="mask"), ("advantages", "entropy", "dentropy_out")),
+        (LossRule(), ("advantages", "old", "rollout", "reference", "dentropy_out")),
+        (LossRule(shape="luffy"), ("advantages", "old", "rollout", "reference", "dentropy_out")),
+        (LossRule(surrogate="sapo", correction="mask", shape="phi", tilt=True, entropy=True), ("advantages",)),
+        (LossRule(surrogate="cispo", shape="sg_p"), ("advantages", "reference", "entropy", "dentropy_out")),
+        (LossRule(kl_coef=0.1), ("entropy", "dentropy_out")),
     ):
         constants = kernel.constants(rule) | {"LANES": LANES} | dict.fromkeys(absent)
         function = kernel._one_sequence

@@ -29,12 +29,14 @@ def train_steps(shape: str, budget: int, steps: int, sections: dict, prompts: in
     from megatron_dypo.runtime import distributed
     from megatron_dypo.training.minibatch import build_minibatches, plan_minibatch
     from megatron_dypo.training.passes import logprob_passes
+    from megatron_dypo.training.side_model import build_side
     from megatron_dypo.training.step import StepContext, run_updates
 
     config = make_config(shape, budget, **sections)
     layout = distributed.init(config.parallel)
     model = model_shape(config.model)
     policy = Policy(config, model, layout, random_weights(model, seed=1))
+    side = build_side(config, model, layout, random_weights(model, seed=1))
     initial = hashlib.sha256(b"".join(tensor.numpy().tobytes() for _, tensor in policy.named_tensors())).hexdigest()
     history, gradients = [], {}
     for step in range(steps):
@@ -51,13 +53,20 @@ def train_steps(shape: str, budget: int, steps: int, sections: dict, prompts: in
             minibatches.append(plan_minibatch(policy.layout, due, config, trace_ids, deferred=True))
         mismatch, offender = logprob_passes(policy, minibatches, config)
         assert offender is None
+        if side:
+            learned = side.advance(minibatches, 1)
+            assert learned.fault is None
+            mismatch |= learned.metrics
         outcome = run_updates(policy, minibatches, config, StepContext(1, 1e-3))
         history.append(mismatch | outcome.metrics)
         if step == 0:
             main_grads = {name: parameter.main_grad for name, parameter in policy.parameters.items()}
             tensors = hf_tensors(main_grads, model, layout)
             gradients = {name: tensor.numpy().copy() for name, tensor in tensors}
-    weights = {name: tensor.numpy().copy() for name, tensor in policy.named_tensors()}
+    models = {"": policy} | ({"side ": side.policy} if side else {})
+    weights = {
+        f"{whose}{name}": tensor.numpy().copy() for whose, of in models.items() for name, tensor in of.named_tensors()
+    }
     final = {"gradients": gradients, "weights": weights}
     return final | {"history": history, "initial": initial, "batches": len(minibatches[0].rollouts)}
 

@@ -80,13 +80,14 @@ def make_batch(
 ) -> Batch:
     """One group per row of rewards, with ``traces[g]`` teacher traces (one each by default), and where the recipe has
     them three experts; drift 0: a first step."""
-    generator, of_entropies = (torch.Generator().manual_seed(each) for each in (seed, seed + 1))
+    generator, of_entropies, of_advantages = (torch.Generator().manual_seed(seed + each) for each in range(3))
 
     def values() -> dict[str, Tensor]:
         n = int(torch.randint(1, longest + 1, (), generator=generator))
         old_n = -2 * torch.empty(n).exponential_(generator=generator)
         noise = {name: drift * torch.randn(n, generator=generator) for name in ("now", "reference", "rollout")}
         drawn = {"old": old_n, "entropy": torch.empty(n).exponential_(generator=of_entropies)}
+        drawn["advantage"] = torch.randn(n, generator=of_advantages)
         return {name: x_n.double() for name, x_n in (drawn | {k: old_n + x_n for k, x_n in noise.items()}).items()}
 
     groups, logp = [], {}
@@ -100,7 +101,8 @@ def make_batch(
             end = "length" if g % 5 == 4 or (g + i) % 3 == 0 else "stop"  # a whole group, and some of others
             responses.append(Response(np.zeros(len(engine_n), np.int32), engine_n.float().numpy(), end, reward))
         prompt_ids = np.zeros(int(torch.randint(1, 4, (), generator=generator)), np.int32)
-        regime = grade(torch.tensor([row]), objective.reward_threshold, objective.hard_max_solved, objective.gate)[0]
+        limits = objective.hard_max_solved, objective.gate, objective.easy_min_solved
+        regime = grade(torch.tensor([row]), objective.reward_threshold, *limits)[0]
         rewards_of_traces = (1.0, 0.3, 1.0)[:draws] if recipe(objective).scores_traces else ()
         groups.append(
             Group(Prompt(f"prompt-{g}", "", ()), prompt_ids, responses, regime, tuple(range(draws)), rewards_of_traces)
@@ -158,6 +160,7 @@ def streams(
         old_N=known("old") if is_rollout else None,
         rollout_N=known("rollout") if is_rollout else None,
         reference_N=known("reference") if is_rollout and needs_reference(objective) else None,
+        advantage_N=known("advantage") if is_rollout and recipe(objective).side else None,
     )
 
 
@@ -225,6 +228,7 @@ def reference(
                     logp["rollout"],
                     entropy_n,
                     response.finished,
+                    logp["advantage"],
                 )
             )
         traces = [page.Trace(*leaves[g, Kind.TEACHER, i]) for i in group.teacher_indices or ()]
@@ -424,7 +428,8 @@ def test_dynamic_sampling_keeps_the_groups_in_which_something_has_a_coefficient(
             response.finish_reason = "length" if is_cut else "stop"
         sequences, terms = coefficients(batch, config.objective, Correction())
         sampled = [x for x, sequence in zip(terms.sequences, sequences, strict=True) if sequence.group == 0]
-        columns = [(x.advantage * x.grpo, x.slope, x.nll, x.shaped) for x in sampled]
+        streams = RECIPES[method].side is not None
+        columns = [(x.grpo * (streams or x.advantage), x.slope, x.nll, x.shaped) for x in sampled]
         kept.append(sampling.trains(batch.groups[0]))
         assert kept[-1] == any(map(any, columns)), (row, cut_off)
     assert any(kept)

@@ -20,9 +20,12 @@ from megatron_dypo.config.reads import (
     EXPERTS,
     GROUPED,
     IMITATING,
+    MIDDLE,
     PAIRS,
+    PROCESS,
     QUEUEING,
     READ_WITH,
+    RELATIVE,
     ROUTED,
     SAMPLING,
     SHAPED,
@@ -37,7 +40,7 @@ from megatron_dypo.errors import UserError
 from megatron_dypo.objectives.coefficients import needs_reference
 from megatron_dypo.objectives.correction import Correction
 from megatron_dypo.objectives.recipes import ALL, RECIPES, recipe
-from megatron_dypo.records import Kind
+from megatron_dypo.records import Kind, Regime
 from megatron_dypo.training.minibatch import draw_teachers
 from tests import test_objectives as ours
 from tests.test_config import SMALLEST, complaint
@@ -46,7 +49,8 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*/config.yaml"))
 ANOTHER = {  # a value that is not the default, which the others of these do not make idle
     "alpha": 0.25, "beta_gal": 2.0, "gamma": 3.0, "clip_low": 0.05, "clip_high": 0.01, "kl_coef": 0.3,
-    "hard_max_solved": 1, "teachers_per_prompt": 2, "aggregation": "token_mean", "aggregation_constant": 5,
+    "hard_max_solved": 1, "easy_min_solved": 3, "teachers_per_prompt": 2,
+    "aggregation": "token_mean", "aggregation_constant": 5,
     "gal_length_normalize": False, "sft_length_normalize": False, "ratio_base": "reference", "ratio_level": "sequence",
     "advantage_std": "none", "gate": "advantage", "shape": "p", "shape_gamma": 0.3, "demo_aggregation": "token_mean",
     "mask_truncated": True,
@@ -78,6 +82,14 @@ def test_every_row_is_of_keys_that_there_are_and_the_methods_are_the_recipes():
     assert set(SHAPED) == {name for name in RECIPES if "shaped" in tokens[name]}
     regimes = {name: {term.when for term in recipe.terms} for name, recipe in RECIPES.items()}
     assert set(ROUTED) == {name for name in RECIPES if regimes[name] != {ALL}}
+    rules = {name: {term.rule for term in recipe.terms} for name, recipe in RECIPES.items()}
+    assert set(RELATIVE) == {name for name in RECIPES if "advantage" in rules[name]}
+    assert set(PROCESS) == {name for name, recipe in RECIPES.items() if recipe.side == "prm"}
+    assert set(MIDDLE) == {
+        name
+        for name, recipe in RECIPES.items()
+        if any((Regime.MID in term.when) != (Regime.EASY in term.when) for term in recipe.terms)
+    }
     assert set(GROUPED) == {name for name, recipe in RECIPES.items() if recipe.samples and not recipe.scores_traces}
     assert set(QUEUEING) == {name for name, recipe in RECIPES.items() if recipe.defers}
     assert set(TEACHERS) == {name for name, kinds in sources.items() if Kind.TEACHER in kinds}
@@ -97,7 +109,15 @@ def test_what_decides_of_a_deciding_key_decides_of_the_key_too(dotted):
 
 def outcome(objective: Objective) -> list[float]:
     """Loss, metric sums and every token's gradient of made-up groups, by the code that trains."""
-    rewards = [[1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 1], [1, 0, 0, 0], [0.9, 0.5, 0.5, 0.1], [0, 0, 0, 0]]
+    rewards = [
+        [1, 1, 1, 1],
+        [0, 0, 0, 0],
+        [1, 1, 0, 0],
+        [0, 1, 1, 1],
+        [1, 0, 0, 0],
+        [0.9, 0.5, 0.5, 0.1],
+        [0.3, 0.1, 0, 0],
+    ]
     two = objective.model_copy(update={"teachers_per_prompt": 2})
     batch = ours.make_batch(rewards, two, seed=3, traces=[2] * len(rewards))
     for group in batch.groups:  # as training/minibatch.py has it
@@ -162,7 +182,7 @@ def test_the_reference_is_read_where_the_objective_needs_one():
             ["objective.alpha=1", "objective.reference=previous"],
             "objective.reference: previous is not read with objective.method: dypo, objective.alpha: 1.0, "
             "objective.kl_coef: 0.0, objective.ratio_base: old, "
-            "only with GAL's term, objective.kl_coef above 0 or objective.ratio_base: reference",
+            "only with GAL's term, a process reward model, objective.kl_coef above 0 or objective.ratio_base: ",
         ),
         (["rollout.server_timeout=9"], "rollout.server_timeout: 9.0 is not read with rollout.engine: auto, only with"),
         (["rollout.engine=transformers", "rollout.verify_sync=sent"], "rollout.verify_sync: sent is not read with"),

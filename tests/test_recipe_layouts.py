@@ -26,6 +26,7 @@ OBJECTIVES = {  # in three updates, all with KL and clipped tokens where the rec
     "chord": {"entropy_coef": 0.03, "aggregation": "token_mean", "demo_aggregation": "token_mean", "shape": "phi"},
     "dypo": {"entropy_coef": 0.03},
     "grpo": {"entropy_coef": 0.03, "aggregation": "token_mean"},
+    "prime": {"entropy_coef": 0.03, "aggregation": "token_mean"},
     "luffy": {"entropy_coef": 0.03, "aggregation": "token_mean", "advantage_std": "none"},
     "relift": {"entropy_coef": 0.03, "demo_aggregation": "token_mean"},
     "sft": {"entropy_coef": 0.03, "demo_aggregation": "token_mean"},

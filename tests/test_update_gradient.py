@@ -63,8 +63,9 @@ def question(group: Group, models: dict[str, Model]) -> page.Question:
     return page.Question(rollouts, traces)
 
 
-@pytest.mark.parametrize("method", RECIPES)
+@pytest.mark.parametrize("method", OBJECTIVES)
 def test_a_step_s_gradient_is_that_of_the_objective_s_page(method):
+    assert OBJECTIVES.keys() == {name for name, recipe in RECIPES.items() if not recipe.side}
     sections = {"objective": {"method": method} | OBJECTIVES[method]}
     rows = 5 if RECIPES[method].imitates_experts else 0
     first, second = (make_groups(8, seed=seed) + make_experts(rows, seed) for seed in (5, 6))

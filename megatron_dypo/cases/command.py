@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_dypo.cases.evaluate import curve, evaluate, schedules, simulate
+from megatron_dypo.cases.evaluate import curve, evaluate, learn, schedules, simulate
+from megatron_dypo.cases.process import kept
 from megatron_dypo.cases.translate import configuration
 from megatron_dypo.config.load import load_keys
 from megatron_dypo.errors import UserError
@@ -18,6 +19,10 @@ def result(case: dict[str, Any], source: str) -> dict[str, Any]:
         keys = configuration(case)
         config = load_keys([f"{name}={json.dumps(value)}" for name, value in keys.items()], "config")
         settings = case["settings"]
+        if "sequences" in case and "beta" in settings:
+            return learn(_objects(case["sequences"]), config) | {"config": keys}
+        if "solved" in settings:
+            return kept(settings["solved"], config) | {"config": keys}
         if "sequences" in case:
             return evaluate(_objects(case["sequences"]), config, _step(settings.get("step", 1))) | {"config": keys}
         if "p" in settings:
@@ -65,6 +70,9 @@ def show(path: Path, as_table: bool) -> None:
     print("\n".join(table(case, numbers)) if as_table else json.dumps(numbers, indent=1))
 
 
+SLOPES = {"dloss_dlogp": "logp", "dloss_dprm_logp": "prm_logp"}  # and the log-probs they are of
+
+
 def table(case: dict[str, Any], numbers: dict[str, Any]) -> list[str]:
     """One line a token: its log-prob and its slopes; of a queue, one a step."""
     lines = [f"{key}: {value}" for key, value in numbers["config"].items()]
@@ -82,8 +90,9 @@ def table(case: dict[str, Any], numbers: dict[str, Any]) -> list[str]:
         rows = zip(case["settings"]["p"], numbers["f"], numbers["df_dlogp"], strict=True)
         return [*lines, f"{'p':>12}{'f':>14}{'df/dlogp':>14}", *(f"{p:12g}{f:14.6g}{df:14.6g}" for p, f, df in rows)]
     lines += [f"loss {numbers['loss']:.10g}", f"{'sequence':<14}{'token':>6}{'logp':>12}{'dL/dlogp':>16}{'dL/dH':>14}"]
+    of, slopes = next((of, numbers[name]) for name, of in SLOPES.items() if name in numbers)
     for i, sequence in enumerate(case["sequences"]):
-        for t, (logp, slope) in enumerate(zip(sequence["logp"], numbers["dloss_dlogp"][i], strict=True)):
+        for t, (logp, slope) in enumerate(zip(sequence[of], slopes[i], strict=True)):
             bonus = f"{numbers['dloss_dentropy'][i][t]:14.6g}" if "dloss_dentropy" in numbers else f"{'-':>14}"
             lines.append(f"{sequence.get('name', i)!s:<14}{t:>6}{logp:12.5g}{slope:16.8g}{bonus}")
     return lines

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_dypo.cases.process import process_advantages, process_update
 from megatron_dypo.config.schema import Config, Objective
 from megatron_dypo.errors import UserError
 from megatron_dypo.kernels import LossRule, empty_sums, grouped_loss
@@ -27,7 +28,7 @@ from megatron_dypo.rollout.sampling import give_unfinished_reward
 from megatron_dypo.training.minibatch import grade_groups, training_sequences
 
 SOURCES = {"rollout": Kind.ROLLOUT, "demo": Kind.TEACHER, "expert": Kind.EXPERT}
-STREAMS = {"logp": "logp", "old": "old_logp", "reference": "ref_logp", "entropy": "entropy"}
+STREAMS = {"logp": "logp", "old": "old_logp", "reference": "ref_logp", "entropy": "entropy", "process": "prm_logp"}
 
 
 class Case:
@@ -54,7 +55,7 @@ class Case:
 
     def _group(self, name: str, kinds: dict[Kind, list[int]]) -> Group:
         responses = [
-            Response(self._ids(place), self._ids(place), self._end(place), self._reward(place))
+            Response(self._ids(place), self._ids(place), self._end(place), self.reward(place))
             for place in kinds[Kind.ROLLOUT]
         ]
         demos = kinds[Kind.TEACHER] + kinds[Kind.EXPERT]
@@ -64,14 +65,15 @@ class Case:
             np.zeros(1, np.int32),
             responses,
             teacher_indices=tuple(range(len(demos))),
-            teacher_rewards=tuple(self._reward(place) for place in scored),
+            teacher_rewards=tuple(self.reward(place) for place in scored),
             expert=bool(kinds[Kind.EXPERT]),
         )
 
     def _ids(self, place: int) -> np.ndarray:
         return np.zeros(len(self.logs[place]["logp"]), np.int32)
 
-    def _reward(self, place: int) -> float:
+    def reward(self, place: int) -> float:
+        """A sequence's reward, 1 where the case gives none."""
         reward = self.sequences[place].get("reward")
         return 1.0 if reward is None else float(reward)
 
@@ -132,6 +134,7 @@ def evaluate(sequences: list[dict[str, Any]], config: Config, step: int) -> dict
         step=step,
         deferred=case.deferred,
     )
+    of_tokens = _of_tokens(case)
     others = dict.fromkeys(terms.share, 0.0) | {"grpo": terms.grpo_sequence_loss, "gal": terms.gal_loss}
     loss = total(others, terms.share)
     slopes: dict[str, dict[int, list[float]]] = {"dloss_dlogp": {}, "dloss_dentropy": {}}
@@ -154,6 +157,7 @@ def evaluate(sequences: list[dict[str, Any]], config: Config, step: int) -> dict
             old_N=case.stream("old", at) if rollout else None,
             rollout_N=case.stream("old", at) if rollout else None,
             reference_N=case.stream("reference", at) if rollout and needs_reference(objective) else None,
+            advantage_N=torch.cat([of_tokens["advantages"][place] for place in at]) if of_tokens else None,
         )
         summands_N, *parts = streams.terms(logp_N, entropy_N, slice(0, len(logp_N)))
         loss += summands_N.sum().item()
@@ -168,7 +172,32 @@ def evaluate(sequences: list[dict[str, Any]], config: Config, step: int) -> dict
     if objective.entropy_coef:
         result["dloss_dentropy"] = listed(slopes["dloss_dentropy"])
     more = scheduled(objective, step) | _rewards(case) | _advantages(case) | _routes(case) | _queued(case)
-    return result | more
+    return result | more | {name: [each_n.tolist() for each_n in found] for name, found in of_tokens.items()}
+
+
+def learn(sequences: list[dict[str, Any]], config: Config) -> dict[str, Any]:
+    """The update of a process reward model on a case's responses."""
+    case = Case(sequences, config)
+    return process_update(*_ratios(case), config.objective)
+
+
+def _ratios(case: Case) -> tuple[list[Tensor], list[float]]:
+    """The process reward model's log-ratios [n] to the reference, and the rewards, of a case's sequences."""
+    for place, logs in enumerate(case.logs):
+        for name in ("process", "reference"):
+            if name not in logs:
+                raise UserError(f"sequences[{place}].{STREAMS[name]}: needed by a process reward model")
+    rewards = [case.reward(place) for place in range(len(case.logs))]
+    return [logs["process"] - logs["reference"] for logs in case.logs], rewards
+
+
+def _of_tokens(case: Case) -> dict[str, list[Tensor]]:
+    """What a second model makes of each token; empty where the recipe has none."""
+    if recipe(case.objective).side is None:
+        return {}
+    ratios, rewards = _ratios(case)
+    prompts = [sequence.get("prompt") for sequence in case.sequences]
+    return process_advantages(ratios, rewards, prompts, case.objective)
 
 
 def _sums(case: Case, place: int, sequence: Sequence, objective: Objective) -> SequenceSums | None:
@@ -194,7 +223,7 @@ def _advantages(case: Case) -> dict[str, Any]:
     """A list where every sequence but the experts' has an advantage, else by the sequences' names."""
     found: dict[int, float] = {}
     for group, kinds in zip(case.groups, case.members.values(), strict=True):
-        if group.responses:
+        if group.responses and recipe(case.objective).side is None:
             places = kinds[Kind.ROLLOUT] + kinds[Kind.TEACHER]
             found |= dict(zip(places, member_advantages(group, case.objective), strict=False))
     if not found:

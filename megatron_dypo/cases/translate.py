@@ -5,6 +5,7 @@ Of a setting that is a sentence, the words before the first comma or bracket dec
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -26,9 +27,10 @@ SYSTEMS: dict[str, Keys] = {
         "objective.reward_threshold": BARELY_POSITIVE,
         "objective.demo_aggregation": "token_mean",
     },
+    "PRIME-Zero": {"objective.method": "prime"},
     "Oat-Zero": {"objective.method": "grpo", "rollout.reward_unfinished": 0.0},
 }
-LATER = ("SFT->RL", "SRFT", "OpenReasoner-Zero", "SimpleRL-Zero", "PRIME-Zero")
+LATER = ("SFT->RL", "SRFT", "OpenReasoner-Zero", "SimpleRL-Zero")
 
 
 def _clip(value: float | None) -> Keys:
@@ -103,7 +105,25 @@ OWN_SETTINGS: dict[str, dict[str, Callable[[Any], Keys]]] = {  # what a system m
     "SFT": {"aggregation": _demo_aggregation},
     "CHORD": {"aggregation": _each_aggregation, "shape": _chord_shape},
     "ReLIFT": {"aggregation": _each_aggregation},  # of whichever update
+    "PRIME-Zero": {
+        "beta": _as("objective.process_beta"),
+        "rule": lambda value: {"objective.process_baseline": _one_of(value, {"code": "code", "paper": "paper"})},
+        "process_reward": lambda value: _one_of(value, {"prm_logp": {}}),
+        "whitening": lambda value: _one_of(value, {"mean": {}}),
+        **dict.fromkeys(("solved", "low", "high"), lambda value: {}),
+    },
 }
+
+
+def _accuracies(low: float, high: float, k: int) -> Keys:
+    """Bounds of a group's share of right responses, both included, as numbers of its k."""
+    return {
+        "objective.hard_max_solved": math.ceil(low * k - 1e-9) - 1,
+        "objective.easy_min_solved": math.floor(high * k + 1e-9) + 1,
+    }
+
+
+TOGETHER: dict[tuple[str, ...], Callable[..., Keys]] = {("low", "high", "k"): _accuracies}
 
 
 def configuration(case: dict[str, Any]) -> Keys:
@@ -117,11 +137,16 @@ def configuration(case: dict[str, Any]) -> Keys:
         raise UserError(f"settings: expected an object, got {settings!r:.80}")
     keys = dict(SYSTEMS[system])
     known = SETTINGS | OWN_SETTINGS.get(system, {})
-    for name, value in settings.items():
+    for name in settings:
         if name not in known:
             raise UserError(f"settings.{name}: unknown; known: {', '.join(known)}")
+    meanings = [((name,), known[name]) for name in settings]
+    meanings += [(names, function) for names, function in TOGETHER.items() if settings.keys() >= {*names}]
+    for names, meaning in meanings:
+        values = [settings[name] for name in names]
         try:
-            keys |= known[name](value)
+            keys |= meaning(*values)
         except (ValueError, AttributeError, IndexError, TypeError) as error:
-            raise UserError(f"settings.{name}: {value!r:.80}: {error}") from None
+            shown = ", ".join(f"{value!r:.80}" for value in values)
+            raise UserError(f"settings.{', '.join(names)}: {shown}: {error}") from None
     return keys

@@ -20,6 +20,7 @@ from megatron_dypo.runtime.fs import is_safe_name
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 PREFETCHED = "in_flight.jsonl"  # the batch that was sampled already, and not trained on yet; where there was one
+SIDE = "side."  # before the names of a second model's tensors
 ALWAYS_THERE = (".metadata", "common.pt", "metadata.json", "state.json")
 _STEP = re.compile("step_([1-9][0-9]*)")
 _SHA256 = re.compile("[0-9a-f]{64}")

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_dypo.checkpoint.catalog import PREFETCHED, complete_steps, find_fault, none_left, step_folder
+from megatron_dypo.checkpoint.catalog import PREFETCHED, SIDE, complete_steps, find_fault, none_left, step_folder
 from megatron_dypo.checkpoint.io import (
     WrittenFile,
     read_index,
@@ -102,7 +102,7 @@ class Counters:
         return {"train/skipped_steps": self.skipped_steps, "train/empty_steps": self.empty_steps}
 
 
-def load_newest(run_dir: Path, steps: list[int], policy: Policy) -> Counters:
+def load_newest(run_dir: Path, steps: list[int], policy: Policy, side: Policy | None = None) -> Counters:
     """Load the newest of the checkpoints ``steps`` that is undamaged; warn of each damaged one. Collective.
 
     Raises TrainingError where none is left: training from the start in their place is for the user to decide.
@@ -111,23 +111,27 @@ def load_newest(run_dir: Path, steps: list[int], policy: Policy) -> Counters:
         folder = step_folder(run_dir, step)
         fault = shared_fault(folder)
         if fault is None:
-            return _load(folder, policy)
+            return _load(folder, policy, side)
         if dist.get_rank() == 0:
             log.warning("%s; falling back to the checkpoint before", fault)
     raise TrainingError(none_left(run_dir))
 
 
-def _load(folder: Path, policy: Policy) -> Counters:
-    """Restore weights, optimizer and reference exactly, at any layout; collective.
+def _load(folder: Path, policy: Policy, side: Policy | None) -> Counters:
+    """Restore weights, optimizer and reference exactly, at any layout, and a second model's; collective.
 
     Raises TrainingError where mcore cannot read them, UserError where ``.metadata`` holds more than plain data.
     """
-    counters = Counters.of(json.loads((folder / "state.json").read_text()))
+    state = json.loads((folder / "state.json").read_text())
+    counters = Counters.of(state)
     read_index(folder / ".metadata")
     policy.begin_stage(stage_at(stages_of(policy.config), counters.step).config)  # whose last step it was saved after
     policy.version, policy.stage_version = counters.weight_version, counters.stage_version
     try:
         restore(policy, folder)
+        if side:
+            side.version = state["side_version"]
+            restore(side, folder, SIDE)
     except (CheckpointException, CheckpointingException) as error:  # the first is no Exception: reports would miss it
         raise TrainingError(f"{folder}: {error}") from error
     return counters
@@ -152,10 +156,11 @@ class Saver:
     step.
     """
 
-    def __init__(self, config: Config, policy: Policy):
+    def __init__(self, config: Config, policy: Policy, side: Policy | None = None):
         self._trainer, self._timeout, self._policy = config.trainer, config.parallel.timeout, policy
         self._run_dir = Path(config.trainer.run_dir)
-        self._holders = exchange_holders(policy)
+        models = {"": policy} | ({SIDE: side} if side else {})
+        self._models = {name: (model, exchange_holders(model)) for name, model in models.items()}
         self._pending: _Pending | None = None
         self._retry = False
         self._score: float | None = None
@@ -202,7 +207,7 @@ class Saver:
 
     def _save(self, counters: Counters, score: float | None, prefetched: Sequence[Group] = ()) -> None:
         """Take a snapshot and start writing it."""
-        pieces = snapshot(self._policy, self._holders)
+        pieces = [piece for name, model in self._models.items() for piece in snapshot(*model, name)]
         total = sum(all_gather_objects(sum(tensor.nbytes for _, tensor in pieces)))
         folder = self._on_rank_0(lambda: self._make_folder(counters.step, total))
         if folder is None:
@@ -217,6 +222,8 @@ class Saver:
             return files
 
         state = asdict(counters) | {"score": score, "model": asdict(self._policy.shape)}
+        if SIDE in self._models:
+            state["side_version"] = self._models[SIDE][0].version
         self._pending = _Pending(folder, state, in_thread(write, "checkpoint-writer"))
 
     def _complete(self, wait: bool) -> None:

@@ -1,10 +1,10 @@
 """What a checkpoint holds, cut for this rank: weights, reference, Adam's moments (and master weights).
 
-All of it is cut and keyed as mcore cuts the weights (``fully_reshardable``): a tensor of the whole model per weight
-and moment, so that it loads at any layout, with the plain or the distributed optimizer alike. Of the data-parallel
-ranks, the one that holds most of a parameter's Adam state writes everything of that parameter; only slices of
-parameters that straddle two ranks travel. An expert's data-parallel ranks are those that hold the same cut of the same
-experts; mcore stacks its weight along an axis of layers and one of experts.
+All of it is cut and keyed as mcore cuts the weights (``fully_reshardable``): a tensor of the whole model per weight and
+moment, so that it loads at any layout, with the plain or the distributed optimizer alike. Of the data-parallel ranks,
+the one that holds most of a parameter's Adam state writes everything of that parameter; only slices of parameters that
+straddle two ranks travel. A second model's keys have a prefix (``SIDE``). An expert's data-parallel ranks are those
+that hold the same cut of the same experts; mcore stacks its weight along an axis of layers and one of experts.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def exchange_holders(policy: Policy) -> dict[str, Holders]:
     return holders
 
 
-def snapshot(policy: Policy, holders: dict[str, Holders]) -> list[tuple[TensorPiece, Tensor]]:
-    """Copies in host memory of the pieces that this rank is to write. Collective."""
+def snapshot(policy: Policy, holders: dict[str, Holders], model: str = "") -> list[tuple[TensorPiece, Tensor]]:
+    """Copies in host memory of the pieces that this rank is to write, their keys behind ``model``. Collective."""
     policy.offload.require_device()
     templates = _templates(policy)
     parts = adam_parts(policy.optimizer, policy.parameters)
@@ -69,27 +69,29 @@ def snapshot(policy: Policy, holders: dict[str, Holders]) -> list[tuple[TensorPi
             for kind, tensor in _gather_adam(parameter, parts.get(name), holders[name], group):
                 whole[f"optimizer.state.{kind}."] = tensor
         for prefix, tensor in whole.items():
-            pieces += _cut(templates[name], prefix, tensor)
+            pieces += _cut(templates[name], model + prefix, tensor)
     return pieces
 
 
-def restore(policy: Policy, folder: Path) -> None:
-    """Load weights, reference and Adam's state of ``policy.adam_steps`` updates; collective.
+def restore(policy: Policy, folder: Path, model: str = "") -> None:
+    """Load weights, reference and Adam's state of ``policy.adam_steps`` updates, keys behind ``model``; collective.
 
     Raises CheckpointException (torch's; no Exception) or CheckpointingException (mcore's) where they cannot be read.
     """
     templates, parameters = _templates(policy), policy.parameters
-    wanted = {"weights": {name: templates[name] for name in parameters}}
+    wanted = {
+        "weights": {name: _target(templates[name], model, parameter.detach()) for name, parameter in parameters.items()}
+    }
     if policy.reference is not None:
         wanted["reference"] = {
-            name: _target(templates[name], "reference.", torch.empty(parameter.shape, dtype=parameter.dtype))
+            name: _target(templates[name], f"{model}reference.", torch.empty(parameter.shape, dtype=parameter.dtype))
             for name, parameter in parameters.items()
         }
     parts = adam_parts(policy.optimizer, parameters) if policy.version > 0 else {}
     for name, part in parts.items():
         for kind in part.names:
             empty = torch.empty(parameters[name].shape, dtype=part.main.dtype)
-            wanted.setdefault(kind, {})[name] = _target(templates[name], f"optimizer.state.{kind}.", empty)
+            wanted.setdefault(kind, {})[name] = _target(templates[name], f"{model}optimizer.state.{kind}.", empty)
     loaded = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
     with torch.no_grad():
         for name, parameter in parameters.items():

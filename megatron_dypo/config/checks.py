@@ -59,6 +59,12 @@ def _rules(config: Config):
         f"objective.hard_max_solved: {objective.hard_max_solved} leaves no Mid group with "
         f"rollout.samples_per_prompt: {rollout.samples_per_prompt}",
     )
+    easy = objective.easy_min_solved
+    yield (
+        easy is not None and not objective.hard_max_solved + 1 < easy <= rollout.samples_per_prompt + 1,
+        f"objective.easy_min_solved: {easy} leaves no Mid group with objective.hard_max_solved: "
+        f"{objective.hard_max_solved} and rollout.samples_per_prompt: {rollout.samples_per_prompt}",
+    )
     yield (
         objective.updates_per_rollout > config.data.prompts_per_step,
         f"objective.updates_per_rollout: {objective.updates_per_rollout} mini-batches cannot be cut from "

@@ -10,20 +10,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_dypo.config.schema import Config, Mix, walk
+from megatron_dypo.config.schema import Config, Mix, Side, walk
 from megatron_dypo.config.sections_rollout import REWARD_FUNCTIONS
 
 # methods, as the recipes have it (objectives/recipes.py)
-SAMPLING = ("chord", "dypo", "grpo", "luffy", "relift", "switch")  # train on sampled responses
+SAMPLING = ("chord", "dypo", "grpo", "luffy", "prime", "relift", "switch")  # train on sampled responses
 PAIRS = ("dypo",)  # have GAL's term
 TEACHERS = ("dypo", "luffy", "relift", "sft", "switch")  # train on teachers' traces
 IMITATING = ("dypo", "relift", "sft", "switch")  # have SFT's term
 EXPERTS = ("chord",)  # train on data.experts
 SHAPED = ("chord", "luffy")  # have a shaped token function
 LUFFYS = ("luffy",)  # whose own shape has a gamma
-GROUPED = ("chord", "dypo", "grpo", "relift", "switch")  # compare a prompt's responses with one another alone
+GROUPED = ("chord", "dypo", "grpo", "prime", "relift", "switch")  # compare a prompt's responses with one another alone
 QUEUEING = ("relift",)  # let prompts wait for an update of their own
-ROUTED = ("dypo", "relift", "switch")  # train other terms in other regimes
+RELATIVE = ("chord", "dypo", "grpo", "luffy", "relift", "switch")  # have advantages of rewards within a group
+PROCESS = ("prime",)  # learn a process reward model
+MIDDLE = ("dypo", "prime")  # train Mid groups otherwise than Easy ones
+ROUTED = ("dypo", "prime", "relift", "switch")  # train other terms in other regimes
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def uses_reference(config: Config) -> bool:
     objective = config.objective
     gal = objective.method in PAIRS and objective.alpha < 1
     ratio = objective.method in SAMPLING and (objective.kl_coef > 0 or objective.ratio_base == "reference")
-    return gal or ratio
+    return gal or ratio or objective.method in PROCESS
 
 
 _SAMPLES = _one_of("objective.method", *SAMPLING)
@@ -90,12 +93,14 @@ _BOUNDED = Condition(
     ("objective.surrogate", "objective.loss_function"),
     lambda config: config.objective.surrogate in ("clip", "cispo") or config.objective.loss_function is not None,
 )
+_RELATIVE = _one_of("objective.method", *RELATIVE)
+_PROCESS = _one_of("objective.method", *PROCESS)
 _GAL = (
     _one_of("objective.method", *PAIRS),
     Condition("`objective.alpha` below 1", ("objective.alpha",), lambda config: config.objective.alpha < 1),
 )
 _REFERENCE = Condition(
-    "GAL's term, `objective.kl_coef` above 0 or `objective.ratio_base: reference`",
+    "GAL's term, a process reward model, `objective.kl_coef` above 0 or `objective.ratio_base: reference`",
     ("objective.method", "objective.alpha", "objective.kl_coef", "objective.ratio_base"),
     uses_reference,
 )
@@ -154,7 +159,7 @@ READ_WITH: dict[str, tuple[Condition, ...]] = {
     "objective.queue_order": (_one_of("objective.method", *QUEUEING),),
     "objective.gate": (_one_of("objective.method", *ROUTED),),
     "objective.teachers_per_prompt": (_TEACHES,),
-    "objective.loss_function": (_SAMPLES,),
+    "objective.loss_function": (_RELATIVE,),
     "objective.surrogate": (_SAMPLES, _FUSED),
     "objective.clip_low": (_SAMPLES, _BOUNDED),
     "objective.clip_high": (_SAMPLES, _BOUNDED),
@@ -162,14 +167,18 @@ READ_WITH: dict[str, tuple[Condition, ...]] = {
     "objective.sapo_tau_neg": (_SAMPLES, _FUSED, _one_of("objective.surrogate", "sapo")),
     "objective.kl_coef": (_SAMPLES,),
     "objective.hard_max_solved": (_one_of("objective.method", *ROUTED), _one_of("objective.gate", "reward")),
+    "objective.easy_min_solved": (_one_of("objective.method", *MIDDLE), _one_of("objective.gate", "reward")),
     "objective.aggregation": (_SAMPLES,),
     "objective.aggregation_constant": (_SAMPLES, _one_of("objective.aggregation", "constant")),
     "objective.ratio_base": (_SAMPLES,),
-    "objective.ratio_level": (_SAMPLES, _FUSED),
+    "objective.ratio_level": (_RELATIVE, _FUSED),
     "objective.reference": (_REFERENCE,),
-    "objective.advantage_std": (_SAMPLES,),
+    "objective.advantage_std": (_RELATIVE,),
     "objective.mask_truncated": (_SAMPLES,),
+    "objective.process_beta": (_PROCESS,),
+    "objective.process_baseline": (_PROCESS,),
     "objective.refresh_pair_weights": (_SAMPLES, _above("objective.updates_per_rollout", 1)),
+    **{f"side.{name}": (_PROCESS,) for name in Side.model_fields},
     "optimizer.min_lr": (_not("optimizer.schedule", "constant"),),
     "optimizer.schedule_steps": (_not("optimizer.schedule", "constant"),),
     "logging.wandb_project": (_not("logging.wandb", "off"),),

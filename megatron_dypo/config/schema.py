@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, PrivateAttr
 from megatron_dypo.config.section import Section, key
 from megatron_dypo.config.sections_model import Model, Parallel, PolicyOptions, Shape
 from megatron_dypo.config.sections_rollout import Data, Reward, Rollout
-from megatron_dypo.config.sections_training import Evaluation, Logging, Mix, Objective, Optimizer, Trainer
+from megatron_dypo.config.sections_training import Evaluation, Logging, Mix, Objective, Optimizer, Side, Trainer
 
 __all__ = [
     "Config",
@@ -26,6 +26,7 @@ __all__ = [
     "Rollout",
     "Section",
     "Shape",
+    "Side",
     "Trainer",
     "walk",
 ]
@@ -42,6 +43,7 @@ class Config(Section):
     reward: Reward = Field(default=Reward(), description="How responses are scored.")
     objective: Objective = Field(default=Objective(), description="What is optimised.")
     optimizer: Optimizer = Field(default=Optimizer(), description="Adam.")
+    side: Side = Field(default=Side(), description="The second model of some recipes.")
     trainer: Trainer = Field(description="The loop.")
     evaluation: Evaluation = Field(default=Evaluation(), description="Evaluation suites.")
     logging: Logging = Field(default=Logging(), description="Who is told.")

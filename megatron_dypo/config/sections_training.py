@@ -19,7 +19,7 @@ class Mix(Section):
 class Objective(Section):
     """What is optimised (docs/objective.md)."""
 
-    method: Literal["chord", "dypo", "grpo", "luffy", "relift", "sft", "switch"] = key(
+    method: Literal["chord", "dypo", "grpo", "luffy", "prime", "relift", "sft", "switch"] = key(
         "dypo",
         "Recipe: which regime trains which term. `grpo` and `sft` are the comparisons' single-term recipes; `switch` trains a prompt on its responses or, where it is Hard, on a trace (SuperRL, HPT); in `luffy` the trace is one more member of the prompt's group; in `relift` prompts that failed wait for an update on their traces; `chord` adds the rows of `data.experts` with the share of `mix`.",
     )
@@ -52,7 +52,10 @@ class Objective(Section):
     entropy_coef: float = key(
         0.0, "Weight of the mean entropy of all trained tokens, which the loss is lessened by.", ge=0
     )
-    hard_max_solved: int = key(0, "Hard if at most so many of the k responses are right.", ge=0)
+    hard_max_solved: int = key(0, "Hard if at most N of the k responses are right; -1: no group is Hard.", ge=-1)
+    easy_min_solved: int | None = key(
+        None, "Easy if at least N of the k responses are right; default: all; k + 1: no group is Easy.", ge=1
+    )
     reward_threshold: float = key(0.5, "A response is right from this reward on.")
     teachers_per_prompt: int = key(
         1, "Hard: teacher traces drawn without replacement; their losses are averaged.", ge=1
@@ -105,12 +108,19 @@ class Objective(Section):
         "oldest",
         "Which of the prompts that wait are due first. With `newest` (ReLIFT's code) old ones may wait for ever.",
     )
+    process_beta: float = key(
+        0.05, "PRIME: a response's summed process rewards times this are the logit of its being right.", gt=0
+    )
+    process_baseline: Literal["code", "paper"] = key(
+        "code",
+        "PRIME: what a token's process reward is relative to: the mean of the other responses' means (`paper`), or what PRIME's published code computes.",
+    )
     updates_per_rollout: int = key(1, "Optimizer updates per rollout: mini-batches of whole prompts.", ge=1)
     refresh_pair_weights: bool = key(True, "Several updates: recompute the trajectory coefficients before each.")
 
 
-class Optimizer(Section):
-    """Adam, as Megatron-Core runs it."""
+class Adam(Section):
+    """Adam's settings and its learning rate's schedule."""
 
     lr: float = key(1e-6, "Peak learning rate.", gt=0)
     min_lr: float = key(0.0, "Final learning rate of a decaying schedule.", ge=0)
@@ -123,6 +133,11 @@ class Optimizer(Section):
     eps: float = key(1e-8, "Adam's epsilon.", gt=0)
     weight_decay: float = key(0.0, "Decoupled weight decay (not on norms and biases).", ge=0)
     clip_grad: float = key(1.0, "Largest global gradient norm; 0 is off.", ge=0)
+
+
+class Optimizer(Adam):
+    """Adam, as Megatron-Core runs it."""
+
     distributed: bool = key(
         False,
         "Shard the optimizer's state over data-parallel ranks; may be switched on resume.",
@@ -131,6 +146,10 @@ class Optimizer(Section):
     overlap_grad_reduce: bool = key(
         False, "Sum gradients over data-parallel ranks while the backward pass goes on.", resumable=True
     )
+
+
+class Side(Adam):
+    """The optimizer of a recipe's second model (`prime`), which is laid out as the policy is."""
 
 
 class Trainer(Section):

@@ -14,8 +14,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from megatron_dypo.config.reads import lookup
-from megatron_dypo.config.schema import Config, Optimizer, walk
+from megatron_dypo.config.reads import PROCESS, lookup
+from megatron_dypo.config.schema import Config, walk
+from megatron_dypo.config.sections_training import Adam
 
 STEPS = "trainer.steps"
 SECTIONS = ("data", "rollout", "objective", "optimizer")  # whose keys a stage may give, ...
@@ -79,7 +80,7 @@ class Stage:
         return learning_rate(self.own(step), self.config.optimizer)
 
 
-def learning_rate(step: int, optimizer: Optimizer) -> float:
+def learning_rate(step: int, optimizer: Adam) -> float:
     """Rate of a step (first is 1): warm-up to ``lr``, then constant, or decay to ``min_lr`` at ``schedule_steps``."""
     if step <= optimizer.warmup_steps:
         return optimizer.lr * step / optimizer.warmup_steps
@@ -169,6 +170,9 @@ def faults(tree: Tree) -> Iterator[str]:
             continue
         for name in sorted(leaves(stage) & known - allowed):
             yield f"stages.{index}.{name}: cannot change between stages; give it once, outside of them"
+        method = {**(tree.get("objective") or {}), **(stage.get("objective") or {})}.get("method")
+        if method in PROCESS:
+            yield f"stages.{index}.objective.method: {method} has a second model, and cannot be a stage"
         if not has(stage, STEPS):
             yield f"stages.{index}.{STEPS}: required key is missing"
 

@@ -153,6 +153,10 @@ SYNONYMS = {
     "optimizer.clip_grad": "max_grad_norm grad_clip gradient_clipping gradient_clip_val clip_gradient",
     "optimizer.distributed": "use_distributed_optimizer zero_stage zero1",
     "optimizer.overlap_grad_reduce": "overlap_grad_sync",
+    "side.lr": "critic.optim.lr critic_lr critic_learning_rate reward_model.model.optim.lr",
+    "side.clip_grad": "critic.grad_clip reward_model.model.optim.grad_clip",
+    "objective.process_beta": "beta_train",
+    "objective.hard_max_solved and objective.easy_min_solved": "accuracy_lower_bound accuracy_upper_bound",
     # trainer
     "trainer.steps": "max_steps train_iters total_steps num_rollout total_training_steps num_steps train_steps",
     "trainer.steps (an epoch has rows / data.prompts_per_step of them)": "total_epochs num_train_epochs num_epochs "
@@ -196,4 +200,5 @@ def answer(typed: str) -> str | None:
         if found := _ANSWERS.get(".".join(parts[start:])):
             return found
     homes = [dotted for dotted, _ in walk() if dotted.rpartition(".")[2] == parts[-1]]
-    return " or ".join(homes) or None
+    firsts = [dotted for dotted in homes if not dotted.startswith("side.")]  # which mirrors the optimizer's
+    return " or ".join(firsts or homes) or None

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dypo.checkpoint.catalog import listed_files
+from megatron_dypo.checkpoint.catalog import SIDE, listed_files
 from megatron_dypo.checkpoint.io import shared_fault, write_index, write_pieces
 from megatron_dypo.config import load_config
 from megatron_dypo.config.renamed import rename
@@ -77,8 +77,12 @@ def import_folder(hf: str, out: Path, parallel: Parallel, dtype: str | None, all
     return f"{out}: {shape.parameters:,} parameters of {source}, {size / 1e9:.2f} GB"
 
 
-def export_folder(checkpoint: Path, out: Path, hf: str | None, dtype: str | None, shard_bytes: int) -> str:
+def export_folder(
+    checkpoint: Path, out: Path, hf: str | None, dtype: str | None, shard_bytes: int, side: bool = False
+) -> str:
     """Write a checkpoint's weights as a Hugging Face folder that transformers and vLLM load; says what it did.
+
+    ``side``: those of the run's second model, which is of the policy's shape.
 
     ``hf``: the folder whose configuration and tokenizer go with them; default: the one the weights came from. Raises
     UserError naming file and tensor; then nothing is left of ``out``.
@@ -89,7 +93,7 @@ def export_folder(checkpoint: Path, out: Path, hf: str | None, dtype: str | None
     origin = hf or metadata_folder(folder)
     metadata = source_folder(origin)[0] if origin else None
     shape = model_of(folder, origin)
-    weights = MegatronFolder(folder, shape)
+    weights = MegatronFolder(folder, shape, SIDE if side else "")
     shapes = hf_shapes(shape)
     dtypes = {name: DTYPES[dtype] if dtype else weights.dtype(name) for name in shapes}
     sizes = {name: math.prod(size) * dtypes[name].itemsize for name, size in shapes.items()}

@@ -51,14 +51,25 @@ def checkpoint_folder(path: Path) -> Path:
 class MegatronFolder:
     """``read(name)`` gives the Hugging Face tensor of that name, whole. Holds one weight in memory, and its last piece.
 
-    Raises UserError naming file and tensor: no index, absent weight, another shape than the model's.
+    ``model`` is what the names of its tensors begin with: ``SIDE`` for a second model's. Raises UserError naming file
+    and tensor: no index, no such model, absent weight, another shape than the model's.
     """
 
-    def __init__(self, folder: Path, shape: ModelShape):
+    def __init__(self, folder: Path, shape: ModelShape, model: str = ""):
         self.folder, self.shape = folder, shape
         index = read_index(folder / ".metadata")
-        self._entries = index.state_dict_metadata
-        self._stored = {(at.fqn, tuple(at.offset)): at for at in index.storage_data if at.offset is not None}
+        self._entries = {
+            name.removeprefix(model): entry
+            for name, entry in index.state_dict_metadata.items()
+            if name.startswith(model)
+        }
+        if not self._entries:
+            raise UserError(f"{folder}: holds no second model (objective.method: prime trains one)")
+        self._stored = {
+            (at.fqn.removeprefix(model), tuple(at.offset)): at
+            for at in index.storage_data
+            if at.offset is not None and at.fqn.startswith(model)
+        }
         self._files = {at: place.relative_path for at, place in index.storage_data.items()}
         self._reader = FileSystemReader(folder)
         self._reader.set_up_storage_reader(index, is_coordinator=True)

@@ -9,7 +9,7 @@
     bonus -e H
 
 A, w, C, v, a, u and e belong to a sequence: its columns of a table, whose rows are declared in ``COEFFICIENTS``, every
-normaliser and aggregation included. sg: held constant by the derivative.
+normaliser and aggregation included; A may be a token's instead (a stream). sg: held constant by the derivative.
 The sums that metrics are made of are kept for each sequence, in float64, as L running sums: on CUDA token j of a
 sequence is added to lane j % L, and torch adds all to lane 0, in order. So a sum depends neither on where calls cut the
 sequence nor on what it is packed with.
@@ -68,13 +68,15 @@ def grouped_loss(
     rollout: Tensor | None = None,
     reference: Tensor | None = None,
     entropy: Tensor | None = None,
+    advantage: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:
     """(loss summands [t], dL/dlogp [t]) of the tokens ``first`` to ``first + t`` of a pack, and with ``rule.entropy``
     dL/dentropy [t].
 
     logp [t] under the current policy, and ``old``, ``rollout`` (the engine's) and ``reference``, in nats; without
-    ``old`` there is no GRPO term (teacher traces). cu_seqlens [S + 1] integer offsets of the sequences' tokens, from 0;
+    ``old`` there is no GRPO term (teacher traces). ``advantage`` [t], where given, is each token's, in place of the
+    column of that name. cu_seqlens [S + 1] integer offsets of the sequences' tokens, from 0;
     coefficients [C, S] in logp's dtype, rows as ``COEFFICIENTS`` (objectives.SequenceTerms). ``sums``, from
     ``empty_sums``, is added to; its rows are, as ``SUMS``: sums of GRPO's summands (KL included), of the KL (weighted
     by w, without kl_coef), of |dL/dlogp| of GRPO, of clipped tokens (cispo: of ratios outside the bounds; sapo: none),
@@ -82,14 +84,14 @@ def grouped_loss(
 
     backend: ``torch``, ``triton``, or ``auto``: triton on CUDA. Raises ValueError naming what does not fit.
     """
-    _check(logp, cu_seqlens, coefficients, sums, rule, old, rollout, reference, entropy, backend)
+    _check(logp, cu_seqlens, coefficients, sums, rule, old, rollout, reference, entropy, advantage, backend)
     if not len(logp):
         return tuple(torch.empty_like(logp) for _ in range(2 + rule.entropy))
     if backend == "triton" or (backend == "auto" and logp.is_cuda):
         from megatron_dypo.kernels.triton_grouped_loss import grouped_loss as run
     else:
         run = _grouped_loss
-    return run(logp, cu_seqlens, coefficients, sums, rule, first, old, rollout, reference, entropy)
+    return run(logp, cu_seqlens, coefficients, sums, rule, first, old, rollout, reference, entropy, advantage)
 
 
 def empty_sums(sequences: int, device: torch.device | str = "cpu") -> Tensor:
@@ -133,6 +135,7 @@ def _grouped_loss(
     rollout_t: Tensor | None,
     reference_t: Tensor | None,
     entropy_t: Tensor | None,
+    given_t: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """In torch; the Triton kernel does the same operations in the same order."""
     tokens = len(logp_t)
@@ -141,6 +144,7 @@ def _grouped_loss(
     advantage_t, weight_t, grpo_slope_t, slope_t, nll_t, shaped_t, bonus_t, tilt_t = coefficients_CS.index_select(
         1, sequence_t
     )
+    advantage_t = advantage_t if given_t is None else given_t
     zero_t = torch.zeros_like(logp_t)
     grpo_t = kl_t = clipped_t = zero_t
 
@@ -192,7 +196,7 @@ def _grouped_loss(
     return (summands_t, dlogp_t, -bonus_t) if rule.entropy else (summands_t, dlogp_t)
 
 
-def _check(logp, cu_seqlens, coefficients, sums, rule, old, rollout, reference, entropy, backend) -> None:
+def _check(logp, cu_seqlens, coefficients, sums, rule, old, rollout, reference, entropy, advantage, backend) -> None:
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend: {backend!r} is unknown; known: auto, torch, triton")
     for name, value, known in (("surrogate", rule.surrogate, SURROGATES), ("shape", rule.shape, SHAPES)):
@@ -200,7 +204,7 @@ def _check(logp, cu_seqlens, coefficients, sums, rule, old, rollout, reference, 
             raise ValueError(f"rule.{name}: {value!r} is unknown; known: {', '.join(known)}")
     if logp.dim() != 1 or logp.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"logp: expected [t] of float32 or float64, got {list(logp.shape)} of {logp.dtype}")
-    streams = {"old": old, "rollout": rollout, "reference": reference, "entropy": entropy}
+    streams = {"old": old, "rollout": rollout, "reference": reference, "entropy": entropy, "advantage": advantage}
     for name, stream in streams.items():
         if stream is not None and (stream.shape, stream.dtype, stream.device) != (logp.shape, logp.dtype, logp.device):
             raise ValueError(f"{name}: expected {_like(logp)} as logp, got {_like(stream)}")

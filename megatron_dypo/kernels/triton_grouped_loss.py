@@ -30,13 +30,14 @@ def grouped_loss(
     rollout_t: Tensor | None,
     reference_t: Tensor | None,
     entropy_t: Tensor | None,
+    advantage_t: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """(summands [t], dL/dlogp [t], with ``rule.entropy`` dL/dentropy [t]).
 
     Arguments are as ``kernels.grouped_loss`` checked them, t > 0.
     """
     logp_t = logp_t.contiguous()
-    streams = [None if x is None else x.contiguous() for x in (old_t, rollout_t, reference_t, entropy_t)]
+    streams = [None if x is None else x.contiguous() for x in (old_t, rollout_t, reference_t, entropy_t, advantage_t)]
     table = (cu_seqlens, coefficients_CS.contiguous(), sums_MSL)
     results = tuple(torch.empty_like(logp_t) for _ in range(2 + rule.entropy))
     absent = () if rule.entropy else (None,)
@@ -103,6 +104,7 @@ def _one_sequence(
     rollout,
     reference,
     entropy,
+    advantages,
     cu_seqlens,
     coefficients,
     sums,
@@ -134,7 +136,7 @@ def _one_sequence(
     start, stop = tl.load(cu_seqlens + s), tl.load(cu_seqlens + s + 1)
     begin, end = tl.maximum(start, first), tl.minimum(stop, first + tokens)
     if begin < end:
-        advantage = tl.load(coefficients + s)
+        of_sequence = tl.load(coefficients + s)
         grpo = tl.load(coefficients + sequences + s)
         grpo_constant = tl.load(coefficients + 2 * sequences + s)
         slope = tl.load(coefficients + 3 * sequences + s)
@@ -177,6 +179,10 @@ def _one_sequence(
                 if TOKEN_RATIO:
                     base = before if OLD_BASE else tl.load(reference + t, here, 0.0)
                     ratio = _exp(now - base, LARGEST)
+                    if advantages is not None:
+                        advantage = tl.load(advantages + t, here, 0.0)
+                    else:
+                        advantage = tl.zeros_like(now) + of_sequence
                     if SURROGATE == "clip":
                         free = ratio * advantage
                         bounded = _clamp(ratio, CLIP_LOW, CLIP_HIGH) * advantage

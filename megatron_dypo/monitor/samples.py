@@ -102,10 +102,12 @@ def _step(path: Path, step: int, run: Run, text: Callable[[list[int]], str], ope
     threshold, most = run.setting("objective", "reward_threshold"), run.setting("objective", "hard_max_solved")
     threshold = threshold if isinstance(threshold, (int, float)) else 0.5
     most = most if isinstance(most, int) else 0
+    least = run.setting("objective", "easy_min_solved")
+    least = least if isinstance(least, int) else None
     groups: dict[str, list[dict[str, Any]]] = {name: [] for name in REGIMES}
     for _, group in islice(read_lines(path, _checked), SEARCHED):
         solved = sum(response["reward"] >= threshold for response in group["responses"])
-        groups[Regime.of(solved, len(group["responses"]), most).name.lower()].append(group)
+        groups[Regime.of(solved, len(group["responses"]), most, least).name.lower()].append(group)
         if all(groups.values()):
             break
     # One of each regime first, then more of those there are.

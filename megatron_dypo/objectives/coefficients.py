@@ -76,7 +76,8 @@ class BatchTerms:
 
 def needs_reference(objective: Objective) -> bool:
     """Whether any term reads reference log-probs."""
-    return _open(objective, "gal") or objective.kl_coef > 0 or objective.ratio_base == "reference"
+    process_rewards = recipe(objective).side == "prm"
+    return process_rewards or _open(objective, "gal") or objective.kl_coef > 0 or objective.ratio_base == "reference"
 
 
 def keeps_reference(objective: Objective) -> bool:
@@ -265,6 +266,12 @@ class _CoefficientPass:
             return share / (self.prompts * k * self.constant)
         return share / (self.prompts * k * (n if self.objective.scale == "token" else 1))
 
+    def stream(self, term: Term, share: float, places: list[int]) -> None:
+        """Each token's advantage is a stream beside the coefficients; what weighs it is a response's."""
+        k = len(self.group(places).responses)
+        for place in places:
+            self.result.sequences[place].grpo = self._token_weight(share, k, self.sequences[place].loss_tokens)
+
     def gal(self, term: Term, share: float, places: list[int]) -> None:
         """The coefficients (Eq. 16) of the pairs of packed responses; a term without a share is not computed."""
         if share <= 0:
@@ -291,7 +298,12 @@ class _CoefficientPass:
         )
 
 
-RULES = {"one": _CoefficientPass.one, "advantage": _CoefficientPass.advantage, "gal": _CoefficientPass.gal}
+RULES = {
+    "one": _CoefficientPass.one,
+    "advantage": _CoefficientPass.advantage,
+    "stream": _CoefficientPass.stream,
+    "gal": _CoefficientPass.gal,
+}
 
 
 def _sequence_surrogate(

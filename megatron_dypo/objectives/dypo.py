@@ -18,7 +18,11 @@ _CORRECTION: dict[bool | str, int] = {True: 0, "population": 0, "sample": 1}
 
 
 def grade(
-    rewards: Tensor, reward_threshold: float = 0.5, hard_max_solved: int = 0, gate: str = "reward"
+    rewards: Tensor,
+    reward_threshold: float = 0.5,
+    hard_max_solved: int = 0,
+    gate: str = "reward",
+    easy_min_solved: int | None = None,
 ) -> list[Regime]:
     """Regime of each row of ``rewards`` [Q, k]; right is what is at least ``reward_threshold``.
 
@@ -27,7 +31,7 @@ def grade(
     rewards = torch.as_tensor(rewards)
     solved, k = (rewards >= reward_threshold).sum(-1).tolist(), rewards.shape[-1]
     if gate == "reward":
-        return [Regime.of(each, k, hard_max_solved) for each in solved]
+        return [Regime.of(each, k, hard_max_solved, easy_min_solved) for each in solved]
     tied = (rewards == rewards[..., :1]).all(-1).tolist()
     return [Regime.HARD if tie else Regime.of(each, k, -1) for tie, each in zip(tied, solved, strict=True)]
 

@@ -46,10 +46,10 @@ SCHEDULED = ("mu",)  # shares that change with the step, in metrics ``objective/
 class Term:
     """One summand of the loss.
 
-    ``rule``: ``advantage`` (within the group), ``gal`` (the pairs' coefficient) or ``one`` (a mean over the traces
-    drawn). ``token``: ``surrogate`` (clipped ratio, and KL), ``slope`` (a constant dL/dlogp), ``nll`` (-logp) or
-    ``shaped`` (the recipe's shape of a token's probability, without a ratio). A ``deferred`` term has no part in the
-    updates of its step: its groups wait, and get an update of their own.
+    ``rule``: ``advantage`` (within the group), ``stream`` (each token's own, of a second model), ``gal`` (the pairs'
+    coefficient) or ``one`` (a mean over the traces drawn). ``token``: ``surrogate`` (clipped ratio, and KL), ``slope``
+    (a constant dL/dlogp), ``nll`` (-logp) or ``shaped`` (the recipe's shape of a token's probability, without a ratio).
+    A ``deferred`` term has no part in the updates of its step: its groups wait, and get an update of their own.
     """
 
     source: Kind
@@ -69,6 +69,11 @@ class Term:
         """Whether the term compares with the old policy, and so has a KL term beside it."""
         return self.name == "grpo"
 
+    @property
+    def compares(self) -> bool:
+        """Whether the term trains by differences of rewards within a group."""
+        return self.rule in ("advantage", "gal")
+
     def trains(self, group: Group) -> bool:
         """Whether the term trains a group: one of experts alone, or graded in one of its regimes, or without responses
         and so without a grade."""
@@ -81,11 +86,12 @@ class Term:
 class Recipe:
     """The terms, and whose rewards an advantage is relative to: the group's ``rollouts``, or ``rollouts+demo``, its
     rollouts and the traces drawn for it, which are then scored as they are. ``shape`` is that of its shaped term,
-    unless ``objective.shape`` says otherwise."""
+    unless ``objective.shape`` says otherwise. ``side`` names the second model that makes each token's advantage."""
 
     terms: tuple[Term, ...]
     baseline: str = "rollouts"
     shape: str = "none"
+    side: str | None = None
 
     @property
     def samples(self) -> bool:
@@ -140,6 +146,7 @@ RECIPES = {
     "switch": Recipe(
         (Term(TEACHER, "one", "nll", HARD, share="gamma"), Term(ROLLOUT, "advantage", "surrogate", SOLVED))
     ),
+    "prime": Recipe((Term(ROLLOUT, "stream", "surrogate", MID),), side="prm"),
     "sft": Recipe((Term(TEACHER, "one", "nll", share="gamma"),)),
 }
 
@@ -185,7 +192,7 @@ def learning_sources(objective: Objective, group: Group, deferred: bool = False)
     rewards = group.baseline
     tied = all(reward == rewards[0] for reward in rewards)
     terms = _open_terms(objective, group, deferred)
-    return sorted({term.source for term in terms if not tied or term.rule == "one"})
+    return sorted({term.source for term in terms if not (tied and term.compares)})
 
 
 def trained_sources(objective: Objective, group: Group, deferred: bool = False) -> list[Kind]:

@@ -33,8 +33,9 @@ class TokenStreams:
     [S + 1], the terms' shares, and each token's log-prob in nats [N] under the old policy, the rollout engine and the
     reference.
 
-    Teacher traces have none of the three; rollouts have no reference where no term reads it. ``own`` is a user's loss
-    in place of the surrogate, which looks at whole responses, over the ranks of ``context_group``.
+    Teacher traces have none of the three; rollouts have no reference where no term reads it, and ``advantage_N``, each
+    token's own, only where a second model makes them. ``own`` is a user's loss in place of the surrogate, which looks
+    at whole responses, over the ranks of ``context_group``.
     """
 
     coefficients_CS: Tensor
@@ -46,6 +47,7 @@ class TokenStreams:
     old_N: Tensor | None = None
     rollout_N: Tensor | None = None
     reference_N: Tensor | None = None
+    advantage_N: Tensor | None = None
     context_group: dist.ProcessGroup | None = None
     sums_MSL: Tensor = field(init=False, repr=False)
 
@@ -58,7 +60,7 @@ class TokenStreams:
             clip_low=self.objective.clip_low,
             clip_high=self.objective.clip_high,
             kl_coef=self.objective.kl_coef,
-            ratio_level=self.objective.ratio_level,
+            ratio_level="token" if self.advantage_N is not None else self.objective.ratio_level,
             ratio_base=self.objective.ratio_base,
             correction=self.correction.kind,
             cap=self.correction.cap,
@@ -103,6 +105,7 @@ class TokenStreams:
             old=_part(self.old_N, t),
             rollout=_part(self.rollout_N, t),
             reference=_part(self.reference_N, t),
+            advantage=_part(self.advantage_N, t),
             entropy=None if entropy_t is None else entropy_t.detach(),
         )
         return terms if self.own is None else self._with_own(self.own, terms, logp_t, entropy_t)

@@ -103,7 +103,8 @@ class StepWorkload:
     ``mid`` and ``hard`` are shares of the prompts; the rest is Easy and trains nothing. ``budget``: a micro-batch's
     tokens. ``passes``: of log-probs over the rollouts, 2 with a reference. ``overlap``: servers sample meanwhile.
     ``balanced``: with policy.aux_loss. ``reference``: as model.reference_on where a copy of the weights is kept, else
-    ``none``. ``saves``: checkpoints are written meanwhile. ``experts``: traces of data.experts.
+    ``none``. ``side``: a second model is trained at the same layout. ``saves``: checkpoints are written meanwhile.
+    ``experts``: traces of data.experts.
     """
 
     prompts: int
@@ -120,8 +121,14 @@ class StepWorkload:
     overlap: bool = False
     balanced: bool = False
     reference: str = "none"
+    side: bool = False
     saves: bool = False
     experts: int = 0
+
+    @property
+    def models(self) -> int:
+        """Models that are trained."""
+        return 1 + self.side
 
     @property
     def rollout_trained(self) -> float:

@@ -137,14 +137,17 @@ def cache_bytes(shape: ModelShape, tensor: int) -> float:
 
 
 def policy_need(shape: ModelShape, candidate: Candidate, work: StepWorkload, dtype: str = "bf16") -> Need:
-    """What training takes on the busiest rank. Sequence parallelism wherever tensor parallelism is."""
+    """What training takes on the busiest rank, a second model's weights, gradients and optimizer state among it.
+
+    Sequence parallelism wherever tensor parallelism is.
+    """
     dense, experts = held(shape, candidate)
     weight, optimizer = WIDTHS[dtype]
     tokens = max(work.budget, work.longest) / candidate.context
     return Need(
-        weights=weight * (dense + experts),
-        gradients=GRADIENT * (dense + experts),
-        optimizer=optimizer * (dense / candidate.shards + experts / candidate.expert_shards),
+        weights=work.models * weight * (dense + experts),
+        gradients=work.models * GRADIENT * (dense + experts),
+        optimizer=work.models * optimizer * (dense / candidate.shards + experts / candidate.expert_shards),
         activations=weight / WEIGHT * activation_bytes(shape, candidate, tokens),
         head=_head_bytes(shape, candidate, tokens, dtype),
         reference=weight * (dense + experts) if candidate.reference == "device" else 0.0,
@@ -217,16 +220,16 @@ class HostNeed:
 def host_need(shape: ModelShape, candidate: Candidate, work: StepWorkload, dtype: str = "bf16") -> HostNeed:
     """Of the busiest rank. With P parameters, w bytes a weight, s bytes a parameter of optimizer state, d shards:
 
-    reference on the host w P; trainer.offload (w + s / d) P, and w P for a reference on the device; a snapshot
-    (w + s, and w for a reference) P over the ranks that hold the same weights, each of which writes a part.
+    reference on the host w P; trainer.offload (w + s / d) P a model, and w P for a reference on the device; a snapshot
+    (w + s a model, and w for a reference) P over the ranks that hold the same weights, each of which writes a part.
     """
     weight, optimizer = WIDTHS[dtype]
     dense, experts = held(shape, candidate)
     need = policy_need(shape, candidate, work, dtype)
-    written = weight + optimizer + (weight if candidate.reference != "none" else 0)
+    written = work.models * (weight + optimizer) + (weight if candidate.reference != "none" else 0)
     moved = need.weights + need.optimizer + need.reference
     return HostNeed(
-        reference=rounded(need.weights) if candidate.reference == "host" else 0.0,
+        reference=rounded(weight * (dense + experts)) if candidate.reference == "host" else 0.0,
         offload=rounded(moved) if candidate.placement == "turns" else 0.0,
         snapshot=written * (dense / candidate.copies + experts / candidate.expert_copies) if work.saves else 0.0,
     )

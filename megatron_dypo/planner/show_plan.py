@@ -66,6 +66,7 @@ def work_of(
         overlap=config.rollout.async_rollout > 0,
         balanced=config.policy.aux_loss > 0,
         reference=config.model.reference_on if keeps_reference(config.objective) else "none",
+        side=recipe(config.objective).side is not None,
         saves=config.trainer.save_every > 0,
         experts=config.data.experts_per_step * recipe(config.objective).imitates_experts,
     )

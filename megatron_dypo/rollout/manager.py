@@ -94,9 +94,8 @@ class DynamicSampling:
     def trains(self, group: Group) -> bool:
         """Whether a scored group would train anything: a term of its regime has responses, or a trace, to train on."""
         objective = self.config.objective
-        (regime,) = grade(
-            torch.tensor([group.rewards]), objective.reward_threshold, objective.hard_max_solved, objective.gate
-        )
+        limits = objective.hard_max_solved, objective.gate, objective.easy_min_solved
+        (regime,) = grade(torch.tensor([group.rewards]), objective.reward_threshold, *limits)
         sources = learning_sources(objective, dataclasses.replace(group, regime=regime))
         return Kind.ROLLOUT in sources or (Kind.TEACHER in sources and bool(self.usable_teachers(group)))
 

@@ -38,7 +38,8 @@ def grade_groups(
     chosen = recipe(objective)
     if chosen.samples:
         rewards = torch.tensor([group.rewards for group in groups])
-        regimes = grade(rewards, objective.reward_threshold, objective.hard_max_solved, objective.gate)
+        limits = objective.hard_max_solved, objective.gate, objective.easy_min_solved
+        regimes = grade(rewards, objective.reward_threshold, *limits)
         for group, regime in zip(groups, regimes, strict=True):
             group.regime = regime
     for group in groups:

@@ -23,6 +23,7 @@ from megatron_dypo.training.diagnostics import bad_gradient, bad_weights, prompt
 from megatron_dypo.training.metrics import share_update_stats, update_metrics
 from megatron_dypo.training.minibatch import MiniBatch, build_minibatches, plan_minibatch
 from megatron_dypo.training.passes import logprob_passes, share_sums
+from megatron_dypo.training.side_model import SideModel
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class StepContext:
 
     ``step`` is counted from the begin of its stage, for the schedules of the loss's shares. ``lr`` is the learning
     rate, ``clock`` gets the seconds of each phase, and ``grad_norms`` are those of the updates applied before this
-    step, oldest first, ``flush_norms`` those of updates on the queue, which have a level of their own.
+    step, oldest first, ``flush_norms`` those of updates on the queue, which have a level of their own. ``side``
+    is the recipe's second model, where it has one.
     """
 
     step: int
@@ -39,6 +41,7 @@ class StepContext:
     clock: StepTimer = field(default_factory=StepTimer)
     grad_norms: Sequence[float] = ()
     flush_norms: Sequence[float] = ()
+    side: SideModel | None = None
 
 
 @dataclass
@@ -78,6 +81,12 @@ def update_policy(
         agreement, offenders = logprob_passes(policy, minibatches, config)
     if offenders is not None:
         return StepResult(minibatches, agreement, skipped=bad_weights(policy) + offenders)
+    if context.side:
+        with clock("side"), phase("second model's update"):
+            side = context.side.advance(minibatches, context.step)
+        if side.fault:
+            return StepResult(minibatches, agreement, skipped=bad_weights(context.side.policy) + side.fault)
+        agreement |= side.metrics
     with clock("update"), phase("update"):
         result = run_updates(policy, minibatches, config, context)
     if result.skipped:
@@ -169,7 +178,7 @@ def _streams(
     batch = minibatch.batches[b]
     known = {
         name: minibatch.logp[name][b].to(device()) if is_rollout and minibatch.logp.get(name) else None
-        for name in ("old", "rollout", "reference")
+        for name in ("old", "rollout", "reference", "advantage")
     }
     return TokenStreams.of(
         [terms.sequences[place] for place in batch.places],
@@ -182,6 +191,7 @@ def _streams(
         old_N=known["old"],
         rollout_N=known["rollout"],
         reference_N=known["reference"],
+        advantage_N=known["advantage"],
     )
 
 
