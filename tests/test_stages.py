@@ -11,14 +11,22 @@ import yaml
 
 from megatron_dypo import run_folder
 from megatron_dypo.checkpoint.catalog import prefetched_file, step_folder
+from megatron_dypo.checkpoint.manager import Counters
 from megatron_dypo.config import load_config
 from megatron_dypo.config.load import dump, fingerprint
 from megatron_dypo.config.schema import walk
 from megatron_dypo.config.stages import joined, leaves, parts, stage_at, stage_keys, stages_of
 from megatron_dypo.data.dataset import batch_indices
 from megatron_dypo.errors import UserError
+from megatron_dypo.models.shape import model_shape
 from megatron_dypo.monitor.health import Health
+from megatron_dypo.monitor.run_data import read_runs
+from megatron_dypo.monitor.tables import facts
+from megatron_dypo.planner.placement import place_reference
+from megatron_dypo.planner.show_plan import heaviest, work_of
 from megatron_dypo.preflight import check_inputs
+from megatron_dypo.runtime.distributed import Layout
+from megatron_dypo.show import show
 from tests.batches import make_config, make_groups, trace_ids
 from tests.launch import checkpoint_digests, copy_task, metrics, train_here, without_times
 from tests.ranks import run_ranks
@@ -304,6 +312,14 @@ def test_prompts_of_any_stage_that_changed_since_the_start_are_refused_by_stage(
     assert not_resumed(task, *files).startswith(f"stages.{stage}.data.train: {path} has changed since the run of")
 
 
+def test_the_prompts_of_a_run_of_one_stage_are_compared_too(task, monkeypatch):
+    files = [f"stages=[{json.dumps(SFT)}]", f"data.train={task.parent / 'train.jsonl'}"]
+    at_step(task, monkeypatch, 2, *files)
+    path = task.parent / "train.jsonl"
+    path.write_text("\n".join(path.read_text().splitlines()[::-1]))
+    assert not_resumed(task, *files).startswith(f"stages.0.data.train: {path} has changed since the run of")
+
+
 @pytest.mark.parametrize("stages", [3, [3], [{}], [{"trainer.steps": "x"}], {}])
 def test_a_fingerprint_with_stages_of_no_known_form_is_refused(task, monkeypatch, stages):
     at_step(task, monkeypatch, 2)
@@ -318,6 +334,49 @@ def test_a_fingerprint_holds_every_key_once(tmp_path):
     own = [stage.keys() for stage in found.pop("stages")]
     assert own[0] == own[1] and own[0] | found.keys() == plain.keys() | {"trainer.steps"}
     assert not own[0] & found.keys()
+
+
+def test_a_plan_is_of_the_stage_that_takes_most(tmp_path):
+    """One with a reference before one that samples more, with room for the longest of all."""
+    long = {"rollout": {"max_response_tokens": 2000, "samples_per_prompt": 32}}
+    kept = {"objective": {"method": "grpo", "kl_coef": 0.1}, "rollout": {"samples_per_prompt": 4}}
+    config = load_config(staged(tmp_path, SFT, RL | long, RL | kept, rollout={"max_response_tokens": 500}))
+    config.model.dtype = "fp32"
+    work = work_of(config, None, None, 0.5, 0.25)
+    assert (work.samples, work.passes, work.reference, work.longest) == (4, 2, "auto", 1024 + 2000)
+    lighter = load_config(staged(tmp_path, SFT, RL | long, RL))
+    assert (work_of(lighter, None, None, 0.5, 0.25).samples, heaviest(lighter).objective.kl_coef) == (32, 0.0)
+    _, said = place_reference(config, model_shape(config.model), Layout(), None, 0.0)
+    assert "beside the weights" in said
+    assert place_reference(lighter, model_shape(config.model), Layout(), None, 0.0) == ("auto", "")
+
+
+def test_every_stage_s_prompts_are_shown(task, capsys):
+    show(load_config(task, [other_rows(task)]), 1, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert [(entry["stage"], entry["prompt"]) for entry in found] == [
+        ("stage 0: steps 1 to 3, sft", "first 0="),
+        ("stage 1: steps 4 to 7, grpo", "0="),
+    ]
+    show(load_config(task), 2, as_json=False)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("#")]
+    assert lines == ["##### stage 0: steps 1 to 3, sft", "##### stage 1: steps 4 to 7, grpo"]
+
+
+def test_the_report_says_what_the_stages_are(tmp_path):
+    config = load_config(staged(tmp_path, SFT, RL, data={"prompts_per_step": 4}))
+    (tmp_path / "config.yaml").write_text(dump(config))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "stage": 0}\n')
+    (run,) = read_runs([tmp_path])
+    assert {"method sft, then grpo", "learning rate 5e-05, then 1e-06", "data rows.jsonl"} <= set(facts(run))
+    assert run.setting("objective", "method") == "grpo" and run.setting("trainer", "seed") == 0
+
+
+def test_what_a_run_counts_of_a_stage_begins_anew_with_the_next():
+    counters = Counters(5, 9, 0, 2, 1, 1, [1.0], [2.0], [("a", (0,))])
+    counters.begin_stage(9)
+    kept = {"step": 5, "weight_version": 9, "skipped_steps": 2, "empty_steps": 1, "skipped_in_a_row": 1}
+    assert counters == Counters(**kept, stage_version=9)
 
 
 def test_health_begins_anew_with_a_stage():
