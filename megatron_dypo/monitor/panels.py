@@ -127,6 +127,7 @@ OPTIMISATION = (
         family="flush/",
         points=True,
     ),
+    Panel("Second model", "Its loss, accuracy and gradient norm.", "loss, share, global norm", family="side/"),
     Panel("Stage", "Of the run's stages, the first being 0.", "stage", family="stage", exact=True),
     Panel(
         "Gradient norm",
