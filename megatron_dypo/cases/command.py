@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_dypo.cases.evaluate import curve, evaluate, learn, schedules, simulate
+from megatron_dypo.cases.evaluate import curve, evaluate, learn, schedules, simulate, stages_by_step
 from megatron_dypo.cases.process import kept
 from megatron_dypo.cases.translate import configuration
 from megatron_dypo.config.load import load_keys
@@ -21,6 +21,8 @@ def result(case: dict[str, Any], source: str) -> dict[str, Any]:
         settings = case["settings"]
         if "sequences" in case and "beta" in settings:
             return learn(_objects(case["sequences"]), config) | {"config": keys}
+        if "stages" in settings:
+            return stages_by_step(config) | {"config": keys}
         if "solved" in settings:
             return kept(settings["solved"], config) | {"config": keys}
         if "sequences" in case:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_dypo.cases.process import process_advantages, process_update
 from megatron_dypo.config.schema import Config, Objective
+from megatron_dypo.config.stages import stage_at, stages_of
 from megatron_dypo.errors import UserError
 from megatron_dypo.kernels import LossRule, empty_sums, grouped_loss
 from megatron_dypo.kernels.grouped_loss import COEFFICIENTS
@@ -285,3 +286,10 @@ def schedules(steps: int | list[int], objective: Objective) -> dict[str, Any]:
     if not all(found):
         raise UserError(f"settings.steps: objective.method: {objective.method} has no share that changes with the step")
     return found[0] if isinstance(steps, int) else {name: [share[name] for share in found] for name in found[0]}
+
+
+def stages_by_step(config: Config) -> dict[str, list[Any]]:
+    """Each step's stage, from 0, and learning rate, over all steps of a run."""
+    stages = stages_of(config)
+    at = [(stage_at(stages, step), step) for step in range(1, sum(stage.config.trainer.steps for stage in stages) + 1)]
+    return {"stage_of_step": [stage.index for stage, _ in at], "lr_of_step": [stage.lr(step) for stage, step in at]}

@@ -28,9 +28,10 @@ SYSTEMS: dict[str, Keys] = {
         "objective.demo_aggregation": "token_mean",
     },
     "PRIME-Zero": {"objective.method": "prime"},
+    "SFT->RL": {},
     "Oat-Zero": {"objective.method": "grpo", "rollout.reward_unfinished": 0.0},
 }
-LATER = ("SFT->RL", "SRFT", "OpenReasoner-Zero", "SimpleRL-Zero")
+LATER = ("SRFT", "OpenReasoner-Zero", "SimpleRL-Zero")
 
 
 def _clip(value: float | None) -> Keys:
@@ -75,6 +76,21 @@ def _eps(value: float) -> Keys:
     return {}
 
 
+def _stages(value: list[dict[str, Any]]) -> Keys:
+    if not all(each.keys() == {"recipe", "steps", "lr"} for each in value):
+        raise ValueError("expected a list of objects with recipe, steps and lr")
+    return {
+        "stages": [
+            {
+                "objective": {"method": each["recipe"]},
+                "optimizer": {"lr": each["lr"]},
+                "trainer": {"steps": each["steps"]},
+            }
+            for each in value
+        ]
+    }
+
+
 def _as(dotted: str) -> Callable[[Any], Keys]:
     return lambda value: {dotted: value}
 
@@ -105,6 +121,7 @@ OWN_SETTINGS: dict[str, dict[str, Callable[[Any], Keys]]] = {  # what a system m
     "SFT": {"aggregation": _demo_aggregation},
     "CHORD": {"aggregation": _each_aggregation, "shape": _chord_shape},
     "ReLIFT": {"aggregation": _each_aggregation},  # of whichever update
+    "SFT->RL": {"stages": _stages},
     "PRIME-Zero": {
         "beta": _as("objective.process_beta"),
         "rule": lambda value: {"objective.process_baseline": _one_of(value, {"code": "code", "paper": "paper"})},
