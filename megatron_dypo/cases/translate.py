@@ -76,8 +76,11 @@ def _eps(value: float) -> Keys:
     return {}
 
 
+STAGE = {"recipe", "steps", "lr"}
+
+
 def _stages(value: list[dict[str, Any]]) -> Keys:
-    if not all(each.keys() == {"recipe", "steps", "lr"} for each in value):
+    if not isinstance(value, list) or not all(isinstance(each, dict) and {*each} == STAGE for each in value):
         raise ValueError("expected a list of objects with recipe, steps and lr")
     return {
         "stages": [
