@@ -80,11 +80,11 @@ def table(case: dict[str, Any], numbers: dict[str, Any]) -> list[str]:
     lines = [f"{key}: {value}" for key, value in numbers["config"].items()]
     if "oldest_first" in numbers:
         orders = ("oldest_first", "newest_first")
-        rows = [(order, n, step) for order in orders for n, step in enumerate(numbers[order], start=1)]
+        flushes = [(order, n, step) for order in orders for n, step in enumerate(numbers[order], start=1)]
         return [
             *lines,
             f"{'order':<14}{'step':>4}  trained on, left",
-            *(f"{order:<14}{n:>4}  {step['flushed']}, {step['left']}" for order, n, step in rows),
+            *(f"{order:<14}{n:>4}  {step['flushed']}, {step['left']}" for order, n, step in flushes),
         ]
     if "f" not in numbers and "loss" not in numbers:
         return [*lines, *(f"{key}: {value}" for key, value in numbers.items() if key != "config")]

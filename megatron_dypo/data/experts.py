@@ -38,7 +38,8 @@ def load_experts(data: Data, held_out: list[Prompt]) -> list[Prompt]:
             )
         log.warning("%s: %d rows without a trace left out, of %d", source, len(untaught), len(prompts))
     warn_of_thoughts(source, prompts)
-    pairs, unique = _pairs(prompts), {}
+    pairs = _pairs(prompts)
+    unique: dict[tuple, Prompt] = {}
     for pair in pairs:
         unique.setdefault((prompt_key(pair), pair.teachers[0].trace), pair)
     if len(unique) < len(pairs):
