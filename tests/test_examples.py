@@ -23,7 +23,6 @@ RANKS = {
     "qwen3_4b_base_dypo": 16,
     "qwen3_32b_dypo": 24,
     "llama3.1_70b_dypo": 32,
-    "qwen2.5_math_7b_sft_rl": 16,
 }
 RANKS |= {"smollm2_gsm8k": 2, "quickstart": 2, "qwen3_30b_a3b_dypo": 8, "qwen3_235b_a22b_dypo": 64}
 NODES = {"qwen3_30b_a3b_dypo": 1, "qwen3_235b_a22b_dypo": 8}  # that train, where it is not 2

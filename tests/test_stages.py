@@ -167,6 +167,8 @@ def test_overrides_reach_into_stages(tmp_path, monkeypatch, overrides, rates):
         ([SFT, RL], ["objective={alpha: 1}"], "override objective: a stage has its own; give stages.0.objective.met"),
         ([SFT, RL], ["stages.1.objective.mix.peak=0.5"], "stages.1.objective.mix.peak: 0.5 is not read with object"),
         ([SFT, RL], ["stages.1.objective.mix.pea=0.5"], "stages.1.objective.mix.pea: unknown key; the nearest known"),
+        ([SFT, RL], ["stages.1.objective=3"], "stages.1.objective: input should be a valid dictionary"),
+        ([SFT, RL], ["stages.1.objective.method=prime"], "stages.1.objective.method: prime has a second model, and"),
         ([SFT, RL], ["stages={}"], "stages: must be a list of at least one stage"),
     ],
 )  # fmt: skip

@@ -170,7 +170,8 @@ def faults(tree: Tree) -> Iterator[str]:
             continue
         for name in sorted(leaves(stage) & known - allowed):
             yield f"stages.{index}.{name}: cannot change between stages; give it once, outside of them"
-        method = {**(tree.get("objective") or {}), **(stage.get("objective") or {})}.get("method")
+        objective = merged(tree, stage).get("objective")
+        method = objective.get("method") if isinstance(objective, dict) else None
         if method in PROCESS:
             yield f"stages.{index}.objective.method: {method} has a second model, and cannot be a stage"
         if not has(stage, STEPS):
