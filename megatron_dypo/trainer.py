@@ -214,7 +214,8 @@ def _train(
                 "time/save": saver.take_seconds(),
                 "time/offload": sum(offload.take_seconds() for offload in offloads),
             }
-            monitor.step(step, metrics | {"train/lr": context.lr} | times | evaluation)
+            devices = {"devices": layout.world + (engine.devices if engine else 0)}
+            monitor.step(step, metrics | {"train/lr": context.lr} | times | devices | evaluation)
             if result.skipped:
                 monitor.notice([f"step {step} skipped: {result.skipped}"])
             if counters.skipped_in_a_row > trainer.max_skipped_steps:

@@ -303,3 +303,91 @@ def test_counters_survive_their_file():
     assert Counters.of(state | {"score": None}) == counters
     of_before = {name: state[name] for name in state if name not in ("grad_norms", "flush_norms", "queue")}
     assert Counters.of(of_before | {"norms": [0.1]}) == replace(counters, flush_norms=[], queue=[])
+
+
+def saved_at_once(folder: str, parallel: dict, optimizer: dict) -> dict:
+    """One state, written by a thread and then while training waits, in pieces of 3 kB; and a resume from the second."""
+    from megatron_dypo.checkpoint import state
+
+    run = Run(folder, parallel, optimizer)
+    run.step(0), run.step(1)
+    run.saver.finish(run.save(2))
+    copied, plain, state.PIECE = [], state._on_host, 3000
+    state._on_host = lambda tensor: copied.append(tensor.nbytes) or plain(tensor)
+    run.config.trainer.save_blocking = True
+    counters = run.save(3)
+    at_once = run.saver._pending.written.done()
+    run.saver.finish(counters)
+    metrics = run.step(2)
+    other = Run(folder, parallel, optimizer, seed=99)
+    loaded = other.load()
+    return {
+        "largest": max(copied) <= 3000 and len(copied) > 20,
+        "at once": at_once,
+        "counters": loaded == counters,
+        "metrics": metrics == other.step(2),
+        "weights": same(run.weights(), other.weights()),
+    }
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel", "optimizer"),
+    [(2, {}, DISTRIBUTED), (2, EXPERTS, DISTRIBUTED), (4, SEQUENCE, DISTRIBUTED)],
+    ids=str,
+)
+def test_a_save_that_training_waits_for_writes_the_same_tensors_piece_by_piece(ranks, parallel, optimizer, tmp_path):
+    for result in run_ranks(ranks, saved_at_once, str(tmp_path), parallel, optimizer):
+        assert all(result.values()), result
+    before, after = run_ranks(1, digests, step_folder(tmp_path, 2), step_folder(tmp_path, 3))[0]
+    assert before == after
+
+
+def test_a_piece_of_a_snapshot_is_written_without_a_copy_and_let_go_of(tmp_path):
+    import io
+    import tracemalloc
+    import weakref
+    from collections import deque
+
+    import torch
+
+    from megatron_dypo.checkpoint.io import TensorPiece, write_pieces
+    from megatron_dypo.checkpoint.manager import _taken
+
+    size = 2**20
+    kept = deque(
+        (TensorPiece(str(i), (size,), (0,), (size,), torch.float32), torch.full((size,), float(i))) for i in range(6)
+    )
+    held, alive = [weakref.ref(tensor) for _, tensor in kept], []
+    buffer = io.BytesIO()
+    torch.save(kept[0][1], buffer)
+
+    def watched():
+        for piece in _taken(kept):
+            alive.append(sum(tensor() is not None for tensor in held))
+            yield piece
+            del piece
+
+    tracemalloc.start()
+    written = write_pieces(tmp_path / "file", watched())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < size, "bytes: a quarter of a piece"
+    assert alive == [6, 6, 5, 4, 3, 2], "the one before is let go of when the next has come"
+    content = (tmp_path / "file").read_bytes()
+    assert content[: len(buffer.getbuffer())] == buffer.getvalue(), "as torch writes it by itself"
+    assert written.sha256 == hashlib.sha256(content).hexdigest() and written.size == len(content)
+
+
+def test_a_save_at_once_asks_for_all_pieces_though_the_disk_is_full_or_none_is_its_own():
+    """The ranks that hold parts of them would wait for this one."""
+    from megatron_dypo.checkpoint.manager import _at_once
+
+    asked = []
+
+    def write(pieces) -> list:
+        next(pieces)
+        raise OSError("no space left")
+
+    done = _at_once(write, (asked.append(i) for i in range(5)))
+    assert isinstance(done.exception(), OSError) and asked == [0, 1, 2, 3, 4]
+    assert _at_once(lambda pieces: [], (asked.append(i) for i in range(2))).result() == [] and asked[5:] == [0, 1]

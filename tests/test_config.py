@@ -56,7 +56,8 @@ LATER = {"stages"}  # one that has not begun; of the others the fingerprint has 
 OPERATION = {
     "data.accept_changed",
     "parallel.timeout", "parallel.heartbeat_timeout", "rollout.sync_timeout", "trainer.max_skipped_steps",
-    "trainer.eval_every", "trainer.save_every", "trainer.keep_checkpoints", "trainer.spike_factor",
+    "trainer.eval_every", "trainer.save_every", "trainer.save_blocking", "trainer.keep_checkpoints",
+    "trainer.spike_factor",
     "trainer.max_grad_norm_to_apply",
     "trainer.deterministic", "trainer.offload", "reward.cpu_seconds", "reward.workers",
 }  # fmt: skip

@@ -166,7 +166,15 @@ def one_step(step: int, **others: float) -> dict:
     """A step's metrics as the loop hands them over, of about as many bytes as a real one's."""
     filler = {f"time/{name}": step / 7 for name in ("rollout", "reward", "logprob", "update", "sync", "save")}
     norm = {"train/grad_norm": 1.0 + step % 7 / 10}
-    return {"tokens": 1000, "time/step": 0.5, **norm, "reward/mean": step / 1000} | filler | others
+    return {"tokens": 1000, "devices": 8, "time/step": 0.5, **norm, "reward/mean": step / 1000} | filler | others
+
+
+def test_throughput_is_also_given_per_device(tmp_path):
+    with Monitor(config(tmp_path / "run", steps=1), ALONE, 0) as monitor:
+        monitor.step(1, one_step(1))
+    (row,) = metrics(tmp_path / "run")
+    assert (row["perf/tokens_per_second"], row["perf/tokens_per_second_per_gpu"]) == (2000, 250)
+    assert not {"tokens", "devices"} & row.keys()
 
 
 def test_the_monitor_shows_counts_and_sums_up_warnings_across_a_resume(tmp_path, capsys):

@@ -66,6 +66,7 @@ def proved(folder: str, urls: list[str]) -> tuple[list[dict], str]:
     rollout = {"servers": urls, "verify_sync": "stored", "verify_syncs": 1, "server_timeout": 10.0}
     config, shape, layout, engine = build("server", MODEL, folder, **rollout)
     found = agree(config, shape, layout, engine)
+    assert engine.devices == (2 if layout.is_main else 0), "a worker each"
 
     class OneNorm(dict):
         def metadata(self) -> list[Meta]:

@@ -93,7 +93,8 @@ def server(record: Record) -> None:
         config.write_text(QUICKSTART.read_text())
         overrides = [f"trainer.steps={SERVER_STEPS}", f"trainer.run_dir={run_dir}", "trainer.eval_every=0"]
         overrides += ["trainer.save_every=0", "rollout.engine=server", f"rollout.sync_backend={way}"]
-        overrides += [f"rollout.servers=[http://127.0.0.1:{port}]", "rollout.verify_sync=sent"]
+        overrides += [f"rollout.servers=[http://127.0.0.1:{port}]"]
+        overrides += ["rollout.verify_sync=stored", "rollout.verify_syncs=1"]
         first, second = _devices()
         began = time.time()
         os.environ |= {"CUDA_VISIBLE_DEVICES": second}  # what launch/servers.sh reads
@@ -104,7 +105,7 @@ def server(record: Record) -> None:
             subprocess.run([*_launcher(ranks), *command], cwd=ROOT, env=environment, check=True)
         lines = [line for line in metrics_of(run_dir) if line["step"] > 0]
     record.figure("sync", median(line["time/sync"] for line in lines), "s", f"weight sync by {way}")
-    record.note("Every tensor that the server took was compared with what was sent (`rollout.verify_sync`).")
+    record.note("Every tensor that the server has stored was compared with what was sent (`rollout.verify_sync`).")
     gaps = [line["rollout/mismatch_mean"] for line in lines if line.get("rollout/mismatch_mean") is not None]
     if gaps:  # a policy that starts from noise may have trained on teachers alone
         record.figure("mismatch", max(gaps), "nats", "log-probs of server and policy, mean of the worst step")

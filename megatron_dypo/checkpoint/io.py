@@ -22,7 +22,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -118,18 +118,31 @@ class WrittenFile:
 
 
 def write_pieces(path: Path, pieces: Iterable[tuple[TensorPiece, Tensor]]) -> WrittenFile:
-    """Write this rank's pieces (host tensors) to ``path``, down to the disk. Raises OSError."""
-    digest, places = hashlib.sha256(), []
-    with new_file(path) as stream:
+    """Write this rank's pieces (host tensors) to ``path``, down to the disk, without a copy. Raises OSError."""
+    places = []
+    with new_file(path) as file:
+        stream = _Hashed(file)
         for place, tensor in pieces:
-            buffer = io.BytesIO()
-            torch.save(tensor.view(place.sizes), buffer)
-            with buffer.getbuffer() as content:
-                places.append((place, stream.tell(), len(content)))
-                stream.write(content)
-                digest.update(content)
-        size = stream.tell()
-    return WrittenFile(path.name, size, digest.hexdigest(), places)
+            start = stream.size
+            torch.save(tensor.view(place.sizes), stream)
+            places.append((place, start, stream.size - start))
+    return WrittenFile(path.name, stream.size, stream.digest.hexdigest(), places)
+
+
+class _Hashed(io.RawIOBase):
+    """What torch writes to: a file whose bytes are counted and hashed on their way. torch is not to seek in it."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.digest, self.size = file, hashlib.sha256(), 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any) -> int:
+        self._file.write(content)
+        self.digest.update(content)
+        self.size += len(content)
+        return len(content)
 
 
 def write_file(path: Path, content: bytes) -> WrittenFile:

@@ -1,4 +1,4 @@
-"""Asynchronous checkpoints: snapshot to host memory, write in a thread, commit once every rank is done; and loading.
+"""Checkpoints: a snapshot written in a thread, or written at once; committed when all ranks are done; and loading.
 
 Loading takes the newest checkpoint whose files are what was written. ``Counters`` is what a run counts between its
 steps, kept as ``state.json``.
@@ -12,18 +12,22 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dypo.checkpoint.catalog import PREFETCHED, SIDE, complete_steps, find_fault, none_left, step_folder
 from megatron_dypo.checkpoint.io import (
+    TensorPiece,
     WrittenFile,
     read_index,
     shared_fault,
@@ -31,7 +35,7 @@ from megatron_dypo.checkpoint.io import (
     write_index,
     write_pieces,
 )
-from megatron_dypo.checkpoint.state import exchange_holders, restore, snapshot
+from megatron_dypo.checkpoint.state import exchange_holders, host_pieces, restore, snapshot, written_bytes
 from megatron_dypo.config.schema import Config
 from megatron_dypo.config.stages import stage_at, stages_of
 from megatron_dypo.errors import TrainingError
@@ -137,6 +141,7 @@ def _load(folder: Path, policy: Policy, side: Policy | None) -> Counters:
     return counters
 
 
+_Piece = tuple[TensorPiece, Tensor]
 _PARTIAL = ".partial-"  # what is not, or no longer, a checkpoint; removed when a run starts
 
 
@@ -147,6 +152,24 @@ class _Pending:
     folder: Path
     state: dict
     written: Future[list[WrittenFile]]
+
+
+def _taken(kept: deque[_Piece]) -> Iterator[_Piece]:
+    """What is in it, which is let go of once it is written."""
+    while kept:
+        yield kept.popleft()
+
+
+def _at_once(write: Callable[[Iterator[_Piece]], list[WrittenFile]], pieces: Iterator[_Piece]) -> Future:
+    """``write(pieces)``, now. What it leaves is asked for nevertheless: other ranks may wait for this one."""
+    done: Future[list[WrittenFile]] = Future()
+    try:
+        done.set_result(write(pieces))
+    except OSError as error:
+        done.set_exception(error)
+    for _ in pieces:
+        pass
+    return done
 
 
 class Saver:
@@ -206,17 +229,17 @@ class Saver:
         return seconds
 
     def _save(self, counters: Counters, score: float | None, prefetched: Sequence[Group] = ()) -> None:
-        """Take a snapshot and start writing it."""
-        pieces = [piece for name, model in self._models.items() for piece in snapshot(*model, name)]
-        total = sum(all_gather_objects(sum(tensor.nbytes for _, tensor in pieces)))
+        """Take a snapshot and start writing it; with ``trainer.save_blocking`` write now, without one."""
+        own = sum(written_bytes(*model) for model in self._models.values())
+        total = sum(all_gather_objects(own))
         folder = self._on_rank_0(lambda: self._make_folder(counters.step, total))
         if folder is None:
             return
         name = f"__{dist.get_rank()}_0.distcp"
         waiting = [replace(group) for group in prefetched]  # the next step grades them while the thread writes
 
-        def write() -> list[WrittenFile]:
-            files = [write_pieces(folder / name, pieces)] if pieces else []
+        def write(pieces: Iterator[_Piece]) -> list[WrittenFile]:
+            files = [write_pieces(folder / name, pieces)] if own else []
             if waiting and dist.get_rank() == 0:
                 files.append(write_file(folder / PREFETCHED, recording.lines(waiting).encode()))
             return files
@@ -224,7 +247,13 @@ class Saver:
         state = asdict(counters) | {"score": score, "model": asdict(self._policy.shape)}
         if SIDE in self._models:
             state["side_version"] = self._models[SIDE][0].version
-        self._pending = _Pending(folder, state, in_thread(write, "checkpoint-writer"))
+        if self._trainer.save_blocking:
+            parts = (host_pieces(*model, name) for name, model in self._models.items())
+            written = _at_once(write, chain.from_iterable(parts))
+        else:
+            kept = deque(piece for name, model in self._models.items() for piece in snapshot(*model, name))
+            written = in_thread(lambda: write(_taken(kept)), "checkpoint-writer")
+        self._pending = _Pending(folder, state, written)
 
     def _complete(self, wait: bool) -> None:
         """Turn the save under way into a checkpoint, once all ranks have written (``wait``: when they have)."""

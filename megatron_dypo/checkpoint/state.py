@@ -27,6 +27,8 @@ from megatron_dypo.policy.optimizer import Part, adam_parts
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.runtime.distributed import all_gather_objects
 
+PIECE = 10**9  # bytes that are copied to host memory and written at once, at most; two such copies may be there
+
 
 @dataclass(frozen=True)
 class Holders:
@@ -54,23 +56,55 @@ def exchange_holders(policy: Policy) -> dict[str, Holders]:
 
 def snapshot(policy: Policy, holders: dict[str, Holders], model: str = "") -> list[tuple[TensorPiece, Tensor]]:
     """Copies in host memory of the pieces that this rank is to write, their keys behind ``model``. Collective."""
+    return list(host_pieces(policy, holders, model))
+
+
+def host_pieces(policy: Policy, holders: dict[str, Holders], model: str = "") -> Iterator[tuple[TensorPiece, Tensor]]:
+    """Yield each piece that this rank is to write, at most PIECE bytes, as a copy in host memory, made when it is asked
+    for. Collective: every rank has to ask for all of its own."""
+    for place, tensor in _pieces(policy, holders, model):
+        for part, data in _split(place, tensor.reshape(place.sizes)):
+            yield part, _on_host(data)
+
+
+def written_bytes(policy: Policy, holders: dict[str, Holders]) -> int:
+    """Bytes of all of this rank's pieces, or a little more: tensor-parallel ranks may have what one of them writes."""
+    parts = adam_parts(policy.optimizer, policy.parameters) if policy.version > 0 else {}
+    adam = next(iter(parts.values())).main.dtype.itemsize * len(next(iter(parts.values())).names) if parts else 0
+    own = 0
+    for name, parameter in policy.parameters.items():
+        if holders[name].writer == dist.get_rank(_data_parallel_group(parameter)):
+            weights = 1 if policy.reference is None else 2
+            own += parameter.numel() * (weights * parameter.dtype.itemsize + adam)
+    return own
+
+
+def _pieces(policy: Policy, holders: dict[str, Holders], model: str) -> Iterator[tuple[TensorPiece, Tensor]]:
+    """Each weight and moment of this rank's, where it is."""
     policy.offload.require_device()
     templates = _templates(policy)
     parts = adam_parts(policy.optimizer, policy.parameters)
-    pieces = []
     for name, parameter in policy.parameters.items():
         group = _data_parallel_group(parameter)
-        whole: dict[str, Tensor] = {}
         if holders[name].writer == dist.get_rank(group):
-            whole[""] = parameter.detach()
+            yield from _cut(templates[name], model, parameter.detach())
             if policy.reference is not None:
-                whole["reference."] = policy.reference.read(name)
+                yield from _cut(templates[name], f"{model}reference.", policy.reference.read(name))
         if policy.version > 0:  # Adam has no state before the first applied update
             for kind, tensor in _gather_adam(parameter, parts.get(name), holders[name], group):
-                whole[f"optimizer.state.{kind}."] = tensor
-        for prefix, tensor in whole.items():
-            pieces += _cut(templates[name], model + prefix, tensor)
-    return pieces
+                yield from _cut(templates[name], f"{model}optimizer.state.{kind}.", tensor)
+
+
+def _split(place: TensorPiece, tensor: Tensor) -> Iterator[tuple[TensorPiece, Tensor]]:
+    """The piece in slices of at most PIECE bytes along its first axis that has any."""
+    axis = next((axis for axis, size in enumerate(place.sizes) if size > 1), None)
+    if tensor.nbytes <= PIECE or axis is None:
+        yield place, tensor
+        return
+    rows = max(1, place.sizes[axis] * PIECE // tensor.nbytes)
+    for start, part in zip(range(0, place.sizes[axis], rows), tensor.split(rows, axis), strict=True):
+        offsets = tuple(offset + start * (i == axis) for i, offset in enumerate(place.offsets))
+        yield from _split(replace(place, offsets=offsets, sizes=tuple(part.shape)), part)
 
 
 def restore(policy: Policy, folder: Path, model: str = "") -> None:
@@ -144,7 +178,7 @@ def _is_replica(holders: Holders) -> bool:
 
 
 def _cut(template, prefix: str, tensor: Tensor) -> list[tuple[TensorPiece, Tensor]]:
-    """Host copies of a rank's tensor in mcore's pieces; none where another tensor- or pipeline-parallel rank has it."""
+    """A rank's tensor in mcore's pieces; none where another tensor- or pipeline-parallel rank has it."""
     sharded = {0: replace(_target(template, prefix, tensor), replica_id=(*template.replica_id[:-1], 0))}
     apply_factories(sharded)
     pieces = []
@@ -152,7 +186,7 @@ def _cut(template, prefix: str, tensor: Tensor) -> list[tuple[TensorPiece, Tenso
         if is_main_replica(piece.replica_id):
             sizes = (1,) * piece.prepend_axis_num + tuple(piece.local_shape)
             place = TensorPiece(piece.key, tuple(piece.global_shape), tuple(piece.global_offset), sizes, piece.dtype)
-            pieces.append((place, _on_host(piece.data)))
+            pieces.append((place, piece.data.detach()))
     return pieces
 
 

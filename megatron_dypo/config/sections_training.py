@@ -174,6 +174,11 @@ class Trainer(Section):
         resumable=True,
     )
     save_every: int = key(0, "Checkpoint every so many steps, and at the end; 0: never.", ge=0, resumable=True)
+    save_blocking: bool = key(
+        False,
+        "Training waits while a checkpoint is written, in pieces of at most 1 GB: no snapshot in host memory.",
+        resumable=True,
+    )
     keep_checkpoints: int = key(2, "Newest checkpoints kept.", ge=1, resumable=True)
     max_skipped_steps: int = key(
         5, "Skipped steps (not finite, or a spike) in a row before the run stops.", ge=1, resumable=True

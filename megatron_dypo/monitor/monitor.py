@@ -66,11 +66,12 @@ class Monitor:
             self.notice(self._writers.write(step, metrics))
 
     def step(self, step: int, metrics: dict) -> None:
-        """A finished step: writes and shows it."""
+        """A finished step: writes and shows it. ``metrics`` has its ``tokens``, and the ``devices`` at work."""
         if not self._active:
             return
-        metrics = metrics | {"perf/tokens_per_second": metrics["tokens"] / metrics["time/step"]}
-        del metrics["tokens"]
+        speed = metrics["tokens"] / metrics["time/step"]
+        each = {"perf/tokens_per_second": speed, "perf/tokens_per_second_per_gpu": speed / metrics["devices"]}
+        metrics = {name: value for name, value in metrics.items() if name not in ("tokens", "devices")} | each
         found = self._health.check(step, metrics)
         metrics["train/warnings"] = self._health.said.total()
         self.write(step, metrics)

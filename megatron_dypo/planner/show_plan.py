@@ -67,7 +67,7 @@ def work_of(
         balanced=config.policy.aux_loss > 0,
         reference=config.model.reference_on if keeps_reference(config.objective) else "none",
         side=recipe(config.objective).side is not None,
-        saves=config.trainer.save_every > 0,
+        saves=config.trainer.save_every > 0 and not config.trainer.save_blocking,
         experts=config.data.experts_per_step * recipe(config.objective).imitates_experts,
     )
 

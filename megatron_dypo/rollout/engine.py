@@ -45,8 +45,11 @@ class Engine(Protocol):
     response names the version of the weights.
 
     ``sleep`` gives the device's memory back, and without ``keep_weights`` the weights too, which the next use must then
-    ``sync``. ``sync`` and ``generate`` take what they need again by themselves.
+    ``sync``. ``sync`` and ``generate`` take what they need again by themselves. ``devices``: how many work for it
+    beside the trainer's, as rank 0 knows them.
     """
+
+    devices: int
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Response]: ...
 

@@ -30,6 +30,8 @@ _STACKED = {
 class HfEngine:
     """See ``Engine``: its own copy of the model, left-padded batches, per-request generators."""
 
+    devices = 0
+
     def __init__(self, shape: ModelShape, returns_experts: bool = False):
         from transformers import AutoConfig, AutoModelForCausalLM
 

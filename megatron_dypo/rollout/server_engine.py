@@ -40,6 +40,7 @@ class ServerEngine:
         self._backend = sync_backend(config, kind)
         self._verify, self._verify_syncs = rollout.verify_sync, rollout.verify_syncs
         self._syncs = 0
+        self._sizes: dict[str, int] = {}  # workers of each server, also of one that is left out now
         self._transfer: Transfer | None = None
         self._label, self._version, self._lost = "", 0, dict[str, str]()
         if layout.is_main:
@@ -61,6 +62,8 @@ class ServerEngine:
         source: WeightSource = ChecksummedWeights(weights, turn) if verified else weights
         if self._layout.is_main:
             same = self._pool.refresh(self._label)
+            sizes = self._pool.world_sizes()
+            self._sizes |= {server.url: size for server, size in zip(self._pool.members, sizes, strict=True)}
             before = list(self._pool.members)
             self._pool.label = label
             self._pool.call_workers("prepare_update", verify=self._verify, number=turn.number, of=turn.of)
@@ -82,6 +85,11 @@ class ServerEngine:
         self._lost = all_gather_objects(self._pool.lost)[0]
         self._label, self._version = label, weights.version
         self._syncs += 1
+
+    @property
+    def devices(self) -> int:
+        """The servers' workers; on rank 0, once synced."""
+        return sum(self._sizes.values())
 
     def sleep(self, keep_weights: bool) -> None:
         """Servers have devices of their own."""

@@ -32,6 +32,8 @@ IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # so that weights need no 
 class VllmEngine:
     """See ``Engine``. Greedy and sampled requests may share a batch; seeds are per request."""
 
+    devices = 0
+
     @determinism.not_enforced()
     def __init__(self, config: Config, shape: ModelShape, eos_id: int | tuple[int, ...], folder: Path):
         kind = device_kind()
