@@ -37,6 +37,9 @@ LAYOUTS = {
 }
 
 NO_REFERENCE = {"objective__kl_coef": 0.0, "objective__reference": "initial"}
+REWARD = """def compute(data_source, solution_str, ground_truth, extra_info=None):
+    return float(len(solution_str) % 2 == 0)
+"""  # mixed groups from the first step on
 RECIPES = {  # dypo's is that of the layouts
     "chord": {  # the schedule bends in mid-run
         "data__experts": "{folder}/train.jsonl",
@@ -51,8 +54,10 @@ RECIPES = {  # dypo's is that of the layouts
         "rollout__dynamic_sampling": True,
         "objective__teachers_per_prompt": 1,
     },
+    "prime": {"objective__teachers_per_prompt": 1, "reward__function": "{folder}/reward.py:compute"},
     "relift": {"objective__queue_size": 11, "rollout__async_rollout": 1, "rollout__correction": "truncate"},
     "sft": NO_REFERENCE | {"rollout__samples_per_prompt": 8},
+    "srft": NO_REFERENCE | {"objective__tilt_level": "sequence"},
     "switch": {"objective__updates_per_rollout": 2},
 }
 VARIANTS = LAYOUTS | {name: {"objective__method": name} | keys for name, keys in RECIPES.items()}
@@ -62,7 +67,9 @@ def make_task(folder: Path, variant: str = "data") -> Path:
     """The configuration of such a run in ``folder``, which is to hold its ``run/`` and ``rollouts/``."""
     keys = {"rollout__record": "{folder}/rollouts"} | TASK | VARIANTS[variant]
     values = {name: key.format(folder=folder) if isinstance(key, str) else key for name, key in keys.items()}
-    return copy_task(folder, **values)
+    config = copy_task(folder, **values)
+    (folder / "reward.py").write_text(REWARD)
+    return config
 
 
 def reference(root: Path, variant: str = "data") -> Path:

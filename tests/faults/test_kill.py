@@ -92,7 +92,7 @@ def kill_and_compare(references: Path, folder: Path, layout: str, kills: list[Ki
     straight = reference(references, layout)
     ledger = kill_until_done(folder, make_task(folder, layout), kills, straight)
     record(f"{layout}: {ledger}")
-    assert_same_outcome(folder, straight, STEPS, keeps_reference=layout != "sft")
+    assert_same_outcome(folder, straight, STEPS, keeps_reference=layout not in ("sft", "srft"))
     assert reward_workers_of(ledger.pids) == []
 
 
