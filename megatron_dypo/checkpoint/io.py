@@ -121,7 +121,7 @@ def write_pieces(path: Path, pieces: Iterable[tuple[TensorPiece, Tensor]]) -> Wr
     """Write this rank's pieces (host tensors) to ``path``, down to the disk, without a copy. Raises OSError."""
     places = []
     with new_file(path) as file:
-        stream = _Hashed(file)
+        stream: Any = _Hashed(file)  # of what torch asks for, only `write`
         for place, tensor in pieces:
             start = stream.size
             torch.save(tensor.view(place.sizes), stream)
