@@ -50,7 +50,7 @@ class Question:
 @dataclass
 class Terms:
     """Summands of each term, every normaliser applied, alpha, gamma and mu not. ``kl`` is part of ``grpo``; ``shaped``
-    is LUFFY's on traces, ``expert`` CHORD's."""
+    is LUFFY's on traces, ``expert`` CHORD's, ``sign`` SRFT's on rollouts."""
 
     alpha: float
     gamma: float
@@ -61,6 +61,7 @@ class Terms:
     sft: list[Tensor] = field(default_factory=list)
     shaped: list[Tensor] = field(default_factory=list)
     expert: list[Tensor] = field(default_factory=list)
+    sign: list[Tensor] = field(default_factory=list)
     entropy: list[Tensor] = field(default_factory=list)
 
     def summands(self) -> Tensor:
@@ -71,6 +72,7 @@ class Terms:
             (self.gamma, self.sft),
             (1.0, self.shaped),
             (self.mu, self.expert),
+            (1.0, self.sign),
             (1.0, self.entropy),
         ]
         return torch.cat([torch.zeros(1).double(), *(w * x.flatten() for w, term in weighted for x in term)])
@@ -170,6 +172,12 @@ def mix(c, step: int) -> float:
     return c.mix.peak - (c.mix.peak - c.mix.valley) * (1 - math.cos(math.pi * fallen)) / 2
 
 
+def leaning(sequence: Rollout | Trace, tilt: float, c) -> Tensor:
+    """SRFT's weight [n] of a sequence's tokens: constant, of the entropies or (HPT's form) of their mean."""
+    H_n = sequence.entropy_n.detach()
+    return (tilt * (H_n if c.tilt_level == "token" else H_n.mean().expand(len(H_n)))).exp()
+
+
 def dypo(
     questions: list[Question],
     c,
@@ -183,7 +191,7 @@ def dypo(
 
     Of ``relift`` this is the step's own update; that on its queue is one of ``sft``.
     """
-    pairs_too = c.method == "dypo"
+    pairs_too, srft = c.method == "dypo", c.method == "srft"
     mu = mix(c, step) if c.method == "chord" else 0.0
     terms = Terms(alpha=c.alpha if pairs_too else 1.0 - mu, gamma=c.gamma, mu=mu)
     groups, taught, idle = [], [], 0
@@ -191,7 +199,11 @@ def dypo(
         rewards = [rollout.reward for rollout in question.rollouts]
         limits = c.reward_threshold, c.hard_max_solved, c.gate, c.easy_min_solved
         kind = "hard" if c.method == "sft" else regime(rewards, *limits)
-        if (
+        if srft:
+            groups.append((question.rollouts, question.traces))
+            taught += [question.traces] if question.traces else []
+            idle += not question.traces and c.mask_truncated and not any(x.finished for x in question.rollouts)
+        elif (
             kind == "mid"
             or c.method in ("chord", "grpo", "luffy", "relift")
             or (c.method == "switch" and kind == "easy")
@@ -204,14 +216,14 @@ def dypo(
             idle += not held and (tied or not (shown or members))
         elif kind == "hard" and c.method not in ("grpo", "prime") and question.traces:
             taught.append(question.traces)
-    Q = len(questions) if c.normalize == "all" else len(groups) - idle + len(taught)
+    Q = len(questions) if c.normalize == "all" else len(groups) - idle + len(taught) * (not srft)
 
     def carries(member: Rollout | Trace) -> bool:
         return not c.mask_truncated or getattr(member, "finished", True)
 
     routed = [member for group in groups for members in group for member in members if carries(member)]
     tokens = sum(len(member.logp_n) for member in routed)
-    routed += [*(trace for traces in taught for trace in traces), *experts]
+    routed += [*(trace for traces in taught for trace in traces if not srft), *experts]
     all_tokens = sum(len(sequence.logp_n) for sequence in routed)
     terms.entropy = [-c.entropy_coef * sequence.entropy_n / all_tokens for sequence in routed]
 
@@ -223,6 +235,7 @@ def dypo(
             unit = 1 / len(trace.logp_n) if per_token(c.sft_length_normalize) else 1.0
             of_all = len(taught) / sum(len(x.logp_n) for each in taught for x in each)
             weight = of_all if c.demo_aggregation == "token_mean" else unit / len(traces)
+            weight *= leaning(trace, c.tilt_demo, c) if srft else 1.0
             terms.sft.append(-trace.logp_n * weight / Q)
 
     for trace in experts:  # a batch of their own: one mean over all their tokens, or over the traces
@@ -241,19 +254,24 @@ def dypo(
     for group, traces in groups:
         rewards = [rollout.reward for rollout in group]
         baseline = [*rewards, *(trace.reward for trace in traces)]
-        if len(set(baseline)) == 1 and not c.kl_coef and c.method != "prime":
+        if len(set(baseline)) == 1 and not c.kl_coef and c.method != "prime" and not srft:
             continue  # all advantages are 0, and there is no pair
         A_k = advantages(baseline, c.advantage_std)
         if c.method == "prime":
             A_k = [rollout.advantage_n for rollout in group]
         k = len(A_k)
         for trace, advantage in zip(traces, A_k[len(group) :], strict=True):
-            f_n = shape(trace.logp_n, c.shape or "luffy", c.shape_gamma)
+            f_n = shape(trace.logp_n, c.shape or ("p" if srft else "luffy"), c.shape_gamma)
             terms.shaped.append(-weigh(len(f_n), k) * advantage * f_n)
         for rollout, advantage in zip(group, A_k, strict=False):
             if not carries(rollout):
                 continue
             weight = weigh(len(rollout.logp_n), k)
+            if srft:
+                right = rollout.reward >= c.reward_threshold
+                weigh_n = c.weight_right * leaning(rollout, c.tilt_right, c) if right else -1.0
+                terms.sign.append(-weight * weigh_n * rollout.logp_n)
+                continue
             surrogate_n, kl_n = grpo(rollout, advantage, c, correction, cap)
             terms.grpo.append(weight * (-surrogate_n + c.kl_coef * kl_n))
             terms.kl.append(weight * kl_n)

@@ -27,6 +27,7 @@ REPLAYED = (
     "sft-token-mean", "rl-dr-grpo-clip-entropy", "zoo-grpo-std-kl-entropy", "superrl-gate-advantage-nll-sum",
     "hpt-gate-1-of-2", "luffy-shaped-token-mean", "relift-rl-step", "oat-dr-grpo-truncated",
     "chord-mu", "chord-phi",
+    "srft-paper", "srft-hpt-reimplementation",
 )  # fmt: skip
 SINGLE = 2e-6  # of the largest slope: float32, and the exponential of a difference of two log-probs in it
 SOURCES = {"ROLLOUT": "rollout", "TEACHER": "demo", "EXPERT": "expert"}

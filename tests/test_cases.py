@@ -102,6 +102,13 @@ BAD = [
         {"system": "Oat-Zero", "settings": {}, "sequences": [SCORED["sequences"][0] | {"finished": "no"}]},
         r"sequences\[0\].finished: expected true or false, got 'no'",
     ),
+    ({"system": "SRFT", "settings": {}}, "sequences: entropy is needed by objective.method: srft"),
+    ({"system": "SRFT", "settings": {"clip": 0.2}}, "settings.clip: 0.2: only null is supported"),
+    ({"system": "SRFT", "settings": {"entropy_level": "word"}}, "settings.entropy_level: 'word'"),
+    (
+        {"system": "SRFT", "settings": {"kl_coef": 0.1}},
+        "objective.kl_coef: 0.1 is not read with",
+    ),
     ({"sequences": []}, "sequences: expected a list of objects"),
     (CHORD | {"settings": {"peak": 1.5}}, r"objective.mix.peak: .*\(got 1.5\)"),
     (CHORD | {"settings": {"step": -1}}, "settings.step: expected a whole number from 0 on, got -1"),

@@ -32,7 +32,7 @@ from megatron_dypo.objectives import (
     pair_statistics,
     sequence_terms,
 )
-from megatron_dypo.objectives.coefficients import BatchTerms, needs_reference
+from megatron_dypo.objectives.coefficients import BatchTerms, needs_entropies, needs_reference
 from megatron_dypo.objectives.correction import Correction
 from megatron_dypo.objectives.queue import failed
 from megatron_dypo.objectives.recipes import RECIPES, recipe, shares, total
@@ -133,8 +133,18 @@ def coefficients(
         if not needs_reference(objective):
             logp["reference"] = 0.0  # as update.py leaves it: nobody may read it
         sums.append(SequenceSums(**logp) if sequence.kind == Kind.ROLLOUT else None)
-    terms = sequence_terms(batch.groups, sequences, sums, objective, correction, LONGEST, step=1, deferred=deferred)
-    return sequences, terms
+    means = [batch.logp[key(sequence)]["entropy"].mean().item() for sequence in sequences]
+    return sequences, sequence_terms(
+        batch.groups,
+        sequences,
+        sums,
+        objective,
+        correction,
+        LONGEST,
+        step=1,
+        deferred=deferred,
+        entropies=means if needs_entropies(objective) else None,
+    )
 
 
 def key(sequence: Sequence) -> Key:
@@ -358,6 +368,10 @@ OBJECTIVES = st.builds(
     gate=st.sampled_from(["reward", "advantage"]),
     demo_aggregation=st.sampled_from(["scale", "token_mean"]),
     shape=st.sampled_from(["luffy", "p", "nll", "phi", "sg_p"]),
+    tilt_demo=st.sampled_from([-1.0, 0.0, 0.5]),
+    tilt_right=st.sampled_from([1.0, -0.5]),
+    weight_right=st.sampled_from([0.0, 0.1, 2.0]),
+    tilt_level=st.sampled_from(["token", "sequence"]),
     surrogate=st.sampled_from(["clip", "cispo", "sapo"]),
     sapo_tau_pos=st.sampled_from([0.5, 1.0]),
     shape_gamma=st.sampled_from([0.01, 0.1, 1.0]),
@@ -577,7 +591,7 @@ def test_totals_are_the_terms_and_the_share_of_the_gradient_of_each(name: str, m
         "grpo": result.totals.get("loss/grpo", 0.0) + result.terms.grpo_sequence_loss,
         "gal": result.terms.gal_loss,
         "sft": result.totals.get("loss/sft", 0.0),
-        **{name: result.totals.get(f"loss/{name}", 0.0) for name in ("shaped", "expert")},
+        **{name: result.totals.get(f"loss/{name}", 0.0) for name in ("shaped", "expert", "sign")},
     }
     for term in losses:
         weight = share.get(term, 0.0)

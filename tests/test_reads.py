@@ -24,20 +24,23 @@ from megatron_dypo.config.reads import (
     PAIRS,
     PROCESS,
     QUEUEING,
+    RATIO,
     READ_WITH,
     RELATIVE,
     ROUTED,
     SAMPLING,
     SHAPED,
     TEACHERS,
+    TILTED,
     lookup,
     read_with,
     unread,
     uses_reference,
+    uses_sums,
 )
 from megatron_dypo.config.schema import Config, Objective, walk
 from megatron_dypo.errors import UserError
-from megatron_dypo.objectives.coefficients import needs_reference
+from megatron_dypo.objectives.coefficients import needs_reference, needs_sums
 from megatron_dypo.objectives.correction import Correction
 from megatron_dypo.objectives.recipes import ALL, RECIPES, recipe
 from megatron_dypo.records import Kind, Regime
@@ -52,9 +55,10 @@ ANOTHER = {  # a value that is not the default, which the others of these do not
     "hard_max_solved": 1, "easy_min_solved": 3, "teachers_per_prompt": 2,
     "aggregation": "token_mean", "aggregation_constant": 5,
     "gal_length_normalize": False, "sft_length_normalize": False, "ratio_base": "reference", "ratio_level": "sequence",
-    "advantage_std": "none", "gate": "advantage", "shape": "p", "shape_gamma": 0.3, "demo_aggregation": "token_mean",
+    "advantage_std": "none", "gate": "advantage", "shape": "nll", "shape_gamma": 0.3, "demo_aggregation": "token_mean",
     "mask_truncated": True,
     "entropy_coef": 0.2,
+    "tilt_demo": 0.5, "tilt_right": 0.5, "weight_right": 0.7, "tilt_level": "sequence",
     "surrogate": "cispo", "sapo_tau_pos": 2.0, "sapo_tau_neg": 2.0,
     "mix.warmup": 2, "mix.decay": 2, "mix.peak": 0.3, "mix.valley": 0.3,
 }  # fmt: skip
@@ -78,7 +82,10 @@ def test_every_row_is_of_keys_that_there_are_and_the_methods_are_the_recipes():
     assert set(PAIRS) == {name for name, recipe in RECIPES.items() if "gal" in [term.rule for term in recipe.terms]}
     sources = {name: {term.source for term in recipe.terms} for name, recipe in RECIPES.items()}
     tokens = {name: {term.token for term in recipe.terms} for name, recipe in RECIPES.items()}
-    assert set(IMITATING) == {name for name in RECIPES if "nll" in tokens[name]}
+    imitates = {name: {term.column == "nll" for term in recipe.terms} for name, recipe in RECIPES.items()}
+    assert set(IMITATING) == {name for name in RECIPES if True in imitates[name]}
+    assert set(TILTED) == {name for name in RECIPES if "tilted" in tokens[name]}
+    assert set(RATIO) == {name for name in RECIPES if "surrogate" in tokens[name]}
     assert set(SHAPED) == {name for name in RECIPES if "shaped" in tokens[name]}
     regimes = {name: {term.when for term in recipe.terms} for name, recipe in RECIPES.items()}
     assert set(ROUTED) == {name for name in RECIPES if regimes[name] != {ALL}}
@@ -138,7 +145,7 @@ def outcome(objective: Objective) -> list[float]:
 
 @pytest.mark.parametrize("method", RECIPES)
 def test_an_objective_s_key_changes_what_is_trained_exactly_where_the_table_has_it_read(method):
-    always = {"kl_coef": 0.1} if method in SAMPLING else {}
+    always = {"kl_coef": 0.1} if method in RATIO else {}
     for name, value in ANOTHER.items():
         sapo = {key: {"surrogate": "sapo"} for key in ("sapo_tau_pos", "sapo_tau_neg")}
         companion = ({"aggregation_constant": {"aggregation": "constant"}} | sapo).get(name, {})
@@ -158,9 +165,12 @@ def test_an_objective_s_key_changes_what_is_trained_exactly_where_the_table_has_
 def test_the_reference_is_read_where_the_objective_needs_one():
     for method, alpha, kl, base in itertools.product(RECIPES, (0.0, 0.5, 1.0), (0.0, 0.1), ("old", "reference")):
         objective = Objective(method=method, alpha=alpha, kl_coef=kl, ratio_base=base)
-        if method == "sft" and (kl, base) != (0.0, "old"):
-            continue  # refused: neither is read
         assert uses_reference(Config.model_construct(objective=objective)) == needs_reference(objective)
+    for method, alpha, ratio, tilt in itertools.product(
+        RECIPES, (0.5, 1.0), ("token", "sequence"), ("token", "sequence")
+    ):
+        objective = Objective(method=method, alpha=alpha, ratio_level=ratio, tilt_level=tilt)
+        assert uses_sums(Config.model_construct(objective=objective)) == needs_sums(objective)
 
 
 # --- refused, or named
@@ -345,4 +355,4 @@ def test_help_and_the_page_say_when_a_key_is_read():
     for name in READ_WITH:
         assert f"Read with {read_with(name)}." in page.replace("\\|", "|")
         assert f"Read with {read_with(name)}." in reference
-    assert read_with("objective.gamma") == "`objective.method: dypo` or `relift` or `sft` or `switch`"
+    assert read_with("objective.gamma") == "`objective.method: dypo` or `relift` or `sft` or `srft` or `switch`"

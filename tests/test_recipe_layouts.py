@@ -30,6 +30,7 @@ OBJECTIVES = {  # in three updates, all with KL and clipped tokens where the rec
     "luffy": {"entropy_coef": 0.03, "aggregation": "token_mean", "advantage_std": "none"},
     "relift": {"entropy_coef": 0.03, "demo_aggregation": "token_mean"},
     "sft": {"entropy_coef": 0.03, "demo_aggregation": "token_mean"},
+    "srft": {"entropy_coef": 0.03, "tilt_level": "sequence", "demo_aggregation": "token_mean", "weight_right": 1.0},
     "switch": {
         "entropy_coef": 0.03,
         "aggregation": "constant",

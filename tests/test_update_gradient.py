@@ -25,6 +25,7 @@ OBJECTIVES = {
     "luffy": {"entropy_coef": 0.03, "aggregation": "constant", "advantage_std": "none"},
     "relift": {"entropy_coef": 0.03, "aggregation": "constant", "advantage_std": "none"},
     "sft": {"entropy_coef": 0.03, "demo_aggregation": "token_mean"},
+    "srft": {"entropy_coef": 0.03, "aggregation": "constant", "demo_aggregation": "token_mean", "shape": "luffy"},
     "switch": {"entropy_coef": 0.03, "aggregation": "constant", "normalize": "active", "gate": "advantage"},
 }
 TEMPERATURE = 0.8  # of rollouts, as tests/batches.py has it

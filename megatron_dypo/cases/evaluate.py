@@ -20,15 +20,16 @@ from megatron_dypo.errors import UserError
 from megatron_dypo.kernels import LossRule, empty_sums, grouped_loss
 from megatron_dypo.kernels.grouped_loss import COEFFICIENTS
 from megatron_dypo.objectives import SequenceSums, TokenStreams, sequence_terms
-from megatron_dypo.objectives.coefficients import member_advantages, needs_reference
+from megatron_dypo.objectives.coefficients import member_advantages, needs_entropies, needs_reference
 from megatron_dypo.objectives.correction import Correction
 from megatron_dypo.objectives.queue import DeferredQueue, failed
-from megatron_dypo.objectives.recipes import ALL, recipe, scheduled, shape, total, update_terms
+from megatron_dypo.objectives.recipes import ALL, has_ratio, recipe, scheduled, shape, total, update_terms
 from megatron_dypo.records import Group, Kind, Prompt, Response, Sequence, Teacher
 from megatron_dypo.rollout.sampling import give_unfinished_reward
 from megatron_dypo.training.minibatch import grade_groups, training_sequences
 
 SOURCES = {"rollout": Kind.ROLLOUT, "demo": Kind.TEACHER, "expert": Kind.EXPERT}
+_IMITATION = torch.tensor([name in ("nll", "tilt") for name in COEFFICIENTS])
 STREAMS = {"logp": "logp", "old": "old_logp", "reference": "ref_logp", "entropy": "entropy", "process": "prm_logp"}
 
 
@@ -125,6 +126,9 @@ def evaluate(sequences: list[dict[str, Any]], config: Config, step: int) -> dict
     trained = case.trained()
     places = [case.place(sequence) for sequence in trained]
     sums = [_sums(case, place, sequence, objective) for place, sequence in zip(places, trained, strict=True)]
+    if (reader := _reads_entropies(objective)) and any("entropy" not in case.logs[place] for place in places):
+        raise UserError(f"sequences: entropy is needed by {reader}")
+    means = [case.logs[place]["entropy"].mean().item() for place in places] if needs_entropies(objective) else None
     terms = sequence_terms(
         case.groups,
         trained,
@@ -134,11 +138,12 @@ def evaluate(sequences: list[dict[str, Any]], config: Config, step: int) -> dict
         max_response_tokens=1,
         step=step,
         deferred=case.deferred,
+        entropies=means,
     )
     of_tokens = _of_tokens(case)
-    others = dict.fromkeys(terms.share, 0.0) | {"grpo": terms.grpo_sequence_loss, "gal": terms.gal_loss}
-    loss = total(others, terms.share)
-    slopes: dict[str, dict[int, list[float]]] = {"dloss_dlogp": {}, "dloss_dentropy": {}}
+    beyond_tokens = {"grpo": terms.grpo_sequence_loss, "gal": terms.gal_loss}
+    loss = total(dict.fromkeys(terms.share, 0.0) | beyond_tokens, terms.share)
+    slopes: dict[str, dict[int, list[float]]] = {"dloss_dlogp": {}, "dloss_dentropy": {}, "nll_weight_of_token": {}}
     for kind in Kind:
         chosen = [i for i, sequence in enumerate(trained) if sequence.kind == kind]
         at = [places[i] for i in chosen]
@@ -146,8 +151,6 @@ def evaluate(sequences: list[dict[str, Any]], config: Config, step: int) -> dict
             continue
         rollout = kind == Kind.ROLLOUT
         logp_N, entropy_N = torch.cat([case.logs[place]["logp"] for place in at]), case.stream("entropy", at)
-        if objective.entropy_coef and entropy_N is None:
-            raise UserError("sequences: entropy is needed for settings.entropy_coef")
         streams = TokenStreams.of(
             [terms.sequences[i] for i in chosen],
             [trained[i].loss_tokens for i in chosen],
@@ -162,16 +165,21 @@ def evaluate(sequences: list[dict[str, Any]], config: Config, step: int) -> dict
         )
         summands_N, *parts = streams.terms(logp_N, entropy_N, slice(0, len(logp_N)))
         loss += summands_N.sum().item()
-        for found, slope_N in zip(slopes.values(), parts, strict=False):
+        weighed = replace(streams, coefficients_CS=streams.coefficients_CS * _IMITATION.unsqueeze(1), old_N=None)
+        _, weight_N, *_ = weighed.terms(logp_N, entropy_N, slice(0, len(logp_N)))
+        by_name = dict(zip(("dloss_dlogp", "dloss_dentropy"), parts, strict=False)) | {"nll_weight_of_token": -weight_N}
+        for name, slope_N in by_name.items():
             pieces = slope_N.split([trained[i].loss_tokens for i in chosen])
-            found |= {place: piece.tolist() for place, piece in zip(at, pieces, strict=True)}
+            slopes[name] |= {place: piece.tolist() for place, piece in zip(at, pieces, strict=True)}
 
     def listed(found: dict[int, list[float]]) -> list[list[float]]:
         return [found.get(place, [0.0] * len(case.logs[place]["logp"])) for place in range(len(sequences))]
 
     result = {"loss": loss, "dloss_dlogp": listed(slopes["dloss_dlogp"])}
-    if objective.entropy_coef:
+    if all("entropy" in logs for logs in case.logs):
         result["dloss_dentropy"] = listed(slopes["dloss_dentropy"])
+    if recipe(objective).has("tilted"):
+        result["nll_weight_of_token"] = listed(slopes["nll_weight_of_token"])
     more = scheduled(objective, step) | _rewards(case) | _advantages(case) | _routes(case) | _queued(case)
     return result | more | {name: [each_n.tolist() for each_n in found] for name, found in of_tokens.items()}
 
@@ -201,15 +209,23 @@ def _of_tokens(case: Case) -> dict[str, list[Tensor]]:
     return process_advantages(ratios, rewards, prompts, case.objective)
 
 
+def _reads_entropies(objective: Objective) -> str | None:
+    """The key by which the loss reads entropies; None where it does not."""
+    if recipe(objective).has("tilted"):
+        return f"objective.method: {objective.method}"
+    return f"objective.entropy_coef: {objective.entropy_coef:g}" if objective.entropy_coef else None
+
+
 def _sums(case: Case, place: int, sequence: Sequence, objective: Objective) -> SequenceSums | None:
     if sequence.kind != Kind.ROLLOUT:
         return None
-    wanted = ["old"] + ["reference"] * needs_reference(objective)
+    wanted = ["old"] * has_ratio(objective) + ["reference"] * needs_reference(objective)
     for name in wanted:
         if name not in case.logs[place]:
             raise UserError(f"sequences[{place}].{STREAMS[name]}: needed by objective.method: {objective.method}")
     logs = {name: case.logs[place][name].sum().item() for name in ("logp", *wanted)}
-    return SequenceSums(logs["logp"], logs["old"], logs.get("reference", 0.0), logs["old"])
+    old = logs.get("old", 0.0)
+    return SequenceSums(logs["logp"], old, logs.get("reference", 0.0), old)
 
 
 def _rewards(case: Case) -> dict[str, Any]:

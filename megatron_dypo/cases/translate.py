@@ -29,9 +29,10 @@ SYSTEMS: dict[str, Keys] = {
     },
     "PRIME-Zero": {"objective.method": "prime"},
     "SFT->RL": {},
+    "SRFT": {"objective.method": "srft"},
     "Oat-Zero": {"objective.method": "grpo", "rollout.reward_unfinished": 0.0},
 }
-LATER = ("SRFT", "OpenReasoner-Zero", "SimpleRL-Zero")
+LATER = ("OpenReasoner-Zero", "SimpleRL-Zero")
 
 
 def _clip(value: float | None) -> Keys:
@@ -68,6 +69,12 @@ def _one_of(text: str, known: dict[str, Any]) -> Any:
     if word not in known:
         raise ValueError(f"{text!r} begins with none of {', '.join(known)}")
     return known[word]
+
+
+def _no_clip(value: float | None) -> Keys:
+    if value is not None:
+        raise ValueError("only null is supported: no term has a ratio")
+    return {}
 
 
 def _eps(value: float) -> Keys:
@@ -113,6 +120,11 @@ SETTINGS: dict[str, Callable[[Any], Keys]] = {
     "nll": lambda value: {"objective.sft_length_normalize": _one_of(value, {"token_mean": True, "sum": False})},
     "sft_loss_coef": _as("objective.gamma"),
     "gamma": _shape,
+    "w_sft": _as("objective.gamma"),
+    "w_rl": _as("objective.weight_right"),
+    "sft_entropy_sign": _as("objective.tilt_demo"),
+    "entropy_level": lambda value: {"objective.tilt_level": _one_of(value, {"token": "token", "sequence": "sequence"})},
+    "sft_aggregation": _demo_aggregation,
     "p": lambda value: {},
     "size": _as("objective.queue_size"),
     "unsolved_of_step": lambda value: {},
@@ -132,6 +144,7 @@ OWN_SETTINGS: dict[str, dict[str, Callable[[Any], Keys]]] = {  # what a system m
         "whitening": lambda value: _one_of(value, {"mean": {}}),
         **dict.fromkeys(("solved", "low", "high"), lambda value: {}),
     },
+    "SRFT": {"clip": _no_clip},
 }
 
 

@@ -14,16 +14,18 @@ from megatron_dypo.config.schema import Config, Mix, Side, walk
 from megatron_dypo.config.sections_rollout import REWARD_FUNCTIONS
 
 # methods, as the recipes have it (objectives/recipes.py)
-SAMPLING = ("chord", "dypo", "grpo", "luffy", "prime", "relift", "switch")  # train on sampled responses
+SAMPLING = ("chord", "dypo", "grpo", "luffy", "prime", "relift", "srft", "switch")  # train on sampled responses
+RATIO = ("chord", "dypo", "grpo", "luffy", "prime", "relift", "switch")  # compare with the policy that sampled
 PAIRS = ("dypo",)  # have GAL's term
-TEACHERS = ("dypo", "luffy", "relift", "sft", "switch")  # train on teachers' traces
-IMITATING = ("dypo", "relift", "sft", "switch")  # have SFT's term
+TEACHERS = ("dypo", "luffy", "relift", "sft", "srft", "switch")  # train on teachers' traces
+IMITATING = ("dypo", "relift", "sft", "srft", "switch")  # have SFT's term
 EXPERTS = ("chord",)  # train on data.experts
-SHAPED = ("chord", "luffy")  # have a shaped token function
+SHAPED = ("chord", "luffy", "srft")  # have a shaped token function
 LUFFYS = ("luffy",)  # whose own shape has a gamma
+TILTED = ("srft",)  # weigh a token by its entropy
 GROUPED = ("chord", "dypo", "grpo", "prime", "relift", "switch")  # compare a prompt's responses with one another alone
 QUEUEING = ("relift",)  # let prompts wait for an update of their own
-RELATIVE = ("chord", "dypo", "grpo", "luffy", "relift", "switch")  # have advantages of rewards within a group
+RELATIVE = ("chord", "dypo", "grpo", "luffy", "relift", "srft", "switch")  # have advantages of rewards within a group
 PROCESS = ("prime",)  # learn a process reward model
 MIDDLE = ("dypo", "prime")  # train Mid groups otherwise than Easy ones
 ROUTED = ("dypo", "prime", "relift", "switch")  # train other terms in other regimes
@@ -70,11 +72,21 @@ def uses_reference(config: Config) -> bool:
     """Whether any term reads the reference's log-probs (``objectives.coefficients.needs_reference``)."""
     objective = config.objective
     gal = objective.method in PAIRS and objective.alpha < 1
-    ratio = objective.method in SAMPLING and (objective.kl_coef > 0 or objective.ratio_base == "reference")
+    ratio = objective.method in RATIO and (objective.kl_coef > 0 or objective.ratio_base == "reference")
     return gal or ratio or objective.method in PROCESS
 
 
+def uses_sums(config: Config) -> bool:
+    """Whether any coefficient reads what the current policy makes of a sequence (``coefficients.needs_sums``)."""
+    objective = config.objective
+    gal = objective.method in PAIRS and objective.alpha < 1
+    by_ratio = objective.method in RATIO and objective.ratio_level == "sequence"
+    return gal or by_ratio or (objective.method in TILTED and objective.tilt_level == "sequence")
+
+
 _SAMPLES = _one_of("objective.method", *SAMPLING)
+_RATIO = _one_of("objective.method", *RATIO)
+_TILTED = _one_of("objective.method", *TILTED)
 _TEACHES = _one_of("objective.method", *TEACHERS)
 _IMITATES = _one_of("objective.method", *IMITATING)
 _AVERAGES = _one_of("objective.method", *sorted({*IMITATING, *EXPERTS}))
@@ -103,6 +115,11 @@ _REFERENCE = Condition(
     "GAL's term, a process reward model, `objective.kl_coef` above 0 or `objective.ratio_base: reference`",
     ("objective.method", "objective.alpha", "objective.kl_coef", "objective.ratio_base"),
     uses_reference,
+)
+_SUMS = Condition(
+    "GAL's term, `objective.ratio_level: sequence` or `objective.tilt_level: sequence`",
+    ("objective.method", "objective.alpha", "objective.ratio_level", "objective.tilt_level"),
+    uses_sums,
 )
 _ENGINE = _not("rollout.engine", "replay")
 _SERVERS = _one_of("rollout.engine", "server")
@@ -133,9 +150,9 @@ READ_WITH: dict[str, tuple[Condition, ...]] = {
     "rollout.temperature": (_SAMPLES,),
     "rollout.top_p": (_SAMPLES, _ENGINE),
     "rollout.reward_unfinished": (_SAMPLES, _ENGINE),
-    "rollout.correction": (_SAMPLES,),
-    "rollout.correction_cap": (_SAMPLES, _not("rollout.correction", "none")),
-    "rollout.correction_floor": (_SAMPLES, _one_of("rollout.correction", "mask", "icepop")),
+    "rollout.correction": (_RATIO,),
+    "rollout.correction_cap": (_RATIO, _not("rollout.correction", "none")),
+    "rollout.correction_floor": (_RATIO, _one_of("rollout.correction", "mask", "icepop")),
     "rollout.async_rollout": (_SAMPLES, _ENGINE),
     "rollout.max_staleness": (_SAMPLES,),
     "rollout.dynamic_sampling": (_SAMPLES, _ENGINE),
@@ -159,26 +176,30 @@ READ_WITH: dict[str, tuple[Condition, ...]] = {
     "objective.queue_order": (_one_of("objective.method", *QUEUEING),),
     "objective.gate": (_one_of("objective.method", *ROUTED),),
     "objective.teachers_per_prompt": (_TEACHES,),
-    "objective.loss_function": (_RELATIVE,),
-    "objective.surrogate": (_SAMPLES, _FUSED),
-    "objective.clip_low": (_SAMPLES, _BOUNDED),
-    "objective.clip_high": (_SAMPLES, _BOUNDED),
-    "objective.sapo_tau_pos": (_SAMPLES, _FUSED, _one_of("objective.surrogate", "sapo")),
-    "objective.sapo_tau_neg": (_SAMPLES, _FUSED, _one_of("objective.surrogate", "sapo")),
-    "objective.kl_coef": (_SAMPLES,),
+    "objective.loss_function": (_RELATIVE, _RATIO),
+    "objective.surrogate": (_RATIO, _FUSED),
+    "objective.clip_low": (_RATIO, _BOUNDED),
+    "objective.clip_high": (_RATIO, _BOUNDED),
+    "objective.sapo_tau_pos": (_RATIO, _FUSED, _one_of("objective.surrogate", "sapo")),
+    "objective.sapo_tau_neg": (_RATIO, _FUSED, _one_of("objective.surrogate", "sapo")),
+    "objective.kl_coef": (_RATIO,),
     "objective.hard_max_solved": (_one_of("objective.method", *ROUTED), _one_of("objective.gate", "reward")),
     "objective.easy_min_solved": (_one_of("objective.method", *MIDDLE), _one_of("objective.gate", "reward")),
     "objective.aggregation": (_SAMPLES,),
     "objective.aggregation_constant": (_SAMPLES, _one_of("objective.aggregation", "constant")),
-    "objective.ratio_base": (_SAMPLES,),
-    "objective.ratio_level": (_RELATIVE, _FUSED),
+    "objective.ratio_base": (_RATIO,),
+    "objective.ratio_level": (_RELATIVE, _RATIO, _FUSED),
     "objective.reference": (_REFERENCE,),
     "objective.advantage_std": (_RELATIVE,),
     "objective.mask_truncated": (_SAMPLES,),
     "objective.process_beta": (_PROCESS,),
     "objective.process_baseline": (_PROCESS,),
-    "objective.refresh_pair_weights": (_SAMPLES, _above("objective.updates_per_rollout", 1)),
     **{f"side.{name}": (_PROCESS,) for name in Side.model_fields},
+    "objective.tilt_demo": (_TILTED,),
+    "objective.tilt_right": (_TILTED,),
+    "objective.weight_right": (_TILTED,),
+    "objective.tilt_level": (_TILTED,),
+    "objective.refresh_pair_weights": (_SUMS, _above("objective.updates_per_rollout", 1)),
     "optimizer.min_lr": (_not("optimizer.schedule", "constant"),),
     "optimizer.schedule_steps": (_not("optimizer.schedule", "constant"),),
     "logging.wandb_project": (_not("logging.wandb", "off"),),

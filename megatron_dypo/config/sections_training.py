@@ -19,9 +19,9 @@ class Mix(Section):
 class Objective(Section):
     """What is optimised (docs/objective.md)."""
 
-    method: Literal["chord", "dypo", "grpo", "luffy", "prime", "relift", "sft", "switch"] = key(
+    method: Literal["chord", "dypo", "grpo", "luffy", "prime", "relift", "sft", "srft", "switch"] = key(
         "dypo",
-        "Recipe: which regime trains which term. `grpo` and `sft` are the comparisons' single-term recipes; `switch` trains a prompt on its responses or, where it is Hard, on a trace (SuperRL, HPT); in `luffy` the trace is one more member of the prompt's group; in `relift` prompts that failed wait for an update on their traces; `chord` adds the rows of `data.experts` with the share of `mix`.",
+        "Recipe: which regime trains which term. `grpo` and `sft` are the comparisons' single-term recipes; `switch` trains a prompt on its responses or, where it is Hard, on a trace (SuperRL, HPT); in `luffy` the trace is one more member of the prompt's group; `srft` imitates it besides, and its responses by whether they are right; in `relift` prompts that failed wait for an update on their traces; `chord` adds the rows of `data.experts` with the share of `mix`.",
     )
     gate: Literal["reward", "advantage"] = key(
         "reward",
@@ -32,7 +32,7 @@ class Objective(Section):
     )
     alpha: float = key(0.5, "Mid: weight of GRPO; GAL has 1 - alpha.", ge=0, le=1)
     beta_gal: float = key(1.0, "GAL's inverse temperature.", gt=0)
-    gamma: float = key(1.0, "Hard: weight of SFT on a teacher's trace.", ge=0)
+    gamma: float = key(1.0, "Weight of SFT on a teacher's trace (Hard prompts', where the recipe has regimes).", ge=0)
     clip_low: float = key(0.2, "GRPO: lower clip distance of the ratio.", ge=0, le=1)
     clip_high: float = key(0.2, "GRPO: upper clip distance of the ratio.", ge=0)
     surrogate: Literal["clip", "cispo", "sapo"] = key(
@@ -114,6 +114,17 @@ class Objective(Section):
     process_baseline: Literal["code", "paper"] = key(
         "code",
         "PRIME: what a token's process reward is relative to: the mean of the other responses' means (`paper`), or what PRIME's published code computes.",
+    )
+    tilt_demo: float = key(
+        -1.0, "A trace's tokens are imitated exp(`tilt_demo` H) times, H the policy's entropy, held constant (nats)."
+    )
+    tilt_right: float = key(1.0, "As `tilt_demo`, of the tokens of right responses.")
+    weight_right: float = key(
+        0.1, "Weight of a right response's -log p; that of a wrong one is -1 and has no tilt.", ge=0
+    )
+    tilt_level: Literal["token", "sequence"] = key(
+        "token",
+        "H is each token's entropy, or the mean over its sequence (HPT's form), which takes a pass over the traces.",
     )
     updates_per_rollout: int = key(1, "Optimizer updates per rollout: mini-batches of whole prompts.", ge=1)
     refresh_pair_weights: bool = key(True, "Several updates: recompute the trajectory coefficients before each.")

@@ -14,10 +14,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_dypo.kernels.token_functions import LARGEST, cispo, sapo
+from megatron_dypo.kernels.token_functions import LARGEST
 from megatron_dypo.objectives.correction import Correction
 from megatron_dypo.objectives.dypo import gal_coefficients, group_advantages, pair_statistics
-from megatron_dypo.objectives.recipes import Term, recipe, shares, trained_responses, trained_sources, update_terms
+from megatron_dypo.objectives.recipes import (
+    Term,
+    has_ratio,
+    recipe,
+    shares,
+    trained_responses,
+    trained_sources,
+    update_terms,
+)
+from megatron_dypo.objectives.sequence_ratio import ratio_unit, sequence_surrogate
 from megatron_dypo.records import Group, Kind, Sequence
 
 if TYPE_CHECKING:
@@ -76,13 +85,25 @@ class BatchTerms:
 
 def needs_reference(objective: Objective) -> bool:
     """Whether any term reads reference log-probs."""
-    process_rewards = recipe(objective).side == "prm"
-    return process_rewards or _open(objective, "gal") or objective.kl_coef > 0 or objective.ratio_base == "reference"
+    chosen = recipe(objective)
+    beside = has_ratio(objective) and (objective.kl_coef > 0 or objective.ratio_base == "reference")
+    return chosen.side == "prm" or _open(objective, "gal") or beside
 
 
 def keeps_reference(objective: Objective) -> bool:
     """Whether that takes a copy of the weights; the previous rollout's log-probs are at hand."""
     return needs_reference(objective) and objective.reference != "previous"
+
+
+def needs_entropies(objective: Objective) -> bool:
+    """Whether any coefficient reads a sequence's mean entropy."""
+    return recipe(objective).has("tilted") and objective.tilt_level == "sequence"
+
+
+def needs_sums(objective: Objective) -> bool:
+    """Whether any coefficient reads what the current policy makes of a whole sequence."""
+    by_ratio = has_ratio(objective) and objective.ratio_level == "sequence"
+    return by_ratio or _open(objective, "gal") or needs_entropies(objective)
 
 
 def _open(objective: Objective, rule: str) -> bool:
@@ -92,11 +113,6 @@ def _open(objective: Objective, rule: str) -> bool:
 
 def _per_token(objective: Objective, override: bool | None) -> bool:
     return objective.scale == "token" if override is None else override
-
-
-def ratio_unit(objective: Objective, tokens: int) -> float:
-    """What a sum over a response's ``tokens`` is multiplied by in its sequence-level ratio: mean, or sum."""
-    return 1.0 if objective.scale == "trajectory" else 1 / tokens
 
 
 def member_advantages(group: Group, objective: Objective) -> list[float]:
@@ -115,10 +131,12 @@ def sequence_terms(
     *,
     step: int,
     deferred: bool = False,
+    entropies: list[float] | None = None,
 ) -> BatchTerms:
     """Coefficients of ``sequences``, all those of the mini-batch ``groups``; ``sums[i]`` belongs to rollout sequence i.
 
-    ``deferred``: the mini-batch is one of deferred groups. Coefficients carry each term's share at ``step`` and every
+    ``deferred``: the mini-batch is one of deferred groups. ``entropies``: the mean over each sequence's tokens, in
+    nats, where ``needs_entropies``. Coefficients carry each term's share at ``step`` and every
     normaliser; the returned losses carry the normalisers only.
     """
     members: dict[int, dict[Kind, list[int]]] = {}
@@ -146,6 +164,7 @@ def sequence_terms(
         sampled_prompts=len(sampled),
         sampled_tokens=tokens,
         counts=counts,
+        entropies=entropies or [],
     )
     for g, places in members.items():
         for term in update_terms(objective, deferred):
@@ -193,6 +212,7 @@ class _CoefficientPass:
     sampled_prompts: int
     sampled_tokens: int
     counts: dict[Kind, Count]
+    entropies: list[float]
 
     def __post_init__(self) -> None:
         self.result = BatchTerms([SequenceTerms(source=sequence.kind) for sequence in self.sequences], self.share)
@@ -219,13 +239,31 @@ class _CoefficientPass:
         count = self.counts[term.source]
         population = count.groups if term.source == Kind.EXPERT else self.prompts
         for place in places:
-            terms = self.result.sequences[place]
             if self.objective.demo_aggregation == "token_mean":  # these groups' share of the prompts, times that mean
                 weight = share * count.groups / population / count.tokens
             else:
                 length = self.sequences[place].loss_tokens if by_mean else 1
                 weight = share / (population * len(places) * length)
-            terms.add(term.token, weight)
+            self._weigh(term, place, weight, self.objective.tilt_demo)
+
+    def sign(self, term: Term, share: float, places: list[int]) -> None:
+        """A right response's -logp counts ``weight_right`` times, a wrong one's -1 times; no baseline and no ratio."""
+        objective, group = self.objective, self.group(places)
+        for place in places:
+            sequence = self.sequences[place]
+            is_right = group.responses[sequence.sample].reward >= objective.reward_threshold
+            weight = self._token_weight(share, len(group.baseline), sequence.loss_tokens)
+            sign, tilt = (objective.weight_right, objective.tilt_right) if is_right else (-1.0, 0.0)
+            self._weigh(term, place, weight * sign, tilt)
+
+    def _weigh(self, term: Term, place: int, weight: float, tilt: float) -> None:
+        """Weigh a sequence in the term's column; a tilted term by exp(tilt H), too, H of each token, or their mean."""
+        terms = self.result.sequences[place]
+        if term.tilts and self.objective.tilt_level == "sequence":
+            weight *= math.exp(min(tilt * self.entropies[place], LARGEST))
+        elif term.tilts:
+            terms.tilt = tilt
+        terms.add(term.column, weight)
 
     def advantage(self, term: Term, share: float, places: list[int]) -> None:
         """Advantages within the group, traces among its members if they are scored, and masked responses too.
@@ -249,7 +287,7 @@ class _CoefficientPass:
             if objective.ratio_level == "sequence" and share > 0:
                 by_sum = objective.scale == "trajectory"
                 unit = ratio_unit(objective, n)
-                surrogate, dlogp_s, clipped = _sequence_surrogate(
+                surrogate, dlogp_s, clipped = sequence_surrogate(
                     self.sums[place], advantage, unit, objective, self.correction
                 )
                 self.result.clipped_tokens += n * clipped
@@ -303,24 +341,5 @@ RULES = {
     "advantage": _CoefficientPass.advantage,
     "stream": _CoefficientPass.stream,
     "gal": _CoefficientPass.gal,
+    "sign": _CoefficientPass.sign,
 }
-
-
-def _sequence_surrogate(
-    sums: SequenceSums, advantage: float, unit: float, objective: Objective, correction: Correction
-) -> tuple[float, float, bool]:
-    """(surrogate, its derivative in the response's log-ratio, clipped?) of a sequence-level ratio, with correction."""
-    base = sums.old if objective.ratio_base == "old" else sums.reference
-    ratio = math.exp(min((sums.now - base) * unit, LARGEST))
-    low, high = 1 - objective.clip_low, 1 + objective.clip_high
-    weight = correction.weight(torch.tensor((sums.old - sums.rollout) * unit, dtype=torch.float64)).item()
-    if objective.surrogate == "clip":
-        surrogate = min(ratio * advantage, min(max(ratio, low), high) * advantage)
-        clipped = ratio > high if advantage > 0 else ratio < low and advantage < 0
-        return weight * surrogate, weight * (0.0 if clipped else ratio * advantage), clipped
-    ratio_, advantage_, logp_ = torch.tensor([ratio, advantage, sums.now * unit], dtype=torch.float64)
-    if objective.surrogate == "cispo":
-        surrogate_, slope_, clipped_ = cispo(ratio_, advantage_, logp_, objective.clip_low, objective.clip_high)
-        return weight * surrogate_.item(), weight * slope_.item(), bool(clipped_)
-    surrogate_, slope_ = sapo(ratio_, advantage_, objective.sapo_tau_pos, objective.sapo_tau_neg)
-    return weight * surrogate_.item(), weight * slope_.item(), False

@@ -26,7 +26,9 @@ ROLLOUT, TEACHER, EXPERT = Kind.ROLLOUT, Kind.TEACHER, Kind.EXPERT
 NAMES = {
     (ROLLOUT, "surrogate"): "grpo",
     (ROLLOUT, "slope"): "gal",
+    (ROLLOUT, "tilted"): "sign",
     (TEACHER, "nll"): "sft",
+    (TEACHER, "tilted"): "sft",
     (TEACHER, "shaped"): "shaped",
     (EXPERT, "shaped"): "expert",
 }
@@ -47,9 +49,10 @@ class Term:
     """One summand of the loss.
 
     ``rule``: ``advantage`` (within the group), ``stream`` (each token's own, of a second model), ``gal`` (the pairs'
-    coefficient) or ``one`` (a mean over the traces drawn). ``token``: ``surrogate`` (clipped ratio, and KL), ``slope``
-    (a constant dL/dlogp), ``nll`` (-logp) or ``shaped`` (the recipe's shape of a token's probability, without a ratio).
-    A ``deferred`` term has no part in the updates of its step: its groups wait, and get an update of their own.
+    coefficient), ``sign`` (whether it is right) or ``one`` (a mean over the traces drawn). ``token``: ``surrogate``
+    (clipped ratio, and KL), ``slope`` (a constant dL/dlogp), ``nll`` (-logp), ``tilted`` (-logp, weighed by an
+    exponential of the entropy) or ``shaped`` (the recipe's shape of a token's probability, without a ratio). A
+    ``deferred`` term has no part in the updates of its step: its groups wait, and get an update of their own.
     """
 
     source: Kind
@@ -70,8 +73,18 @@ class Term:
         return self.name == "grpo"
 
     @property
+    def column(self) -> str:
+        """The column of the kernel's table that weighs it: a tilted function shares -logp's."""
+        return "nll" if self.tilts else self.token
+
+    @property
+    def tilts(self) -> bool:
+        """Whether the entropy weighs its tokens."""
+        return self.token in ("tilted",)
+
+    @property
     def compares(self) -> bool:
-        """Whether the term trains by differences of rewards within a group."""
+        """Whether its weights are differences of a group's rewards: all 0 where these are equal."""
         return self.rule in ("advantage", "gal")
 
     def trains(self, group: Group) -> bool:
@@ -143,6 +156,15 @@ RECIPES = {
     "relift": Recipe(
         (Term(ROLLOUT, "advantage", "surrogate"), Term(TEACHER, "one", "nll", HARD, share="gamma", deferred=True))
     ),
+    "srft": Recipe(
+        (
+            Term(TEACHER, "one", "tilted", share="gamma"),
+            Term(TEACHER, "advantage", "shaped"),
+            Term(ROLLOUT, "sign", "tilted"),
+        ),
+        baseline="rollouts+demo",
+        shape="p",
+    ),
     "switch": Recipe(
         (Term(TEACHER, "one", "nll", HARD, share="gamma"), Term(ROLLOUT, "advantage", "surrogate", SOLVED))
     ),
@@ -164,6 +186,11 @@ def update_terms(objective: Objective, deferred: bool = False) -> list[Term]:
 def most_updates(objective: Objective) -> int:
     """Optimizer updates of one step, at most."""
     return objective.updates_per_rollout + recipe(objective).defers
+
+
+def has_ratio(objective: Objective) -> bool:
+    """Whether any term compares with the policy that sampled."""
+    return any(term.has_ratio for term in recipe(objective).terms)
 
 
 def shape(objective: Objective) -> str:

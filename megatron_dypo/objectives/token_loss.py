@@ -20,7 +20,7 @@ from megatron_dypo.kernels.grouped_loss import COEFFICIENTS
 from megatron_dypo.objectives.coefficients import SequenceTerms
 from megatron_dypo.objectives.correction import Correction
 from megatron_dypo.objectives.own_loss import OwnLoss, PolicyLossBatch, load_own_loss
-from megatron_dypo.objectives.recipes import recipe, shape
+from megatron_dypo.objectives.recipes import has_ratio, recipe, shape
 from megatron_dypo.records import Kind
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ class TokenStreams:
     sums_MSL: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if not has_ratio(self.objective):
+            self.old_N = None  # the kernel then leaves out ratio and KL
         named, has_responses = self.objective.loss_function, self.old_N is not None and len(self.cu_seqlens) > 1
         self.own = load_own_loss(named) if named and has_responses else None
         self.own_totals: dict[str, float] = {}
@@ -71,6 +73,7 @@ class TokenStreams:
             surrogate=self.objective.surrogate,
             sapo_tau_pos=self.objective.sapo_tau_pos,
             sapo_tau_neg=self.objective.sapo_tau_neg,
+            tilt=recipe(self.objective).has("tilted") and self.objective.tilt_level == "token",
         )
 
     @classmethod
@@ -156,11 +159,15 @@ class TokenStreams:
         """The sums that metrics are made of, without the terms' shares, once ``terms`` has seen every token."""
         sums = read_sums(self.sums_MSL.cpu())
         table = dict(zip(COEFFICIENTS, self.coefficients_CS.double().cpu(), strict=True))
-        tokens_S, is_rollout = self.cu_seqlens.diff().cpu(), self.old_N is not None
+        tokens_S = self.cu_seqlens.diff().cpu()
+        is_rollout = torch.tensor([source == Kind.ROLLOUT for source in self.sources], dtype=torch.bool)
+        imitated = (-table["nll"] * sums["logp"], table["nll"].abs() * tokens_S)
+        tilted = (-table["nll"] * sums["tilted"], table["nll"].abs() * sums["dlogp_tilted"])
         by_token = {  # (loss, sum of |dL/dlogp|) of a sequence
             "surrogate": (sums["grpo"], sums["dlogp_grpo"]),
             "slope": (torch.zeros(()), table["slope"].abs() * tokens_S),  # its loss is the coefficient pass's
-            "nll": (-table["nll"] * sums["logp"], table["nll"].abs() * tokens_S),
+            "nll": imitated,
+            "tilted": tilted if self.rule.tilt else imitated,  # of a sequence's mean, it is in the coefficient
             "shaped": (-table["shaped"] * sums["shaped"], table["shaped"].abs() * sums["dlogp_shaped"]),
         }
         totals = {

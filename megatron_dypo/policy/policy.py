@@ -114,6 +114,19 @@ class Policy:
         with torch.no_grad():
             return [logp for (logp,) in self._run(batches, collect, forward_only=True)]
 
+    def logprobs_and_entropies(self, batches: list[MicroBatch]) -> tuple[list[Tensor], list[Tensor]]:
+        """As ``logprobs``, and each token's entropy [N] (nats) beside them."""
+        if not batches:
+            return [], []
+
+        def collect(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, ...]:
+            found = linear_logprob(*self._head_inputs(hidden, batch), entropy=True, **self._head_options(batch))
+            return found.logp, found.entropy
+
+        with torch.no_grad():
+            found = self._run(batches, collect, forward_only=True)
+        return [logp for logp, _ in found], [entropy for _, entropy in found]
+
     def accumulate(self, batches: list[MicroBatch], streams: list[TokenStreams]) -> None:
         """Forward and backward over the micro-batches; gradients end up summed over all ranks in ``main_grad``."""
         self.zero_gradients()

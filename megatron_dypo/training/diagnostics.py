@@ -58,11 +58,11 @@ def bad_gradient(policy: Policy, minibatch: MiniBatch, streams: list[TokenStream
     this while all goes well), and each sequence's inputs, log-probs and dL/dlogp are looked at.
     """
     batches = minibatch.batches
-    logp = policy.logprobs(batches)
+    logp, entropy = policy.logprobs_and_entropies(batches)
     mine: dict[int, tuple[int, str]] = {}
     if policy.layout.owns_logprobs:
-        for batch, stream, logp_N in zip(batches, streams, logp, strict=True):
-            for order, (what, values_N) in enumerate(_from_cause_to_effect(stream, logp_N)):
+        for batch, stream, *now in zip(batches, streams, logp, entropy, strict=True):
+            for order, (what, values_N) in enumerate(_from_cause_to_effect(stream, *now)):
                 for place, values in zip(batch.places, batch.split(values_N), strict=True):
                     if not torch.isfinite(values).all():
                         mine.setdefault(place, (order, what))
@@ -87,9 +87,8 @@ def prompts(minibatch: MiniBatch) -> str:
     return some([group.prompt.id for group in minibatch.groups])
 
 
-def _from_cause_to_effect(stream: TokenStreams, logp_N: Tensor) -> list[tuple[str, Tensor]]:
+def _from_cause_to_effect(stream: TokenStreams, logp_N: Tensor, entropy_N: Tensor) -> list[tuple[str, Tensor]]:
     """(what it is, values [N]): what a micro-batch's tokens were given, and what follows from it."""
-    entropy_N = torch.zeros_like(logp_N)  # which no dL/dlogp reads
     summands_N, dlogp_N, *_ = replace(stream).terms(logp_N, entropy_N, slice(0, len(logp_N)))
     coefficients_N = stream.coefficients_CS.sum(0).repeat_interleave(stream.cu_seqlens.diff())
     own = "" if stream.own is None else f" ({stream.own})"

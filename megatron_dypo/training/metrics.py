@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from megatron_dypo.config.schema import Config, Objective
-from megatron_dypo.objectives.coefficients import BatchTerms, ratio_unit
+from megatron_dypo.objectives.coefficients import BatchTerms
 from megatron_dypo.objectives.correction import Correction
 from megatron_dypo.objectives.recipes import total, trained_responses, update_terms
+from megatron_dypo.objectives.sequence_ratio import ratio_unit
 from megatron_dypo.objectives.token_loss import TokenStreams
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.records import Group, Kind, Regime

@@ -88,7 +88,9 @@ class MiniBatch:
     traces: list[MicroBatch]
     deferred: bool = False
     logp: dict[str, list[Tensor]] = field(default_factory=dict)  # per rollout micro-batch [N], last stage only
+    entropy: list[Tensor] = field(default_factory=list)  # of all micro-batches [N], likewise; where read
     sums: list[SequenceSums | None] = field(default_factory=list)
+    entropies: list[float] | None = None  # mean of each sequence's tokens
 
     @property
     def batches(self) -> list[MicroBatch]:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_dypo.config.schema import Config
-from megatron_dypo.objectives.coefficients import SequenceSums, SequenceTerms, needs_reference
+from megatron_dypo.config.schema import Config, Objective
+from megatron_dypo.objectives.coefficients import SequenceSums, SequenceTerms, needs_entropies, needs_reference
 from megatron_dypo.objectives.correction import Correction
 from megatron_dypo.objectives.recipes import shares
 from megatron_dypo.objectives.token_loss import TokenStreams
@@ -34,7 +34,7 @@ def logprob_passes(policy: Policy, minibatches: list[MiniBatch], config: Config)
     Returns (``mismatch_metrics``, the prompts with a non-finite reward or log-prob, or None).
     """
     for minibatch in minibatches:
-        minibatch.logp["old"] = policy.logprobs(minibatch.rollouts)
+        minibatch.logp["old"] = current_logprobs(policy, minibatch, config.objective)
         minibatch.logp["rollout"] = [_rollout_stream(minibatch, batch) for batch in minibatch.rollouts]
     if needs_reference(config.objective) and any(minibatch.rollouts for minibatch in minibatches):
         if config.objective.reference == "previous":  # the weights of this rollout
@@ -50,26 +50,43 @@ def logprob_passes(policy: Policy, minibatches: list[MiniBatch], config: Config)
     return mismatch_metrics(policy, minibatches, config), bad_batch(minibatches)
 
 
+def current_logprobs(policy: Policy, minibatch: MiniBatch, objective: Objective) -> list[Tensor]:
+    """Log-probs [N] of the rollouts' tokens by micro-batch; the traces' pass with them where coefficients read
+    entropies, and all sequences' entropies are kept in the mini-batch."""
+    if not needs_entropies(objective):
+        return policy.logprobs(minibatch.rollouts)
+    logp, minibatch.entropy = policy.logprobs_and_entropies(minibatch.batches)
+    return logp[: len(minibatch.rollouts)]
+
+
 def share_sums(policy: Policy, minibatch: MiniBatch) -> None:
-    """Every rank learns every response's sums (float64) over its tokens: k numbers a prompt, not k x n."""
+    """Every rank learns every response's sums (float64) over its tokens: k numbers a prompt, not k x n.
+
+    And every sequence's mean entropy, where entropies are known.
+    """
     local: dict[int, dict[str, float]] = {}
+    known = minibatch.logp | {"entropy": minibatch.entropy}
     if policy.layout.owns_logprobs:
-        for b, batch in enumerate(minibatch.rollouts):
-            streams = {
-                name: batch.split(minibatch.logp[name][b].double().cpu())
-                for name in PER_TOKEN
-                if minibatch.logp.get(name)
-            }
-            for i, place in enumerate(batch.places):
-                local[place] = {name: streams[name][i].sum().item() if name in streams else 0.0 for name in PER_TOKEN}
+        for b, batch in enumerate(minibatch.batches):
+            streams = {name: batch.split(x[b].double().cpu()) for name, x in known.items() if b < len(x)}
+            for i, place in enumerate(batch.places if streams else ()):
+                local[place] = {name: pieces[i].sum().item() for name, pieces in streams.items()}
     totals: dict[int, dict[str, float]] = {}
     for part in all_gather_objects(local):
-        for place, sums in part.items():  # ranks may hold parts of one response
-            so_far = totals.setdefault(place, dict.fromkeys(PER_TOKEN, 0.0))
-            totals[place] = {name: so_far[name] + sums[name] for name in PER_TOKEN}
+        for place, sums in part.items():  # ranks may hold parts of one sequence
+            so_far = totals.setdefault(place, {})
+            for name, value in sums.items():
+                so_far[name] = so_far.get(name, 0.0) + value
     minibatch.sums = [
-        SequenceSums(**totals[place]) if place in totals else None for place in range(len(minibatch.sequences))
+        SequenceSums(**{name: totals[place].get(name, 0.0) for name in PER_TOKEN})
+        if sequence.kind == Kind.ROLLOUT
+        else None
+        for place, sequence in enumerate(minibatch.sequences)
     ]
+    if any("entropy" in sums for sums in totals.values()):
+        minibatch.entropies = [
+            totals[place]["entropy"] / sequence.loss_tokens for place, sequence in enumerate(minibatch.sequences)
+        ]
 
 
 def _rollout_stream(minibatch: MiniBatch, batch: MicroBatch) -> Tensor:
@@ -98,7 +115,9 @@ def warm_up(policy: Policy, config: Config) -> float:
         for kind, length in zip(kinds, itertools.cycle(_LENGTHS), strict=False)
     ]
     # Log-probs are of the last pipeline stage, where the loss is.
-    logp: list[Tensor | None] = [*policy.logprobs(batches)] or [None] * len(batches)
+    reads_entropies = needs_entropies(config.objective)
+    found = policy.logprobs_and_entropies(batches)[0] if reads_entropies else policy.logprobs(batches)
+    logp: list[Tensor | None] = [*found] or [None] * len(batches)
     policy.accumulate(batches, [_streams(policy, *each, config) for each in zip(batches, kinds, logp, strict=True)])
     policy.routing_metrics()  # taken, or the first step would find them
     policy.zero_gradients()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron_dypo.config.schema import Config, Trainer
-from megatron_dypo.objectives.coefficients import BatchTerms, sequence_terms
+from megatron_dypo.objectives.coefficients import BatchTerms, needs_sums, sequence_terms
 from megatron_dypo.objectives.correction import Correction
 from megatron_dypo.objectives.recipes import scheduled
 from megatron_dypo.objectives.token_loss import TokenStreams
@@ -22,7 +22,7 @@ from megatron_dypo.runtime.recent import recent_level
 from megatron_dypo.training.diagnostics import bad_gradient, bad_weights, prompts
 from megatron_dypo.training.metrics import share_update_stats, update_metrics
 from megatron_dypo.training.minibatch import MiniBatch, build_minibatches, plan_minibatch
-from megatron_dypo.training.passes import logprob_passes, share_sums
+from megatron_dypo.training.passes import current_logprobs, logprob_passes, share_sums
 from megatron_dypo.training.side_model import SideModel
 
 
@@ -105,8 +105,8 @@ def run_updates(policy: Policy, minibatches: list[MiniBatch], config: Config, co
     for u, minibatch in enumerate(minibatches):
         if not minibatch.sequences:
             continue
-        if u > 0 and objective.refresh_pair_weights and minibatch.rollouts:
-            minibatch.logp["now"] = policy.logprobs(minibatch.rollouts)
+        if u > 0 and objective.refresh_pair_weights and needs_sums(objective) and minibatch.rollouts:
+            minibatch.logp["now"] = current_logprobs(policy, minibatch, objective)
             share_sums(policy, minibatch)
         terms = sequence_terms(
             minibatch.groups,
@@ -117,6 +117,7 @@ def run_updates(policy: Policy, minibatches: list[MiniBatch], config: Config, co
             config.rollout.max_response_tokens,
             step=context.step,
             deferred=minibatch.deferred,
+            entropies=minibatch.entropies,
         )
         batches = minibatch.batches
         streams = [_streams(policy, minibatch, terms, b, config, correction) for b in range(len(batches))]
