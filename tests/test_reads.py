@@ -55,7 +55,7 @@ ANOTHER = {  # a value that is not the default, which the others of these do not
     "hard_max_solved": 1, "easy_min_solved": 3, "teachers_per_prompt": 2,
     "aggregation": "token_mean", "aggregation_constant": 5,
     "gal_length_normalize": False, "sft_length_normalize": False, "ratio_base": "reference", "ratio_level": "sequence",
-    "advantage_std": "none", "gate": "advantage", "shape": "nll", "shape_gamma": 0.3, "demo_aggregation": "token_mean",
+    "advantage_std": "none", "gate": "advantage", "shape": "sg_p", "shape_gamma": 0.3, "demo_aggregation": "token_mean",
     "mask_truncated": True,
     "entropy_coef": 0.2,
     "tilt_demo": 0.5, "tilt_right": 0.5, "weight_right": 0.7, "tilt_level": "sequence",
