@@ -118,7 +118,7 @@ _REFERENCE = Condition(
 )
 _SUMS = Condition(
     "GAL's term, `objective.ratio_level: sequence` or `objective.tilt_level: sequence`",
-    ("objective.method", "objective.alpha", "objective.ratio_level", "objective.tilt_level"),
+    ("objective.method", "objective.alpha", "objective.loss_function", "objective.ratio_level", "objective.tilt_level"),
     uses_sums,
 )
 _ENGINE = _not("rollout.engine", "replay")
