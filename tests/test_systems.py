@@ -40,6 +40,7 @@ PUBLISHED = {
     "simplerl_zoo": ("grpo", 1024, 8, 4, 5e-7, NEW, 0.01, 1.0, 0.2, "sample", "token_mean", 1.0, 3072),
     "oat_zero": ("grpo", 128, 8, 8, 1e-6, OLD, 0.0, 1.0, 0.2, "none", "constant", 1.0, 3000),
     "relift": ("relift", 128, 8, 2, 1e-6, NEW, 0.01, 0.7 / 64, OFF, "none", "constant", 1.0, 8192),
+    "srft": ("srft", 128, 7, 2, 1e-6, NEW, 0.01, 1 / 64, None, "sample", "constant", 1.0, 8192),
     "chord": ("chord", 32, 8, 1, 1e-6, NEW, 0.0, 1.0, 0.2, "sample", "token_mean", 1.0, 10240),
     "dypo": ("dypo", 128, 8, 1, 1e-6, OLD, 0.0, 1.0, 0.2, "population", "scale", 1.0, 8192),
 }
@@ -52,6 +53,8 @@ FURTHER = {
     "oat_zero": {"objective.aggregation_constant": 3000, "rollout.reward_unfinished": 0.0},
     "superrl": {"objective.gate": "reward", "objective.hard_max_solved": 0, "objective.entropy_coef": 0.0},
     "relift": {"objective.queue_size": 128, "objective.demo_aggregation": "token_mean", "objective.gamma": 0.7 / 64},
+    "srft": {"objective.gamma": 0.5, "objective.tilt_demo": -1.0, "objective.tilt_right": 1.0}
+    | {"objective.weight_right": 0.1, "objective.shape": "p", "objective.demo_aggregation": "token_mean"},
     "chord": {"data.experts_per_step": 64, "objective.mix.warmup": 0, "objective.mix.decay": 200}
     | {"objective.mix.peak": 0.9, "objective.mix.valley": 0.05, "objective.demo_aggregation": "token_mean"},
     "dypo": {"objective.alpha": 0.5, "objective.beta_gal": 1.0, "objective.gamma": 1.0},
