@@ -92,7 +92,7 @@ def test_a_schedule_alone_is_a_number_at_a_step_and_a_list_over_steps() -> None:
 
 
 BAD = [
-    ({"system": "PRIME-Zero"}, "system 'PRIME-Zero' is not yet supported"),
+    ({"system": "SimpleRL-Zero"}, "system 'SimpleRL-Zero' is not yet supported"),
     ({"system": "TRPO"}, "system 'TRPO' is unknown"),
     ({"settings": {"gama": 0.1}}, "settings.gama: unknown"),
     ({"settings": {"aggregation": "median of tokens"}}, "settings.aggregation: 'median of tokens'"),

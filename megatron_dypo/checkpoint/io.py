@@ -124,7 +124,10 @@ def write_pieces(path: Path, pieces: Iterable[tuple[TensorPiece, Tensor]]) -> Wr
         stream: Any = _Hashed(file)  # of what torch asks for, only `write`
         for place, tensor in pieces:
             start = stream.size
-            torch.save(tensor.view(place.sizes), stream)
+            try:
+                torch.save(tensor.view(place.sizes), stream)
+            except RuntimeError as error:  # torch's writer ends the archive, and hides why it could not be written
+                raise stream.fault or error from None
             places.append((place, start, stream.size - start))
     return WrittenFile(path.name, stream.size, stream.digest.hexdigest(), places)
 
@@ -134,12 +137,17 @@ class _Hashed(io.RawIOBase):
 
     def __init__(self, file: BinaryIO):
         self._file, self.digest, self.size = file, hashlib.sha256(), 0
+        self.fault: OSError | None = None  # why a write failed
 
     def writable(self) -> bool:
         return True
 
     def write(self, content: Any) -> int:
-        self._file.write(content)
+        try:
+            self._file.write(content)
+        except OSError as error:
+            self.fault = error
+            raise
         self.digest.update(content)
         self.size += len(content)
         return len(content)
