@@ -109,13 +109,13 @@ def _train(
     counters = Counters()
     if inputs.checkpoints:
         with phase("checkpoint load"):
-            counters = load_newest(run_dir, inputs.checkpoints, policy, side and side.policy)
+            counters = load_newest(run_dir, inputs.checkpoints, policy, side.policy if side else None)
             require_finite(policy.parameters, inputs.shape, layout, f"trainer.run_dir: {run_dir}: step {counters.step}")
     if torch.cuda.is_available():  # nothing is compiled on the CPU
         with phase("warm-up"):
             seconds = sum(warm_up(policy, stage.config) for stage in stages)
             log.info("compiled and warmed up in %.1f s, before the first step", seconds)
-    saver = Saver(config, policy, side and side.policy)
+    saver = Saver(config, policy, side.policy if side else None)
     offloads = [policy.offload] + ([side.policy.offload] if side else [])
 
     reward = build_reward(config.reward)

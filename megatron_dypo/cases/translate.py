@@ -173,7 +173,7 @@ def configuration(case: dict[str, Any]) -> Keys:
     for name in settings:
         if name not in known:
             raise UserError(f"settings.{name}: unknown; known: {', '.join(known)}")
-    meanings = [((name,), known[name]) for name in settings]
+    meanings: list[tuple[tuple[str, ...], Callable[..., Keys]]] = [((name,), known[name]) for name in settings]
     meanings += [(names, function) for names, function in TOGETHER.items() if settings.keys() >= {*names}]
     for names, meaning in meanings:
         values = [settings[name] for name in names]

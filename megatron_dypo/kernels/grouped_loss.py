@@ -135,16 +135,16 @@ def _grouped_loss(
     rollout_t: Tensor | None,
     reference_t: Tensor | None,
     entropy_t: Tensor | None,
-    given_t: Tensor | None,
+    advantage_t: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """In torch; the Triton kernel does the same operations in the same order."""
     tokens = len(logp_t)
     pieces_S = cu_seqlens.clamp(first, first + tokens).diff()
     sequence_t = torch.repeat_interleave(pieces_S, output_size=tokens)
-    advantage_t, weight_t, grpo_slope_t, slope_t, nll_t, shaped_t, bonus_t, tilt_t = coefficients_CS.index_select(
+    column_t, weight_t, grpo_slope_t, slope_t, nll_t, shaped_t, bonus_t, tilt_t = coefficients_CS.index_select(
         1, sequence_t
     )
-    advantage_t = advantage_t if given_t is None else given_t
+    advantage_t = column_t if advantage_t is None else advantage_t
     zero_t = torch.zeros_like(logp_t)
     grpo_t = kl_t = clipped_t = zero_t
 

@@ -53,8 +53,8 @@ class Piece:
 
     def folded(self, rows: Tensor) -> Tensor:
         """The folded full weight: a view of the buffer, or a copy where there are several shards."""
-        shards = [self.shard(row) for row in rows[self.row : self.row + self.rows]]
-        return shards[0] if self.rows == 1 else torch.cat(shards, dim=self.rule.axis)
+        shards, axis = [self.shard(row) for row in rows[self.row : self.row + self.rows]], self.rule.axis
+        return shards[0] if self.rows == 1 or axis is None else torch.cat(shards, dim=axis)
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Gatherer:
 
         def wait() -> dict[str, Tensor]:
             buffers = gathering.result()
-            if self._side is not None:
+            if self._side is not None and self._caller is not None:
                 self._caller.wait_stream(self._side)
             return buffers
 

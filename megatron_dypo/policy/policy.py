@@ -119,7 +119,7 @@ class Policy:
         if not batches:
             return [], []
 
-        def collect(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, ...]:
+        def collect(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
             found = linear_logprob(*self._head_inputs(hidden, batch), entropy=True, **self._head_options(batch))
             return found.logp, found.entropy
 
@@ -144,7 +144,10 @@ class Policy:
             else:
                 attached = linear_logprob(*inputs, entropy=True, **options)
                 value = stream.loss(attached.logp, attached.entropy).to(attached.logp.dtype)
-                logprobs = LogProbs(*(x_N.detach() for x_N in attached))
+                logp_N, entropy_N, lse_N = attached
+                logprobs = LogProbs(
+                    logp_N.detach(), entropy_N.detach() if entropy_N is not None else None, lse_N.detach()
+                )
             return value, torch.zeros((), dtype=torch.int), logprobs
 
         self._run(batches, loss, forward_only=False, routings=self._routed)

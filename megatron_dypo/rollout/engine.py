@@ -49,7 +49,8 @@ class Engine(Protocol):
     beside the trainer's, as rank 0 knows them.
     """
 
-    devices: int
+    @property
+    def devices(self) -> int: ...
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Response]: ...
 

@@ -31,6 +31,7 @@ def _module(where: str) -> ModuleType:
     sys.path.insert(0, str(path.parent))  # for modules beside it
     name = f"user_file_{path.stem}"  # not the stem alone: it may be that of a module of ours or of a library
     spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, "a .py file has both"
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,16 +88,16 @@ def _part(full: Tensor, dim: int, size: int, rank: int) -> Tensor:
     return full.narrow(dim, rank * size, size)
 
 
-def _bias(layer: LinearBase, rows: slice) -> Tensor:
+def _bias(layer: Any, rows: slice) -> Tensor:
     return layer.bias[rows]
 
 
-def _rows(layer: torch.nn.Module, rows: slice) -> Tensor:
+def _rows(layer: Any, rows: slice) -> Tensor:
     return matrix(layer)[rows]
 
 
 @functools.lru_cache(maxsize=1)
-def matrix(layer: torch.nn.Module) -> Tensor:
+def matrix(layer: Any) -> Tensor:
     """The weight [N, K] that a layer's product takes, kept for the other tensors that are fused in it: to be cleared
     before anything is loaded."""
     product = getattr(layer, "cpu_linear", None)
@@ -108,7 +109,7 @@ def matrix(layer: torch.nn.Module) -> Tensor:
     return torch.cat([product(units, layer.weight, None) for units in units_KK.split(ROWS)]).t()
 
 
-def _vocabulary(layer: VocabParallelEmbedding) -> Stored:
+def _vocabulary(layer: Any) -> Stored:
     """Rows of this worker, padding left out. A head is a product; an embedding's rows are looked up."""
     shard = layer.shard_indices
     rows = slice(0, shard.num_org_elements)
@@ -118,7 +119,7 @@ def _vocabulary(layer: VocabParallelEmbedding) -> Stored:
     return Stored(lambda full: full[keep], lambda: layer.weight[rows])
 
 
-def _experts(prefix: str, layer: torch.nn.Module) -> Iterator[tuple[str, Stored]]:
+def _experts(prefix: str, layer: Any) -> Iterator[tuple[str, Stored]]:
     """Of all experts: nothing of those on other workers. None where the order of the kernel's backend is not known."""
     order = _order(layer)
     if order is None:
@@ -144,7 +145,7 @@ def _share(full: Tensor, dim: int, size: int, rank: int) -> Tensor:
 
 
 def _expert(
-    layer: torch.nn.Module, fused: str, local: int, half: int | None, width: int, order: Callable[[Tensor], Tensor]
+    layer: Any, fused: str, local: int, half: int | None, width: int, order: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """One expert's matrix, without what a kernel pads the width to."""
     packed = getattr(layer, fused)[local]
@@ -155,13 +156,13 @@ def _expert(
     return plain[half * padded : half * padded + width]
 
 
-def _order(layer: torch.nn.Module) -> Callable[[Tensor], Tensor] | None:
+def _order(layer: Any) -> Callable[[Tensor], Tensor] | None:
     """What tells, for an expert's packed matrix, where each element of the plain one is; None where it is not known."""
     method = layer.quant_method
     backend = getattr(getattr(method, "unquantized_backend", None), "name", "")
     if backend in AS_LOADED:
         return lambda packed: torch.arange(packed.numel(), device=packed.device)
-    kernel = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
+    kernel: Any = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
     if backend == "CPU" and hasattr(kernel, "isa") and not kernel._use_zentorch:
         return lambda packed: _packed_order(tuple(packed.shape), packed.dtype, kernel.isa)
     return None
