@@ -290,7 +290,7 @@ def test_a_run_takes_each_step_s_share_and_rows_and_none_that_is_held_out(straig
         assert all(part > 0 for part in parts) and line["train/empty_steps"] == line["train/skipped_steps"] == 0
         assert line["dypo/offline_ratio"] == 0 and 0 < line["source_share/expert"] < 1
     recorded = (straight / "rollouts/step_000001.jsonl").read_text().splitlines()
-    assert len(recorded) == 8, "experts are no rollouts"
+    assert len(recorded) == 8, "experts are not rollouts"
 
 
 def cut_after(straight: Path, folder: Path, step: int) -> Path:

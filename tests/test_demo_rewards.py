@@ -154,7 +154,7 @@ def test_a_replay_is_the_run_that_was_recorded_metrics_and_weights(recorded, tmp
 
 
 def test_another_recipe_replays_them_without_the_rewards_of_traces(recorded, tmp_path):
-    """As if they had never been recorded: a trace is no member of a group of GRPO's."""
+    """As if they had never been recorded: a trace is not a member of a group of GRPO's."""
     shutil.copytree(recorded / "rollouts", tmp_path / "rollouts")
     for path in (tmp_path / "rollouts").iterdir():
         lines = [json.loads(line) for line in path.read_text().splitlines()]

@@ -382,7 +382,7 @@ def test_what_a_run_counts_of_a_stage_begins_anew_with_the_next():
 
 
 def test_health_begins_anew_with_a_stage():
-    """A loss and a norm of another recipe are no spikes; what the run counts goes on."""
+    """A loss and a norm of another recipe are not spikes; what the run counts goes on."""
     level = {"loss/total": 1.0, "train/grad_norm": 1.0, "train/empty_steps": 1}
     jump = {"loss/total": 90.0, "train/grad_norm": 90.0, "train/empty_steps": 1}
     for stage, warnings in ((0, 2), (1, 0)):

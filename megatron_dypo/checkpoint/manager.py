@@ -99,7 +99,7 @@ class Counters:
         return cls(**{field.name: state[field.name] for field in fields(cls)})
 
     def begin_stage(self, weight_version: int) -> None:
-        """Adam counts anew, gradient norms of another objective are no measure, and what waited is the old stage's."""
+        """Adam counts anew, gradient norms of another objective do not count, and what waited is the old stage's."""
         self.stage_version, self.grad_norms, self.flush_norms, self.queue = weight_version, [], [], []
 
     def metrics(self) -> dict[str, float]:

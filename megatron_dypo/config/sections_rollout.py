@@ -155,7 +155,7 @@ class Rollout(Section):
         resumable=True,
     )
     verify_syncs: int = key(
-        20, "Every tensor is compared by `verify_sync` once in so many syncs; 1: all, each time.", ge=1, resumable=True
+        20, "Every tensor is compared by `verify_sync` once in N syncs; 1: all, each time.", ge=1, resumable=True
     )
     engine_eager: bool = key(
         False,

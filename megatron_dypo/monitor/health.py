@@ -212,7 +212,7 @@ class Health:
     def check(self, step: int, metrics: Mapping[str, Any]) -> list[str]:
         """The warnings that this step calls for; steps in order. What is missing or not finite is not judged."""
         known = {name: float(value) for name, value in metrics.items() if value is not None and math.isfinite(value)}
-        if (stage := known.get("stage", self._stage)) != self._stage:  # its level is no measure for another objective
+        if (stage := known.get("stage", self._stage)) != self._stage:  # its level says nothing of another objective
             self._stage = stage
             for key in self._past.keys() - COUNTS:
                 self._past[key].clear()
