@@ -64,7 +64,7 @@ class Reward(Section):
     )
     format_penalty: float = key(0.0, "Taken off the reward of a response of another form.", ge=0)
     overlong_tokens: int = key(
-        0, "The last so many tokens before `rollout.max_response_tokens` cost (DAPO's soft punishment).", ge=0
+        0, "The last N tokens before `rollout.max_response_tokens` cost (DAPO's soft punishment).", ge=0
     )
     overlong_penalty: float = key(
         1.0, "Taken off the reward at the full length, linearly less before; needs `overlong_tokens`.", ge=0
@@ -132,7 +132,7 @@ class Rollout(Section):
     )
     max_staleness: int | None = key(
         None,
-        "Responses may come from weights at most so many optimizer updates older than those they train first; default: `objective.updates_per_rollout` with `async_rollout` (one more with a queue), else 0. Not checked on replay unless it is set.",
+        "Responses may come from weights at most N optimizer updates older than those they train first; default: `objective.updates_per_rollout` with `async_rollout` (one more with a queue), else 0. Not checked on replay unless it is set.",
         ge=0,
         resumable=True,
     )
