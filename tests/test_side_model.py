@@ -11,6 +11,8 @@ import pytest
 from megatron_dypo.config import load_config
 from megatron_dypo.convert.import_export import export_folder
 from megatron_dypo.errors import UserError
+from megatron_dypo.training.side_model import side_config
+from tests.batches import make_config
 from tests.launch import checkpoint_digests, copy_task, metrics, train_here, without_times
 from tests.ranks import run_ranks
 
@@ -72,6 +74,12 @@ def test_a_resume_is_bit_equal_in_both_models_at_any_layout(straight, tmp_path):
     assert moments and len(moments) == len([name for name in ours if name.startswith("optimizer.state.exp_avg_sq.")])
     sides = {name.removeprefix("side."): digest for name, digest in ours.items() if name.startswith("side.decoder")}
     assert any(ours[name] != digest for name, digest in sides.items()), "two models, not one"
+
+
+def test_the_second_model_s_routers_choose_for_themselves():
+    """Another model does not take the policy's choices again, as the reference does not."""
+    config = make_config("qwen3_moe", objective={"method": "prime"}, policy={"routing_replay": "old"})
+    assert side_config(config).policy.routing_replay == "off" and config.policy.routing_replay == "old"
 
 
 def exported(checkpoint: str, out: str, side: bool) -> dict[str, str]:

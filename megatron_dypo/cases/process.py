@@ -13,22 +13,23 @@ from torch import Tensor
 from megatron_dypo.config.schema import Config, Objective
 from megatron_dypo.errors import UserError
 from megatron_dypo.objectives.dypo import grade
-from megatron_dypo.objectives.token_advantages import Sums, largest_to_go, leave_one_out, outcome_loss
+from megatron_dypo.objectives.token_advantages import (
+    SCALE_FLOOR,
+    Sums,
+    group_advantages,
+    largest_to_go,
+    outcome_updates,
+)
 from megatron_dypo.records import Regime
-
-SCALE_FLOOR = 1e-6
 
 
 def process_update(ratios: list[Tensor], rewards: list[float], objective: Objective) -> dict[str, Any]:
     """The model's loss and its derivatives, from each response's log-ratios [n] to the reference."""
-    losses, slopes = [], []
-    for ratio_n, reward in zip(ratios, rewards, strict=True):
-        right = float(reward >= objective.reward_threshold)
-        loss, slope = outcome_loss(objective.process_beta * ratio_n.sum().item(), right)
-        losses.append(loss)
-        slopes.append(objective.process_beta / len(ratios) * slope)
+    outcomes = [float(reward >= objective.reward_threshold) for reward in rewards]
+    updates = outcome_updates([ratio_n.sum().item() for ratio_n in ratios], outcomes, objective.process_beta)
+    slopes = [slope for _, slope in updates]
     return {
-        "loss": sum(losses) / len(losses),
+        "loss": sum(loss for loss, _ in updates) / len(updates),
         "dloss_dprm_logp": [[slope] * len(ratio_n) for slope, ratio_n in zip(slopes, ratios, strict=True)],
         "slope_of_response": slopes,
     }
@@ -38,14 +39,16 @@ def process_advantages(
     ratios: list[Tensor], rewards: list[float], prompts: list[Any], objective: Objective
 ) -> dict[str, list[Tensor]]:
     """Process rewards and advantages before and after whitening, each a list of [n] by response."""
-    scale = largest_to_go(ratios) + SCALE_FLOOR
+    scale, as_code = largest_to_go(ratios) + SCALE_FLOOR, objective.process_baseline == "code"
     process = [ratio_n / scale for ratio_n in ratios]
-    raw = []
-    for i, process_n in enumerate(process):
-        others = [j for j, prompt in enumerate(prompts) if prompt == prompts[i] and j != i]
-        outcomes, means = [rewards[j] for j in others], [process[j].mean().item() for j in others]
-        as_code = objective.process_baseline == "code"
-        raw.append(leave_one_out(rewards[i], process_n, outcomes, means, as_code=as_code))
+    found: dict[int, Tensor] = {}
+    for prompt in dict.fromkeys(prompts):
+        places = [i for i, each in enumerate(prompts) if each == prompt]
+        mine = {sample: process[i] for sample, i in enumerate(places)}
+        means = {sample: process_n.mean().item() for sample, process_n in mine.items()}
+        raw_of = group_advantages([rewards[i] for i in places], means, mine, as_code=as_code)
+        found |= {places[sample]: raw_n for sample, raw_n in raw_of.items()}
+    raw = [found[i] for i in range(len(ratios))]
     sums = sum(map(Sums.of, raw), Sums())
     return {
         "process_rewards": process,

@@ -10,7 +10,7 @@ Legend: n tokens of one response.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +65,9 @@ class Sums:
         return (values_n - mean) / math.sqrt(variance)
 
 
+SCALE_FLOOR = 1e-6  # added to ``largest_to_go``
+
+
 def largest_to_go(responses: Iterable[Tensor]) -> float:
     """The largest |reward-to-go| of any token: what PRIME divides its process rewards by. 0 without a token."""
     return max((rewards_to_go(rewards_n).abs().max().item() for rewards_n in responses), default=0.0)
@@ -75,6 +78,31 @@ def outcome_loss(logit: float, outcome: float) -> tuple[float, float]:
     small = math.exp(-abs(logit))
     likely = 1 / (1 + small) if logit > 0 else small / (1 + small)
     return max(logit, 0.0) - logit * outcome + math.log1p(small), likely - outcome
+
+
+def outcome_updates(log_ratios: Iterable[float], outcomes: Sequence[float], beta: float) -> list[tuple[float, float]]:
+    """(loss, dL/dlogp of each of its tokens) of every response, from its summed log-ratio; L is the losses' mean."""
+    found = [outcome_loss(beta * ratio, outcome) for ratio, outcome in zip(log_ratios, outcomes, strict=True)]
+    return [(loss, beta / len(found) * slope) for loss, slope in found]
+
+
+def group_advantages(
+    outcomes: list[float], means: Mapping[int, float], process: Mapping[int, Tensor], *, as_code: bool
+) -> dict[int, Tensor]:
+    """``leave_one_out`` [n] of each response of a group in ``process``, by its place in ``outcomes``.
+
+    ``means`` are the process rewards' over tokens, of all responses that have some.
+    """
+    return {
+        own: leave_one_out(
+            outcomes[own],
+            process_n,
+            outcomes[:own] + outcomes[own + 1 :],
+            [mean for other, mean in means.items() if other != own],
+            as_code=as_code,
+        )
+        for own, process_n in process.items()
+    }
 
 
 def leave_one_out(

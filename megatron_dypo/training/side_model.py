@@ -20,7 +20,13 @@ from megatron_dypo.config.stages import learning_rate
 from megatron_dypo.models.shape import ModelShape
 from megatron_dypo.objectives.coefficients import Correction, SequenceTerms
 from megatron_dypo.objectives.recipes import recipe, shares
-from megatron_dypo.objectives.token_advantages import Sums, largest_to_go, leave_one_out, outcome_loss
+from megatron_dypo.objectives.token_advantages import (
+    SCALE_FLOOR,
+    Sums,
+    group_advantages,
+    largest_to_go,
+    outcome_updates,
+)
 from megatron_dypo.objectives.token_loss import TokenStreams
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.records import Kind
@@ -32,10 +38,12 @@ Place = tuple[int, int]  # (mini-batch, place among its sequences)
 
 
 def side_config(config: Config) -> Config:
-    """The second model's own configuration: its optimizer, no reference, and a loss of slopes alone."""
+    """The second model's own configuration: its optimizer, no reference, a loss of slopes alone, and routers that
+    choose for themselves, whatever the policy's take again."""
     sharding = {name: getattr(config.optimizer, name) for name in ("distributed", "overlap_grad_reduce")}
     adam = {name: getattr(config.side, name) for name in Optimizer.model_fields if name not in sharding}
-    return config.model_copy(update={"optimizer": Optimizer(**adam | sharding), "objective": Objective(method="sft")})
+    own = {"optimizer": Optimizer(**adam | sharding), "objective": Objective(method="sft")}
+    return config.model_copy(update=own | {"policy": config.policy.model_copy(update={"routing_replay": "off"})})
 
 
 @dataclass
@@ -115,16 +123,15 @@ class ProcessRewards(SideModel):
             if not minibatch.rollouts:
                 continue
             process |= (ratios := self._ratios(m, minibatch))
-            logits = self.shared({place: objective.process_beta * q_n.sum().item() for place, q_n in ratios.items()})
-            outcomes = {place: float(reward >= objective.reward_threshold) for place, reward in _rewards(m, minibatch)}
-            if not all(math.isfinite(logit) for logit in logits.values()):
+            summed = self.shared({place: q_n.sum().item() for place, q_n in ratios.items()})
+            if not all(map(math.isfinite, summed.values())):
                 return SideResult(fault="the process reward model's log-probs are not finite")
-            slopes = {}
-            for place, logit in logits.items():
-                loss, slope = outcome_loss(logit, outcomes[place])
-                slopes[place[1]] = objective.process_beta / len(logits) * slope
-                losses.append(loss)
-                hits.append((logit > 0) == (outcomes[place] > 0))
+            rewards = dict(_rewards(m, minibatch))
+            outcomes = [float(rewards[place] >= objective.reward_threshold) for place in summed]
+            updates = outcome_updates(summed.values(), outcomes, objective.process_beta)
+            slopes = {place: slope for (_, place), (_, slope) in zip(summed, updates, strict=True)}
+            losses += [loss for loss, _ in updates]
+            hits += [(ratio > 0) == (outcome > 0) for ratio, outcome in zip(summed.values(), outcomes, strict=True)]
             norms.append(self.learn(minibatch, slopes, step))
             if not math.isfinite(norms[-1]):
                 return SideResult(fault=f"the process reward model's gradient norm is {norms[-1]:g}")
@@ -150,22 +157,21 @@ class ProcessRewards(SideModel):
 
     def _advantages(self, minibatches: list[MiniBatch], process: dict[Place, Tensor]) -> dict[Place, Tensor]:
         """Before whitening, of this rank's responses. Rewards are scaled by the step's largest reward-to-go."""
-        scale = max(all_gather_objects(largest_to_go(process.values()))) + 1e-6
+        scale = max(all_gather_objects(largest_to_go(process.values()))) + SCALE_FLOOR
         process = {place: q_n / scale for place, q_n in process.items()}
         means = self.shared({place: q_n.mean().item() for place, q_n in process.items()})
-        raw = {}
+        as_code = self.config.objective.process_baseline == "code"
+        raw: dict[Place, Tensor] = {}
         for m, minibatch in enumerate(minibatches):
-            packed: dict[int, list[Place]] = {}  # by group
+            packed: dict[int, dict[int, Place]] = {}  # by group, then by sample
             for place, _ in _rewards(m, minibatch):
-                packed.setdefault(minibatch.sequences[place[1]].group, []).append(place)
+                sequence = minibatch.sequences[place[1]]
+                packed.setdefault(sequence.group, {})[sequence.sample] = place
             for g, places in packed.items():
-                outcomes = minibatch.groups[g].rewards
-                for place in set(places) & process.keys():
-                    own = minibatch.sequences[place[1]].sample
-                    others = outcomes[:own] + outcomes[own + 1 :]
-                    of_others = [means[other] for other in places if other != place]
-                    as_code = self.config.objective.process_baseline == "code"
-                    raw[place] = leave_one_out(outcomes[own], process[place], others, of_others, as_code=as_code)
+                of_group = {sample: means[place] for sample, place in places.items()}
+                mine = {sample: process[place] for sample, place in places.items() if place in process}
+                found = group_advantages(minibatch.groups[g].rewards, of_group, mine, as_code=as_code)
+                raw |= {places[sample]: raw_n for sample, raw_n in found.items()}
         return raw
 
 
