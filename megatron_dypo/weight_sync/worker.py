@@ -11,6 +11,7 @@ import mmap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,7 +24,9 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from megatron_dypo.weight_sync.checksum import Turn, Verify, checksum
-from megatron_dypo.weight_sync.stored import matrix, stored_tensors
+
+if TYPE_CHECKING:
+    from megatron_dypo.weight_sync.stored import Stored
 
 BACKEND = "megatron_dypo"
 
@@ -144,7 +147,12 @@ class Proof:
 
     def __init__(self, model: torch.nn.Module, verify: Verify, turn: Turn):
         self._model, self._turn, self._reads_back = model, turn, verify == "stored"
-        self._stored = stored_tensors(model) if self._reads_back else {}  # before vLLM takes its layers apart
+        self._stored: dict[str, Stored] = {}
+        self._let_go: Callable[[], None] = lambda: None  # of what was read back
+        if self._reads_back:  # vLLM's layers are imported, and found before it takes them apart, for nothing else
+            from megatron_dypo.weight_sync.stored import matrix, stored_tensors
+
+            self._stored, self._let_go = stored_tensors(model), matrix.cache_clear
         self._times: Counter[str] = Counter()
         self._given: dict[str, str] = {}
         self._own: dict[str, tuple[str, torch.dtype]] = {}  # of this worker's part
@@ -166,7 +174,7 @@ class Proof:
         """By name: how many ``times`` a tensor came, the checksum of what was ``given`` of those that have their turn,
         and what is wrong with what is ``stored``; with `verify_sync: stored` all of them are read back now."""
         wrong = {}
-        matrix.cache_clear()
+        self._let_go()
         for name in self._given if self._reads_back else ():
             if name not in self._own:
                 wrong[name] = "cannot be read back from vLLM's layers: only `sent` works here"
@@ -175,7 +183,7 @@ class Proof:
             stored = self._stored[name]
             if stored.checksum(stored.read().to(dtype)) != expected:
                 wrong[name] = "is not what the engine has stored"
-        matrix.cache_clear()
+        self._let_go()
         return {"times": dict(self._times), "given": self._given, "stored": wrong}
 
 
