@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import random
 import re
 import secrets
 import signal
@@ -51,8 +52,13 @@ class Servers:
 
 
 def free_ports(count: int) -> int:
-    """The first of several neighbours."""
-    for first in range(20_000 + os.getpid() % 10_000, 60_000, count):
+    """Return the first of ``count`` neighbouring ports that are free, a multiple of ``count``.
+
+    They lie below the range from which Linux gives ports to connections (32,768 and up), so that none of them is taken
+    between this call and the server's start; a random first guess keeps parallel callers apart.
+    """
+    guesses = range(20_000 - 20_000 % count, 32_000, count)
+    for first in random.SystemRandom().sample(guesses, len(guesses)):
         try:
             for port in range(first, first + count):
                 socket.create_server(("127.0.0.1", port)).close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +13,6 @@ import yaml
 
 WORDS = ("first ", " then ", "last ", " back ", "a", "b")
 IGNORED = ("time/", "perf/")
-
-
-def free_port() -> int:
-    """A port of this machine that nothing listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def copy_task(folder: Path, **overrides: object) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 import threading
 from abc import ABC, abstractmethod
@@ -12,7 +13,11 @@ from aiohttp import web
 
 
 class LoopbackServer(ABC):
-    """A context manager. ``_answer`` is asked for every request to ``route``; ``port`` is known once it has started."""
+    """A context manager. ``_answer`` is asked for every request to ``route``; ``port`` is known once it has started.
+
+    The port stays reserved until the end, by a socket that is bound and never listens: a server that is stopped refuses
+    connections, and nothing else on the machine is given its port before it starts again.
+    """
 
     route = ("*", "/{path:.*}")
 
@@ -22,6 +27,10 @@ class LoopbackServer(ABC):
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
     def __enter__(self) -> Self:
+        self._reserved = socket.socket()
+        self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._reserved.bind(("127.0.0.1", self.port))
+        self.port = self._reserved.getsockname()[1]
         self._thread.start()
         self._run(self._start())
         return self
@@ -30,6 +39,7 @@ class LoopbackServer(ABC):
         self._run(self._end())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._reserved.close()
 
     def _run(self, coroutine: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
@@ -42,8 +52,7 @@ class LoopbackServer(ABC):
         app.router.add_route(*self.route, self._answer)
         self._runner = web.AppRunner(app, shutdown_timeout=0.01)
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", self.port, ssl_context=self._tls).start()
-        self.port = self._runner.addresses[0][1]
+        await web.TCPSite(self._runner, "127.0.0.1", self.port, ssl_context=self._tls, reuse_address=True).start()
 
     async def _end(self) -> None:
         await self._runner.cleanup()

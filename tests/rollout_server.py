@@ -33,7 +33,7 @@ class Imitation(LoopbackServer):
         return f"http://127.0.0.1:{self.port}"
 
     def stop(self) -> None:
-        """As a killed server: connections are reset, and nobody listens."""
+        """As a killed server: connections are reset, and new ones refused."""
         self._run(self._end())
 
     def start(self) -> None:

@@ -20,7 +20,8 @@ import psutil
 import pytest
 import yaml
 
-from tests.launch import copy_task, free_port, metrics, without_times
+from benchmarks.servers import free_ports
+from tests.launch import copy_task, metrics, without_times
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch"
@@ -79,7 +80,7 @@ def nodes(starts: list[Callable[[], Node]]) -> Iterator[list[Node]]:
 
 
 def two_nodes(folder: Path, config: Path) -> list[Callable[[], Node]]:
-    variables = {"NNODES": "2", "NPROC": "1", "HEAD": f"127.0.0.1:{free_port()}", "LOCAL_ADDR": "localhost"}
+    variables = {"NNODES": "2", "NPROC": "1", "HEAD": f"127.0.0.1:{free_ports(1)}", "LOCAL_ADDR": "localhost"}
     return [lambda log=folder / f"node_{i}.log": Node(log, config, variables) for i in range(2)]
 
 
@@ -129,7 +130,7 @@ def test_a_node_killed_and_started_again_is_taken_in_and_the_run_ends_as_if_undi
 def test_a_signal_to_the_launcher_ends_the_run_after_a_step_and_a_save(undisturbed, tmp_path):
     """To torchrun's agent, as a cluster sends it: SIGUSR1, then, to the run started again, SIGTERM; then to the end."""
     config, run_dir, done = make_task(tmp_path), tmp_path / "run", 0
-    variables = {"NNODES": "1", "NPROC": "2", "HEAD": f"127.0.0.1:{free_port()}", "LOCAL_ADDR": "localhost"}
+    variables = {"NNODES": "1", "NPROC": "2", "HEAD": f"127.0.0.1:{free_ports(1)}", "LOCAL_ADDR": "localhost"}
     for number in (signal.SIGUSR1, signal.SIGTERM, None):
         log = tmp_path / f"{number}.log"
         with nodes([lambda log=log: Node(log, config, variables)]) as started:

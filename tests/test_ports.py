@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
+from benchmarks.servers import free_ports
 from megatron_dypo.errors import UserError
 from megatron_dypo.rollout import serve
 from megatron_dypo.runtime import rendezvous_check
-from tests.launch import free_port
 from tests.test_launch import LAUNCH, environment
 
 
@@ -79,25 +79,13 @@ server.serve_forever()
 """
 
 
-def even_port() -> int:
-    """A free port whose next one is free, too; the first of the two is even."""
-    while True:
-        port = free_port() // 2 * 2
-        with (
-            suppress(OSError),
-            socket.create_server(("127.0.0.1", port)),
-            socket.create_server(("127.0.0.1", port + 1)),
-        ):
-            return port
-
-
 @contextmanager
 def servers(folder: Path, odd: int) -> Iterator[tuple[subprocess.Popen, Path]]:
     """launch/servers.sh with two stand-ins; the one at the odd port ends with code ``odd``, where that is not 0."""
     (folder / "server.py").write_text(f"ODD = {odd}\n{SERVER}")
     (folder / "python").write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} {folder}/server.py "$@"\n')
     (folder / "python").chmod(0o755)
-    port = even_port()
+    port = free_ports(2)
     variables = {"PATH": f"{folder}:{os.environ['PATH']}", "PORT": str(port), "SERVERS": "2", "ATTEMPTS": "2"}
     variables |= {"MEGATRON_DYPO_SERVER_TOKEN": "0123456789abcdef", "CUDA_VISIBLE_DEVICES": ""}
     with open(folder / "log", "w") as log:
