@@ -67,7 +67,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--shard-optimizer", action="store_true", help="ours only: mcore's fails with torch's Adam")
+    parser.add_argument(
+        "--shard-optimizer", action="store_true", help="time ours only: mcore's save fails with torch's Adam"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     shape = Shape(num_layers=options.layers, hidden_size=options.hidden, ffn_hidden_size=4 * options.hidden)

@@ -51,7 +51,7 @@ def watched(name: str, plain: Callable, calls: collections.Counter[str]) -> Call
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Collectives and time of one pass over the weights.")
+    parser = argparse.ArgumentParser(description="Count the collectives of one pass over the weights, and time it.")
     parser.add_argument("--name", default="now")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS / "export_cpu.json")

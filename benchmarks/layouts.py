@@ -150,9 +150,9 @@ def planning_seconds() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--layouts", nargs="+", metavar="NAME", help="ratios are to the first")
+    parser.add_argument("--layouts", nargs="+", metavar="NAME", help="layouts to time; ratios are to the first")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--updates", type=int, default=2, help="timed, in each round")
+    parser.add_argument("--updates", type=int, default=2, help="timed updates per round")
     parser.add_argument("--out", type=Path)
     for name in SIZE_FIELDS:
         parser.add_argument(f"--{name}", type=int)

@@ -216,12 +216,12 @@ def tflops(record: dict[str, Any]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=list(PRESETS), help="cuda where there is a device, else cpu")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="the preset's")
-    parser.add_argument("--threads", type=int, help="of each process, one of which works at a time")
+    parser.add_argument("--preset", choices=list(PRESETS), help="sizes; default: cuda if there is a device, else cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the preset's")
+    parser.add_argument("--threads", type=int, help="threads per process (one process works at a time)")
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--repeats", type=int, help="timed steps of a round")
-    parser.add_argument("--shapes", nargs="+", metavar="T,H,V", help=f"T in multiples of {SEQUENCES}")
+    parser.add_argument("--repeats", type=int, help="timed steps per round")
+    parser.add_argument("--shapes", nargs="+", metavar="T,H,V", help=f"shapes to time; T is a multiple of {SEQUENCES}")
     parser.add_argument("--active", nargs="+", type=float, default=ACTIVE, help="shares of active tokens")
     parser.add_argument("--heads", nargs="+", choices=list(HEADS))
     parser.add_argument("--out", type=Path)

@@ -121,9 +121,9 @@ def hangs(count: int, cpu_seconds: float) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--simple", type=int, default=20_000, help="responses of the mix")
-    parser.add_argument("--gradings", type=int, default=10_000, help="gradings of which 1%% hang")
-    parser.add_argument("--cpu-seconds", type=float, default=0.5, help="their deadline")
+    parser.add_argument("--simple", type=int, default=20_000, help="responses in the mix")
+    parser.add_argument("--gradings", type=int, default=10_000, help="gradings, 1%% of which hang")
+    parser.add_argument("--cpu-seconds", type=float, default=0.5, help="deadline of one grading")
     parser.add_argument("--out", type=Path, default=RESULTS / "reward_cpu.json")
     args = parser.parse_args()
     logging.disable()  # one line for each batch with hangs

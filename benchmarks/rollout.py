@@ -133,7 +133,7 @@ def step_times(config: Path, folder: Path, overlap: bool) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Overhead of rollouts, and what overlap saves.")
+    parser = argparse.ArgumentParser(description="Measure the overhead of rollouts, and what overlap saves.")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--out", type=Path, default=RESULTS / "rollout_cpu.json")

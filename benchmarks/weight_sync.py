@@ -113,7 +113,7 @@ def measure(folder: Path, url: str, rounds: int) -> tuple[int, dict[str, list[di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The time of a weight sync beside a memcpy.")
+    parser = argparse.ArgumentParser(description="Time a weight sync and, for comparison, a memcpy.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS / "weight_sync_cpu.json")

@@ -1,4 +1,4 @@
-"""The commands: their arguments, and what each calls. Everything heavy is imported by the command that needs it."""
+"""Define the commands, their arguments and what each calls. A command imports its own heavy modules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _OVERRIDE = re.compile(r"[a-z_0-9]+\.[a-z_0-9.]+=|[^-=][^=]*\.ya?ml$")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command's options. Overrides may stand before and after them, which argparse alone does not take."""
+    """Parse a command's options; unlike plain argparse, accept overrides before and after them."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and not (hasattr(options, "overrides") and all(_OVERRIDE.match(word) for word in rest)):
@@ -31,160 +31,160 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser(
         "train",
-        help="the training run; resumes by itself from the run folder's newest complete checkpoint",
+        help="train; resumes from the newest complete checkpoint in the run folder",
         epilog=key_reference(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    train.add_argument("config", metavar="CONFIG", help="YAML file")
+    train.add_argument("config", metavar="CONFIG", help="YAML file of the run")
     _add_overrides(train)
     train.set_defaults(run=_train)
 
-    serve = commands.add_parser("serve", help="one vLLM server for rollout.engine: server (see launch/servers.sh)")
-    serve.add_argument("config", metavar="CONFIG", help="the training run's YAML file")
-    _add_overrides(serve, "the training run's overrides")
+    serve = commands.add_parser("serve", help="run one vLLM server for rollout.engine=server (see launch/servers.sh)")
+    serve.add_argument("config", metavar="CONFIG", help="YAML file of the training run")
+    _add_overrides(serve, "overrides of the training run")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    serve.add_argument("--port", type=int, default=8000, help="(default: 8000)")
-    serve.add_argument("--tensor", type=int, default=1, metavar="N", help="tensor-parallel devices (default: 1)")
+    serve.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
+    serve.add_argument("--tensor", type=int, default=1, metavar="N", help="tensor-parallel size (default: 1)")
     serve.set_defaults(run=_serve)
 
     _add_show(commands)
     _add_evaluate(commands)
     _add_plan(commands)
 
-    doctor = commands.add_parser("doctor", help="what is installed, what it enables, what is wrong and how to mend it")
-    doctor.add_argument("--no-selftest", action="store_true", help="leave out the ten seconds on two ranks")
+    doctor = commands.add_parser("doctor", help="check the installation: what it enables, what is wrong, how to fix it")
+    doctor.add_argument("--no-selftest", action="store_true", help="skip the self-test on two ranks (about 10 s)")
     doctor.set_defaults(run=_doctor)
 
-    report = commands.add_parser("report", help="one self-contained HTML page: a run, or several compared")
-    report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="a run folder; several are compared")
+    report = commands.add_parser("report", help="write one self-contained HTML page of a run, or comparing several")
+    report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="run folder; give several to compare them")
     report.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
-        help="default: report.html, in the run folder for one run, in the current folder for several",
+        help="page to write; default: report.html in the run folder, or in the current folder for several runs",
     )
     report.set_defaults(run=_report)
 
-    objective = commands.add_parser("objective", help="the loss and slopes of one case, without a model")
+    objective = commands.add_parser("objective", help="compute the loss and dloss/dlogp of one case, without a model")
     objective.add_argument("case", type=Path, metavar="CASE.json", help="log-probs, rewards and settings of one update")
-    objective.add_argument("--table", action="store_true", help="a line a token, for a person, instead of JSON")
+    objective.add_argument("--table", action="store_true", help="print a readable table, one row per token, not JSON")
     objective.set_defaults(run=_objective)
 
     _add_convert(commands)
     for command in commands.choices.values():
-        command.set_defaults(parser=command)  # whose usage goes with an error
+        command.set_defaults(parser=command)  # prints its usage with an error
     return parser
 
 
-OVERRIDES = "override a key, or every key of a FILE.yaml; a later one wins"
+OVERRIDES = "override one key, or every key in a FILE.yaml; the last one wins"
 
 
 def _add_overrides(command, text: str = OVERRIDES, form: str = "section.key=value") -> None:
-    """With a default, without which argparse would name them among what is missing."""
+    """Add the overrides, with a default: without one, argparse lists them among the missing arguments."""
     command.add_argument("overrides", nargs="*", default=[], metavar=form, help=text)
 
 
 def _add_show(commands) -> None:
     show = commands.add_parser(
-        "show", help="the first prompts, traces and options exactly as the model will see them, with warnings"
+        "show", help="print the first prompts, traces and options exactly as the model will see them, with warnings"
     )
-    show.add_argument("config", metavar="CONFIG", help="the run's YAML file")
+    show.add_argument("config", metavar="CONFIG", help="YAML file of the run")
     _add_overrides(show)
-    show.add_argument("--json", action="store_true", help="all of it, for other programs")
-    show.add_argument("--prompts", type=int, default=3, metavar="N", help="of data.train (default: 3)")
+    show.add_argument("--json", action="store_true", help="print everything as JSON")
+    show.add_argument("--prompts", type=int, default=3, metavar="N", help="prompts of data.train (default: 3)")
     show.set_defaults(run=_show)
 
 
 def _add_evaluate(commands) -> None:
     evaluate = commands.add_parser(
         "evaluate",
-        help="accuracy on evaluation suites: pass@1, avg@n, pass@n, with confidence intervals",
+        help="measure accuracy on evaluation suites: pass@1, avg@n, pass@n, with confidence intervals",
         description="Suites: aime24, aime25, amc23, math500, minerva, arc_c, gpqa_diamond, gsm8k. Without --hf and "
-        "--checkpoint: the run folder's newest checkpoint, else model.hf. A killed evaluation goes on where it was.",
+        "--checkpoint: the newest checkpoint in the run folder, else model.hf. A killed evaluation resumes.",
     )
-    evaluate.add_argument("config", metavar="CONFIG", help="the run's YAML file; its section `evaluation` says how")
+    evaluate.add_argument("config", metavar="CONFIG", help="YAML file of the run; its `evaluation` section applies")
     _add_overrides(evaluate)
     evaluate.add_argument(
         "--suite",
         metavar="NAME[,NAME]",
         default="",
-        help="or files of one's own: [NAME=]FILE[?samples=N&extract=number] (docs/evaluation.md); "
+        help="suites, or your own files: [NAME=]FILE[?samples=N&extract=number] (docs/evaluation.md); "
         "default: evaluation.suites",
     )
     which = evaluate.add_mutually_exclusive_group()
     which.add_argument("--hf", metavar="DIR", help="evaluate a Hugging Face folder")
     which.add_argument("--checkpoint", type=Path, metavar="DIR", help="evaluate a Megatron checkpoint, or a run folder")
     which.add_argument(
-        "--server", metavar="URL", help="evaluate what an OpenAI-compatible address serves (http://host:8000/v1)"
+        "--server", metavar="URL", help="evaluate the model behind an OpenAI-compatible URL (http://host:8000/v1)"
     )
-    evaluate.add_argument("--model", metavar="NAME", help="with --server: the name that it serves the model under")
+    evaluate.add_argument("--model", metavar="NAME", help="with --server: the served model name")
     evaluate.add_argument(
-        "--key-env", metavar="VARIABLE", help="with --server: the environment variable of its API key"
+        "--key-env", metavar="VARIABLE", help="with --server: environment variable that holds the API key"
     )
-    evaluate.add_argument("--concurrency", type=int, default=32, metavar="N", help="with --server: requests at a time")
+    evaluate.add_argument("--concurrency", type=int, default=32, metavar="N", help="with --server: requests in flight")
     evaluate.add_argument("--out", type=Path, metavar="DIR", help="default: RUN_DIR/evaluation/NAME_OF_THE_WEIGHTS")
-    evaluate.add_argument("--restart", action="store_true", help="drop the responses that --out holds already")
+    evaluate.add_argument("--restart", action="store_true", help="discard the responses already in --out")
     evaluate.set_defaults(run=_evaluate)
 
 
 def _add_plan(commands) -> None:
     plan = commands.add_parser(
-        "plan", help="memory and time of every layout, best first, and why the others do not fit"
+        "plan", help="estimate memory and step time of every layout, best first, and why the others do not fit"
     )
-    plan.add_argument("config", metavar="CONFIG", help="YAML file")
+    plan.add_argument("config", metavar="CONFIG", help="YAML file of the run")
     _add_overrides(plan)
-    plan.add_argument("--gpus", type=int, required=True, metavar="N")
-    plan.add_argument("--gpu-memory", type=float, required=True, metavar="GiB", help="of one GPU")
+    plan.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs in all")
+    plan.add_argument("--gpu-memory", type=float, required=True, metavar="GiB", help="memory of one GPU")
     plan.add_argument("--gpu", default="h100", metavar="NAME", help="a100, a800, h100 (default), h800, h200 or b200")
-    plan.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="(default: 8)")
-    plan.add_argument("--response-tokens", type=float, metavar="N", help="mean; default: a third of the longest")
-    plan.add_argument("--prompt-tokens", type=float, metavar="N", help="mean; default: half of the longest")
-    plan.add_argument("--mid", type=float, default=0.5, metavar="SHARE", help="of prompts that are Mid (default: 0.5)")
-    plan.add_argument(
-        "--hard", type=float, default=0.25, metavar="SHARE", help="of prompts that are Hard (default: 0.25)"
-    )
-    plan.add_argument("--all", action="store_true", help="every layout, with virtual pipelines and numbers of servers")
+    plan.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs in one node (default: 8)")
+    plan.add_argument("--response-tokens", type=float, metavar="N", help="mean response length; default: maximum / 3")
+    plan.add_argument("--prompt-tokens", type=float, metavar="N", help="mean prompt length; default: maximum / 2")
+    plan.add_argument("--mid", type=float, default=0.5, metavar="SHARE", help="share of Mid prompts (default: 0.5)")
+    plan.add_argument("--hard", type=float, default=0.25, metavar="SHARE", help="share of Hard prompts (default: 0.25)")
+    plan.add_argument("--all", action="store_true", help="show every layout, virtual pipelines and server counts too")
     plan.set_defaults(run=_plan)
 
 
 def _add_convert(commands) -> None:
-    """``convert import | export | verify``."""
-    convert = commands.add_parser("convert", help="Hugging Face folder <-> Megatron checkpoint, and proof of equality")
+    """Add ``convert import | export | verify``."""
+    convert = commands.add_parser(
+        "convert", help="convert Hugging Face folder <-> Megatron checkpoint, or compare them"
+    )
     ways = convert.add_subparsers(metavar="WAY", required=True)
-    hf = {"metavar": "DIR", "help": "a Hugging Face folder, or a hub name"}
+    hf = {"metavar": "DIR", "help": "Hugging Face folder or hub name"}
     checkpoint = {
         "type": Path,
         "metavar": "DIR",
         "required": True,
-        "help": "a checkpoint, or a run folder",
+        "help": "Megatron checkpoint or run folder",
     }
-    out = {"type": Path, "metavar": "DIR", "required": True, "help": "a new folder"}
-    dtype = {"choices": ("fp32", "bf16", "fp16"), "help": "default: as it is"}
+    out = {"type": Path, "metavar": "DIR", "required": True, "help": "new folder to write"}
+    dtype = {"choices": ("fp32", "bf16", "fp16"), "help": "dtype to write; default: unchanged"}
 
     way = ways.add_parser("import", help="write a Megatron checkpoint, which loads at any layout")
     way.add_argument("--hf", required=True, **hf)
     way.add_argument("--out", **out)
     way.add_argument("--dtype", **dtype)
-    way.add_argument("--bin", action="store_true", help="read pytorch_model.bin, a pickle (tensors alone), if need be")
-    _add_overrides(way, "check that the model can be cut so", "parallel.KEY=VALUE")
+    way.add_argument("--bin", action="store_true", help="read pytorch_model.bin (a pickle) if there are no safetensors")
+    _add_overrides(way, "layout that the model must be divisible by", "parallel.KEY=VALUE")
     way.set_defaults(run=_import)
 
     way = ways.add_parser("export", help="write a Hugging Face folder, which transformers and vLLM load")
     way.add_argument("--checkpoint", **checkpoint)
     way.add_argument("--out", **out)
     way.add_argument(
-        "--hf", **hf | {"help": "whose configuration and tokenizer to take; default: where the weights came from"}
+        "--hf", **hf | {"help": "folder to copy configuration and tokenizer from; default: the weights' origin"}
     )
     way.add_argument("--dtype", **dtype)
-    way.add_argument("--side", action="store_true", help="the run's second model (PRIME's process reward model)")
-    way.add_argument("--shard-size", type=float, default=5.0, metavar="GB", help="of a file, at most (default: 5)")
+    way.add_argument("--side", action="store_true", help="export the run's second model (PRIME's process reward model)")
+    way.add_argument("--shard-size", type=float, default=5.0, metavar="GB", help="largest file, in GB (default: 5)")
     way.set_defaults(run=_export)
 
-    way = ways.add_parser("verify", help="compare every tensor, and a text's log-probs; exit code 1 if they differ")
+    way = ways.add_parser("verify", help="compare every tensor and the log-probs of a text; exit code 1 if they differ")
     way.add_argument("--hf", required=True, **hf)
     way.add_argument("--checkpoint", **checkpoint)
-    way.add_argument("--tensors-only", action="store_true", help="leave out log-probs: they need the model in memory")
-    _add_overrides(way, "layout of the log-probs' model", "parallel.KEY=VALUE")
+    way.add_argument("--tensors-only", action="store_true", help="skip the log-probs, which need the model in memory")
+    _add_overrides(way, "layout of the model that computes the log-probs", "parallel.KEY=VALUE")
     way.set_defaults(run=_verify)
     for way in ways.choices.values():
         way.set_defaults(parser=way)
@@ -204,7 +204,7 @@ def _export(options: argparse.Namespace) -> None:
     from megatron_dypo.convert.import_export import export_folder
 
     if not 0 < options.shard_size < 1e6:
-        raise UserError(f"--shard-size: {options.shard_size:g} GB is no size of a file")
+        raise UserError(f"--shard-size: {options.shard_size:g} GB is not a file size: give a number above 0")
     shard_bytes = int(options.shard_size * 1e9)
     _say(export_folder(options.checkpoint, options.out, options.hf, options.dtype, shard_bytes, options.side))
 
@@ -223,7 +223,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _say(line: str) -> None:
-    """Once, whatever the number of ranks."""
+    """Print a line on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         print(line, flush=True)
 
@@ -234,7 +234,9 @@ def _train(options: argparse.Namespace) -> int:
     setup_process()
     from megatron_dypo.config import load_config
 
-    config = load_config(options.config, options.overrides)  # before torch is imported: a typing error is seen at once
+    config = load_config(
+        options.config, options.overrides
+    )  # before importing torch, so that typos are reported at once
 
     from megatron_dypo.preflight import check_inputs
     from megatron_dypo.runtime.failure import phase

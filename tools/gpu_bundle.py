@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Pack what a GPU machine without network lacks into one small archive of wheels.
+"""Pack the wheels that a GPU machine without network still needs into one small archive.
 
     python3 -m pip list --format=freeze > installed.txt      # on the GPU machine, with its python3
     python tools/gpu_bundle.py --installed installed.txt --capability 9.0 --python 3.12 --out bundle.tar.xz   # here
-    tar xf bundle.tar.xz && python3 -m pip install --no-index --no-deps --target site bundle/*.whl    # there again
+    tar xf bundle.tar.xz && python3 -m pip install --no-index --no-deps --target site bundle/*.whl    # GPU machine
     PYTHONPATH=site:. make gpu-report
 
-Packages that are there already are left alone; a version there that does not fit is an error that names both sides. In
-CUDA libraries only the machine code of one compute capability stays (tools/prune_fatbin.py), and what vLLM needs for
-other work than sampling text is left out. REQUIREMENT (as pip writes them) replaces the default, this project with the
-vLLM that goes with the torch over there.
+Packages installed there are left alone; one whose version does not fit is an error that names both sides. CUDA
+libraries keep the machine code of one compute capability only (tools/prune_fatbin.py), and what vLLM needs for anything
+but sampling text is left out. REQUIREMENT (in pip's syntax) replaces the default: this project, and the vLLM that goes
+with the torch installed there.
 """
 
 from __future__ import annotations
@@ -268,23 +268,31 @@ def project_requirements(torch: Version | None) -> list[Requirement]:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("requirements", nargs="*", type=Requirement, metavar="REQUIREMENT")
-    add("--installed", type=Path, required=True, metavar="FILE", help="the machine's pip list --format=freeze")
-    add("--capability", type=architecture, required=True, help="of its GPU: 9.0 for H100 and H200")
-    add("--python", default="3.12", help="its version of Python (default: %(default)s)")
-    add("--glibc", type=int, default=39, help="minor version of its C library, 39 for 2.39 (default: %(default)s)")
+    add("requirements", nargs="*", type=Requirement, metavar="REQUIREMENT", help="package to pack, as pip writes it")
+    add("--installed", type=Path, required=True, metavar="FILE", help="pip list --format=freeze of the GPU machine")
+    add("--capability", type=architecture, required=True, help="its compute capability, such as 9.0 for H100 and H200")
+    add("--python", default="3.12", help="its Python version (default: %(default)s)")
+    add("--glibc", type=int, default=39, help="its glibc minor version, 39 for 2.39 (default: %(default)s)")
     add(
         "--build-with",
         default=sys.executable,
         metavar="PYTHON",
-        help="compiles what ships as source (default: this one)",
+        help="interpreter that builds source packages (default: this one)",
     )
-    add("--out", type=Path, required=True, metavar="FILE.tar.xz")
+    add("--out", type=Path, required=True, metavar="FILE.tar.xz", help="archive to write")
     add("--upgrade", nargs="*", default=[], metavar="NAME", help="packages to pack although the machine has them")
-    add("--accept-misfits", action="store_true", help="pack beside versions that some package refuses")
-    add("--with", nargs="*", default=[], metavar="NAME", dest="wanted", help="packages to pack that are left out else")
+    add("--accept-misfits", action="store_true", help="pack even if an installed version is refused by a package")
+    add(
+        "--with", nargs="*", default=[], metavar="NAME", dest="wanted", help="packages to pack despite the default cuts"
+    )
     add("--without", nargs="*", default=[], metavar="NAME", help="packages to leave out")
-    add("--limit", type=float, default=60, metavar="MIB", help="exit code 1 beyond it (default: %(default)s)")
+    add(
+        "--limit",
+        type=float,
+        default=60,
+        metavar="MIB",
+        help="largest archive, else exit code 1 (default: %(default)s)",
+    )
     return parser
 
 

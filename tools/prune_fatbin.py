@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Take the machine code of other GPUs out of a CUDA shared library.
+"""Remove the machine code of other GPUs from a CUDA shared library.
 
     python tools/prune_fatbin.py IN.so OUT.so --capability 9.0 [--keep-ptx]
 
@@ -120,8 +120,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("library", type=Path, metavar="IN.so")
     parser.add_argument("out", type=Path, metavar="OUT.so")
-    parser.add_argument("--capability", type=architecture, required=True, help="of the GPU, such as 9.0")
-    parser.add_argument("--keep-ptx", action="store_true", help="of kernels without machine code for this GPU")
+    parser.add_argument("--capability", type=architecture, required=True, help="compute capability, such as 9.0")
+    parser.add_argument("--keep-ptx", action="store_true", help="keep the PTX of kernels without code for this GPU")
     options = parser.parse_args()
     pruned = prune(options.library.read_bytes(), options.capability, options.keep_ptx)
     options.out.write_bytes(pruned.content)

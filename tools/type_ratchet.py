@@ -55,7 +55,7 @@ def mypy() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--lower", action="store_true", help=f"write numbers that have fallen to {ALLOWED}")
+    parser.add_argument("--lower", action="store_true", help=f"write the counts that have fallen to {ALLOWED}")
     options = parser.parse_args(arguments)
     allowed = json.loads(ALLOWED.read_text())
     output = mypy()

@@ -63,11 +63,11 @@ def git_commit() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="gpu_report", description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=PARTS, help="default: all (many with two GPUs or more)")
-    parser.add_argument("--only", metavar="STAGE[,STAGE]", help=f"of {', '.join(STAGES)}")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: benchmarks/results")
-    parser.add_argument("--commit", help="what is measured, where git cannot say it")
-    parser.add_argument("--tiny", action="store_true", help="on the CPU, at sizes that measure nothing")
+    parser.add_argument("--part", choices=PARTS, help="part to run; default: all (many needs two GPUs)")
+    parser.add_argument("--only", metavar="STAGE[,STAGE]", help=f"stages to run, of {', '.join(STAGES)}")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="output folder; default: benchmarks/results")
+    parser.add_argument("--commit", help="commit to name in the report, if git does not know it")
+    parser.add_argument("--tiny", action="store_true", help="dry run on the CPU, at sizes that measure nothing")
     options = parser.parse_args()
     stages, here = chosen(options.part, options.only, options.tiny), machine(options.tiny)
     folder = options.out or (Path(tempfile.mkdtemp(prefix="gpu_report_")) if options.tiny else RESULTS)
