@@ -1,1 +1,1 @@
-"""What a process needs before it can train: CPU shim, process groups, seeds, deadlines."""
+"""Process-level setup for training: CPU shim, process groups, seeds, deadlines."""

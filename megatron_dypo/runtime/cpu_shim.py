@@ -1,9 +1,9 @@
-"""Megatron-Core on CPU ranks: the one place that knows mcore assumes CUDA.
+"""Run Megatron-Core on CPU ranks; the only module that knows mcore assumes CUDA.
 
 mcore asks ``torch.cuda`` for the current device, RNG state and streams. Without CUDA, ``install()`` replaces the *name*
-``torch`` inside the imported ``megatron.core`` modules by a proxy that answers for the CPU. Two things reach further:
-``Tensor.cuda`` becomes the identity and, within ``cuda_type_names``, ``Tensor.type()`` gives CUDA names. Where CUDA
-exists, ``install()`` does nothing.
+``torch`` inside the imported ``megatron.core`` modules with a proxy that answers for the CPU. Two changes reach
+further: ``Tensor.cuda`` becomes the identity and, within ``cuda_type_names``, ``Tensor.type()`` returns CUDA names.
+With CUDA, ``install()`` does nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import types
 
 import torch
 
-# mcore modules that are imported lazily would keep the real torch: import them before the names are replaced.
+# Modules that mcore imports lazily would keep the real torch, so they are imported before the name is replaced.
 _LAZY_MODULES = (
     "megatron.core.dist_checkpointing.strategies.torch",
     "megatron.core.dist_checkpointing.strategies.filesystem_async",
@@ -56,7 +56,7 @@ _real_type = torch.Tensor.type
 
 
 def on_cpu(device: object) -> object:
-    """cuda in any spelling (``"cuda"``, ``"cuda:0"``, index, device) -> cpu; anything else as it is."""
+    """Map cuda in any spelling (``"cuda"``, ``"cuda:0"``, index, device) to cpu; return anything else unchanged."""
     is_cuda = isinstance(device, int) or str(device).startswith("cuda")
     return torch.device("cpu") if is_cuda else device
 
@@ -72,7 +72,7 @@ def _on_cpu_factory(factory):
 
 
 class _Proxy(types.ModuleType):
-    """A module whose own attributes win over those of the module behind it."""
+    """A module whose own attributes take precedence over those of the module it wraps."""
 
     def __init__(self, behind: types.ModuleType, **own: object):
         super().__init__(behind.__name__)
@@ -83,7 +83,7 @@ class _Proxy(types.ModuleType):
 
 
 class _Stream:
-    """The only stream a CPU has, and each of its events."""
+    """The CPU's only stream, which also stands for each of its events."""
 
     def wait_stream(self, other: object) -> None: ...
 
@@ -115,7 +115,7 @@ def _cuda_proxy() -> _Proxy:
 
 
 def _uneven_all_gather(outputs: list[torch.Tensor], mine: torch.Tensor, group=None, **options) -> object:
-    """gloo gathers tensors of one size alone; ranks that cut experts together have different numbers of tokens."""
+    """Gather tensors of different lengths, as gloo cannot: expert-parallel ranks hold different numbers of tokens."""
     sizes = {len(output) for output in outputs}
     if len(sizes) == 1:
         return torch.distributed.all_gather(outputs, mine, group=group, **options)
@@ -129,7 +129,7 @@ def _uneven_all_gather(outputs: list[torch.Tensor], mine: torch.Tensor, group=No
 
 
 def _uneven_reduce_scatter(mine: torch.Tensor, parts: list[torch.Tensor], group=None, **options) -> object:
-    """The reverse."""
+    """Reduce-scatter parts of different lengths: the reverse of ``_uneven_all_gather``."""
     if len({len(part) for part in parts}) == 1:
         return torch.distributed.reduce_scatter(mine, parts, group=group, **options)
     whole = torch.cat(parts)
@@ -139,12 +139,12 @@ def _uneven_reduce_scatter(mine: torch.Tensor, parts: list[torch.Tensor], group=
 
 
 def _as_moved_from_cuda(tensor: object, as_numpy: bool = False, record_stream: bool = False) -> object:
-    """What mcore makes of a CUDA tensor: an array, where sizes are asked for; one that is here it would leave alone."""
+    """Return an array if mcore asks for sizes as numpy; it would convert only a tensor that it moves from CUDA."""
     return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
 def install() -> bool:
-    """Make the imported Megatron-Core run without CUDA. Idempotent; returns whether the shim is in force."""
+    """Make the imported Megatron-Core run without CUDA. Idempotent; returns whether the shim is active."""
     if torch.cuda.is_available():
         return False
     import megatron.core
@@ -174,7 +174,7 @@ def install() -> bool:
 
 @contextlib.contextmanager
 def cuda_type_names():
-    """Round optimizer construction and steps: mcore recognises dtypes by ``tensor.type()`` names of CUDA tensors."""
+    """Wrap optimizer construction and steps: mcore recognises dtypes by the ``tensor.type()`` names of CUDA tensors."""
     if torch.cuda.is_available():
         yield
         return

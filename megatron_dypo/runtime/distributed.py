@@ -1,4 +1,4 @@
-"""The process groups, and this rank's place in them. Every collective has a deadline."""
+"""Process groups and this rank's coordinates in them. Every collective has a deadline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_dypo.runtime.failure import error_record
 
 
 def is_loopback(host: str) -> bool:
-    """Whether nobody else can be there; False for a name other than ``localhost``."""
+    """Return whether the host is reachable from this machine only; False for any name other than ``localhost``."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -35,10 +35,10 @@ _LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "VLLM_HOST_
 
 @dataclass(frozen=True)
 class Layout:
-    """This rank's place. ``dp`` counts data-parallel replicas; replica = tensor x pipeline x context ranks.
+    """This rank's coordinates. ``dp`` counts data-parallel replicas; a replica is tensor x pipeline x context ranks.
 
-    ``vpp`` is the number of model chunks of each pipeline rank: chunk c of rank p is virtual stage c * pp + p. Experts
-    are cut on their own: of a pipeline stage's ranks, each ``etp`` x ``ep`` hold all of its experts once.
+    ``vpp`` is the number of model chunks per pipeline rank: chunk c of rank p is virtual stage c * pp + p. Experts are
+    sharded separately: within a pipeline stage, each group of ``etp`` x ``ep`` ranks holds all experts once.
     """
 
     rank: int = 0
@@ -74,41 +74,43 @@ class Layout:
 
     @property
     def owns_logprobs(self) -> bool:
-        """Whether this rank's log-probs count in sums over ranks: one tensor-parallel rank where the head is. Of
-        context-parallel ranks all do, each for its own tokens."""
+        """Return whether this rank's log-probs count in sums over ranks.
+
+        One tensor-parallel rank of the last stage counts; context-parallel ranks all do, each for its own tokens.
+        """
         return self.is_last_stage and self.tp_rank == 0
 
     @property
     def micro_batch_multiple(self) -> int:
-        """An interleaved schedule goes through micro-batches in rounds of one a pipeline rank."""
+        """Return the multiple that an interleaved schedule needs of micro-batches: one per pipeline rank."""
         return self.pp if self.vpp > 1 else 1
 
     def tensor(self, expert: bool) -> tuple[int, int]:
-        """(ranks, this rank's number) of those that share a weight: an expert's, or any other."""
+        """Return (size, rank) of the group that shards a weight: an expert's, or any other."""
         return (self.etp, self.etp_rank) if expert else (self.tp, self.tp_rank)
 
     @property
     def packing(self) -> dict[str, int]:
-        """This rank's part of packed tokens, as ``MicroBatch.pack`` takes it."""
+        """Return this rank's part of packed tokens, as keyword arguments of ``MicroBatch.pack``."""
         return {"tensor": self.tp, "context": self.cp, "context_rank": self.cp_rank}
 
 
 def world_size() -> int:
-    """Ranks started by the launcher (1 under plain python)."""
+    """Return the number of ranks started by the launcher (1 under plain python)."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def require_launcher() -> None:
-    """Refuse, on every rank, to be one of several ranks that nothing has started.
+    """Raise UserError, on every rank, if the environment describes several ranks but no launcher started them.
 
-    Pods of Kubernetes' training operators have RANK and WORLD_SIZE in their environment; launchers set LOCAL_RANK too.
+    Kubernetes' training operators set RANK and WORLD_SIZE in a pod's environment; launchers set LOCAL_RANK too.
     """
     if "RANK" in os.environ and "LOCAL_RANK" not in os.environ and world_size() > 1:
         error = UserError(
             f"the environment has RANK={launch_rank()} and WORLD_SIZE={world_size()} but no LOCAL_RANK: "
             "no launcher started this process. Start it by torchrun or launch/, or unset RANK and WORLD_SIZE"
         )
-        error_record(error).first = True  # its own fault: rank 0 says nothing of this one
+        error_record(error).first = True  # every rank reports its own; none is caused by rank 0
         raise error
 
 
@@ -142,9 +144,9 @@ def claim_device() -> None:
 
 
 def stay_on_loopback(reaches_out: bool = False) -> None:
-    """Where all ranks are on this machine, nothing they open is reached from outside; the environment overrides it.
+    """Bind to the loopback interface if all ranks are on this machine; the environment overrides it.
 
-    ``reaches_out``: but NCCL, which sends weights to servers on other machines.
+    ``reaches_out``: leave NCCL alone, because it sends weights to servers on other machines.
     """
     if os.environ.get("LOCAL_WORLD_SIZE", "1") == str(world_size()):
         for name, value in _LOOPBACK.items():
@@ -153,16 +155,16 @@ def stay_on_loopback(reaches_out: bool = False) -> None:
 
 
 def training_backend() -> str:
-    """What the groups of ranks that train speak: all of Megatron-Core's default to the first group's."""
+    """Return the backend of the training ranks' groups; all of Megatron-Core's default to the first group's."""
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
 def join(timeout: float = ALONE.timeout, backend: str = "gloo", reaches_out: bool = False) -> None:
-    """Join the job's ranks, if that has not been done; under plain python a group of one.
+    """Join the job's ranks, unless that is already done; under plain python a group of one.
 
-    ``timeout`` (seconds) is the deadline of every collective. torch is given no ``device_id``: with one, each of the
-    groups that Megatron-Core makes would be an NCCL communicator at once, with its buffers, whether it is used or not.
-    Raises RuntimeError where the ranks have joined with another backend.
+    ``timeout`` (seconds) is the deadline of every collective. torch gets no ``device_id``: with one, each group that
+    Megatron-Core creates would open an NCCL communicator, with its buffers, whether it is used or not. Raises
+    RuntimeError if the ranks have already joined with another backend.
     """
     if dist.is_initialized():
         if dist.get_backend() != backend:
@@ -182,7 +184,7 @@ def join(timeout: float = ALONE.timeout, backend: str = "gloo", reaches_out: boo
 def init(parallel: Parallel = ALONE, reaches_out: bool = False) -> Layout:
     """Join the job and build mcore's process groups; under plain python a group of one.
 
-    ``parallel.timeout`` is the deadline of every collective. Installs the CPU shim where there is no CUDA.
+    ``parallel.timeout`` is the deadline of every collective. Installs the CPU shim if there is no CUDA.
     """
     cpu_shim.install()
     from megatron.core import parallel_state as mpu
@@ -221,7 +223,7 @@ def init(parallel: Parallel = ALONE, reaches_out: bool = False) -> Layout:
 
 
 def all_gather_objects(value: object, group: dist.ProcessGroup | None = None) -> list:
-    """Python objects of all ranks of ``group``, in rank order."""
+    """Return the Python objects of all ranks of ``group``, in rank order."""
     gathered: list = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, value, group=group)
     return gathered

@@ -1,8 +1,8 @@
-"""Where this rank is, and how it says that it failed: one clear line first, from the rank that failed first.
+"""This rank's current phase, and the report of its failure: one clear line first, from the rank that failed first.
 
-``phase`` and ``begin_step`` keep the place, each thread its own; the rank's is that of its main thread. The rank that
-fails first claims that in the job's status (``job_status.py``), so that the ranks it takes down name it, in one line,
-instead of printing their own broken-connection traces.
+``phase`` and ``begin_step`` record the phase per thread; the rank's own is that of its main thread. The rank that fails
+first claims the failure in the job's status (``job_status.py``), so that the ranks it takes down print one line naming
+it instead of their own broken-connection traces.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from megatron_dypo.runtime.job_status import JobStatus
 
 _PEER_LOST = ("Connection", "Socket", "socket", "Broken pipe", "imed out", "imeout", "DistBackendError", "NCCL")
-_PATIENCE = 5.0  # seconds that a rank which lost a peer leaves the others to say why
+_PATIENCE = 5.0  # seconds that a rank which lost a peer waits for others to report the cause
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase of a step (None before the loop), entered at ``since``. ``limit``: its own deadline (s) and that key."""
+    """A phase of a step (None before the loop), entered at ``since``; ``limit``: its own deadline (s) and its key."""
 
     name: str
     step: int | None = None
@@ -44,39 +44,41 @@ _phases: dict[int | None, Phase] = {}  # by thread
 
 
 def current_phase() -> Phase:
-    """Where this rank, that is its main thread, is now."""
+    """Return the phase of this rank, that is of its main thread."""
     return _phases.get(threading.main_thread().ident, _START)
 
 
 @dataclass
 class ErrorRecord:
-    """What is known of an error on its way up: the innermost phase that it left, and whether it was the job's first
-    (None: not reported yet)."""
+    """Facts about an error as it propagates: the innermost phase it left, and whether it was the job's first.
+
+    ``first`` is None until the error has been reported.
+    """
 
     place: Phase | None = None
     first: bool | None = None
 
 
 def error_record(error: BaseException) -> ErrorRecord:
-    """The error's record, made at first use.
+    """Return the error's record, created on first use.
 
-    It lives in the error's own namespace, from which it goes along to another thread and ends with the error. A table
-    beside would keep frames alive, and the tensors in them: built-in exceptions take no weak references.
+    It lives in the error's own namespace, so it follows the error to another thread and ends with it. A separate table
+    would keep frames alive, and the tensors in them: built-in exceptions take no weak references.
     """
     return vars(error).setdefault("_megatron_dypo", ErrorRecord())
 
 
 def begin_step(step: int) -> None:
-    """From here on this thread is in ``step``, between its phases."""
+    """Record that this thread is in ``step`` from now on, between its phases."""
     _phases[threading.get_ident()] = Phase("main loop", step)
 
 
 @contextmanager
 def phase(name: str, limit: tuple[float, str] | None = None) -> Iterator[None]:
-    """Name what this thread is doing. ``limit`` (seconds, key) is a deadline other than ``parallel.timeout``.
+    """Name the phase this thread is in. ``limit`` (seconds, key) is a deadline other than ``parallel.timeout``.
 
-    The watchdog measures it, on the main thread, since the last change of phase: the end of an inner phase starts the
-    outer one's anew.
+    The watchdog measures the main thread's time since the last change of phase: the end of an inner phase restarts the
+    outer one's clock.
     """
     thread = threading.get_ident()
     outer = _phases.get(thread, _START)
@@ -85,19 +87,19 @@ def phase(name: str, limit: tuple[float, str] | None = None) -> Iterator[None]:
         yield
     except BaseException as error:
         known = error_record(error)
-        known.place = known.place or inner  # the innermost, for the message
+        known.place = known.place or inner  # keep the innermost phase for the message
         raise
     finally:
         _phases[thread] = replace(outer, since=time.monotonic())
 
 
 def headline(rank: int, where: object, why: str) -> str:
-    """The one line that names rank, phase, step and the original error."""
+    """Return the one line that names rank, phase, step and the original error."""
     return f"[rank {rank}] failed in {where}: {why}"
 
 
 def say(text: str) -> None:
-    """To standard error in one piece, so that ranks do not cut into each other's lines."""
+    """Write to standard error in one piece, so that ranks do not break into each other's lines."""
     sys.stderr.write(text.rstrip("\n") + "\n")
     sys.stderr.flush()
 
@@ -105,8 +107,8 @@ def say(text: str) -> None:
 def report(error: BaseException, job_status: JobStatus | None = None) -> None:
     """Print headline and traceback of this rank's error, or one line that names the rank that failed first.
 
-    An error is reported once, where it is noticed first, and knows then whether it was the job's first. A UserError
-    that was is left to the command line.
+    An error is reported once, where it is caught first, and records whether it was the job's first. If that one is a
+    UserError, the command line prints it.
     """
     own = error_record(error)
     if own.first is not None:
@@ -125,7 +127,7 @@ def report(error: BaseException, job_status: JobStatus | None = None) -> None:
 
 
 def _silent_peers(job_status: JobStatus) -> str:
-    """Let the peer that was lost, or those who saw it end, speak first; without a word from any: who gives no sign."""
+    """Wait for the lost peer, or a rank that saw it end, to report; otherwise name the ranks without heartbeats."""
     before, deadline = job_status.heartbeats(), time.monotonic() + _PATIENCE
     while job_status.failure() is None and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -1,6 +1,6 @@
-"""Files: names that are safe to join to a folder, contents that are there in full or not at all, and locks.
+"""File helpers: names that are safe to join to a folder, atomic writes, and locks.
 
-Imports the standard library alone.
+Imports only the standard library.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ _GLANCE = 0.2  # seconds between attempts to take a lock
 
 
 def is_safe_name(name: object) -> bool:
-    """Whether ``name`` is a text that stays in its folder: no path, absolute or upwards, and nothing that hides."""
+    """Return whether ``name`` is a plain file name: printable, no path, and neither ``.`` nor ``..``."""
     return isinstance(name, str) and name.isprintable() and "/" not in name and name not in ("", ".", "..")
 
 
 def sync_file(file: IO) -> None:
-    """Bring what was written to ``file`` down to the disk. Raises OSError."""
+    """Flush what was written to ``file`` to the disk. Raises OSError."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the folder's entries, renames included, survive a crash of the machine. Raises OSError."""
+    """Make the folder's entries, renames included, survive a machine crash. Raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -38,9 +38,9 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which is on the disk after the block. Raises OSError.
+    """Open a file for writing that is on the disk after the block. Raises OSError.
 
-    For a file of a folder that gets its own name when all are there; ``replaced`` is for one that stands alone.
+    For a file inside a folder that is renamed once complete; use ``replaced`` for a file that stands alone.
     """
     with path.open("wb") as file:
         yield file
@@ -49,10 +49,10 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which takes the place of ``path`` after the block, on the disk.
+    """Open a file for writing that replaces ``path`` after the block, on the disk.
 
-    Whatever ends the block early (a kill, a full disk) leaves the old file, never half of the new, and nothing
-    else but for a kill. Raises OSError, which names ``path``.
+    If the block ends early (a kill, a full disk), the old file stays, and no partial new one; only a kill leaves a
+    temporary file. Raises OSError, which names ``path``.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -67,7 +67,7 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
 
 
 def atomic_write(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` as ``replaced`` does. Raises OSError."""
+    """Write ``text`` to ``path`` atomically (see ``replaced``). Raises OSError."""
     with replaced(path) as file:
         file.write(text.encode())
 
@@ -75,7 +75,7 @@ def atomic_write(path: Path, text: str) -> None:
 def take_lock(file: IO | int, patience: float = 0.0) -> bool:
     """Lock an open file against other processes for as long as it stays open.
 
-    False where another one still holds it after ``patience`` seconds. Raises OSError without locks on the disk.
+    Returns False if another process still holds it after ``patience`` seconds. Raises OSError if the disk has no locks.
     """
     deadline = time.monotonic() + patience
     while True:

@@ -1,7 +1,7 @@
-"""A thread that tells the other ranks that this one is alive, and listens for the same.
+"""A thread that publishes this rank's heartbeat and watches the others'.
 
-Rank 0 listens to all ranks, the others to rank 0. Besides, ranks of one machine see each other's processes end at once,
-and so can name the one that was killed before torchrun's agent takes them down with it.
+Rank 0 watches all ranks, the others watch rank 0. In addition, ranks of one machine see each other's processes end at
+once, and can name the one that was killed before torchrun's agent takes them down with it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_dypo.runtime.job_status import Heartbeat, JobStatus, this_machine
 if TYPE_CHECKING:
     from megatron_dypo.runtime.watchdog import Watchdog
 
-_ASKED_TO_END = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # somebody ends the job; nothing failed
+_ASKED_TO_END = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the job is ended on purpose; nothing failed
 
 
 class _Process(NamedTuple):
@@ -31,7 +31,7 @@ class _Process(NamedTuple):
 
 
 class HeartbeatThread:
-    """``failure``: the headline of the first rank to fail, once there is one."""
+    """Publishes and watches heartbeats. ``failure``: the headline of the first rank that failed, or None."""
 
     def __init__(self, job_status: JobStatus, timeout: float, tick: float, watchdog: Watchdog):
         rank, world = dist.get_rank(), dist.get_world_size()
@@ -39,12 +39,12 @@ class HeartbeatThread:
         self._rank = rank
         self._job_status, self._timeout, self._tick, self._watchdog = job_status, timeout, tick, watchdog
         self._watched = {other for other in range(world) if other != rank and 0 in (rank, other)}
-        self._neighbours = _ranks_of_this_node(rank, world) - {rank}  # of whom no process is known yet
+        self._neighbours = _ranks_of_this_node(rank, world) - {rank}  # ranks whose process is not known yet
         self._heard: dict[int, Heartbeat] = {}
         self._silence = dict.fromkeys(self._watched, 0.0)
         self._processes: dict[int, _Process] = {}
         self._gap = 0.0
-        self._waited = 0.0  # since the last answers from the store, in the watchdog's ticks
+        self._waited = 0.0  # since the store last answered, in the watchdog's ticks
         self._wants_stacks = self._stopping = False
         self._bell = os.eventfd(0)
         self._thread = threading.Thread(target=self._run, name="peers", daemon=True)
@@ -53,29 +53,29 @@ class HeartbeatThread:
         self._thread.start()
 
     def stop(self) -> None:
-        """Say that this rank ended in order, if the store still answers."""
+        """Publish that this rank ended in order, if the store still answers."""
         self._stopping = True
         os.eventfd_write(self._bell, 1)
         self._thread.join(2 * self._tick)
 
     def ask_for_stacks(self) -> None:
-        """Have all other ranks write their stacks; returns at once."""
+        """Make all other ranks write their stacks; returns at once."""
         self._wants_stacks = True
         os.eventfd_write(self._bell, 1)
 
     def take_gap(self) -> float:
-        """The longest silence (s) of a watched rank since the last call."""
+        """Return the longest silence (s) of a watched rank since the last call."""
         gap, self._gap = self._gap, 0.0
         return gap
 
     def answered(self, passed: float) -> bool:
-        """Called by the watchdog every ``passed`` seconds. False: the store has been silent for the timeout."""
+        """Record that ``passed`` seconds have passed; return False if the store has been silent for the timeout."""
         self._waited += passed
         return not self._job_status.usable or self._waited <= self._timeout
 
     @property
     def job_status(self) -> JobStatus | None:
-        """Return the job's status, if asking for it does not mean waiting."""
+        """Return the job's status if the store can be asked without waiting, else None."""
         return self._job_status if self._job_status.usable and self._waited < 3 * self._tick else None
 
     def _run(self) -> None:
@@ -102,7 +102,7 @@ class HeartbeatThread:
         self._job_status.publish(Heartbeat(count, str(here), seconds, os.getpid(), this_machine(), done))
 
     def _listen(self, passed: float) -> None:
-        """Judge who is alive by what was published in the ``passed`` seconds since the last call."""
+        """Update who is alive from the heartbeats published in the ``passed`` seconds since the last call."""
         heartbeats = self._job_status.heartbeats(self._watched | self._neighbours)
         for rank in self._neighbours & heartbeats.keys():
             self._neighbours.remove(rank)
@@ -121,11 +121,11 @@ class HeartbeatThread:
     def _open(self, rank: int, pid: int) -> None:
         try:
             self._processes[rank] = _Process(pid, os.pidfd_open(pid))
-        except OSError:  # it ended just now, or the kernel (or a container's rules) has no such call
+        except OSError:  # it has just ended, or the kernel (or a container's rules) has no such call
             return
 
     def _wait_for_an_end(self) -> None:
-        """Wait a tick, or until the bell rings; see to the processes that end."""
+        """Wait one tick, or until the bell rings; handle processes that have ended."""
         poll = select.poll()
         for descriptor in [self._bell, *(process.descriptor for process in self._processes.values())]:
             poll.register(descriptor, select.POLLIN)
@@ -139,34 +139,34 @@ class HeartbeatThread:
                 os.close(process.descriptor)
 
     def _ended(self, rank: int, pid: int) -> None:
-        """Speak for a rank that ended without a word: one for all does, the lowest that is left on this machine."""
+        """Report a rank that ended without a message; the lowest rank left on this machine does it for all."""
         status = _exit_status(pid)
         number = 0 if status is None else status & 0x7F
         if status == 0 or number in _ASKED_TO_END or self.failure:
             return
         if number == 0 and self._gave_notice(rank):
             return
-        # Killed: torchrun's agent, which looks every 0.1 s, is about to end this rank, too. So speak before asking.
+        # torchrun's agent polls every 0.1 s and is about to end this rank too, so report before asking the store.
         ours = headline(rank, f"{self._heard[rank].place} (last heard of)", _cause(status))
         if self._rank < min(self._processes, default=self._rank + 1):
             say(ours)
         self.failure = self._job_status.claim_failure(ours)
 
     def _gave_notice(self, rank: int) -> bool:
-        """Whether its end was in order, or explained by a message (which may take a moment to get here)."""
+        """Return whether the rank ended in order or reported its failure (the message may take a moment to arrive)."""
         time.sleep(0.5)
         heartbeat = self._job_status.heartbeats([rank]).get(rank)
         return heartbeat is None or heartbeat.done or self._job_status.failure() is not None
 
 
 def _ranks_of_this_node(rank: int, world: int) -> set[int]:
-    """The ranks of this launcher; torchrun numbers a node's ranks one after the other."""
+    """Return the ranks started by this launcher; torchrun numbers a node's ranks consecutively."""
     first = rank - int(os.environ.get("LOCAL_RANK", rank))
     return set(range(first, min(world, first + int(os.environ.get("LOCAL_WORLD_SIZE", world)))))
 
 
 def _exit_status(pid: int) -> int | None:
-    """The wait status of a process that its parent has not reaped yet."""
+    """Return the wait status of a process that its parent has not reaped yet, else None."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,7 +1,7 @@
-"""What ranks tell each other beside the collectives, in the rendezvous store: signs of life, and the first failure.
+"""Out-of-band status between ranks, in the rendezvous store: heartbeats and the first failure.
 
-Every rank has a connection of its own, since a main thread that waits in the store holds the other one. Once the store
-is gone (it ends with the launcher, or with rank 0 where no launcher keeps it), a rank knows what it has heard so far.
+Every rank has its own connection, because a main thread that waits in the store blocks the other one. Once the store is
+gone (it ends with the launcher, or with rank 0 if no launcher keeps it), a rank keeps what it has read so far.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _Answer = TypeVar("_Answer")
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """A sign of life: where the rank is, for how many seconds, and as which process. ``done``: it ended in order."""
+    """A sign of life: the rank's phase, for how many seconds, and its process. ``done``: it ended in order."""
 
     count: int
     place: str
@@ -31,16 +31,16 @@ class Heartbeat:
 
 
 def this_machine() -> str:
-    """Host and process-id namespace: where it is the same, a process id means the same process."""
+    """Return host name and process-id namespace: if both match, equal process ids mean the same process."""
     return f"{socket.gethostname()}/{os.stat('/proc/self/ns/pid').st_ino}"
 
 
 class JobStatus:
-    """The job's status as one rank sees it. No method waits for another rank. ``usable``: the store is there."""
+    """The job's status as one rank sees it. No method waits for another rank. ``usable``: the store still answers."""
 
     def __init__(self, store: dist.TCPStore, rank: int, world: int):
-        # A launcher that keeps its store over restarts counts them. Where the store is a new one each time, launchers
-        # may count differently: one that was started again joins others that were not.
+        # A launcher that keeps its store across restarts counts them. If the store is new each time, launchers may
+        # count differently: a restarted one joins others that were not restarted.
         kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] if kept else "0"
         self._store = dist.PrefixStore(f"megatron_dypo/{attempt}", store)
@@ -52,7 +52,7 @@ class JobStatus:
 
     @classmethod
     def of_this_job(cls) -> Self | None:
-        """A new connection to the store of the default process group; None for a single rank."""
+        """Open a new connection to the store of the default process group; return None for a single rank."""
         store = dist.distributed_c10d._get_default_store()
         while isinstance(store, dist.PrefixStore):
             store = store.underlying_store
@@ -64,7 +64,7 @@ class JobStatus:
         self._ask(lambda: self._store.set(f"beat/{self._rank}", json.dumps(asdict(heartbeat))), None)
 
     def heartbeats(self, ranks: Iterable[int] | None = None) -> dict[int, Heartbeat]:
-        """The newest sign of life of each of ``ranks`` (default: of all others) that has ever given one."""
+        """Return the latest heartbeat of each of ``ranks`` (default: all others) that has published one."""
 
         def read() -> dict[int, Heartbeat]:
             wanted = self._others if ranks is None else list(ranks)
@@ -76,32 +76,32 @@ class JobStatus:
         return self._ask(read, {})
 
     def whereabouts(self) -> list[str]:
-        """A line for each other rank: where it was last heard of."""
+        """Return one line per other rank: the phase it was last seen in."""
         return [
             f"  rank {rank}: {heartbeat.place} for {heartbeat.seconds:.0f} s"
             for rank, heartbeat in self.heartbeats().items()
         ]
 
     def claim_failure(self, headline: str) -> str:
-        """The headline of the rank that failed first: this one, unless another was faster."""
+        """Return the headline of the rank that failed first: this one, unless another was faster."""
         self._failure = self._failure or self._ask(
             lambda: self._store.compare_set("failure", "", headline).decode(), headline
         )
         return self._failure
 
     def failure(self) -> str | None:
-        """The headline of the rank that failed first, if one has."""
+        """Return the headline of the rank that failed first, or None."""
         self._failure = self._failure or self._ask(
             lambda: self._store.get("failure").decode() if self._store.check(["failure"]) else None, None
         )
         return self._failure
 
     def ask_for_stacks(self) -> None:
-        """Have every rank write its stacks."""
+        """Ask every rank to write its stacks."""
         self._ask(lambda: self._store.add("stacks", 1), 0)
 
     def stacks_asked(self) -> int:
-        """How often all stacks were asked for."""
+        """Return how often all stacks have been requested."""
         return self._ask(lambda: self._store.add("stacks", 0), 0)
 
     def _ask(self, question: Callable[[], _Answer], otherwise: _Answer) -> _Answer:
@@ -109,6 +109,6 @@ class JobStatus:
             return otherwise
         try:
             return question()
-        except RuntimeError:  # torch's DistError among them
+        except RuntimeError:  # includes torch's DistError
             self.usable = False
             return otherwise

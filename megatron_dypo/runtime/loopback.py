@@ -1,7 +1,7 @@
-"""``torchrun --rdzv-backend loopback``: one machine, and the launcher's store listens on 127.0.0.1 only.
+"""``torchrun --rdzv-backend loopback``: one machine, with the launcher's store on 127.0.0.1 only.
 
-torchrun's own rendezvous, ``--standalone`` too, listens on all interfaces, and anyone who gets to it can write to the
-job. setup.py registers this one with torchrun.
+torchrun's own rendezvous, including ``--standalone``, listens on all interfaces, and anyone who reaches it can write to
+the job. setup.py registers this one with torchrun.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ADDRESS = "127.0.0.1"
 
 
 class LoopbackRendezvous(RendezvousHandler):
-    """The rendezvous of a single agent: it meets nobody, and shares its store with its ranks."""
+    """The rendezvous of a single agent: it waits for no other agent and shares its store with its ranks."""
 
     def __init__(self, parameters: RendezvousParameters):
         if parameters.max_nodes != 1:
@@ -36,7 +36,7 @@ class LoopbackRendezvous(RendezvousHandler):
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """At the start, and again with an empty store at every restart of the ranks."""
+        """Open an empty store; called at the start and at every restart of the ranks."""
         server = socket.create_server((_ADDRESS, 0))
         port = server.getsockname()[1]
         self._store = TCPStore(
@@ -65,5 +65,5 @@ class LoopbackRendezvous(RendezvousHandler):
 
 
 def handler() -> type[LoopbackRendezvous]:
-    """What torchrun calls to make the rendezvous."""
+    """Return the rendezvous class; torchrun's entry point."""
     return LoopbackRendezvous

@@ -1,4 +1,4 @@
-"""Seconds per named phase of one step and which rank was the slowest, and how much memory this rank has needed."""
+"""Seconds per named phase of a step, the slowest rank, and this process's peak memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PHASES = ("rollout", "reward", "logprob", "update", "sync")
 
 
 class StepTimer:
-    """``with clock("rollout"): ...`` adds to ``clock.seconds["rollout"]``."""
+    """Times phases: ``with clock("rollout"): ...`` adds to ``clock.seconds["rollout"]``."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -30,7 +30,7 @@ class StepTimer:
         self.seconds[name] += time.perf_counter() - began
 
     def compare(self, seconds: list[float]) -> None:
-        """Take note of what each rank's share of the rollouts took, without waiting for others."""
+        """Record the seconds that each rank's share of the rollouts took, without waiting for others."""
         if len(seconds) > 1:
             slowest = max(seconds)
             self._stragglers = {
@@ -39,16 +39,15 @@ class StepTimer:
             }
 
     def include(self, other: StepTimer) -> None:
-        """Take over what another one measured, of work alongside this step's."""
+        """Add the measurements of another timer, taken of work alongside this step."""
         for name, seconds in other.seconds.items():
             self.seconds[name] += seconds
         self._stragglers |= other._stragglers
 
     def metrics(self) -> dict[str, float]:
-        """``time/PHASE`` of the phases of a step and of what else was timed, and ``time/step`` from construction until
-        now (seconds).
+        """Return ``time/PHASE`` per phase and other timed work, and ``time/step`` since construction (seconds).
 
-        With several ranks that sample: ``perf/straggler_rank``, whose rollouts and rewards took longest, and
+        With several sampling ranks also ``perf/straggler_rank``, the rank whose rollouts and rewards took longest, and
         ``perf/rollout_imbalance``, its seconds over the mean of all ranks.
         """
         times = {f"time/{name}": self.seconds.get(name, 0.0) for name in (*PHASES, *self.seconds)}
@@ -59,21 +58,21 @@ _KIB_PER_GIB = 2**20
 
 
 class DevicePeak:
-    """The peak in bytes of what torch has allocated on the device, without what a sleeping vLLM has given back.
+    """Peak bytes that torch has allocated on the device, without what a sleeping vLLM has released.
 
-    That is unmapped behind torch's back: its addresses are kept, and count as allocated.
+    vLLM unmaps that memory without torch noticing: its addresses are kept and count as allocated.
     """
 
     def __init__(self) -> None:
         self._peak = self._unmapped = 0
 
     def unmapped(self, size: int) -> None:
-        """From now on ``size`` bytes that torch counts as allocated are not on the device."""
+        """Count ``size`` bytes that torch reports as allocated as not on the device from now on."""
         self._note()
         self._unmapped = size
 
     def take(self) -> int:
-        """The peak since the last call."""
+        """Return the peak since the last call."""
         self._note()
         peak, self._peak = self._peak, 0
         return peak
@@ -87,10 +86,10 @@ DEVICE = DevicePeak()  # this process's
 
 
 def take_peaks() -> dict[str, float]:
-    """This process's peaks in GiB: resident memory since its start and, on CUDA, allocated memory since the last call.
+    """Return this process's peaks in GiB: resident memory since its start and CUDA memory since the last call.
 
-    Linux counts the resident peak in KiB. The device's covers everything in this process, a rollout engine included
-    while it is awake.
+    Linux reports the resident peak in KiB. The device peak covers everything in this process, including a rollout
+    engine while it is awake.
     """
     peaks = {"perf/host_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _KIB_PER_GIB}
     if torch.cuda.is_available():
@@ -99,7 +98,7 @@ def take_peaks() -> dict[str, float]:
 
 
 def device_bytes() -> int | None:
-    """Memory of this rank's GPU; None without CUDA."""
+    """Return the memory of this rank's GPU in bytes; None without CUDA."""
     return (
         torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         if torch.cuda.is_available()
@@ -108,7 +107,7 @@ def device_bytes() -> int | None:
 
 
 def free_host_memory() -> int:
-    """Bytes of host memory that this process may still take: the machine's, or what is left of its container's."""
+    """Return the bytes of host memory this process may still take: free on the machine, or left in its container."""
     free, cgroup = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
     limit, used = cgroup / "memory.max", cgroup / "memory.current"
     if limit.is_file() and used.is_file() and (most := limit.read_text().strip()) != "max":

@@ -1,6 +1,6 @@
-"""What a training process sets up first: which process it ends with, which signals tell of its state; and threads.
+"""First setup of a training process: the launcher it ends with, the signals it handles, and threads.
 
-Imports no torch.
+Does not import torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LAUNCHER_SECONDS = 60.0  # how long a launcher that is busy may take to accept 
 
 
 def setup_process() -> None:
-    """Call before anything that starts threads: the signal mask is theirs, too."""
+    """Set up signals and crash dumps. Call before any thread starts, because threads inherit the signal mask."""
     end_with_launcher()
     signal.pthread_sigmask(signal.SIG_BLOCK, {STACKS_SIGNAL})  # the watchdog's thread waits for it
     if sys.__stderr__ is not None:
@@ -31,10 +31,10 @@ def setup_process() -> None:
 
 
 def end_with_launcher() -> None:
-    """Under torchrun: from now on the kernel kills this process when the launcher dies.
+    """Under torchrun, make the kernel kill this process when the launcher dies.
 
-    SIGKILL, not SIGTERM: neither a library's handler nor code stuck in C can hold it back, and nothing needs a clean
-    end: checkpoints appear whole or not at all. A launcher that died before is noticed by its rendezvous store, which
+    SIGKILL rather than SIGTERM: neither a library's handler nor code stuck in C can delay it, and no clean end is
+    needed, because checkpoints are atomic. A launcher that is already dead is noticed by its rendezvous store, which
     listens before any rank is started.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -53,7 +53,7 @@ _Result = TypeVar("_Result")
 
 
 def in_thread(work: Callable[[], _Result], name: str) -> Future[_Result]:
-    """``work``'s result, or what it raised, from a thread that does not keep the process from ending."""
+    """Run ``work`` in a daemon thread; the future holds its result or its exception."""
     future: Future[_Result] = Future()
 
     def run() -> None:

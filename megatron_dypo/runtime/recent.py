@@ -1,4 +1,4 @@
-"""What is usual for a series that has just been: the level that a new value is compared with."""
+"""The recent level of a series, to compare a new value with."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Sequence
 
 RECENT = 50  # values that make up the recent level
-NEEDED = 20  # before that many, there is none
+NEEDED = 20  # with fewer values there is no level
 
 
 def recent_level(values: Sequence[float]) -> float | None:
-    """Median of the last ``RECENT`` of ``values``, oldest first; None before ``NEEDED`` have been seen."""
+    """Return the median of the last ``RECENT`` of ``values``, oldest first; None if there are fewer than ``NEEDED``."""
     recent = values[-RECENT:]
     return statistics.median(recent) if len(recent) >= NEEDED else None

@@ -1,7 +1,7 @@
-"""``python -m megatron_dypo.runtime.rendezvous_check HOST:PORT``: is that port free, or a rendezvous store?
+"""``python -m megatron_dypo.runtime.rendezvous_check HOST:PORT``: check that the port is free or a rendezvous store.
 
-torchrun waits without a word, longer than any deadline it is given, for a program on that port that is not one of its
-stores. launch/multi_node.sh asks here first.
+If another program listens on that port, torchrun waits in silence, longer than any deadline it is given.
+launch/multi_node.sh checks the port here first.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from megatron_dypo.errors import UserError
 from megatron_dypo.runtime.console import run_tool
 
-SECONDS = 10.0  # for an answer
+SECONDS = 10.0  # to wait for an answer
 _MEET = """\
 import sys
 from torch.distributed import TCPStore
@@ -23,9 +23,10 @@ TCPStore(sys.argv[1], int(sys.argv[2]), is_master=False, wait_for_workers=False)
 
 
 def check_rendezvous(address: str) -> None:
-    """Raise UserError where ``HOST:PORT`` is not an address, or what listens there does not answer as a store does.
+    """Raise UserError if ``HOST:PORT`` is not an address, or if its listener does not answer as a store does.
 
-    Nothing that listens yet is fine, and so is a name that cannot be looked up yet: the first node may still be coming.
+    A port without a listener is fine, and so is a name that does not resolve yet: the first node may still be coming
+    up.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
@@ -35,7 +36,7 @@ def check_rendezvous(address: str) -> None:
     except OSError:
         return
 
-    # In a process of its own: torch's constructor keeps to no deadline where a program is not a store.
+    # In a separate process: torch's constructor ignores its deadline if the listener is not a store.
     command = [sys.executable, "-c", _MEET, host.strip("[]"), port]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
         if child.stdout is not None:

@@ -1,6 +1,6 @@
-"""SIGTERM or SIGUSR1 during training: finish the step, save, end with a code of its own, so that a start goes on.
+"""SIGTERM or SIGUSR1 during training: finish the step, save, and exit with EX_TEMPFAIL, so that a restart resumes.
 
-torchrun passes either on to its ranks (``launch/`` has it do so for SIGUSR1, too) and then waits for them.
+torchrun passes both on to its ranks (``launch/`` sets that up for SIGUSR1) and then waits for them.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch.distributed as dist
 from megatron_dypo.runtime.distributed import device
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# Not 0: where one node of several is told to go, the launchers of the others are to start again and wait for it.
+# Not 0: if one node of several is asked to stop, the launchers of the others have to restart and wait for it.
 EXIT_CODE = os.EX_TEMPFAIL
 
 
 class StopRequest:
-    """A context manager round the steps; the main thread enters it on every rank.
+    """A context manager around the steps; the main thread enters it on every rank.
 
-    Before it, the signals end the process as they always do: there is nothing to save. A rank that waits in C for one
-    that is gone never gets to the handler, and is ended by its watchdog.
+    Before it, the signals end the process as usual, since there is nothing to save. A rank that waits in C for a lost
+    peer never reaches the handler; its watchdog ends it.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def agreed(self) -> signal.Signals | None:
-        """The signal that any rank has got; collective. All ranks have to stop after the same step."""
+        """Return the signal that any rank received, or None; collective, so that all ranks stop after the same step."""
         asked = torch.tensor([self._asked], dtype=torch.int32, device=device())
         dist.all_reduce(asked, dist.ReduceOp.MAX)
         number = int(asked.item())

@@ -1,4 +1,4 @@
-"""Functions of the user's own, by ``package.module:function`` or ``path/file.py:function``."""
+"""Load the user's own functions from ``package.module:function`` or ``path/file.py:function``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def load_function(named: str) -> Callable[..., Any]:
-    """Import what ``named`` names. Raises FileNotFoundError, AttributeError, or what the import raises."""
+    """Import the function ``named``. Raises FileNotFoundError, AttributeError, or the error of the import itself."""
     where, _, name = named.rpartition(":")
     function = getattr(_module(where), name, None)
     if function is None:
@@ -28,8 +28,8 @@ def _module(where: str) -> ModuleType:
     path = Path(where).resolve()
     if not path.is_file():
         raise FileNotFoundError("no such file")
-    sys.path.insert(0, str(path.parent))  # for modules beside it
-    name = f"user_file_{path.stem}"  # not the stem alone: it may be that of a module of ours or of a library
+    sys.path.insert(0, str(path.parent))  # for modules next to it
+    name = f"user_file_{path.stem}"  # not the stem alone, which may name a module of ours or of a library
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None, "a .py file has both"
     module = importlib.util.module_from_spec(spec)

