@@ -1,1 +1,1 @@
-"""Training checkpoints: mcore's distributed format, written atomically, read back exactly."""
+"""Training checkpoints in mcore's distributed format: written atomically, read back exactly."""

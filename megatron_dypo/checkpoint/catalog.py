@@ -1,7 +1,7 @@
-"""Which checkpoints a run folder holds and whether their files are what was written; imports nothing heavy.
+"""List a run's checkpoints and verify their files; imports nothing heavy.
 
-``step_N/manifest.json`` is ``{"files": {name: {"bytes": int, "sha256": hex}}}``, written last. Whatever it holds, and
-whatever has become of the files, is told in one line and never raises.
+``step_N/manifest.json`` is ``{"files": {name: {"bytes": int, "sha256": hex}}}``, written last. A damaged manifest or
+file is reported in one line and never raises.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from megatron_dypo.runtime.fs import is_safe_name
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
-PREFETCHED = "in_flight.jsonl"  # the batch that was sampled already, and not trained on yet; where there was one
-SIDE = "side."  # before the names of a second model's tensors
+PREFETCHED = "in_flight.jsonl"  # the batch sampled ahead but not trained on yet, if any
+SIDE = "side."  # prefix of a second model's tensor names
 ALWAYS_THERE = (".metadata", "common.pt", "metadata.json", "state.json")
 _STEP = re.compile("step_([1-9][0-9]*)")
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -28,7 +28,7 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class File:
-    """What the manifest says of one file."""
+    """One file's entry in the manifest."""
 
     bytes: int
     sha256: str
@@ -39,14 +39,14 @@ def step_folder(run_dir: Path, step: int) -> Path:
 
 
 def prefetched_file(folder: Path) -> Path | None:
-    """The file of the batch that was sampled ahead when the checkpoint was saved, if there was one."""
+    """Return the file of the batch sampled ahead when the checkpoint was saved, or None."""
     return folder / PREFETCHED if PREFETCHED in listed_files(folder) else None
 
 
 def complete_steps(run_dir: Path) -> list[int]:
-    """Steps of the complete checkpoints, oldest first: those whose manifest's files are all there in full.
+    """Return the steps of the complete checkpoints, oldest first: every file of the manifest is there in full.
 
-    Reads no file but the manifests; ``find_fault`` compares contents.
+    Reads only the manifests; ``find_fault`` compares contents.
     """
     names = (folder.name for folder in (run_dir / "checkpoints").glob("step_*"))
     steps = sorted(int(found[1]) for name in names if (found := _STEP.fullmatch(name)))
@@ -54,20 +54,20 @@ def complete_steps(run_dir: Path) -> list[int]:
 
 
 def none_left(run_dir: Path) -> str:
-    """What to say where there are checkpoints and none can be used: to train over them is for the user to decide."""
+    """Return the message for a run whose checkpoints are all damaged: the user decides whether to overwrite them."""
     return f"{run_dir / 'checkpoints'}: every checkpoint is damaged; remove the folder to start anew"
 
 
 def listed_files(folder: Path) -> list[str]:
-    """Names of the files in the folder's manifest, sorted; none where the manifest is no good."""
+    """Return the names of the files in the folder's manifest, sorted; none if the manifest is invalid."""
     files, _ = _read_manifest(folder)
     return sorted(files)
 
 
 def find_fault(folder: Path, names: Iterable[str] | None = None) -> str | None:
-    """What is wrong with the manifest, or with one of these files (all of them, if None); None where nothing is.
+    """Return what is wrong with the manifest or one of these files (default: all of them); None if nothing is.
 
-    Every byte of the named files is read.
+    Reads every byte of the named files.
     """
     files, fault = _read_manifest(folder)
     if fault:
@@ -85,12 +85,12 @@ def _is_complete(folder: Path) -> bool:
     for name, file in files.items():
         fault = fault or _size_fault(folder / name, file)
     if fault:
-        log.warning("%s: not a complete checkpoint, left aside", fault)
+        log.warning("%s: not a complete checkpoint, ignored", fault)
     return fault is None
 
 
 def _read_manifest(folder: Path) -> tuple[dict[str, File], str | None]:
-    """(what the manifest lists, None), or ({}, what is wrong with it)."""
+    """Return (entries of the manifest, None), or ({}, what is wrong with it)."""
     path = folder / MANIFEST
     try:
         tree = json.loads(path.read_bytes())
@@ -100,11 +100,11 @@ def _read_manifest(folder: Path) -> tuple[dict[str, File], str | None]:
         return {}, f"{path}: not valid JSON: {error}"
     entries = tree.get("files") if isinstance(tree, dict) else None
     if not isinstance(entries, dict):
-        return {}, f"{path}: holds no mapping of files"
+        return {}, f"{path}: does not hold a mapping of files"
     files = {}
     for name, entry in entries.items():
         if (file := _file(entry)) is None or not is_safe_name(name):
-            return {}, f"{path}: {name!r:.80} is no file of this folder with bytes and sha256"
+            return {}, f"{path}: {name!r:.80} is not a file of this folder with bytes and sha256"
         files[name] = file
     if missing := [name for name in ALWAYS_THERE if name not in files]:
         return {}, f"{path}: does not list {missing[0]}"

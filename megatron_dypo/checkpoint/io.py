@@ -1,14 +1,14 @@
-"""The files of a checkpoint, in torch's format of distributed checkpoints, which Megatron-Core reads (``torch_dist``).
+"""Read and write checkpoint files in torch's distributed format, which Megatron-Core reads (``torch_dist``).
 
-One data file a rank, written by that rank alone, and an index that says which part of which tensor lies where. Planning
-needs no collective: every rank knows what it holds. (mcore's own writer gathers plans, starts a manager that runs
-``__main__`` again and forks writers beside the threads of vLLM and OpenMP; see benchmarks/checkpoints.py.)
+Each rank writes one data file, and an index records which part of which tensor lies where. Planning needs no
+collective: every rank knows what it holds. (mcore's own writer gathers plans, starts a manager that runs ``__main__``
+again and forks writers alongside the threads of vLLM and OpenMP; see benchmarks/checkpoints.py.)
 
-The index, ``.metadata``, is a pickle, and torch unpickles it without restriction: its author could choose what runs
-here. So ``read_index`` unpickles it first, with the classes that our index is made of and no others. The rest of a
-checkpoint cannot run anything: mcore reads ``common.pt`` and torch the tensors with ``weights_only``. Objects beside
-the tensors (``BytesStorageMetadata``) are left off the list on purpose: torch would unpickle them out of the data
-files, again without restriction.
+The index, ``.metadata``, is a pickle, and torch unpickles it without restriction: its author could run any code here.
+So ``read_index`` unpickles it first and allows only the classes of our own index. The rest of a checkpoint cannot run
+code: mcore reads ``common.pt`` and torch the tensors with ``weights_only``. Objects stored with the tensors
+(``BytesStorageMetadata``) are not allowed, on purpose: torch would unpickle them from the data files, again without
+restriction.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ _ALLOWED = {
 
 
 class _Refused(Exception):
-    """A global that is not allowed."""
+    """Raised for a global that is not allowed."""
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Finds allowed globals and torch's dtypes; anything else ends the reading before it is imported."""
+    """Resolves allowed globals and torch's dtypes; stops at anything else before importing it."""
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
@@ -70,16 +70,16 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 def read_index(path: Path) -> Metadata:
-    """The index of a checkpoint's tensors. Raises UserError naming the file unless it is one, of files beside it.
+    """Return the index of a checkpoint's tensors; raise UserError naming the file if it is not a valid one.
 
-    Names the offending global where the pickle asks for one; nothing of it is run.
+    The error names the offending global if the pickle asks for one; none of it is run.
     """
     try:
-        # From memory: out of a file, a damaged length would first be allocated.
+        # From memory: read from a file, a damaged length would be allocated first.
         index = _IndexUnpickler(io.BytesIO(path.read_bytes())).load()
     except _Refused as refused:
         raise UserError(f"{path}: refused: it asks for {refused}, which no index of a checkpoint holds") from None
-    except Exception as error:  # whatever the pickle machine raises on bytes that are none of its own
+    except Exception as error:  # pickle raises anything on foreign bytes
         raise UserError(f"{path}: cannot be read: {type(error).__name__}: {error}") from None
     if not _is_index(index):
         raise UserError(f"{path}: is no index of a checkpoint's tensors")
@@ -98,7 +98,7 @@ def _is_index(index: Any) -> bool:
 
 @dataclass(frozen=True)
 class TensorPiece:
-    """Where a piece of a tensor belongs: ``sizes`` elements from ``offsets`` on in the tensor ``key`` of ``shape``."""
+    """Position of a piece of a tensor: ``sizes`` elements from ``offsets`` on in the tensor ``key`` of ``shape``."""
 
     key: str
     shape: tuple[int, ...]
@@ -109,7 +109,7 @@ class TensorPiece:
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """One finished file: its size in bytes, its checksum, and (place, offset, length) of each piece in it."""
+    """A finished file: its size in bytes, its checksum, and (position, offset, length) of each piece in it."""
 
     file: str
     size: int
@@ -118,22 +118,22 @@ class WrittenFile:
 
 
 def write_pieces(path: Path, pieces: Iterable[tuple[TensorPiece, Tensor]]) -> WrittenFile:
-    """Write this rank's pieces (host tensors) to ``path``, down to the disk, without a copy. Raises OSError."""
+    """Write this rank's pieces (host tensors) to ``path``, flushed to the disk, without a copy. Raises OSError."""
     places = []
     with new_file(path) as file:
-        stream: Any = _Hashed(file)  # of what torch asks for, only `write`
+        stream: Any = _Hashed(file)  # torch only calls `write`
         for place, tensor in pieces:
             start = stream.size
             try:
                 torch.save(tensor.view(place.sizes), stream)
-            except RuntimeError as error:  # torch's writer ends the archive, and hides why it could not be written
+            except RuntimeError as error:  # torch's writer closes the archive and hides the cause
                 raise stream.fault or error from None
             places.append((place, start, stream.size - start))
     return WrittenFile(path.name, stream.size, stream.digest.hexdigest(), places)
 
 
 class _Hashed(io.RawIOBase):
-    """What torch writes to: a file whose bytes are counted and hashed on their way. torch is not to seek in it."""
+    """A stream for torch that counts and hashes the bytes it writes; not seekable."""
 
     def __init__(self, file: BinaryIO):
         self._file, self.digest, self.size = file, hashlib.sha256(), 0
@@ -154,7 +154,7 @@ class _Hashed(io.RawIOBase):
 
 
 def write_file(path: Path, content: bytes) -> WrittenFile:
-    """Write a file that holds no tensor, down to the disk. Raises OSError."""
+    """Write a file that holds no tensor, flushed to the disk. Raises OSError."""
     _write(path, content)
     return WrittenFile(path.name, len(content), hashlib.sha256(content).hexdigest(), [])
 
@@ -162,7 +162,7 @@ def write_file(path: Path, content: bytes) -> WrittenFile:
 def write_index(folder: Path, parts: list[WrittenFile], state: dict) -> None:
     """Complete a folder: mcore's index and, last, the manifest of all files' sizes and checksums. Raises OSError.
 
-    ``state``, the step among it, is kept as ``state.json``. Raises ValueError where the pieces do not make up whole
+    ``state``, which includes the step, is saved as ``state.json``. Raises ValueError if the pieces do not cover whole
     tensors.
     """
     tensors: dict[str, TensorStorageMetadata] = {}
@@ -195,7 +195,7 @@ def write_index(folder: Path, parts: list[WrittenFile], state: dict) -> None:
 
 
 def shared_fault(folder: Path) -> str | None:
-    """The first fault that any rank found; the ranks share the files out between them. Collective."""
+    """Return the first fault that any rank found, or None; the ranks divide the files among them. Collective."""
     mine = listed_files(folder)[dist.get_rank() :: dist.get_world_size()]
     faults = [fault for fault in all_gather_objects(find_fault(folder, mine)) if fault]
     return faults[0] if faults else None

@@ -1,7 +1,7 @@
-"""Checkpoints: a snapshot written in a thread, or written at once; committed when all ranks are done; and loading.
+"""Asynchronous checkpoints: snapshot to host memory, write in a thread, commit once every rank is done; and loading.
 
-Loading takes the newest checkpoint whose files are what was written. ``Counters`` is what a run counts between its
-steps, kept as ``state.json``.
+Loading takes the newest checkpoint whose files are undamaged. ``Counters`` is what a run counts between its steps,
+saved as ``state.json``. With ``trainer.save_blocking`` the step itself writes.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Counters:
-    """What a run counts; everything else it draws is a hash of seed, step and prompt.
+    """A run's counters; everything else it draws is a hash of seed, step and prompt.
 
     ``grad_norms`` are those of the last applied updates, oldest first, and ``flush_norms`` those of updates on the
-    queue: JSON keeps every bit of them, so that a resumed run judges the next norm as the uninterrupted one would.
-    ``queue`` is what waits for such an update (objectives/queue.py).
+    queue: JSON keeps every bit of them, so a resumed run judges the next norm as the uninterrupted one would. ``queue``
+    holds the prompts waiting for such an update (objectives/queue.py).
     """
 
     step: int = 0
     weight_version: int = 0
-    stage_version: int = 0  # the weight version that the present stage of the run began with
+    stage_version: int = 0  # the weight version at which the current stage of the run began
     skipped_steps: int = 0
     empty_steps: int = 0
     skipped_in_a_row: int = 0
@@ -80,8 +80,10 @@ class Counters:
         flush_norms: Sequence[float] = (),
         queue: Sequence[Waiting] = (),
     ) -> None:
-        """A finished step, with the norms of its applied updates, and what it left waiting. An empty one neither adds
-        to nor ends a row of skipped ones."""
+        """Count a finished step: the norms of its applied updates, and the prompts left waiting.
+
+        An empty step neither extends nor ends a run of skipped ones.
+        """
         self.step, self.weight_version = step, weight_version
         self.skipped_steps += skipped
         self.empty_steps += empty
@@ -93,13 +95,13 @@ class Counters:
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> Counters:
-        """Those of a ``state.json``, also of one of before a field was there."""
+        """Return the counters of a ``state.json``, including one written before a field existed."""
         state = {"stage_version": 0, "grad_norms": state.get("norms"), "flush_norms": [], "queue": []} | state
         state["queue"] = [(prompt, tuple(teachers)) for prompt, teachers in state["queue"]]
         return cls(**{field.name: state[field.name] for field in fields(cls)})
 
     def begin_stage(self, weight_version: int) -> None:
-        """Adam counts anew, gradient norms of another objective do not count, and what waited is the old stage's."""
+        """Reset what belongs to the previous stage: Adam's count, gradient norms of its objective, and its queue."""
         self.stage_version, self.grad_norms, self.flush_norms, self.queue = weight_version, [], [], []
 
     def metrics(self) -> dict[str, float]:
@@ -107,9 +109,9 @@ class Counters:
 
 
 def load_newest(run_dir: Path, steps: list[int], policy: Policy, side: Policy | None = None) -> Counters:
-    """Load the newest of the checkpoints ``steps`` that is undamaged; warn of each damaged one. Collective.
+    """Load the newest undamaged checkpoint of ``steps``; warn about each damaged one. Collective.
 
-    Raises TrainingError where none is left: training from the start in their place is for the user to decide.
+    Raises TrainingError if none is left: the user decides whether to train from the start in their place.
     """
     for step in reversed(steps):
         folder = step_folder(run_dir, step)
@@ -124,30 +126,30 @@ def load_newest(run_dir: Path, steps: list[int], policy: Policy, side: Policy | 
 def _load(folder: Path, policy: Policy, side: Policy | None) -> Counters:
     """Restore weights, optimizer and reference exactly, at any layout, and a second model's; collective.
 
-    Raises TrainingError where mcore cannot read them, UserError where ``.metadata`` holds more than plain data.
+    Raises TrainingError if mcore cannot read them, UserError if ``.metadata`` holds more than plain data.
     """
     state = json.loads((folder / "state.json").read_text())
     counters = Counters.of(state)
     read_index(folder / ".metadata")
-    policy.begin_stage(stage_at(stages_of(policy.config), counters.step).config)  # whose last step it was saved after
+    policy.begin_stage(stage_at(stages_of(policy.config), counters.step).config)  # the stage of its last step
     policy.version, policy.stage_version = counters.weight_version, counters.stage_version
     try:
         restore(policy, folder)
         if side:
             side.version = state["side_version"]
             restore(side, folder, SIDE)
-    except (CheckpointException, CheckpointingException) as error:  # the first is no Exception: reports would miss it
+    except (CheckpointException, CheckpointingException) as error:  # the first is not an Exception, so reports miss it
         raise TrainingError(f"{folder}: {error}") from error
     return counters
 
 
 _Piece = tuple[TensorPiece, Tensor]
-_PARTIAL = ".partial-"  # what is not, or no longer, a checkpoint; removed when a run starts
+_PARTIAL = ".partial-"  # prefix of folders that are not (or no longer) checkpoints; removed when a run starts
 
 
 @dataclass
 class _Pending:
-    """A save under way. ``written`` gets the files that this rank wrote, or the OSError."""
+    """A save in progress. ``written`` receives the files that this rank wrote, or the OSError."""
 
     folder: Path
     state: dict
@@ -155,13 +157,13 @@ class _Pending:
 
 
 def _taken(kept: deque[_Piece]) -> Iterator[_Piece]:
-    """What is in it, which is let go of once it is written."""
+    """Yield the pieces, releasing each one once it is written."""
     while kept:
         yield kept.popleft()
 
 
 def _at_once(write: Callable[[Iterator[_Piece]], list[WrittenFile]], pieces: Iterator[_Piece]) -> Future:
-    """``write(pieces)``, now. What it leaves is asked for nevertheless: other ranks may wait for this one."""
+    """Return the finished result of ``write(pieces)``; drain the pieces it leaves, because other ranks may wait."""
     done: Future[list[WrittenFile]] = Future()
     try:
         done.set_result(write(pieces))
@@ -173,10 +175,9 @@ def _at_once(write: Callable[[Iterator[_Piece]], list[WrittenFile]], pieces: Ite
 
 
 class Saver:
-    """The run's checkpoints. Its methods are collective: every rank calls them at the same steps.
+    """Saves the run's checkpoints. Methods are collective: every rank calls them at the same steps.
 
-    A failed save (a full disk) leaves the older checkpoints as they are, is logged, and is tried again at the next
-    step.
+    A failed save (a full disk) leaves older checkpoints untouched, is logged, and is retried at the next step.
     """
 
     def __init__(self, config: Config, policy: Policy, side: Policy | None = None):
@@ -187,7 +188,7 @@ class Saver:
         self._pending: _Pending | None = None
         self._retry = False
         self._score: float | None = None
-        self._seconds = 0.0  # that the loop was held up since `take_seconds`
+        self._seconds = 0.0  # spent blocking the loop since `take_seconds`
         if dist.get_rank() == 0:
             for left_over in self._run_dir.glob(f"checkpoints/{_PARTIAL}*"):
                 shutil.rmtree(left_over, ignore_errors=True)
@@ -196,11 +197,10 @@ class Saver:
     def after_step(
         self, counters: Counters, score: float | None, prefetched: Sequence[Group] = (), last: bool = False
     ) -> None:
-        """Complete what has been written, and save where ``trainer.save_every`` says so, or, whatever that says,
-        after the ``last`` step before a stop.
+        """Commit what has been written; save if ``trainer.save_every`` is due, or after the ``last`` step.
 
-        ``score`` is this step's held-out accuracy, if it was evaluated: the best checkpoint is kept. ``prefetched`` is
-        what has been sampled for the next step already.
+        ``score`` is this step's held-out accuracy, if it was evaluated: the best checkpoint is kept. ``prefetched``
+        holds the groups already sampled for the next step. ``last``: the run stops after this step.
         """
         began = time.perf_counter()
         self._complete(wait=False)
@@ -213,7 +213,7 @@ class Saver:
         self._seconds += time.perf_counter() - began
 
     def finish(self, counters: Counters) -> None:
-        """Wait for the save under way. Raises TrainingError where the last one could not be written, tried twice."""
+        """Wait for the save in progress. Raises TrainingError if the last one could not be written in two attempts."""
         self._complete(wait=True)
         if self._retry:
             self._save(counters, self._score)
@@ -221,22 +221,22 @@ class Saver:
         if self._retry:
             raise TrainingError(f"the checkpoint of step {counters.step} could not be written; see the warning above")
         if dist.get_rank() == 0:
-            self._prune()  # a kill right after the last checkpoint got its name left this undone
+            self._prune()  # in case a kill right after the last rename prevented it
 
     def take_seconds(self) -> float:
-        """Seconds that saving held up the loop since the last call."""
+        """Return the seconds that saving blocked the loop since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
     def _save(self, counters: Counters, score: float | None, prefetched: Sequence[Group] = ()) -> None:
-        """Take a snapshot and start writing it; with ``trainer.save_blocking`` write now, without one."""
+        """Take a snapshot and start writing it; with ``trainer.save_blocking`` write at once, without a snapshot."""
         own = sum(written_bytes(*model) for model in self._models.values())
         total = sum(all_gather_objects(own))
         folder = self._on_rank_0(lambda: self._make_folder(counters.step, total))
         if folder is None:
             return
         name = f"__{dist.get_rank()}_0.distcp"
-        waiting = [replace(group) for group in prefetched]  # the next step grades them while the thread writes
+        waiting = [replace(group) for group in prefetched]  # copied: the next step grades them meanwhile
 
         def write(pieces: Iterator[_Piece]) -> list[WrittenFile]:
             files = [write_pieces(folder / name, pieces)] if own else []
@@ -256,7 +256,7 @@ class Saver:
         self._pending = _Pending(folder, state, written)
 
     def _complete(self, wait: bool) -> None:
-        """Turn the save under way into a checkpoint, once all ranks have written (``wait``: when they have)."""
+        """Commit the save in progress as a checkpoint if all ranks have written; with ``wait``, wait for them."""
         if self._pending is None:
             return
         pending = self._pending
@@ -284,9 +284,9 @@ class Saver:
         self._on_rank_0(commit, pending.folder)
 
     def _publish(self, pending: _Pending) -> Path:
-        """Give the folder its name and let go of older checkpoints, but for the newest and the best."""
+        """Rename the folder to its final name and prune older checkpoints."""
         final = step_folder(self._run_dir, pending.state["step"])
-        if final.exists():  # damaged: a run that skipped it has come to this step again
+        if final.exists():  # damaged: a run that skipped it has reached this step again
             _remove(final)
         os.replace(pending.folder, final)
         sync_folder(final.parent)
@@ -294,7 +294,7 @@ class Saver:
         return final
 
     def _prune(self) -> None:
-        """Remove the checkpoints beyond the newest and the best."""
+        """Remove all checkpoints but the newest ``trainer.keep_checkpoints`` and the best."""
         steps = complete_steps(self._run_dir)
         scores = {step: score for step in steps if (score := _score(step_folder(self._run_dir, step))) is not None}
         best = max(scores, key=lambda step: (scores[step], -step), default=None)
@@ -303,19 +303,19 @@ class Saver:
                 _remove(step_folder(self._run_dir, step))
 
     def _make_folder(self, step: int, total: int) -> Path:
-        """A new folder to write to; OSError where the disk has no room for ``total`` bytes."""
+        """Make a new folder to write to; raise OSError if the disk has no room for ``total`` bytes."""
         checkpoints = self._run_dir / "checkpoints"
         checkpoints.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(checkpoints).free
         if free < total:
             raise OSError(f"{checkpoints}: {total} bytes are needed and {free} are free")
-        # A name of its own: a rank of an earlier launch that was frozen then may still be writing to that one's.
+        # A unique name: a frozen rank of an earlier launch may still be writing to its own.
         folder = checkpoints / f"{_PARTIAL}step_{step}-{uuid.uuid4().hex[:8]}"
         folder.mkdir()
         return folder
 
     def _on_rank_0(self, action: Callable[[], Path], folder: Path | None = None) -> Path | None:
-        """``action``'s path on all ranks; None, and a warning, where it failed, and then ``folder`` is removed."""
+        """Return ``action``'s path on all ranks; on failure, warn, remove ``folder`` and return None."""
         outcome: tuple[Path | None, str] | None = None
         if dist.get_rank() == 0:
             try:
@@ -332,14 +332,14 @@ class Saver:
 
 
 def _remove(folder: Path) -> None:
-    """Under another name first: a kill in the middle leaves no folder that looks like a damaged checkpoint."""
+    """Remove a folder after renaming it: a kill halfway leaves nothing that looks like a damaged checkpoint."""
     doomed = folder.with_name(f"{_PARTIAL}removed-{folder.name}-{uuid.uuid4().hex[:8]}")
     os.replace(folder, doomed)
     shutil.rmtree(doomed)
 
 
 def _score(folder: Path) -> float | None:
-    """The checkpoint's held-out accuracy; None where it has none, or where the file that holds it is damaged."""
+    """Return the checkpoint's held-out accuracy; None if it has none or its file is damaged."""
     if find_fault(folder, ["state.json"]):
         return None
     return json.loads((folder / "state.json").read_text())["score"]

@@ -1,10 +1,10 @@
-"""What a checkpoint holds, cut for this rank: weights, reference, Adam's moments (and master weights).
+"""The contents of a checkpoint, sharded for this rank: weights, reference, Adam's moments (and master weights).
 
-All of it is cut and keyed as mcore cuts the weights (``fully_reshardable``): a tensor of the whole model per weight and
-moment, so that it loads at any layout, with the plain or the distributed optimizer alike. Of the data-parallel ranks,
+Everything is sharded and keyed as mcore shards the weights (``fully_reshardable``): one tensor of the whole model per
+weight and moment, so it loads at any layout, with the plain or the distributed optimizer. Of the data-parallel ranks,
 the one that holds most of a parameter's Adam state writes everything of that parameter; only slices of parameters that
-straddle two ranks travel. A second model's keys have a prefix (``SIDE``). An expert's data-parallel ranks are those
-that hold the same cut of the same experts; mcore stacks its weight along an axis of layers and one of experts.
+straddle two ranks are sent. A second model's keys have a prefix (``SIDE``). An expert's data-parallel ranks are those
+that hold the same shard of the same experts; mcore stacks its weight along an axis of layers and one of experts.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from megatron_dypo.policy.optimizer import Part, adam_parts
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.runtime.distributed import all_gather_objects
 
-PIECE = 10**9  # bytes that are copied to host memory and written at once, at most; two such copies may be there
+PIECE = 10**9  # bytes copied to host memory and written at a time, at most; two such copies may exist
 
 
 @dataclass(frozen=True)
 class Holders:
-    """Which slice of a parameter's Adam state each of its data-parallel ranks holds: (rank, start, end), by rank."""
+    """The slice of a parameter's Adam state that each data-parallel rank holds: (rank, start, end), by rank."""
 
     slices: tuple[tuple[int, int, int], ...]
     writer: int
 
 
 def exchange_holders(policy: Policy) -> dict[str, Holders]:
-    """Every parameter's holders; the same on all its data-parallel ranks. Collective; constant for a run."""
+    """Return every parameter's holders, equal on all its data-parallel ranks. Collective; constant for a run."""
     parts = adam_parts(policy.optimizer, policy.parameters)
     mine = {name: (part.start, part.end) for name, part in parts.items()}
     dense = all_gather_objects(mine, mpu.get_data_parallel_group(with_context_parallel=True))
@@ -50,25 +50,27 @@ def exchange_holders(policy: Policy) -> dict[str, Holders]:
         slices = tuple((rank, *theirs[name]) for rank, theirs in enumerate(everyone) if name in theirs)
         most = max(end - start for _, start, end in slices)
         candidates = [rank for rank, start, end in slices if end - start == most]
-        holders[name] = Holders(slices, candidates[index % len(candidates)])  # in turn where all hold the same
+        holders[name] = Holders(slices, candidates[index % len(candidates)])  # take turns if all hold the same
     return holders
 
 
 def snapshot(policy: Policy, holders: dict[str, Holders], model: str = "") -> list[tuple[TensorPiece, Tensor]]:
-    """Copies in host memory of the pieces that this rank is to write, their keys behind ``model``. Collective."""
+    """Return host copies of the pieces that this rank writes, their keys prefixed by ``model``. Collective."""
     return list(host_pieces(policy, holders, model))
 
 
 def host_pieces(policy: Policy, holders: dict[str, Holders], model: str = "") -> Iterator[tuple[TensorPiece, Tensor]]:
-    """Yield each piece that this rank is to write, at most PIECE bytes, as a copy in host memory, made when it is asked
-    for. Collective: every rank has to ask for all of its own."""
+    """Yield each piece that this rank writes, at most PIECE bytes, as a host copy made on demand.
+
+    Collective: every rank has to consume all of its own.
+    """
     for place, tensor in _pieces(policy, holders, model):
         for part, data in _split(place, tensor.reshape(place.sizes)):
             yield part, _on_host(data)
 
 
 def written_bytes(policy: Policy, holders: dict[str, Holders]) -> int:
-    """Bytes of all of this rank's pieces, or a little more: tensor-parallel ranks may have what one of them writes."""
+    """Return the bytes of this rank's pieces; a slight overestimate if another tensor-parallel rank writes some."""
     parts = adam_parts(policy.optimizer, policy.parameters) if policy.version > 0 else {}
     adam = next(iter(parts.values())).main.dtype.itemsize * len(next(iter(parts.values())).names) if parts else 0
     own = 0
@@ -80,7 +82,7 @@ def written_bytes(policy: Policy, holders: dict[str, Holders]) -> int:
 
 
 def _pieces(policy: Policy, holders: dict[str, Holders], model: str) -> Iterator[tuple[TensorPiece, Tensor]]:
-    """Each weight and moment of this rank's, where it is."""
+    """Yield each weight and moment that this rank writes, still on its device."""
     policy.offload.require_device()
     templates = _templates(policy)
     parts = adam_parts(policy.optimizer, policy.parameters)
@@ -96,7 +98,7 @@ def _pieces(policy: Policy, holders: dict[str, Holders], model: str) -> Iterator
 
 
 def _split(place: TensorPiece, tensor: Tensor) -> Iterator[tuple[TensorPiece, Tensor]]:
-    """The piece in slices of at most PIECE bytes along its first axis that has any."""
+    """Split the piece along its first axis longer than 1 into slices of at most PIECE bytes."""
     axis = next((axis for axis, size in enumerate(place.sizes) if size > 1), None)
     if tensor.nbytes <= PIECE or axis is None:
         yield place, tensor
@@ -108,9 +110,10 @@ def _split(place: TensorPiece, tensor: Tensor) -> Iterator[tuple[TensorPiece, Te
 
 
 def restore(policy: Policy, folder: Path, model: str = "") -> None:
-    """Load weights, reference and Adam's state of ``policy.adam_steps`` updates, keys behind ``model``; collective.
+    """Load weights, reference and the Adam state of ``policy.adam_steps`` updates, keys prefixed by ``model``.
 
-    Raises CheckpointException (torch's; no Exception) or CheckpointingException (mcore's) where they cannot be read.
+    Collective. Raises CheckpointException (torch's; not an Exception) or CheckpointingException (mcore's) if they
+    cannot be read.
     """
     templates, parameters = _templates(policy), policy.parameters
     wanted = {
@@ -138,7 +141,7 @@ def restore(policy: Policy, folder: Path, model: str = "") -> None:
 
 
 def _templates(policy: Policy) -> dict:
-    """mcore's description of each weight: its place in the whole model's tensor of that name."""
+    """Return mcore's description of each weight: its place in the whole model's tensor of that name."""
     found: dict = {}
     for chunk in policy.chunks:
         found |= whole_model_names(chunk.module, chunk.module.sharded_state_dict())
@@ -148,7 +151,7 @@ def _templates(policy: Policy) -> dict:
 def _gather_adam(
     parameter: Tensor, part: Part | None, holders: Holders, group: dist.ProcessGroup
 ) -> Iterator[tuple[str, Tensor]]:
-    """(kind, whole tensor in the parameter's shape) on the writer; the other holders send it their slices."""
+    """Yield (kind, whole tensor in the parameter's shape) on the writer; other holders send it their slices."""
     if part is None:
         return
     me = dist.get_rank(group)
@@ -173,12 +176,12 @@ def _gather_adam(
 
 
 def _is_replica(holders: Holders) -> bool:
-    """Whether all holders hold the same slice (the plain optimizer), so that nothing has to travel."""
+    """Return whether all holders hold the same slice (the plain optimizer), so that nothing is sent."""
     return len({(start, end) for _, start, end in holders.slices}) == 1
 
 
 def _cut(template, prefix: str, tensor: Tensor) -> list[tuple[TensorPiece, Tensor]]:
-    """A rank's tensor in mcore's pieces; none where another tensor- or pipeline-parallel rank has it."""
+    """Split a rank's tensor into mcore's pieces; empty if another tensor- or pipeline-parallel rank writes it."""
     sharded = {0: replace(_target(template, prefix, tensor), replica_id=(*template.replica_id[:-1], 0))}
     apply_factories(sharded)
     pieces = []
@@ -191,23 +194,23 @@ def _cut(template, prefix: str, tensor: Tensor) -> list[tuple[TensorPiece, Tenso
 
 
 def _target(template, prefix: str, tensor: Tensor):
-    """mcore's description of a weight (a ShardedTensor, or a factory of several), for another tensor of its shape."""
+    """Return mcore's description of a weight (a ShardedTensor or factory) for another tensor of its shape."""
     own = {"dtype": tensor.dtype} if hasattr(template, "dtype") else {}
     return replace(template, key=prefix + template.key, data=tensor, **own)
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    """A copy in pageable memory, which goes back to the system once it is written; torch would keep pinned memory."""
+    """Copy to pageable memory, which returns to the system once written; torch would keep pinned memory."""
     return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
 
 
 def _is_expert(parameter: Tensor) -> bool:
-    """mcore marks what it does not reduce over the dense weights' data-parallel ranks."""
+    """Return whether mcore excludes this weight from the dense weights' data-parallel reduction."""
     return not getattr(parameter, "allreduce", True)
 
 
 def _data_parallel_group(parameter: Tensor) -> dist.ProcessGroup:
-    """The ranks that hold the same shard of it."""
+    """Return the ranks that hold the same shard of the parameter."""
     if _is_expert(parameter):
         return mpu.get_expert_data_parallel_group()
     return mpu.get_data_parallel_group(with_context_parallel=True)
