@@ -1,4 +1,4 @@
-"""Rewards: the final answer of a response against the ground truth, a task's own score, or a user's function.
+"""Rewards: compare a response's final answer with the ground truth, use a task's own score, or call a user's function.
 
     response --answer--> final answer --scorers--> score, or a job --worker_pool--> graders --> score or fault
 
@@ -7,9 +7,9 @@
     choice  choice                   letters of options; needs no process
     others  reasoning-gym's scores and users' functions are called in a process always
 
-What runs in worker processes is ``worker_main.py`` with ``grader_process.py``, ``graders.py`` and ``equivalence.py``:
-math-verify has inputs that never end, its own time limits rest on SIGALRM, which works on the main thread alone, and
-users' functions may do anything. Penalties for form and length are the trainer's alone.
+Worker processes run ``worker_main.py`` with ``grader_process.py``, ``graders.py`` and ``equivalence.py``:
+math-verify hangs on some inputs, its own time limits use SIGALRM, which works only on the main thread, and
+users' functions may do anything. Penalties for format and length apply only in training.
 """
 
 from megatron_dypo.reward.answer import final_answer, last_boxed

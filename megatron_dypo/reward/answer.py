@@ -1,8 +1,8 @@
 """Find the final answer of a response: its last box, what follows its last ``####``, or its last number.
 
 \\boxed{4}, no: \\boxed{\\frac{1}{2}}      \\frac{1}{2}     in general the last complete box alone counts
-x=\\boxed{1}$ or $x=\\boxed{-2}           1, -2           neighbours that only a separator parts are one answer
-x=\\boxed{1}, y=\\boxed{2}                x=1, y=2        names stay where they differ
+x=\\boxed{1}$ or $x=\\boxed{-2}           1, -2           neighbours with only a separator between them are one answer
+x=\\boxed{1}, y=\\boxed{2}                x=1, y=2        names stay if they differ
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 
 from megatron_dypo.reward.normalize import unicode_math
 
-# One pass from left to right, so linear; an escaped character (\{, \}, \\) is consumed whole and opens nothing.
-# Without named groups the regex engine skips plain text by its first characters, several times as fast.
+# One pass from left to right, so linear; an escaped character (\{, \}, \\) is consumed whole and opens nothing. Without
+# named groups the regex engine skips plain text by its first characters, several times as fast.
 _TOKEN = re.compile(r"\\(?:(?:boxed|fbox)\s*\{|.)|[{}]", re.DOTALL)
 _COMMAND = re.compile(r"(?:boxed|fbox)\s*\{")
 _ESCAPE_LENGTH = 2
@@ -24,11 +24,11 @@ _SEPARATOR = r",|;|\\text\s*\{[\s,]*(?:and|or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?!
 _SPACE = r"\s|\$|\\[()\[\],;: ]|\\q?quad(?![A-Za-z])|~"
 _NAME = re.compile(r"((?:\\[a-z]{2,9}|(?<![A-Za-z\\])[A-Za-z])(?:_(?:[A-Za-z0-9]|\{[A-Za-z0-9]{1,9}\}))?)\s*=\s*$")
 _BETWEEN = re.compile(rf"(?:{_SPACE})*(?:{_SEPARATOR})(?:{_SPACE}|{_SEPARATOR})*")
-_LONGEST = 80  # characters between two boxes that are neighbours
+_LONGEST = 80  # characters between two neighbouring boxes
 
 
 class _Box(NamedTuple):
-    """Where its command, its content and its closing brace begin."""
+    """Start positions of a box's command, its content and its closing brace."""
 
     command: int
     start: int
@@ -36,19 +36,19 @@ class _Box(NamedTuple):
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the ``\boxed{...}`` (or ``\fbox{...}``) that starts last among those whose braces balance.
+    r"""Return the content of the ``\boxed{...}`` (or ``\fbox{...}``) that starts last among those whose braces balance.
 
-    Neighbours before it are part of the answer where nothing but commas, semicolons, "and", "or", dollar signs and a
-    name with its equals sign stands between two of them; boxes that all say the same are said once. A box cut off by
-    the end of the response is not one, so an earlier complete box counts instead. Of nested boxes the inner one
-    counts. None without a box. Time is linear in ``len(text)``.
+    Neighbours before it belong to the answer if nothing but commas, semicolons, "and", "or", dollar signs and a name
+    with its equals sign stands between two of them; equal boxes count once. A box cut off by the end of the response is
+    ignored, so an earlier complete box counts instead. Of nested boxes the inner one counts. Returns None without a
+    box. Time is linear in ``len(text)``.
     """
     boxes = _complete(text)
     if not boxes:
         return None
     at = max(range(len(boxes)), key=lambda index: boxes[index].start)
     row = [boxes[at]]
-    for index in range(at - 1, -1, -1):  # in the order of their ends, so that the nearest end before comes first
+    for index in range(at - 1, -1, -1):  # in order of their ends, so the nearest one before comes first
         box = boxes[index]
         if box.end < row[-1].command:
             if not _are_neighbours(text, box, row[-1]):
@@ -60,14 +60,14 @@ def last_boxed(text: str) -> str | None:
 
 
 def _complete(text: str) -> list[_Box]:
-    """The boxes whose braces balance, in the order of their ends; what stands before the first plays no part."""
+    """Return the boxes whose braces balance, in order of their ends; text before the first is irrelevant."""
     opened: list[tuple[int, int]] = []  # for each open brace, where its box's command and content start
     boxes: list[_Box] = []
     first = _COMMAND.search(text)
     if not first:
         return boxes
     start = first.start()
-    while start and text[start - 1] == "\\":  # all of them, or an escaped backslash would be read as the command's
+    while start and text[start - 1] == "\\":  # all of them, or an escaped backslash would look like the command's
         start -= 1
     for token in _TOKEN.finditer(text, start):
         if token[0] == "{":
@@ -101,15 +101,15 @@ def _joined(text: str, row: list[_Box]) -> str:
 Extract = Literal["boxed", "marked", "number"]
 
 _MARK = "####"
-# A sign counts where no digit, letter or bracket stands before it: the last number of "12-5" is 5.
+# A sign counts unless a digit, letter or bracket stands before it: the last number of "12-5" is 5.
 _DIGITS = r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
 _NUMBER = re.compile(rf"(?:(?<![0-9A-Za-z)\]}}.,])-\s?)?(?:\\?\$\s?)?{_DIGITS}(?:/{_DIGITS})?(?:\s?\\?%)?")
-_DASH = re.compile("[\u2012-\u2015](?=\\s)")  # of a sentence: no sign stands apart from its number
+_DASH = re.compile("[\u2012-\u2015](?=\\s)")  # punctuation of a sentence: a sign is never apart from its number
 _CURRENCY = re.compile(r"\\?\$\s?")
 
 
 def final_answer(text: str, extract: Extract) -> str | None:
-    r"""The final answer of a response as it stands there; None without one. Time is linear in ``len(text)``.
+    r"""Return the final answer of a response verbatim; None without one. Time is linear in ``len(text)``.
 
     boxed   the content of the last complete ``\boxed{}``
     marked  or, without a box, the rest of the line after the last ``####``

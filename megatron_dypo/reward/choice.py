@@ -1,4 +1,4 @@
-r"""Which option an answer names: ``C``, ``(C)``, ``C.``, ``C) some text``, ``option C``; or a digit."""
+r"""Read the option that an answer names: ``C``, ``(C)``, ``C.``, ``C) some text``, ``option C``; or a digit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LONGEST = 2_000  # characters of a label with its text
 
 
 def label(answer: str) -> str | None:
-    """The one option that all of ``answer`` names, in upper case; None where it names none, or two."""
+    """Return the one option that all of ``answer`` names, in upper case; None if it names none, or two."""
     text = canonical(_WRAPPER.sub(r"\1", answer[: _LONGEST + 1])).replace("**", "")
     match = _LABEL.fullmatch(text) if len(text) <= _LONGEST else None
     if not match or (match[3] and _SECOND.match(match[3])):
@@ -35,9 +35,9 @@ def label(answer: str) -> str | None:
 
 
 def chosen(response: str, extract: Extract) -> str | None:
-    """The option that a response chooses, by its final answer; with ``number`` also by the last phrase that names one.
+    """Return the option that a response's final answer chooses; with ``number``, also the last phrase naming one.
 
-    Such as "the answer is (C)", or a last line of nothing but ``C``.
+    Such a phrase is "the answer is (C)", or a last line of nothing but ``C``.
     """
     answer = final_answer(response, "boxed" if extract == "boxed" else "marked")
     if answer is not None:
@@ -52,5 +52,5 @@ def chosen(response: str, extract: Extract) -> str | None:
 
 
 def true_label(ground_truth: str) -> str | None:
-    """The option of a ground truth; None where it names none."""
+    """Return the option that a ground truth names, or None."""
     return label(bare_truth(ground_truth))

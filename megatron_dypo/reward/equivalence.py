@@ -1,12 +1,12 @@
-r"""Math-verify's opinion of two answers, for worker processes only: it imports sympy, and some inputs never end.
+r"""Compare two answers with math-verify, in worker processes only: it imports sympy, and hangs on some inputs.
 
-An answer is parsed as a whole or not at all: math-verify's own search for something that parses would find the 5 in
-``not 5``. Units were taken off before (``units.py``); math-verify drops variables as units (``5m``, ``2t``). Lists are
+An answer is parsed as a whole or not at all: math-verify's own search for a part that parses would find the 5 in
+``not 5``. Units are removed before (``units.py``); math-verify drops variables as units (``5m``, ``2t``). Lists are
 compared element by element here, with the rules of ``math.py`` for each. Two of math-verify's comparisons round or
-guess, and are replaced by stricter ones wherever it recurses to them:
+guess; stricter ones replace them wherever it recurses to them:
 
-_same_value      it takes a difference below 1e-15 for none, whatever the size of the numbers (2^{-99}, 2^{-98})
-_same_solutions  it takes two equations without solutions for equal (x^2+1=0, x^2+2=0)
+_same_value      it treats a difference below 1e-15 as none, whatever the size of the numbers (2^{-99}, 2^{-98})
+_same_solutions  it treats two equations without solutions as equal (x^2+1=0, x^2+2=0)
 """
 
 from __future__ import annotations
@@ -49,21 +49,21 @@ _DEGREES = re.compile(
 )
 _IMAGINARY = re.compile(r"(?<![A-Za-z\\])i(?![A-Za-z])")
 _DIGITS = 250
-_CLOSE, _CLOSE_FLOATS = sympy.Float("1e-200"), sympy.Float("1e-12")  # in relation to the larger of two values
-_UNLIKE = sympy.Float("1e-4")  # as in numbers: decimals may be rounded, but not by more than this of their size
-_POINTS = ((7, 11), (13, 5), (17, 19))  # where expressions in variables are tried: first variable 7/11, next 8/11, ...
+_CLOSE, _CLOSE_FLOATS = sympy.Float("1e-200"), sympy.Float("1e-12")  # relative to the larger of two values
+_UNLIKE = sympy.Float("1e-4")  # decimals may be rounded, but not by more than this fraction of their size
+_POINTS = ((7, 11), (13, 5), (17, 19))  # where expressions in variables are evaluated: first variable 7/11, next 8/11, ...
 
 
 def load() -> None:
-    """Fills what parser and sympy build at first use, on nobody's time: a second, which each new child would need."""
-    logging.disable()  # math-verify warns of its time limits being off, and logs what it cannot compare
+    """Warm the parser and sympy caches before forking (about 1 s), so that no child pays for it inside a timed job."""
+    logging.disable()  # math-verify warns that its time limits are off, and logs what it cannot compare
     for answer, truth in _EXAMPLES:
         equivalent(answer, truth)
     _parsed.cache_clear()
 
 
 def equivalent(answer: str, truth: str, ordered: bool | None = None) -> bool:
-    """Whether two texts that the rules could not decide mean the same; ``ordered``: as ``compare``'s."""
+    """Return whether two texts that the rules could not decide are equivalent; ``ordered`` as in ``compare``."""
     verdict = agree(answer, truth, ordered, _decided)
     return _verified(answer, truth) if verdict is None else verdict
 
@@ -74,7 +74,7 @@ def _decided(answer: str, truth: str) -> bool:
 
 
 def _verified(answer: str, truth: str) -> bool:
-    """Whether both parse and math-verify takes them for equal; its own time limits (SIGALRM) are off."""
+    """Return whether both texts parse and math-verify finds them equal; its own time limits (SIGALRM) are off."""
     real = not (_with_i(truth) or _with_i(answer))
     parsed = [_parsed(text, real) for text in (truth, answer)]
     return all(part is not None for part in parsed) and bool(
@@ -83,13 +83,13 @@ def _verified(answer: str, truth: str) -> bool:
 
 
 def _with_i(text: str) -> bool:
-    """Whether ``text`` is about complex numbers."""
+    """Return whether ``text`` is about complex numbers."""
     return _IMAGINARY.search(text) is not None or should_treat_as_complex(text)
 
 
 @lru_cache(maxsize=1024)
 def _parsed(text: str, real: bool) -> Any:
-    """The sympy object that ``text`` reads as, variables ``real`` or not; None where it is not mathematics."""
+    """Return ``text`` parsed by sympy, with ``real`` variables or not; None if it is not mathematics."""
     if of_an_angle(text):
         text = _DEGREES.sub(r"(\\frac{\1 \\pi}{180})", text)
     latex = normalize_latex(text, _NORMALIZATION)
@@ -101,29 +101,29 @@ def _parsed(text: str, real: bool) -> Any:
             normalization_config=None,
             conversion_config=_CONVERSION,
         )
-    except Exception:  # whatever the parser raises on text that it was not made for, RecursionError included
+    except Exception:  # the parser may raise anything on foreign text, including RecursionError
         return None
     if not isinstance(parsed, (sympy.Expr, sympy.MatrixBase)):
         return parsed
     if parsed.has(sympy.I):
-        parsed = parsed.xreplace({sympy.I: sympy.Symbol("I", real=real or None)})  # the parser's reading of a capital
+        parsed = parsed.xreplace({sympy.I: sympy.Symbol("I", real=real or None)})  # how the parser reads a capital
     return parsed if real else parsed.xreplace({name: sympy.I for name in parsed.free_symbols if name.name == "i"})
 
 
-# --- in place of math-verify's own
+# --- replacements of math-verify's own comparisons
 
 
 def _same_value(a: Any, b: Any, float_rounding: int, numeric_precision: int) -> bool:
-    """Math-verify's numeric comparison where it says no; its yes only if the values agree in relation to their size."""
+    """Compare numbers as math-verify does, but accept its yes only if the values agree relative to their size."""
     if not _THEIRS_OF_VALUES(a, b, float_rounding, numeric_precision):
         return False
     if not isinstance(a, sympy.Expr) or not isinstance(b, sympy.Expr) or a == b:
-        return True  # matrices came here element by element
+        return True  # matrices arrive here element by element
     return _agree_in_value(a, b)
 
 
 def _agree_in_value(a: sympy.Expr, b: sympy.Expr) -> bool:
-    """At three points where the expressions have variables; False where they have no value there."""
+    """Compare two expressions, at three points if they have variables; False if they have no value there."""
     a, b = (grader.safe_sympy_doit(grader.unwrap_fcs(part)) for part in (a, b))
     if a == b:
         return True
@@ -140,7 +140,7 @@ def _agree_in_value(a: sympy.Expr, b: sympy.Expr) -> bool:
 
 
 def _same_solutions(gold: Any, pred: Any, float_rounding: int, numeric_precision: int) -> bool:
-    """Math-verify's comparison by solving, where there are solutions; else whether one is a multiple of the other."""
+    """Compare equations by solving, as math-verify does; without solutions, check for a constant ratio."""
     if isinstance(gold, sympy.Eq) and isinstance(pred, sympy.Eq):
         one, other = gold.lhs - gold.rhs, pred.lhs - pred.rhs
         if not all(sympy.solve(side, side.free_symbols) for side in (one, other)):

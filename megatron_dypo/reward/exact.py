@@ -1,12 +1,12 @@
-r"""Reads arithmetic of rational numbers, with powers, roots, factorials and binomials, into exact fractions.
+r"""Evaluate rational arithmetic with powers, roots, factorials and binomials to exact fractions.
 
     sum      = [+-] product ([+-] product)*
-    product  = power ([* / \cdot \times \div] power)*     side by side only where a bracket stands between
+    product  = power ([* / \cdot \times \div] power)*     side by side only if a bracket stands between
     power    = atom [! | !!] [^ [+-] atom]                -2^2 is -4, 5!! is 5 \cdot 3 \cdot 1
     atom     = number | ( sum ) | { sum } | \frac power power | \binom power power | \sqrt [n] power
 
-A text that is not such arithmetic, that is ambiguous (``2\frac{3^5}{2}``) or too large gives None, and math-verify is
-asked. Powers, factorials and binomials are refused by the size that they would have, before they are computed.
+Text that is not such arithmetic, is ambiguous (``2\frac{3^5}{2}``) or too large gives None, and math-verify is
+decides. Powers, factorials and binomials that would be too large are rejected before they are computed.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import NamedTuple
 from megatron_dypo.reward.numbers import may_be_several
 
 MAX_BITS = 1 << 17
-"""Numerator and denominator: 39,000 decimal digits."""
-_MAX_WORK = 8 * MAX_BITS  # bits of all that is computed on the way: milliseconds, in the trainer's process
+"""Largest numerator or denominator: 39,000 decimal digits."""
+_MAX_WORK = 8 * MAX_BITS  # bits of all intermediate results: milliseconds, in the trainer's process
 _MAX_DEPTH = 60
 _MAX_ROOT = 64
 
@@ -32,7 +32,7 @@ _LIKELY = re.compile(r"[0-9]")
 
 
 class Ratio(NamedTuple):
-    """``top / bottom``, not reduced; ``bottom`` > 0. ``rounded``: decimals are part of it."""
+    """``top / bottom``, not reduced; ``bottom`` > 0. ``rounded``: it involves decimals."""
 
     top: int
     bottom: int
@@ -44,7 +44,7 @@ class _NotRational(Exception):
 
 
 def exact(text: str) -> Ratio | None:
-    """The value of all of ``text``; None where it is something else, or too large."""
+    """Return the value of all of ``text``; None if it is not such arithmetic, or too large."""
     if not _LIKELY.search(text):
         return None
     try:
@@ -60,13 +60,13 @@ def same(one: Ratio, other: Ratio) -> bool:
 
 
 def fraction(value: Ratio) -> Fraction | None:
-    """Reduced; None where that would take long."""
+    """Return the reduced fraction; None if reducing would take long."""
     small = max(value.top.bit_length(), value.bottom.bit_length()) <= MAX_BITS // 8
     return Fraction(value.top, value.bottom) if small else None
 
 
 class _ArithmeticParser:
-    """A recursive descent over the tokens of one text."""
+    """Recursive-descent parser over the tokens of one text."""
 
     def __init__(self, text: str) -> None:
         self.tokens: list[str] = []
@@ -107,7 +107,7 @@ class _ArithmeticParser:
                 return value
 
     def _stands_beside(self) -> bool:
-        """Whether a factor follows without an operator, a bracket between the two."""
+        """Return whether a factor follows without an operator, with a bracket between the two."""
         sign, before = self._next(), self.tokens[self.at - 1]
         return sign == "(" or (before == ")" and (sign[:1].isdigit() or sign in ("frac", "sqrt", "binom")))
 
@@ -116,7 +116,7 @@ class _ArithmeticParser:
         if self._take("!"):
             value = self._factorial(value, 2 if self._take("!") else 1)
         if self._take("^"):
-            sign = self._take("+", "-")  # x^10 without braces: LaTeX raises the 1 alone, people mean 10
+            sign = self._take("+", "-")  # x^10 without braces: LaTeX raises only the 1, people mean 10
             value = self._raised(value, self._signed(sign, self._atom()))
         if self._next() in ("!", "^"):
             raise _NotRational  # 3!!!, 2^3!, 2^3^2
@@ -148,13 +148,13 @@ class _ArithmeticParser:
         raise _NotRational
 
     def _is_a_pair(self) -> bool:
-        """Whether all that stands in these brackets is ``1,200``: a point."""
+        """Return whether the brackets contain only ``1,200``: a point."""
         at = self.at + (self._next() in ("+", "-"))
         number, end = [*self.tokens[at : at + 2], "", ""][:2]
         return end == ")" and may_be_several(number)
 
     def _group(self) -> Ratio:
-        r"""An argument: ``{...}``, or one digit."""
+        r"""Parse an argument: ``{...}``, or one digit."""
         sign = self._next()
         if sign == "{" or (len(sign) == 1 and sign.isdigit()):
             return self._atom()
@@ -174,7 +174,7 @@ class _ArithmeticParser:
         if not self._take(wanted):
             raise _NotRational
 
-    # --- arithmetic, bounded before it is done
+    # --- arithmetic, with the size checked before it is computed
 
     def _bounded(self, bits: int) -> None:
         self._work += bits + 1
@@ -246,7 +246,7 @@ class _ArithmeticParser:
 
 
 def _bits(n: int, power: int) -> int:
-    """About how many bits ``n**power`` has, for power >= 0."""
+    """Return about how many bits ``n**power`` has, for power >= 0."""
     if abs(n) <= 1:
         return 1
     return math.ceil(power * math.log2(abs(n))) if power <= MAX_BITS else power
@@ -259,7 +259,7 @@ def _whole(value: Ratio) -> int:
 
 
 def _whole_root(n: int, degree: int) -> int:
-    """The root of n >= 0 where it is whole. Raises _NotRational where it is not."""
+    """Return the root of n >= 0 if it is whole; raise _NotRational otherwise."""
     if degree == 2:
         root = math.isqrt(n)
     else:

@@ -1,4 +1,4 @@
-"""The reward function that the training loop and the evaluation call on responses."""
+"""The reward function that training and evaluation call on responses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NAMED_AT_MOST = 20
 
 
 def build_reward(settings: Reward) -> RewardFunction:
-    """What ``reward.function`` names. Raises UserError where that does not exist, or cannot be imported or called."""
+    """Return the function that ``reward.function`` names; raise UserError if it cannot be found, imported or called."""
     if settings.function not in SCORERS and not is_custom(settings.function):
         raise UserError(f"reward.function: {settings.function!r} is no reward function")
     reward = RewardFunction(settings)
@@ -31,11 +31,11 @@ def build_reward(settings: Reward) -> RewardFunction:
 
 
 class RewardFunction:
-    """Scores responses, usually 1.0 (right) or 0.0; penalties are not part of it.
+    """Scores responses, usually 1.0 (right) or 0.0; penalties are not included.
 
     ``reward.workers`` processes start at the first response that needs one. A response that takes more than
     ``reward.cpu_seconds`` in one, waits for ten times that, or makes it raise or crash scores 0 with a fault, and is
-    logged with its prompt's id. May be called from any thread; calls from several take turns.
+    logged with its prompt's id. May be called from any thread; concurrent calls take turns.
     """
 
     def __init__(self, settings: Reward) -> None:
@@ -51,7 +51,7 @@ class RewardFunction:
         return scores
 
     def scores(self, prompts: list[Prompt], texts: list[str]) -> list[Score]:
-        """The same, without a line in the log for what cannot be scored."""
+        """Score without logging the responses that cannot be scored."""
         scores = [Score(0.0)] * len(texts)
         jobs: dict[str, list[int]] = {}
         for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
@@ -68,13 +68,13 @@ class RewardFunction:
         return scores
 
     def check(self, prompts: Iterable[Prompt]) -> None:
-        """Raises UserError naming the first prompt to which no response could ever be scored."""
+        """Raise UserError naming the first prompt whose responses could never be scored."""
         for prompt in prompts:
             if why := unusable(self._settings.function, prompt):
                 raise UserError(f"reward.function: {self._settings.function}: prompt {prompt.id}: {why}")
 
     def start(self) -> None:
-        """Starts one worker. Raises UserError where it cannot start."""
+        """Start one worker. Raises UserError if it cannot start."""
         try:
             with self._turn:
                 self._pool.start()
@@ -82,9 +82,9 @@ class RewardFunction:
             raise UserError(f"reward.function: {self._settings.function}: {error}") from None
 
     def close(self) -> None:
-        """Ends the worker processes; a later call starts new ones.
+        """End the worker processes; a later call starts new ones.
 
-        Those at work for another thread's call are left, since an answer may take its time: they end with this process.
+        Workers busy with another thread's call are left alone, since a job may take long: they end with this process.
         """
         if self._turn.acquire(blocking=False):
             try:
@@ -100,7 +100,7 @@ class RewardFunction:
 
 
 def _log_faults(prompts: list[Prompt], texts: list[str], scores: list[Score]) -> None:
-    """One line a reason: how many responses, to which prompts, and how the first of them ends."""
+    """Log one line per reason: how many responses, for which prompts, and how the first of them ends."""
     reasons: dict[str, list[int]] = {}
     for index, score in enumerate(scores):
         if score.fault is not None:

@@ -1,8 +1,8 @@
-"""The process that grades: forked, given jobs one at a time, and killed when one takes too long.
+"""The process that grades: forked, given jobs one at a time, and killed if one takes too long.
 
-The kernel's profiling timer bounds the CPU time of a job: it sends SIGPROF, whose default action is to terminate, even
-within one long operation in C (``9^{9^{9}}``) that would hold back any Python handler. A wall-clock ceiling bounds jobs
-that wait instead of computing; it is generous, since a trainer fills the cores.
+The kernel's profiling timer bounds the CPU time of a job: it sends SIGPROF, whose default action terminates the process
+even within one long operation in C (``9^{9^{9}}``) that would delay any Python handler. A wall-clock ceiling bounds
+jobs that wait instead of computing; it is generous, because a trainer fills the cores.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from megatron_dypo.reward.graders import Grader, Unscored
 from megatron_dypo.runtime.prctl import adopt_orphans, die_with_parent
 
 WALL_FACTOR = 10
-"""Wall-clock ceiling of an answer, in units of its CPU time."""
+"""Wall-clock ceiling of a job, in units of its CPU time."""
 MEMORY_BYTES = 4 << 30
-"""What a child may map on top of what its parent has."""
+"""Address space that a child may map on top of its parent's."""
 
-_GLANCE = 0.2  # seconds between looks whether the child is there; a process it left behind can hold its pipe open
+_GLANCE = 0.2  # seconds between checks that the child is alive; a process it left behind can hold its pipe open
 _MESSAGE = 300  # characters; a reply must fit into a pipe's atomic write
 
 
 class Reply(NamedTuple):
-    """``spent``: the child has ended, or must."""
+    """A child's answer. ``spent``: the child has ended, or must."""
 
     score: float
     fault: str | None
@@ -38,7 +38,7 @@ class Reply(NamedTuple):
 
 
 class GraderProcess:
-    """One forked process. ``close``: descriptors that are its parent's alone."""
+    """One forked process. ``close``: descriptors that belong only to its parent."""
 
     def __init__(self, grader: Grader, cpu_seconds: float, close: tuple[int, ...]) -> None:
         self._cpu_seconds = cpu_seconds
@@ -54,7 +54,7 @@ class GraderProcess:
         os.close(ours)
 
     def ask(self, job: bytes, trainer: int) -> Reply:
-        """What the child answers, or why it does not. Ends this process when the descriptor ``trainer`` hangs up."""
+        """Return the child's answer, or why there is none. Ends this process if the descriptor ``trainer`` hangs up."""
         ceiling = WALL_FACTOR * self._cpu_seconds
         deadline = time.monotonic() + ceiling
         poll = select.poll()
@@ -77,7 +77,7 @@ class GraderProcess:
         return Reply(0.0, f"over the wall-clock ceiling of {ceiling:g} s", True)
 
     def end(self) -> None:
-        """Kills the child and whatever it started, and reaps them."""
+        """Kill and reap the child and everything it started."""
         os.close(self._jobs)
         os.close(self._replies)
         end_descendants()
@@ -95,7 +95,7 @@ class GraderProcess:
 
 
 def end_descendants() -> None:
-    """Kills and reaps all processes below this one, which is their subreaper: who loses its parent comes here."""
+    """Kill and reap all descendants; this process is their subreaper, so orphans become its children."""
     children = Path(f"/proc/self/task/{threading.get_native_id()}/children")
     while found := [int(pid) for pid in children.read_text().split()]:
         for pid in found:
@@ -105,7 +105,7 @@ def end_descendants() -> None:
 
 
 def _serve(grader: Grader, cpu_seconds: float, jobs: int, replies: int, parent: int) -> None:
-    """The child's life; does not return."""
+    """Run the child's loop over jobs; does not return."""
     die_with_parent()
     adopt_orphans()
     if os.getppid() != parent:
@@ -132,7 +132,7 @@ def _grade(grader: Grader, line: bytes, cpu_seconds: float) -> tuple[float, str 
         return float(grader(*json.loads(line))), None
     except Unscored as error:
         return 0.0, str(error)
-    except BaseException as error:  # a user's function may even exit
+    except BaseException as error:  # a user's function may even call exit
         return 0.0, f"{type(error).__name__}: {' '.join(str(error).split())}"[:_MESSAGE]
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)

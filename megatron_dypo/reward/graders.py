@@ -1,9 +1,9 @@
-"""What a worker process calls on a job's arguments: math-verify, a reasoning-gym task's score, a user's function.
+"""The graders that a worker process calls: math-verify, a reasoning-gym task's score, a user's function.
 
-A few reasoning-gym tasks hand the answer to ``eval`` or to sympy's parser, which evaluates, too. A policy that is
-rewarded for it finds that out: one answer could then make every later one right. So in these tasks an answer may hold
-numbers, operators, single letters and the functions of school mathematics, or quoted plain words, or be one word; no
-attribute, no other name.
+A few reasoning-gym tasks pass the answer to ``eval`` or to sympy's parser, which evaluates too. A policy rewarded by
+them finds that out: one answer could then make every later one right. So for these tasks an answer may contain numbers,
+operators, single letters and the functions of school mathematics, or quoted plain words, or be one word; no attributes,
+no other names.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 from megatron_dypo.runtime.user_code import load_function
 
 _EVALUATES = re.compile(r"\b(?:eval|exec)\(|parse_expr|sympify")
-_PLAIN = re.compile(r"[A-Za-z0-9]+")  # one word by itself names something, and does nothing
+_PLAIN = re.compile(r"[A-Za-z0-9]+")  # a single word names something and does nothing
 _HEXADECIMAL = re.compile(r"\b0[xX][0-9A-Fa-f]+\b")
 _QUOTED = re.compile(r"'[A-Za-z0-9 .,-]*'|\"[A-Za-z0-9 .,-]*\"")
-_NAME = re.compile(r"[^\W\d]\w*")  # of any alphabet
+_NAME = re.compile(r"[^\W\d]\w*")  # in any alphabet
 _ATTRIBUTE = re.compile(r"\.\s*[^\W\d]")
 _KNOWN = {
     "sqrt", "cbrt", "root", "sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "sinh", "cosh", "tanh",
@@ -31,16 +31,16 @@ _KNOWN = {
 
 
 def evaluates_answers(task: Any) -> bool:
-    """Whether the module of a task's class evaluates text."""
+    """Return whether the module of a task's class evaluates text."""
     return bool(_EVALUATES.search(inspect.getsource(sys.modules[type(task).__module__])))
 
 
 def is_safe_expression(answer: str) -> bool:
-    """Whether evaluating the answer can do no more than take its time."""
+    """Return whether evaluating the answer cannot do more than take time."""
     if _PLAIN.fullmatch(answer.strip()):
         return True
     text = _HEXADECIMAL.sub(" ", answer)
-    if "(" not in text:  # a call might evaluate what is quoted
+    if "(" not in text:  # a call might evaluate the quoted text
         text = _QUOTED.sub(" ", text)
     if _ATTRIBUTE.search(text) or any(sign in text for sign in ("__", "'", '"', "\\", "`", "@", ":=")):
         return False
@@ -51,11 +51,11 @@ Grader = Callable[..., float]
 
 
 class Unscored(Exception):
-    """A function returned what is no score."""
+    """Raised if a function returns something that is not a score."""
 
 
 def load(function: str) -> Grader:
-    """The grader of a ``reward.function``, with everything imported. Raises whatever a user's module raises."""
+    """Return the grader of a ``reward.function``, fully imported. Raises anything that a user's module raises."""
     if function == "math":
         from megatron_dypo.reward import equivalence
 
@@ -67,9 +67,10 @@ def load(function: str) -> Grader:
 
 
 def _task_score(source: str, index: int, question: str, truth: str, answer: str) -> float:
-    """The task's score of an answer, partial credit included; the item is built again from its seed.
+    """Return the task's score of an answer, partial credit included; the item is rebuilt from its seed.
 
-    Raises Unscored where that gives another item: a few tasks go through sets, whose order is another in each process.
+    Raises Unscored if that yields a different item: a few tasks iterate over sets, whose order differs between
+    processes.
     """
     dataset = _dataset(source)
     item = dataset[index]
@@ -79,7 +80,7 @@ def _task_score(source: str, index: int, question: str, truth: str, answer: str)
         return 0.0
     try:
         value = dataset.score_answer(answer, entry=item)
-    except Exception:  # several tasks read an answer without a check: what they cannot read is wrong
+    except Exception:  # several tasks parse an answer unchecked: an unreadable one is wrong
         return 0.0
     return score_of(value)
 
@@ -92,7 +93,7 @@ def _dataset(source: str) -> Any:
 
 
 def _own(function: str) -> Grader:
-    """A user's function, called as verl calls it."""
+    """Return a user's function, called as verl calls it."""
     compute = load_function(function)
     keywords = dict.fromkeys(("data_source", "solution_str", "ground_truth", "extra_info"))
     inspect.signature(compute).bind(**keywords)
@@ -106,7 +107,7 @@ def _own(function: str) -> Grader:
 
 
 def score_of(value: Any) -> float:
-    """A number, a bool, or a dict with one as its ``score``, as a float. Raises Unscored for anything else."""
+    """Return a number, a bool, or the ``score`` of a dict as a float. Raises Unscored for anything else."""
     if isinstance(value, dict):
         if "score" not in value:
             raise Unscored("returned a dict without a score")

@@ -1,13 +1,13 @@
-"""When answers of several parts agree: ``1, -2``, ``(1,2)``, ``\\{1,2\\}``, ``1\\pm\\sqrt{5}``.
+"""Compare answers of several parts: ``1, -2``, ``(1,2)``, ``\\{1,2\\}``, ``1\\pm\\sqrt{5}``.
 
     (a, b), [a, b]    in order
     \\{a, b\\}          as sets
-    a, b              in order where ``ordered`` says so, or where an element occurs twice without a word that it is not
-                      ordered; else in any order, but each element as often as there
+    a, b              in order if ``ordered`` is True, or if an element occurs twice and ``ordered`` is not
+                      False; else in any order, with each element equally often
     x=1, y=2          by name; against values without names, in order
-    12 R 3, 3 ft 5 in by place: math-verify takes a phrase for a product, so that 12 R 3 and 3 R 12 are one
+    12 R 3, 3 ft 5 in by position: math-verify reads a phrase as a product, so 12 R 3 would equal 3 R 12
 
-``ordered`` comes of the question (``order_matters``): None where there is none.
+``ordered`` comes from the question (``order_matters``): None without one.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _LEFT_OUT = re.compile(r"[\s~,]+|\band\b")
 
 
 class Phrase(NamedTuple):
-    """``values[i]`` stands before ``words[i]``; the first and the last may be empty."""
+    """Values and the words after them: ``values[i]`` precedes ``words[i]``; the first and last value may be empty."""
 
     values: list[str]
     words: list[str]
 
     def says_as(self, other: Phrase) -> bool:
-        """Whether the words are the other's, as words or as units."""
+        """Return whether the words equal the other's, as words or as units."""
         pairs = zip(self.words, other.words, strict=False)
         return len(self.words) == len(other.words) and all(one == two or _same_unit(one, two) for one, two in pairs)
 
 
 def phrase(text: str) -> Phrase | None:
-    """What all of ``text`` says; None where there are no words between two values, or more than simple values."""
+    """Parse all of ``text``; None without words between two values, or if the values are not simple."""
     values, words, at = [], [], 0
     for match in _WORDS.finditer(text):
         values.append(text[at : match.start()].strip(" ~,"))
@@ -59,7 +59,7 @@ def _same_unit(one: str, other: str) -> bool:
 
 
 Decide = Callable[[str, str], "bool | None"]
-"""Whether an element of the answer is one of the truth's; None where that cannot be told here."""
+"""Whether an element of the answer equals one of the truth; None if that cannot be decided here."""
 
 OR_WORD, AND_WORD = (
     rf"\\(?:text|mathrm|mbox|textrm|textbf)\s*\{{[\s,;]*{word}[\s,;]*\}}|(?<![A-Za-z\\]){word}(?![A-Za-z])"
@@ -73,11 +73,11 @@ _NAMED = re.compile(r"((?:[A-Za-z]|\\[a-z]+)(?:_(?:[A-Za-z0-9]|\{[A-Za-z0-9]+\})
 _PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])\s*")
 _BRACKETS = {"(": ")", "[": "]", r"\{": r"\}", "{": "}"}
 _SEVERAL = re.compile(rf"[,;]|\\\{{|\\pm|\\lor|\\vee|{OR_WORD}|{AND_WORD}")
-_LONGEST = 64  # elements that are matched in any order, which takes their number squared
+_LONGEST = 64  # elements matched in any order, at most; the cost is quadratic
 
 
 class Listing(NamedTuple):
-    """``kind``: the brackets around all of it: ``()``, ``[]``, ``{}`` or none. ``names``: none, or one an element."""
+    """A list: the brackets around it (``()``, ``[]``, ``{}`` or none), its elements, no names or one per element."""
 
     kind: str
     elements: list[str]
@@ -85,7 +85,7 @@ class Listing(NamedTuple):
 
 
 def listing(text: str) -> Listing | None:
-    """The list that all of ``text`` is; None where it is one thing."""
+    """Return the list that all of ``text`` is; None if it is a single thing."""
     for opening, closing in _BRACKETS.items():
         if text.startswith(opening) and text.endswith(closing):
             parts = _parts(text)
@@ -104,12 +104,12 @@ def listing(text: str) -> Listing | None:
 
 
 def is_several(text: str) -> bool:
-    """A quick look: whether ``text`` may be a list."""
+    """Return quickly whether ``text`` may be a list."""
     return _SEVERAL.search(text) is not None
 
 
 def agree(answer: str, truth: str, ordered: bool | None, decide: Decide) -> bool | None:
-    """Whether two texts, one of which is a list, agree; None where neither is, or where that cannot be told here."""
+    """Return whether two texts, one of them a list, agree; None if neither is one, or it cannot be decided here."""
     given, asked = listing(answer), listing(truth)
     if given is None and asked is None:
         return None
@@ -136,7 +136,7 @@ def agree(answer: str, truth: str, ordered: bool | None, decide: Decide) -> bool
 
 
 def _is_single(text: str) -> bool:
-    """Whether nothing in ``text`` could stand for several values, or a region."""
+    """Return whether nothing in ``text`` could stand for several values, or a region."""
     return not re.search(r"\\(?:pm|mp|cup|cap|in|le|ge|ne|mid|begin|text|mathbb)(?![A-Za-z])|[<>,|:=]", text)
 
 
@@ -152,7 +152,7 @@ def _by_name(given: Listing, asked: Listing, ordered: bool | None, decide: Decid
 
 
 def _by_axis(side: Listing) -> Listing:
-    """``y=2, x=1`` as ``x=1, y=2``: coordinates have an order of their own."""
+    """Reorder ``y=2, x=1`` as ``x=1, y=2``: coordinates have an order of their own."""
     if not side.names or len(set(side.names)) < len(side.names) or not set(side.names) <= {"x", "y", "z"}:
         return side
     names, elements = zip(*sorted(zip(side.names, side.elements, strict=True)), strict=True)
@@ -192,7 +192,7 @@ def _any(verdicts: Sequence[bool | None]) -> bool | None:
 
 
 def _named(elements: list[str]) -> Listing:
-    """A name before each element, or before the first alone, which then is all of theirs, is taken off."""
+    """Strip a name before each element, or one before the first that applies to all."""
     found = [_NAMED.fullmatch(element) for element in elements]
     if found[0] and not any("=" in element for element in elements[1:]):
         return Listing("", [found[0][2].strip(), *elements[1:]], [found[0][1]] * len(elements))
@@ -215,7 +215,7 @@ def _without_plus_minus(elements: list[str]) -> list[str]:
 
 @lru_cache(maxsize=4_096)
 def _cuts(text: str) -> tuple[tuple[int, int], ...]:
-    """Where the separators outside all brackets stand."""
+    """Return the spans of the separators outside all brackets."""
     depth, cuts = 0, []
     for token in _TOKEN.finditer(text):
         if token[3]:
@@ -236,7 +236,7 @@ def _parts(text: str) -> list[str]:
 
 
 def _is_one_group(text: str, opening: str) -> bool:
-    """Whether the bracket that opens ``text`` closes at its end."""
+    """Return whether the bracket that opens ``text`` closes at its end."""
     depth = 0
     for token in _TOKEN.finditer(text):
         depth += bool(token[3]) - bool(token[4])
@@ -273,7 +273,7 @@ _A_SET = re.compile(
 
 @lru_cache(maxsize=4_096)
 def order_matters(question: str) -> bool | None:
-    """Whether a list that answers ``question`` is ordered: unless it asks for a set, such as all roots; None for ""."""
+    """Return whether a list answering ``question`` is ordered: unless it asks for a set (all roots); None for ""."""
     if not question.strip():
         return None
     if _ANY_ORDER.search(question):

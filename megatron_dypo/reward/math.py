@@ -1,8 +1,8 @@
-r"""How an answer compares with a ground truth, as far as text and exact fractions can tell; the rest is math-verify's.
+r"""Compare an answer with a ground truth by text and exact fractions; math-verify decides the rest.
 
-Most answers of a training run are numbers or copies of the ground truth, so these rules spare nearly all of the trips
-to a worker process (microseconds instead of milliseconds). They also decide what math-verify takes for right and is
-not: anagrams of a word, two numbers side by side (it adds them), a pair for a set, another unit, another base.
+Most answers of a training run are numbers or copies of the ground truth, so these rules avoid nearly all trips to a
+worker process (microseconds instead of milliseconds). They also reject what math-verify wrongly accepts: anagrams of a
+word, two numbers side by side (it adds them), a pair for a set, another unit, another base.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from megatron_dypo.reward.regions import is_condition, region
 from megatron_dypo.reward.units import PERCENT, Quantity, quantity, same_unit
 
 Verdict = bool | tuple
-"""Whether they agree; or where only math-verify can tell, what to ask: (answer, truth) or (answer, truth, ordered)."""
+"""Whether they agree; or the question for math-verify: (answer, truth) or (answer, truth, ordered)."""
 
 MAX_CHARACTERS = 4_000
-"""A longer answer (or ground truth) never reaches math-verify: only the same text earns its reward."""
+"""Longer answers (or ground truths) never reach math-verify: only identical text earns a reward."""
 
 _LOOSE = re.compile(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])|(?<=[0-9]) (?=[A-Za-z])")
 _SIDE_BY_SIDE = re.compile(r"(?<![_^0-9])[0-9]+ [0-9]")
@@ -47,18 +47,18 @@ _CLOSE, _UNLIKE = 1e-6, 1e-4  # math-verify rounds to six decimals, whatever the
 
 @lru_cache(maxsize=65_536)
 def bare_truth(ground_truth: str) -> str:
-    r"""The ground truth out of its ``\boxed{...}`` or ``$...$``, if it came in one."""
+    r"""Return the canonical ground truth without its ``\boxed{...}`` or ``$...$``."""
     boxed = last_boxed(ground_truth)
     return canonical(ground_truth if boxed is None else boxed)
 
 
 def compare(answer: str, truth: str, ordered: bool | None = None) -> Verdict:
-    """Whether two canonical texts agree. ``ordered``: whether a bare list is, None where that is not known.
+    """Compare two canonical texts. ``ordered``: whether a bare list is ordered, None if unknown.
 
-    In order: the same text agrees, an empty or overlong one with nothing else; numbers by value; a name before an
-    equals sign on one side does not count; regions as intervals, lists element by element; units must not contradict
-    each other; then arithmetic by value, numbers with a base, words and phrases up to case, letters of options; a set
-    is not a tuple, and two numbers side by side are not a number.
+    In order: identical text agrees, empty or overlong text only with itself; numbers by value; a name before an equals
+    sign on one side is ignored; regions as intervals, lists element by element; units must not contradict each other;
+    then arithmetic by value, numbers with a base, words and phrases up to case, letters of options; a set is not a
+    tuple, and two numbers side by side are not a number.
     """
     if answer == truth:
         return answer != ""
@@ -89,7 +89,7 @@ def compare(answer: str, truth: str, ordered: bool | None = None) -> Verdict:
 
 
 def _ratios(answer: str, truth: str) -> Verdict | None:
-    """``2:4:6`` is ``1:2:3`` and ``1 to 2 to 3``; None where either is not a ratio of numbers."""
+    """Compare ratios: ``2:4:6`` equals ``1:2:3`` and ``1 to 2 to 3``; None if either is not a ratio of numbers."""
     if not (_TO.search(answer) and _TO.search(truth)):
         return None
     some, others = ([_ratio(part, number(part)) for part in _TO.split(text)] for text in (answer, truth))
@@ -119,7 +119,10 @@ def _quantities(answer: str, truth: str) -> Verdict:
 
 
 def _settled(side: Quantity, other: Quantity, whole: str, beside_a_value: bool) -> Quantity:
-    """``side``; or all of it as ``bare`` where its letters are no unit beside ``other`` (``Quantity.kind``)."""
+    """Return ``side``, or all of ``whole`` as ``bare`` if its letters are not a unit given ``other``.
+
+    See ``Quantity.kind``.
+    """
     if side.kind in ("", "firm") or other.kind == "firm" or (other.kind and "loose" in (side.kind, other.kind)):
         return side
     return side if side.kind == "loose" and not other.kind and beside_a_value else Quantity(whole)
@@ -157,7 +160,7 @@ _number_of_truth = lru_cache(maxsize=65_536)(number)
 
 
 def _without_name(text: str, other: str) -> str:
-    r"""``5`` for ``x = 5``, ``[1,2]`` for ``x \in [1,2]``, where the other text names nothing."""
+    r"""Strip a name that the other text lacks: ``5`` for ``x = 5``, ``[1,2]`` for ``x \in [1,2]``."""
     named = None if "=" in other or _MEMBER.search(other) else _NAMED.fullmatch(text)
     return named[1].strip() if named else text
 
@@ -179,7 +182,7 @@ def _equal_ratios(answer: Ratio, truth: Ratio) -> bool | None:
 
 
 def _equal(answer: Number, truth: Number) -> bool | None:
-    """By value. A rounded number that is close, also in relation to its size, is for math-verify to judge."""
+    """Compare by value; None if a rounded number is close, also relative to its size: math-verify decides."""
     if answer.value == truth.value:
         return True
     apart = abs(answer.value - truth.value)
@@ -189,9 +192,9 @@ def _equal(answer: Number, truth: Number) -> bool | None:
 
 
 def _one_percentage(answer: Quantity, truth: Quantity) -> Verdict:
-    """One side is a percentage, and the other is not said to be one.
+    """Compare a percentage with a value that is not marked as one.
 
-    50% is 0.5. It is also 50, where a percentage was asked for: taken for meant above 1, where no share can be.
+    50% is 0.5. It is also 50 if a percentage was asked for; assumed above 1, where it cannot be a share.
     """
     if answer.unit and truth.unit:
         return False
@@ -208,8 +211,9 @@ def _one_percentage(answer: Quantity, truth: Quantity) -> Verdict:
 
 
 def _equation_and_value(answer: str, truth: str) -> Verdict:
-    """Math-verify would take an equation for its right-hand side. That is done for a list of named values alone, for a
-    chain of names, and for a computation that is an answer's.
+    """Compare an equation with a value; math-verify would take any equation for its right-hand side.
+
+    That is allowed only for a list of named values, a chain of names, and a computation in the answer.
     """
     if "=" in truth:
         return (answer, truth) if "," in truth else False
@@ -223,7 +227,7 @@ def _equation_and_value(answer: str, truth: str) -> Verdict:
 
 
 def _equal_in_base(answer: str, truth: str) -> bool:
-    """Numbers with a base agree by value; digits alone do with a truth that has a base, which the problem asked for."""
+    """Compare numbers with a base by value; bare digits match a truth with a base, because the problem asked for it."""
     given, asked, plain_truth = in_base(answer), in_base(truth), number(truth)
     if given and asked:
         return given[1] == asked[1]
@@ -237,18 +241,18 @@ def _variables(text: str) -> set[str]:
 
 
 def _marks(text: str) -> set[str]:
-    """Derivatives (``f'``), minutes (``15'``) and transposed matrices, whose marks math-verify drops."""
+    """Return marks that math-verify drops: derivatives (``f'``), minutes (``15'``) and transposes."""
     return {prime or "T" for prime in _MARK.findall(text)}
 
 
 def _differ_in_case(answer: str, truth: str) -> bool:
-    r"""Whether one says ``\gamma`` where the other says ``\Gamma``, which math-verify reads as one."""
+    r"""Return whether one has ``\gamma`` and the other ``\Gamma``, which math-verify does not distinguish."""
     some, others = set(_COMMAND.findall(answer)), set(_COMMAND.findall(truth))
     return some != others and {name.lower() for name in some} == {name.lower() for name in others}
 
 
 def _brackets(text: str) -> str:
-    """``{}`` or ``()`` where such brackets enclose all of a list."""
+    """Return ``{}`` or ``()`` if such brackets enclose a whole list, else ""."""
     bare = text.replace(r"\{", "{").replace(r"\}", "}") if text.startswith(r"\{") else text
     if bare[0] not in "{([" or "," not in bare:
         return ""

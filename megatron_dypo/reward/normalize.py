@@ -1,6 +1,6 @@
-"""One spelling for what Unicode and LaTeX write in many: ``π``, ``x²``; ``\\dfrac12``, ``{\\bf 42}``.
+"""Reduce the many Unicode and LaTeX spellings to one: ``π``, ``x²``; ``\\dfrac12``, ``{\\bf 42}``.
 
-Only what a reader does not see is taken away (layout, fonts, colours, sizes), so no two answers become one. Upright
+Only invisible things are removed (layout, fonts, colours, sizes), so different answers stay different. Upright
 words stay in their ``\\text{...}`` or ``\\mathrm{...}``: ``units.py`` reads them.
 """
 
@@ -30,9 +30,9 @@ _FRACTIONS = {
 _FRACTIONS |= {"⅚": "56", "⅐": "17", "⅛": "18", "⅜": "38", "⅝": "58", "⅞": "78", "⅑": "19"}
 _TABLE = str.maketrans(
     {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full-width forms
-    | dict.fromkeys("−﹣\u2010\u2011\u2012\u2013\u2014\u2015", "-")  # hyphens and dashes, which people type for minus
+    | dict.fromkeys("−﹣\u2010\u2011\u2012\u2013\u2014\u2015", "-")  # hyphens and dashes, typed for a minus sign
     | dict.fromkeys("∕⁄", "/")
-    | dict.fromkeys("\u00ad\u200b\u200c\u200d\u2060\ufeff", "")  # of no width
+    | dict.fromkeys("\u00ad\u200b\u200c\u200d\u2060\ufeff", "")  # zero width
     | {character: f"\\{command} " for character, command in _COMMANDS.items()}
     | {character: f"\\frac{{{top}}}{{{bottom}}}" for character, (top, bottom) in _FRACTIONS.items()}
     | dict.fromkeys("\u2009\u202f", "\\,")  # thin spaces
@@ -61,7 +61,7 @@ _ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|([0-9]+(?:\.[0-9]+)?|[A-Za-z]))")
 
 
 def unicode_math(text: str) -> str:
-    """``text`` with each of these characters spelt out; ASCII comes back as it is. Linear time."""
+    """Return ``text`` with each of these characters spelt out; ASCII is unchanged. Linear time."""
     if text.isascii():
         return text
     text = _RAISED_RUN.sub(lambda run: f"^{{{run[0].translate(_RAISED)}}}", text)
@@ -83,7 +83,7 @@ _ONE = r"([0-9]|\\pi(?![A-Za-z])|(?<=[\s}0-9])[A-Za-z](?![A-Za-z]))"
 _BARE_TOP = re.compile(rf"(\\frac)\s*{_ONE}")
 _BARE_BOTTOM = re.compile(rf"(\\frac\s*\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}})\s*{_ONE}")
 _END = re.compile(r"(?:[\s.,;]|\\\\|\\newline(?![a-zA-Z]))+$")
-_LONGEST_END = 200  # characters; the search is quadratic in them at worst
+_LONGEST_END = 200  # characters; the search is quadratic at worst
 
 _DOTS = re.compile(r"\\(?:[lc]dots|dots[bcimo]?)(?![a-zA-Z])\s*|(?<=[,+*-])\s*\.{3,}\s*|(?<=[,+*-] )\.{3,}\s*")
 _DOTS_END = re.compile(r"(?<=[0-9])\s*\\ldots\s*$")
@@ -101,7 +101,7 @@ _UNSEEN = re.compile(
     rf"|{_SWITCH}|{_COLOUR}|\\(?:hspace|vspace|hskip|label|tag)\*?\s*\{{[^{{}}]*\}}"
 )
 _OLD_UPRIGHT = re.compile(r"\{\s*\\(?:rm|mathrm)(?![a-zA-Z])\s*([^{}\\]*)\}")
-_FONT = re.compile(  # with the brace that opens what it is for
+_FONT = re.compile(  # including the opening brace of its argument
     r"\\(?:mathbf|mathit|mathsf|mathtt|mathnormal|boldsymbol|bm|pmb|bold|ensuremath|underline|emph|textsf|texttt)\s*\{"
     r"|\\(?:mathrm|text|textrm|rm)\s*\{(?=[^{}]*(?:\\(?:d|t|c)?frac|\\sqrt|\\pi|\\begin|\\cdot\s*[0-9]))"
     r"|\\(?:mathrm|text|textrm|textbf|textit)\s*\{(?=[-+0-9., ]+\})"
@@ -109,12 +109,12 @@ _FONT = re.compile(  # with the brace that opens what it is for
 )
 _UPRIGHT_LETTER = re.compile(r"\\(?:mathrm|rm|operatorname|text|textrm)\s*\{\s*([ei])\s*\}|\\[ij]math(?![a-zA-Z])")
 _NAMES_OF_FUNCTIONS = "(?:arc)?(?:sin|cos|tan|cot|sec|csc)|(?:sin|cos|tan|cot)h|log|ln|lg|exp|min|max|gcd|det"
-_FUNCTION = re.compile(  # min without anything that it is of is minutes
+_FUNCTION = re.compile(  # min without an argument means minutes
     rf"\\(?:operatorname\*?|mathrm|text|textrm|mathop)\s*\{{\s*(?!min\s*\}}(?!\s*[({{\\_]))({_NAMES_OF_FUNCTIONS})\s*\}}"
 )
 _LOG_E = re.compile(r"\\log\s*_\s*(?:e|\{\s*e\s*\})(?![a-zA-Z])")
 _RELATIONS = {"leq": "le", "geq": "ge", "leqslant": "le", "geqslant": "ge", "neq": "ne", "lbrace": "{", "rbrace": "}"}
-_RELATIONS |= {"varnothing": "emptyset"}  # another drawing of it
+_RELATIONS |= {"varnothing": "emptyset"}  # a variant of the same symbol
 _RELATION = re.compile(rf"\\({'|'.join(_RELATIONS)}){_NO_WORD}|\\([lg]t){_NO_WORD}")
 
 
@@ -128,7 +128,7 @@ def canonical(text: str) -> str:
         if "frac" in text:
             text = _BARE_BOTTOM.sub(r"\1{\2}", _BARE_TOP.sub(r"\1{\2}", _FRACTION.sub(r"\\frac", text)))
     text = " ".join(text.split())
-    for _ in range(4):  # $\text{...}.$ is three layers
+    for _ in range(4):  # $\text{...}.$ has three layers
         text = _without_end(text)
         enclosed = _ENCLOSED.fullmatch(text) or _wrapped(text)
         if not enclosed:
@@ -150,7 +150,7 @@ def _styleless(text: str) -> str:
 
 
 def _without_commands(text: str, command: re.Pattern) -> str:
-    """``text`` without the commands that ``command`` matches with their opening brace, and their closing braces."""
+    """Remove the commands that ``command`` matches, each with its opening and closing brace."""
     if not command.search(text):
         return text
     kept, depths, at = [], [], 0  # depths: for each open brace, whether it is kept
@@ -174,6 +174,6 @@ def _without_end(text: str) -> str:
 
 
 def _wrapped(text: str) -> re.Match | None:
-    """Text in one pair of unseen braces; those around a list stay, since many mean a set by them."""
+    """Match text in one pair of invisible braces, except around a list, where many writers mean a set."""
     match = _WRAPPED.fullmatch(text) if text.endswith("}") else None
     return None if match and match[2] is not None and "," in match[2] else match

@@ -1,4 +1,4 @@
-r"""Texts that are rational numbers: ``1,234``, ``-.5``, ``3/4``, ``\frac{3}{4}``, ``1\frac{4}{5}``, ``52_8``."""
+r"""Parse rational numbers: ``1,234``, ``-.5``, ``3/4``, ``\frac{3}{4}``, ``1\frac{4}{5}``, ``52_8``."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _LARGEST_BASE = 36
 
 
 class Number(NamedTuple):
-    """``rounded``: written with decimals, so it may stand for a number that has more of them."""
+    """``rounded``: written with decimals, so it may stand for a number with more of them."""
 
     value: Fraction
     rounded: bool = False
 
 
 def number(text: str) -> Number | None:
-    """The number that all of ``text`` is, for texts of at most 4,000 characters; None where it is something else."""
+    """Return the number that all of ``text`` (at most 4,000 characters) is, or None."""
     if match := _PLAIN.fullmatch(text):
         return Number(_signed(match[1], _decimal(match[2])), "." in text)
     if match := _OVER.fullmatch(text) or _FRAC.fullmatch(text):
@@ -54,12 +54,12 @@ def number(text: str) -> Number | None:
 
 
 def may_be_several(text: str) -> bool:
-    """Whether commas that group thousands may as well part numbers, as brackets around them say: 1,200, not 1,050."""
+    """Return whether thousands separators could also separate numbers in brackets: 1,200 could, 1,050 could not."""
     return _SEVERAL.fullmatch(text) is not None
 
 
 def in_base(text: str) -> tuple[str, int] | None:
-    """Digits and value of a number with its base, as ``52_8`` or ``52_{8}``; None where ``text`` is something else."""
+    """Return digits and value of a number with a base (``52_8``, ``52_{8}``); None if ``text`` is not one."""
     match = _BASED.fullmatch(text)
     base = int(match[2] or match[3]) if match else 0
     if not match or not 2 <= base <= _LARGEST_BASE or any(int(digit) >= base for digit in match[1]):

@@ -1,10 +1,10 @@
-r"""Rewrites conditions on one real variable as intervals: ``\{x \mid x>2\}``, ``x<1 \text{ or } x>3``, ``x \ne 2``.
+r"""Rewrite conditions on one real variable as intervals: ``\{x \mid x>2\}``, ``x<1 \text{ or } x>3``, ``x \ne 2``.
 
     builder    \{x \mid condition\}   also with : or |, and x \in \mathbb{R}
     condition  part (or part)*        union
     part       bound (and bound)*     one lower and one upper bound; a<x<b; x \ne a; x \in (a,b); (a,b)
 
-A variable that ranges over anything but the reals makes it no region; so do bounds that hold the variable themselves.
+A variable over anything but the reals is rejected, and so are bounds that contain the variable.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ _LONGEST = 400
 
 
 class Region(NamedTuple):
-    """``intervals``: as LaTeX; ``variable``: whose values they are, or ""; ``bound``: by a set-builder."""
+    """``intervals``: as LaTeX; ``variable``: the variable they belong to, or ""; ``bound``: by a set-builder."""
 
     intervals: str
     variable: str = ""
     bound: bool = False
 
     def may_equal(self, other: Region) -> bool:
-        """Whether the variables do not contradict each other: names of bound ones may differ."""
+        """Return whether the variables do not contradict each other: names of bound ones may differ."""
         return self.variable == other.variable or "" in (self.variable, other.variable) or (self.bound and other.bound)
 
 
 def region(text: str) -> Region | None:
-    """The part of the real line that ``text`` describes; None where it describes none, or is not understood."""
+    """Return the part of the real line that ``text`` describes; None if it describes none, or is not understood."""
     if len(text) > _LONGEST:
         return None
     if _ALL_REALS.fullmatch(text):
@@ -64,7 +64,7 @@ def region(text: str) -> Region | None:
 
 
 def is_condition(text: str) -> bool:
-    """Whether ``text`` needs to be rewritten before it can be compared: words between parts, or a set-builder."""
+    """Return whether ``text`` has to be rewritten before comparison: words between parts, or a set-builder."""
     if "\\" not in text and "<" not in text and ">" not in text and " or " not in text and "real" not in text:
         return False
     return (
@@ -78,7 +78,7 @@ def is_condition(text: str) -> bool:
 
 
 def _the_variable(text: str) -> str | None:
-    """The one variable that stands alone on a side of a sign; "" of intervals without one, None where there are two."""
+    """Return the only variable alone on a side of a sign; "" for bare intervals, None if there are two."""
     sides = [side.strip() for part in _OR.split(text) for piece in _AND.split(part) for side in _SIGN.split(piece)[::2]]
     names = {side for side in sides if re.fullmatch(_VARIABLE, side) and side not in ("e", "i")}
     return names.pop() if len(names) == 1 else None if names or not _INTERVAL.search(text) else ""
@@ -108,7 +108,7 @@ def _part(text: str, variable: str) -> str | None:
 
 
 Bound = tuple[str | None, str | None]
-"""Where it begins, with its bracket, and where it ends, with its: ``[2``, ``3)``."""
+"""Start and end with their brackets, such as ``[2`` and ``3)``."""
 
 
 def _bound(text: str, variable: str) -> Bound | str | None:

@@ -1,8 +1,8 @@
-"""Each reward function's scorer: (prompt, response) -> a score, or a job for a worker process; and penalties.
+"""The scorer of each reward function: (prompt, response) -> a score or a job for a worker process; and penalties.
 
-A job is JSON, the arguments of the worker's grader (``graders.py``); equal jobs of a batch are done once. Penalties for
-form and length count in training and never in evaluation; the length's is DAPO's soft overlong punishment: nothing up
-to ``overlong_tokens`` before the limit, then linear.
+A job is JSON, the arguments of the worker's grader (``graders.py``); equal jobs of a batch run once. Penalties for
+format and length apply in training and never in evaluation; the length penalty is DAPO's soft overlong punishment: zero
+up to ``overlong_tokens`` before the limit, then linear.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def score_task(prompt: Prompt, text: str, extract: Extract) -> float | str:
 
 
 def score_custom(prompt: Prompt, text: str, extract: Extract) -> float | str:
-    """``extract`` plays no part: the function gets the whole response."""
+    """Build the job of a user's function, which gets the whole response; ``extract`` is ignored."""
     return json.dumps([prompt.source, text, prompt.ground_truth, _extra(prompt) | {"id": prompt.id}])
 
 
@@ -62,7 +62,7 @@ SCORERS: dict[str, Scorer] = {"math": score_math, "choice": score_choice, "reaso
 
 
 def unusable(function: str, prompt: Prompt) -> str | None:
-    """Why this function could never score responses to ``prompt``; None where it can."""
+    """Return why this function could never score responses to ``prompt``, or None."""
     if function == "choice" and true_label(prompt.ground_truth) is None:
         return f"ground truth {prompt.ground_truth[:60]!r} names no option (one letter or digit)"
     if function == "reasoning_gym" and not {"dataset", "index"} <= _extra(prompt).keys():
@@ -78,7 +78,7 @@ _THINK = re.compile("</?think>")
 
 
 def penalty(settings: Reward, text: str, tokens: int, limit: int) -> float:
-    """What is taken off the reward of a response (``text``, of ``tokens`` of at most ``limit``), 0 or more."""
+    """Return the penalty (>= 0) on the reward of the response ``text`` of ``tokens`` tokens, at most ``limit``."""
     cost = 0.0 if has_form(settings.format, text) else settings.format_penalty
     over = tokens - (limit - settings.overlong_tokens)
     if settings.overlong_tokens and over > 0:
@@ -87,7 +87,7 @@ def penalty(settings: Reward, text: str, tokens: int, limit: int) -> float:
 
 
 def has_form(form: str, text: str) -> bool:
-    """``boxed``: a complete box; ``think``: a thought in one pair of tags, and a box after it. Linear time.
+    """Check the format: ``boxed``, a complete box; ``think``, one pair of tags and a box after it. Linear time.
 
     The thought begins the response; the chat template may have opened it already.
     """

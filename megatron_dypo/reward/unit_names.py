@@ -1,7 +1,7 @@
-r"""Names and symbols of units -> scale and dimension, so that J, N m and \text{joules} are one, and J and eV are two.
+r"""Map names and symbols of units to scale and dimension: J, N m and \text{joules} are equal, J and eV are not.
 
-A dimension maps bases to powers. Each thing that is not measured but counted (dollar, radian, degree, apple) is a base
-of its own, and so are scales that do not begin at zero (degrees of temperature).
+A dimension maps bases to powers. Each counted thing (dollar, radian, degree, apple) is a base
+of its own, and so is each scale whose zero is arbitrary (degrees of temperature).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Unit(NamedTuple):
-    """``powers``: (base, power) in order."""
+    """A unit's scale and ``powers``: (base, power), sorted."""
 
     scale: Fraction
     powers: tuple[tuple[str, Fraction], ...]
@@ -86,7 +86,7 @@ _PREFIXES = {
     "a": (-18, "atto"),
 }  # fmt: skip
 
-# --- without
+# --- without prefixes
 
 _FOOT, _POUND = Fraction("0.3048"), Fraction("0.45359237")
 _OTHERS: dict[str, Unit] = {
@@ -136,13 +136,13 @@ def _table() -> tuple[dict[str, Unit], dict[str, Unit]]:
 
 
 SYMBOLS, NAMES = _table()
-"""Of at most a few letters, whose case counts (mW, MW); and in full, in lower case and in the singular."""
+"""Symbols of a few letters, case-sensitive (mW, MW); and full names, in lower case and singular."""
 _MANY = Counter(symbol.lower() for symbol in SYMBOLS)
 _FOLDED = {symbol.lower(): unit for symbol, unit in SYMBOLS.items() if len(symbol) > 2 and _MANY[symbol.lower()] == 1}
 
 
 def lookup(word: str) -> Unit | None:
-    """The unit of that symbol or name, plural included; None where there is none."""
+    """Return the unit of a symbol or name, plural included, or None."""
     if word in SYMBOLS:
         return SYMBOLS[word]
     lower = word.lower()
@@ -157,7 +157,7 @@ def lookup(word: str) -> Unit | None:
 
 
 def singular(word: str) -> str:
-    """``inch`` for ``inches``, ``body`` for ``bodies``, ``box`` for ``boxes``; a guess where no table knows it."""
+    """Return the singular: ``inch`` for ``inches``, ``body`` for ``bodies``; a guess if no table knows it."""
     for ending in ("s", "es"):
         short = word.removesuffix(ending)
         if short != word and (short in NAMES or (short in SYMBOLS and len(short) > 1)):
@@ -168,5 +168,5 @@ def singular(word: str) -> str:
 
 
 def counted(words: str) -> Unit:
-    """The unit of things that are counted: ``red ball``."""
+    """Return a unit that counts things: ``red ball``."""
     return _counted(words)

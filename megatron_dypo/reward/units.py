@@ -1,11 +1,11 @@
-r"""The unit that an answer ends in (or the currency it begins with), apart from what is measured.
+r"""Split an answer into its value and the unit that it ends with (or the currency that it begins with).
 
     suffix   \text{ cm}, \mathrm{~kg} \cdot \mathrm{m} / \mathrm{s}^{2}, \frac{\mathrm{m}}{\mathrm{s}}, \Omega, ^\circ
-    unit     factor ([\cdot * or a space] factor)* [/ or per unit]     all that follows a slash is below it
+    unit     factor ([\cdot * or a space] factor)* [/ or per unit]     everything after a slash is the denominator
     factor   [square | cubic] name [^ power | squared | cubed], or ( unit )
 
-Words that no table of units knows are things that are counted (``5 apples``); words that change a number's value
-(million, dozen) or are mathematics are no unit. Letters that are not upright may be variables: see ``Quantity.kind``.
+Words that are not in the table of units are counted things (``5 apples``); words that change a number's value
+(million, dozen) or are mathematics are not units. Letters in italics may be variables: see ``Quantity.kind``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _FIRM_PLAIN = {
     "kmph", "kHz", "MHz", "GHz", "Hz", "kPa", "kJ", "kW", "kV", "kN", "eV", "keV", "MeV", "GeV", "mol",
     "kWh",
 }  # fmt: skip
-"""Symbols that are units even where they are not upright and no space stands before them."""
+"""Symbols that are units even in italics and without a space before them."""
 
 _UPRIGHT = r"\\(?:text|textrm|textbf|textit|textnormal|mbox|mathrm|rm|operatorname|unit|si)\s*"
 _GROUP = r"\{((?:[^{}]|\{[^{}]*\})*)\}"
@@ -66,11 +66,11 @@ PERCENT = counted("percent")
 
 
 class Quantity(NamedTuple):
-    """What is measured, and in what; ``text``: the unit in one spelling, empty without one.
+    """A value and its unit; ``text``: the unit in one spelling, empty without one.
 
-    ``kind``: ``firm`` for a unit that can be nothing else; ``loose`` for letters after a number and a space (``5 m``),
-    which are a unit where the other side has one or is a number alone; ``tight`` without the space (``5m``), a unit
-    only where the other side has one.
+    ``kind``: ``firm`` for a unit that cannot be anything else; ``loose`` for letters after a number and a space (``5
+    m``), a unit if the other side has one or is a bare number; ``tight`` without the space (``5m``), a unit only if the
+    other side has one.
     """
 
     bare: str
@@ -80,7 +80,7 @@ class Quantity(NamedTuple):
 
 
 def quantity(text: str) -> Quantity:
-    """Of a text that is a unit alone, all is ``bare``."""
+    """Split ``text`` into value and unit; a bare unit counts as the value."""
     if (match := _CURRENCY.match(text)) and text[match.end() :]:
         sign = next((sign for sign in match.groups()[1:] if sign), "")
         inner = quantity(match[1] + text[match.end() :])
@@ -102,13 +102,15 @@ def quantity(text: str) -> Quantity:
 
 
 def of_an_angle(text: str) -> bool:
-    r"""Whether there is a ``\sin`` or another function of an angle in ``text``, whose degrees are numbers."""
+    r"""Return whether ``text`` has ``\sin`` or another function of an angle; its degrees are numbers."""
     return _OF_AN_ANGLE.search(text) is not None
 
 
 def same_unit(one: Quantity, other: Quantity) -> bool:
-    """Whether two units do not contradict each other: one is missing, both measure alike, or one says less of what is
-    counted (cent, cent per pound)."""
+    """Return whether two units are compatible: one is missing, both measure alike, or one is less specific.
+
+    Less specific means a shorter name of the same counted thing (cent, cent per pound).
+    """
     if one.unit is None or other.unit is None or one.unit == other.unit:
         return True
     shorter, longer = sorted((one, other), key=lambda side: len(side.text))
@@ -122,8 +124,8 @@ def _cut(text: str, at: int, name: str, unit: Unit, kind: str) -> Quantity:
 
 
 def _with_suffix(text: str) -> Quantity:
-    """Takes off the longest end that is a unit."""
-    run: list[re.Match] = []  # tokens of units without anything else between them, up to where we are
+    """Strip the longest suffix that is a unit."""
+    run: list[re.Match] = []  # consecutive unit tokens up to the current position
     at = max(0, len(text) - _LONGEST)
     while at < len(text):
         token = _TOKEN.match(text, at)
@@ -141,7 +143,7 @@ def _with_suffix(text: str) -> Quantity:
 
 
 def _read(text: str, first: re.Match, run: list[re.Match]) -> Quantity | None:
-    """The quantity whose unit begins with the token ``first``."""
+    """Return the quantity whose unit begins with the token ``first``, or None."""
     at = first.start()
     if first.lastgroup == "upright" and (micro := re.search(r"\\(?:mu|micro)\s*$", text[:at])):
         at = micro.start()
@@ -167,7 +169,7 @@ def _read(text: str, first: re.Match, run: list[re.Match]) -> Quantity | None:
 
 
 def _all_firm(spelled: str) -> bool:
-    """Whether plain letters can be nothing but a unit: no symbol is a single letter, or it is one per another."""
+    """Return whether plain letters can only be a unit: no single-letter symbols, or one per another."""
     words = re.findall(r"[A-Za-z]+", spelled)
     return all(word in _FIRM_PLAIN or (len(word) > 3 and lookup(word)) for word in words if word != "per") or (
         ("/" in spelled or "per" in words) and all(word == "per" or lookup(word) for word in words)
@@ -175,7 +177,7 @@ def _all_firm(spelled: str) -> bool:
 
 
 def _flat(tokens: Iterable[re.Match]) -> str:
-    """The tokens in plain characters: ``kg·m/s^2``."""
+    """Return the tokens in plain characters: ``kg·m/s^2``."""
     spelled = []
     for token in tokens:
         if token["fraction"]:
@@ -203,7 +205,7 @@ _AFTER_WORDS = {"squared": 2, "cubed": 3}
 
 @lru_cache(maxsize=4_096)
 def parse(spelled: str) -> tuple[str, Unit, bool] | None:
-    """The unit in one spelling, what it is, and whether every word is a unit's (else things are counted)."""
+    """Return the unit in one spelling, its value, and whether every word is a unit (else things are counted)."""
     parts, at = [], 0
     spelled = spelled.rstrip(" .")
     while at < len(spelled):
@@ -230,7 +232,7 @@ def parse(spelled: str) -> tuple[str, Unit, bool] | None:
 
 
 def _changes_the_value(word: str) -> bool:
-    """Whether ``word`` says how much a number is, or is mathematics; coins (quarters) are counted."""
+    """Return whether ``word`` changes a number's value, or is mathematics; coins (quarters) are counted."""
     return word not in _AFTER_WORDS and word != "quarters" and not _NO_UNIT.isdisjoint((word, singular(word)))
 
 

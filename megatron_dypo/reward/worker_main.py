@@ -1,10 +1,10 @@
-"""A worker process: imports its grader once, and forks a child that answers; a child that does not answer is replaced.
+"""A worker process: import the grader once and fork a child that answers; replace a child that does not.
 
     python -m megatron_dypo.reward.worker_main FUNCTION CPU_SECONDS PARENT_PID
 
-Reads one job (the JSON list of a grader's arguments) a line and answers each with a line ``[score, fault]``: why nobody
-could score it, or null. Its first line is null, or why it cannot start. Ends when standard input does, at once, and
-leaves no process behind. Forking a process that has imported everything takes milliseconds, starting one seconds.
+Reads one job (a JSON list of the grader's arguments) per line and answers each with a line ``[score, fault]``; a null
+fault means success. Its first line is null, or why it cannot start. Ends at once when standard input does, and
+leaves no process behind. Forking a process that has imported everything takes milliseconds, starting one takes seconds.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from megatron_dypo.runtime.prctl import adopt_orphans, die_with_parent
 def main() -> None:
     function, cpu_seconds, parent = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
     _end_with(parent)
-    adopt_orphans()  # whatever a grader leaves behind comes here
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's, which closes its workers
+    adopt_orphans()  # processes that a grader leaves behind become children of this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which closes its workers
     jobs, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w")
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)  # a grader may read its input, and print
     os.dup2(2, 1)
     try:
         grader = load(function)
-    except BaseException as error:  # a user's module may even exit
+    except BaseException as error:  # a user's module may even call exit
         print(json.dumps(_one_line(error)), file=replies, flush=True)
         return
-    gc.freeze()  # what is here stays, so a collection in a child need not copy its pages
+    gc.freeze()  # keeps existing objects out of collections, so a child need not copy their pages
     print("null", file=replies, flush=True)
     child: GraderProcess | None = None
     for job in jobs:
@@ -53,9 +53,9 @@ def _one_line(error: BaseException) -> str:
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process when ``parent`` does.
+    """End this process when ``parent`` ends.
 
-    The kernel also signals the end of the mere thread that started this process, hence a handler that looks.
+    The kernel also signals the end of the thread that started this process, so the handler checks the parent.
     """
 
     def end_if_orphan(*_: object) -> None:
@@ -65,7 +65,7 @@ def _end_with(parent: int) -> None:
 
     signal.signal(signal.SIGUSR1, end_if_orphan)
     die_with_parent(signal.SIGUSR1)
-    end_if_orphan()  # it may have ended before the line above
+    end_if_orphan()  # the parent may have ended before the line above
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A small pool of worker processes (``worker_main.py``), any of which may be killed and replaced at any time.
 
-A worker bounds the time of an answer itself, so here is no polling; the pool's own deadline, past the worker's, is for
-a worker that cannot even do that.
+A worker bounds the time of a job itself, so the pool does not poll; its own deadline, later than the worker's, is for a
+worker that cannot even do that.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from megatron_dypo.errors import TrainingError
 from megatron_dypo.reward.grader_process import WALL_FACTOR
 
 _SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
-START_SECONDS = 120.0  # wall clock; importing sympy from a cold shared file system takes its time
-GRACE_SECONDS = 5.0  # what a worker may take on top of an answer's ceiling, and to end
+START_SECONDS = 120.0  # wall clock; importing sympy from a cold shared file system is slow
+GRACE_SECONDS = 5.0  # added to a job's ceiling, and allowed for a worker to end
 
 
 class Score(NamedTuple):
-    """``fault``: why nobody could score the response (``value`` is 0 then); None where it was scored."""
+    """``fault``: why the response could not be scored (``value`` is then 0), or None."""
 
     value: float
     fault: str | None = None
@@ -44,7 +44,7 @@ class WorkerPool:
         self._workers: list[_Worker] = []
 
     def grade(self, jobs: list[str]) -> list[Score]:
-        """The jobs' scores, in order. Raises TrainingError when a worker cannot start."""
+        """Return the jobs' scores, in order. Raises TrainingError if a worker cannot start."""
         scores = [Score(0.0)] * len(jobs)
         waiting = deque(enumerate(jobs))
         left = len(jobs)
@@ -58,12 +58,12 @@ class WorkerPool:
                     scores[job] = score
                     left -= 1
         except BaseException:
-            self.close()  # a reply that nobody read would pass for the reply to the next call's question
+            self.close()  # an unread reply would be taken for the answer to the next call
             raise
         return scores
 
     def start(self) -> None:
-        """Starts one worker and waits for it. Raises TrainingError when it cannot start."""
+        """Start one worker and wait for it. Raises TrainingError if it cannot start."""
         try:
             self._staff(1)
             while not self._workers[0].ready:
@@ -73,18 +73,18 @@ class WorkerPool:
             raise
 
     def close(self) -> None:
-        """Ends and reaps every worker."""
+        """End and reap every worker."""
         while self._workers:
             self._workers.pop().stop()
 
     def _staff(self, jobs: int) -> None:
         for worker in [worker for worker in self._workers if worker.idle and worker.process.poll() is not None]:
-            self._dismiss(worker)  # ended between two answers, so no answer is to blame
+            self._dismiss(worker)  # ended between two jobs, so no response is to blame
         while len(self._workers) < min(self._size, jobs):
             self._workers.append(_Worker(self._function, self._cpu_seconds))
 
     def _replies(self) -> list[tuple[int, Score]]:
-        """Waits until something happens; returns the (job, score) pairs that came of it, often none."""
+        """Wait until something happens; return the resulting (job, score) pairs, often none."""
         timeout = min(worker.deadline for worker in self._workers) - time.monotonic()
         readable = wait(self._workers, max(0.0, timeout))
         replies: list[tuple[int, Score]] = []
@@ -122,7 +122,7 @@ def _environment(function: str) -> dict[str, str]:
 
 
 class _Worker:
-    """One process and what it is doing: starting, then in turn idle and at work on ``job``, until ``deadline``."""
+    """One process and its state: starting, then alternately idle and at work on ``job``, until ``deadline``."""
 
     def __init__(self, function: str, cpu_seconds: float) -> None:
         root = str(Path(__file__).resolve().parents[2])
@@ -150,20 +150,20 @@ class _Worker:
     def send(self, index: int, job: str) -> None:
         self.job = index
         self.deadline = time.monotonic() + self._ceiling
-        with contextlib.suppress(BrokenPipeError):  # its end of file tells the same
+        with contextlib.suppress(BrokenPipeError):  # its end of file reports the same
             self.process.stdin.write(job.encode() + b"\n")
             self.process.stdin.flush()
 
     def receive(self) -> bytes:
-        """The line that a readable worker wrote (its first says that it is ready); empty when it has ended."""
+        """Return the line that a readable worker wrote (the first means it is ready); empty if it has ended."""
         line = self.process.stdout.readline()  # never blocks: a line is one small write to a pipe, which is atomic
         if line:
             self.ready, self.job, self.deadline = True, None, math.inf
         return line
 
     def stop(self, kill: bool = False) -> None:
-        """Ends it by the end of its input, on which it ends its children; one that starts, or is stuck, is killed."""
-        with contextlib.suppress(BrokenPipeError):  # what it did not read goes nowhere
+        """Close its input, on which it ends its children; kill it if it is starting, or stuck."""
+        with contextlib.suppress(BrokenPipeError):  # unread input is lost
             self.process.stdin.close()
         if kill or not self.ready:
             self.process.kill()

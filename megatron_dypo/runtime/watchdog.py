@@ -79,7 +79,7 @@ class Watchdog:
             raise
 
     def metrics(self) -> dict[str, float]:
-        """``perf/heartbeat_gap``: the longest silence (s) of any rank since the last call; on rank 0 of several."""
+        """Return ``perf/heartbeat_gap``, the longest silence (s) of a rank since the last call; rank 0 of several."""
         return {"perf/heartbeat_gap": self._heartbeats.take_gap()} if self._heartbeats and launch_rank() == 0 else {}
 
     def write_stacks(self) -> None:
