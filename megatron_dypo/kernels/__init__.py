@@ -1,4 +1,4 @@
-"""Hidden states -> log-probs -> loss without the [tokens, vocabulary] logits. Imports torch; Triton on CUDA."""
+"""Hidden states -> log-probs -> loss without the [tokens, vocabulary] logits. Imports torch, and Triton on CUDA."""
 
 from megatron_dypo.kernels.grouped_loss import LossRule, empty_sums, grouped_loss, read_sums
 from megatron_dypo.kernels.head import LogProbs, linear_logprob, linear_loss

@@ -1,11 +1,11 @@
-"""The head's two autograd functions, whatever forms the logits: a ``LogitHead`` does, a chunk of tokens at a time.
+"""The head's two autograd functions; a ``LogitHead`` forms the logits, one chunk of tokens at a time.
 
 z = hidden @ weight.T / temperature; dlogp/dz = onehot - p, dlse/dz = p, dentropy/dz = -p (z - lse + entropy). At the
 target, where p may be near 1, 1 - p is -expm1(logp), and z - lse is logp.
-``LogProb`` keeps O(T) numbers and forms the logits again in its backward (4 matrix products). ``Loss`` keeps one
-chunk's logits and forms gradients at once (3 products).
+``LogProb`` keeps O(T) numbers and recomputes the logits in its backward (4 matrix products). ``Loss`` keeps one
+chunk's logits and forms the gradients at once (3 products).
 
-Legend: T tokens, t those of a chunk, a those of them with a gradient; H hidden size; V local vocabulary rows, v those
+Legend: T tokens, t tokens of a chunk, a tokens of it with a gradient; H hidden size; V local vocabulary rows, v those
 of a tile; K this rank's tiles.
 """
 
@@ -21,20 +21,20 @@ from torch.autograd import Function
 
 from megatron_dypo.kernels.vocab import STATISTICS, TILES, VocabShard, combine
 
-ROWS = 16  # matrix products of fewer rows round differently
+ROWS = 16  # products of fewer rows round differently
 HALVES = (torch.bfloat16, torch.float16)
-# Of each tile: (columns, dz [a, v] with respect to the unscaled logits, None or what its rows are yet to be times [a],
-# which is the same for all tiles)
+# Per tile: (columns, dz [a, v] with respect to the unscaled logits, None or the row factors [a] still to be applied,
+# equal for all tiles)
 Tiles = Iterator[tuple[slice, Tensor, Tensor | None]]
 
 
 def multiplies_halves(hidden: Tensor) -> bool:
-    """Tensor cores multiply half precision and add in fp32; CPUs are faster in fp32 altogether."""
+    """Return whether to multiply in half precision: tensor cores add in fp32; CPUs are faster in fp32 altogether."""
     return hidden.is_cuda and hidden.dtype in HALVES
 
 
 class LogitHead(ABC):
-    """One call's logits; ``keep``: ``fused_backward`` will be asked for after ``statistics``, chunk by chunk."""
+    """The logits of one call; ``keep``: ``fused_backward`` follows ``statistics``, chunk by chunk."""
 
     def __init__(
         self,
@@ -55,11 +55,11 @@ class LogitHead(ABC):
 
     @abstractmethod
     def chunk_length(self) -> int:
-        """Tokens of a chunk, a multiple of ROWS."""
+        """Return the tokens per chunk, a multiple of ROWS."""
 
     @abstractmethod
     def statistics(self, chunk: slice) -> Tensor:
-        """[K, 4, t] of this rank's tiles."""
+        """Return the statistics [K, 4, t] of this rank's tiles."""
 
     @abstractmethod
     def fused_backward(
@@ -70,34 +70,37 @@ class LogitHead(ABC):
         upstream: tuple[Tensor, Tensor | None],
         results: tuple[Tensor, Tensor, Tensor],
     ) -> Tiles:
-        """Of the tokens ``a`` of the chunk that ``statistics`` saw last; ``upstream`` gradients [t] of logp and, where
-        there are any, of the entropy, each / temperature; ``results`` [t] logp, entropy and lse.
+        """Yield the tiles of dz for the tokens ``a`` of the chunk that ``statistics`` saw last.
+
+        ``upstream``: gradients [t] of logp and, if any, of the entropy, each / temperature; ``results`` [t]: logp,
+        entropy and lse.
         """
 
     @abstractmethod
     def recomputed(self, chunk: slice, upstream: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> Tiles:
-        """Of all tokens of a chunk; ``upstream`` gradients [t] of the ``results`` logp, entropy and lse, each /
-        temperature.
+        """Yield the tiles of dz for all tokens of a chunk, with the logits recomputed.
+
+        ``upstream``: gradients [t] of the ``results`` logp, entropy and lse, each / temperature.
         """
 
-    def close(self) -> None:  # noqa: B027 - not every head has something to give back
-        """Ends the use of its memory."""
+    def close(self) -> None:  # noqa: B027 - not every head holds memory
+        """Release the head's memory."""
 
     def shortened(self, chunk: int, elements: int) -> int:
-        """``chunk`` tokens, or as many as the whole vocabulary's logits are ``elements`` of; a multiple of ROWS.
+        """Limit ``chunk`` tokens so that their logits have at most ``elements`` elements; a multiple of ROWS.
 
-        Not the shard's vocabulary: matrix products round by their number of rows.
+        Counts the whole vocabulary, not the shard's: matrix products round depending on their number of rows.
         """
         vocabulary = self.shard.rows * self.shard.ranks
         return max(ROWS, min(chunk, elements // vocabulary // ROWS * ROWS))
 
     @property
     def longest(self) -> int:
-        """Rows of the longest chunk, filled up to a multiple of ROWS."""
+        """Return the rows of the longest chunk, padded to a multiple of ROWS."""
         return min(self.length, -(-self.targets_T.shape[0] // ROWS) * ROWS)
 
     def order(self, active_t: Tensor) -> Tensor:
-        """Numbers of a chunk's active tokens, as ``fused_backward`` takes them."""
+        """Return the indices of a chunk's active tokens, in the order that ``fused_backward`` takes them."""
         return active_t.nonzero().flatten()
 
     def chunks(self) -> Iterator[slice]:
@@ -105,11 +108,11 @@ class LogitHead(ABC):
         return (slice(start, min(start + self.length, tokens)) for start in range(0, tokens, self.length))
 
     def tiles(self) -> Iterator[tuple[int, slice]]:
-        """(number, columns) of this rank's tiles that have columns."""
+        """Yield (number, columns) of this rank's non-empty tiles."""
         return ((k, tile) for k, tile in enumerate(self.shard.tiles) if tile.start < tile.stop)
 
     def rows(self, chunk: slice) -> Tensor:
-        """The chunk's hidden states, as the products take them; zeros fill up to a multiple of ROWS."""
+        """Return the chunk's hidden states for the matrix products, zero-padded to a multiple of ROWS."""
         hidden_tH = self.hidden_TH[chunk]
         hidden_tH = hidden_tH if self.native else hidden_tH.to(self.dtype)
         missing = -hidden_tH.shape[0] % ROWS
@@ -123,21 +126,21 @@ class LogitHead(ABC):
 
 
 class Gradients:
-    """dhidden [T, H], and dweight [V, H] in fp32: in the weight's ``main_grad`` where Megatron keeps one."""
+    """dhidden [T, H], and dweight [V, H] in fp32: in the weight's ``main_grad`` if Megatron keeps one."""
 
     def __init__(self, head: LogitHead, needs: tuple[bool, bool]):
         self.head, weight = head, head.weight_VH
         self.main_grad = _fp32_main_grad(weight) if needs[1] else None
         self.dhidden_TH = self.dweight_VH = None
-        if needs[0]:  # a row is complete after its chunk, but for the sum over ranks
+        if needs[0]:  # a row is complete after its chunk, except for the sum over ranks
             dtype = head.dtype if head.shard.ranks > 1 else head.hidden_TH.dtype
             self.dhidden_TH = torch.zeros_like(head.hidden_TH, dtype=dtype)
         if needs[1]:
             self.dweight_VH = torch.empty_like(weight, dtype=head.dtype) if self.main_grad is None else self.main_grad
-        self.begun = self.main_grad is not None  # or else the first tokens' products need nothing to be added to
+        self.begun = self.main_grad is not None  # otherwise the first products overwrite instead of adding
 
     def add(self, rows: slice | Tensor, hidden_aH: Tensor, tiles: Tiles) -> None:
-        """``tiles`` are all of this rank's, of the tokens ``rows``."""
+        """Add the products of all of this rank's ``tiles``, for the tokens ``rows``."""
         dhidden_aH = scaled_aH = scale_a = None
         for tile, dz_av, scale_a in tiles:
             dz_av = dz_av.to(hidden_aH.dtype)
@@ -161,7 +164,7 @@ class Gradients:
                 self.dhidden_TH.index_copy_(0, rows, dhidden_aH.to(self.dhidden_TH.dtype))
 
     def hidden(self) -> Tensor | None:
-        """dhidden [T, H]; each rank has the part that flows through its columns of the vocabulary."""
+        """Return dhidden [T, H], summed over ranks; each has the part that flows through its vocabulary columns."""
         if self.dhidden_TH is None:
             return None
         if self.head.shard.ranks > 1:
@@ -169,7 +172,7 @@ class Gradients:
         return self.dhidden_TH.to(self.head.hidden_TH.dtype)
 
     def weight(self) -> Tensor | None:
-        """What autograd is given: nothing where ``main_grad`` has it all."""
+        """Return the weight's gradient for autograd: none of it if ``main_grad`` has it all."""
         weight = self.head.weight_VH
         if self.main_grad is not None:
             return nothing_left(weight)
@@ -180,7 +183,7 @@ class Gradients:
 
 
 class LogProb(Function):
-    """Forward keeps O(T) numbers; backward recomputes the logits of the tokens that have a gradient."""
+    """Log-probs: forward keeps O(T) numbers; backward recomputes the logits of the tokens that have a gradient."""
 
     @staticmethod
     def forward(ctx, heads, hidden, weight, targets, temperature_T, shard, sequence_parallel, entropy):
@@ -213,7 +216,7 @@ class LogProb(Function):
 
 
 class Loss(Function):
-    """Forward forms the gradients of a token-local loss while the logits are at hand; backward only scales them."""
+    """A token-local loss: forward forms its gradients while the logits are at hand; backward only scales them."""
 
     @staticmethod
     def forward(
@@ -269,19 +272,19 @@ class Loss(Function):
 
 
 def pick(rows_tx: Tensor, a: Tensor) -> Tensor:
-    """The rows ``a``, without a copy where they are all."""
+    """Return the rows ``a``, without a copy if they are all rows."""
     return rows_tx if len(a) == len(rows_tx) else rows_tx[a]
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """left @ right into ``out``; half precision on tensor cores, added up in fp32."""
+    """Write left @ right into ``out``; half precision runs on tensor cores and accumulates in fp32."""
     if left.dtype != out.dtype and left.is_cuda:
         return torch.mm(left, right, out_dtype=out.dtype, out=out)
     return torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
 
 
 def _add_product(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """out += left @ right, in out's precision."""
+    """Add left @ right to ``out``, in out's precision."""
     if left.dtype != out.dtype and left.is_cuda:
         torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
     else:
@@ -289,15 +292,15 @@ def _add_product(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 
 def _scaled(hidden_aH: Tensor, scale_a: Tensor) -> Tensor:
-    """Multiplied in fp32, rounded once."""
+    """Scale the rows in fp32, rounded once."""
     return torch.mul(hidden_aH, scale_a.unsqueeze(1), out=torch.empty_like(hidden_aH))
 
 
 def nothing_left(weight: Tensor) -> Tensor | None:
-    """What autograd is given for a weight whose ``main_grad`` has the whole gradient: nothing, which costs nothing.
+    """Return the gradient for autograd of a weight whose ``main_grad`` has it all: None, which costs nothing.
 
-    Zeros where DDP takes part in the backward pass and waits for every gradient (``awaits_grad``, which the policy
-    sets). Not mcore's mark of an added gradient, under which what a tied embedding adds to ours would be dropped.
+    Zeros if DDP takes part in the backward pass and waits for every gradient (``awaits_grad``, set by the policy). Not
+    mcore's mark of an added gradient, which would drop what a tied embedding adds to ours.
     """
     return torch.zeros_like(weight) if getattr(weight, "awaits_grad", False) else None
 

@@ -1,9 +1,9 @@
-"""The head in plain torch: a chunk of tokens and a tile of the vocabulary at a time.
+"""The head in plain torch: one chunk of tokens and one tile of the vocabulary at a time.
 
-What is not a matrix product is bound by memory, so it is kept to few passes, in few fresh pages: no maximum is taken
-where none is needed (``vocab.py``), exponentials of a chunk lie side by side for one product over all columns, a factor
-of a whole row is left to the products, and the memory is used again (``workspace.py``). ``autograd.py`` has the rest
-and the legend.
+Everything but the matrix products is bound by memory, so it uses few passes and few fresh pages: a maximum is taken
+only if needed (``vocab.py``), exponentials of a chunk are contiguous so that one product covers all columns, factors of
+a whole row are left to the products, and the memory is reused (``workspace.py``). ``autograd.py`` has the rest and the
+legend.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from megatron_dypo.kernels.vocab import (
 )
 
 CHUNK = 1024
-CHUNK_ELEMENTS = 96 << 20  # of the whole vocabulary's logits, 384 MiB: a large one is taken in shorter chunks
+CHUNK_ELEMENTS = 96 << 20  # of the whole vocabulary's logits, 384 MiB: a larger vocabulary gets shorter chunks
 
-# A thread's share of the rows whose statistics are taken together: logits and exponentials stay in its 1 MiB of cache.
+# A thread's share of the rows whose statistics are computed together: logits and exponentials stay in its 1 MiB of
+# cache.
 BLOCK_ELEMENTS = 128 << 10
 
 
@@ -39,11 +40,11 @@ def logprob(
 
 def loss(hidden, weight, targets, token_loss, temperature_T, shard: VocabShard, sequence_parallel: bool, entropy: bool):
     arguments = (hidden, weight, targets, token_loss, temperature_T, shard, sequence_parallel, entropy)
-    return autograd.Loss.apply(ChunkedHead, *arguments, torch.is_grad_enabled())  # within a Function it never is
+    return autograd.Loss.apply(ChunkedHead, *arguments, torch.is_grad_enabled())  # inside a Function it is always False
 
 
 class ChunkedHead(autograd.LogitHead):
-    """Keeps exp(z - top) of a chunk, at most CHUNK_ELEMENTS numbers, or else of one tile; top is 0 for most rows."""
+    """Keeps exp(z - top) of a chunk, at most CHUNK_ELEMENTS numbers, or otherwise of a tile; top is mostly 0."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
@@ -52,21 +53,21 @@ class ChunkedHead(autograd.LogitHead):
         self.columns = self.shard.real.stop if self.keep else widest
         sizes = [self.longest * widest, self.longest * self.columns]
         self.memory = workspace.take(sum(sizes), self.weight_VH, self.dtype)
-        self.z, self.exp = self.memory[: sum(sizes)].split(sizes)  # z of one tile after the other
+        self.z, self.exp = self.memory[: sum(sizes)].split(sizes)  # z of one tile after another
 
     def close(self) -> None:
         workspace.give_back(self.memory)
 
     def chunk_length(self) -> int:
-        """Chunks of about one length: the products of a short last one would take as long as those of a whole one."""
+        """Return a length that splits the tokens evenly: the products of a short chunk take as long as a full one."""
         tokens = max(1, self.targets_T.shape[0])
         chunks = -(-tokens // self.shortened(CHUNK, CHUNK_ELEMENTS))
         return -(-tokens // (chunks * autograd.ROWS)) * autograd.ROWS
 
     def statistics(self, chunk: slice) -> Tensor:
-        """[K, 4, t]; leaves exp(z - the tile's top) in ``exp``.
+        """Return the statistics [K, 4, t]; leaves exp(z - the tile's top) in ``exp``.
 
-        Rows that fill up the chunk take part until the end: torch sums few rows in another order than many.
+        Rows that pad the chunk take part until the end: torch sums few rows in another order than many.
         """
         hidden_tH, tokens, stats = self._scaled_rows(chunk), chunk.stop - chunk.start, []
         targets_t = pad(self.targets_T[chunk], (0, hidden_tH.shape[0] - tokens))
@@ -90,9 +91,9 @@ class ChunkedHead(autograd.LogitHead):
         upstream: tuple[Tensor, Tensor | None],
         results: tuple[Tensor, Tensor, Tensor],
     ) -> autograd.Tiles:
-        """dz of all columns at once, from ``exp`` as ``exponentials.py`` says.
+        """Yield dz of all columns at once, from ``exp`` (see ``exponentials.py``).
 
-        Rows are far where exp(-lse) is far from 1 or a tile had to have a top: such rows become p itself.
+        A row is far if exp(-lse) is far from 1 or a tile needed a top: such rows become p itself.
         """
         if not self.columns:
             return
@@ -107,13 +108,13 @@ class ChunkedHead(autograd.LogitHead):
         if by_row.of_log is not None:
             self._multiply_by_log(exp_aV, *by_row.of_log)
         put_at_targets(exp_aV, by_row.at_target, *target_columns(self.targets_T[chunk][a], self.shard, self.shard.real))
-        if self.native:  # half precision would not hold exp
+        if self.native:  # half precision could not hold exp
             yield self.shard.real, exp_aV.mul_(scale_a.unsqueeze(1)), None
         else:
             yield self.shard.real, exp_aV, scale_a
 
     def _multiply_by_log(self, exp_aV: Tensor, slope_a: Tensor, dentropy_a: Tensor) -> None:
-        """x (slope + dentropy log x) in place of x = exp, some rows at a time, in the cache; z is no longer needed."""
+        """Replace x = exp by x (slope + dentropy log x), a few rows at a time, in the cache; overwrites z."""
         tiny, columns = torch.finfo(self.dtype).tiny, exp_aV.shape[1]  # 0 log 0 is 0
         rows = max(1, min(torch.get_num_threads() * BLOCK_ELEMENTS, len(self.z)) // columns)
         log_nV = self.z[: rows * columns].view(rows, columns)
@@ -144,18 +145,18 @@ class ChunkedHead(autograd.LogitHead):
         return pad(self.temperature_T[chunk], (0, rows - (chunk.stop - chunk.start)), value=1.0).unsqueeze(1)
 
     def _scaled_rows(self, chunk: slice) -> Tensor:
-        """``rows`` / temperature, whose products with the weight are the scaled logits; half precision as it is."""
+        """Return ``rows`` / temperature, whose products with the weight are the logits; half precision unscaled."""
         hidden_tH = self.rows(chunk)
         temperature_t1 = None if self.native else self._temperature_t1(chunk, len(hidden_tH))
         return hidden_tH if temperature_t1 is None else hidden_tH / temperature_t1
 
     def _logits(self, hidden_tH: Tensor, chunk: slice, tile: slice) -> Tensor:
-        """Scaled logits [t, v] of ``_scaled_rows`` (t as those are filled up), good until the next call."""
+        """Return the scaled logits [t, v] of ``_scaled_rows`` (t padded likewise), valid until the next call."""
         weight_vH = self.weight(tile)
         z_tv = self.z[: hidden_tH.shape[0] * weight_vH.shape[0]].view(hidden_tH.shape[0], -1)
         autograd.multiply(hidden_tH, weight_vH.t(), z_tv)
         temperature_t1 = self._temperature_t1(chunk, len(z_tv)) if self.native else None
-        if temperature_t1 is not None:  # rows that were divided would be rounded again
+        if temperature_t1 is not None:  # dividing the rows would round them again
             z_tv.div_(temperature_t1)
         return z_tv
 

@@ -1,12 +1,12 @@
-"""The gradient of a chunk's logits from its kept exponentials, for heads that keep exp z in place of z.
+"""Gradients of a chunk's logits from its stored exponentials, for heads that keep exp z in place of z.
 
-Of a row, p = x share: x is exp z and share exp(-lse), or x is p itself and share 1 where exp z left its range (far
+For a row, p = x share: x is exp z and share exp(-lse), or x is p itself and share 1 if exp z left its range (far
 rows). With the slopes g of logp and e of the entropy, each / temperature, H the entropy, z = log x:
 
     dz = g (onehot - p) - e p (log p + H) = -share x (g + e (log x + log share + H))      but at the target
     dz = g (1 - p) - e p (logp + H)                                                       there
 
-A factor of a whole row is left to the matrix products: without e it is -g share, and x stays as it is.
+A factor of a whole row is left to the matrix products: without e it is -g share, and x is unchanged.
 
 Legend as in ``autograd.py``.
 """
@@ -23,8 +23,10 @@ from megatron_dypo.kernels.vocab import miss
 
 
 class Factors(NamedTuple):
-    """Of each row [a]: dz = scale (x, or ``at_target`` in its place); with an entropy's gradient, where ``of_log`` is
-    (slope, dentropy), dz = scale (x (slope + dentropy log x), or ``at_target``).
+    """Factors of each row [a]: dz = scale (x, or ``at_target`` at the target).
+
+    With an entropy gradient ``of_log`` is (slope, dentropy) and dz = scale (x (slope + dentropy log x), or
+    ``at_target``).
     """
 
     scale: Tensor
@@ -35,7 +37,7 @@ class Factors(NamedTuple):
 def factors(
     a: Tensor, far_t: Tensor, upstream: tuple[Tensor, Tensor | None], results: tuple[Tensor, Tensor, Tensor]
 ) -> Factors:
-    """``upstream`` gradients [t] of logp and, or None, of the entropy; ``results`` [t] logp, entropy and lse."""
+    """Return the rows' factors from the gradients [t] of logp and (or None) entropy, and [t] logp, entropy and lse."""
     dlogp_t, dentropy_t = upstream
     dlogp_a = dlogp_t[a]
     logp_a, entropy_a, lse_a = (result_t[a] for result_t in results)
@@ -50,7 +52,7 @@ def factors(
 
 
 def few_moved(active_t: Tensor) -> Tensor:
-    """Those among the first in their own places, the rest where others are not active: few rows have to move."""
+    """Indices of the active rows, compacted to the front; rows already there stay, the others fill the gaps."""
     a = torch.arange(int(active_t.sum()), device=active_t.device)
     if len(a) < len(active_t):
         a[~active_t[: len(a)]] = active_t[len(a) :].nonzero().flatten() + len(a)
@@ -58,7 +60,7 @@ def few_moved(active_t: Tensor) -> Tensor:
 
 
 def moved_to_front(x_tV: Tensor, a: Tensor, tiles: Iterable[tuple[int, slice]]) -> Tensor:
-    """The rows ``a`` of ``few_moved``, side by side; tile by tile, which bounds the copies."""
+    """Compact the rows ``a`` of ``few_moved`` to the front and return them; tile by tile, which bounds the copies."""
     moved = (a >= len(a)).nonzero().flatten() if len(a) < len(x_tV) else a[:0]
     if len(moved):
         for _, tile in tiles:

@@ -1,4 +1,4 @@
-"""The loss that is local to a token, over packed sequences: summands and analytic dL/dlogp in one pass.
+"""The token-local loss over packed sequences: summands and analytic dL/dlogp in one pass.
 
     GRPO  w (-min(rho A, clip(rho) A) + kl (exp(ref - logp) - (ref - logp) - 1))     rho = exp(logp - base)   (Eq. 21)
           with other surrogates of rho in place of the clipped one: token_functions.py
@@ -8,10 +8,10 @@
     shape -u f(p), p = exp(logp)      f(p): token_functions.py
     bonus -e H
 
-A, w, C, v, a, u and e belong to a sequence: its columns of a table, whose rows are declared in ``COEFFICIENTS``, every
-normaliser and aggregation included; A may be a token's instead (a stream). sg: held constant by the derivative.
-The sums that metrics are made of are kept for each sequence, in float64, as L running sums: on CUDA token j of a
-sequence is added to lane j % L, and torch adds all to lane 0, in order. So a sum depends neither on where calls cut the
+A, w, C, v, a, u and e are per sequence: columns of a table whose rows are declared in ``COEFFICIENTS``, every
+normaliser and aggregation included; A may be per token instead (a stream). sg: held constant by the derivative.
+The sums behind the metrics are kept per sequence, in float64, as L running sums: on CUDA token j of a
+sequence is added to lane j % L; torch adds all to lane 0, in order. So a sum depends neither on where calls split the
 sequence nor on what it is packed with.
 
 Legend: t tokens of a call, a range of the packed ones; S sequences, C coefficients, M sums, L lanes.
@@ -28,12 +28,12 @@ from megatron_dypo.kernels.token_functions import LARGEST, SHAPES, SURROGATES, c
 
 COEFFICIENTS = ("advantage", "grpo", "dlogp_grpo", "slope", "nll", "shaped", "entropy", "tilt")
 SUMS = ("grpo", "kl", "dlogp_grpo", "clipped", "logp", "entropy", "shaped", "dlogp_shaped", "tilted", "dlogp_tilted")
-LANES = 128  # threads of a program
+LANES = 128  # threads per program
 
 
 @dataclass(frozen=True)
 class LossRule:
-    """What is the same for all tokens. ``ratio_level``: token, or sequence (the ratio is then in the coefficients);
+    """Settings shared by all tokens. ``ratio_level``: token, or sequence (the ratio is then in the coefficients);
     ``ratio_base``: old or reference; ``correction``: none, truncate, mask or icepop, with its ``cap`` and ``floor``
     (None: 1 / cap); ``surrogate``: clip, cispo or sapo (with its ``sapo_tau_*``); ``shape``: none (the column
     ``shaped`` is not read), luffy (with its ``shape_gamma``), p, nll, phi or sg_p; ``entropy``, ``tilt``: read the
@@ -71,18 +71,18 @@ def grouped_loss(
     advantage: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:
-    """(loss summands [t], dL/dlogp [t]) of the tokens ``first`` to ``first + t`` of a pack, and with ``rule.entropy``
-    dL/dentropy [t].
+    """Return (loss summands [t], dL/dlogp [t]) of the tokens ``first`` to ``first + t`` of a pack.
 
-    logp [t] under the current policy, and ``old``, ``rollout`` (the engine's) and ``reference``, in nats; without
-    ``old`` there is no GRPO term (teacher traces). ``advantage`` [t], where given, is each token's, in place of the
-    column of that name. cu_seqlens [S + 1] integer offsets of the sequences' tokens, from 0;
-    coefficients [C, S] in logp's dtype, rows as ``COEFFICIENTS`` (objectives.SequenceTerms). ``sums``, from
-    ``empty_sums``, is added to; its rows are, as ``SUMS``: sums of GRPO's summands (KL included), of the KL (weighted
-    by w, without kl_coef), of |dL/dlogp| of GRPO, of clipped tokens (cispo: of ratios outside the bounds; sapo: none),
-    of logp, of ``entropy``, with a shape of f(p) and df/dlogp, and with a tilt of exp(a H) logp and exp(a H).
+    With ``rule.entropy`` also dL/dentropy [t]. Log-probs [t] in nats: ``logp`` under the current policy, ``old``,
+    ``rollout`` (the engine's) and ``reference``; without ``old`` there is no GRPO term (teacher traces). ``advantage``
+    [t], if given, replaces the column of that name per token. cu_seqlens [S + 1] integer offsets of the sequences'
+    tokens, from 0; coefficients [C, S] in logp's dtype, rows as in ``COEFFICIENTS`` (objectives.SequenceTerms).
+    ``sums``, from ``empty_sums``, is added to; its rows are, as in ``SUMS``: sums of GRPO's summands (KL included), of
+    the KL (weighted by w, without kl_coef), of |dL/dlogp| of GRPO, of clipped tokens (cispo: of ratios outside the
+    bounds; sapo: none), of logp, of ``entropy``, with a shape of f(p) and df/dlogp, and with a tilt of exp(a H) logp
+    and exp(a H).
 
-    backend: ``torch``, ``triton``, or ``auto``: triton on CUDA. Raises ValueError naming what does not fit.
+    backend: ``torch``, ``triton``, or ``auto``: triton on CUDA. Raises ValueError naming an argument that does not fit.
     """
     _check(logp, cu_seqlens, coefficients, sums, rule, old, rollout, reference, entropy, advantage, backend)
     if not len(logp):
@@ -95,13 +95,13 @@ def grouped_loss(
 
 
 def empty_sums(sequences: int, device: torch.device | str = "cpu") -> Tensor:
-    """Running sums [M, S, L] of a pack before its first token, float64."""
+    """Return the running sums [M, S, L] of a pack before its first token, float64."""
     lanes = LANES if torch.device(device).type == "cuda" else 1
     return torch.zeros(len(SUMS), sequences, lanes, dtype=torch.float64, device=device)
 
 
 def read_sums(sums_MSL: Tensor) -> dict[str, Tensor]:
-    """Each sum [S], by its name; lanes are added pairwise, in the same order on any device."""
+    """Return each sum [S] by name; lanes are added pairwise, in the same order on any device."""
     while sums_MSL.shape[2] > 1:
         half = sums_MSL.shape[2] // 2
         sums_MSL = sums_MSL[..., :half] + sums_MSL[..., half:]
@@ -109,12 +109,12 @@ def read_sums(sums_MSL: Tensor) -> dict[str, Tensor]:
 
 
 def lower_end(cap: float, floor: float | None) -> float:
-    """The least ratio that a correction by a band keeps."""
+    """Return the lowest ratio that a correction by a band keeps."""
     return 1 / cap if floor is None else floor
 
 
 def correction_weight(log_ratio: Tensor, kind: str, cap: float, floor: float | None = None) -> Tensor:
-    """How much a token (or response) counts, from its log(old policy / engine's policy) in nats, elementwise."""
+    """Return the weight of a token (or response) from its log(old policy / engine's policy) in nats, elementwise."""
     ratio = log_ratio.clamp(max=LARGEST).exp()
     if kind == "truncate":
         return ratio.clamp(max=cap)
@@ -137,7 +137,7 @@ def _grouped_loss(
     entropy_t: Tensor | None,
     advantage_t: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """In torch; the Triton kernel does the same operations in the same order."""
+    """The torch implementation; the Triton kernel does the same operations in the same order."""
     tokens = len(logp_t)
     pieces_S = cu_seqlens.clamp(first, first + tokens).diff()
     sequence_t = torch.repeat_interleave(pieces_S, output_size=tokens)
@@ -153,7 +153,7 @@ def _grouped_loss(
             weight_t = weight_t * correction_weight(old_t - rollout_t, rule.correction, rule.cap, rule.floor)
         if rule.ratio_level == "token":
             base_t = old_t if rule.ratio_base == "old" else reference_t
-            assert base_t is not None, "as _check has seen"
+            assert base_t is not None, "checked by _check"
             ratio_t = (logp_t - base_t).clamp_(max=LARGEST).exp_()
             if rule.surrogate == "clip":
                 free_t = ratio_t * advantage_t
@@ -176,7 +176,7 @@ def _grouped_loss(
                 grpo_slope_t = grpo_slope_t - weight_t * rule.kl_coef * growth_t
 
     def add(first_row: str, *values_t: Tensor) -> None:
-        """Add to consecutive rows of the sums, one by one."""
+        """Add the values of consecutive rows to the sums."""
         rows_MS = sums_MSL.narrow(0, SUMS.index(first_row), len(values_t)).select(2, 0)
         rows_MS.scatter_add_(1, sequence_t.long().expand(len(values_t), -1), torch.stack(values_t).double())
 

@@ -1,4 +1,4 @@
-"""The output head: log-prob, entropy and log-normaliser of each token's target, and losses local to a token.
+"""The output head: log-prob, entropy and log-normaliser of each token's target, and token-local losses.
 
 Legend: T tokens, H hidden size, V_local this tensor-parallel rank's padded vocabulary rows, t tokens of one chunk.
 """
@@ -17,14 +17,14 @@ from torch import Tensor
 
 from megatron_dypo.kernels.vocab import VocabShard
 
-# (summands, dloss/dlogp) of a chunk's tokens, or with dloss/dentropy
+# (summands, dloss/dlogp) of a chunk's tokens, optionally with dloss/dentropy
 TokenLoss = Callable[[Tensor, Tensor | None, slice], tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]]
-# imported when first used: triton is there for CUDA only
+# imported on first use: triton exists only on CUDA
 _BACKENDS = {"chunked": "chunked", "reference": "reference", "triton": "triton_head"}
 
 
 class LogProbs(NamedTuple):
-    """fp32, nats, of softmax(z / temperature): ``logp`` [T], ``entropy`` [T] or None, ``lse`` [T] the normaliser."""
+    """Results in fp32 and nats of softmax(z / temperature): ``logp`` [T], ``entropy`` [T] or None, ``lse`` [T]."""
 
     logp: Tensor
     entropy: Tensor | None
@@ -43,11 +43,11 @@ def linear_logprob(
     entropy: bool = False,
     backend: str = "auto",
 ) -> LogProbs:
-    """log softmax(hidden @ weight.T / temperature)[target], differentiable in ``hidden`` and ``weight``.
+    """Return log softmax(hidden @ weight.T / temperature)[target], differentiable in ``hidden`` and ``weight``.
 
     hidden [T, H] (with ``sequence_parallel`` this rank's T / TP rows; the results always cover all T); weight
     [V_local, H]; targets [T] global ids; temperature a number or [T]. Columns from ``vocab_size`` on are padding and
-    take no part. Under ``tp_group`` each rank holds one shard of the vocabulary and every rank gets the same result;
+    are ignored. Under ``tp_group`` each rank holds one shard of the vocabulary and every rank gets the same result;
     the gradient of ``hidden`` is complete on every rank.
 
     Raises ValueError naming the argument for shapes or dtypes that do not fit, and for a target outside the vocabulary.
@@ -73,15 +73,15 @@ def linear_loss(
     entropy: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, LogProbs]:
-    """sum_t token_loss(logp_t, entropy_t), with its gradients formed in the forward pass: three matrix products.
+    """Return sum_t token_loss(logp_t, entropy_t), its gradients formed in the forward pass: three matrix products.
 
     ``token_loss(logp[t], entropy[t] | None, slice) -> (summands[t], dloss/dlogp[t])`` is called once per chunk with the
-    chunk's place in the batch; it must be local to each token. It may return dloss/dentropy[t] as a third item, which
+    chunk's position in the batch; it must be token-local. It may return dloss/dentropy[t] as a third item, which
     needs ``entropy=True``; None, or two items, cost nothing more. Tokens whose slopes are all 0 get no gradient and
-    take no work. Other arguments as ``linear_logprob``. Returns the scalar loss (differentiable in ``hidden`` and
+    cost nothing. Other arguments as in ``linear_logprob``. Returns the scalar loss (differentiable in ``hidden`` and
     ``weight``) and the detached LogProbs.
 
-    Raises ValueError as ``linear_logprob`` does, and for what ``token_loss`` returns, naming it.
+    Raises ValueError as ``linear_logprob`` does, and for an invalid result of ``token_loss``, naming it.
     """
     shard, temperature_T = _check(hidden, weight, targets, temperature, tp_group, sequence_parallel, vocab_size)
     results = _backend(backend, hidden).loss(
@@ -92,14 +92,14 @@ def linear_loss(
 
 
 def _with_entropy_slope(token_loss: TokenLoss) -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:
-    """``token_loss`` as the backends call it: always (summands, dloss/dlogp, dloss/dentropy or None), and checked."""
+    """Wrap ``token_loss`` to always return (summands, dloss/dlogp, dloss/dentropy or None), checked."""
 
     def checked(logp_t: Tensor, entropy_t: Tensor | None, chunk: slice) -> tuple[Tensor, Tensor, Tensor | None]:
         summands_t, dlogp_t, *rest = token_loss(logp_t, entropy_t, chunk)
         if len(rest) > 1:
             raise ValueError(
                 f"token_loss: returned {2 + len(rest)} items; "
-                "expected summands and dloss/dlogp, and at most dloss/dentropy besides"
+                "expected summands and dloss/dlogp, and optionally dloss/dentropy"
             )
         dentropy_t = rest[0] if rest else None
         if dentropy_t is not None and entropy_t is None:
@@ -115,7 +115,7 @@ def _with_entropy_slope(token_loss: TokenLoss) -> Callable[..., tuple[Tensor, Te
 
 
 def _backend(name: str, hidden: Tensor) -> ModuleType:
-    """``auto``: triton on CUDA where it is installed, else chunked."""
+    """Return the backend's module; ``auto`` is triton on CUDA if it is installed, else chunked."""
     installed = importlib.util.find_spec("triton") is not None
     if name == "auto":
         name = "triton" if hidden.is_cuda and installed else "chunked"

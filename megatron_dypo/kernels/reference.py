@@ -1,4 +1,4 @@
-"""The head with materialised logits and torch's own autograd: the statement that the others are tested against."""
+"""The head with materialised logits and torch's own autograd: the reference for the other backends."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def logprob(
 def loss(hidden, weight, targets, token_loss, temperature_T, shard: VocabShard, sequence_parallel: bool, entropy: bool):
     logp_T, entropy_T, lse_T = logprob(hidden, weight, targets, temperature_T, shard, sequence_parallel, entropy)
     summands_T, *slopes = token_loss(logp_T.detach(), entropy_T.detach() if entropy else None, slice(0, len(targets)))
-    # value of the summands, gradient of the given derivatives
+    # the value of the summands with the gradient of the given derivatives
     total = summands_T.sum().detach()
     for result_T, slope_T in zip((logp_T, entropy_T), slopes, strict=True):
         if slope_T is not None:

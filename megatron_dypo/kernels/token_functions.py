@@ -1,7 +1,7 @@
-"""Functions of one token's log-prob that the grouped loss weighs, with their derivatives by hand.
+"""Functions of one token's log-prob that the grouped loss weights, with hand-written derivatives.
 
     surrogate of the ratio rho, times the advantage A
-      clip   min(rho A, clip(rho) A)                     PPO, GRPO; formed where it is used (grouped_loss.py)
+      clip   min(rho A, clip(rho) A)                     PPO, GRPO; implemented in grouped_loss.py
       cispo  sg(clip(rho)) A logp                        MiniMax-M1, arXiv 2506.13585, Eq. 4 and 5
       sapo   (4 / tau) sigmoid(tau (rho - 1)) A          arXiv 2511.20347; tau by the sign of A
     shape f(p) of the probability p = exp(logp)
@@ -12,7 +12,7 @@
       sg_p   sg(p) logp                                  CHORD's importance weights
 
 sg: held constant by the derivative. verl and TRL have cispo and sapo under these names; TRL's ``epsilon_high`` of cispo
-is the bound itself, where here, in verl and in slime the bound is 1 + clip_high.
+is the bound itself, whereas here, in verl and in slime the bound is 1 + clip_high.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ LARGEST = 60.0  # exponents are bounded so that float32 stays finite
 
 
 def cispo(ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(surrogate, its derivative in logp, whether the ratio was outside the bounds 1 - low and 1 + high)."""
+    """Return (surrogate, its derivative in logp, whether the ratio was outside the bounds 1 - low and 1 + high)."""
     bounded = ratio.clamp(1 - low, 1 + high)
     slope = bounded * advantage
     return slope * logp, slope, bounded != ratio
 
 
 def sapo(ratio: Tensor, advantage: Tensor, tau_pos: float, tau_neg: float) -> tuple[Tensor, Tensor]:
-    """(surrogate, its derivative in the ratio's logarithm): rho tau-softly bounded, with slope A where rho is 1."""
+    """Return (surrogate, derivative in the log ratio): rho softly bounded with temperature tau, slope A at rho = 1."""
     up = advantage > 0
     tau = torch.full_like(ratio, tau_neg).masked_fill_(up, tau_pos)
     gain = torch.full_like(ratio, 4 / tau_neg).masked_fill_(up, 4 / tau_pos)
@@ -43,7 +43,7 @@ def sapo(ratio: Tensor, advantage: Tensor, tau_pos: float, tau_neg: float) -> tu
 
 
 def shaped(logp: Tensor, shape: str, gamma: float) -> tuple[Tensor, Tensor]:
-    """(f, df/dlogp) of a shape other than none."""
+    """Return (f, df/dlogp) of a shape other than none."""
     if shape == "nll":
         return logp, torch.ones_like(logp)
     p = logp.clamp(max=LARGEST).exp_()

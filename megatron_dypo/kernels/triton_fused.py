@@ -1,15 +1,15 @@
-"""The head on CUDA in bf16: the matrix product of the logits and their statistics in one Triton kernel.
+"""The head on CUDA in bf16: the logits' matrix product and their statistics in one Triton kernel.
 
-The logits stay in registers. A program takes a block of tokens and one part of a tile of the vocabulary, column block
-by column block; the parts of a tile are joined in order. A row's bits depend on nothing but its hidden state and the
-tile: neither on the tensor-parallel size, nor on its place in the pack, nor on the run.
+The logits stay in registers. A program takes a block of tokens and one part of a tile of the vocabulary, one block of
+columns after another; the parts of a tile are joined in order. A row's bits depend only on its hidden state and the
+tile: not on the tensor-parallel size, its place in the pack, or the run.
 
-exp z is taken as it is, without a maximum: fp32 holds it for |z| up to 87, and so does bf16, to 8 bits at any size.
-Rows whose sums come near that are far; programs that have one run again and take a maximum: the host need not know.
+exp z is taken directly, without a maximum: fp32 holds it for |z| up to 87, and so does bf16, to 8 bits at any size.
+Rows whose sums come near that are far; programs with such rows run again and take a maximum, without the host's help.
 
-Where gradients will be formed, exp z is kept in the precision of the inputs, and is all that is kept: dz is exp z times
-a factor of its row, which is left to the products' rows, and an entry at the target, formed from the log-prob. For a
-gradient of the entropy one more kernel reads and writes exp z (``exponentials.py``).
+If gradients follow, exp z is the only thing kept, in the precision of the inputs: dz is exp z times a factor of its
+row, which is left to the products' rows, and an entry at the target, formed from the log-prob. A gradient of the
+entropy needs one more kernel, which reads and writes exp z (``exponentials.py``).
 
 Legend as in ``autograd.py``; s parts of a tile, q columns of a quarter of a block, n rows that are far. Kernels scale
 by 1 / temperature late: their z, top and sums of z exp are of the unscaled logits.
@@ -31,10 +31,10 @@ from megatron_dypo.kernels.triton_rows import RowHead
 from megatron_dypo.kernels.vocab import STATISTICS, put_at_targets, target_columns
 
 BLOCK_H = 64
-# 96 KiB of shared memory, too: two programs a multiprocessor, one multiplies while the other reduces
+# 96 KiB of shared memory as well: with two programs per multiprocessor, one multiplies while the other reduces
 OPTIONS = {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
-GROUP = 16  # blocks of tokens that run side by side: with as many parts they share what lies in the L2 cache
-FAR = 60.0  # |lse| up to which exp z, slopes times its inverse, and products with either stay well inside bf16 and fp32
+GROUP = 16  # blocks of tokens that run concurrently: with as many parts they share the contents of the L2 cache
+FAR = 60.0  # |lse| up to which exp z, slopes times its inverse, and products with either stay well within bf16 and fp32
 FAR_ROWS = 256
 GRADIENT_BLOCK = 2048  # columns
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -42,25 +42,25 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _halves(z):
-    """The left and the right half of the columns; in registers, they stay where they are."""
+    """Return the left and right halves of the columns; they stay in place in registers."""
     return tl.split(tl.permute(tl.reshape(z, (z.shape[0], 2, z.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit
 def _absorb(z, column, stop, scale, target, state, exp_ptr, exp_pitch, ONLINE: tl.constexpr, KEEP: tl.constexpr):
-    """The statistics with those of some more columns z [t, q]; with KEEP stores exp z."""
+    """Update the statistics with more columns z [t, q]; with KEEP also store exp z."""
     top, others, weighted, z_target = state
     v = tl.arange(0, z.shape[1])
     at_target = v[None, :] == (target - column)[:, None]
     z_target += tl.sum(tl.where(at_target, z, 0.0), 1)
-    z = tl.where((v < stop - column)[None, :], z, -1e30)  # exp makes it 0; finite, for z exp must be 0, too
+    z = tl.where((v < stop - column)[None, :], z, -1e30)  # exp makes it 0; finite, because z exp must be 0, too
     if ONLINE:
         higher = tl.maximum(top, tl.max(z, 1))
         shrink = tl.exp2((top - higher) * scale)
         others, weighted, top = others * shrink, weighted * shrink, higher
     z = tl.where(at_target, -1e30, z)
     exp = tl.exp2((z - top[:, None] if ONLINE else z) * scale[:, None])
-    if KEEP:  # there is room for whole blocks
+    if KEEP:  # the buffer has room for whole blocks
         t = tl.arange(0, z.shape[0])
         tl.store(exp_ptr + column + (t[:, None] * exp_pitch + v[None, :]), exp.to(exp_ptr.dtype.element_ty))
     return top, others + tl.sum(exp, 1), weighted + tl.sum(z * exp, 1), z_target
@@ -75,11 +75,11 @@ def fused_statistics_kernel(
 ):  # fmt: skip
     """Statistics [program, 4, BLOCK_T] of hidden [t, H] @ weight [V, H].T; columns from ``real`` on are padding.
 
-    A program has one block of tokens and one of all K s parts. With KEEP also exp z of tile k, token t, column v at
-    k exp_tile + t exp_pitch + v. ONLINE programs take the largest z for their top, and do nothing unless a row of
-    theirs is far [K, t].
+    A program has one block of tokens and one of all K s parts. KEEP also stores exp z of tile k, token t, column v at k
+    exp_tile + t exp_pitch + v. ONLINE programs use the largest z as their top, and return at once unless one of their
+    rows is far [K, t].
     """
-    # programs of ``group`` blocks of tokens run side by side, part after part: ``join_kernel`` has the inverse
+    # programs of ``group`` blocks of tokens run concurrently, part after part; ``join_kernel`` inverts this order
     program = tl.program_id(0)
     blocks = tl.cdiv(tokens, BLOCK_T)
     all_parts = tl.num_programs(0) // blocks
@@ -90,7 +90,7 @@ def fused_statistics_kernel(
     tile = part // parts
     first_row = (first + within % members) * BLOCK_T
     first_column = tile * width
-    begin = part % parts * PART  # within the tile
+    begin = part % parts * PART  # in the tile
     stop = min(min(begin + PART, width), real - first_column)
 
     t = tl.arange(0, BLOCK_T)
@@ -100,7 +100,7 @@ def fused_statistics_kernel(
     exp_ptr += tile.to(tl.int64) * exp_tile + first_row.to(tl.int64) * exp_pitch
     partial_ptrs = partial_ptr + program.to(tl.int64) * 4 * BLOCK_T + t
     zeros = tl.zeros((BLOCK_T,), tl.float32)
-    tl.store(partial_ptrs, zeros + tl.where(begin < stop, 0.0, -1e30))  # a part without columns has any other's top
+    tl.store(partial_ptrs, zeros + tl.where(begin < stop, 0.0, -1e30))  # a part without columns takes any other's top
     state = (zeros + float("-inf"), zeros, zeros, zeros)
     Q: tl.constexpr = BLOCK_V // 4
     for column in range(begin, stop, BLOCK_V):
@@ -110,9 +110,9 @@ def fused_statistics_kernel(
             w = weight_desc.load([first_column + column, k])
             z = tl.dot(x, w.T, z, input_precision="ieee")
         target = tl.load(target_ptr + read) - start - first_column
-        target = tl.where(target < stop, target, -1).to(tl.int32)  # the next tile's is not this one's padding
+        target = tl.where(target < stop, target, -1).to(tl.int32)  # the next tile's target is not in this one's padding
         scale = tl.load(scale_ptr + read) * LOG2_E
-        # one quarter of the columns after the other needs registers for exp of a quarter
+        # one quarter of the columns at a time, so that registers hold exp of a quarter only
         left, right = _halves(z)
         z0, z1 = _halves(left)
         z2, z3 = _halves(right)
@@ -133,9 +133,9 @@ def join_kernel(
     partial_ptr, target_ptr, scale_ptr, far_ptr, stats_ptr, tokens, parts, group, width, real, start,
     ONLINE: tl.constexpr, FAR: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Scaled statistics [K, 4, t] of the tiles from those of their parts, joined from first to last.
+    """Join the statistics of the parts, first to last, into scaled statistics [K, 4, t] of the tiles.
 
-    Says which are far [K, t]: those whose sum of all exp z is near where fp32 ends. ONLINE writes no others than these.
+    Marks far rows [K, t]: those whose sum of all exp z is near the limits of fp32. ONLINE writes only those.
     """
     block, tile = tl.program_id(0), tl.program_id(1)
     first = block // group * group
@@ -174,13 +174,13 @@ def join_kernel(
         column = tl.load(target_ptr + rows, mask=written, other=0) - start - tile * width
         own = tl.where((column >= 0) & (column < columns), tl.exp2(z_target * scale * LOG2_E), 0.0)
         log2 = tl.log2(others + own)
-        near = (log2 > -FAR * LOG2_E) & (log2 < FAR * LOG2_E)  # neither is not-a-number
+        near = (log2 > -FAR * LOG2_E) & (log2 < FAR * LOG2_E)  # false for not-a-number
         tl.store(far_ptrs, ((columns > 0) & ~near).to(tl.int32), mask=written)
 
 
 @triton.jit
 def log_factor_kernel(exp_ptr, slope_ptr, dentropy_ptr, pitch, BLOCK: tl.constexpr):
-    """x (slope + dentropy log x), in fp32, in place of the kept exponentials x [a, v]; 0 log 0 is 0."""
+    """Replace the stored exponentials x [a, v] by x (slope + dentropy log x), in fp32; 0 log 0 is 0."""
     i = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     exp_ptrs = exp_ptr + i * pitch + columns
@@ -190,11 +190,11 @@ def log_factor_kernel(exp_ptr, slope_ptr, dentropy_ptr, pitch, BLOCK: tl.constex
 
 
 class FusedHead(RowHead):
-    """Keeps exp z of a chunk in the inputs' precision (``workspace.py`` has how many), or nothing."""
+    """Keeps exp z of a chunk in the inputs' precision (size in ``workspace.py``), or nothing."""
 
     @staticmethod
     def takes(hidden: Tensor, weight: Tensor) -> bool:
-        """Whether the copy engine can address both: rows and starts at multiples of 16 bytes."""
+        """Return whether the copy engine can address both: rows and starts are multiples of 16 bytes."""
         rows = all(x.shape[1] * x.element_size() % 16 == 0 and x.is_contiguous() for x in (hidden, weight))
         return rows and hidden.data_ptr() % 16 == weight.data_ptr() % 16 == 0
 
@@ -206,7 +206,7 @@ class FusedHead(RowHead):
 
     @property
     def _whole(self) -> bool:
-        """Whether exp of all tiles lies side by side, in the weight's order: one product takes them all."""
+        """Whether exp of all tiles is contiguous, in the weight's order, so that one product covers them all."""
         return self.pitch == self.shard.tile_width
 
     @functools.cached_property
@@ -225,9 +225,9 @@ class FusedHead(RowHead):
         partial = scale_t.new_empty(blocks * tiles * parts, STATISTICS, block)
         far_Kt = self.targets_T.new_empty(tiles, tokens, dtype=torch.int32)
         stats_K4t = scale_t.new_empty(tiles, STATISTICS, tokens)
-        for online in (False, True):  # the second time for what is far, if anything
+        for online in (False, True):  # the second pass is for far rows, if any
             keep = self.keep and not online
-            exp_Ktv = self._exp_Ktv if keep else partial  # or else unused
+            exp_Ktv = self._exp_Ktv if keep else partial  # otherwise unused
             fused_statistics_kernel[(len(partial),)](
                 TensorDescriptor.from_tensor(hidden_tH, [block, BLOCK_H]),
                 TensorDescriptor.from_tensor(self.weight_VH.detach(), [workspace.BLOCK_V, BLOCK_H]),
@@ -253,9 +253,9 @@ class FusedHead(RowHead):
         upstream: tuple[Tensor, Tensor | None],
         results: tuple[Tensor, Tensor, Tensor],
     ) -> autograd.Tiles:
-        """dz from exp z as ``exponentials.py`` says; far rows become p itself."""
+        """Yield dz computed from exp z (see ``exponentials.py``); far rows become p itself."""
         lse_t = results[-1]
-        top_Kt, tokens = stats_K4t[: len(list(self.tiles())), 0], len(lse_t)  # those with columns come first
+        top_Kt, tokens = stats_K4t[: len(list(self.tiles())), 0], len(lse_t)  # non-empty tiles come first
         far_t = (lse_t.abs() > FAR) | (top_Kt != 0).any(0)
         if bool(far_t.any()):
             self._make_probabilities(chunk, far_t.nonzero().flatten(), lse_t)
@@ -269,7 +269,7 @@ class FusedHead(RowHead):
             yield columns, exp_av, by_row.scale
 
     def _kept(self, tokens: int) -> Iterator[tuple[slice, Tensor]]:
-        """(columns, exp [t, v]) of what one product takes."""
+        """Yield (columns, exp [t, v]) for each product."""
         if self._whole and self.shard.real.stop:
             exp_tV = self._exp_Ktv.transpose(0, 1).flatten(1)
             yield self.shard.real, exp_tV[:tokens, self.shard.real]
@@ -278,7 +278,7 @@ class FusedHead(RowHead):
                 yield tile, self._exp_Ktv[k, :tokens, : tile.stop - tile.start]
 
     def _make_probabilities(self, chunk: slice, far: Tensor, lse_t: Tensor) -> None:
-        """In place of exp z, which left fp32 or comes near it, of the rows ``far``; rare, so a few at a time."""
+        """Replace exp z by p in the rows ``far``, whose exp z is near the limits of fp32; rare, so a few at a time."""
         for rows in far.split(FAR_ROWS):
             hidden_nH, scale_n1 = self.hidden_TH[chunk][rows], self.scale_T[chunk][rows].unsqueeze(1)
             hidden_nH = hidden_nH if self.native else hidden_nH.to(self.dtype)

@@ -1,7 +1,7 @@
-"""The grouped loss in Triton: one program a sequence, LANES tokens at a time, no atomics.
+"""The grouped loss in Triton: one program per sequence, LANES tokens at a time, no atomics.
 
-The operations and their order are those of the torch version. Exponentials are formed in float64 and rounded once, and
-multiply-adds are not fused, so that float32 results equal torch's but for a rounding of its exponentials now and then.
+Operations and their order match the torch version. Exponentials are computed in float64 and rounded once, and
+multiply-adds are not fused, so float32 results equal torch's except for an occasional rounding of its exponentials.
 
 Legend: S sequences, C coefficients, M sums, L lanes.
 """
@@ -32,9 +32,9 @@ def grouped_loss(
     entropy_t: Tensor | None,
     advantage_t: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """(summands [t], dL/dlogp [t], with ``rule.entropy`` dL/dentropy [t]).
+    """Return (summands [t], dL/dlogp [t], with ``rule.entropy`` dL/dentropy [t]).
 
-    Arguments are as ``kernels.grouped_loss`` checked them, t > 0.
+    ``kernels.grouped_loss`` has checked the arguments; t > 0.
     """
     logp_t = logp_t.contiguous()
     streams = [None if x is None else x.contiguous() for x in (old_t, rollout_t, reference_t, entropy_t, advantage_t)]
@@ -49,7 +49,7 @@ def grouped_loss(
 
 
 def constants(rule: LossRule) -> dict:
-    """The kernel's compile-time arguments."""
+    """Return the kernel's compile-time arguments."""
     return {
         "TOKEN_RATIO": rule.ratio_level == "token",
         "OLD_BASE": rule.ratio_base == "old",
@@ -71,7 +71,7 @@ def constants(rule: LossRule) -> dict:
 
 @triton.jit
 def _clamp(x, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """NaN stays NaN, as in torch; tl.minimum would take the bound."""
+    """Clamp like torch: NaN stays NaN, where tl.minimum would return the bound."""
     return tl.where(x < LOW, LOW, tl.where(x > HIGH, HIGH, x))
 
 
@@ -82,7 +82,7 @@ def _exp(x, LARGEST: tl.constexpr):
 
 @triton.jit
 def _expm1(x, LARGEST: tl.constexpr):
-    """exp(x) - 1 without cancellation (Kahan): the rounding errors of u - 1 and of log u cancel."""
+    """Return exp(x) - 1 without cancellation (Kahan): the rounding errors of u - 1 and of log u cancel."""
     x64 = tl.where(x > LARGEST, LARGEST, x).to(tl.float64)
     u = tl.exp(x64)
     difference = u - 1.0
@@ -92,7 +92,7 @@ def _expm1(x, LARGEST: tl.constexpr):
 
 @triton.jit
 def _gates(x):
-    """sigmoid(x) and sigmoid(-x)."""
+    """Return sigmoid(x) and sigmoid(-x)."""
     x64 = x.to(tl.float64)
     return (1.0 / (1.0 + tl.exp(-x64))).to(x.dtype), (1.0 / (1.0 + tl.exp(x64))).to(x.dtype)
 
@@ -131,7 +131,7 @@ def _one_sequence(
     LARGEST: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """The part of sequence ``program_id`` that lies within tokens ``first`` to ``first + tokens``; it may be empty."""
+    """Process the part of sequence ``program_id`` within tokens ``first`` to ``first + tokens``; it may be empty."""
     s = tl.program_id(0)
     start, stop = tl.load(cu_seqlens + s), tl.load(cu_seqlens + s + 1)
     begin, end = tl.maximum(start, first), tl.minimum(stop, first + tokens)

@@ -1,4 +1,4 @@
-"""The head on CUDA: which of the Triton kernels take which precision. Needs triton; imported when first used."""
+"""The head on CUDA: which Triton kernels handle which precision. Needs triton; imported on first use."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from megatron_dypo.kernels.triton_fused import FusedHead
 from megatron_dypo.kernels.triton_rows import RowHead
 from megatron_dypo.kernels.vocab import VocabShard
 
-# Those that form the logits, and those that form them again in a backward pass. Both functions take the same ones: the
-# ratio of a training pass to its old pass is then exactly 1.
+# The head of the forward pass, and the one that recomputes logits in a backward pass. Both functions use the same
+# heads: the ratio of a training pass to its old pass is then exactly 1.
 HEADS = {
     torch.bfloat16: (FusedHead, RowHead),
     torch.float16: (RowHead, RowHead),
@@ -36,7 +36,7 @@ def loss(hidden, weight, targets, token_loss, temperature_T, shard: VocabShard, 
     forms, _ = _heads(hidden, weight)
     arguments = (hidden, weight, targets, token_loss, temperature_T, shard, sequence_parallel, entropy)
     with _on_device_of(hidden):
-        return autograd.Loss.apply(forms, *arguments, torch.is_grad_enabled())  # within a Function it never is
+        return autograd.Loss.apply(forms, *arguments, torch.is_grad_enabled())  # inside a Function it is always False
 
 
 def _heads(hidden: Tensor, weight: Tensor) -> tuple[type[autograd.LogitHead], type[autograd.LogitHead]]:
@@ -47,7 +47,7 @@ def _heads(hidden: Tensor, weight: Tensor) -> tuple[type[autograd.LogitHead], ty
 
 
 def _on_device_of(hidden: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensors'."""
+    """Select the tensors' device: Triton launches on the current one, which may be another."""
     if hidden.is_cuda:
         return torch.cuda.device_of(hidden)
     if not knobs.runtime.interpret:

@@ -1,10 +1,10 @@
 """The head on CUDA for any precision: cuBLAS forms a tile of logits, Triton kernels read it row by row.
 
-One kernel reads the logits once for the four statistics; one reads them once more and writes dz in the precision of
-the gradients' matrix products. Sums run in a fixed order without atomics: every run gives the same bits.
+One kernel reads the logits once for the four statistics; another reads them again and writes dz in the precision of the
+gradients' matrix products. Sums run in a fixed order without atomics, so every run gives the same bits.
 
-Legend as in ``autograd.py``. A pitch is the distance of two rows (``workspace.pitch``): what lies between a row's
-columns and the pitch is nobody's, and is read and written so that all loads and stores are of 16 bytes.
+Legend as in ``autograd.py``. A pitch is the distance of two rows (``workspace.pitch``); the padding between a row's
+columns and the pitch is read and written so that all loads and stores are of 16 bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STATISTICS_OPTIONS = {"num_warps": 8}
 def row_statistics_kernel(
     z_ptr, target_ptr, scale_ptr, stats_ptr, pitch, width, start, tokens, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Statistics [4, t] of z [t, v] * scale [t], the target's column left out of the sums; one program a row."""
+    """Statistics [4, t] of z [t, v] * scale [t], with the target's column left out of the sums; one program per row."""
     row = tl.program_id(0)
     z_ptr += row.to(tl.int64) * pitch
     scale = tl.load(scale_ptr + row)
@@ -38,7 +38,7 @@ def row_statistics_kernel(
     for begin in range(0, width, BLOCK):
         columns = begin + tl.arange(0, BLOCK)
         z = tl.load(z_ptr + columns, mask=columns < pitch, other=0.0) * scale
-        z = tl.where(columns < width, z, -1e30)  # exp makes it 0; finite, for z exp must be 0, too
+        z = tl.where(columns < width, z, -1e30)  # exp makes it 0; finite, because z exp must be 0, too
         higher = tl.maximum(top, tl.max(z, 0))
         exp = tl.where(columns == column, 0.0, tl.exp(z - higher))
         shrink = tl.exp(top - higher)
@@ -58,9 +58,9 @@ def row_gradient_kernel(
     z_ptr, rows_ptr, target_ptr, scale_ptr, logp_ptr, miss_ptr, lse_ptr, dlogp_ptr, lift_ptr, entropy_ptr,
     dentropy_ptr, dz_ptr, pitch, start, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dz [a, v] = slope (onehot - p) + p (lift - dentropy (log p + entropy)), of the rows ``rows`` [a] of z [t, v].
+    """dz [a, v] = slope (onehot - p) + p (lift - dentropy (log p + entropy)), for the rows ``rows`` [a] of z [t, v].
 
-    log p is z - lse, but logp at the target, where ``miss`` is 1 - p.
+    log p is z - lse, except at the target, where it is logp; ``miss`` is 1 - p there.
     """
     i = tl.program_id(0).to(tl.int64)
     row = tl.load(rows_ptr + i)
@@ -73,19 +73,19 @@ def row_gradient_kernel(
     factor = tl.load(lift_ptr + row)
     if ENTROPY:
         factor -= tl.load(dentropy_ptr + row) * (log_p + tl.load(entropy_ptr + row))
-    at_once = tl.where(at_target, factor, factor - dlogp)  # 1 - p is not formed from p
+    at_once = tl.where(at_target, factor, factor - dlogp)  # 1 - p is not computed from p
     dz = tl.exp(log_p) * at_once + tl.where(at_target, dlogp * tl.load(miss_ptr + row), 0.0)
     tl.store(dz_ptr + i * pitch + columns, dz.to(dz_ptr.dtype.element_ty), mask=columns < pitch)
 
 
 class RowHead(autograd.LogitHead):
-    """Keeps a chunk's logits in fp32, or else one tile of them (``workspace.py`` has how many)."""
+    """Keeps a chunk's logits in fp32, or otherwise one tile of them (size in ``workspace.py``)."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         self.targets_T = self.targets_T.contiguous()
         self.pitch = workspace.pitch(self.shard.tile_width)
-        # z * scale, where the definition divides: exact at temperature 1
+        # z * scale, whereas the definition divides: exact at temperature 1
         ones_T = torch.ones_like(self.targets_T, dtype=self.dtype)
         self.scale_T = self.by_temperature(ones_T, slice(None))
 
@@ -106,7 +106,7 @@ class RowHead(autograd.LogitHead):
         return self.weight_VH.new_empty(self.longest, self.pitch, dtype=dtype)
 
     def _logits(self, hidden_tH: Tensor, k: int, tile: slice) -> Tensor:
-        """Logits [t, v] before the temperature, t as ``rows`` fills it up; good until the next of that number."""
+        """Return the logits [t, v] before the temperature, t padded as in ``rows``; valid until its next use."""
         z_tv = self._z_Ktv[k if self.keep else 0, : hidden_tH.shape[0], : tile.stop - tile.start]
         return autograd.multiply(hidden_tH, self.weight(tile).t(), z_tv)
 
@@ -156,8 +156,9 @@ class RowHead(autograd.LogitHead):
         upstream: tuple[Tensor, Tensor | None, Tensor],
         results: tuple[Tensor, Tensor, Tensor, Tensor],
     ) -> Tensor:
-        """dz [a, v], good until the next call, from gradients of logp, entropy and lse; ``results`` are logp, 1 - p,
-        entropy and lse. Without a gradient of the entropy it is not read.
+        """Return dz [a, v], valid until the next call, from the gradients of logp, entropy and lse.
+
+        ``results`` are logp, 1 - p, entropy and lse; entropy is not read if it has no gradient.
         """
         dlogp_t, dentropy_t, dlse_t = upstream
         logp_t, miss_t, entropy_t, lse_t = results
