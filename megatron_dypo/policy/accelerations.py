@@ -1,7 +1,7 @@
-"""What makes layers faster where it is installed, chosen here and nowhere else: layers, attention, fused operations.
+"""Select the faster layers, attention and fused operations that are installed; the only place that does.
 
-``choose`` reads the configuration and what was ``Found``, so that a test can have any machine; ``explained`` gives the
-same as lines for ``doctor``. The optimizer's kernels are chosen where it is built (model.py), vLLM's by vLLM.
+``choose`` reads the configuration and what was ``Found``, so a test can simulate any machine; ``explained`` lists the
+same for ``doctor``. The optimizer's kernels are chosen where it is built (model.py), vLLM's by vLLM.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from megatron_dypo.runtime.distributed import training_dtype
 
 _MODULES = ("flash_attn_interface", "fused_weight_gradient_mlp_cuda", "transformer_engine")
 MOST_FLASH_WIDTH = 256  # of a head, in torch's own flash attention and in FlashAttention 3
-_KERNELS = {  # best first; torch's name: (module, torch that trains with it, compute capabilities, widest head)
+_KERNELS = {  # best first; torch's name: (module, minimum torch for training, compute capabilities, widest head)
     "FA3": ("flash_attn_interface", (2, 11), (9,), MOST_FLASH_WIDTH),
-    # its backward pass takes heads up to 128 on both devices; torch 2.11 gives it no causal window there
+    # its backward pass takes heads up to 128 on both devices; torch 2.11 has no causal window for it
     "FA4": ("flash_attn.cute", (2, 12), (9, 10), 128),
 }
 
 
 @dataclass(frozen=True)
 class Found:
-    """``cuda``: there is a device; ``torch``: its release; ``modules``: which of the optional ones can be imported."""
+    """The machine's ``cuda`` (is there a device), ``torch`` release, and importable optional ``modules``."""
 
     cuda: bool
     torch: tuple[int, ...]
@@ -40,16 +40,16 @@ class Found:
 
 
 class Accelerations(NamedTuple):
-    """``attention``: te, flash or sdpa, as in `model.attention_backend`."""
+    """The choice for one model; ``attention``: te, flash or sdpa, as in `model.attention_backend`."""
 
     transformer_engine: bool  # its layers, RMSNorm, attention and RoPE
     attention: str
-    compiled: bool  # SwiGLU and RoPE, each one kernel by torch's compiler
-    apex_gradients: bool  # Apex's kernel adds weight gradients to main_grad; else a product of torch does
+    compiled: bool  # SwiGLU and RoPE, one kernel each, by torch's compiler
+    apex_gradients: bool  # Apex's kernel adds weight gradients to main_grad; otherwise a matrix product of torch
 
 
 class Acceleration(NamedTuple):
-    """Of ``doctor``: what it is, whether it is in use, and why or what instead."""
+    """A line of ``doctor``: its name, whether it is in use, and why, or what is used instead."""
 
     name: str
     in_use: bool
@@ -57,7 +57,7 @@ class Acceleration(NamedTuple):
 
 
 def on_this_machine() -> Found:
-    """Look for the optional modules; nothing is imported, and CUDA is not started."""
+    """Find the optional modules without importing them or starting CUDA."""
     modules = {name for name in _MODULES if find_spec(name) is not None}
     if "transformer_engine" in modules and _has_file("transformer_engine", "transformer_engine_torch*.so"):
         modules.add("transformer_engine_torch")
@@ -67,21 +67,21 @@ def on_this_machine() -> Found:
 
 
 def _has_file(package: str, pattern: str) -> bool:
-    """Whether a package has such a file in its folder, in ``wheel_lib`` there, or beside it, as extensions have."""
+    """Return whether a package has such a file in its folder, its ``wheel_lib``, or next to it, as extensions do."""
     spec = find_spec(package)
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()] if spec else []
     return any(next(place.glob(pattern), None) for f in folders for place in (f, f / "wheel_lib", f.parent))
 
 
 def choose(model: Model, width: int, found: Found | None = None) -> Accelerations:
-    """What ``model``, with heads of this ``width``, gets on a machine where this was ``found``; default: this one.
+    """Return what ``model``, with heads of this ``width``, gets on a machine with ``found``; default: this one.
 
-    What it asks for by name it gets: ``refusal`` says what cannot be.
+    Anything it asks for by name is granted: ``refusal`` reports what is impossible.
     """
     found = found or on_this_machine()
     half = training_dtype(model.dtype) == torch.bfloat16
     asked = {model.layer_spec, model.attention_backend}
-    # in fp32 Transformer Engine has no attention but one that writes scores to memory
+    # in fp32 Transformer Engine only has an attention that writes scores to memory
     engine = "te" in asked or (asked == {"auto"} and found.cuda and half and found.transformer_engine)
     flash = "flash" if found.cuda and half and takes_flash(width) else "sdpa"
     attention = "te" if engine else flash if model.attention_backend == "auto" else model.attention_backend
@@ -94,12 +94,12 @@ def choose(model: Model, width: int, found: Found | None = None) -> Acceleration
 
 
 def takes_flash(width: int) -> bool:
-    """Whether torch's flash attention takes heads of this ``width``."""
+    """Return whether torch's flash attention supports heads of this ``width``."""
     return width % 8 == 0 and width <= MOST_FLASH_WIDTH
 
 
 def refusal(model: Model, width: int, found: Found | None = None) -> str | None:
-    """Why ``model`` cannot have what it asks for by name here, and what it can have instead; None where it can."""
+    """Return why ``model`` cannot have what it asks for by name, and what to set instead; None if it can."""
     found = found or on_this_machine()
     dtype = "bf16" if training_dtype(model.dtype) == torch.bfloat16 else "fp32"
     if "te" in (model.layer_spec, model.attention_backend):
@@ -131,10 +131,10 @@ def refusal(model: Model, width: int, found: Found | None = None) -> str | None:
 
 
 def flash_kernels(found: Found, capability: tuple[int, int], width: int) -> dict[str, str]:
-    """Of FlashAttention 3 and 4, best first: why heads of this ``width`` cannot have it here; empty: they can.
+    """Return why FlashAttention 3 and 4 (best first) cannot run here with heads of this ``width``; "" if they can.
 
-    ``capability`` is the CUDA device's. Whether the installed package works with this torch is ``flash_kernels.py``'s
-    to try.
+    ``capability`` is the CUDA device's. Only ``flash_kernels.py`` can tell whether the installed package works with
+    this torch.
     """
     reasons = {}
     for name, (module, release, devices, widest) in _KERNELS.items():
@@ -149,10 +149,10 @@ def flash_kernels(found: Found, capability: tuple[int, int], width: int) -> dict
 
 
 def explained(found: Found | None = None, capability: tuple[int, int] = (0, 0), width: int = 128) -> list[Acceleration]:
-    """Each acceleration of the layers on this machine, for a bf16 model with heads of this ``width``."""
+    """Return each acceleration of the layers on this machine, for a bf16 model with heads of this ``width``."""
     found = found or on_this_machine()
     if not found.cuda:
-        return [Acceleration("accelerations", False, "without CUDA none of them applies")]
+        return [Acceleration("accelerations", False, "none apply without CUDA")]
     chosen = choose(Model(preset="tiny", dtype="bf16"), width, found)
     engine, lines = chosen.transformer_engine, []
     missing = "transformer_engine is not installed"
@@ -163,8 +163,8 @@ def explained(found: Found | None = None, capability: tuple[int, int] = (0, 0), 
     if not engine:
         reasons = flash_kernels(found, capability, width)
         best = next((name for name, why in reasons.items() if not why), None)
-        lines += [Acceleration(name, name == best, why or ("if it agrees with FA2 at the start" if name == best else
-                  f"{best} goes before it")) for name, why in reasons.items()]  # fmt: skip
+        lines += [Acceleration(name, name == best, why or ("if it agrees with FA2 at startup" if name == best else
+                  f"{best} takes precedence")) for name, why in reasons.items()]  # fmt: skip
         lines.append(
             Acceleration("FA2", best is None, "torch's own flash attention" if best is None else f"{best} takes over")
         )

@@ -1,12 +1,12 @@
 """Core attention over packed sequences (THD) for mcore's self-attention module: torch's SDPA or flash; and RoPE.
 
 Under context parallelism a rank holds two slices of each sequence as queries, and gathers the keys and values of all
-ranks. Everything is cut into blocks: consecutive queries that see the keys of their sequence up to their own last one.
-Without context parallelism a block is a whole sequence.
+ranks. The work is divided into blocks: consecutive queries that attend to the keys of their sequence up to their own
+last one. Without context parallelism a block is a whole sequence.
 
-RoPE's angles are formed once a micro-batch, from its positions; mcore's unfused form would form them in every layer,
-for queries and for keys, sequence by sequence, by offsets that the host must know. Frequencies are scaled as Hugging
-Face's ``rope_type`` says.
+RoPE's angles are computed once per micro-batch, from its positions; mcore's unfused form would compute them in every
+layer, for queries and for keys, sequence by sequence, from offsets that the host must know. Frequencies are scaled
+according to Hugging Face's ``rope_type``.
 
 Legend: T this rank's tokens, A heads, D head width; B blocks of a bucket, Q and K their padded numbers of queries and
 keys.
@@ -32,11 +32,11 @@ from megatron_dypo.models.shape import ModelShape, RopeScaling
 from megatron_dypo.policy.micro_batch import held_tokens
 from megatron_dypo.runtime.versions import accepted
 
-RECOMPILED = 64  # times at most, for all models of a process
+RECOMPILED = 64  # limit per process, over all models
 
 
 def frequencies(shape: ModelShape) -> Tensor:
-    """[D / 2], fp32, in radians a token."""
+    """Return RoPE's frequencies [D / 2], fp32, in radians per token."""
     plain = 1.0 / shape.rope_base ** (torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim)
     scaling = shape.rope_scaling
     if scaling is None:
@@ -45,24 +45,24 @@ def frequencies(shape: ModelShape) -> Tensor:
 
 
 def angles(frequencies: Tensor, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(cosines, sines), each [T, 1, D], formed in fp32."""
+    """Return (cosines, sines), each [T, 1, D], computed in fp32."""
     half = positions_T[:, None].float() * frequencies
     whole_T1D = torch.cat([half, half], dim=-1)[:, None]
     return whole_T1D.cos().to(dtype), whole_T1D.sin().to(dtype)
 
 
 def rotate(x_TAD: Tensor, cosines_T1D: Tensor, sines_T1D: Tensor) -> Tensor:
-    """Each pair (i, i + D / 2) of a head turned by its token's angle."""
+    """Rotate each pair (i, i + D / 2) of a head by its token's angle."""
     first, second = x_TAD.chunk(2, dim=-1)
     return x_TAD * cosines_T1D + torch.cat([-second, first], dim=-1) * sines_T1D
 
 
 @cache
 def rotation(compiled: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """``rotate``; ``compiled`` by torch it is one pass over memory, forward and backward.
+    """Return ``rotate``; ``compiled`` by torch it is one pass over memory, forward and backward.
 
-    Queries and keys, with and without a gradient, of one size and of any are compiled each by itself: 6 times for a
-    model. At its limit of 8 torch would go on uncompiled, in silence, and the two passes round differently.
+    Queries and keys, with and without a gradient, of one size and of any, are compiled separately: 6 times per model.
+    At its limit of 8 torch would silently continue uncompiled, and the two passes would round differently.
     """
     if not compiled:
         return rotate
@@ -73,7 +73,7 @@ def rotation(compiled: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def _llama3(plain: Tensor, scaling: RopeScaling) -> Tensor:
-    """Llama 3.1's: long waves are stretched by ``factor``, short ones kept, and what lies between is blended."""
+    """Scale like Llama 3.1: stretch long waves by ``factor``, keep short ones, and blend those in between."""
     original, factor = scaling.original_max_position_embeddings, scaling.factor
     waves = 2 * math.pi / plain
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -86,8 +86,10 @@ def _llama3(plain: Tensor, scaling: RopeScaling) -> Tensor:
 
 @dataclass(frozen=True)
 class Block:
-    """Queries [query, query + queries) of this rank; keys [key, key + keys) of the packed sequences, causal at the end:
-    the last query sees all keys, the one before all but the last, and so on."""
+    """Queries [query, query + queries) of this rank, and keys [key, key + keys) of the packed sequences.
+
+    Causal at the end: the last query sees all keys, the one before all but the last, and so on.
+    """
 
     query: int
     queries: int
@@ -97,9 +99,11 @@ class Block:
 
 @dataclass(frozen=True)
 class LengthBucket:
-    """Blocks stacked into one SDPA call: padding sits behind each block's last query and key, where no real query
-    looks. ``queries`` [B * Q] and ``keys`` [B * K] index tokens, ``kept`` [n] the slots of real queries; ``mask``
-    [B, 1, Q, K] says who sees whom, and is None where all blocks are square and plain causal."""
+    """Blocks stacked into one SDPA call, padded after each block's last query and key, which no real query sees.
+
+    ``queries`` [B * Q] and ``keys`` [B * K] index tokens, ``kept`` [n] the slots of real queries; ``mask`` [B, 1, Q, K]
+    marks the visible keys, None if all blocks are square and plain causal.
+    """
 
     rows: int
     queries: Tensor
@@ -109,12 +113,12 @@ class LengthBucket:
 
 
 class Segments:
-    """How a micro-batch's packed tokens attend to one another, from its ``cu_seqlens``."""
+    """The attention structure of a micro-batch's packed tokens, from its ``cu_seqlens``."""
 
     def __init__(self, cu_seqlens: list[int], device: torch.device, context: int = 1, context_rank: int = 0):
         self.context, self._device = context, device
         held = held_tokens(cu_seqlens, context)
-        self._gathered = held.reshape(-1).argsort()  # where a token lies among those gathered in the ranks' order
+        self._gathered = held.reshape(-1).argsort()  # a token's position among those gathered in the ranks' order
         self.blocks = []
         for start, end in itertools.pairwise(cu_seqlens):
             if context == 1:
@@ -127,7 +131,7 @@ class Segments:
 
     @cached_property
     def buckets(self) -> list[LengthBucket]:
-        """For SDPA: blocks of similar size together."""
+        """Group blocks of similar size, for SDPA."""
         members = defaultdict(list)
         for block in self._in_order_of_size:
             members[_size(block)].append(block)
@@ -135,13 +139,13 @@ class Segments:
 
     @cached_property
     def order(self) -> Tensor:
-        """[T]: puts the kept queries of all buckets, one after the other, back into this rank's order."""
+        """Return the index [T] that puts the kept queries of all buckets back into this rank's order."""
         tokens = [np.arange(block.query, block.query + block.queries) for block in self._in_order_of_size]
         return self._tensor(np.concatenate(tokens).argsort())
 
     @cached_property
     def varlen(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
-        """For flash attention: (keys of all blocks, one after the other; offsets of queries, of keys; most of each)."""
+        """Return for flash attention: (keys of all blocks, offsets of queries, of keys, maximum lengths of each)."""
         keys = np.concatenate([self._gathered[block.key : block.key + block.keys] for block in self.blocks])
         sizes = np.array([(block.queries, block.keys) for block in self.blocks])
         offsets = np.pad(sizes.cumsum(0), ((1, 0), (0, 0))).astype(np.int32)
@@ -180,7 +184,7 @@ def _size(block: Block) -> tuple[bool, int, int]:
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> Tensor:
-    """query [T, A, D], key and value [T of all ranks, A_kv, D] -> [T, A * D]."""
+    """Attend: query [T, A, D], key and value [T of all ranks, A_kv, D] -> [T, A * D]."""
     repeats = repeats_of_keys(query.device.type, query.dtype, query.shape[1], key.shape[1])
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
@@ -199,32 +203,32 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: f
 
 
 def repeats_of_keys(device: str, dtype: torch.dtype, heads: int, groups: int) -> int:
-    """How often SDPA is to be given each of ``groups`` key heads, so that no kernel writes scores [Q, K] to memory.
+    """Return how often to repeat each of ``groups`` key heads for SDPA, so that no kernel writes scores [Q, K].
 
-    On CUDA fp32 has no flash kernel, and the memory-efficient one takes as many key heads as query heads: with fewer,
+    On CUDA fp32 has no flash kernel, and the memory-efficient one needs as many key heads as query heads: with fewer,
     SDPA would fall back to plain products. Half precision and the CPU have kernels that take groups.
     """
     return heads // groups if device == "cuda" and dtype == torch.float32 else 1
 
 
 def flash(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> Tensor:
-    """The same by torch's variable-length flash attention: CUDA, 16-bit types, no stacking and no mask."""
+    """Attend as ``sdpa`` does, by torch's variable-length flash attention: CUDA, 16-bit types, no stacking, no mask."""
     from torch.nn.attention.varlen import varlen_attn
 
     keys, query_offsets, key_offsets, most_queries, most_keys = segments.varlen
     if segments.context > 1:
         key, value = key.index_select(0, keys), value.index_select(0, keys)
     options = varlen_options(varlen_attn, scale, grouped=query.shape[1] != key.shape[1])
-    if "scale" not in options:  # torch 2.10, which divides by sqrt(D)
+    if "scale" not in options:  # torch 2.10 always divides by sqrt(D)
         query = query * (scale * math.sqrt(query.shape[-1]))
     return varlen_attn(query, key, value, query_offsets, key_offsets, most_queries, most_keys, **options).flatten(1)
 
 
 def varlen_options(varlen_attn: Callable, scale: float, grouped: bool) -> dict[str, Any]:
-    """What makes torch's ``varlen_attn`` causal, in the words of its version, each block's last query seeing all keys.
+    """Return the keywords that make this version of torch's ``varlen_attn`` causal; a block's last query sees all keys.
 
-    2.10 knows ``is_causal`` and no scale, later ones a window that is open to the left. From 2.12 on grouped queries
-    must be announced; before, the operator takes them as they come.
+    2.10 has ``is_causal`` and no scale, later versions a window that is open to the left. From 2.12 on grouped queries
+    must be announced; before, the operator accepts them as they are.
     """
     return accepted(varlen_attn, is_causal=True, window_size=(-1, 0), scale=scale, enable_gqa=grouped)
 
@@ -233,7 +237,7 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {"sdpa": sdpa, "flash": flash}
 
 
 class PackedAttention(torch.nn.Module):
-    """mcore core attention: RoPE, and causal softmax attention within each packed sequence. No weights."""
+    """mcore core attention: RoPE, and causal softmax attention within each packed sequence. It has no weights."""
 
     def __init__(
         self,
@@ -255,11 +259,13 @@ class PackedAttention(torch.nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, *, packed_seq_params, **_
     ) -> Tensor:
-        """query [T, A, D], key and value [T, A_kv, D] -> [T, A * D]; ``packed_seq_params`` has ``segments``, how T is
-        cut, and ``angles``, of RoPE."""
+        """Map query [T, A, D], key and value [T, A_kv, D] to [T, A * D].
+
+        ``packed_seq_params`` holds ``segments`` (how T is divided) and ``angles`` (of RoPE).
+        """
         segments = packed_seq_params.segments
         query, key = (self.rotate(x, *packed_seq_params.angles) for x in (query, key))
-        if segments.context > 1:  # backwards, each rank gets the sum of what all ranks' queries did to its keys
+        if segments.context > 1:  # in the backward pass each rank gets the sum of all ranks' gradients of its keys
             both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1), group=self.context_group)
             key, value = both.split(key.shape[-1], dim=-1)
         return self.attend(query, key, value, segments, self.scale)

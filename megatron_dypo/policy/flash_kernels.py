@@ -1,4 +1,4 @@
-"""Put FlashAttention 4 or 3 behind torch's flash attention, where one is installed and agrees with torch's own."""
+"""Use FlashAttention 4 or 3 for torch's flash attention, if one is installed and agrees with torch's own."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from megatron_dypo.policy.attention import Segments, flash
 from megatron_dypo.runtime.distributed import device
 
 log = logging.getLogger(__name__)
-_LENGTHS = 1, 130, 333  # tokens of the trial's sequences
-_TOLERANCE = 0.02  # of a tensor's norm; two kernels in bf16 differ by a few thousandths
-# what a package raises that does not fit this torch, or these heads: each checks in its own way
+_LENGTHS = 1, 130, 333  # tokens of the trial sequences
+_TOLERANCE = 0.02  # relative to a tensor's norm; two bf16 kernels differ by a few thousandths
+# raised by packages that do not support this torch, or these heads: each checks in its own way
 _FAILURES = (RuntimeError, ValueError, TypeError, AssertionError, ImportError, AttributeError, KeyError, OSError)
 
 
 def use_best_flash_kernel(heads: int, groups: int, width: int) -> str:
-    """For the rest of this process: the first that is installed, takes such heads, and agrees; its name in torch.
+    """Activate the first installed kernel that takes such heads and agrees, for this process; return its name.
 
-    ``heads`` and ``groups`` are this rank's query and key heads. A package that is installed and cannot be used is
-    logged, with the reason.
+    ``heads`` and ``groups`` are this rank's query and key heads. An installed package that cannot be used is logged,
+    with the reason.
     """
     if active := nn.attention.current_flash_attention_impl():
         return active
     reasons = flash_kernels(on_this_machine(), torch.cuda.get_device_capability(), width)
     name, failed = activate((name for name, why in reasons.items() if not why), lambda: _pass(heads, groups, width))
     for other, why in failed.items():
-        log.warning("%s is installed and not used: %s", other, why)
+        log.warning("%s is installed but not used: %s", other, why)
     log.info("flash attention: %s", name)
     return name
 
 
 def activate(names: Iterable[str], trial: Callable[[], list[Tensor]], registry=nn.attention) -> tuple[str, dict]:
-    """Activate the first of ``names`` with which ``trial`` gives what it gives now; (its name or FA2, why not others).
+    """Activate the first of ``names`` that reproduces ``trial``; return (its name or FA2, why not the others).
 
-    torch leaves it to a kernel's package whether it fits this torch; so a pass through it is the only proof.
+    torch leaves it to a kernel's package to support this torch, so only running it proves that it does.
     """
     failed = {}
     wanted = None
@@ -60,7 +60,7 @@ def activate(names: Iterable[str], trial: Callable[[], list[Tensor]], registry=n
 
 
 def _pass(heads: int, groups: int, width: int) -> list[Tensor]:
-    """Output and gradients of packed made-up sequences, in fp32."""
+    """Return the output and gradients of packed random sequences, in fp32."""
     draw = torch.Generator(device()).manual_seed(0)
     tokens = sum(_LENGTHS)
     query, key, value = (

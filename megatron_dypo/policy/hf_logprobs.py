@@ -1,7 +1,7 @@
-"""Log-probs of a text by transformers and by the policy, to compare: ``convert verify``, and the probe of ``train``.
+"""Log-probs of a text by transformers and by the policy, for comparison: ``convert verify``, and ``train``'s probe.
 
-``python -m megatron_dypo.policy.hf_logprobs FOLDER IDS OUT`` is transformers in a process of its own, without CUDA,
-which can be ended at a deadline and gives its memory back.
+``python -m megatron_dypo.policy.hf_logprobs FOLDER IDS OUT`` runs transformers in a separate process, without CUDA,
+which can be ended at a deadline and releases its memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Let f(x) = x^2 - 5x + 6; its roots are 2 and 3, since (x - 2)(x - 3) = x^2 - 5x 
 
 
 def transformers_logprobs(folder: str | Path, ids: np.ndarray, rope_base: float | None = None) -> np.ndarray:
-    """Of each id after the first, in nats, fp32. ``rope_base``: another than the folder's."""
+    """Return the log-probs (nats, fp32) of all ids but the first. ``rope_base`` overrides the folder's."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -42,7 +42,7 @@ def transformers_logprobs(folder: str | Path, ids: np.ndarray, rope_base: float 
 
 
 def policy_logprobs(policy: Policy, ids: np.ndarray) -> np.ndarray:
-    """The same by the policy, at any layout, on all ranks; collective."""
+    """Return the same from the policy, at any layout, on all ranks; collective."""
     from megatron_dypo.policy.micro_batch import MicroBatch
     from megatron_dypo.records import Kind, Sequence
     from megatron_dypo.runtime.distributed import all_gather_objects
@@ -58,7 +58,7 @@ def policy_logprobs(policy: Policy, ids: np.ndarray) -> np.ndarray:
 
 
 def gaps(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """How far apart log-probs are, in nats; infinite where one alone, or either, is NaN or infinite."""
+    """Return the differences of log-probs in nats; infinite if either is NaN or only one is infinite."""
     with np.errstate(invalid="ignore"):
         return np.nan_to_num(np.where(ours == theirs, 0.0, np.abs(ours - theirs)), nan=np.inf)
 

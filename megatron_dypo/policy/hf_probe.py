@@ -1,7 +1,7 @@
-"""After ``train`` starts from a folder: does the policy give a short text the log-probs that transformers gives it?
+"""Check after ``train`` starts from a folder: do the policy and transformers give a short text the same log-probs?
 
-Tables of fields and of weights cannot tell what they do not hold; this does. Transformers runs once, on rank 0, on the
-CPU, in a process of its own (``policy/hf_logprobs.py``).
+Tables of fields and weights cannot reveal what they omit; this can. Transformers runs once, on rank 0, on the CPU, in a
+separate process (``policy/hf_logprobs.py``).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MOST = {torch.float32: ("at most", 1e-3), torch.bfloat16: ("in the mean", 0.05)}
 
 @dataclass(frozen=True)
 class HfLogprobs:
-    """Transformers' log-probs (nats) of ``ids[1:]``; or ``missing``, why there are none."""
+    """Transformers' log-probs (nats) of ``ids[1:]``; or ``missing``, the reason why there are none."""
 
     ids: np.ndarray | None = None
     logp: np.ndarray | None = None
@@ -43,10 +43,10 @@ class HfLogprobs:
 
 
 def probe(policy: Policy, folder: Path, tokenizer: Tokenizer, timeout: float) -> None:
-    """Raise UserError where the policy, fresh from ``folder``, is not transformers' model; log how far apart they are.
+    """Raise UserError if the policy, fresh from ``folder``, differs from transformers' model; log the difference.
 
-    ``timeout``: of collectives, within which transformers must be done. Where `model.probe` is ``on`` a comparison that
-    cannot be made is a UserError, too. Collective.
+    ``timeout``: the deadline of collectives, within which transformers must finish. With `model.probe: on` a comparison
+    that cannot be made raises UserError, too. Collective.
     """
     model, dtype = policy.config.model, training_dtype(policy.config.model.dtype)
     limit = timeout / 2 if model.probe == "on" else min(SECONDS, timeout / 2)
@@ -104,7 +104,7 @@ def _reference(model: Model, folder: Path, tokenizer: Tokenizer, limit: float, p
 
 
 def _environment() -> dict[str, str]:
-    """Neither a rank of the job nor a user of its GPUs; all cores of this rank's, since the others wait."""
+    """Return an environment without rank and GPUs, with all cores of this rank, since the others wait."""
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     path = os.pathsep.join(filter(None, [str(Path(megatron_dypo.__file__).parents[1]), kept.get("PYTHONPATH")]))
     cores = str(len(os.sched_getaffinity(0)))

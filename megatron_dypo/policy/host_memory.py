@@ -1,7 +1,7 @@
-"""Host memory that device memory is copied to and from: pinned where there is CUDA, and kept for the length of the run.
+"""Host memory for copies of device memory: pinned if there is CUDA, and kept for the length of the run.
 
-It comes in chunks of one size: torch rounds a pinned block up to a power of two, so that one block of any size might
-cost twice its size, and never gives it back.
+It is allocated in chunks of one size: torch rounds a pinned block up to a power of two, so a single block might cost
+twice its size, and never releases it.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ CHUNK = 2**28  # bytes, a power of two
 
 
 class HostMemory:
-    """Bytes numbered from 0 over chunks that are added as they are needed."""
+    """A byte range starting at 0 over chunks that are added on demand."""
 
     def __init__(self) -> None:
         self._chunks: list[Tensor] = []  # uint8 [CHUNK] each
 
     @property
     def nbytes(self) -> int:
-        """All that has been allocated."""
+        """Return the bytes allocated so far."""
         return sum(chunk.nbytes for chunk in self._chunks)
 
     def places(self, start: int, stop: int) -> Iterator[Tensor]:
-        """Yield the bytes from ``start`` to ``stop`` in order, as one uint8 view for each chunk that they lie in."""
+        """Yield the bytes from ``start`` to ``stop`` in order, as one uint8 view per chunk."""
         while self.nbytes < stop:
             self._chunks.append(torch.empty(CHUNK, dtype=torch.uint8, pin_memory=torch.cuda.is_available()))
         while start < stop:
@@ -36,9 +36,9 @@ class HostMemory:
             start += len(place)
 
     def beside(self, contents: Iterable[Tensor], longest: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (bytes of a content, their place here), piece by piece; contents [n] uint8 lie end to end.
+        """Yield (bytes of a content, their place here), piece by piece; contents [n] uint8 are placed end to end.
 
-        The same contents get the same places each time. A piece has at most ``longest`` bytes, where it is given.
+        Equal contents get equal places each time. A piece has at most ``longest`` bytes, if given.
         """
         used = 0
         for content in contents:
@@ -51,5 +51,5 @@ class HostMemory:
 
 
 def rounded(size: float) -> float:
-    """Bytes that HostMemory allocates for ``size`` bytes."""
+    """Return the bytes that HostMemory allocates for ``size`` bytes."""
     return -(-size // CHUNK) * CHUNK

@@ -1,7 +1,7 @@
-"""Layer specs: mcore's for Transformer Engine, or ours, which needs neither that nor Apex.
+"""Layer specs: mcore's for Transformer Engine, or ours, which needs neither it nor Apex.
 
-Ours are Megatron-Core's own tensor-parallel layers around an RMSNorm that knows sequence parallelism and an attention
-that takes packed sequences.
+Ours are Megatron-Core's own tensor-parallel layers, with an RMSNorm that supports sequence parallelism and an attention
+over packed sequences.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from megatron_dypo.policy.moe import MixtureOfExperts, RecomputedMixture, Routed
 
 
 class RMSNorm(torch.nn.Module):
-    """torch's RMSNorm whose weight tells mcore that its gradient must be summed over sequence-parallel ranks."""
+    """torch's RMSNorm, with a weight whose gradient mcore sums over sequence-parallel ranks."""
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_):
         super().__init__()
@@ -49,7 +49,7 @@ def routed(mlp: ModuleSpec | partial, experts: type[MixtureOfExperts]) -> Module
 
 
 def layer_spec(model: Model, shape: ModelShape, layers: int, chosen: Accelerations) -> TransformerBlockSubmodules:
-    """The decoder stack of a model chunk of ``layers`` layers, of the kind that was ``chosen``."""
+    """Return the decoder stack of a model chunk with ``layers`` layers, of the kind that was ``chosen``."""
     qk_norm, mixture = FAMILIES[shape.family].qk_norm, shape.num_experts > 0
     experts = RecomputedMixture if model.recompute == "selective" else MixtureOfExperts
     if chosen.transformer_engine:

@@ -1,10 +1,10 @@
 """A packed micro-batch as tensors: this rank's T tokens, N of them with a loss.
 
 Token j of a sequence predicts token j + 1, so the loss tokens of a sequence are the positions before its tail. Without
-context parallelism nothing lies between sequences. With it each is filled up and cut into 2 x CP equal slices, of which
-rank r holds slices r and 2 x CP - 1 - r: causal attention gives late tokens more to do than early ones, and so all
-ranks have the same work. It is the order that mcore's RoPE and Transformer Engine expect of packed (THD) sequences. A
-rank's T tokens, its loss tokens and its ``counts`` are those of its slices alone. Legend: S sequences.
+context parallelism sequences are contiguous. With it each is padded and cut into 2 x CP equal slices, of which rank r
+holds slices r and 2 x CP - 1 - r: late tokens cost causal attention more than early ones, and this gives all ranks
+equal work. It is the order that mcore's RoPE and Transformer Engine expect of packed (THD) sequences. A rank's T
+tokens, its loss tokens and its ``counts`` are those of its slices alone. Legend: S sequences.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 def aligned_to(context: int) -> int:
-    """What a segment's length must be a multiple of."""
+    """Return the number that divides a segment's length."""
     return 2 * context if context > 1 else 1
 
 
 def held_tokens(cu_seqlens: list[int], context: int) -> np.ndarray:
-    """[context, T / context]: the packed tokens of each rank, in the order in which it holds them."""
+    """Return [context, T / context]: the packed tokens of each rank, in the order in which it holds them."""
     if context == 1:
         return np.arange(cu_seqlens[-1]).reshape(1, -1)
     shares = []
@@ -42,10 +42,12 @@ def held_tokens(cu_seqlens: list[int], context: int) -> np.ndarray:
 
 @dataclass
 class MicroBatch:
-    """``owner_T`` says whose token it is: an index into ``places``, -1 for what only fills up. ``cu_seqlens`` [S + 1]
-    are the offsets over all context-parallel ranks' tokens, a filler segment at the end included; streams are in the
-    order of ``places``; ``tail_N`` is where in its sequence's tail a target stands. ``experts_TLK`` is the rollout
-    engine's choice of experts, -1 where it made none; ``routing`` is where the policy keeps what it is to take again.
+    """One micro-batch on this rank.
+
+    ``owner_T`` maps each token to an index into ``places``, -1 for padding. ``cu_seqlens`` [S + 1] are the offsets over
+    all context-parallel ranks' tokens, including a filler segment at the end; streams are in the order of ``places``;
+    ``tail_N`` is a target's position in its sequence's tail. ``experts_TLK`` is the rollout engine's choice of experts,
+    -1 if it made none; ``routing`` is where the policy records the choice to replay.
     """
 
     ids_T: Tensor
@@ -73,8 +75,8 @@ class MicroBatch:
     ) -> MicroBatch:
         """Pack ``sequences[place]`` for each place; rollouts carry ``temperature``, teacher traces 1.
 
-        A filler segment without loss makes T a multiple of ``tensor``, the ranks that sequence parallelism cuts it for;
-        an empty micro-batch is filler alone.
+        A filler segment without loss makes T a multiple of ``tensor``, the number of sequence-parallel slices; an empty
+        micro-batch is filler alone.
         """
         chosen = [sequences[place] for place in places]
         align = aligned_to(context)
@@ -111,10 +113,10 @@ class MicroBatch:
         )
 
     def split(self, values_N: Tensor) -> list[Tensor]:
-        """Per-token values, one tensor a sequence."""
+        """Split per-token values into one tensor per sequence."""
         return list(values_N.split(self.counts))
 
 
 def spread(values: SequenceOf[float], counts: list[int]) -> Tensor:
-    """One value per sequence -> fp32 [N], repeated over its loss tokens."""
+    """Repeat one value per sequence over its loss tokens: fp32 [N]."""
     return torch.tensor(values, dtype=torch.float64).repeat_interleave(torch.tensor(counts, dtype=torch.int64)).float()

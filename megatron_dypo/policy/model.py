@@ -35,14 +35,14 @@ _EXPERT = re.compile(
 T = TypeVar("T")
 _RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
-    # mcore's default choice is attention, which spares its scores; ours keeps none, and the MLP most of the rest
+    # mcore's default is to recompute attention, to save its scores; ours keeps none, and the MLP most of the rest
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
 
 
 def _mixture(config: Config, shape: ModelShape) -> dict:
-    """mcore's settings of a mixture of experts. Its own auxiliary losses are per micro-batch and stay off."""
+    """Return mcore's settings of a mixture of experts. Its own auxiliary losses are per micro-batch and stay off."""
     if not shape.num_experts:
         return {}
     return {
@@ -56,13 +56,13 @@ def _mixture(config: Config, shape: ModelShape) -> dict:
         "moe_shared_expert_gate": shape.shared_expert_ffn_hidden_size > 0,
         "expert_model_parallel_size": config.parallel.expert,
         "expert_tensor_parallel_size": config.parallel.expert_tensor,
-        # the mixture sees to its own (moe.py), in the routing that it had
+        # the mixture recomputes itself (moe.py), with the routing that it had
         **({"recompute_granularity": None, "recompute_modules": None} if config.model.recompute == "selective" else {}),
     }
 
 
 def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
-    """mcore's configuration of ``shape`` under this layout."""
+    """Return mcore's configuration of ``shape`` under this layout."""
     dtype, family = training_dtype(config.model.dtype), FAMILIES[shape.family]
     chosen = choose(config.model, shape.head_dim)
     virtual = config.parallel.virtual_pipeline
@@ -88,18 +88,18 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
-        overlap_p2p_comm=virtual > 1,  # interleaved over gloo, mcore's batched sends deliver wrong tensors in silence
+        overlap_p2p_comm=virtual > 1,  # interleaved over gloo, mcore's batched sends silently deliver wrong tensors
         batch_p2p_comm=virtual == 1,
         context_parallel_size=config.parallel.context,
         sequence_parallel=config.parallel.sequence_parallel,
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # mcore demands it of variable lengths, dense models included
-        perform_initialization=False,  # weights come from convert/, the same at every layout
+        moe_token_dispatcher_type="alltoall",  # mcore requires it for variable lengths, even for dense models
+        perform_initialization=False,  # weights come from convert/, equal at every layout
         use_cpu_initialization=not torch.cuda.is_available(),
         deterministic_mode=config.trainer.deterministic,
         calculate_per_token_loss=True,  # mcore divides nothing: the objective carries its own global normalisers
         bias_activation_fusion=chosen.compiled,
-        bias_dropout_fusion=False,  # without bias and dropout it is one addition, which needs no compilation
+        bias_dropout_fusion=False,  # without bias and dropout it is one addition, which needs no compiler
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         apply_rope_fusion=chosen.transformer_engine,
@@ -110,7 +110,7 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
 
 
 def build_model(config: Config, shape: ModelShape, layout: Layout) -> list[DistributedDataParallel]:
-    """This rank's model chunks, one a virtual pipeline stage, in mcore's DDP.
+    """Build this rank's model chunks, one per virtual pipeline stage, in mcore's DDP.
 
     The head returns hidden states: kernels/ turns them into log-probs.
     """
@@ -138,7 +138,7 @@ def build_model(config: Config, shape: ModelShape, layout: Layout) -> list[Distr
             pre_process=layout.pp_rank == 0 and c == 0,
             post_process=is_last,
             share_embeddings_and_output_weights=shape.tied_embeddings,
-            position_embedding_type="rope" if chosen.transformer_engine else "none",  # ours is in the attention
+            position_embedding_type="rope" if chosen.transformer_engine else "none",  # ours is part of attention
             rotary_base=shape.rope_base,
             vp_stage=c if layout.vpp > 1 else None,
         ).to(device())
@@ -147,15 +147,15 @@ def build_model(config: Config, shape: ModelShape, layout: Layout) -> list[Distr
             gpt.rotary_pos_emb.inv_freq = frequencies(shape).to(device())
         if is_last:
             gpt.output_layer.forward = lambda hidden, weight=None, runtime_gather_output=None: (hidden, None)
-        # of several chunks only the first one's sums can overlap with what is left of the backward pass
+        # with several chunks only the first one's sums can overlap with the rest of the backward pass
         chunks.append(DistributedDataParallel(transformer, ddp, gpt, disable_bucketing=c > 0))
     return chunks
 
 
 def whole_model_names(gpt: GPTModel, local: Mapping[str, T]) -> dict[str, T]:
-    """What a chunk keys by its own names, by the names in the whole model as one local-spec chunk.
+    """Rename a chunk's keys from its own names to those in the whole model as one local-spec chunk.
 
-    mcore numbers layers from 0 in every chunk, and experts on every rank; Transformer Engine keeps norms in the linear
+    mcore numbers layers from 0 in every chunk, and experts on every rank; Transformer Engine stores norms in the linear
     layer behind them, and a rank's experts in one module.
     """
     found = {}
@@ -173,9 +173,12 @@ def whole_model_names(gpt: GPTModel, local: Mapping[str, T]) -> dict[str, T]:
 
 
 def _mark_sharded(gpt: GPTModel) -> None:
-    """mcore (before 0.19) marks its sharded weights while initialising them, which we leave out; unmarked ones would be
-    taken for copies and left out of the gradient norm on every tensor-parallel rank but the first. And experts of one
-    expert-parallel rank pass for dense weights in mcore, though tensor-parallel ranks send them different tokens."""
+    """Mark weights as sharded, or as experts, where mcore does not.
+
+    mcore (before 0.19) marks sharded weights while initialising them, which we skip; unmarked ones would be taken for
+    copies and left out of the gradient norm on every tensor-parallel rank but the first. And the experts of one
+    expert-parallel rank would count as dense weights, although tensor-parallel ranks send them different tokens.
+    """
     for module in gpt.modules():
         dimension = _SHARDED_DIMENSION.get(type(module))
         if dimension is not None and not hasattr(module.weight, "tensor_model_parallel") and module.weight is not None:
@@ -186,7 +189,7 @@ def _mark_sharded(gpt: GPTModel) -> None:
 
 
 def build_optimizer(optimizer: Optimizer, dtype: torch.dtype, chunks: list[DistributedDataParallel]):
-    """mcore's Adam (fp32 master weights under bf16): Transformer Engine's or Apex's where installed, else torch's."""
+    """Build mcore's Adam (fp32 master weights under bf16): Transformer Engine's or Apex's if installed, or torch's."""
     settings = OptimizerConfig(
         optimizer="adam",
         lr=optimizer.lr,

@@ -1,9 +1,9 @@
 """A mixture of experts for mcore's transformer layer, with a router whose top-k choice can be recorded and replayed.
 
-mcore's layer, all-to-all dispatcher and experts are used as they are. Ours is the choice of experts: a micro-batch's
-``Routing`` keeps it, so that it can be counted, and replayed where ``policy.routing_replay`` asks; it comes with
-``packed_seq_params``, which a layer that is computed again in the backward pass gets again. Legend: T this rank's
-tokens (its slice of them under sequence parallelism), L layers, E experts, K of a token.
+mcore's layer, all-to-all dispatcher and experts are unchanged. Ours is the choice of experts: a micro-batch's
+``Routing`` keeps it, so that it can be counted, and replayed if ``policy.routing_replay`` asks for it; it travels in
+``packed_seq_params``, which a layer that is recomputed in the backward pass receives again. Legend: T this rank's
+tokens (its slice of them under sequence parallelism), L layers, E experts, K per token.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from megatron_dypo.runtime.distributed import device
 class Routing:
     """The experts of one micro-batch's tokens, by layer (from 1) as mcore numbers them.
 
-    ``real_T`` is false for what only fills up. ``given``: layer -> [T, K], rows of -1 where nothing is known.
+    ``real_T`` is False for padding. ``given``: layer -> [T, K], rows of -1 if nothing is known.
     """
 
     def __init__(self, real_T: Tensor, given: dict[int, Tensor] | None = None):
         self.real_T = real_T
         self.chosen: dict[int, Tensor] = given or {}
-        self.score_sums: dict[int, Tensor] = {}  # [E], of the router's probabilities in a training pass
-        self.weights: Tensor | None = None  # [L, E]: what a unit of probability costs, the auxiliary loss being linear
+        self.score_sums: dict[int, Tensor] = {}  # [E], sums of the router's probabilities in a training pass
+        self.weights: Tensor | None = None  # [L, E], cost of a unit of probability: the auxiliary loss is linear
         self.replayed: set[int] = set()  # layers whose choice is older than the training pass
-        # of their assignments: not the router's own, and all; on the device, which no layer has to wait for
+        # assignments that are not the router's own, and all; on the device, so that no layer waits for it
         self.differing = torch.zeros(2, dtype=torch.int64, device=real_T.device)
 
     def begin_training(self) -> None:
-        """What is known now is what the training pass replays."""
+        """Make the recorded choices the ones that the training pass replays."""
         self.replayed = set(self.chosen)
 
     def choose(self, layer: int, probs_TE: Tensor, k: int) -> Tensor:
-        """[T, K]: those of before, else the ``k`` most probable ones, which are kept."""
+        """Return the experts [T, K]: the recorded ones, else the ``k`` most probable, which are recorded."""
         own_TK = probs_TE.topk(k).indices
         given_TK = self.chosen.get(layer)
         if given_TK is None:
@@ -62,14 +62,14 @@ class Routing:
         return chosen_TK
 
     def balance(self, layer: int, probs_TE: Tensor) -> Tensor | None:
-        """This rank's part of the auxiliary loss of a layer; None where there is none."""
+        """Return this rank's part of a layer's auxiliary loss, or None without one."""
         sums_E = (probs_TE * self.real_T[:, None]).sum(0)
         self.score_sums[layer] = sums_E.detach()
         return None if self.weights is None else sums_E @ self.weights[layer - 1]
 
 
 def balance_weights(counts_LE: Tensor, coefficient: float, k: int) -> Tensor:
-    """[L, E] for ``Routing.weights``, from all ranks' ``counts_LE`` of a whole mini-batch.
+    """Return [L, E] for ``Routing.weights``, from all ranks' ``counts_LE`` of a whole mini-batch.
 
     The loss is the Switch Transformer's (arXiv 2101.03961, eq. 4), summed over layers: coefficient x E x sum_e f_e P_e
     with f_e the share of the assignments and P_e the mean probability of expert e, over all tokens of the mini-batch.
@@ -79,16 +79,16 @@ def balance_weights(counts_LE: Tensor, coefficient: float, k: int) -> Tensor:
 
 
 def routed_counts(routings: Iterable[Routing], shape: ModelShape) -> Tensor:
-    """[L, E] assignments of real tokens in these micro-batches, over all ranks. Collective."""
+    """Count the assignments [L, E] of real tokens in these micro-batches, over all ranks. Collective."""
     return _all_ranks(_sums(routings, shape)[0])
 
 
 def routing_metrics(routings: list[Routing], shape: ModelShape, coefficient: float) -> dict[str, float]:
-    """Of one training pass, the same on every rank; collective.
+    """Return the metrics of one training pass, the same on every rank; collective.
 
-    ``moe/load_max`` and ``moe/load_min``: the busiest and the idlest expert's load against an even one, each the mean
-    over layers. ``moe/aux_loss``: E x sum_e f_e P_e, the mean over layers; 1 where the load is even.
-    ``moe/rerouted_frac``: replayed choices that the router would not have made.
+    ``moe/load_max`` and ``moe/load_min``: load of the busiest and the idlest expert relative to an even one, averaged
+    over layers. ``moe/aux_loss``: E x sum_e f_e P_e, averaged over layers; 1 for an even load. ``moe/rerouted_frac``:
+    share of replayed choices that the router would not have made.
     """
     parts = [*_sums(routings, shape), sum(routing.differing for routing in routings).double()]
     flat = _all_ranks(torch.cat([part.flatten() for part in parts])).cpu().split([part.numel() for part in parts])
@@ -110,7 +110,7 @@ def routing_metrics(routings: list[Routing], shape: ModelShape, coefficient: flo
 
 
 def _sums(routings: Iterable[Routing], shape: ModelShape) -> tuple[Tensor, Tensor]:
-    """This rank's [L, E] assignments and probabilities, zero in the layers of other pipeline stages; on its device."""
+    """Return this rank's [L, E] assignments and probabilities, on its device; other pipeline stages' layers are 0."""
     counts_LE, scores_LE = torch.zeros(2, shape.num_layers, shape.num_experts, dtype=torch.float64, device=device())
     for routing in routings:
         real_T = routing.real_T.double()
@@ -131,16 +131,16 @@ _LINEAR = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelL
 
 
 class TopKRouter(TopKRouter):
-    """Softmax over all experts in fp32, the best K of them or those that ``routing`` already has."""
+    """Softmax over all experts in fp32, then the best K of them or those that ``routing`` has recorded."""
 
     batch: Routing
 
     def gating(self, input: Tensor) -> Tensor:
-        """fp32 logits; mcore's function (0.16) fails where there is no Transformer Engine."""
+        """Return fp32 logits; mcore's own function (0.16) fails without Transformer Engine."""
         return linear(input.float(), self.weight.float())
 
     def routing(self, logits: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
-        """[T, E] weights, zero where a token does not go, and [T, E] where it goes."""
+        """Return weights [T, E], zero for experts that a token does not use, and the mask [T, E] of those it uses."""
         probs_TE = logits.view(-1, logits.shape[-1]).softmax(-1, dtype=torch.float32)
         chosen_TK = self.batch.choose(self.layer_number, probs_TE.detach(), self.topk)
         weights_TK = probs_TE.gather(1, chosen_TK)
@@ -155,21 +155,21 @@ class TopKRouter(TopKRouter):
 
 
 class Experts(SequentialMLP):
-    """One after the other, each in mcore's own parallel layers."""
+    """Experts run one after another, each in mcore's own parallel layers."""
 
     def __init__(self, count: int, config, pg_collection=None, **_):
         super().__init__(count, config, _LINEAR, pg_collection)
 
 
 class SharedExperts(SharedExpertMLP):
-    """What all tokens go through besides."""
+    """The experts that process every token."""
 
     def __init__(self, config, pg_collection=None, gate: bool = False, **_):
         super().__init__(config, _LINEAR, gate, pg_collection)
 
 
 class MixtureOfExperts(MoELayer):
-    """mcore's, told of the micro-batch."""
+    """mcore's mixture layer, given the micro-batch's routing."""
 
     batch: Routing
     recompute = False
@@ -178,7 +178,7 @@ class MixtureOfExperts(MoELayer):
         super().__init__(config, submodules or _LOCAL, **options)
 
     def forward(self, hidden_states: Tensor, *_, **__) -> tuple[Tensor, None]:
-        batch = self.batch  # at the time of the backward pass it may be another one
+        batch = self.batch  # may be another one by the time of the backward pass
 
         def run(hidden: Tensor) -> Tensor:
             self.router.batch = batch
@@ -190,13 +190,13 @@ class MixtureOfExperts(MoELayer):
 
 
 class RecomputedMixture(MixtureOfExperts):
-    """Computed again in the backward pass, in the same routing."""
+    """A mixture recomputed in the backward pass, with the same routing."""
 
     recompute = True
 
 
 class RoutedLayer(TransformerLayer):
-    """A transformer layer that hands its mixture of experts the micro-batch's routing."""
+    """A transformer layer that passes the micro-batch's routing to its mixture of experts."""
 
     def forward(self, *arguments, packed_seq_params=None, **options):
         self.mlp.batch = packed_seq_params.routing

@@ -1,9 +1,9 @@
-"""The policy's turn on the device: between its passes its memory there can be given to the rollout engine.
+"""Offload the policy between its passes, so that the rollout engine can use its device memory.
 
-Tensors stay what they are: only their storages are emptied, after a copy into host memory, and filled again. So all
-that shares a storage (mcore's views into its buffers, master weights, a tied head) is right again without being known
-here. mcore's own ``offload_to_cpu`` gives tensors new storages, which cuts the distributed optimizer's fp32 slices off
-the weights that they are views of, and does nothing without its distributed optimizer or without CUDA.
+Tensors stay the same objects: only their storages are emptied, after a copy to host memory, and refilled. So everything
+that shares a storage (mcore's views into its buffers, master weights, a tied head) is restored without being known
+here. mcore's own ``offload_to_cpu`` gives tensors new storages, which separates the distributed optimizer's fp32 slices
+from the weights that they are views of, and does nothing without its distributed optimizer or without CUDA.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ from megatron_dypo.runtime.failure import phase
 
 
 class Offload:
-    """Moves weights, gradients, optimizer state and a reference on the device off it and back.
+    """Moves weights, gradients, optimizer state and a reference on the device to host memory and back.
 
-    Between the two nothing may read or write any of them: their storages have 0 bytes. A new stage of the run may have
+    In between nothing may read or write any of them: their storages have 0 bytes. A new stage of the run may have
     another ``reference``.
     """
 
     def __init__(self, chunks: list[DistributedDataParallel], optimizer, reference: Reference | None):
         self._chunks, self._optimizer, self.reference = chunks, optimizer, reference
         self._host = HostMemory()
-        self._kept: list[tuple[UntypedStorage, int]] = []  # what is empty after a copy, and its bytes
-        self._gradients: list[tuple[UntypedStorage, int]] = []  # what is empty without one
+        self._kept: list[tuple[UntypedStorage, int]] = []  # storages emptied after a copy, and their bytes
+        self._gradients: list[tuple[UntypedStorage, int]] = []  # storages emptied without one
         self._seconds = 0.0
 
     def require_device(self) -> None:
-        """Where the policy is about to be used: reading an emptied storage would end the process."""
+        """Assert that the policy is on the device: reading an emptied storage would end the process."""
         assert not self._kept, "the policy is in host memory while the rollout engine has the device"
 
     @contextmanager
     def on_host(self) -> Iterator[None]:
-        """The policy in host memory for the length of the block. An exception leaves it there: the run is over."""
+        """Keep the policy in host memory during the block. An exception leaves it there: the run is over."""
         self.to_host()
         yield
         self.to_device()
 
     def to_host(self) -> None:
-        """Empty the device's storages; all but the gradients, which are not needed again, is copied first."""
+        """Copy the device's storages to the host and empty them; gradients are emptied without a copy."""
         self.require_device()
         with self._timed():
             reference = self.reference.on_device() if self.reference else ()
@@ -67,7 +67,7 @@ class Offload:
             _drop_scratch(self._chunks)
             workspace.release()
             if torch.cuda.is_available():
-                torch.cuda.empty_cache()  # else the memory stays torch's own
+                torch.cuda.empty_cache()  # otherwise torch would keep the memory
 
     def to_device(self) -> None:
         """Bring everything back, bit for bit; gradients come back as zeros."""
@@ -83,17 +83,17 @@ class Offload:
             self._kept, self._gradients = [], []
 
     def take_seconds(self) -> float:
-        """Seconds spent moving since the last call."""
+        """Return the seconds spent moving since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
     @property
     def host_bytes(self) -> int:
-        """Host memory that is kept for the next time."""
+        """Return the bytes of host memory kept for the next time."""
         return self._host.nbytes
 
     def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(bytes of a storage, their place in host memory), piece by piece."""
+        """Yield (bytes of a storage, their place in host memory), piece by piece."""
         empty = torch.empty(0, dtype=torch.uint8, device=device())
         return self._host.beside(empty.new_empty(0).set_(storage) for storage, _ in self._kept)
 
@@ -106,17 +106,17 @@ class Offload:
 
 
 def _weights(chunks: list[DistributedDataParallel]) -> Iterator[Tensor]:
-    """With the distributed optimizer they are views into a few buffers."""
+    """Return the weights; with the distributed optimizer they are views into a few buffers."""
     return chain.from_iterable(chunk.parameters() for chunk in chunks)
 
 
 def _gradients(chunks: list[DistributedDataParallel]) -> Iterator[Tensor]:
-    """mcore's gradient buffers, which every ``main_grad`` is a view into."""
+    """Return mcore's gradient buffers, of which every ``main_grad`` is a view."""
     return (buffer.grad_data for chunk in chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers)
 
 
 def _optimizer_state(optimizer) -> Iterator[Tensor]:
-    """Master weights and, from the first update on, moments, and step counts where they are on the device."""
+    """Yield master weights and, after the first update, moments, and step counts if they are on the device."""
     for inner in inner_optimizers(optimizer):
         for group in inner.param_groups:
             yield from group["params"]
@@ -125,13 +125,13 @@ def _optimizer_state(optimizer) -> Iterator[Tensor]:
 
 
 def _drop_scratch(chunks: list[DistributedDataParallel]) -> None:
-    """What mcore keeps of the last micro-batch: each later stage's input, and sequence parallelism's gathered one."""
+    """Release what mcore keeps of the last micro-batch: later stages' inputs, and the sequence-parallel buffer."""
     for chunk in chunks:
         chunk.module.set_input_tensor(None)
     mpu.get_global_memory_buffer().buffer.clear()
 
 
 def _sized(tensors: Iterator[Tensor]) -> list[tuple[UntypedStorage, int]]:
-    """The tensors' storages on this rank's device, each once, and their bytes; no empty ones."""
+    """Return the non-empty storages of the tensors on this rank's device, each once, and their bytes."""
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.device == device()]
     return [(s, s.nbytes()) for s in {s.data_ptr(): s for s in storages if s.nbytes()}.values()]

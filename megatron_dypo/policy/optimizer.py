@@ -1,12 +1,12 @@
-"""Adam's state by parameter, whichever of mcore's optimizers holds it; and the settings that a step runs with.
+"""Adam's state by parameter, for each of mcore's optimizers; and the settings of an optimizer step.
 
-The plain optimizer keeps the state of whole parameters, the distributed one of a slice [start, end) of each flattened
-parameter. mcore's own route into a checkpoint fails for the distributed one under torch's Adam: it looks for a step
-count where only Apex's and Transformer Engine's have one. So what is saved is read here, parameter by parameter. The
-step count itself is the policy's ``adam_steps``: both advance by one with every applied update.
+The plain optimizer holds the state of whole parameters, the distributed one that of a slice [start, end) of each
+flattened parameter. mcore's own checkpointing fails for the distributed one under torch's Adam: it expects a step count
+where only Apex's and Transformer Engine's have one. So the state is read here, parameter by parameter. The step count
+itself is the policy's ``adam_steps``: both advance by one with every applied update.
 
-torch's Adam counts steps in a tensor for each parameter: on the host, or where it is fused on the parameter's device.
-Apex's and Transformer Engine's FusedAdam count in a number for each group. What is saved has neither and loads as both.
+torch's Adam counts steps in a tensor per parameter: on the host, or if it is fused on the parameter's device. Apex's
+and Transformer Engine's FusedAdam count in a number per group. The saved state has neither and loads into both.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MASTER = "fp32_param"
 
 @dataclass(frozen=True)
 class Part:
-    """Elements [start, end) of a flattened parameter, whose Adam state this rank holds.
+    """Elements [start, end) of a flattened parameter whose Adam state this rank holds.
 
     ``main`` is what Adam updates: the parameter (fp32), its fp32 master copy (bf16), or the slice of either.
     """
@@ -42,7 +42,7 @@ class Part:
         return (*MOMENTS, MASTER) if self.has_master else MOMENTS
 
     def flat(self, name: str) -> Tensor:
-        """One of ``names`` as a flat view [end - start]."""
+        """Return one of ``names`` as a flat view [end - start]."""
         tensor = self.main.detach() if name == MASTER else self.inner.state[self.main][name]
         return tensor.reshape(-1)
 
@@ -58,15 +58,15 @@ class Part:
 
     @torch.no_grad()
     def begin_anew(self) -> None:
-        """No moments and no steps, in the tensors that are there; a master copy stays what it is."""
+        """Reset moments and steps in place; a master copy is unchanged."""
         for name in MOMENTS:
             self.inner.state[self.main][name].zero_()
         self._count(0)
 
     def _count(self, steps: int) -> None:
-        """Let Adam's bias correction know of ``steps`` applied updates."""
+        """Set the number of applied updates for Adam's bias correction."""
         state = self.inner.state[self.main]
-        if isinstance(self.inner, torch.optim.Adam):  # AdamW, too
+        if isinstance(self.inner, torch.optim.Adam):  # includes AdamW
             fused = self.inner.param_groups[0]["fused"]
             state["step"] = torch.tensor(float(steps), device=self.main.device if fused else "cpu")
         else:
@@ -75,13 +75,13 @@ class Part:
 
 
 def inner_optimizers(optimizer) -> list[torch.optim.Optimizer]:
-    """torch's, Apex's or Transformer Engine's inside of mcore's ``optimizer``; none where a rank has no parameters."""
+    """Return the torch, Apex or Transformer Engine optimizers inside mcore's; none if a rank has no parameters."""
     members = getattr(optimizer, "chained_optimizers", [optimizer])
     return [member.optimizer for member in members if member.optimizer is not None]
 
 
 def set_hyperparameters(optimizer, settings: Optimizer, lr: float) -> None:
-    """What the next update runs with, of whichever stage of the run; mcore keeps what it was built with otherwise."""
+    """Set the next update's hyperparameters, of any stage of the run; mcore would keep those it was built with."""
     for group in optimizer.param_groups:
         group["lr"] = lr
         group["weight_decay"] = settings.weight_decay * group["wd_mult"]
@@ -91,9 +91,10 @@ def set_hyperparameters(optimizer, settings: Optimizer, lr: float) -> None:
 
 
 def fuse(optimizer) -> None:
-    """Let torch's Adam, where mcore has taken it, update in one kernel.
+    """Make torch's Adam, if mcore uses it, update in one kernel.
 
-    Its other form on CUDA makes a list as large as one moment of all parameters: 4 bytes a parameter at every step.
+    Its other form on CUDA allocates a list as large as one moment of all parameters: 4 bytes per parameter at every
+    step.
     """
     for inner in inner_optimizers(optimizer):
         if isinstance(inner, torch.optim.Adam):
@@ -102,7 +103,7 @@ def fuse(optimizer) -> None:
 
 
 def adam_parts(optimizer, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, Part]:
-    """The part of each named parameter that this rank's ``optimizer`` holds; those it holds nothing of are left out."""
+    """Return the part of each named parameter that this rank's ``optimizer`` holds, omitting those it does not."""
     parts = {}
     members = []
     for mcore in getattr(optimizer, "chained_optimizers", [optimizer]):

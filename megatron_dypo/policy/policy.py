@@ -38,23 +38,23 @@ from megatron_dypo.runtime.distributed import Layout, device, training_dtype
 
 
 class Policy:
-    """A Megatron-Core GPT with its optimizer, as the run's present stage has it.
+    """A Megatron-Core GPT with its optimizer, configured for the run's current stage.
 
-    ``version`` counts optimizer updates since the initial weights, ``stage_version`` is its value as the stage began.
+    ``version`` counts optimizer updates since the initial weights; ``stage_version`` is its value when the stage began.
     """
 
     def __init__(self, config: Config, shape: ModelShape, layout: Layout, read_weights: Callable[[str], Tensor]):
         self.config, self.shape, self.layout = config, shape, layout
         self.chunks = build_model(config, shape, layout)
-        self.parameters: dict[str, torch.nn.Parameter] = {}  # this rank's, by their names in the whole model
+        self.parameters: dict[str, torch.nn.Parameter] = {}  # this rank's, keyed by their names in the whole model
         for chunk in self.chunks:
             self.parameters |= whole_model_names(chunk.module, dict(chunk.module.named_parameters()))
         load_weights(self.parameters, shape, layout, read_weights)
         self.optimizer = build_optimizer(config.optimizer, training_dtype(config.model.dtype), self.chunks)
         self.reference = self._stage_reference()
         self.offload = Offload(self.chunks, self.optimizer, self.reference)
-        schedule = self.chunks[0].config  # all chunks' and the schedule's
-        # The one place where mcore's own normalisation is switched off: every coefficient is already global.
+        schedule = self.chunks[0].config  # shared by all chunks and the schedule
+        # The only place that switches off mcore's own normalisation: every coefficient is already global.
         schedule.finalize_model_grads_func = lambda models, num_tokens=None, **keywords: finalize_model_grads(
             models, None, **keywords
         )
@@ -62,7 +62,7 @@ class Policy:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             schedule.no_sync_func = no_sync if layout.vpp > 1 else no_sync[0]
             for parameter in self.parameters.values():
-                parameter.awaits_grad = True  # DDP's hook wants one, also of a head whose ``main_grad`` has it all
+                parameter.awaits_grad = True  # DDP's hook needs one, even of a head whose ``main_grad`` has all of it
         # Transformer Engine's kernels read a pack's offsets on the device; ours read segments and angles
         engine = choose(config.model, shape.head_dim).transformer_engine
         self._offsets_on = device() if engine else torch.device("cpu")
@@ -70,14 +70,14 @@ class Policy:
         self.context_group = mpu.get_context_parallel_group() if layout.cp > 1 else None
         self.version = self.stage_version = 0
         self._replays = config.policy.routing_replay != "off"
-        self._routed: list[Routing] = []  # of the last training pass, until its metrics are taken
+        self._routed: list[Routing] = []  # of the last training pass, until its metrics are read
         if self.reference:
             self.keep_reference()
 
     def begin_stage(self, config: Config) -> None:
-        """Go on from the weights as they are, with Adam and a reference as fresh as in a run that starts from them.
+        """Continue from the current weights, with Adam and a reference as fresh as in a run that starts from them.
 
-        ``config`` is the new stage's, which differs from the present one in what ``config/stages.py`` lets it.
+        ``config`` is the new stage's; it may differ from the current one only as ``config/stages.py`` allows.
         """
         self.offload.require_device()
         self.config, self.stage_version = config, self.version
@@ -90,20 +90,20 @@ class Policy:
 
     @property
     def adam_steps(self) -> int:
-        """Updates that Adam's moments are of."""
+        """Return the number of updates that Adam's moments cover."""
         return self.version - self.stage_version
 
     def _stage_reference(self, there: Reference | None = None) -> Reference | None:
-        """Room for the reference of a stage that keeps one: what is ``there`` already, or new."""
+        """Return storage for the stage's reference, if it keeps one: ``there`` if given, or new."""
         if not keeps_reference(self.config.objective):
             return None
-        on = self.config.model.reference_on  # `auto` has been settled where a run starts (planner/placement.py)
+        on = self.config.model.reference_on  # `auto` is resolved when a run starts (planner/placement.py)
         return there or PLACES["device" if on == "auto" else on](self.parameters)
 
     def logprobs(self, batches: list[MicroBatch]) -> list[Tensor]:
-        """Log-probs [N] (nats) of each micro-batch's targets; an empty list except on the last pipeline stage.
+        """Return the log-probs [N] (nats) of each micro-batch's targets; empty except on the last pipeline stage.
 
-        Without micro-batches, which is so on all ranks or on none, nothing runs.
+        Without micro-batches, on all ranks or on none, nothing runs.
         """
         if not batches:
             return []
@@ -115,7 +115,7 @@ class Policy:
             return [logp for (logp,) in self._run(batches, collect, forward_only=True)]
 
     def logprobs_and_entropies(self, batches: list[MicroBatch]) -> tuple[list[Tensor], list[Tensor]]:
-        """As ``logprobs``, and each token's entropy [N] (nats) beside them."""
+        """Return what ``logprobs`` does, and each token's entropy [N] (nats)."""
         if not batches:
             return [], []
 
@@ -128,7 +128,7 @@ class Policy:
         return [logp for logp, _ in found], [entropy for _, entropy in found]
 
     def accumulate(self, batches: list[MicroBatch], streams: list[TokenStreams]) -> None:
-        """Forward and backward over the micro-batches; gradients end up summed over all ranks in ``main_grad``."""
+        """Run forward and backward over the micro-batches; gradients end up summed over all ranks in ``main_grad``."""
         self.zero_gradients()
         self._routed = self._routings(batches)
         for routing in self._routed:
@@ -153,10 +153,10 @@ class Policy:
         self._run(batches, loss, forward_only=False, routings=self._routed)
 
     def routing_metrics(self) -> dict[str, float]:
-        """``moe/...`` of the last training pass, once; the same on every rank, none of a dense policy. Collective."""
+        """Return ``moe/...`` of the last training pass, once; equal on all ranks, empty if dense. Collective."""
         if not self._routed:
             return {}
-        routed, self._routed = self._routed, []  # else it would take up the device while the engine samples
+        routed, self._routed = self._routed, []  # otherwise it would occupy the device while the engine samples
         return routing_metrics(routed, self.shape, self.config.policy.aux_loss)
 
     def zero_gradients(self) -> None:
@@ -166,13 +166,13 @@ class Policy:
         self.optimizer.zero_grad()
 
     def grad_norm(self) -> float:
-        """Global norm of the accumulated gradients, before clipping; not finite where any of them is not."""
+        """Return the global norm of the accumulated gradients, before clipping; not finite if any of them is not."""
         with cpu_shim.cuda_type_names():
             self.optimizer.prepare_grads()
             return float(self.optimizer.get_grad_norm())
 
     def step(self, lr: float) -> None:
-        """One optimizer update with the accumulated gradients, clipped, at this learning rate."""
+        """Apply one optimizer update with the accumulated gradients, clipped, at this learning rate."""
         self.offload.require_device()
         set_hyperparameters(self.optimizer, self.config.optimizer, lr)
         with cpu_shim.cuda_type_names():
@@ -180,7 +180,7 @@ class Policy:
         self.version += 1
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The current weights as (Hugging Face name, full tensor), a tied head sent twice; collective."""
+        """Yield the current weights as (Hugging Face name, full tensor), a tied head twice; collective."""
         self.offload.require_device()
         return hf_tensors(self.parameters, self.shape, self.layout, with_tied_head=True)
 
@@ -190,14 +190,14 @@ class Policy:
         self.reference.keep()
 
     def refresh_reference(self, step: int) -> None:
-        """Before the stage's ``step`` (first is 1): with ``reference: every:N``, freeze anew at steps 1, N + 1, ..."""
+        """Freeze a new reference before steps 1, N + 1, ... of the stage (first is 1), with ``reference: every:N``."""
         every = self.config.objective.reference.partition("every:")[2]
         if self.reference is not None and every and (step - 1) % int(every) == 0:
             self.keep_reference()
 
     @contextmanager
     def reference_weights(self) -> Iterator[None]:
-        """The reference in the modules, and the policy back, bit for bit. Its routers choose for themselves."""
+        """Put the reference into the modules and the policy back, bit for bit. Its routers choose for themselves."""
         self.offload.require_device()
         replays, self._replays = self._replays, False
         with self.reference.weights():
@@ -211,10 +211,10 @@ class Policy:
         forward_only: bool,
         routings: list[Routing] | None = None,
     ) -> list:
-        """mcore's schedule over the micro-batches. ``finish(hidden, batch)`` runs on the last stage, on each output."""
+        """Run mcore's schedule over the micro-batches; ``finish(hidden, batch)`` handles the last stage's outputs."""
         self.offload.require_device()
         routings = self._routings(batches) if routings is None else routings
-        routed = dict(zip(map(id, batches), routings, strict=False))  # an empty one for a dense policy
+        routed = dict(zip(map(id, batches), routings, strict=False))  # empty for a dense policy
 
         def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module):
             batch = next(iterator)
@@ -236,7 +236,7 @@ class Policy:
         )
 
     def _routings(self, batches: list[MicroBatch]) -> list[Routing]:
-        """For a pass over the micro-batches; empty for a dense policy."""
+        """Return the routings of a pass over the micro-batches; empty for a dense policy."""
         if not self.shape.num_experts:
             return []
         if not self._replays:
@@ -247,9 +247,9 @@ class Policy:
         return [batch.routing for batch in batches if batch.routing is not None]
 
     def _given(self, batch: MicroBatch) -> dict[int, Tensor]:
-        """The rollout engine's choice in this rank's layers; -1 for tokens that it did not route.
+        """Return the rollout engine's choice in this rank's layers; -1 for tokens that it did not route.
 
-        Raises TrainingError where they are not of this model.
+        Raises TrainingError if the experts are not this model's.
         """
         if batch.experts_TLK is None:
             return {}
@@ -268,11 +268,11 @@ class Policy:
         return {layer: given_TLK[:, layer - 1].contiguous() for layer in layers}
 
     def _own_slice(self, values_T: Tensor) -> Tensor:
-        """Of this tensor-parallel rank, which under sequence parallelism routes a slice of the tokens."""
+        """Return this tensor-parallel rank's slice of the tokens, which sequence parallelism routes separately."""
         return values_T.chunk(self.layout.tp)[self.layout.tp_rank].to(device())
 
     def _balance(self, batches: list[MicroBatch]) -> None:
-        """Fix what a unit of router probability costs: the load of the whole mini-batch, by a forward pass over it."""
+        """Run one forward pass to count expert loads over the mini-batch and set the balance-loss weights."""
         with torch.no_grad():
             self._run(batches, lambda hidden, batch: (), forward_only=True, routings=self._routed)
         counts_LE = routed_counts(self._routed, self.shape)
@@ -281,12 +281,12 @@ class Policy:
             routing.weights = weights_LE
 
     def _head_inputs(self, hidden_1TH: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states of the loss tokens only, the head's weight, and the targets."""
+        """Return the hidden states of the loss tokens, the head's weight, and the targets."""
         hidden_TH = hidden_1TH.squeeze(0)
         if self.config.parallel.sequence_parallel:
             hidden_TH = gather_from_sequence_parallel_region(hidden_TH, tensor_parallel_output_grad=False)
         hidden_NH = hidden_TH.index_select(0, batch.loss_index_N.to(hidden_TH.device))
-        head = self.parameters.get("output_layer.weight")  # absent where it is tied to an embedding on this stage
+        head = self.parameters.get("output_layer.weight")  # absent if it is tied to an embedding on this stage
         weight = self.parameters["embedding.word_embeddings.weight"] if head is None else head
         return hidden_NH, weight, batch.targets_N.to(hidden_TH.device)
 
@@ -295,7 +295,7 @@ class Policy:
         return {"temperature": batch.temperature_N.to(device()), "tp_group": group, "vocab_size": self.shape.vocab_size}
 
     def _packed_params(self, batch: MicroBatch, positions_T: Tensor) -> PackedSeqParams:
-        """What attention reads; mcore passes the object through to ours, ``segments`` and ``angles`` included."""
+        """Return attention's parameters; mcore passes the object to ours, with ``segments`` and ``angles``."""
         cu_seqlens = torch.tensor(batch.cu_seqlens, dtype=torch.int32, device=self._offsets_on)
         longest = max(end - start for start, end in itertools.pairwise(batch.cu_seqlens))
         params = PackedSeqParams("thd", cu_seqlens, cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest)

@@ -1,9 +1,9 @@
 """The frozen reference: a second set of this rank's weights, exchanged with the policy's for a forward-only pass.
 
-On the device the exchange is one of pointers. In host memory there is one copy, too: contents change places through two
-small staging buffers on the device, so that while the reference is in the modules the policy's weights lie where it
-was. Either way a parameter stays the object that mcore knows, and ``main_grad``, master weights and the distributed
-optimizer's slices go on referring to the policy's storage.
+On the device only pointers are exchanged. In host memory there is one copy as well: contents are swapped through two
+small staging buffers on the device, so while the reference is in the modules the policy's weights occupy its place.
+Either way a parameter stays the object that mcore knows, and ``main_grad``, master weights and the distributed
+optimizer's slices keep referring to the policy's storage.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from torch.nn import Parameter
 from megatron_dypo.policy.host_memory import HostMemory
 from megatron_dypo.runtime.distributed import device
 
-STAGE = 2**25  # bytes of a staging buffer: the link is at full speed from a few MiB on
+STAGE = 2**25  # bytes of a staging buffer: the link reaches full speed from a few MiB on
 
 
 class Reference(ABC):
-    """The frozen weights by parameter name. After the first ``keep`` no more host memory is allocated."""
+    """The frozen weights by parameter name. After the first ``keep`` no further host memory is allocated."""
 
-    on: ClassVar[str]  # as model.reference_on calls it
+    on: ClassVar[str]  # its name in model.reference_on
 
     def __init__(self, parameters: Mapping[str, Parameter]):
         self._parameters = parameters
 
     @contextmanager
     def weights(self) -> Iterator[None]:
-        """The reference in the modules for the length of the block. An exception leaves it there: the run is over."""
+        """Put the reference into the modules during the block. An exception leaves it there: the run is over."""
         self.swap()
         yield
         self.swap()
@@ -45,11 +45,11 @@ class Reference(ABC):
 
     @abstractmethod
     def swap(self) -> None:
-        """Exchange reference and policy, bit for bit; a second time puts both back."""
+        """Exchange reference and policy, bit for bit; a second call restores both."""
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
-        """The frozen weight in its parameter's shape, on whichever device it is."""
+        """Return the frozen weight in its parameter's shape, on either device."""
 
     @abstractmethod
     def write(self, name: str, weight: Tensor) -> None:
@@ -57,11 +57,11 @@ class Reference(ABC):
 
     @abstractmethod
     def on_device(self) -> Iterator[Tensor]:
-        """Tensors that take up the policy's device, and leave it with the policy (trainer.offload)."""
+        """Return the tensors on the policy's device, which are offloaded with the policy (trainer.offload)."""
 
 
 class OnDevice(Reference):
-    """As many bytes on the device as the weights have; nothing is copied."""
+    """A reference on the device, of the same size as the weights; nothing is copied."""
 
     on = "device"
 
@@ -88,7 +88,7 @@ class OnDevice(Reference):
 
 
 class OnHost(Reference):
-    """As many bytes of (pinned) host memory as the weights have, in whole chunks, and 2 STAGE bytes on the device."""
+    """A reference in (pinned) host memory, in whole chunks, with 2 STAGE bytes on the device."""
 
     on = "host"
 
@@ -108,13 +108,13 @@ class OnHost(Reference):
         torch.get_device_module(device()).synchronize()
 
     def swap(self) -> None:
-        """One piece comes in while the one before goes out: the link carries both directions at once."""
+        """Swap piece by piece: one comes in while the last goes out, as the link carries both directions at once."""
         backend = torch.get_device_module(device())
         staging = torch.empty(2, STAGE, dtype=torch.uint8, device=device())
         inward, outward = backend.Stream(), backend.Stream()
         for stream in (inward, outward):
             stream.wait_stream(backend.current_stream())
-        free = [outward.record_event(), outward.record_event()]  # when a staging buffer may be written again
+        free = [outward.record_event(), outward.record_event()]  # events that free a staging buffer
         for i, (on_device, on_host) in enumerate(self._host.beside(self._contents(), STAGE)):
             stage = staging[i % 2, : len(on_host)]
             with backend.stream(inward):
@@ -151,7 +151,7 @@ class OnHost(Reference):
 
 
 def _flat_bytes(tensor: Tensor) -> Tensor:
-    """A contiguous tensor's bytes as a view."""
+    """Return a contiguous tensor's bytes as a view."""
     return tensor.view(-1).view(torch.uint8)
 
 

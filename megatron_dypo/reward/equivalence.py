@@ -51,7 +51,7 @@ _IMAGINARY = re.compile(r"(?<![A-Za-z\\])i(?![A-Za-z])")
 _DIGITS = 250
 _CLOSE, _CLOSE_FLOATS = sympy.Float("1e-200"), sympy.Float("1e-12")  # relative to the larger of two values
 _UNLIKE = sympy.Float("1e-4")  # decimals may be rounded, but not by more than this fraction of their size
-_POINTS = ((7, 11), (13, 5), (17, 19))  # where expressions in variables are evaluated: first variable 7/11, next 8/11, ...
+_POINTS = ((7, 11), (13, 5), (17, 19))  # where expressions with variables are evaluated: 7/11, then 8/11, ...
 
 
 def load() -> None:

@@ -45,7 +45,7 @@ class RewardFunction:
         self._turn = threading.Lock()
 
     def __call__(self, prompts: list[Prompt], texts: list[str]) -> list[Score]:
-        """One score a response, in order; the lists run in parallel. Raises TrainingError when workers cannot start."""
+        """Return one score per response; the lists run in parallel. Raises TrainingError if workers cannot start."""
         scores = self.scores(prompts, texts)
         _log_faults(prompts, texts, scores)
         return scores

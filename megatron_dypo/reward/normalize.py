@@ -119,7 +119,7 @@ _RELATION = re.compile(rf"\\({'|'.join(_RELATIONS)}){_NO_WORD}|\\([lg]t){_NO_WOR
 
 
 def canonical(text: str) -> str:
-    r"""``text`` in one spelling: ASCII, single spaces, no layout or style, and out of ``$...$`` or ``\text{...}``."""
+    r"""Return ``text`` in one spelling: ASCII, single spaces, no layout, style, ``$...$`` or ``\text{...}``."""
     text = unicode_math(text)
     if "dots" in text or "..." in text:
         text = _DOTS_END.sub("", _DOTS.sub(r"\\ldots ", text))

@@ -116,7 +116,7 @@ class WorkerPool:
 
 
 def _environment(function: str) -> dict[str, str]:
-    """This process's, without what looks like a secret, but for a user's own function, which may need it."""
+    """Return the environment without likely secrets, except for a user's own function, which may need them."""
     own = ":" in function
     return {name: value for name, value in os.environ.items() if own or not _SECRET.search(name)}
 
