@@ -264,9 +264,9 @@ def test_training_goes_on_over_a_full_disk_and_the_record_is_whole(disk, capfd):
             monitor.step(step, one_step(step))
         monitor.finish(0)
     shown = capfd.readouterr().out
-    assert shown.count("warning: metrics not written, training goes on: ") == 1
+    assert shown.count("warning: metrics not written, training continues: ") == 1
     assert shown.count("metrics written again, nothing is missing") == 1
-    assert len(re.findall(r"warning: TensorBoard gets nothing from step 2\d on, training goes on: ", shown)) == 1
+    assert len(re.findall(r"warning: TensorBoard failed and is dropped at step 2\d, training continues: ", shown)) == 1
     assert [line["step"] for line in metrics(disk / "run")] == list(range(1, 61))
     assert (disk / "run" / "report.html").exists() and "report.html" in shown
 
@@ -280,7 +280,7 @@ def test_a_run_ends_in_order_on_a_disk_that_stays_full(disk, capfd):
             monitor.step(step, one_step(step))
         monitor.finish(0)
     shown = capfd.readouterr().out
-    assert "warning: report not written, training goes on: " in shown and re.search(r"report +not written", shown)
+    assert "warning: report not written, training continues: " in shown and re.search(r"report +not written", shown)
     assert re.search(r"steps +30\n", shown), "the summary knows the steps that the file lacks"
     assert sorted(path.name for path in (disk / "run").iterdir() if path.suffix in (".tmp", ".html")) == []
     assert read_metrics(disk / "run" / "metrics.jsonl")[-1]["step"] < 30

@@ -1,1 +1,1 @@
-"""What a run tells its user: ``metrics.jsonl``, wandb and TensorBoard, the terminal, and one self-contained page."""
+"""A run's output for its user: ``metrics.jsonl``, wandb and TensorBoard, the terminal, and a self-contained report."""

@@ -1,4 +1,4 @@
-"""Axes of the report's charts: value to pixel, round bounds, tick labels, and how a value is written."""
+"""Axes of the report's charts: value to pixel, rounded bounds, tick labels, and number formats."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Scale:
 
 
 def linear_axis(values: np.ndarray, percent: bool, whole: bool = False) -> tuple[float, float, list[tuple[float, str]]]:
-    """Bounds, and (value, label) ticks on round numbers. Zero is shown unless the values are far from it.
+    """Return bounds, and (value, label) ticks on round numbers. Zero is shown unless the values are far from it.
 
-    ``whole``: on whole numbers alone, for counts and ranks.
+    ``whole``: only ticks on whole numbers, for counts and ranks.
     """
     lo, hi = float(values.min()), float(values.max())
     if lo > 0 and lo < 0.6 * hi:
@@ -43,7 +43,7 @@ def linear_axis(values: np.ndarray, percent: bool, whole: bool = False) -> tuple
 
 
 def log_axis(exponents: np.ndarray) -> tuple[float, float, list[tuple[float, str]]]:
-    """Bounds on powers of ten, in log10."""
+    """Return bounds on powers of ten, in log10."""
     low, high = math.floor(exponents.min() + 1e-9), math.ceil(exponents.max() - 1e-9)
     high = max(high, low + 1)
     every = math.ceil((high - low) / 6)
@@ -51,7 +51,7 @@ def log_axis(exponents: np.ndarray) -> tuple[float, float, list[tuple[float, str
 
 
 def round_step(step: float) -> float:
-    """The round number (1, 2, 2.5 or 5 times a power of ten) not below ``step``."""
+    """Return the smallest round number (1, 2, 2.5 or 5 times a power of ten) not below ``step``."""
     power = 10.0 ** math.floor(math.log10(step))
     return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= step * (1 - 1e-9))
 
@@ -74,7 +74,7 @@ def _tick(value: float, size: float, percent: bool) -> str:
 
 
 def _decimals(value: float, size: float) -> str:
-    """``value`` with as many decimals as multiples of ``size`` need."""
+    """Format ``value`` with as many decimals as multiples of ``size`` need."""
     digits = max(0, -math.floor(math.log10(size)))
     if round(size, digits) != round(size, digits + 2):
         digits += 1  # steps of 2.5
@@ -82,7 +82,7 @@ def _decimals(value: float, size: float) -> str:
 
 
 def show(value: float, percent: bool) -> str:
-    """A value as the legends write it; the page's script does the same."""
+    """Format a value for the legends; the page's script does the same."""
     if percent:
         return f"{100 * value:.1f}%"
     if value and (abs(value) < 1e-3 or abs(value) >= 1e9):

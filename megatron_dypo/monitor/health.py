@@ -1,8 +1,8 @@
-"""What a run's metrics say about its health: a table of rules, each a threshold and what to do about it.
+"""Health rules over a run's metrics: a table of thresholds, each with advice.
 
-A rule looks at one metric, beside its own recent past, so that it needs to know no run's scale. The thresholds are such
-that a healthy run, one that starts from random weights included, stays silent. Warnings are a function of the metrics
-alone: replaying the lines of ``metrics.jsonl`` brings a resumed run to where it was.
+A rule compares one metric with its own recent past, so it does not need to know a run's scale. The thresholds are set
+so that a healthy run, including one from random weights, stays silent. Warnings are a function of the metrics alone:
+replaying the lines of ``metrics.jsonl`` restores the state for a resumed run.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from megatron_dypo.runtime.recent import RECENT, recent_level
 
 CALM = 50  # steps without trouble after which a rule may warn again
 
-NORM_SPIKE = 10.0  # times its median
-LOSS_SPIKE = 10.0  # standard deviations above its median, ...
-LOSS_TIMES = 3.0  # ... and so many times that median, ...
-LOSS_FLOOR = 0.1  # ... and by so much: a policy-gradient loss is noise around 0
-ENTROPY_FALL = 0.2  # of its median; learning from random weights, the quickest fall there is, stays above 0.36
-ENTROPY_LEVEL = 0.01  # nats per token: the responses to one prompt are nearly always the same, ...
-ENTROPY_REWARD = 0.9  # ... which is fine where they are right
-LENGTH_FALL = 1 / 3  # of its median
+NORM_SPIKE = 10.0  # times the median
+LOSS_SPIKE = 10.0  # standard deviations above the median, ...
+LOSS_TIMES = 3.0  # ... and N times that median, ...
+LOSS_FLOOR = 0.1  # ... and by at least this much: a policy-gradient loss is noise around 0
+ENTROPY_FALL = 0.2  # of the median; learning from random weights, the fastest healthy fall, stays above 0.36
+ENTROPY_LEVEL = 0.01  # nats per token: responses to one prompt are nearly always the same, ...
+ENTROPY_REWARD = 0.9  # ... which is fine if they are right
+LENGTH_FALL = 1 / 3  # of the median
 SATURATED = 0.5  # share of GAL's pairs
 TRUNCATED = 0.5  # share of responses, ...
-TRUNCATED_STEPS = 25  # ... in so many steps in a row: a model that starts from noise needs a dozen to learn to stop
+TRUNCATED_STEPS = 25  # ... in N steps in a row: a model that starts from noise needs a dozen to learn to stop
 MISMATCH = 0.05  # nats per token; bf16 engines differ from the trainer by about 0.01
 OUTLIER = 30.0  # times the median of the steps' largest mismatch, ...
-OUTLIER_FLOOR = 0.01  # ... and more nats than rounding in fp32 makes
+OUTLIER_FLOOR = 0.01  # ... and more nats than fp32 rounding causes
 EMPTY_STEPS = 20  # in a row
-COUNTS = {"train/empty_steps"}  # of the run, which a new stage of it goes on with
+COUNTS = {"train/empty_steps"}  # totals of the run, which a new stage continues
 
 Judge = Callable[[float, "Past", Mapping[str, float]], str | None]
 
@@ -46,21 +46,21 @@ class Past:
 
     @property
     def level(self) -> float | None:
-        """Their median; None while there are too few."""
+        """Return the median; None if there are too few values."""
         return recent_level(self.values)
 
     @property
     def deviation(self) -> float:
-        """Their standard deviation, estimated from the median distance to the median: outliers do not count."""
+        """Return the standard deviation, estimated from the median distance to the median: robust to outliers."""
         level = statistics.median(self.values)
         return 1.4826 * statistics.median(abs(value - level) for value in self.values)
 
 
 @dataclass(frozen=True)
 class HealthRule:
-    """``judge(now, past, all metrics)`` says what is wrong with the metric ``key``, or None.
+    """A rule: ``judge(now, past, all metrics)`` returns what is wrong with the metric ``key``, or None.
 
-    Said once the judgement is bad in ``patience`` steps in a row that have the metric.
+    It warns once the judgement is bad in ``patience`` consecutive steps that have the metric.
     """
 
     name: str
@@ -78,7 +78,7 @@ def norm_spike(now: float, past: Past, metrics: Mapping[str, float]) -> str | No
 
 def loss_spike(now: float, past: Past, metrics: Mapping[str, float]) -> str | None:
     level = past.level
-    if level is None or level <= 0:  # no level to compare with: on-policy GRPO, or an SFT term that is mostly absent
+    if level is None or level <= 0:  # nothing to compare with: on-policy GRPO, or an SFT term that is mostly absent
         return None
     if now > LOSS_TIMES * level and now - level > max(LOSS_FLOOR, LOSS_SPIKE * past.deviation):
         return f"the loss is {now:.3g}, recently {level:.3g}"
@@ -124,7 +124,7 @@ def mismatch_outlier(now: float, past: Past, metrics: Mapping[str, float]) -> st
 
 
 def empty_steps(now: float, past: Past, metrics: Mapping[str, float]) -> str | None:
-    """``now`` counts the run's empty steps: this one is if the count has grown."""
+    """Judge the run's count of empty steps: this step is empty if the count has grown."""
     return "step after step has nothing to train on" if now > (past.values[-1] if past.values else 0) else None
 
 
@@ -190,7 +190,7 @@ RULES = (
 
 @dataclass
 class _State:
-    """Where a rule stands: bad steps in a row, good steps in a row, and whether it may warn."""
+    """A rule's state: bad steps in a row, good steps in a row, and whether it may warn."""
 
     bad: int = 0
     good: int = 0
@@ -199,7 +199,7 @@ class _State:
 
 @dataclass
 class Health:
-    """The rules over a stream of metrics. ``said`` counts the warnings of each rule by name."""
+    """Applies the rules to a stream of metrics. ``said`` counts the warnings by rule name."""
 
     rules: tuple[HealthRule, ...] = RULES
     said: Counter[str] = field(default_factory=Counter)
@@ -210,9 +210,9 @@ class Health:
         self._stage = 0.0
 
     def check(self, step: int, metrics: Mapping[str, Any]) -> list[str]:
-        """The warnings that this step calls for; steps in order. What is missing or not finite is not judged."""
+        """Return the warnings for this step; call in order of steps. Missing and non-finite values are not judged."""
         known = {name: float(value) for name, value in metrics.items() if value is not None and math.isfinite(value)}
-        if (stage := known.get("stage", self._stage)) != self._stage:  # its level says nothing of another objective
+        if (stage := known.get("stage", self._stage)) != self._stage:  # levels of the previous objective do not apply
             self._stage = stage
             for key in self._past.keys() - COUNTS:
                 self._past[key].clear()
@@ -241,6 +241,6 @@ class Health:
 
 
 def warnings_of(lines: Iterable[Mapping[str, Any]]) -> list[str]:
-    """All warnings of a run, from its metrics as read back."""
+    """Return all warnings of a run, from its metrics as read back."""
     health = Health()
     return [warning for line in lines for warning in health.check(line["step"], line)]

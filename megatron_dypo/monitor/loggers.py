@@ -1,7 +1,7 @@
-"""Fan-out of a step's metrics to the loggers that the configuration switches on. Rank 0 only.
+"""Fan out a step's metrics to the loggers that the configuration enables. Rank 0 only.
 
-``metrics.jsonl`` is the record (``metrics_file.py``); these are copies of it for the tools people already have open.
-The report's panels are TensorBoard's layout of the tab "Custom scalars".
+``metrics.jsonl`` is the record (``metrics_file.py``); these are copies of it for the tools people already use. The
+report's panels become TensorBoard's layout of the tab "Custom scalars".
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from megatron_dypo.monitor.panels import EVALUATION, TABLE, Panel
 
 
 def tensorboard_layout() -> dict[str, dict[str, list[Any]]]:
-    """Heading -> panel -> ["Multiline", tags], as ``SummaryWriter.add_custom_scalars`` takes it.
+    """Return heading -> panel -> ["Multiline", tags], as ``SummaryWriter.add_custom_scalars`` takes it.
 
-    Tags are regular expressions: an exact name, or how the names of a family begin. TensorBoard has no stacked areas,
-    bands or log axes here: every curve is a line, and the box "smoothing" gives the running mean.
+    Tags are regular expressions: an exact name, or the prefix of a family of names. TensorBoard has no stacked areas,
+    bands or log axes here: every curve is a line, and its "smoothing" slider gives the running mean.
     """
     layout = {heading: {panel.title: _chart(panel) for panel in panels} for heading, panels in TABLE.items()}
     layout["Learning"][EVALUATION] = ["Multiline", ["^eval/.*(accuracy|avg@[0-9]+|pass@[0-9]+)$"]]
@@ -37,7 +37,7 @@ def _chart(panel: Panel) -> list[Any]:
 
 
 class Writer(Protocol):
-    """Takes one step's metrics (numbers, by the names of docs) and shows them somewhere."""
+    """A destination for one step's metrics (numbers, by their documented names)."""
 
     name: str
 
@@ -47,9 +47,9 @@ class Writer(Protocol):
 
 
 class WandbWriter:
-    """Weights & Biases. The run's id is kept in ``run_dir/wandb_id``, so a resumed run goes on in the same curves.
+    """Weights & Biases. The run's id is kept in ``run_dir/wandb_id``, so a resumed run continues the same curves.
 
-    Never prompts, and offline never touches the network. Raises UserError if ``online`` has no credentials or no
+    Never prompts, and never touches the network offline. Raises UserError if ``online`` has no credentials or no
     connection.
     """
 
@@ -58,7 +58,7 @@ class WandbWriter:
     def __init__(self, config: Config, run_dir: Path, resume_step: int) -> None:
         offline = config.logging.wandb == "offline"
         if offline:
-            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb's own crash reports go over the network
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb's own crash reports use the network
         import wandb
 
         if not offline and not wandb.login(prompt=False, verify=False):
@@ -70,13 +70,13 @@ class WandbWriter:
                 name=run_dir.resolve().name,
                 id=_wandb_id(run_dir / "wandb_id"),
                 mode=config.logging.wandb,
-                resume=None if offline else "allow",  # offline, the same id joins the parts at `wandb sync`
+                resume=None if offline else "allow",  # offline, the equal id joins the parts at `wandb sync`
                 config=config.model_dump(),
                 settings=wandb.Settings(console="off", quiet=True, disable_git=True, silent=offline),
             )
         except wandb.Error as error:
             raise UserError(f"logging.wandb: {' '.join(str(error).split())}") from None
-        # Not wandb's own step counter: it refuses the steps that a resume from an older checkpoint runs again.
+        # Not wandb's own step counter: it rejects the steps that a resume from an older checkpoint repeats.
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -117,9 +117,9 @@ WRITERS: tuple[tuple[Callable[[Logging], bool], Callable[[Config, Path, int], Wr
 
 
 class Writers:
-    """All writers that ``config.logging`` asks for, as one; none of them is imported otherwise.
+    """All writers that ``config.logging`` enables, as one; the others are not imported.
 
-    A writer that fails once training runs (a full disk, a lost connection) is let go: metrics.jsonl has every step.
+    A writer that fails during training (a full disk, a lost connection) is dropped: metrics.jsonl has every step.
     """
 
     def __init__(self, config: Config, run_dir: str | Path, resume_step: int = 0) -> None:
@@ -128,24 +128,24 @@ class Writers:
         self._writers = [writer(config, run_dir, resume_step) for wanted, writer in WRITERS if wanted(config.logging)]
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> list[str]:
-        """Returns a line about each writer that failed and gets nothing from now on."""
+        """Write one step; return a line about each writer that failed and is dropped."""
         failures = {writer: error for writer in self._writers if (error := _failure(writer.write, step, metrics))}
         for writer in failures:
             self._writers.remove(writer)
             _failure(writer.close)
         return [
-            f"{writer.name} gets nothing from step {step} on, training goes on: {error}"
+            f"{writer.name} failed and is dropped at step {step}, training continues: {error}"
             for writer, error in failures.items()
         ]
 
     def close(self) -> list[str]:
-        """Returns a line about each writer that failed at its end."""
+        """Close all writers; return a line about each one that failed."""
         failures = {writer: error for writer in self._writers if (error := _failure(writer.close))}
         return [f"{writer.name} was not closed properly: {error}" for writer, error in failures.items()]
 
 
 def _failure(action: Callable[..., None], *arguments: Any) -> str | None:
-    """What went wrong. Loggers raise whatever they like, and none of it is worth a training run."""
+    """Return the error of an action, or None. Loggers raise anything, and none of it may end a training run."""
     try:
         action(*arguments)
     except Exception as error:
@@ -154,13 +154,13 @@ def _failure(action: Callable[..., None], *arguments: Any) -> str | None:
 
 
 def _finite(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The values that a curve can show: not the step itself, nor null, infinite or NaN."""
+    """Return the values that a curve can show: not the step, null, infinite or NaN."""
     numbers = {name: float(value) for name, value in metrics.items() if value is not None and name != "step"}
     return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
 def _wandb_id(path: Path) -> str:
-    """The run's id: read from ``path``, or made up and written there."""
+    """Return the run's id, read from ``path`` or newly drawn and written there."""
     if not path.exists():
         path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one strict JSON object a step; the record that every other view of a run is made from."""
+"""``metrics.jsonl``: one strict JSON object per step; every other view of a run derives from it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from megatron_dypo.runtime.fs import atomic_write, sync_file
 
 
 class MetricsFile:
-    """Append-only metrics of one run; steps strictly increase, and a written step survives the machine going down.
+    """Append-only metrics of one run; steps strictly increase, and a written step survives a machine crash.
 
-    The file never holds half a line for long: what cannot be written (a full disk) is taken back, waits in memory, and
-    is written with the first later step that finds room.
+    A partial line never stays in the file: a line that cannot be written (a full disk) is rolled back, kept in memory,
+    and written with the next step that finds room.
 
-    ``resume_step`` is the step of the checkpoint that training goes on from: later lines belong to steps that will be
-    run again, so the file is cut back to ``step <= resume_step`` (and a line torn by a kill is dropped). 0 is a fresh
-    start and empties the file, its step-0 line (the evaluation before training) included.
+    ``resume_step`` is the step of the checkpoint from which training resumes: later lines belong to steps that will run
+    again, so the file is truncated to ``step <= resume_step`` (and a line torn by a kill is dropped). 0 is a fresh
+    start and empties the file, including its step-0 line (the evaluation before training).
 
-    Raises UserError if the lines already there cannot be read.
+    Raises UserError if the existing lines cannot be read.
     """
 
     def __init__(self, path: str | Path, resume_step: int) -> None:
@@ -39,10 +39,10 @@ class MetricsFile:
         self._waiting: list[str] = []
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Append one line and sync it to disk. A value that is not finite becomes null, since JSON has no NaN.
+        """Append one line and sync it to disk. Non-finite values become null, since JSON has no NaN.
 
-        Training steps count from 1; 0 is for the evaluation before training. Raises ValueError if ``step`` does not
-        follow the last one, and OSError where the disk does not take the line, which then waits.
+        Training steps count from 1; 0 is the evaluation before training. Raises ValueError if ``step`` does not follow
+        the last one, and OSError if the line cannot be written; it is then kept for later.
         """
         if step < 0 or (self.last_step is not None and step <= self.last_step):
             raise ValueError(f"{self.path}: step {step} does not follow step {self.last_step}")
@@ -51,7 +51,7 @@ class MetricsFile:
         self.flush()
 
     def flush(self) -> None:
-        """Write the lines that wait. Raises OSError where the disk does not take all of them; then it has none."""
+        """Write the pending lines. Raises OSError if they cannot all be written; then none of them is."""
         if not self._waiting:
             return
         content = "".join(self._waiting).encode()
@@ -62,18 +62,18 @@ class MetricsFile:
                 left = left[self._file.write(left) :]
             sync_file(self._file)
         except OSError as error:
-            with suppress(OSError):  # else the next attempt takes it back
+            with suppress(OSError):  # otherwise the next attempt truncates it
                 self._file.truncate(self._whole)
             raise OSError(error.errno, error.strerror, str(self.path)) from None
         self._whole += len(content)
         self._waiting = []
 
     def rows(self) -> list[dict[str, Any]]:
-        """All lines so far as dicts, those that wait included."""
+        """Return all lines so far as dicts, pending ones included."""
         return read_metrics(self.path) + [json.loads(line) for line in self._waiting]
 
     def close(self) -> None:
-        """Raises OSError, naming the steps, where lines that wait are lost."""
+        """Write pending lines and close. Raises OSError, naming the steps, if lines are lost."""
         try:
             self.flush()
         except OSError as error:
@@ -85,10 +85,10 @@ class MetricsFile:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """All lines of ``path`` as dicts, null as None. A torn last line, which a kill leaves behind, is left out.
+    """Return all lines of ``path`` as dicts, null as None; a torn last line, left by a kill, is skipped.
 
-    Raises UserError, with file and line, for a missing file and for any other line that this file never writes: no
-    object, a name that nobody can read, a value that is not a finite number, a step that does not follow the last.
+    Raises UserError, with file and line, for a missing file and for any other line that this module never writes: not
+    an object, an unprintable name, a value that is not a finite number, a step that does not follow the last.
     """
     path = Path(path)
     try:
@@ -103,7 +103,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             row = None
         if _is_row(row) and (not rows or row["step"] > rows[-1]["step"]):
             rows.append(row)
-        elif number < len(lines):  # only the last line lacks its end: empty after a clean write, torn after a kill
+        elif number < len(lines):  # only the last line lacks a newline: empty after a clean write, torn after a kill
             raise UserError(f"{path}: line {number} is not a JSON object with a step after the last and finite numbers")
     return rows
 
@@ -122,7 +122,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> int | float | None:
-    """A JSON number of a Python, numpy or zero-dimensional torch number."""
+    """Convert a Python, numpy or zero-dimensional torch number to a JSON number."""
     if value is None or isinstance(value, int):
         return value
     number = float(value)

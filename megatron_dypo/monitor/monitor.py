@@ -1,4 +1,4 @@
-"""Rank 0's record of a run: metrics file, loggers, progress, final summary and report. Silent on the other ranks."""
+"""Rank 0's record of a run: metrics file, loggers, progress, final summary and report. Does nothing on other ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_dypo.runtime.distributed import Layout
 class Monitor:
     """A context manager around the loop. Every method may be called on every rank; only rank 0 writes.
 
-    Once training runs, nothing that fails here ends it: a full disk or a lost logger is a warning.
+    During training no failure here ends the run: a full disk or a lost logger is a warning.
     """
 
     def __init__(self, config: Config, layout: Layout, start_step: int):
@@ -33,7 +33,7 @@ class Monitor:
     def __enter__(self) -> Self:
         if self._active:
             self._file = MetricsFile(self.run_dir / "metrics.jsonl", self._start_step)
-            for line in self._file.rows():  # those before a resume
+            for line in self._file.rows():  # lines before a resume
                 self._health.check(line["step"], line)
             self._writers = Writers(self.config, self.run_dir, self._start_step)
             self._progress = Progress(self.config.trainer.steps, self._start_step)
@@ -59,14 +59,14 @@ class Monitor:
             self._progress.log(line)
 
     def write(self, step: int, metrics: dict) -> None:
-        """One line of metrics; ``step`` 0 is the evaluation before training."""
+        """Write one line of metrics; ``step`` 0 is the evaluation before training."""
         if self._active:
             with self._tolerated("metrics"):
                 self._file.write(step, metrics)
             self.notice(self._writers.write(step, metrics))
 
     def step(self, step: int, metrics: dict) -> None:
-        """A finished step: writes and shows it. ``metrics`` has its ``tokens``, and the ``devices`` at work."""
+        """Write and show a finished step. ``metrics`` includes its ``tokens``, and the active ``devices``."""
         if not self._active:
             return
         speed = metrics["tokens"] / metrics["time/step"]
@@ -79,7 +79,7 @@ class Monitor:
         self.notice(found)
 
     def finish(self, held_out: int) -> None:
-        """The report, and the final summary on the terminal. ``held_out``: problems evaluated on."""
+        """Write the report and print the final summary. ``held_out``: number of evaluation problems."""
         if not self._active:
             return
         self._progress.close()
@@ -98,13 +98,13 @@ class Monitor:
 
     @contextmanager
     def _tolerated(self, what: str) -> Iterator[None]:
-        """An error in writing ``what`` is a warning, given once until it has worked again."""
+        """Turn an error in writing ``what`` into a warning, given once until it works again."""
         try:
             yield
         except (OSError, UserError) as error:
             if what not in self._failing:
                 self._failing.add(what)
-                self.notice([f"{what} not written, training goes on: {error}"])
+                self.notice([f"{what} not written, training continues: {error}"])
         else:
             if what in self._failing:
                 self._failing.remove(what)
@@ -112,7 +112,7 @@ class Monitor:
 
 
 def summary_rows(metrics: list[dict], held_out: int) -> list[tuple[str, str]]:
-    """What a run came to: first against last, from its metrics file."""
+    """Summarise a run from its metrics file, first against last."""
     steps = [line for line in metrics if line["step"] > 0]
     if not steps:
         return []
@@ -148,7 +148,7 @@ def summary_rows(metrics: list[dict], held_out: int) -> list[tuple[str, str]]:
 
 
 def _evaluations(metrics: list[dict], held_out: int) -> list[tuple[str, str, str]]:
-    """(metric, its name in the summary, on how many problems) of each evaluation's accuracy."""
+    """Return (metric, its name in the summary, number of problems) of each evaluation's accuracy."""
     names = sorted({name for line in metrics for name in line if name.startswith("eval/")})
     suites = [name for name in names if name.endswith("/pass@1") or "/avg@" in name]
     found = [(name, name.removeprefix("eval/").replace("/", " "), "") for name in suites]

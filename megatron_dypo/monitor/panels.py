@@ -1,6 +1,6 @@
-"""Which charts the report has: one table from metric keys to panels, in reading order.
+"""The report's charts: one table from metric keys to panels, in reading order.
 
-A panel of a ``family`` takes every metric whose name begins so: a new term of a recipe needs no edit here.
+A panel with a ``family`` takes every metric whose name starts with it: a new term of a recipe needs no edit here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Curve:
-    """One metric in a panel, under ``label`` (may hold markup characters), in the colour class ``color``."""
+    """One metric of a panel, with its ``label`` (may hold markup characters) and its colour class ``color``."""
 
     key: str
     label: str
@@ -21,7 +21,7 @@ class Curve:
 class Panel:
     """One chart: ``layers`` are stacked areas, ``lines`` go on top. ``unit`` names the vertical axis.
 
-    ``family``: how the names of further metrics begin that are curves of this panel: layers where it has layers.
+    ``family``: prefix of further metrics that become curves of this panel: layers if it has layers.
     """
 
     title: str
@@ -34,8 +34,8 @@ class Panel:
     band: bool = False
     points: bool = False
     exact: bool = False
-    relative: bool = False  # layers as parts of their sum
-    quiet: bool = False  # curves that are 0 throughout are left out, and the panel where no other is left
+    relative: bool = False  # layers as fractions of their sum
+    quiet: bool = False  # curves that are 0 throughout are left out, and so is a panel without others
     family: str = ""
 
     @property
@@ -43,14 +43,14 @@ class Panel:
         return (*self.layers, *self.lines)
 
 
-PALETTE = ("c1", "c2", "c3", "c4", "c5", "c6")  # Okabe and Ito's, which colour-blind readers can tell apart
+PALETTE = ("c1", "c2", "c3", "c4", "c5", "c6")  # Okabe and Ito's, distinguishable with colour blindness
 EVALUATION = "Held-out evaluation"
-RUN_COLORS = ("c1", "c2", "c3", "c4", "c5", "ink", "c7", "c8", "c6", "c9", "c10", "c11")  # of compared runs
+RUN_COLORS = ("c1", "c2", "c3", "c4", "c5", "ink", "c7", "c8", "c6", "c9", "c10", "c11")  # of the compared runs
 
 LEARNING = (
     Panel(
         "Regimes",
-        "Share of the batch's prompts by how their k responses did. Line: trained Hard / trained prompts.",
+        "Share of the batch's prompts by the outcome of their k responses. Line: trained Hard / trained prompts.",
         "share of prompts",
         layers=(
             Curve("dypo/easy_frac", "easy", "easy"),
@@ -66,7 +66,7 @@ LEARNING = (
 OPTIMISATION = (
     Panel(
         "Losses",
-        "Each of the recipe's terms unweighted, and the total with their shares and weights.",
+        "Each of the recipe's terms, unweighted, and the weighted total.",
         "loss",
         (
             Curve("loss/total", "total", "ink"),
@@ -95,7 +95,7 @@ OPTIMISATION = (
     ),
     Panel(
         "Trained tokens",
-        "Where the tokens that the step trained on are from: responses, traces of its prompts, the expert data set.",
+        "Sources of the trained tokens: responses, traces of the step's prompts, the expert data set.",
         "share of tokens",
         percent=True,
         layers=(
@@ -108,37 +108,37 @@ OPTIMISATION = (
     ),
     Panel(
         "Schedules",
-        "What the recipe changes with the step, such as a term's share of the loss.",
+        "Values that the recipe changes over steps, such as a term's share of the loss.",
         "value",
         family="objective/",
         exact=True,
     ),
     Panel(
         "Queue",
-        "Prompts that wait for an update of their own.",
+        "Prompts waiting for an update of their own.",
         "prompts",
         family="queue/",
         exact=True,
     ),
     Panel(
         "Updates of the queue",
-        "The loss and the gradient norm of the updates that such prompts get.",
+        "Loss and gradient norm of those prompts' updates.",
         "loss, global norm",
         family="flush/",
         points=True,
     ),
     Panel("Second model", "Its loss, accuracy and gradient norm.", "loss, share, global norm", family="side/"),
-    Panel("Stage", "Of the run's stages, the first being 0.", "stage", family="stage", exact=True),
+    Panel("Stage", "The run's current stage, counted from 0.", "stage", family="stage", exact=True),
     Panel(
         "Gradient norm",
-        "Before clipping. Rolling mean and one standard deviation to both sides.",
+        "Before clipping. Rolling mean and one standard deviation on either side.",
         "global norm",
         (Curve("train/grad_norm", "gradient norm", "c1"),),
         band=True,
     ),
     Panel(
         "Policy entropy",
-        "A quick fall to 0 is a collapse of exploration. Trained: over the tokens that GRPO trains on.",
+        "A fast drop to 0 means that exploration has collapsed. Trained: over the tokens that GRPO trains on.",
         "nats per token",
         (Curve("policy/entropy", "trained", "c3"), Curve("rollout/entropy", "sampled", "c1")),
     ),
@@ -163,7 +163,7 @@ OPTIMISATION = (
     ),
     Panel(
         "Expert load",
-        "Tokens of a layer's busiest and idlest expert, 1 being an even share: means over layers.",
+        "Tokens of a layer's busiest and idlest expert, mean over layers; 1 is an even share.",
         "even shares",
         (Curve("moe/load_max", "busiest", "c2"), Curve("moe/load_min", "idlest", "c1")),
     ),
@@ -186,7 +186,7 @@ OPTIMISATION = (
         ),
         exact=True,
     ),
-    Panel("Warnings", "How many so far.", "count", (Curve("train/warnings", "warnings", "c2"),), exact=True),
+    Panel("Warnings", "Total so far.", "count", (Curve("train/warnings", "warnings", "c2"),), exact=True),
 )
 
 ROLLOUT = (
@@ -268,7 +268,7 @@ ROLLOUT = (
 SPEED = (
     Panel(
         "Time per phase",
-        "Line: the whole step; below the areas where sampling runs beside training.",
+        "Line: the whole step; below the areas if sampling runs alongside training.",
         "seconds per step",
         layers=(
             Curve("time/rollout", "rollout", "c1"),
@@ -283,25 +283,25 @@ SPEED = (
     ),
     Panel(
         "Waiting for rollouts",
-        "What training left to wait of the batch that is sampled beside it.",
+        "Time that training waited for the batch sampled alongside it.",
         "seconds per step",
         (Curve("time/rollout_wait", "wait", "c1"),),
     ),
     Panel(
         "Peak memory",
-        "Of the process that needed most: host memory since its start, device memory in the step.",
+        "Maximum over processes: host memory since its start, device memory in the step.",
         "GiB",
         (Curve("perf/host_memory_gib", "host", "c1"), Curve("perf/device_memory_gib", "device", "c2")),
     ),
     Panel(
         "Rollout imbalance",
-        "The slowest rank's rollouts and rewards over the mean of all ranks; 1: nobody waits.",
+        "The slowest rank's rollouts and rewards over the mean of all ranks; at 1 no rank waits.",
         "slowest / mean seconds",
         (Curve("perf/rollout_imbalance", "imbalance", "c2"),),
     ),
     Panel(
         "Slowest rank",
-        "Always the same one: look at its machine.",
+        "If it is always the same one, check its machine.",
         "rank",
         (Curve("perf/straggler_rank", "slowest rank", "c4"),),
         points=True,
@@ -309,7 +309,7 @@ SPEED = (
     ),
     Panel(
         "Missed heartbeats",
-        "Longest time without a sign of life from some rank; parallel.heartbeat_timeout ends the job.",
+        "Longest time without a heartbeat from any rank; parallel.heartbeat_timeout ends the job.",
         "seconds",
         (Curve("perf/heartbeat_gap", "silence", "c6"),),
         exact=True,

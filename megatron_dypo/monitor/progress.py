@@ -27,7 +27,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 class Progress:
     """Progress of ``total_steps`` training steps, of which ``start_step`` were done before a resume.
 
-    On a terminal a live display; elsewhere one plain line every few steps, without control codes. A context manager.
+    A live display on a terminal; elsewhere one plain line every few steps, without control codes. A context manager.
     """
 
     def __init__(self, total_steps: int, start_step: int = 0, console: Console | None = None) -> None:
@@ -64,25 +64,25 @@ class Progress:
         _print(self.console, Text(line))
 
     def close(self) -> None:
-        """Leave the display as it stands. May be called twice."""
+        """Leave the display as it is. May be called twice."""
         if self._bar:
             self._bar.stop()
 
 
 class _StandardOutput(Console):
-    """Goes on without output where that is not read any more: it is not worth a run, which rich would end."""
+    """Continues without output if its reader has gone: rich would end the run."""
 
     def on_broken_pipe(self) -> None:
         drop_output()
 
 
 def default_console() -> Console:
-    """Standard output. What is not a terminal gets no control codes, even where CI sets FORCE_COLOR."""
+    """Return a console on standard output, without control codes off a terminal even if CI sets FORCE_COLOR."""
     return _StandardOutput() if sys.stdout.isatty() else _StandardOutput(force_terminal=False, color_system=None)
 
 
 def summary(rows: Iterable[tuple[str, str]], title: str, console: Console | None = None) -> None:
-    """Print the final table of (name, value); not on a terminal: aligned plain lines, never wrapped."""
+    """Print the final table of (name, value); off a terminal as aligned plain lines, never wrapped."""
     console = console or default_console()
     rows = list(rows)
     if console.is_terminal:
@@ -101,7 +101,7 @@ def summary(rows: Iterable[tuple[str, str]], title: str, console: Console | None
 def print_table(
     header: Sequence[str], rows: Iterable[Sequence[str]], words: set[str], title: str | None = None
 ) -> None:
-    """Print columns, those named in ``words`` to the left; not on a terminal: aligned plain lines, never wrapped."""
+    """Print columns, those in ``words`` left-aligned; off a terminal as aligned plain lines, never wrapped."""
     console, rows = default_console(), list(rows)
     if console.is_terminal:
         table = Table(title=title and Text(title, style="bold"), title_justify="left", border_style="dim")
@@ -118,7 +118,7 @@ def print_table(
 
 
 def _print(console: Console, what: RenderableType) -> None:
-    """Print, lines unwrapped. An output that goes to a full disk is not worth the run."""
+    """Print, without wrapping lines. Output to a full disk must not end the run."""
     try:
         console.print(what, soft_wrap=isinstance(what, Text))
     except OSError as error:
@@ -127,7 +127,7 @@ def _print(console: Console, what: RenderableType) -> None:
 
 
 class _Bar(RichProgress):
-    """A bar with times, and below it the step's metrics."""
+    """A bar with times, and the step's metrics below it."""
 
     def __init__(self, console: Console, total_steps: int, start_step: int) -> None:
         self._metrics: Mapping[str, Any] = {}

@@ -1,4 +1,4 @@
-"""What the report knows of a run: its folder's files, read once."""
+"""The report's input: the files of a run folder, read once."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from megatron_dypo.monitor.metrics_file import read_metrics
 
 @dataclass(frozen=True)
 class Run:
-    """``steps[n]`` and one float64 column [n] for each metric, NaN where a step lacks it or has null.
+    """One run: ``steps[n]`` and a float64 column [n] per metric, NaN if a step lacks it or has null.
 
-    ``config`` is the configuration as written (``config_text``), empty where the folder has none.
+    ``config`` is the configuration as written (``config_text``), empty if the folder has none.
     """
 
     name: str
@@ -31,20 +31,20 @@ class Run:
 
     @property
     def label(self) -> str:
-        """The name, and the recipe where the name does not say it."""
+        """Return the name, and the recipe if it differs from the name."""
         method = ", ".join(dict.fromkeys(map(str, self.settings("objective", "method"))))
         return f"{self.name} ({method})" if method and method != self.name else self.name
 
     def known(self, key: str) -> np.ndarray:
-        """The metric's finite values, in order; empty where the run has none."""
+        """Return the metric's finite values, in order; empty if the run has none."""
         return finite(self.columns.get(key))
 
     def setting(self, section: str, key: str) -> Any:
-        """A configuration key's value, the last stage's where stages have their own; None where it is not there."""
+        """Return a configuration key's value, the last stage's if stages set their own; None if absent."""
         return next(reversed(self.settings(section, key)), None)
 
     def settings(self, section: str, key: str) -> list[Any]:
-        """The value of a configuration key, or of each of the run's stages."""
+        """Return the values of a configuration key: the run's, and those of its stages."""
         stages = self.config.get("stages")
         parts = [self.config, *(stages if isinstance(stages, list) else ())]
         sections = [part.get(section) for part in parts if isinstance(part, dict)]
@@ -52,7 +52,7 @@ class Run:
 
 
 def read_runs(folders: list[Path]) -> list[Run]:
-    """The runs, named by the shortest ends of their paths that tell them apart.
+    """Return the runs, named by the shortest distinct endings of their paths.
 
     Raises UserError if a folder is given twice, if metrics are missing, empty or unreadable, or if a configuration is
     not YAML.
@@ -73,7 +73,7 @@ def is_share(values: np.ndarray) -> bool:
 
 
 def _names(folders: list[Path]) -> list[str]:
-    """Last parts of the paths, as few as keep them different."""
+    """Return the last parts of the paths, as few as keep them different."""
     longest = max(len(folder.parts) for folder in folders)
     for count in range(1, longest + 1):
         names = ["/".join(folder.parts[-count:]) for folder in folders]
@@ -105,7 +105,7 @@ def _float(value: Any) -> float:
 
 
 def _text(path: Path) -> str:
-    """What a file of the run folder says, for people; nothing where there is none."""
+    """Return the text of a file in the run folder; "" if it does not exist."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The panels that runs with these metrics have: the table's, grown by their families', evaluations and what is left."""
+"""The panels for given metrics: the table's, extended by their families, evaluations and unknown metrics."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from megatron_dypo.monitor.panels import EVALUATION, PALETTE, TABLE, Curve, Pane
 
 
 def sections(keys: Iterable[str], shares: set[str], zeros: set[str]) -> list[tuple[str, list[Panel]]]:
-    """(heading, panels) for a run that has metrics ``keys``; panels and sections without any of them are left out.
+    """Return (heading, panels) for a run with the metrics ``keys``, without empty panels and sections.
 
-    ``shares``: the keys whose values all lie in [0, 1]; it decides how evaluations are drawn. ``zeros``: those that are
-    0 throughout. A key that the table does not know gets a panel of its own in the last section.
+    ``shares``: the keys whose values all lie in [0, 1]; they decide how evaluations are drawn. ``zeros``: the keys that
+    are 0 throughout. A key that is not in the table gets a panel of its own in the last section.
     """
     keys = set(keys)
     table = {heading: [_grown(panel, keys) for panel in panels] for heading, panels in TABLE.items()}
@@ -33,7 +33,7 @@ def sections(keys: Iterable[str], shares: set[str], zeros: set[str]) -> list[tup
 
 
 def _grown(panel: Panel, keys: set[str]) -> Panel:
-    """The panel with a curve for each further metric of its family, in colours that its own present ones leave free."""
+    """Return the panel with a curve per further metric of its family, in colours that its own curves leave free."""
     if not panel.family:
         return panel
     own = {curve.key for curve in panel.curves}
@@ -49,7 +49,7 @@ def _grown(panel: Panel, keys: set[str]) -> Panel:
 
 
 def _eval_panels(keys: set[str], shares: set[str]) -> list[Panel]:
-    """All shares (accuracies) in one panel; any other metric, with its own unit, in a panel for all suites."""
+    """Return one panel for all shares (accuracies), and for each other metric a panel over all suites."""
     together = _eval_panel(EVALUATION, "share of problems", sorted(keys & shares), percent=True)
     others = sorted({key.rsplit("/", 1)[-1] for key in keys - shares})
     apart = [

@@ -43,7 +43,7 @@ class RMSNorm(torch.nn.Module):
 
 
 def routed(mlp: ModuleSpec | partial, experts: type[MixtureOfExperts]) -> ModuleSpec:
-    """mcore's mixture ``mlp``, with its experts, as our layer with our router. From 0.18 on mcore's is a partial."""
+    """Return mcore's mixture ``mlp`` as our layer with our router and experts. From 0.18 on mcore's is a partial."""
     parts = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
     return ModuleSpec(experts, submodules=replace(parts, router=TopKRouter))
 
