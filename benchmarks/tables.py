@@ -1,9 +1,10 @@
-"""Puts the results under benchmarks/results/ into docs/performance.md and README, so that they never disagree.
+"""Put the results under benchmarks/results/ into the pages that quote them, so that they never disagree.
 
     python -m benchmarks.tables
 
-Replaces what stands between ``<!-- NAME -->`` and ``<!-- end NAME -->`` for every name in SECTIONS. Figures are medians
-over rounds; "x naive" is the median of the rounds' ratios.
+In benchmarks/README.md it replaces what stands between ``<!-- NAME -->`` and ``<!-- end NAME -->`` for every name in
+SECTIONS; README.md and docs/status.md get their GPU columns. Figures are medians over rounds; "x naive" is the median
+of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.gpu_report.published import README, performance, with_gpu_column
+from benchmarks.gpu_report.published import README, STATUS, performance, with_gpu_column, with_ticks
 from benchmarks.heads import HEADS, NAIVE
 from benchmarks.machine import RESULTS, ROOT
 from benchmarks.markdown import measured_on, table
 from benchmarks.rollout_tables import export, overlap, weight_sync
 
-PAGE = ROOT / "docs" / "performance.md"
+PAGE = ROOT / "benchmarks" / "README.md"
 Report = dict[str, Any]
 Record = dict[str, Any]
 
@@ -293,7 +294,8 @@ def written(page: str, results: Path) -> str:
 
 def main() -> None:
     PAGE.write_text(written(PAGE.read_text(), RESULTS))
-    README.write_text(with_gpu_column(README.read_text(), RESULTS))
+    STATUS.write_text(with_gpu_column(STATUS.read_text(), RESULTS))
+    README.write_text(with_ticks(README.read_text(), RESULTS))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ Python API are imported when they are first asked for (PEP 562).
 
 from importlib import import_module
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _API = {
     "Config": "config.schema",

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
+import megatron_dypo
 from megatron_dypo.commands import parse
 from megatron_dypo.config.schema import Config, walk
 from tests.test_config import KEYS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*/README.md"))]
+OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "benchmarks" / "README.md"]
 SECTIONS = "|".join(Config.model_fields)
 KEY = re.compile(rf"`((?:{SECTIONS})(?:\.[a-z_]+)+)(?::[^`]*|=[^`]*)?`")
 FILES = (".py", ".json", ".safetensors")
@@ -57,7 +59,7 @@ def commands(page: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_parse_and_keys_and_files_exist(page):
     text = page.read_text()
     for command in commands(page):
@@ -70,6 +72,40 @@ def test_commands_parse_and_keys_and_files_exist(page):
     unknown = [name for name in names if name not in KEYS and name not in sections]
     assert unknown == []
     assert [path for path in PATH.findall(text) if not (ROOT / path).exists()] == []
+
+
+def anchors(page: Path) -> set[str]:
+    """Return what GitHub and mkdocs call a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def broken_links(page: Path) -> list[str]:
+    """Return the local links of a page that lead to no file, or to no heading of it."""
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        if path.startswith(("http://", "https://")):
+            continue
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=lambda page: str(page.relative_to(ROOT)))
+def test_local_links_lead_to_files_and_headings(page):
+    assert broken_links(page) == []
+
+
+def test_a_link_to_a_file_or_heading_that_is_missing_is_seen(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A `heading`, here\n[a](#a-heading-here) [b](#gone) [c](gone.md) [d](page.md)")
+    assert broken_links(page) == ["#gone", "gone.md"]
+
+
+def test_the_citation_has_the_package_s_version():
+    assert f"\nversion: {megatron_dypo.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_there_are_commands_keys_and_files_to_check():

@@ -18,7 +18,7 @@ import pytest
 from benchmarks.gpu_report import stages as table
 from benchmarks.gpu_report.__main__ import chosen, git_commit
 from benchmarks.gpu_report.page import page, shown
-from benchmarks.gpu_report.published import OPEN, README, ROWS, performance, with_gpu_column
+from benchmarks.gpu_report.published import OPEN, README, ROWS, STATUS, performance, with_gpu_column, with_ticks
 from benchmarks.gpu_report.results import ABSENT, DONE, FAILED, Record, merged, report_file
 from benchmarks.gpu_report.runner import Machine, Runner
 from benchmarks.gpu_report.stages import PARTS, STAGES, Stage
@@ -245,30 +245,45 @@ def test_values_are_shown_with_their_units():
     assert shown(98.56, "%") == "98.6 %" and shown(4.2e-6, "nats") == "4.2e-06 nats"
 
 
-# --- what README and docs/performance.md say
+# --- what README, docs/status.md and benchmarks/README.md say
 
 
-def test_readme_and_performance_page_show_what_gpus_gave():
-    readme = README.read_text()
-    assert with_gpu_column(readme, RESULTS) == readme, "run `python -m benchmarks.tables`"
+def test_the_pages_show_what_gpus_gave():
+    readme, status = README.read_text(), STATUS.read_text()
+    assert with_gpu_column(status, RESULTS) == status, "run `python -m benchmarks.tables`"
+    assert with_ticks(readme, RESULTS) == readme, "run `python -m benchmarks.tables`"
     if not list(RESULTS.glob("gpu_report_*.json")):
-        assert readme.count(OPEN) == sum(stages is not None for stages in ROWS.values())
+        assert status.count(OPEN) == sum(stages is not None for stages in ROWS.values())
+        assert "| open |" in readme and "| ✓ | ✓ |" not in readme
 
 
-def test_a_gpu_s_results_appear_in_readme_and_performance_page_and_a_cpu_s_never(tmp_path):
+def test_a_gpu_s_results_appear_in_the_pages_and_a_cpu_s_never(tmp_path):
     failed = REPORT | {"stages": REPORT["stages"] | {"tests": stage_of("aaa", FAILED)}}
     report_file(tmp_path, "NVIDIA H200").write_text(json.dumps(failed))
     report_file(tmp_path, "CPU").write_text(json.dumps(failed | {"measured": False, "gpu": "CPU"}))
-    written = with_gpu_column(README.read_text(), tmp_path)
-    assert "| [H200](benchmarks/results/gpu_report_h200.md): `tests` **failed** |" in written
-    assert "| [H200](benchmarks/results/gpu_report_h200.md): `update_1.5b` done |" in written
+    written = with_gpu_column(STATUS.read_text(), tmp_path)
+    assert "| H200 (`benchmarks/results/gpu_report_h200.md`): `tests` **failed** |" in written
+    assert "| H200 (`benchmarks/results/gpu_report_h200.md`): `update_1.5b` done |" in written
     assert "CPU)" not in written.partition("<!-- gpu column -->")[2].partition("<!-- end gpu column -->")[0]
     section = performance(tmp_path)
     assert "### NVIDIA H200" in section and "**missed by 12.4%**" in section and "### CPU" not in section
 
 
-def test_a_row_of_readme_that_no_stage_is_named_for_is_an_error(tmp_path):
-    text = README.read_text().replace("| bf16 training |", "| fp4 training |")
+def test_readme_ticks_what_all_its_stages_have_shown_on_a_gpu(tmp_path):
+    def cells(**states: str) -> list[str]:
+        stages = {name: stage_of("aaa", state) for name, state in states.items()}
+        report_file(tmp_path, "NVIDIA H200").write_text(json.dumps(REPORT | {"stages": stages}))
+        (row,) = [line for line in with_ticks(README.read_text(), tmp_path).splitlines() if line.startswith("| vLLM")]
+        return row.split(" | ")[2:]
+
+    one = {"engine": DONE, "agreement_model": DONE}
+    assert cells(**one) == ["open", "open |"]
+    assert cells(**one, quickstart=DONE) == ["✓", "open |"]
+    assert cells(**one, quickstart=DONE, server_nccl=FAILED) == ["✓", "failed |"]
+
+
+def test_a_row_of_the_status_page_that_no_stage_is_named_for_is_an_error(tmp_path):
+    text = STATUS.read_text().replace("| bf16 training |", "| fp4 training |")
     with pytest.raises(ValueError, match=r"0 of ROWS are the row \| fp4 training"):
         with_gpu_column(text, tmp_path)
 

@@ -17,7 +17,7 @@ if [ "$kind" = cuda ]; then
     wanted=$("$PYTHON" megatron_dypo/runtime/versions.py "$pins")
     if "$PYTHON" -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null; then inherit=(--system-site-packages); fi
 fi
-stamp=$( { "$PYTHON" --version; echo "$kind" "${inherit[@]}" "$wanted"; cat setup.py tools/make_venv.sh; } | sha256sum | cut -c1-16)
+stamp=$( { "$PYTHON" --version; echo "$kind" "${inherit[@]}" "$wanted"; cat setup.py tools/make_venv.sh; sed "/^\[tool.ruff\]/,\$d" pyproject.toml; } | sha256sum | cut -c1-16)
 
 if [ -f "$VENV/.stamp" ] && [ "$(cat "$VENV/.stamp")" = "$stamp" ]; then exit 0; fi
 if [ ! -f "$VENV/.stamp" ] && [ -n "$(ls -A "$VENV" 2>/dev/null)" ]; then

@@ -2,5 +2,5 @@
 
 ``stages.py`` is the table of what is measured, ``runner.py`` gives each stage a process and a deadline, the modules
 named in the table measure, ``results.py`` keeps what was found, ``targets.py`` is what is to be reached, ``page.py``
-shows both, and ``published.py`` puts them into README and docs/performance.md.
+shows both, and ``published.py`` puts them into README.md, docs/status.md and benchmarks/README.md.
 """
