@@ -165,7 +165,7 @@ def placed(memory_gib: float | None, engine_gib: float = 0.0, offload: bool = Fa
 
 def test_a_reference_is_on_the_device_exactly_where_it_fits_beside_peak_and_engine():
     where, said = placed(200)
-    assert where == "device" and "on the device, where it fits" in said and "of 200" in said
+    assert where == "device" and "on the device, because it fits" in said and "of 200" in said
     need = policy_need(
         dataclasses.replace(SHAPE, num_layers=64, hidden_size=2048, ffn_hidden_size=8192),
         Candidate(tensor=1, pipeline=1, data=1, **PLACED | {"placement": "turns"}, reference="device"),

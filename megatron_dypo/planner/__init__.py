@@ -1,4 +1,4 @@
-"""What a run will need before it is submitted: memory and time of every layout.
+"""Estimate what a run needs before it is submitted: memory and time of every layout.
 
     shape, GPUs --search--> candidates --memory--> what fits --steptime--> seconds of a step --> table, best first
 

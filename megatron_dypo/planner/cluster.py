@@ -1,7 +1,7 @@
-"""What is planned for: GPUs by data sheet, released models' shapes, a step's workload, one candidate layout.
+"""Inputs of a plan: GPUs by data sheet, shapes of released models, a step's workload, one candidate layout.
 
-How much of a data sheet's figures training and sampling get is in ``steptime.py``. Shapes of released models, by hub
-name, let a run be planned where the model is not.
+``steptime.py`` has the efficiency that training and sampling reach of the data sheet's figures. Shapes of released
+models, by hub name, allow planning a run without having the model.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from megatron_dypo.models.shape import ModelShape, model_shape, of_weights
 
 @dataclass(frozen=True)
 class Gpu:
-    """Dense bf16 ``flops`` per second; bytes per second of its ``memory``, to its node's others, to another node's
-    (its share of the network), and to ``host`` memory. One direction each."""
+    """Data-sheet figures of a GPU, in one direction each.
+
+    Dense bf16 ``flops`` per second; bytes per second to its ``memory``, to GPUs of its ``node``, of another node (its
+    share of the ``network``), and to ``host`` memory.
+    """
 
     flops: float
     memory: float
@@ -36,7 +39,7 @@ GPUS = {
 
 
 def gpu(name: str) -> Gpu:
-    """Raises UserError for a name that is not in the table."""
+    """Return the GPU's figures; raise UserError if it is not in the table."""
     if name not in GPUS:
         raise UserError(f"--gpu: {name!r} is not known; known: {', '.join(GPUS)}")
     return GPUS[name]
@@ -77,9 +80,9 @@ RELEASED = {
 
 
 def planned_shape(config: Model) -> ModelShape:
-    """The shape of `model.hf` or `model.preset`; a released model's from the table, without a download.
+    """Return the shape of `model.hf` or `model.preset`; a released model's from the table, without a download.
 
-    Raises UserError as ``model_shape``.
+    Raises UserError as ``model_shape`` does.
     """
     if config.hf not in RELEASED:
         return model_shape(config)
@@ -88,7 +91,7 @@ def planned_shape(config: Model) -> ModelShape:
 
 @dataclass(frozen=True)
 class Cluster:
-    """``memory`` in bytes, of one GPU."""
+    """The GPUs; ``memory`` in bytes of one GPU."""
 
     gpus: int
     memory: float
@@ -132,7 +135,7 @@ class StepWorkload:
 
     @property
     def rollout_trained(self) -> float:
-        """Tokens, prompts included, of the responses that are trained on."""
+        """Return the tokens, prompts included, of the responses that are trained on."""
         return self.prompts * self.mid * self.samples * self.mean_sequence
 
     @property
@@ -147,12 +150,12 @@ class StepWorkload:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout of the trainer's ranks, and where vLLM is.
+    """A layout of the trainer's ranks, and where vLLM runs.
 
-    ``placement``: ``beside`` the policy on every GPU for good, in ``turns`` with it (trainer.offload), or on
-    ``servers``: ``server_gpus`` of their own. ``engine_tensor`` GPUs to an engine: 1 in process. A mixture's experts
-    lie on ``expert`` x ``expert_tensor`` of a stage's ranks. ``reference``: ``none``, on the ``device`` or the
-    ``host``. ``sharded``: the optimizer's state, over the ranks that hold the same weights.
+    ``placement``: ``beside`` the policy on every GPU permanently, in ``turns`` with it (trainer.offload), or on
+    ``servers`` with ``server_gpus`` of their own. ``engine_tensor``: GPUs per engine, 1 in process. A mixture's experts
+    are sharded over ``expert`` x ``expert_tensor`` of a stage's ranks. ``reference``: ``none``, on the ``device`` or
+    the ``host``. ``sharded``: the optimizer's state, over the ranks that hold the same weights.
     """
 
     tensor: int
@@ -175,22 +178,22 @@ class Candidate:
 
     @property
     def copies(self) -> int:
-        """Ranks that hold the same weights."""
+        """Return the number of ranks that hold the same weights."""
         return self.data * self.context
 
     @property
     def expert_copies(self) -> int:
-        """Ranks that hold the same experts: expert data parallelism."""
+        """Return the number of ranks that hold the same experts: expert data parallelism."""
         return self.ranks // (self.pipeline * self.expert * self.expert_tensor)
 
     @property
     def shards(self) -> int:
-        """Ranks that share the optimizer's state."""
+        """Return the number of ranks that share the optimizer's state."""
         return self.copies if self.sharded else 1
 
     @property
     def expert_shards(self) -> int:
-        """Ranks that share an expert's."""
+        """Return the number of ranks that share an expert's optimizer state."""
         return self.expert_copies if self.sharded else 1
 
     @property
@@ -202,7 +205,7 @@ class Candidate:
         return (self.server_gpus or self.ranks) // self.engine_tensor
 
     def keys(self, engine_memory: float) -> dict[str, str]:
-        """Configuration keys that make this layout, whatever the file has; but for servers' addresses (launch.py)."""
+        """Return the configuration keys of this layout, except servers' addresses (launch.py)."""
         keys = {
             "parallel.tensor": self.tensor,
             "parallel.sequence_parallel": self.tensor > 1,
@@ -230,5 +233,5 @@ class Candidate:
 
 
 def expert_parts(expert: int, expert_tensor: int) -> list[str]:
-    """How a layout's name says where experts are; nothing where they are not cut."""
+    """Return the experts' part of a layout's name; empty if they are not sharded."""
     return [f"EP{expert}"] * (expert > 1) + [f"ETP{expert_tensor}"] * (expert_tensor > 1)

@@ -1,7 +1,7 @@
 """A plan as commands: which node's GPUs train, which sample, and the lines of ``launch/`` that start both.
 
-Nodes are ``node0``, ``node1``, ... as in docs/launch.md. Servers have the last GPUs of the last nodes, each
-within one node.
+Nodes are ``node0``, ``node1``, ... as in docs/launch.md. Servers get the last GPUs of the last nodes, each within one
+node.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from itertools import groupby
 from megatron_dypo.config.load import still_read
 from megatron_dypo.planner.cluster import Candidate, Cluster
 
-PORT = 8000  # of a node's first server, as launch/servers.sh has it
+PORT = 8000  # of a node's first server, as in launch/servers.sh
 HEAD_PORT = 29500
 
 
 @dataclass(frozen=True)
 class Node:
-    """GPUs 0 to ``ranks`` - 1 train; ``servers`` engines are on the last ones."""
+    """GPUs 0 to ``ranks`` - 1 train; ``servers`` engines use the last ones."""
 
     name: str
     gpus: int
@@ -28,7 +28,7 @@ class Node:
 
 
 def nodes_of(candidate: Candidate, cluster: Cluster) -> list[Node]:
-    """Where ranks and servers are. The candidate is one that ``server_room`` has room for."""
+    """Place ranks and servers on nodes. ``server_room`` must have room for the candidate's servers."""
     sizes = _sizes(cluster)
     left = candidate.engines if candidate.placement == "servers" else 0
     nodes: list[Node] = []
@@ -41,7 +41,7 @@ def nodes_of(candidate: Candidate, cluster: Cluster) -> list[Node]:
 
 
 def server_room(cluster: Cluster, engine_tensor: int) -> int:
-    """Servers of ``engine_tensor`` GPUs, none over two nodes, that there is room for."""
+    """Return the number of servers of ``engine_tensor`` GPUs, each within one node, that fit."""
     return sum(size // engine_tensor for size in _sizes(cluster))
 
 
@@ -51,7 +51,7 @@ def _sizes(cluster: Cluster) -> list[int]:
 
 
 def commands(candidate: Candidate, cluster: Cluster, engine_memory: float, config: str, given: list[str]) -> list[str]:
-    """Lines of shell, with comments that say on which nodes. ``given``: overrides that ``plan`` itself was given."""
+    """Return lines of shell, with comments naming their nodes. ``given``: overrides that ``plan`` itself received."""
     nodes = nodes_of(candidate, cluster)
     alone = len(nodes) == 1
     keys = candidate.keys(engine_memory)

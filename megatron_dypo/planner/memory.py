@@ -1,7 +1,7 @@
 """Bytes on the busiest GPU of a layout (weights, gradients, optimizer, activations, head, vLLM), and of host memory.
 
 docs/memory.md explains the terms. Legend: P parameters of a rank, T tokens of a micro-batch on a rank, L layers, h
-hidden size, F width of the MLP or of an expert, S of the shared experts, E experts, K of a token, q and k widths of all
+hidden size, F width of the MLP or of an expert, S of the shared experts, E experts, K per token, q and k widths of all
 query and of all key heads, V padded vocabulary.
 """
 
@@ -22,20 +22,20 @@ from megatron_dypo.planner.cluster import Candidate, Cluster, StepWorkload
 from megatron_dypo.policy.host_memory import rounded
 
 GIB = 2**30
-WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12  # bytes a parameter in bf16: the optimizer's are a master copy and two moments
-WIDTHS = {"bf16": (WEIGHT, OPTIMIZER), "fp32": (4, 8)}  # bytes a parameter of the weight, and of the optimizer's state
-RESERVE = 5 * GIB  # CUDA's context, NCCL's buffers, CUDA graphs, and what an allocator cannot use
+WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12  # bytes per parameter in bf16: the optimizer's are a master copy and two moments
+WIDTHS = {"bf16": (WEIGHT, OPTIMIZER), "fp32": (4, 8)}  # bytes per parameter: the weight, and the optimizer's state
+RESERVE = 5 * GIB  # CUDA's context, NCCL's buffers, CUDA graphs, and fragmentation
 ENGINE_RESERVE = 2 * GIB  # vLLM's own activations and graphs
-ENGINE_MOST = 0.9  # vLLM's share of a GPU at most
-SEQUENCES = 8  # of the longest kind, the fewest that vLLM must have room for
-UNEVEN = 1.5  # tokens of the busiest rank's experts against an even share; a guess
+ENGINE_MOST = 0.9  # vLLM's largest share of a GPU
+SEQUENCES = 8  # of the longest kind, the minimum that vLLM must have room for
+UNEVEN = 1.5  # tokens of the busiest rank's experts relative to an even share; a guess
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes on a trainer's GPU; ``engine`` is what vLLM can have there (0 with servers).
+    """Bytes on a trainer's GPU; ``engine`` is what vLLM can use there (0 with servers).
 
-    ``optimizer`` is also what an update takes at its peak: Adam is fused (policy/optimizer.py) and makes no copies.
+    ``optimizer`` is also the peak of an update: Adam is fused (policy/optimizer.py) and makes no copies.
     """
 
     weights: float
@@ -52,25 +52,25 @@ class Need:
 
     @property
     def policy(self) -> float:
-        """In training, without vLLM."""
+        """Return the bytes in training, without vLLM."""
         return self.static + self.activations + self.head + RESERVE
 
 
 def rank_parameters(shape: ModelShape, tensor: int, pipeline: int, expert: int = 1, expert_tensor: int = 1) -> int:
-    """Parameters of the rank with the most."""
+    """Return the parameters of the rank that holds most."""
     return dense_parameters(shape, tensor, pipeline) + expert_parameters(shape, pipeline, expert, expert_tensor)
 
 
 @functools.lru_cache
 def expert_parameters(shape: ModelShape, pipeline: int, expert: int, expert_tensor: int) -> int:
-    """A rank's part of its stage's experts; of a dense model none. What all tokens go through is not among them."""
+    """Return a rank's share of its stage's experts, without shared experts; 0 for a dense model."""
     one = _count([rule for rule in FAMILIES[shape.family].layer if rule.of_every_expert], shape, expert_tensor)
     return shape.num_layers // pipeline * shape.num_experts // expert * one
 
 
 @functools.lru_cache
 def dense_parameters(shape: ModelShape, tensor: int, pipeline: int) -> int:
-    """All others, of the rank with the most: a stage at an end has the embedding, or the head, besides its layers."""
+    """Return the other parameters of the rank that holds most: an end stage has the embedding or head, too."""
     one = _count([rule for rule in FAMILIES[shape.family].layer if not rule.of_every_expert], shape, tensor)
     layers = shape.num_layers // pipeline * one
     embedding, norm = (_count([rule], shape, tensor) for rule in (EMBEDDING_RULE, NORM_RULE))
@@ -89,16 +89,16 @@ def _count(rules: Iterable[WeightRule], shape: ModelShape, tensor: int) -> int:
 
 
 def activation_bytes(shape: ModelShape, candidate: Candidate, tokens: float) -> float:
-    """What the forward passes under way keep for their backward passes, in bf16.
+    """Return the bytes that forward passes in flight keep for their backward passes, in bf16.
 
     Per token and layer 8h + 6q + 6k (2q more with norms of queries and keys) and the MLP's, of which ``selective``
-    keeps all but the MLP's and ``full`` 2h; what is recomputed exists for one layer at a time (Korthikanti et al. 2022,
-    section 4, for this model).
+    keeps all but the MLP's and ``full`` 2h; recomputed activations exist for one layer at a time (Korthikanti et al.
+    2022, section 4, for this model).
     """
     h = shape.hidden_size
     query, key = shape.num_attention_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
     mlp, passing = _mlp_bytes(shape, candidate)
-    before_norm = 2 * query if FAMILIES[shape.family].qk_norm else 0  # keys before it are kept in any case, with values
+    before_norm = 2 * query if FAMILIES[shape.family].qk_norm else 0  # keys before it are kept anyway, with the values
     without_mlp = 8 * h + 6 * query + 6 * key + before_norm
     kept = {"none": without_mlp + mlp, "selective": without_mlp, "full": 2 * h}[candidate.recompute]
     once = without_mlp + mlp - kept + passing
@@ -109,11 +109,11 @@ def activation_bytes(shape: ModelShape, candidate: Candidate, tokens: float) -> 
 
 
 def _mlp_bytes(shape: ModelShape, candidate: Candidate) -> tuple[float, float]:
-    """(kept, there for one layer at a time), per token and layer.
+    """Return (bytes kept, bytes that exist for one layer at a time), per token and layer.
 
     A mixture keeps the router's fp32 input, two fp32 arrays of E and one of bools, and for each of a token's K experts
-    their input (which expert-tensor-parallel ranks all have) and 6F; on the way out and back there are three more
-    copies of that input.
+    their input (which all expert-tensor-parallel ranks have) and 6F; dispatch and combination add three more copies of
+    that input.
     """
     h, ffn = shape.hidden_size, shape.ffn_hidden_size
     if not shape.num_experts:
@@ -125,21 +125,21 @@ def _mlp_bytes(shape: ModelShape, candidate: Candidate) -> tuple[float, float]:
 
 
 def _head_bytes(shape: ModelShape, candidate: Candidate, tokens: float, dtype: str) -> float:
-    """The loss tokens' hidden states, gathered, and what ``kernels/`` takes for their log-probs and gradients."""
+    """Return the bytes of the loss tokens' gathered hidden states, and of ``kernels/`` for log-probs and gradients."""
     sizes = math.ceil(tokens), shape.hidden_size, shape.padded_vocab
     kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     return tokens * shape.hidden_size * kind.itemsize + head_bytes(*sizes, kind, ranks=candidate.tensor)
 
 
 def cache_bytes(shape: ModelShape, tensor: int) -> float:
-    """Keys and values of one token on each of vLLM's ``tensor`` GPUs, in bf16: one key/value head at least."""
+    """Return the bytes of one token's keys and values per vLLM GPU, in bf16; at least one key/value head."""
     return 2 * 2 * shape.num_layers * max(1, shape.num_query_groups / tensor) * shape.head_dim
 
 
 def policy_need(shape: ModelShape, candidate: Candidate, work: StepWorkload, dtype: str = "bf16") -> Need:
-    """What training takes on the busiest rank, a second model's weights, gradients and optimizer state among it.
+    """Return the need of training on the busiest rank, including a second model's weights, gradients and optimizer.
 
-    Sequence parallelism wherever tensor parallelism is.
+    Assumes sequence parallelism with tensor parallelism.
     """
     dense, experts = held(shape, candidate)
     weight, optimizer = WIDTHS[dtype]
@@ -155,23 +155,23 @@ def policy_need(shape: ModelShape, candidate: Candidate, work: StepWorkload, dty
 
 
 def held(shape: ModelShape, candidate: Candidate) -> tuple[int, int]:
-    """Parameters of the busiest rank: (those outside of experts, experts)."""
+    """Return the parameters of the busiest rank: (dense, experts)."""
     dense = dense_parameters(shape, candidate.tensor, candidate.pipeline)
     return dense, expert_parameters(shape, candidate.pipeline, candidate.expert, candidate.expert_tensor)
 
 
 def engine_need(shape: ModelShape, tensor: int, work: StepWorkload) -> float:
-    """The least that vLLM can work with on each of its ``tensor`` GPUs: weights, and room for a few sequences."""
+    """Return the minimum that vLLM needs per GPU: weights, and room for a few sequences."""
     return engine_weights(shape, tensor) + SEQUENCES * work.longest * cache_bytes(shape, tensor) + ENGINE_RESERVE
 
 
 def engine_weights(shape: ModelShape, tensor: int) -> float:
-    """vLLM's on each of its ``tensor`` GPUs, which cut every expert."""
+    """Return vLLM's weights in bytes per GPU; tensor parallelism also shards every expert."""
     return WEIGHT * rank_parameters(shape, tensor, 1, expert_tensor=tensor)
 
 
 def engine_room(shape: ModelShape, candidate: Candidate, cluster: Cluster, need: Need) -> float:
-    """Bytes that vLLM can have on a GPU beside the policy, in turns with it, or alone."""
+    """Return the bytes that vLLM can use on a GPU beside the policy, in turns with it, or alone."""
     most = ENGINE_MOST * cluster.memory
     if candidate.placement == "beside":
         return min(most, cluster.memory - need.policy)
@@ -183,13 +183,14 @@ def engine_room(shape: ModelShape, candidate: Candidate, cluster: Cluster, need:
 def misfit(
     shape: ModelShape, candidate: Candidate, cluster: Cluster, work: StepWorkload, need: Need
 ) -> tuple[float, str] | None:
-    """(bytes too many, the reason in words) where a candidate does not fit; None where it does."""
+    """Return (excess bytes, the reason in words) if a candidate does not fit, else None."""
     over = need.policy - cluster.memory
     if over > 0:
         parts = f"weights, gradients, optimizer {need.static / GIB:.0f}, activations {need.activations / GIB:.0f}"
         return over, f"policy {need.policy / GIB:.0f} GiB ({parts})"
     tensor = candidate.engine_tensor
-    # in a weight sync vLLM holds on to a layer's experts, uncut, until the last of them has come; the next is gathered
+    # in a weight sync vLLM keeps a layer's unsharded experts until the last has arrived; the next layer is gathered
+    # meanwhile
     layer = WEIGHT * expert_parameters(shape, shape.num_layers, 1, 1)
     both = need.static + engine_weights(shape, tensor) + 2 * layer + RESERVE
     if candidate.placement == "turns" and both > cluster.memory:
@@ -206,7 +207,7 @@ def misfit(
 
 @dataclass(frozen=True)
 class HostNeed:
-    """``reference`` and ``offload`` are pinned for the length of the run; ``snapshot`` goes when a save is written."""
+    """Bytes per rank: ``reference`` and ``offload`` are pinned during the run; ``snapshot`` is freed after a save."""
 
     reference: float
     offload: float

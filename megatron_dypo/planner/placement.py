@@ -1,4 +1,4 @@
-"""Where a run keeps its frozen reference (model.reference_on: auto), decided once from the planned peak."""
+"""Decide where a run keeps its frozen reference (model.reference_on: auto), once, from the planned peak."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 def place_reference(
     config: Config, shape: ModelShape, layout: Layout, memory: int | None, engine: float
 ) -> tuple[Literal["auto", "device", "host"], str]:
-    """(``device`` or ``host``, a line that says so and why) for a run whose ``model.dtype`` is settled; without a
-    reference the key as it is, and no line.
+    """Return (``device`` or ``host``, a log line with the reason); without a reference, the key as it is and "".
 
-    ``memory``: bytes of a GPU, None without CUDA; ``engine``: what a rollout engine has of it for good.
+    ``model.dtype`` of the run must be resolved. ``memory``: bytes of a GPU, None without CUDA; ``engine``: bytes that a
+    rollout engine occupies permanently.
     """
     if not any(keeps_reference(stage.config.objective) for stage in stages_of(config)):
         return config.model.reference_on, ""
@@ -33,18 +33,18 @@ def place_reference(
     if config.model.reference_on != "auto":
         return config.model.reference_on, f"{size}: on the {config.model.reference_on}, as model.reference_on says"
     if config.trainer.offload:
-        return "host", f"{size}: in host memory, since trainer.offload would move it there in every step"
+        return "host", f"{size}: in host memory, because trainer.offload would move it there every step"
     if memory is None:
-        return "device", f"{size}: beside the weights, which are in host memory"
+        return "device", f"{size}: with the weights, which are in host memory"
     peak = need.policy - need.reference
     sum_ = f"{peak / GIB:.0f} planned, {engine / GIB:.0f} the engine's, of {memory / GIB:.0f}"
     if peak + need.reference + engine <= memory:
-        return "device", f"{size}: on the device, where it fits ({sum_})"
-    return "host", f"{size}: in pinned host memory, since it does not fit on the device ({sum_})"
+        return "device", f"{size}: on the device, because it fits ({sum_})"
+    return "host", f"{size}: in pinned host memory, because it does not fit on the device ({sum_})"
 
 
 def candidate_of(config: Config, layout: Layout) -> Candidate:
-    """The layout of a run under way."""
+    """Return the layout of the current run as a candidate."""
     return Candidate(
         tensor=layout.tp,
         pipeline=layout.pp,

@@ -1,4 +1,4 @@
-"""Every layout that the model and the number of GPUs admit: what fits, best first, and why the others do not."""
+"""Search every layout that the model and the GPUs allow: those that fit, best first, and why others do not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZES = (1, 2, 4, 8)
 EXPERTS = (1, 2, 4, 8, 16, 32, 64, 128)
 CONTEXTS = (1, 2, 4)
 RECOMPUTE = ("none", "selective", "full")
-ALIKE = 0.03  # of a step's time
+ALIKE = 0.03  # fraction of a step's time
 SERVER_SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
 
 
@@ -34,19 +34,19 @@ class Plan:
     host: HostNeed
     seconds: Seconds
     engine_memory: float
-    tokens_per_second: float  # of prompts and responses, on each GPU
+    tokens_per_second: float  # prompts and responses, per GPU
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A layout of the model that does not fit, however vLLM is placed and whatever is recomputed."""
+    """A layout that does not fit, wherever vLLM is placed and whatever is recomputed."""
 
     layout: str
     reason: str
 
 
 def plan(shape: ModelShape, cluster: Cluster, work: StepWorkload) -> tuple[list[Plan], list[Rejected]]:
-    """The best of each (layout, placement), fastest first; and a line for each cut of which none fits."""
+    """Return the best plan of each (layout, placement), fastest first; and the layouts that never fit, with reasons."""
     made: list[Plan] = []
     closest: dict[str, tuple[float, str]] = {}
     fitting: set[str] = set()
@@ -75,10 +75,10 @@ def plan(shape: ModelShape, cluster: Cluster, work: StepWorkload) -> tuple[list[
 
 
 def _rank(made: Plan, fastest: Plan, work: StepWorkload) -> tuple[float, ...]:
-    """Those that no estimate tells from the fastest, simplest first; then the others by their time.
+    """Rank plans as fast as the fastest by simplicity; then the others by their time.
 
-    The fastest one decides where the reference is and whether a rollout overlaps: the best one's keys, given to
-    ``plan``, then leave both the fastest and the best what they are.
+    The fastest decides where the reference is and whether a rollout overlaps: the best plan's keys, given to ``plan``,
+    then leave both the fastest and the best unchanged.
     """
     cut, first, step = made.candidate, fastest.candidate, made.seconds.step
     alike = cut.reference == first.reference
@@ -90,7 +90,7 @@ def _rank(made: Plan, fastest: Plan, work: StepWorkload) -> tuple[float, ...]:
 
 
 def _cuts(shape: ModelShape, cluster: Cluster) -> Iterator[tuple[str, str | None, Iterator[Candidate]]]:
-    """(name of a cut, why the model cannot be cut so, its candidates) for each TP, PP, CP and place of experts."""
+    """Yield (name, why the model cannot be divided so, candidates) for each TP, PP, CP and placement of experts."""
     for tensor in SIZES:
         for pipeline in (size for size in range(1, shape.num_layers + 1) if tensor * size <= cluster.gpus):
             if shape.num_layers % pipeline or cluster.gpus % (tensor * pipeline):
@@ -114,7 +114,7 @@ def _cuts(shape: ModelShape, cluster: Cluster) -> Iterator[tuple[str, str | None
 
 
 def _fault(cut: dict[str, int], shape: ModelShape) -> str | None:
-    """Why the model cannot be cut so."""
+    """Return why the model does not allow this layout, or None."""
     try:
         check_layout(Parallel(**cut, sequence_parallel=cut["tensor"] > 1), shape, 0, "")
     except UserError as error:
@@ -123,7 +123,7 @@ def _fault(cut: dict[str, int], shape: ModelShape) -> str | None:
 
 
 def _candidates(shape: ModelShape, cluster: Cluster, cut: dict[str, int]) -> Iterator[Candidate]:
-    """Of a cut that the model admits."""
+    """Yield the candidates of a layout that the model allows."""
     pipeline, replica = cut["pipeline"], cut["tensor"] * cut["pipeline"] * cut["context"]
     experts = pipeline * cut.get("expert", 1) * cut.get("expert_tensor", 1)
     multiple = math.lcm(replica, experts)  # of the trainer's ranks
@@ -149,6 +149,6 @@ def _candidates(shape: ModelShape, cluster: Cluster, cut: dict[str, int]) -> Ite
 
 
 def _divides(shape: ModelShape, tensor: int) -> bool:
-    """Whether vLLM can cut the model so; it repeats key/value heads where there are fewer than GPUs."""
+    """Return whether vLLM can shard the model so; it repeats key/value heads if there are fewer than GPUs."""
     groups = shape.num_query_groups
     return shape.num_attention_heads % tensor == 0 and (groups % tensor == 0 or tensor % groups == 0)

@@ -1,4 +1,4 @@
-"""``plan CONFIG --gpus N --gpu-memory GiB``: what fits, how fast, and why the rest does not."""
+"""``plan CONFIG --gpus N --gpu-memory GiB``: print what fits, how fast it is, and why the rest does not fit."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from megatron_dypo.planner.launch import commands
 from megatron_dypo.planner.memory import GIB
 from megatron_dypo.planner.search import Plan, Rejected, plan
 
-BEST, WORST = 12, 12  # lines of what fits, and of what does not
+BEST, WORST = 12, 12  # lines of layouts that fit, and of those that do not
 
 
 def heaviest(config: Config) -> Config:
-    """Of a run with stages, the one that takes most: one with a reference, one that samples, the most responses.
+    """Return the most demanding stage: with a reference, with sampling, with the most responses.
 
     It has room for the longest prompt and response of all stages.
     """
@@ -36,9 +36,9 @@ def heaviest(config: Config) -> Config:
 def work_of(
     config: Config, response_tokens: float | None, prompt_tokens: float | None, mid: float, hard: float
 ) -> StepWorkload:
-    """A step as ``config`` has it, of its heaviest stage.
+    """Return the workload of one step of ``config``'s heaviest stage.
 
-    Lengths that are not given are a third of the longest response, and half of the longest prompt.
+    Default lengths are a third of the longest response, and half of the longest prompt.
     """
     config = heaviest(config)
     longest = config.rollout.max_response_tokens
@@ -75,7 +75,7 @@ def work_of(
 def show_plan(
     config: Config, cluster: Cluster, work: StepWorkload, path: str, given: list[str], everything: bool = False
 ) -> int:
-    """Print; returns 0, or 1 where nothing fits. ``path`` and ``given``: file and overrides that made ``config``."""
+    """Print the plan; return 0, or 1 if nothing fits. ``path`` and ``given``: file and overrides of ``config``."""
     shape = planned_shape(config.model)
     check_policy(config.policy, shape, "plan")
     fits, rejected = plan(shape, cluster, work)
@@ -98,7 +98,7 @@ def show_plan(
         pinned = (
             f"{best.host.reference / GIB:.1f} GiB pinned for the reference, {best.host.offload / GIB:.1f} for offload"
         )
-        print(f"its host memory, a rank: {pinned}, {best.host.snapshot / GIB:.1f} while a checkpoint is written")
+        print(f"host memory per rank: {pinned}, {best.host.snapshot / GIB:.1f} while a checkpoint is written")
     else:
         print("nothing fits")
     _print_rejected(rejected, everything)
@@ -106,7 +106,7 @@ def show_plan(
 
 
 def _of_each_cut(fits: list[Plan]) -> list[Plan]:
-    """The best of each (TP, PP, CP) and placement, in order."""
+    """Return the best of each (TP, PP, CP) and placement, in order."""
     first: dict[tuple, Plan] = {}
     for made in fits:
         c = made.candidate

@@ -1,7 +1,7 @@
-"""Seconds of a step: rollout, log-prob passes, update, weight sync, and what moves between host and device.
+"""Seconds of a step: rollout, log-prob passes, update, weight sync, and transfers between host and device.
 
-A roofline with a few measured efficiencies, which are below in one place. It ranks layouts, and comes within a third of
-published step times (docs/scaling.md); it knows nothing of stragglers, of slow file systems, or of rewards.
+A roofline with a few measured efficiencies, listed below in one place. It ranks layouts, and comes within a third of
+published step times (docs/scaling.md); it ignores stragglers, slow file systems, and rewards.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from megatron_dypo.planner.memory import (
     expert_parameters,
 )
 
-TRAIN, FORWARD, PREFILL = 0.40, 0.45, 0.50  # of the peak FLOPs: Megatron-Core pre-trains at 0.41-0.48 on H100
-STREAM = 0.65  # of the peak memory bandwidth that decoding gets
-LINK = 0.70  # of a link's bandwidth that a collective gets
-DECODE_STEP = 0.004  # seconds of one decoding step that are neither memory nor arithmetic: scheduling, sampling, launch
-NARROW = 1000  # a mixture gets w / (w + NARROW) of that, w the harmonic sum of hidden size and an expert's width:
-# pre-training with Megatron-Core (FP8) gets 0.12 of an H100's bf16 peak for Qwen3-30B-A3B, 0.24 for 235B-A22B
-HOP = 20e-6  # seconds of one small all-reduce within a node: two a layer in each decoding step with tensor parallelism
+TRAIN, FORWARD, PREFILL = 0.40, 0.45, 0.50  # fraction of peak FLOPs: Megatron-Core pre-trains at 0.41-0.48 on H100
+STREAM = 0.65  # fraction of the peak memory bandwidth in decoding
+LINK = 0.70  # fraction of a link's bandwidth in a collective
+DECODE_STEP = 0.004  # seconds of a decoding step besides memory and arithmetic: scheduling, sampling, launch
+NARROW = 1000  # a mixture reaches w / (w + NARROW) of that, w the harmonic sum of hidden size and an expert's width:
+# pre-training with Megatron-Core (FP8) reaches 0.12 of an H100's bf16 peak for Qwen3-30B-A3B, 0.24 for 235B-A22B
+HOP = 20e-6  # seconds of one small all-reduce in a node: two per layer and decoding step with tensor parallelism
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Seconds:
 
 
 def step_seconds(shape: ModelShape, candidate: Candidate, cluster: Cluster, work: StepWorkload, need: Need) -> Seconds:
-    """Of one step of ``work``; ``need.engine`` is vLLM's memory on a GPU."""
+    """Return the seconds of one step of ``work``; ``need.engine`` is vLLM's memory on a GPU."""
     forward = _pass_seconds(shape, candidate, cluster, work, work.rollout_trained, 1, FORWARD)
-    factor = {"none": 3.0, "selective": 3.5, "full": 4.0}[candidate.recompute]  # forward, backward, some of it again
+    factor = {"none": 3.0, "selective": 3.5, "full": 4.0}[candidate.recompute]  # forward, backward, recomputation
     update = _pass_seconds(shape, candidate, cluster, work, work.trained, factor, TRAIN, work.updates)
     update += work.updates * _reduce_seconds(shape, candidate, cluster)
-    if work.balanced:  # the load of all tokens, before the first gradient
+    if work.balanced:  # counts the load of all tokens, before the first gradient
         update += _pass_seconds(shape, candidate, cluster, work, work.trained, 1, FORWARD)
     if work.side:  # its log-probs, and its own updates
         learned = _pass_seconds(shape, candidate, cluster, work, work.rollout_trained, factor, TRAIN, work.updates)
@@ -84,7 +84,7 @@ def _pass_seconds(
     share: float,
     updates: int = 1,
 ) -> float:
-    """``factor`` forward passes' worth of arithmetic over ``tokens``, the exchanges within layers, and the bubble."""
+    """Return the time of ``factor`` forward passes over ``tokens``, with exchanges within layers and the bubble."""
     if not tokens:
         return 0.0
     gpu = cluster.gpu
@@ -93,8 +93,8 @@ def _pass_seconds(
     compute = tokens * factor * (dense + attention) / (candidate.ranks * share * _width_share(shape) * gpu.flops)
     batches = -(-tokens // (candidate.data * work.budget * updates))  # each update drains the pipeline
     bubble = (candidate.pipeline - 1) / (candidate.virtual * batches)
-    # A layer and forward pass: two gathers and two scatters of hidden states, with sequence parallelism, in a mixture
-    # one of each; with context parallelism one gather of keys and values.
+    # Per layer and forward pass: two gathers and two scatters of hidden states with sequence parallelism, one of each
+    # in a mixture; one gather of keys and values with context parallelism.
     t, c = candidate.tensor, candidate.context
     hidden = (2 if shape.num_experts else 4) * 2 * shape.hidden_size * (t - 1) / t / gpu.node
     hidden += _routed_seconds(shape, candidate, cluster)
@@ -105,7 +105,7 @@ def _pass_seconds(
 
 
 def _width_share(shape: ModelShape) -> float:
-    """What is left of an efficiency where experts are narrow; 1 for a dense model."""
+    """Return the fraction of the efficiency that narrow experts reach; 1 for a dense model."""
     if not shape.num_experts:
         return 1.0
     width = 1 / (1 / shape.hidden_size + 1 / shape.ffn_hidden_size)
@@ -113,7 +113,7 @@ def _width_share(shape: ModelShape) -> float:
 
 
 def _routed_seconds(shape: ModelShape, candidate: Candidate, cluster: Cluster) -> float:
-    """A token's way to its experts and back, in one layer and forward pass, over the slowest link among their ranks."""
+    """Return the time of a token's dispatch and return, per layer and forward pass, over its ranks' slowest link."""
     e, x = candidate.expert, candidate.expert_tensor
     link = cluster.gpu.node if e * x <= cluster.per_node else cluster.gpu.network
     copies = shape.router_topk * 2 * shape.hidden_size / candidate.tensor  # of a rank's slice of the tokens
@@ -121,7 +121,7 @@ def _routed_seconds(shape: ModelShape, candidate: Candidate, cluster: Cluster) -
 
 
 def _reduce_seconds(shape: ModelShape, candidate: Candidate, cluster: Cluster) -> float:
-    """Gradients summed over data-parallel ranks, weights gathered again; and the optimizer's pass over its state."""
+    """Return the time to reduce gradients and gather weights over data-parallel ranks, and of the optimizer's pass."""
     link = cluster.gpu.node if candidate.ranks <= cluster.per_node else cluster.gpu.network
     seconds = 0.0
     for count, d in (
@@ -140,7 +140,7 @@ def _experts(shape: ModelShape, candidate: Candidate) -> int:
 def _rollout_seconds(
     shape: ModelShape, candidate: Candidate, cluster: Cluster, work: StepWorkload, room: float
 ) -> float:
-    """Decoding, by memory bandwidth or arithmetic, whichever is slower; then the longest responses, nearly alone."""
+    """Return the time of decoding, bound by memory or arithmetic, then of the longest responses, nearly alone."""
     tensor = candidate.engine_tensor
     gpu = cluster.gpu
     dense, experts = WEIGHT * dense_parameters(shape, tensor, 1), WEIGHT * expert_parameters(shape, 1, 1, tensor)
@@ -152,7 +152,7 @@ def _rollout_seconds(
 
     def step(sequences: float) -> float:
         idle = (1 - shape.router_topk / shape.num_experts) ** sequences if shape.num_experts else 0.0
-        read = dense + (1 - idle) * experts  # of those that some token of the batch goes through
+        read = dense + (1 - idle) * experts  # experts that some token of the batch uses
         read += sequences * cache * (work.prompt_tokens + work.response_tokens / 2)
         arithmetic = 2 * shape.active_parameters / tensor * sequences / (PREFILL * gpu.flops)
         return max(read / (STREAM * gpu.memory), arithmetic) + DECODE_STEP + hops
@@ -164,8 +164,7 @@ def _rollout_seconds(
 
 
 def _sync_seconds(shape: ModelShape, candidate: Candidate, cluster: Cluster) -> float:
-    """Every tensor is gathered over the ranks that share it out, and written into vLLM's weights; servers get it over
-    the network."""
+    """Return the time to gather every tensor over its ranks and write it into vLLM; servers add the network."""
     total = WEIGHT * shape.parameters
     experts = WEIGHT * expert_parameters(shape, 1, 1, 1)
     gathered = 0.0
