@@ -1,6 +1,6 @@
-"""What a rollout engine is: token ids in, token ids and log-probs out, weights replaced in place.
+"""The interface of a rollout engine: token ids in, token ids and log-probs out, weights replaced in place.
 
-Every rank runs one engine on its own share of the prompts; ``sync`` is called by all ranks together.
+Every rank runs one engine on its own share of the prompts; all ranks call ``sync`` together.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample: lengths in tokens. ``eos_id``, one token or several (as transformers' ``eos_token_id``), ends a
-    response and is part of it."""
+    """Sampling parameters; lengths in tokens.
+
+    ``eos_id``, one token or several (as transformers' ``eos_token_id``), ends a response and is part of it.
+    """
 
     temperature: float
     top_p: float
@@ -36,17 +38,16 @@ class Sampling:
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """Every token that ends a response."""
+        """Return every token that ends a response."""
         return (self.eos_id,) if isinstance(self.eos_id, int) else self.eos_id
 
 
 class Engine(Protocol):
-    """``generate`` keeps the order of the requests; log-probs are those of the distribution sampled from, and each
-    response names the version of the weights.
+    """An engine: ``generate`` keeps the order of the requests and returns log-probs of the sampling distribution.
 
-    ``sleep`` gives the device's memory back, and without ``keep_weights`` the weights too, which the next use must then
-    ``sync``. ``sync`` and ``generate`` take what they need again by themselves. ``devices``: how many work for it
-    beside the trainer's, as rank 0 knows them.
+    Each response names the version of its weights. ``sleep`` releases device memory, and without ``keep_weights`` the
+    weights too, which have to be synced before the next use. ``sync`` and ``generate`` wake the engine as needed.
+    ``devices``: devices of its own in addition to the trainer's, as known to rank 0.
     """
 
     @property

@@ -1,4 +1,4 @@
-"""Sampling with ``transformers``, where vLLM is not installed: one sequence batch, no paging, many times slower."""
+"""Sampling with ``transformers``, if vLLM is not installed: one sequence batch, no paging, many times slower."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 BATCH = 256
 _EXPERT = re.compile(r"(.*)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(gate_proj|up_proj|down_proj|w[123])\.weight")
-# Of a layer's experts, which transformers keeps in two tensors: which one, and the half of it.
+# A layer's experts are two tensors in transformers: which of them, and which half.
 _STACKED = {
     **dict.fromkeys(("gate_proj", "w1"), ("gate_up_proj", 0)),
     **dict.fromkeys(("up_proj", "w3"), ("gate_up_proj", 1)),
@@ -60,7 +60,7 @@ class HfEngine:
         self._version = weights.version
 
     def sleep(self, keep_weights: bool) -> None:
-        """The weights go to host memory in any case."""
+        """Move the weights to host memory, whether they are to be kept or not."""
         self._model.to("cpu")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -86,7 +86,7 @@ class HfEngine:
         logprobs: list[list[float]] = [[] for _ in requests]
         running = [True] * len(requests)
         cache, fresh = None, ids
-        experts_BSLK: list[np.ndarray] = []  # of the S tokens of each pass
+        experts_BSLK: list[np.ndarray] = []  # the S tokens of each pass
         for _ in range(sampling.max_tokens):
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -fresh.shape[1] :]
             output = self._model(
@@ -145,7 +145,7 @@ class HfEngine:
 
 
 def _target(model: torch.nn.Module, name: str) -> tuple[str, Tensor]:
-    """A parameter's name, and the part of it where a Hugging Face tensor belongs."""
+    """Return a parameter's name, and the part of it that holds a Hugging Face tensor."""
     if expert := _EXPERT.fullmatch(name):
         layer, number, kind = expert.groups()
         stacked, half = _STACKED[kind]

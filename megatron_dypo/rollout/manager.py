@@ -1,11 +1,11 @@
-"""One batch of scored groups a step, sampled or replayed, the same on every rank.
+"""One batch of scored groups per step, sampled or replayed, the same on every rank.
 
-With ``rollout.async_rollout`` the next step's batch is sampled by a thread while this step trains (``prefetch``). The
-thread asks this rank's engine and reward function, and nothing of another rank: collectives are the main thread's.
+With ``rollout.async_rollout`` a thread samples the next step's batch while this step trains (``prefetch``). The thread
+uses only this rank's engine and reward function: collectives belong to the main thread.
 
-Dynamic sampling: a prompt whose group would train nothing gives its place in the batch to another one. The replacement
-is a pure function of (data.seed, step): place q's r-th one is number r * Q + q of the rows that are not in the batch,
-in an order of the step's own. So no two places take the same row, and neither layout nor a resume changes the choice.
+Dynamic sampling: a prompt whose group would train nothing is replaced in the batch. The replacement is a pure function
+of (data.seed, step): the r-th one of place q is number r * Q + q of the rows that are not in the batch, in an order
+specific to the step. So no two places get the same row, and neither the layout nor a resume changes the choice.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ log = logging.getLogger(__name__)
 
 
 def check_staleness(groups: list[Group], version: int, config: Config) -> None:
-    """Raises TrainingError where a response is older than ``rollout.max_staleness`` has it.
+    """Raise TrainingError if a response is older than ``rollout.max_staleness`` allows.
 
-    ``version``: optimizer updates behind the policy that is about to train on the groups.
+    ``version``: optimizer updates of the policy that is about to train on the groups.
     """
     limit = _limit(config)
     if limit is None:
@@ -69,7 +69,7 @@ def check_staleness(groups: list[Group], version: int, config: Config) -> None:
 
 
 def _limit(config: Config) -> int | None:
-    """In optimizer updates; None where nothing is checked."""
+    """Return the limit in optimizer updates; None if nothing is checked."""
     rollout = config.rollout
     if rollout.max_staleness is not None or rollout.engine == "replay":
         return rollout.max_staleness
@@ -78,21 +78,21 @@ def _limit(config: Config) -> int | None:
 
 @dataclass(frozen=True)
 class DynamicSampling:
-    """Whom to replace, and by whom. ``usable_teachers``: those of a group's teachers that may be drawn."""
+    """Decides which groups to replace, and by which rows. ``usable_teachers``: a group's teachers that may be drawn."""
 
     config: Config
     prompts: list[Prompt]
     tokenizer: Tokenizer
     usable_teachers: Callable[[Group], list[int]]
-    before: int = 0  # steps of the run before those that the order of rows begins with
+    before: int = 0  # steps of the run before this order of rows begins
 
     @property
     def rounds(self) -> int:
-        """Replacements in one place, at most."""
+        """Return the maximum number of replacements per place."""
         return self.config.rollout.refill_rounds if self.config.rollout.dynamic_sampling else 0
 
     def trains(self, group: Group) -> bool:
-        """Whether a scored group would train anything: a term of its regime has responses, or a trace, to train on."""
+        """Return whether a scored group would train anything: its regime has a term with responses, or a trace."""
         objective = self.config.objective
         limits = objective.hard_max_solved, objective.gate, objective.easy_min_solved
         (regime,) = grade(torch.tensor([group.rewards]), objective.reward_threshold, *limits)
@@ -100,7 +100,7 @@ class DynamicSampling:
         return Kind.ROLLOUT in sources or (Kind.TEACHER in sources and bool(self.usable_teachers(group)))
 
     def replacement(self, step: int, place: int, number: int) -> Group | None:
-        """The ``number``-th (from 0) that may come to ``place``, not yet sampled; None where the rows have run out."""
+        """Return the ``number``-th replacement (from 0) for ``place``, not yet sampled; None if rows have run out."""
         data = self.config.data
         rows = spare_indices(step - self.before, data.prompts_per_step, len(self.prompts), data.seed)
         index = number * data.prompts_per_step + place
@@ -114,9 +114,9 @@ class DynamicSampling:
 class RolloutManager:
     """Prompts in, scored groups out. Without an engine the steps are read from ``rollout.replay``.
 
-    It is of one stage: steps have the run's numbers, and the order of the prompts begins after the ``before`` steps of
-    earlier stages. ``prefetched`` is the batch that has been sampled ahead for the next step. Raises OSError, before
-    training, where there can be no folder ``rollout.record``.
+    It belongs to one stage: steps have the run's numbers, and the order of prompts begins after the ``before`` steps of
+    earlier stages. ``prefetched`` is the batch sampled ahead for the next step. Raises OSError, before training, if the
+    folder ``rollout.record`` cannot be created.
     """
 
     config: Config
@@ -139,8 +139,7 @@ class RolloutManager:
         self.prefetched: Batch | None = None
 
     def batch(self, step: int, clock: StepTimer) -> Batch:
-        """Return the step's groups with responses and rewards, the prefetched ones, or sampled (or read) now; and the
-        step's experts."""
+        """Return the step's groups with responses and rewards: prefetched, sampled or read now; and its experts."""
         batch = self._batch(step, clock)
         batch.experts = self._experts(step)
         return batch
@@ -163,11 +162,11 @@ class RolloutManager:
 
     @contextmanager
     def prefetch(self, step: int, clock: StepTimer) -> Iterator[None]:
-        """Sample the batch of ``step`` in a thread while the body trains; at the end of the body it is ``prefetched``.
+        """Sample the batch of ``step`` in a thread while the body trains; after the body it is ``prefetched``.
 
-        Does nothing but run the body without ``rollout.async_rollout``, and past the stage's last step. ``clock``, of
-        the step that trains, gets the seconds of the sampling, and as ``rollout_wait`` those that the end waited for
-        it. Raises what the thread raised.
+        Only runs the body without ``rollout.async_rollout``, or past the stage's last step. ``clock``, of the training
+        step, gets the seconds of sampling, and as ``rollout_wait`` those that the end of the body waited for it. Raises
+        the thread's exception.
         """
         if not self.config.rollout.async_rollout:
             yield
@@ -175,7 +174,7 @@ class RolloutManager:
         groups, sampling_clock = self._prompts(step), StepTimer()
 
         def fill() -> list[list[Group]]:
-            claim_device()  # a thread starts on the first one
+            claim_device()  # a new thread starts on the first device
             begin_step(step)
             return self._fill(step, groups, sampling_clock)
 
@@ -190,9 +189,9 @@ class RolloutManager:
         clock.include(sampling_clock)
 
     def resume(self, file: Path) -> None:
-        """Take up the prefetched batch that a checkpoint's ``file`` holds.
+        """Load the prefetched batch from a checkpoint's ``file``.
 
-        Raises UserError where the data has changed so that it does not fit.
+        Raises UserError if the data has changed so that it does not fit.
         """
         limits = {"vocab_size": self.shape.vocab_size, "longest": self.shape.max_position}
         groups = recording.read(file, self._by_id, self._samples, **limits)
@@ -200,7 +199,7 @@ class RolloutManager:
         self.prefetched = Batch(groups[:places], groups[places:])
 
     def deferred(self, waiting: Sequence[Waiting]) -> list[Group]:
-        """Groups to train on of what waits in the queue. Raises UserError where data.train has no such trace."""
+        """Return the groups to train on of the queue's ``waiting`` items. Raises UserError if data.train lacks one."""
         groups = []
         for name, teachers in waiting:
             prompt = self._by_id.get(name)
@@ -221,7 +220,7 @@ class RolloutManager:
         return encode_prompts([self.prompts[i] for i in indices], self.tokenizer, data.max_prompt_tokens)
 
     def _experts(self, step: int) -> list[Group]:
-        """The step's rows of ``experts``, in an order of their own."""
+        """Return the step's rows of ``experts``, in an order of their own."""
         if not self.experts:
             return []
         data = self.config.data
@@ -230,7 +229,7 @@ class RolloutManager:
         return [dataclasses.replace(group, teacher_indices=(0,), expert=True) for group in groups]
 
     def _fill(self, step: int, groups: list[Group], clock: StepTimer) -> list[list[Group]]:
-        """Sample and score this rank's places of the batch; returns the groups tried in each. Asks no other rank."""
+        """Sample and score this rank's places of the batch, without other ranks; return the groups tried in each."""
         layout = self.layout
         mine = range(layout.rank, len(groups), layout.world)
         tried = [[groups[place]] for place in mine]
@@ -254,14 +253,14 @@ class RolloutManager:
         return tried
 
     def _score_traces(self, groups: list[Group], step: int) -> None:
-        """Draw the groups' teachers, as grading does where no reward is asked of them, and score their traces."""
+        """Draw the groups' teachers, as grading does without trace rewards, and score their traces."""
         draws, seed = self.config.objective.teachers_per_prompt, self.config.trainer.seed
         for group in groups:
             draw_teachers(group, self.usable_teachers(group), seed, step, draws)
         score_traces(groups, lambda group, i: len(self.encode_trace(group, i)), self.reward, self.config)
 
     def _share(self, step: int, groups: list[Group], tried: list[list[Group]], clock: StepTimer) -> Batch:
-        """The whole batch, of what all ranks tried."""
+        """Combine what all ranks tried into the whole batch."""
         with phase("rollout exchange"):
             spent = clock.seconds["rollout"] + clock.seconds["reward"]
             sampled, seconds = share(tried, self.layout, spent)
@@ -278,7 +277,7 @@ class RolloutManager:
         return batch
 
     def _check_replayed_draws(self, step: int, groups: list[Group]) -> None:
-        """A drawn trace that this model cannot take is an error; what a run draws by itself always fits."""
+        """Raise UserError if a drawn trace is too long for this model; a run's own draws always fit."""
         for group in groups:
             for teacher in group.teacher_indices or ():
                 tokens = len(group.prompt_ids) + len(self.encode_trace(group, teacher))
@@ -289,7 +288,7 @@ class RolloutManager:
                     )
 
     def _check_replayed_routing(self, step: int, groups: list[Group]) -> None:
-        """Where it is to be taken again, every response must say where this model's routers sent it."""
+        """Raise UserError if routing is to be replayed and a response lacks this model's routing."""
         if self.config.policy.routing_replay != "rollout":
             return
         wanted = self.shape.num_layers, self.shape.router_topk
@@ -302,7 +301,7 @@ class RolloutManager:
                     )
 
     def _check_replayed_rewards(self, step: int, groups: list[Group]) -> None:
-        """Where drawn traces are scored, the recording must hold their draw and their rewards."""
+        """Raise UserError if drawn traces are scored and the recording lacks their draw or their rewards."""
         if not recipe(self.config.objective).scores_traces:
             return
         for group in groups:
@@ -313,22 +312,22 @@ class RolloutManager:
                 )
 
     def record(self, step: int, groups: list[Group]) -> None:
-        """Write the graded step to ``rollout.record``, if asked for; rank 0 does. A full disk is a warning."""
+        """Write the graded step to ``rollout.record``, if set, on rank 0. A full disk is a warning."""
         if self.config.rollout.record and self.layout.is_main:
             with phase("recording"):
                 try:
                     recording.record(self.config.rollout.record, step, groups)
                 except OSError as error:
-                    log.warning("step %d is not recorded and cannot be replayed, training goes on: %s", step, error)
+                    log.warning("step %d is not recorded and cannot be replayed, training continues: %s", step, error)
 
     def usable_teachers(self, group: Group) -> list[int]:
-        """Indices of the teachers whose trace is short enough."""
+        """Return the indices of the teachers whose trace is short enough."""
         room = trace_room(self.config, self.shape.max_position, len(group.prompt_ids))
         return [i for i in range(len(group.prompt.teachers)) if len(self.encode_trace(group, i)) <= room]
 
     def encode_trace(self, group: Group, teacher: int) -> np.ndarray:
-        """Ids of one teacher's trace for the group's prompt, end token included."""
-        if group.expert:  # of another data set: its ids may be those of prompts, and it is not asked for often
+        """Return the ids of one teacher's trace for the group's prompt, end token included."""
+        if group.expert:  # from another data set: its ids may clash with prompts', and it is rarely needed
             return self.tokenizer.encode_trace(group.prompt.teachers[teacher].trace, group.prompt)
         return self._trace(group.prompt.id, teacher)
 

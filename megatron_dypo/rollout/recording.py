@@ -1,4 +1,4 @@
-"""Recorded rollouts: one JSON Lines file a step, one line a prompt, independent of layout (docs/data.md)."""
+"""Recorded rollouts: one JSON Lines file per step, one line per prompt, independent of layout (docs/data.md)."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from megatron_dypo.runtime.fs import atomic_write
 
 
 def record(folder: str | Path, step: int, groups: list[Group]) -> None:
-    """Write the step's groups, atomically; recording a step again overwrites it. Raises OSError (a full disk)."""
+    """Write the step's groups atomically; recording a step again overwrites it. Raises OSError (a full disk)."""
     path = step_file(folder, step)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, lines(groups))
 
 
 def lines(groups: list[Group]) -> str:
-    """The groups in the format of a recorded step."""
+    """Return the groups in the format of a recorded step."""
     return "".join(json.dumps(_line(group)) + "\n" for group in groups)
 
 
 def replay(
     folder: str | Path, step: int, prompts: dict[str, Prompt], samples: int, *, vocab_size: int, longest: int
 ) -> list[Group]:
-    """The recorded groups of a step, as ``read`` has them. Raises UserError, also for a step that is missing."""
+    """Return the recorded groups of a step (see ``read``). Raises UserError, also for a missing step."""
     require_steps(folder, range(step, step + 1))
     return read(step_file(folder, step), prompts, samples, vocab_size=vocab_size, longest=longest)
 
 
 def read(path: Path, prompts: dict[str, Prompt], samples: int, *, vocab_size: int, longest: int) -> list[Group]:
-    """A file's groups, rewards as they are; ``prompts`` by id supply ground truths and teachers.
+    """Read a file's groups, rewards unchanged; ``prompts`` by id supply ground truths and teachers.
 
-    Raises UserError naming file and line: empty file, malformed line, unknown prompt, another number of responses, an
-    id that is not below ``vocab_size``, a prompt and response of more than ``longest`` tokens.
+    Raises UserError naming file and line: empty file, malformed line, unknown prompt, wrong number of responses, an id
+    that is not below ``vocab_size``, a prompt and response of more than ``longest`` tokens.
     """
     groups = []
     for number, group in read_lines(path, lambda line: _group(line, prompts, vocab_size, longest)):
@@ -76,7 +76,7 @@ def _line(group: Group) -> dict:
 
 
 def _of_kind(line: dict, name: str, kind: type) -> Any:
-    """A value of exactly this type (a bool is no int)."""
+    """Return a value of exactly this type (a bool is not an int); raise ValueError otherwise."""
     if type(line[name]) is not kind:
         raise ValueError(f"{name} must be of type {kind.__name__}, not {type(line[name]).__name__}")
     return line[name]

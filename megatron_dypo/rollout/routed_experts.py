@@ -1,6 +1,6 @@
-"""Where an engine's routers sent tokens, as text (a recorded rollout, a server's answer) and beside packed tokens.
+"""An engine's routing of tokens, as text (a recorded rollout, a server's response) and along packed tokens.
 
-Legend: n tokens of prompt and response but for the last, which the engine never read; T a micro-batch's tokens on this
+Legend: n tokens of prompt and response except the last, which the engine never read; T a micro-batch's tokens on this
 rank, L layers, K experts of a token.
 """
 
@@ -22,16 +22,16 @@ from megatron_dypo.records import Group, Sequence
 
 
 def as_text(experts_nLK: np.ndarray) -> str:
-    """Base64 of an ``.npy`` file: vLLM's form."""
+    """Return the base64 of an ``.npy`` file: vLLM's format."""
     stream = io.BytesIO()
     np.save(stream, experts_nLK, allow_pickle=False)
     return base64.b64encode(stream.getvalue()).decode("ascii")
 
 
 def from_text(text: str, tokens: int) -> np.ndarray:
-    """[n, L, K] of a prompt and response of so many ``tokens``. Raises ValueError where it is something else.
+    """Return [n, L, K] for a prompt and response of ``tokens`` tokens. Raises ValueError if it is anything else.
 
-    The header is read before any memory is taken: ``np.load`` would believe whatever size it names, and open archives.
+    The header is checked before memory is allocated: ``np.load`` would trust any size that it names, and open archives.
     """
     content = base64.b64decode(text, validate=True)
     stream = io.BytesIO(content)
@@ -53,9 +53,9 @@ def from_text(text: str, tokens: int) -> np.ndarray:
 
 
 def packed_experts(batch: MicroBatch, sequences: list[Sequence], groups: list[Group]) -> Tensor | None:
-    """int16 [T, L, K], -1 where the engine routed nothing: each sequence's last token, and what fills up.
+    """Return int16 [T, L, K], -1 if the engine routed nothing: each sequence's last token, and padding.
 
-    None without any sequence. Raises TrainingError where a response says nothing of its routing, or another model's.
+    None without sequences. Raises TrainingError if a response lacks its routing, or has another model's.
     """
     if not batch.places:
         return None

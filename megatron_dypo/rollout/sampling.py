@@ -1,7 +1,7 @@
 """Prompts -> scored groups on every rank: each rank samples and scores its share, all get the result.
 
-A batch has ``data.prompts_per_step`` places, of which a rank takes every world-th, so that lengths even out. What was
-tried in a place is a list of groups, the last of which stays there: one, but for refill.
+A batch has ``data.prompts_per_step`` places; a rank takes every world-th one, so that lengths even out. The groups
+tried in a place are a list, the last of which stays there: one, except with dynamic sampling.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RewardProtocol = Callable[[list[Prompt], list[str]], list[Score]]
 
 
 def encode_prompts(prompts: list[Prompt], tokenizer: Tokenizer, longest: int) -> list[Group]:
-    """Groups without responses. Raises UserError naming a prompt of more than ``longest`` tokens, or of none."""
+    """Return groups without responses. Raises UserError naming a prompt that is empty or longer than ``longest``."""
     groups = [Group(prompt, tokenizer.encode_prompt(prompt)) for prompt in prompts]
     for group in groups:
         if not 0 < len(group.prompt_ids) <= longest:
@@ -42,7 +42,7 @@ def sampling(config: Config, end_ids: tuple[int, ...]) -> Sampling:
 def sample(groups: list[Group], engine: Engine, config: Config, end_ids: tuple[int, ...], step: int) -> None:
     """Fill in the groups' responses.
 
-    Each sample's seed is a hash of (seed, step, prompt, sample): neither layout nor order changes what is drawn.
+    Each sample's seed is a hash of (seed, step, prompt, sample): neither layout nor order changes the draw.
     """
     k = config.rollout.samples_per_prompt
     requests = [
@@ -56,9 +56,9 @@ def sample(groups: list[Group], engine: Engine, config: Config, end_ids: tuple[i
 
 
 def score(groups: list[Group], tokenizer: Tokenizer, reward: RewardProtocol, config: Config | None = None) -> None:
-    """Set every response's reward and fault; with ``config``, which training gives, less the penalties it asks for.
+    """Set every response's reward and fault; with ``config``, in training, subtract its penalties.
 
-    An unfinished response whose reward is given is not graded and pays no penalty.
+    An unfinished response with a given reward is neither graded nor penalised.
     """
     responses = [(group.prompt, response) for group in groups for response in group.responses]
     pairs = [each for each in responses if config is None or not give_unfinished_reward(each[1], config)]
@@ -71,9 +71,9 @@ def score(groups: list[Group], tokenizer: Tokenizer, reward: RewardProtocol, con
 
 
 def give_unfinished_reward(response: Response, config: Config) -> bool:
-    """Set the reward of a response that did not end by itself to ``rollout.reward_unfinished``, whatever its text.
+    """Set the reward of an unfinished response to ``rollout.reward_unfinished``, whatever its text.
 
-    Returns whether that applies: False where it ended by itself, or the key is null.
+    Returns whether that applies: False if it finished, or the key is null.
     """
     value = config.rollout.reward_unfinished
     if value is None or response.finished:
@@ -83,15 +83,16 @@ def give_unfinished_reward(response: Response, config: Config) -> bool:
 
 
 def draw_teachers(group: Group, usable: list[int], seed: int, step: int, draws: int) -> None:
-    """Draw among a group's ``usable`` teachers: a hash of (seed, step, prompt id), nothing else."""
+    """Draw among a group's ``usable`` teachers by a hash of (seed, step, prompt id) only."""
     drawn = choose((seed, "teacher", step, group.prompt.id), len(usable), draws)
     group.teacher_indices = tuple(usable[i] for i in drawn)
 
 
 def score_traces(groups: list[Group], tokens: Callable[[Group, int], int], reward: RewardProtocol, config: Config):
-    """Set the rewards of the groups' drawn traces, scored as responses are. ``tokens(group, i)``: of teacher i's trace.
+    """Set the rewards of the groups' drawn traces, scored as responses are.
 
-    Raises UserError naming prompt and teacher where the reward function fails on one.
+    ``tokens(group, i)``: length of teacher i's trace. Raises UserError naming prompt and teacher if the reward function
+    fails on one.
     """
     drawn = [(group, group.prompt.teachers[i], i) for group in groups for i in group.teacher_indices or ()]
     scores = reward([group.prompt for group, _, _ in drawn], [teacher.trace for _, teacher, _ in drawn])
@@ -106,7 +107,7 @@ def score_traces(groups: list[Group], tokens: Callable[[Group, int], int], rewar
 
 
 def cannot_score(config: Config, prompt: Prompt, teacher: Teacher, fault: str) -> UserError:
-    """What to raise where the reward function fails on a trace that has to be scored."""
+    """Return the error for a reward function that fails on a trace to be scored."""
     return UserError(
         f"reward.function: {config.reward.function}: prompt {prompt.id}: the trace of teacher {teacher.name} cannot be "
         f"scored, which objective.method: {config.objective.method} asks for: {fault}"
@@ -114,13 +115,13 @@ def cannot_score(config: Config, prompt: Prompt, teacher: Teacher, fault: str) -
 
 
 def trace_room(config: Config, longest: int, prompt_tokens: int) -> int:
-    """Tokens of the longest trace that may be drawn after a prompt, for a model of ``longest`` tokens."""
+    """Return the tokens of the longest trace that may be drawn after a prompt, for a model of ``longest`` tokens."""
     limit = config.data.max_teacher_tokens or config.rollout.max_response_tokens
     return min(limit, longest - prompt_tokens)
 
 
 class Sampled(NamedTuple):
-    """What sampling and scoring add to a group."""
+    """The results of sampling and scoring a group."""
 
     responses: list[Response]
     teacher_indices: tuple[int, ...] | None
@@ -128,10 +129,9 @@ class Sampled(NamedTuple):
 
 
 def share(tried: list[list[Group]], layout: Layout, seconds: float) -> tuple[list[list[Sampled]], list[float]]:
-    """Tell all ranks what this one sampled for its places. Returns it for the whole batch, [place, try], and the
-    seconds of all ranks.
+    """Exchange what each rank sampled for its places; return the whole batch, [place, try], and all ranks' seconds.
 
-    ``seconds``: what this rank's share took, without waiting for others.
+    ``seconds``: the time of this rank's share, without waiting for others.
     """
     mine = [
         [Sampled(group.responses, group.teacher_indices, group.teacher_rewards) for group in groups] for groups in tried

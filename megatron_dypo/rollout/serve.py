@@ -1,7 +1,7 @@
-"""One rollout server: vLLM's own, in place of this process, with this project's arguments, guard and worker extension.
+"""One rollout server: vLLM's own, replacing this process, with this project's arguments, guard and worker extension.
 
-The guard lets no request without the token past, whatever its path: vLLM's own key guards the paths of its public
-interface and leaves those that replace weights open.
+The guard rejects every request without the token, whatever its path: vLLM's own key protects the paths of its public
+interface and leaves open those that replace weights.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megatron_dypo.runtime.distributed import device_kind, is_loopback
 
 
 class RequireToken:
-    """ASGI middleware, given to vLLM by name (``--middleware``). Only a health check goes without."""
+    """ASGI middleware, given to vLLM by name (``--middleware``). Only a health check needs no token."""
 
     def __init__(self, app: Callable[..., Awaitable[None]]):
         self._app = app
@@ -51,7 +51,7 @@ def _digest(text: bytes) -> bytes:
     return hashlib.sha256(text).digest()
 
 
-_ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HOST_IP": "127.0.0.1"}  # 1: the calls that replace weights
+_ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HOST_IP": "127.0.0.1"}  # 1: enables the calls that replace weights
 
 
 def serve(config: Config, host: str, port: int, tensor: int) -> NoReturn:
@@ -73,7 +73,7 @@ def serve(config: Config, host: str, port: int, tensor: int) -> NoReturn:
     write_config(shape, folder, tokenizer.end_ids)
     backend = sync_backend(config, kind)
     transfer = {"shared_memory": "megatron_dypo"}.get(backend, backend)
-    # CUDA IPC handles, from those who have the token
+    # CUDA IPC handles from clients that have the token
     set_environment(kind, **_ENVIRONMENT, **({"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if backend == "ipc" else {}))
     flags = as_flags(
         engine_arguments(config, shape, folder, kind, vllm)
@@ -96,10 +96,10 @@ def serve(config: Config, host: str, port: int, tensor: int) -> NoReturn:
 
 
 def _check_port(host: str, port: int) -> None:
-    """Raise UserError where another program listens already; vLLM would see it after minutes."""
+    """Raise UserError if another program already listens; vLLM would notice only after minutes."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM: not the rest of a server that just ended
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # like vLLM: ignores a server that has just ended
         try:
             probe.bind((host, port))
         except OSError as error:
@@ -107,7 +107,7 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _reach(host: str) -> str:
-    """Who gets to an address. Raises UserError where it is none."""
+    """Describe who can reach an address. Raises UserError if it is not an IP address."""
     if is_loopback(host):
         return "reached from this machine only"
     try:

@@ -1,4 +1,4 @@
-"""The files of recorded rollouts: one a step, one JSON line a prompt (docs/data.md). Imports no torch."""
+"""The files of recorded rollouts: one per step, one JSON line per prompt (docs/data.md). Does not import torch."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def step_file(folder: str | Path, step: int) -> Path:
 
 
 def step_files(folder: Path) -> dict[int, Path]:
-    """The recorded steps of a folder, by number."""
+    """Return the recorded steps of a folder, by number."""
     return {int(match[1]): path for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))}
 
 
 def require_steps(folder: str | Path, steps: range) -> None:
-    """Raises UserError naming the first of ``steps`` that was never recorded in ``folder``."""
+    """Raise UserError naming the first of ``steps`` that was never recorded in ``folder``."""
     for step in steps:
         if not os.path.isfile(step_file(folder, step)):
             raise UserError(f"rollout.replay: {step_file(folder, step)}: no recorded step {step}")
 
 
 def read_lines(path: Path, parse: Callable[[Any], _Parsed]) -> Iterator[tuple[int, _Parsed]]:
-    """(number from 1, what ``parse`` makes of the line's JSON); one line at a time, as a step may be gigabytes.
+    """Yield (line number from 1, ``parse`` of its JSON), one line at a time, since a step may be gigabytes.
 
-    Raises UserError naming file and line where the line is not JSON, or ``parse`` refuses it as a value of that kind.
+    Raises UserError naming file and line if a line is not JSON, or ``parse`` rejects it as a value of that kind.
     """
     try:
         with path.open("rb") as file:
@@ -49,7 +49,7 @@ def read_lines(path: Path, parse: Callable[[Any], _Parsed]) -> Iterator[tuple[in
 
 
 def token_ids(values: Any, vocab_size: int = 2**31) -> list[int]:
-    """``values``, a list of JSON. Raises ValueError where one is not a whole number below ``vocab_size``."""
+    """Return ``values``, a list from JSON. Raises ValueError if one is not a whole number below ``vocab_size``."""
     for value in values:
         if type(value) is not int or not 0 <= value < vocab_size:
             raise ValueError(f"{value!r} is no token id of a vocabulary of {vocab_size}")

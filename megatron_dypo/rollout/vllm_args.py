@@ -16,7 +16,7 @@ from megatron_dypo.runtime.distributed import training_dtype
 
 
 def served_model_name(config: Config, shape: ModelShape, tokenizer: Tokenizer) -> str:
-    """E.g. ``megatron_dypo/llama-2x128.model-1f0c.tokenizer-77e1.tokens-512.float32``: the part that differs shows."""
+    """E.g. ``megatron_dypo/llama-2x128.model-1f0c.tokenizer-77e1.tokens-512.float32``: shows what differs."""
     fields = shape.to_hf_config()
     fields.pop("initializer_range", None)
     parts = (
@@ -25,12 +25,12 @@ def served_model_name(config: Config, shape: ModelShape, tokenizer: Tokenizer) -
         f"tokenizer-{tokenizer.digest:016x}"[:18],
         f"tokens-{longest(config, shape)}",
         str(training_dtype(config.model.dtype)).removeprefix("torch."),
-        *(["routing"] if config.policy.routing_replay == "rollout" else []),  # which only the start of a server settles
+        *(["routing"] if config.policy.routing_replay == "rollout" else []),  # fixed when a server starts
     )
     return "megatron_dypo/" + ".".join(parts)
 
 
-_ENVIRONMENT = {  # of vLLM's process, by the kind of device, where nothing else is set
+_ENVIRONMENT = {  # of vLLM's process, by kind of device, unless already set
     "cuda": {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"},
     "cpu": {
         "VLLM_LOGGING_LEVEL": "ERROR",
@@ -39,14 +39,14 @@ _ENVIRONMENT = {  # of vLLM's process, by the kind of device, where nothing else
         "TORCHDYNAMO_DISABLE": "1",
     },
 }
-# Whatever is set: it has neither seeds of requests nor the log-probs that we ask for, and where it is missing vLLM 0.26
-# does not even start.
+# Always set: FlashInfer's sampler supports neither seeds per request nor the log-probs that we need, and without it
+# vLLM 0.26 does not even start.
 _ALWAYS = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
-MOST_SEQUENCES = {"cuda": 1024, "cpu": 512}  # sampled at a time
+MOST_SEQUENCES = {"cuda": 1024, "cpu": 512}  # sampled at a time, at most
 
 
 def longest(config: Config, shape: ModelShape) -> int:
-    """Tokens of prompt and response that the engine makes room for."""
+    """Return the tokens of prompt and response that the engine has room for."""
     return min(shape.max_position, config.window)
 
 
@@ -64,9 +64,9 @@ def set_environment(kind: str, **also: str) -> None:
 
 
 def engine_arguments(config: Config, shape: ModelShape, folder: Path, kind: str, vllm: Vllm) -> dict:
-    """Return the engine arguments for the model whose ``config.json`` lies in ``folder``, without weights.
+    """Return the engine arguments for the model whose ``config.json`` is in ``folder``, without weights.
 
-    ``kind``: of the device (cuda, cpu); ``vllm``: the release that will take them.
+    ``kind``: of the device (cuda, cpu); ``vllm``: the release that will receive them.
     """
     cuda, size = kind == "cuda", config.rollout.engine_memory
     dtype = training_dtype(config.model.dtype, kind)
@@ -77,7 +77,7 @@ def engine_arguments(config: Config, shape: ModelShape, folder: Path, kind: str,
         "dtype": str(dtype).removeprefix("torch."),
         "max_model_len": longest(config, shape),
         "max_num_seqs": MOST_SEQUENCES[kind],
-        "logprobs_mode": "processed_logprobs",  # of the distribution sampled from: temperature and top-p applied
+        "logprobs_mode": "processed_logprobs",  # of the sampling distribution: temperature and top-p applied
         "enable_chunked_prefill": cuda,  # on CPU a seeded request in a chunk crashes ("Generator does not use offset")
         "enforce_eager": not cuda or config.rollout.engine_eager,
         "enable_prefix_caching": True,
@@ -96,17 +96,17 @@ def engine_arguments(config: Config, shape: ModelShape, folder: Path, kind: str,
 
 
 def in_process_arguments(config: Config, kind: str, launched: bool) -> dict:
-    """Return what an engine in a trainer's process takes as well; ``launched``: by torchrun, as one of its ranks."""
+    """Return further arguments of an engine in a trainer's process; ``launched``: by torchrun, as one of its ranks."""
     cuda = kind == "cuda"
     return {
-        "enable_sleep_mode": cuda and config.trainer.offload,  # an allocator whose memory can be given back
-        # torchrun's LOCAL_RANK picks the GPU; vLLM's own choice is the first one, on every rank
+        "enable_sleep_mode": cuda and config.trainer.offload,  # an allocator whose memory can be released
+        # torchrun's LOCAL_RANK selects the GPU; vLLM's own choice would be the first one on every rank
         "distributed_executor_backend": "external_launcher" if cuda and launched else None,
     }
 
 
 def sampling_arguments(seed: int | None, sampling: Sampling) -> dict:
-    """vLLM's sampling parameters of one request; ``seed`` None is greedy decoding."""
+    """Return vLLM's sampling parameters of one request; ``seed`` None is greedy decoding."""
     greedy = seed is None
     return {
         "temperature": 0.0 if greedy else sampling.temperature,
@@ -114,14 +114,14 @@ def sampling_arguments(seed: int | None, sampling: Sampling) -> dict:
         "seed": seed,
         "max_tokens": sampling.max_tokens,
         "stop_token_ids": list(sampling.end_ids),
-        "ignore_eos": True,  # stop_token_ids alone decide
+        "ignore_eos": True,  # only stop_token_ids decide
         "detokenize": False,
-        "logprobs": 0,  # of the sampled token alone
+        "logprobs": 0,  # only of the sampled token
     }
 
 
 def as_flags(arguments: dict) -> list[str]:
-    """The same for the command line."""
+    """Return the arguments as command-line flags."""
     flags = []
     for name, value in arguments.items():
         flag = name.replace("_", "-")

@@ -1,4 +1,4 @@
-"""vLLM in this process: one tensor-parallel-1 engine per rank, beside Megatron-Core, weights replaced in place."""
+"""vLLM in this process: one tensor-parallel-1 engine per rank, alongside Megatron-Core, weights replaced in place."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ class VllmEngine:
         )
         self._verify, self._verify_syncs = config.rollout.verify_sync, config.rollout.verify_syncs
         self._syncs = 0
-        self._asleep: set[str] = set()  # by vLLM's names for parts of its memory
-        self._dropped = False  # the weights, by a sleep since the last sync
+        self._asleep: set[str] = set()  # vLLM's names of the parts of its memory that sleep
+        self._dropped = False  # whether a sleep since the last sync dropped the weights
         self._version = 0  # of the weights, once synced
         assert torch.get_num_threads() == threads
 
     @determinism.not_enforced()
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Response]:
-        """One response per request, in order; ``ids`` ends with one of the end tokens unless cut at ``max_tokens``."""
+        """Return one response per request, in order; ``ids`` ends with an end token unless cut at ``max_tokens``."""
         if not requests:
             return []
         assert not self._dropped, "the engine slept without its weights and has to be synced"
@@ -72,7 +72,7 @@ class VllmEngine:
 
     @determinism.not_enforced()
     def sync(self, weights: VersionedWeights) -> None:
-        """Replace all weights and forget what was cached under the old ones."""
+        """Replace all weights and clear what was cached under the old ones."""
         self._wake("weights")
         self._dropped = False
         turn = Turn(self._syncs, self._verify_syncs)
@@ -88,8 +88,8 @@ class VllmEngine:
 
     @determinism.not_enforced()
     def sleep(self, keep_weights: bool) -> None:
-        """Key/value cache and weights are given back; kept weights are copied to host memory. Needs trainer.offload."""
-        self._wake("weights", "kv_cache")  # vLLM takes an engine of which any part sleeps to be asleep already
+        """Release key/value cache and weights; kept weights are copied to host memory. Needs trainer.offload."""
+        self._wake("weights", "kv_cache")  # vLLM considers an engine asleep if any part of it sleeps
         self._llm.sleep(level=1 if keep_weights else 2)
         self._asleep = {"weights", "kv_cache"}
         self._note_unmapped()
@@ -102,7 +102,7 @@ class VllmEngine:
             self._note_unmapped()
 
     def _note_unmapped(self) -> None:
-        """What is asleep is not on the device, though torch counts it."""
+        """Record which memory is asleep: it is not on the device, although torch counts it."""
         if torch.cuda.is_available():
             from vllm.device_allocator.cumem import CuMemAllocator
 
@@ -126,7 +126,7 @@ class _Client:
         self._llm.update_weights({"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._llm.finish_weight_update()  # no version: before 0.27 it takes none, and responses have ours
+        self._llm.finish_weight_update()  # before 0.27 it takes no version, and responses carry ours
 
 
 def _response(output, version: int) -> Response:
