@@ -28,7 +28,7 @@ from megatron_dypo.evaluate.choices import Choices, find_choices
 from megatron_dypo.evaluate.evaluate import _name
 from megatron_dypo.evaluate.respond import Answer, AnswerFile, ChatServer, Question, Said, server_responses
 from megatron_dypo.evaluate.run import figures, interval, metrics, pass_at_k, rows, run_suite
-from megatron_dypo.evaluate.suites import SUITES, load_suite, named_suites
+from megatron_dypo.evaluate.suites import SUITES, load_suite, load_suites, named_suites
 from megatron_dypo.reward import build_reward
 from megatron_dypo.runtime.distributed import Layout
 from tests.launch import copy_task
@@ -488,9 +488,28 @@ def test_a_file_of_one_s_own_is_a_suite_with_its_name_samples_and_extraction(alo
     assert prompt.id == "own-0" and prompt.ground_truth in "AB" and "A)" in prompt.messages[-1]["content"]
 
 
+def test_a_file_of_one_s_own_may_be_graded_by_a_function_that_gets_what_training_gives_it(alone, tmp_path):
+    (tmp_path / "one_of.py").write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info):\n"
+        "    assert data_source == 'colours' and extra_info['hint'] == 'sky' and extra_info['id'].startswith('own-')\n"
+        "    return solution_str in ground_truth\n"
+    )
+    row = {"prompt": "?", "ground_truth": ["blue", "grey"], "data_source": "colours", "extra_info": {"hint": "sky"}}
+    (tmp_path / "own.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row))
+    settings = Evaluation(instruction=None)
+    asked = f"{tmp_path / 'own.jsonl'}?reward={tmp_path / 'one_of.py'}:compute_score"
+    [(suite, prompts)] = load_suites([asked], settings, "--suite").items()
+    assert prompts[0].ground_truth == ["blue", "grey"]
+    said = [Said("grey", 1, "stop"), Said("red", 1, "stop")]
+    result = run_suite(suite, prompts, config_of(settings), lambda questions: said, alone)
+    assert result["figures"]["pass@1"]["value"] == 0.5 and result["faults"] == 0
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
+        ("own.jsonl?reward=none.py:score", "suite own: reward.function: none.py:score: "),
+        ("own.jsonl?reward=maths", "reward is 'maths', not math, choice or path/file.py:function"),
         ("own.jsonl?samples=0", "samples is '0', not a number from 1 on"),
         ("own.jsonl?samples=many", "samples is 'many', not a number"),
         ("own.jsonl?extract=box", "extract is 'box', not boxed, marked or number"),

@@ -12,22 +12,24 @@ than the files that circulate. Suites are asked for by name, or by file:
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_dypo.config.schema import Evaluation
+from megatron_dypo.config.checks import is_custom
+from megatron_dypo.config.schema import Evaluation, Reward
 from megatron_dypo.errors import UserError
 from megatron_dypo.escapes import swallowed_in, with_escapes
 from megatron_dypo.evaluate.choices import choices_of
 from megatron_dypo.evaluate.suite_files import SUFFIXES, SuiteLocation, find, read
 from megatron_dypo.records import Prompt
-from megatron_dypo.reward import last_boxed
+from megatron_dypo.reward import build_reward, last_boxed
 
 log = logging.getLogger(__name__)
 
@@ -106,8 +108,16 @@ SUITES = {suite.name: suite for suite in _PAPER}
 
 
 def load_suites(asked: Iterable[str], settings: Evaluation, where: str) -> dict[Suite, list[Prompt]]:
-    """The problems of the suites ``asked`` for, in order. Raises UserError as ``named_suites`` and ``load_suite``."""
-    return {suite: load_suite(suite, settings) for suite in named_suites(asked, where)}
+    """The problems of the suites ``asked`` for, in order. Raises UserError as ``named_suites`` and ``load_suite``, and
+    for a function of the user's own that cannot be imported or called."""
+    suites = named_suites(asked, where)
+    for suite in suites:
+        if is_custom(suite.reward):
+            try:
+                build_reward(Reward(function=suite.reward)).close()
+            except UserError as error:
+                raise UserError(f"{where}: suite {suite.name}: {error}") from None
+    return {suite: load_suite(suite, settings) for suite in suites}
 
 
 def load_suite(suite: Suite | str, settings: Evaluation) -> list[Prompt]:
@@ -159,9 +169,15 @@ def _prompt(suite: Suite, index: int, row: Any, settings: Evaluation) -> Prompt:
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {type(row).__name__}")
     row = {str(column).strip().casefold(): value for column, value in row.items()}
-    identity = f"{suite.name}-{index}"
+    identity, source, extra = f"{suite.name}-{index}", suite.name, ""
     question, system = _question(row)
-    if suite.reward == "choice":
+    answer: str | list | dict
+    if is_custom(suite.reward):  # called with what training gives it
+        value = _answer_value(row)
+        answer = value if isinstance(value, (list, dict)) else _answer(row)
+        source = str(row.get("data_source") or suite.name)
+        extra = json.dumps(row["extra_info"]) if isinstance(row.get("extra_info"), dict) else ""
+    elif suite.reward == "choice":
         choices = choices_of(row, question, _answer(row))
         if settings.shuffle_options:
             choices = choices.shuffled(settings.seed, identity)
@@ -172,7 +188,7 @@ def _prompt(suite: Suite, index: int, row: Any, settings: Evaluation) -> Prompt:
         question = f"{question.rstrip()}\n\n{settings.instruction}"
     system = settings.system or system
     messages = [{"role": "system", "content": system}] if system else []
-    return Prompt(identity, answer, (), suite.name, (*messages, {"role": "user", "content": question}))
+    return Prompt(identity, answer, (), source, (*messages, {"role": "user", "content": question}), extra=extra)
 
 
 def _question(row: dict) -> tuple[str, str | None]:
@@ -189,11 +205,16 @@ def _question(row: dict) -> tuple[str, str | None]:
     raise ValueError(f"no question: none of {', '.join(QUESTIONS)} holds text or a chat")
 
 
-def _answer(row: dict) -> str:
-    """A final answer; of a worked solution its last box, or what follows ``####``."""
+def _answer_value(row: dict) -> Any:
+    """What the first of the usual columns holds; None where none of them holds anything."""
     nested = row.get("reward_model")
     values = [row.get(field) for field in ANSWERS] + [nested.get("ground_truth") if isinstance(nested, dict) else None]
-    value = next((value for value in values if value not in (None, "", [])), None)
+    return next((value for value in values if value not in (None, "", [])), None)
+
+
+def _answer(row: dict) -> str:
+    """A final answer; of a worked solution its last box, or what follows ``####``."""
+    value = _answer_value(row)
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
@@ -209,13 +230,12 @@ def _answer(row: dict) -> str:
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TAKEN = {*SUITES, "valid"}  # eval/valid/* are the metrics of data.valid
-_OPTIONS = {  # what each may be
-    "samples": re.compile("[1-9][0-9]{0,5}"),
-    "extract": re.compile("boxed|marked|number"),
-    "reward": re.compile("math|choice"),
+_OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {  # (whether it may be so, what it may be)
+    "samples": (re.compile("[1-9][0-9]{0,5}").fullmatch, "a number from 1 on"),
+    "extract": (re.compile("boxed|marked|number").fullmatch, "boxed, marked or number"),
+    "reward": (lambda value: value in ("math", "choice") or is_custom(value), "math, choice or path/file.py:function"),
 }
-_SHAPES = {"samples": "a number from 1 on", "extract": "boxed, marked or number", "reward": "math or choice"}
-FORM = "[NAME=]FILE[?samples=N&extract=boxed|marked|number&reward=math|choice]"
+FORM = "[NAME=]FILE[?samples=N&extract=boxed|marked|number&reward=math|choice|path/file.py:function]"
 
 
 def named_suites(asked: Iterable[str], where: str) -> list[Suite]:
@@ -254,8 +274,9 @@ def _options(asked: str, text: str | None, where: str) -> dict:
         key, equals, value = part.partition("=")
         if not equals or key not in _OPTIONS or key in found:
             raise UserError(f"{where}: {asked!r}: {part!r} is not one of {FORM}, each at most once")
-        if not _OPTIONS[key].fullmatch(value):
-            raise UserError(f"{where}: {asked!r}: {key} is {value!r}, not {_SHAPES[key]}")
+        is_one, shape = _OPTIONS[key]
+        if not is_one(value):
+            raise UserError(f"{where}: {asked!r}: {key} is {value!r}, not {shape}")
         found[key] = value
     fields = found | ({"samples": int(found["samples"])} if "samples" in found else {})
     return fields | {"given": frozenset(found)}
