@@ -20,6 +20,7 @@ from megatron_dypo.config.reads import (
     EXPERTS,
     GROUPED,
     IMITATING,
+    KINDS,
     MIDDLE,
     PAIRS,
     PROCESS,
@@ -355,4 +356,7 @@ def test_help_and_the_page_say_when_a_key_is_read():
     for name in READ_WITH:
         assert f"Read with {read_with(name)}." in page.replace("\\|", "|")
         assert f"Read with {read_with(name)}." in reference
-    assert read_with("objective.gamma") == "`objective.method: dypo` or `relift` or `sft` or `srft` or `switch`"
+    assert read_with("objective.gamma") == "recipes that imitate teachers"
+    for kind, methods in KINDS.items():
+        assert f"| {kind} | `{'`, `'.join(methods)}` |" in page
+        assert f"{kind}: {', '.join(methods)}" in reference

@@ -1,11 +1,12 @@
-"""When a key is read: the one table from which the loader refuses, ``--help`` and the docs say who reads what.
+"""Say when a key is read: the one table behind the loader's refusals, ``--help`` and docs/configuration.md.
 
-A key that is not in ``READ_WITH`` is always read. One that is there is read where all its conditions hold; those of a
-key that decides are among them, so that one pass finds all.
+A key that is not in ``READ_WITH`` is always read. A key in it is read where all its conditions hold; they include the
+conditions of the keys that decide, so that one pass is enough.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,18 +31,32 @@ PROCESS = ("prime",)  # learn a process reward model
 MIDDLE = ("dypo", "prime")  # train Mid groups otherwise than Easy ones
 ROUTED = ("dypo", "prime", "relift", "switch")  # train other terms in other regimes
 
+KINDS = {  # recipes by what they have in common, in the docs' words
+    "recipes that sample": SAMPLING,
+    "recipes with a policy ratio": RATIO,
+    "recipes with group advantages": RELATIVE,
+    "recipes with regimes": ROUTED,
+    "recipes that tell Mid from Easy": MIDDLE,
+    "recipes with teachers": TEACHERS,
+    "recipes that imitate teachers": IMITATING,
+    "recipes with traces": tuple(sorted({*TEACHERS, *EXPERTS})),
+    "recipes that imitate traces": tuple(sorted({*IMITATING, *EXPERTS})),
+    "recipes with shaped traces": SHAPED,
+}
+
 
 @dataclass(frozen=True)
 class Condition:
-    """``text``: as the docs say it; ``keys`` decide; ``holds`` asks a configuration."""
+    """``text`` says it in an error; ``keys`` decide; ``holds`` tests a configuration; ``docs`` is shorter, if given."""
 
     text: str
     keys: tuple[str, ...]
     holds: Callable[[Config], bool]
+    docs: str | None = None
 
 
 def lookup(config: Config, dotted: str) -> Any:
-    """The value of a key."""
+    """Return the value of a key."""
     node: Any = config
     for part in dotted.split("."):
         node = getattr(node, part)
@@ -49,7 +64,7 @@ def lookup(config: Config, dotted: str) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value as YAML has it."""
+    """Format a value as in YAML."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)
@@ -58,6 +73,11 @@ def shown(value: Any) -> str:
 def _one_of(dotted: str, *values: Any) -> Condition:
     text = f"`{dotted}: {'` or `'.join(map(shown, values))}`"
     return Condition(text, (dotted,), lambda config: lookup(config, dotted) in values)
+
+
+def _recipe(kind: str) -> Condition:
+    """Return the condition that ``objective.method`` is one of ``KINDS[kind]``."""
+    return dataclasses.replace(_one_of("objective.method", *KINDS[kind]), docs=kind)
 
 
 def _not(dotted: str, value: Any) -> Condition:
@@ -69,7 +89,7 @@ def _above(dotted: str, value: float) -> Condition:
 
 
 def uses_reference(config: Config) -> bool:
-    """Whether any term reads the reference's log-probs (``objectives.coefficients.needs_reference``)."""
+    """Return whether any term reads reference log-probs (``objectives.coefficients.needs_reference``)."""
     objective = config.objective
     gal = objective.method in PAIRS and objective.alpha < 1
     ratio = objective.method in RATIO and (objective.kl_coef > 0 or objective.ratio_base == "reference")
@@ -77,23 +97,23 @@ def uses_reference(config: Config) -> bool:
 
 
 def uses_sums(config: Config) -> bool:
-    """Whether any coefficient reads what the current policy makes of a sequence (``coefficients.needs_sums``)."""
+    """Return whether any coefficient reads the current policy's sequence sums (``coefficients.needs_sums``)."""
     objective = config.objective
     gal = objective.method in PAIRS and objective.alpha < 1
     by_ratio = objective.method in RATIO and objective.ratio_level == "sequence"
     return gal or by_ratio or (objective.method in TILTED and objective.tilt_level == "sequence")
 
 
-_SAMPLES = _one_of("objective.method", *SAMPLING)
-_RATIO = _one_of("objective.method", *RATIO)
+_SAMPLES = _recipe("recipes that sample")
+_RATIO = _recipe("recipes with a policy ratio")
 _TILTED = _one_of("objective.method", *TILTED)
-_TEACHES = _one_of("objective.method", *TEACHERS)
-_IMITATES = _one_of("objective.method", *IMITATING)
-_AVERAGES = _one_of("objective.method", *sorted({*IMITATING, *EXPERTS}))
+_TEACHES = _recipe("recipes with teachers")
+_IMITATES = _recipe("recipes that imitate teachers")
+_AVERAGES = _recipe("recipes that imitate traces")
 _EXPERTS = _one_of("objective.method", *EXPERTS)
-_SHAPED = _one_of("objective.method", *SHAPED)
+_SHAPED = _recipe("recipes with shaped traces")
 _LUFFYS = Condition(
-    "`objective.shape: luffy` (or null, with a recipe whose own that is)",
+    "`objective.shape: luffy` (or null, if that is the default of the recipe)",
     ("objective.shape", "objective.method"),
     lambda config: (
         config.objective.shape == "luffy" or (config.objective.shape is None and config.objective.method in LUFFYS)
@@ -105,7 +125,8 @@ _BOUNDED = Condition(
     ("objective.surrogate", "objective.loss_function"),
     lambda config: config.objective.surrogate in ("clip", "cispo") or config.objective.loss_function is not None,
 )
-_RELATIVE = _one_of("objective.method", *RELATIVE)
+_RELATIVE = _recipe("recipes with group advantages")
+_ROUTED = _recipe("recipes with regimes")
 _PROCESS = _one_of("objective.method", *PROCESS)
 _GAL = (
     _one_of("objective.method", *PAIRS),
@@ -132,7 +153,7 @@ READ_WITH: dict[str, tuple[Condition, ...]] = {
     "policy.routing_replay": (_SAMPLES,),
     "parallel.virtual_pipeline": (_above("parallel.pipeline", 1),),
     "parallel.sequence_parallel": (_above("parallel.tensor", 1),),
-    "data.max_teacher_tokens": (_one_of("objective.method", *sorted({*TEACHERS, *EXPERTS})),),
+    "data.max_teacher_tokens": (_recipe("recipes with traces"),),
     "data.experts": (_EXPERTS,),
     "data.experts_per_step": (_EXPERTS,),
     "reward.extract": (_one_of("reward.function", *REWARD_FUNCTIONS), _ENGINE),
@@ -174,7 +195,7 @@ READ_WITH: dict[str, tuple[Condition, ...]] = {
     "objective.shape_gamma": (_SHAPED, _LUFFYS),
     "objective.queue_size": (_one_of("objective.method", *QUEUEING),),
     "objective.queue_order": (_one_of("objective.method", *QUEUEING),),
-    "objective.gate": (_one_of("objective.method", *ROUTED),),
+    "objective.gate": (_ROUTED,),
     "objective.teachers_per_prompt": (_TEACHES,),
     "objective.loss_function": (_RELATIVE, _RATIO),
     "objective.surrogate": (_RATIO, _FUSED),
@@ -183,8 +204,8 @@ READ_WITH: dict[str, tuple[Condition, ...]] = {
     "objective.sapo_tau_pos": (_RATIO, _FUSED, _one_of("objective.surrogate", "sapo")),
     "objective.sapo_tau_neg": (_RATIO, _FUSED, _one_of("objective.surrogate", "sapo")),
     "objective.kl_coef": (_RATIO,),
-    "objective.hard_max_solved": (_one_of("objective.method", *ROUTED), _one_of("objective.gate", "reward")),
-    "objective.easy_min_solved": (_one_of("objective.method", *MIDDLE), _one_of("objective.gate", "reward")),
+    "objective.hard_max_solved": (_ROUTED, _one_of("objective.gate", "reward")),
+    "objective.easy_min_solved": (_recipe("recipes that tell Mid from Easy"), _one_of("objective.gate", "reward")),
     "objective.aggregation": (_SAMPLES,),
     "objective.aggregation_constant": (_SAMPLES, _one_of("objective.aggregation", "constant")),
     "objective.ratio_base": (_RATIO,),
@@ -208,7 +229,7 @@ READ_WITH: dict[str, tuple[Condition, ...]] = {
 
 @dataclass(frozen=True)
 class Idle:
-    """A key that is set and not read, its value, and the conditions that do not hold."""
+    """A key that is set but not read: its value, and the conditions that do not hold."""
 
     key: str
     value: Any
@@ -216,21 +237,21 @@ class Idle:
 
 
 def unread(config: Config) -> dict[str, list[Condition]]:
-    """The keys that ``config`` does not read, with the conditions that do not hold."""
+    """Return the keys that ``config`` does not read, with the conditions that do not hold."""
     failing = {name: [each for each in all_ if not each.holds(config)] for name, all_ in READ_WITH.items()}
     return {name: conditions for name, conditions in failing.items() if conditions}
 
 
 def idle_keys(config: Config) -> list[Idle]:
-    """The keys that ``config`` does not read although their values are not the defaults."""
+    """Return the keys that ``config`` does not read although they are not at their defaults."""
     values = {name: lookup(config, name) for name in READ_WITH}
     return [Idle(name, values[name], each) for name, each in unread(config).items() if values[name] != DEFAULTS[name]]
 
 
 def refusal(config: Config, idle: Idle, given: set[str]) -> str | None:
-    """Why a key must not be set where it is not read (one line, naming both keys); None where an override made it idle.
+    """Return one line that refuses an idle key and names the key that decides; None if an override made it idle.
 
-    ``given``: the keys of the overrides. Refused is an idle key that is among them, or is decided by the file itself.
+    ``given``: the keys of the overrides. An idle key is refused if it is one of them, or if the file itself decides.
     """
     own = [condition for condition in idle.failing if not given & set(condition.keys)]
     if idle.key not in given and not own:
@@ -243,17 +264,17 @@ def refusal(config: Config, idle: Idle, given: set[str]) -> str | None:
 
 
 def put_aside(config: Config, idle: Idle) -> None:
-    """The default in place of a key's value, which is kept in ``config.written``."""
+    """Replace a key's value by its default; keep the value in ``config.written``."""
     section, _, leaf = idle.key.rpartition(".")
     setattr(lookup(config, section), leaf, DEFAULTS[idle.key])
     config.written[idle.key] = idle.value
 
 
 def deciding(config: Config, condition: Condition) -> str:
-    """Name the keys that decide, with their values."""
+    """Return the keys that decide, with their values."""
     return ", ".join(f"{name}: {shown(lookup(config, name))}" for name in condition.keys)
 
 
 def read_with(dotted: str) -> str:
-    """Say in words when a key is read; empty where it always is."""
-    return " and ".join(condition.text for condition in READ_WITH.get(dotted, ()))
+    """Say in words when a key is read; empty if always."""
+    return " and ".join(condition.docs or condition.text for condition in READ_WITH.get(dotted, ()))

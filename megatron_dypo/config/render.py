@@ -1,11 +1,11 @@
-"""The schema as text: the key reference of ``train --help`` and of docs/configuration.md."""
+"""Render the schema as text: the key reference in ``train --help`` and docs/configuration.md."""
 
 from __future__ import annotations
 
 import textwrap
 from typing import Literal, get_args, get_origin
 
-from megatron_dypo.config.reads import read_with
+from megatron_dypo.config.reads import KINDS, read_with
 from megatron_dypo.config.schema import Config, walk
 from megatron_dypo.config.stages import BESIDES, OF_THE_RUN, SECTIONS
 
@@ -14,18 +14,22 @@ _INTRODUCTION = """\
 
 <!-- Written by `python -m megatron_dypo.config > docs/configuration.md` from megatron_dypo/config/. -->
 
-One YAML file, checked as a whole before anything is built:
+A run is configured by one YAML file, checked as a whole before anything is built:
 `python -m megatron_dypo train CONFIG [section.key=value | FILE.yaml ...]`.
-An override on the command line replaces the file's value, and a later one an earlier. A further YAML file stands for an
-override of each of its keys: `examples/systems/run.sh` lays recipes over the quickstart. An unknown key is an error
-that names the nearest known one, or ours where verl, TRL, Megatron-LM or vLLM have the key by that name.
-Relative paths are relative to the working directory; `~` and `$VARIABLE` in a path stand for what they stand for in a
-shell. Numbers are decimal (`010` is ten). Four keys have to be given: `model.preset` (or `model.hf`), `data.train`,
-`trainer.steps` and `trainer.run_dir`.
+Overrides on the command line replace values of the file; the last one wins. A further YAML file overrides each key it
+contains: `examples/systems/run.sh` lays recipes over the quickstart this way. An unknown key is an error that names the
+nearest known key, or our name for it if verl, TRL, Megatron-LM or vLLM has a key by that name.
+Relative paths are relative to the working directory; `~` and `$VARIABLE` in a path are expanded. Numbers are decimal
+(`010` is ten). Four keys are required: `model.preset` (or `model.hf`), `data.train`, `trainer.steps` and
+`trainer.run_dir`.
 
-A key that is set and not read is an error that names it and the key that decides, where both are in the file, or where
-the key is on the command line. A key of the file that an override makes idle (`objective.method=sft` with
-`objective.alpha` in the file) is named in one line, and the run goes on without it.
+"Read with" states the condition under which a key is read. Setting a key that is not read is an error that names it and
+the key that decides, if the file sets both or the command line sets the idle key. If an override makes a key of the
+file idle (`objective.method=sft` with `objective.alpha` in the file), one line says so and the run ignores that key.
+The kinds of recipes (`objective.method`) are:
+
+| kind | recipes |
+|---|---|
 """
 
 
@@ -50,13 +54,13 @@ stages:
     steps: 500
 ```
 
-A stage may give the keys of {_listed(SECTIONS)} that may not change on resume, but for
-{_listed(OF_THE_RUN)}; and beside them
+A stage may set the keys of {_listed(SECTIONS)} that may not change on resume, except
+{_listed(OF_THE_RUN)}; and also
 {_listed(BESIDES)}.
-All other keys are the run's. What a stage does not give is taken from the rest of the file, where a key need be read by
-one stage only. On the command line `stages.0.optimizer.lr=...` is the first stage's. What begins anew with a stage:
-[objective.md](objective.md#stages). On resume the stage under way may get another `trainer.steps`, and those after it
-may be others altogether.
+All other keys belong to the run. A stage takes what it does not set from the rest of the file, where each key must be
+read by at least one stage. On the command line, `stages.0.optimizer.lr=...` sets a key of the first stage. What starts
+afresh with a stage: [objective.md](objective.md#stages). On resume, `trainer.steps` of the current stage may change,
+and later stages may be replaced.
 """
 
 
@@ -82,14 +86,16 @@ def _default(info) -> str:
 
 
 def _meaning(dotted: str, info) -> str:
-    """What a key is for, and when it is read."""
+    """Return what a key is for, and when it is read."""
     when = read_with(dotted)
     return f"{info.description} Read with {when}." if when else info.description
 
 
 def key_reference() -> str:
-    """Every key with type, default and meaning, for a terminal."""
-    lines = ["configuration keys:"]
+    """Return every key with type, default and meaning, for a terminal."""
+    lines = ["kinds of recipes (objective.method):"]
+    lines += [f"  {kind}: {', '.join(methods)}" for kind, methods in KINDS.items()]
+    lines += ["", "configuration keys:"]
     for dotted, info in walk():
         lines.append(f"  {dotted}  ({_type(info.annotation)}; {_default(info)})")
         lines.extend(textwrap.wrap(_meaning(dotted, info), 100, initial_indent="      ", subsequent_indent="      "))
@@ -97,12 +103,13 @@ def key_reference() -> str:
 
 
 def page() -> str:
-    """docs/configuration.md; ``python -m megatron_dypo.config`` prints it."""
-    return _INTRODUCTION + markdown()
+    """Return docs/configuration.md, as ``python -m megatron_dypo.config`` prints it."""
+    kinds = [f"| {kind} | {', '.join(f'`{method}`' for method in methods)} |\n" for kind, methods in KINDS.items()]
+    return _INTRODUCTION + "".join(kinds) + markdown()
 
 
 def markdown() -> str:
-    """docs/configuration.md's tables, one a section."""
+    """Return the tables of docs/configuration.md, one per section."""
     lines, section = [], None
     for dotted, info in walk():
         name, _, leaf = dotted.partition(".")
