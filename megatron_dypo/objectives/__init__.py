@@ -1,4 +1,4 @@
-"""DYPO's mathematics as pure functions (docs/objective.md). Imports torch only: no megatron, no vllm."""
+"""DYPO's mathematics as pure functions (docs/objective.md). Imports only torch: no megatron, no vllm."""
 
 from megatron_dypo.objectives.coefficients import SequenceSums, SequenceTerms, sequence_terms
 from megatron_dypo.objectives.dypo import gal_coefficients, grade, group_advantages, pair_statistics

@@ -24,9 +24,9 @@ def grade(
     gate: str = "reward",
     easy_min_solved: int | None = None,
 ) -> list[Regime]:
-    """Regime of each row of ``rewards`` [Q, k]; right is what is at least ``reward_threshold``.
+    """Return the regime of each row of ``rewards`` [Q, k]; rewards of at least ``reward_threshold`` are right.
 
-    With ``gate: advantage`` a row is Hard where none of it has a positive advantage, which is where all are equal.
+    With ``gate: advantage`` a row is Hard if it has no positive advantage, which means that all rewards are equal.
     """
     rewards = torch.as_tensor(rewards)
     solved, k = (rewards >= reward_threshold).sum(-1).tolist(), rewards.shape[-1]
@@ -37,7 +37,7 @@ def grade(
 
 
 def group_advantages(rewards: Tensor, normalize_std: bool | str = True, eps: float = 1e-6) -> Tensor:
-    """A_i = (r_i - mean) / (std + eps) within each row of ``rewards`` [Q, k] -> float64 [Q, k] (Eq. 22).
+    """Return A_i = (r_i - mean) / (std + eps) within each row of ``rewards`` [Q, k], float64 [Q, k] (Eq. 22).
 
     ``normalize_std``: True or "population", "sample" (k - 1), or False or "none" (Dr. GRPO: no division). A row of
     ties, and k = 1, give zeros.
@@ -51,9 +51,9 @@ def group_advantages(rewards: Tensor, normalize_std: bool | str = True, eps: flo
 
 
 def gal_coefficients(log_ratios: Tensor, rewards: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss [], coefficients [k], eta []) in float64 from each trajectory's log-ratio to the reference, in nats.
+    """Return (loss [], coefficients [k], eta []), float64, from the trajectories' log-ratios to the reference (nats).
 
-    eta = mean over pairs of (1 - sigmoid(beta d))^2, the paper's discrimination difficulty. Without a pair all are 0.
+    eta = mean over pairs of (1 - sigmoid(beta d))^2, the paper's discrimination difficulty. Without pairs all are 0.
     """
     d_kk, pairs_kk = _pair_differences(log_ratios, rewards)
     count = pairs_kk.sum()
@@ -67,7 +67,7 @@ def gal_coefficients(log_ratios: Tensor, rewards: Tensor, beta: float) -> tuple[
 
 
 def pair_statistics(log_ratios: Tensor, rewards: Tensor, beta: float) -> tuple[float, int, int]:
-    """(sum of d^2 over pairs, saturated pairs: weight < 0.01 or > 0.99, pairs)."""
+    """Return (sum of d^2 over pairs, saturated pairs: weight < 0.01 or > 0.99, pairs)."""
     d_kk, pairs_kk = _pair_differences(log_ratios, rewards)
     d_P = d_kk[pairs_kk]
     weight_P = torch.sigmoid(-beta * d_P)

@@ -1,7 +1,7 @@
-"""A loss of the user's own in place of the surrogate (``objective.loss_function``): what it is given, what it returns.
+"""A user's own loss in place of the surrogate (``objective.loss_function``): its input and its result.
 
 It runs unfused: log-probs and entropies of a micro-batch come from ``linear_logprob``, slopes from torch's autograd.
-Legend: N loss tokens of a micro-batch's responses, those that this rank holds; S responses.
+Legend: N loss tokens of a micro-batch's responses held by this rank; S responses.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PolicyLossBatch:
-    """What the function is given, of one micro-batch of responses.
+    """Input of the function for one micro-batch of responses; log-probs and entropies in nats.
 
     ``log_prob`` and ``entropy`` [N] under the current policy are differentiable; ``old_log_prob``, ``rollout_log_prob``
-    (the engine's) and ``ref_log_prob`` [N] (None where no term reads a reference) are not. Nats. ``advantages`` [N] are
-    the recipe's. ``weights`` [N] is what each token's loss is multiplied by afterwards: the term's share, every
-    normaliser over the global batch, and the rollout correction. ``cu_seqlens`` [S + 1] are the responses' offsets
-    among the N tokens: with context parallelism a rank holds a part of each response, maybe none of it, so take sums
-    over a response by ``sequence_sum`` or ``sequence_mean``. ``objective`` has the configuration's keys.
+    (the engine's) and ``ref_log_prob`` [N] (None if no term reads a reference) are not. ``advantages`` [N] are the
+    recipe's. ``weights`` [N] multiply each token's loss afterwards: the term's share, every normaliser over the global
+    batch, and the rollout correction. ``cu_seqlens`` [S + 1] are the responses' offsets among the N tokens: with
+    context parallelism a rank holds a part of each response, maybe none of it, so compute sums over a response with
+    ``sequence_sum`` or ``sequence_mean``. ``objective`` has the configuration's keys.
     """
 
     log_prob: Tensor
@@ -47,9 +47,9 @@ class PolicyLossBatch:
     context_group: dist.ProcessGroup | None = None
 
     def sequence_sum(self, x_N: Tensor) -> Tensor:
-        """[S]: over all tokens of each response, those of other ranks included; differentiable.
+        """Sum over all tokens of each response, including other ranks' [S]; differentiable.
 
-        With context parallelism it is collective: call it as often on every rank, whatever the values.
+        Collective with context parallelism: call it equally often on every rank, whatever the values.
         """
         sums_S = torch.segment_reduce(x_N.double(), "sum", offsets=self.cu_seqlens, initial=0)
         if self.context_group is not None:
@@ -57,21 +57,21 @@ class PolicyLossBatch:
         return sums_S.to(x_N.dtype)
 
     def sequence_mean(self, x_N: Tensor) -> Tensor:
-        """[S]: as ``sequence_sum``, over the number of the response's tokens."""
+        """Average over all tokens of each response [S], as ``sequence_sum`` sums."""
         return self.sequence_sum(x_N) / self.lengths
 
     def per_token(self, x_S: Tensor) -> Tensor:
-        """[N]: each token has its response's value."""
+        """Spread each response's value over its tokens [N]."""
         return x_S.repeat_interleave(self.cu_seqlens.diff(), output_size=len(self.log_prob))
 
     @cached_property
     def lengths(self) -> Tensor:
-        """Loss tokens of each response [S], as ``log_prob`` in dtype. Collective, as ``sequence_sum``."""
+        """Return the loss tokens of each response [S], in ``log_prob``'s dtype. Collective, like ``sequence_sum``."""
         return self.sequence_sum(torch.ones_like(self.log_prob.detach()))
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """The loss is the sum of the ranks' losses, so each rank's part has the sum of their gradients."""
+    """All-reduce whose backward is one too: the loss is the sum of all ranks' losses."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -88,7 +88,7 @@ class _SumOverRanks(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class OwnLoss:
-    """The function that ``named`` names."""
+    """A loaded function and its configured name ``named``."""
 
     named: str
     function: Callable[[PolicyLossBatch], Any]
@@ -97,7 +97,7 @@ class OwnLoss:
         return f"objective.loss_function: {self.named}"
 
     def __call__(self, batch: PolicyLossBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """(each token's loss [N], metrics [N] by name). Raises TrainingError for anything else, naming the function."""
+        """Return (each token's loss [N], metrics [N] by name); raise TrainingError for anything else."""
         try:
             result = self.function(batch)
         except Exception as error:  # a user's code may raise anything
@@ -120,7 +120,7 @@ class OwnLoss:
         return loss_N, {name: values_N.detach() for name, values_N in metrics.items()}
 
     def slopes(self, batch: PolicyLossBatch) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """(weighted loss summands, dL/dlogp, dL/dentropy, metrics), each [N]; the batch's own graph is not touched."""
+        """Return (weighted loss summands, dL/dlogp, dL/dentropy, metrics), each [N]; the batch's graph is untouched."""
         leaves = batch.log_prob.detach().requires_grad_(), batch.entropy.detach().requires_grad_()
         with torch.enable_grad():
             fields = {name: getattr(batch, name) for name in PolicyLossBatch.__dataclass_fields__}
@@ -134,16 +134,16 @@ class OwnLoss:
 
 @lru_cache(maxsize=4)
 def load_own_loss(named: str) -> OwnLoss:
-    """Import it. Raises UserError, one line."""
+    """Import the function. Raises UserError, one line."""
     try:
         return OwnLoss(named, load_function(named))
-    except Exception as error:  # a user's file may raise anything when it is imported
+    except Exception as error:  # a user's file may raise anything on import
         reason = str(error).partition("\n")[0]
         raise UserError(f"objective.loss_function: {named}: {type(error).__name__}: {reason}") from None
 
 
 def try_out(own: OwnLoss, objective: Objective, has_reference: bool) -> None:
-    """Call it on a few made-up tokens. Raises UserError where what it returns could not be trained with."""
+    """Call the function on a few made-up tokens. Raises UserError if training could not use its result."""
     counts = [5, 1, 7]
     log_prob_N = -torch.linspace(0.1, 3.0, sum(counts))
     drift_N = 0.3 * torch.cos(torch.arange(sum(counts)))

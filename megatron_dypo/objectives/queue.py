@@ -1,6 +1,6 @@
-"""The queue of a recipe with deferred terms: which groups wait, and which of them are due for an update of their own.
+"""The queue of a recipe with deferred terms: groups that wait, and those due for an update of their own.
 
-What waits is a prompt's id and the teachers drawn for it in the step that it failed in. It is in every checkpoint.
+An entry is a prompt's id and the teachers drawn for it in the step in which it failed. Every checkpoint has them.
 """
 
 from __future__ import annotations
@@ -22,31 +22,33 @@ Waiting = tuple[str, tuple[int, ...]]  # prompt id, teachers
 
 @dataclass
 class DeferredQueue(Generic[Entry]):
-    """``waiting``, the next to be due in front. ``order``: whether a step's ``newest`` go in front of those that wait
-    (in the order of the batch), or ``oldest`` first."""
+    """A queue; ``waiting`` starts with the next entries to be due.
+
+    ``order``: a step's ``newest`` go in front of those that wait (in the order of the batch), or ``oldest`` first.
+    """
 
     size: int
     order: str
     waiting: list[Entry] = field(default_factory=list)
 
     def add(self, fresh: Sequence[Entry]) -> None:
-        """One step's, in the order of the batch. What waits already may come again."""
+        """Add a step's entries, in the order of the batch. Entries may be queued already."""
         self.waiting = [*fresh, *self.waiting] if self.order == "newest" else [*self.waiting, *fresh]
 
     @property
     def due(self) -> list[Entry]:
-        """The first ``size`` once as many wait, else none; they wait on until ``remove_due``."""
+        """Return the first ``size`` entries once that many wait, else none; they stay until ``remove_due``."""
         return self.waiting[: self.size] if len(self.waiting) >= self.size else []
 
     def remove_due(self) -> None:
-        """Once they have had their update."""
+        """Remove the due entries, after their update."""
         self.waiting = self.waiting[len(self.due) :]
 
 
 def failed(groups: Sequence[Group], objective: Objective) -> list[Waiting]:
-    """Those of a graded step's groups that a deferred term trains and that have a trace to train on.
+    """Return the groups of a graded step that a deferred term trains and that have a trace to train on.
 
-    A group with a reward that is not finite has not failed: nothing is known of it.
+    A group with a non-finite reward has not failed: its outcome is unknown.
     """
     terms = update_terms(objective, deferred=True)
     return [

@@ -1,7 +1,6 @@
 """The share of experts at a step: CHORD's mu (arXiv 2508.11408).
 
-As Trinity-RFT's `chord_policy_loss` has it, of steps that are counted from 1. All updates of one rollout have the
-same share.
+As in Trinity-RFT's `chord_policy_loss`, with steps counted from 1. All updates of one rollout have the same share.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def mu(mix: Mix, step: int) -> float:
-    """From 0 to ``peak`` in a line over ``warmup`` steps, to ``valley`` in half a cosine over ``decay``, then that."""
+    """Return mu: linear from 0 to ``peak`` in ``warmup`` steps, half a cosine to ``valley`` in ``decay``, constant."""
     if step < mix.warmup:
         return mix.peak * step / mix.warmup
     since = step - mix.warmup

@@ -1,4 +1,4 @@
-"""The surrogate of a response's one ratio (``objective.ratio_level: sequence``): the coefficient pass's, in float64."""
+"""The surrogate of a response's one ratio (``objective.ratio_level: sequence``), computed once, in float64."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def ratio_unit(objective: Objective, tokens: int) -> float:
-    """What a sum over a response's ``tokens`` is multiplied by in its sequence-level ratio: mean, or sum."""
+    """Return the factor of a sum over a response's ``tokens`` in its sequence-level ratio: mean, or sum."""
     return 1.0 if objective.scale == "trajectory" else 1 / tokens
 
 
 def sequence_surrogate(
     sums: SequenceSums, advantage: float, unit: float, objective: Objective, correction: Correction
 ) -> tuple[float, float, bool]:
-    """(surrogate, its derivative in the response's log-ratio, clipped?) of a sequence-level ratio, with correction."""
+    """Return (surrogate, derivative in the log-ratio, clipped?) of a sequence-level ratio, with correction."""
     base = sums.old if objective.ratio_base == "old" else sums.reference
     ratio = math.exp(min((sums.now - base) * unit, LARGEST))
     low, high = 1 - objective.clip_low, 1 + objective.clip_high

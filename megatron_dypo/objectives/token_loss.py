@@ -1,4 +1,4 @@
-"""One micro-batch's token-local loss: the grouped loss kernel bound to its sequences, and the metric sums it yields.
+"""One micro-batch's token-local loss: the grouped loss kernel bound to its sequences, and its sums for metrics.
 
 Legend: N loss tokens of a micro-batch, packed without prompt or padding; t a slice of them; S sequences; C coefficients
 and M sums of each, in L lanes.
@@ -29,13 +29,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class TokenStreams:
-    """What the loss of one micro-batch reads: its sequences' coefficients (``SequenceTerms``), sources and offsets
-    [S + 1], the terms' shares, and each token's log-prob in nats [N] under the old policy, the rollout engine and the
-    reference.
+    """Input of one micro-batch's loss: coefficients, sources, offsets [S + 1], shares, and log-probs (nats) [N].
 
-    Teacher traces have none of the three; rollouts have no reference where no term reads it, and ``advantage_N``, each
-    token's own, only where a second model makes them. ``own`` is a user's loss in place of the surrogate, which looks
-    at whole responses, over the ranks of ``context_group``.
+    The coefficients are ``SequenceTerms``; log-probs are under the old policy, the rollout engine and the reference.
+    Teacher traces have none of the three; rollouts have no reference if no term reads it, and ``advantage_N``, per
+    token, only if a second model computes it. ``own`` is a user's loss in place of the surrogate, which sees whole
+    responses, over the ranks of ``context_group``.
     """
 
     coefficients_CS: Tensor
@@ -53,7 +52,7 @@ class TokenStreams:
 
     def __post_init__(self) -> None:
         if not has_ratio(self.objective):
-            self.old_N = None  # the kernel then leaves out ratio and KL
+            self.old_N = None  # the kernel then omits ratio and KL
         named, has_responses = self.objective.loss_function, self.old_N is not None and len(self.cu_seqlens) > 1
         self.own = load_own_loss(named) if named and has_responses else None
         self.own_totals: dict[str, float] = {}
@@ -86,18 +85,21 @@ class TokenStreams:
         device: torch.device | str = "cpu",
         **fields: Any,
     ) -> TokenStreams:
-        """The streams of sequences with these coefficients and numbers of loss tokens; other fields by name."""
+        """Build the streams of sequences with these coefficients and numbers of loss tokens; other fields by name."""
         table_CS = torch.tensor([[getattr(term, name) for term in terms] for name in COEFFICIENTS], dtype=dtype)
         cu_seqlens = torch.tensor([0, *accumulate(counts)])
         return cls(table_CS.to(device), cu_seqlens.to(device), [term.source for term in terms], **fields)
 
     def terms(self, logp_t: Tensor, entropy_t: Tensor | None, t: slice) -> tuple[Tensor, ...]:
-        """(loss summands [t], dL/dlogp [t], with an entropy bonus dL/dentropy [t]) of the tokens ``t``, given their
-        log-probs and entropies under the current policy. With an ``own`` loss ``t`` is all of them."""
+        """Return (loss summands [t], dL/dlogp [t], with an entropy bonus dL/dentropy [t]) of the tokens ``t``.
+
+        Arguments are their log-probs and entropies under the current policy. With an ``own`` loss ``t`` covers all
+        tokens.
+        """
         table_CS = self.coefficients_CS
         if self.own is not None:
             table_CS = table_CS.clone()
-            table_CS[COEFFICIENTS.index("advantage")] = 0.0  # no surrogate is left; KL and all other terms are
+            table_CS[COEFFICIENTS.index("advantage")] = 0.0  # removes the surrogate; KL and all other terms remain
         terms = grouped_loss(
             logp_t.detach(),
             self.cu_seqlens,
@@ -116,7 +118,7 @@ class TokenStreams:
     def _with_own(
         self, own: OwnLoss, terms: tuple[Tensor, ...], logp_N: Tensor, entropy_N: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same summands and slopes with the user's added."""
+        """Add the user's summands and slopes."""
         if entropy_N is None or self.old_N is None or self.rollout_N is None or len(logp_N) != len(self.old_N):
             raise ValueError(f"{own}: needs all of a micro-batch's tokens, with entropies and three log-probs")
         advantage_N, weight_N = (
@@ -146,7 +148,7 @@ class TokenStreams:
         return terms[0] + summands_N, terms[1] + dlogp_N, bonus_N + dentropy_N
 
     def loss(self, logp_N: Tensor, entropy_N: Tensor | None) -> Tensor:
-        """The sum of all tokens' summands, float64, differentiable in ``logp_N`` and ``entropy_N`` [N]."""
+        """Return the sum of all tokens' summands, float64, differentiable in ``logp_N`` and ``entropy_N`` [N]."""
         summands_N, *slopes = self.terms(logp_N, entropy_N, slice(0, len(logp_N)))
         loss = summands_N.double().sum()
         for slope_N, x_N in zip(slopes, (logp_N, entropy_N), strict=False):
@@ -156,18 +158,18 @@ class TokenStreams:
 
     @property
     def totals(self) -> dict[str, float]:
-        """The sums that metrics are made of, without the terms' shares, once ``terms`` has seen every token."""
+        """Return the sums behind the metrics, without the terms' shares, once ``terms`` has seen every token."""
         sums = read_sums(self.sums_MSL.cpu())
         table = dict(zip(COEFFICIENTS, self.coefficients_CS.double().cpu(), strict=True))
         tokens_S = self.cu_seqlens.diff().cpu()
         is_rollout = torch.tensor([source == Kind.ROLLOUT for source in self.sources], dtype=torch.bool)
         imitated = (-table["nll"] * sums["logp"], table["nll"].abs() * tokens_S)
         tilted = (-table["nll"] * sums["tilted"], table["nll"].abs() * sums["dlogp_tilted"])
-        by_token = {  # (loss, sum of |dL/dlogp|) of a sequence
+        by_token = {  # (loss, sum of |dL/dlogp|) per sequence
             "surrogate": (sums["grpo"], sums["dlogp_grpo"]),
-            "slope": (torch.zeros(()), table["slope"].abs() * tokens_S),  # its loss is the coefficient pass's
+            "slope": (torch.zeros(()), table["slope"].abs() * tokens_S),  # its loss comes from the coefficient pass
             "nll": imitated,
-            "tilted": tilted if self.rule.tilt else imitated,  # of a sequence's mean, it is in the coefficient
+            "tilted": tilted if self.rule.tilt else imitated,  # at sequence level the coefficient has it
             "shaped": (-table["shaped"] * sums["shaped"], table["shaped"].abs() * sums["dlogp_shaped"]),
         }
         totals = {
@@ -190,10 +192,9 @@ class TokenStreams:
 def dypo_loss(
     logp_N: Tensor, streams: TokenStreams, entropy_N: Tensor | None = None
 ) -> tuple[Tensor, dict[str, float]]:
-    """The token-local loss of one micro-batch, differentiable in ``logp_N`` and ``entropy_N`` [N], and its metric sums.
+    """Return a micro-batch's token-local loss, differentiable in ``logp_N`` and ``entropy_N`` [N], and metric sums.
 
-    The value leaves out what is not local to a token (``BatchTerms.gal_loss``, ``grpo_sequence_loss``); the gradient is
-    complete.
+    The value omits what is not token-local (``BatchTerms.gal_loss``, ``grpo_sequence_loss``); the gradient is complete.
     """
     return streams.loss(logp_N, entropy_N), streams.totals
 
