@@ -1,1 +1,1 @@
-"""Weights from the policy to the rollout engine, after every update."""
+"""Weight synchronisation from the policy to the rollout engine, after every update."""

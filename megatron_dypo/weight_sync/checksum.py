@@ -1,4 +1,4 @@
-"""Proof that an engine has what the trainer sent: checksums of each tensor on both sides, and of what is stored."""
+"""Proof that an engine received what the trainer sent: checksums of each tensor on both sides, and of stored ones."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ Verify = Literal["off", "sent", "stored"]
 
 
 def checksum(tensor: Tensor) -> str:
-    """SHA-256 of the elements' bytes, wherever they lie and in whatever order of strides."""
-    # A copy: numpy would mark the storage as one that must not be resized, and offload empties storages.
+    """Return the SHA-256 of the elements' bytes, independent of device and strides."""
+    # A copy: numpy would mark the storage as not resizable, and offload empties storages.
     plain = tensor.detach().to("cpu", copy=True).contiguous().view(-1).view(torch.uint8)
     return hashlib.sha256(plain.numpy()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Turn:
-    """Which tensors are compared in a sync: those of one share of ``of``, so that all are in ``of`` syncs in a row.
+    """The tensors compared in a sync: one share of ``of``, so that ``of`` consecutive syncs cover all of them.
 
-    Tensors of one module come together, since a worker reads what it has fused as one.
+    Tensors of one module are in the same share, because a worker reads its fused tensors as one.
     """
 
     number: int
@@ -43,7 +43,7 @@ class Turn:
 
 
 class ChecksummedWeights:
-    """Weights that remember, of the last pass, a checksum of each tensor that has its turn."""
+    """Weights that record, in each pass, a checksum of every tensor that has its turn."""
 
     def __init__(self, weights: WeightSource, turn: Turn):
         self._weights, self.turn = weights, turn
@@ -60,8 +60,10 @@ class ChecksummedWeights:
             yield name, tensor
 
     def compare(self, reports: Sequence[dict], engine: str) -> None:
-        """Raises TrainingError naming the first tensor that a worker of ``engine`` did not take once, as it was sent,
-        or that it has otherwise in its layers; ``reports``: each worker's ``weight_report``."""
+        """Raise TrainingError naming the first tensor that a worker of ``engine`` lacks, got twice, or holds altered.
+
+        ``reports``: each worker's ``weight_report``.
+        """
         if not reports:
             raise TrainingError(f"weight sync to {engine}: no worker has checksums (rollout.verify_sync)")
         for worker, report in enumerate(reports):

@@ -1,4 +1,4 @@
-"""What a weight sync sends: every weight of the policy under its Hugging Face name, as often as it is asked for."""
+"""The source of a weight sync: every weight of the policy under its Hugging Face name, for any number of passes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Meta:
-    """One tensor to come."""
+    """Name, dtype and full shape of a tensor to be sent."""
 
     name: str
     dtype: torch.dtype
@@ -32,9 +32,9 @@ class Meta:
 
 
 def sent_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Name and full shape of all that is sent, in its order.
+    """Return name and full shape of every sent tensor, in order.
 
-    A tied embedding is sent as ``lm_head.weight`` as well: vLLM keeps the old head otherwise, in silence.
+    A tied embedding is also sent as ``lm_head.weight``: otherwise vLLM silently keeps the old head.
     """
     found = {}
     for name, size in hf_shapes(shape).items():
@@ -45,7 +45,7 @@ def sent_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 
 class VersionedWeights(Protocol):
-    """``Weights`` or ``StoredWeights``: what an engine's ``sync`` takes."""
+    """The argument of an engine's ``sync``: ``Weights`` or ``StoredWeights``."""
 
     @property
     def version(self) -> int: ...
@@ -56,9 +56,9 @@ class VersionedWeights(Protocol):
 
 
 class Weights:
-    """The policy's weights as they are at each pass; what vLLM's trainer side calls a ``WeightSource``.
+    """The policy's current weights at each pass; a ``WeightSource`` on vLLM's trainer side.
 
-    A pass gathers each tensor from the ranks that hold parts of it, so all ranks have to make it together.
+    A pass gathers each tensor from the ranks that hold parts of it, so all ranks must iterate together.
     """
 
     def __init__(self, policy: Policy):
@@ -66,11 +66,11 @@ class Weights:
 
     @property
     def version(self) -> int:
-        """Optimizer updates behind these weights."""
+        """Return the optimizer updates of these weights."""
         return self._policy.version
 
     def metadata(self) -> list[Meta]:
-        """Name, dtype and full shape of all that a pass yields, in its order; asks no other rank."""
+        """Return name, dtype and full shape of every tensor of a pass, in order; no collective."""
         dtype = next(iter(self._policy.parameters.values())).dtype
         return [Meta(name, dtype, size) for name, size in sent_shapes(self._policy.shape).items()]
 
@@ -80,7 +80,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """``Weights`` of no policy but of files: ``read(name)`` gives a full tensor, and every rank reads for itself."""
+    """``Weights`` from files instead of a policy: ``read(name)`` returns a full tensor; every rank reads for itself."""
 
     shape: ModelShape
     dtype: torch.dtype
@@ -103,7 +103,7 @@ class Receiver(Protocol):
 
 
 def sync_weights(policy: Policy, engine: Receiver, seconds: float) -> int:
-    """Send the policy's weights before a deadline, collectively; returns the weight version the engine now serves."""
+    """Send the policy's weights before a deadline, collectively; return the weight version the engine now serves."""
     with phase("weight sync", limit=(seconds, "rollout.sync_timeout")):
         engine.sync(Weights(policy))
     return policy.version

@@ -1,8 +1,8 @@
 """The trainer's side of a weight transfer: vLLM's four phases (init, start, update, finish) over each of its backends.
 
 ``nccl`` and ``ipc`` are vLLM's own. ``send_in_process`` and ``shared_memory``, which need no CUDA, end in
-``worker.LocalEngine``. The stream is cut into buckets of whole layers, and a layer that is larger (one of many experts)
-into several, so that neither side ever holds a second model, nor the trainer all experts of a layer.
+``worker.LocalEngine``. The stream is split into buckets of whole layers, and a larger layer (one of many experts) into
+several, so that neither side ever holds a second model, nor the trainer all experts of a layer.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import Tensor
 if TYPE_CHECKING:
     from megatron_dypo.weight_sync.source import Meta
 
-BUCKET_BYTES = 256 * 2**20  # more only where one tensor has more
+BUCKET_BYTES = 256 * 2**20  # exceeded only by a single larger tensor
 
 
 class WeightSource(Protocol):
-    """``Weights``, watched or not."""
+    """An iterable of the policy's weights, such as ``Weights``, with or without checksums."""
 
     def metadata(self) -> list[Meta]: ...
 
@@ -47,7 +47,7 @@ class Client(Protocol):
 class Transfer(Protocol):
     """The trainer's side of an open weight transfer: ``SharedMemory``, or one of vLLM's trainer engines.
 
-    ``source`` is what the next ``send_weights`` sends: a ``WeightSource``, or vLLM's own of that name.
+    ``source`` is sent by the next ``send_weights``: a ``WeightSource``, or vLLM's own type of that name.
     """
 
     source: Any
@@ -59,7 +59,7 @@ class Transfer(Protocol):
 
 @dataclass(frozen=True)
 class Bucket:
-    """The next ``count`` tensors of the stream, ``nbytes`` of them; ``part`` of a layer, or some whole ones."""
+    """The next ``count`` tensors of the stream, ``nbytes`` in all; ``part`` of a layer, or whole layers."""
 
     count: int
     nbytes: int
@@ -67,7 +67,7 @@ class Bucket:
 
 
 def buckets(weights: list[Meta], limit: int) -> list[Bucket]:
-    """The stream in buckets of at most ``limit`` bytes, or one tensor."""
+    """Split the stream into buckets of at most ``limit`` bytes, or one tensor."""
     found: list[Bucket] = []
     for _, members in groupby(weights, key=lambda meta: _layer(meta.name)):
         layer = [meta.nbytes for meta in members]
@@ -82,7 +82,7 @@ def buckets(weights: list[Meta], limit: int) -> list[Bucket]:
 
 
 def send_in_process(client: Client, weights: WeightSource) -> None:
-    """To an engine in this process: the tensors as they are gathered, without a copy. Collective."""
+    """Send to an engine in this process: the tensors as they are gathered, without a copy. Collective."""
     client.start_weight_update()
     stream = iter(weights)
     for cut in buckets(weights.metadata(), BUCKET_BYTES):
@@ -91,10 +91,10 @@ def send_in_process(client: Client, weights: WeightSource) -> None:
 
 
 class SharedMemory:
-    """To engines in other processes of this machine. Two buckets: one is filled, a tensor at a time, while the engines
-    load the other.
+    """Sends to engines in other processes of this machine, through two buckets.
 
-    The memory has no name, so a kill leaves nothing behind.
+    One is filled, tensor by tensor, while the engines load the other. The memory has no name, so a kill leaves nothing
+    behind.
     """
 
     def __init__(self, client: Client, weights: WeightSource, is_sender: bool):
@@ -108,7 +108,7 @@ class SharedMemory:
             client.init_weight_transfer_engine({})
 
     def send_weights(self) -> None:
-        """All four phases but the first. Collective; raises what the client raises."""
+        """Run all four phases but the first. Collective; raises what the client raises."""
         if not self._is_sender:
             for _ in self.source:
                 pass
@@ -132,11 +132,11 @@ class SharedMemory:
 
 
 class _Memory:
-    """Shared pages, and what has been copied to them."""
+    """Shared pages, and the tensors copied to them."""
 
     def __init__(self, size: int):
         self._size, self._descriptor = size, os.memfd_create("weights")
-        os.posix_fallocate(self._descriptor, 0, size)  # an OSError now, not a SIGBUS later
+        os.posix_fallocate(self._descriptor, 0, size)  # an OSError now rather than a SIGBUS later
         self._map = mmap.mmap(self._descriptor, size)
         self._places: list[tuple] = []
         self._used = 0
@@ -149,7 +149,7 @@ class _Memory:
         self._used += tensor.nbytes
 
     def take(self, part: bool) -> dict:
-        """The bucket as ``worker.BucketInfo`` has it; afterwards there is room again."""
+        """Return the bucket as ``worker.BucketInfo`` describes it, and empty it."""
         places, self._places, self._used = self._places, [], 0
         return {"tensors": places, "memory": (os.getpid(), self._descriptor, self._size), "part": part}
 
@@ -158,13 +158,13 @@ class _Memory:
 
 
 def _after(before: Future | None, action: Callable, *arguments):
-    """``action(*arguments)``, once ``before`` has succeeded."""
+    """Run ``action(*arguments)`` once ``before`` has succeeded."""
     if before is not None:
         before.result()
     return action(*arguments)
 
 
 def _layer(name: str) -> str:
-    """``model.layers.7`` of anything in that layer; a tensor outside of the layers is one by itself."""
+    """Return the layer's prefix, such as ``model.layers.7``; a tensor outside the layers is one by itself."""
     parts = name.split(".")
     return ".".join(parts[:3]) if parts[1] == "layers" else name
