@@ -1,4 +1,4 @@
-"""Which prompts a skipped step names: those whose own numbers are not finite, as precisely as can be told."""
+"""The prompts that a skipped step names: those whose own numbers are not finite, as precisely as possible."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from megatron_dypo.runtime.distributed import all_gather_objects
 from megatron_dypo.training.minibatch import MiniBatch
 
 NAMED = 8
-LOGPROBS = {"old": "policy", "reference": "reference", "rollout": "engine"}  # of SequenceSums
+LOGPROBS = {"old": "policy", "reference": "reference", "rollout": "engine"}  # fields of SequenceSums
 
 
 def some(names: Sequence[str]) -> str:
-    """The first NAMED of the names, and how many more there are."""
+    """Return the first NAMED of the names, and how many more there are."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
 
 
 def bad_batch(minibatches: list[MiniBatch]) -> str | None:
-    """The prompts with a non-finite reward, or a response with a non-finite log-prob; None where there are none."""
+    """Return the prompts with a non-finite reward, or a response with a non-finite log-prob; None if there are none."""
     found = []
     for minibatch in minibatches:
         for group in minibatch.groups:
@@ -43,19 +43,19 @@ def bad_batch(minibatches: list[MiniBatch]) -> str | None:
 
 
 def bad_weights(policy: Policy) -> str:
-    """The weights that are NaN or infinite, by their Hugging Face names, to put before what follows from them.
+    """Return a message prefix with the Hugging Face names of NaN or infinite weights; "" if all are finite.
 
-    Empty where all are finite. The same on every rank; collective.
+    The same on every rank; collective.
     """
     found = unfinite_weights(policy.parameters, policy.shape, policy.layout)
     return f"NaN or infinite weights: {some(found)}; so " if found else ""
 
 
 def bad_gradient(policy: Policy, minibatch: MiniBatch, streams: list[TokenStreams]) -> str:
-    """Where a non-finite gradient of a mini-batch comes from, the same text on every rank; collective.
+    """Return where a non-finite gradient of a mini-batch comes from, the same text on every rank; collective.
 
-    Its weights must still be those of the training pass: that pass's log-probs are computed again (nothing is kept for
-    this while all goes well), and each sequence's inputs, log-probs and dL/dlogp are looked at.
+    The weights must still be those of the training pass: its log-probs are recomputed (nothing is kept for this in
+    normal operation), and each sequence's inputs, log-probs and dL/dlogp are checked.
     """
     batches = minibatch.batches
     logp, entropy = policy.logprobs_and_entropies(batches)
@@ -88,7 +88,7 @@ def prompts(minibatch: MiniBatch) -> str:
 
 
 def _from_cause_to_effect(stream: TokenStreams, logp_N: Tensor, entropy_N: Tensor) -> list[tuple[str, Tensor]]:
-    """(what it is, values [N]): what a micro-batch's tokens were given, and what follows from it."""
+    """Return (description, values [N]) of a micro-batch's inputs, then of what is computed from them."""
     summands_N, dlogp_N, *_ = replace(stream).terms(logp_N, entropy_N, slice(0, len(logp_N)))
     coefficients_N = stream.coefficients_CS.sum(0).repeat_interleave(stream.cu_seqlens.diff())
     own = "" if stream.own is None else f" ({stream.own})"

@@ -1,7 +1,7 @@
-"""What a graded batch and an update look like, as metrics; the same on every rank.
+"""Metrics of a graded batch and of an update, the same on every rank.
 
-``rollout/mismatch_*`` say how far the weights that are trained are from those that sampled: log-probs, versions, and
-what the correction does about it.
+``rollout/mismatch_*`` compare the trained weights with those that sampled: log-probs, versions, and the effect of the
+correction.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ SHARE_KEYS = tuple(f"rollout/mismatch_share/{bound:g}" for bound in DECADES)
 
 
 def mismatch_metrics(policy: Policy, minibatches: list[MiniBatch], config: Config) -> dict[str, float]:
-    """Metrics of the step's trained responses, all its mini-batches together; the same on every rank.
+    """Return the mismatch metrics of the step's trained responses, over all mini-batches; the same on every rank.
 
-    rollout/mismatch_mean|max|kl and the share of tokens in each decade: the old policy's log-probs beside the engine's.
-    rollout/staleness_mean|max: optimizer updates between the weights that sampled a response and those that train it
-    first, whichever is newer (a replay that skipped a step is behind its recording). rollout/corrected_frac, with a
-    rollout correction: tokens whose weight in GRPO is capped or 0, and rollout/corrected_low_frac those of them that
-    are 0 at the lower end. Empty where no response is trained. Reads each mini-batch's ``logp`` and ``sums``.
+    rollout/mismatch_mean|max|kl and the share of tokens per decade: the old policy's log-probs against the engine's.
+    rollout/staleness_mean|max: optimizer updates between the weights that sampled a response and those that first train
+    on it, whichever is newer (a replay that skipped a step is behind its recording). rollout/corrected_frac, with a
+    rollout correction: tokens whose weight in GRPO is capped or 0, and rollout/corrected_low_frac those that are 0 at
+    the lower end. Empty if no response is trained. Reads each mini-batch's ``logp`` and ``sums``.
     """
     correction = Correction.of(config.rollout)
     totals, largest = _totals(policy, minibatches, correction)
@@ -61,7 +61,7 @@ def mismatch_metrics(policy: Policy, minibatches: list[MiniBatch], config: Confi
 
 
 def _totals(policy: Policy, minibatches: list[MiniBatch], correction: Correction) -> tuple[dict[str, float], float]:
-    """Sums over the tokens of all ranks, and the largest gap (nats)."""
+    """Return the sums over the tokens of all ranks, and the largest gap (nats)."""
     log_ratios = [torch.zeros(0)]
     if policy.layout.owns_logprobs:
         for minibatch in minibatches:
@@ -85,7 +85,7 @@ def _totals(policy: Policy, minibatches: list[MiniBatch], correction: Correction
 
 
 def _corrected_responses(minibatches: list[MiniBatch], config: Config, correction: Correction) -> dict[str, float]:
-    """Tokens of the responses whose one weight, that of a sequence-level ratio, is corrected."""
+    """Count the tokens of responses whose single weight, of a sequence-level ratio, is corrected."""
     found = {"corrected": 0.0, "corrected_low": 0.0}
     for minibatch in minibatches:
         for sequence, sums in zip(minibatch.sequences, minibatch.sums, strict=True):
@@ -99,18 +99,19 @@ def _corrected_responses(minibatches: list[MiniBatch], config: Config, correctio
 
 
 def _weight_versions(minibatch: MiniBatch) -> list[int]:
-    """Of the trained responses."""
+    """Return the weight versions of the trained responses."""
     rollouts = [sequence for sequence in minibatch.sequences if sequence.kind == Kind.ROLLOUT]
     return [minibatch.groups[sequence.group].responses[sequence.sample].weight_version for sequence in rollouts]
 
 
 def batch_metrics(groups: list[Group], minibatches: list[MiniBatch], objective: Objective) -> dict[str, float | None]:
-    """Rewards, regime shares, offline ratio (trained Hard prompts / trained prompts), lengths in tokens, and
-    source_share/KIND: of the tokens that are trained on, those of this kind of sequence. With ``mask_truncated``
-    rollout/masked_frac is the share of responses whose tokens carry no loss.
+    """Return the batch's metrics: rewards, regime shares, offline ratio, lengths in tokens, token sources.
 
-    ``rollout/entropy`` is the mean surprise of the sampled tokens: an estimate over all responses, where
-    ``policy/entropy`` is exact but covers the trained ones only.
+    The offline ratio is trained Hard prompts / trained prompts; source_share/KIND is the share of trained tokens from
+    this kind of sequence. With ``mask_truncated`` rollout/masked_frac is the share of responses without loss.
+
+    ``rollout/entropy`` is the mean surprise of the sampled tokens: an estimate over all responses, whereas
+    ``policy/entropy`` is exact but covers only the trained ones.
     """
     responses = [response for group in groups for response in group.responses]
     trained = {
@@ -154,8 +155,7 @@ def batch_metrics(groups: list[Group], minibatches: list[MiniBatch], objective: 
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """What all ranks know of an update before it is applied: token sums, gradient norm, peaks of memory (GiB), and
-    where tokens were routed."""
+    """An update's results on all ranks before it is applied: token sums, gradient norm, memory peaks (GiB), routing."""
 
     totals: dict[str, float]
     norm: float
@@ -164,9 +164,9 @@ class UpdateStats:
 
 
 def share_update_stats(policy: Policy, streams: list[TokenStreams]) -> UpdateStats:
-    """One exchange after the training pass: sums over ranks, the largest peaks, and one norm for all to judge.
+    """Exchange statistics once after the training pass: sums over ranks, the largest peaks, and one norm for all.
 
-    The ranks' norms are equal but for rounding, and that must not make them decide differently; a non-finite one wins.
+    The ranks' norms are equal up to rounding, which must not lead them to different decisions; a non-finite one wins.
     """
     local: dict[str, float] = defaultdict(float)
     if policy.layout.owns_logprobs:
@@ -189,10 +189,10 @@ def share_update_stats(policy: Policy, streams: list[TokenStreams]) -> UpdateSta
 def update_metrics(
     stats: UpdateStats, terms: BatchTerms, objective: Objective, deferred: bool = False
 ) -> dict[str, float]:
-    """One update's metrics, from what the ranks shared and the coefficient pass.
+    """Return one update's metrics, from the shared statistics and the coefficient pass.
 
-    A ``deferred`` update reports loss and gradient norm under names of their own, and its terms' metrics, which the
-    others leave out: a step's metrics are means over its updates that have them.
+    A ``deferred`` update reports loss and gradient norm under separate names, and its terms' metrics, which other
+    updates omit: a step's metrics are means over the updates that have them.
     """
     metrics = _all_metrics(stats, terms, objective)
     own = {f"{what}/{term.name}" for term in update_terms(objective, True) for what in ("loss", "grad_share")}
@@ -204,7 +204,7 @@ def update_metrics(
 
 def _all_metrics(stats: UpdateStats, terms: BatchTerms, objective: Objective) -> dict[str, float]:
     totals = stats.totals
-    names = dict.fromkeys(("grpo", "gal", "sft", *terms.share))  # these three whatever the recipe
+    names = dict.fromkeys(("grpo", "gal", "sft", *terms.share))  # these three for every recipe
     beyond_tokens = {"grpo": terms.grpo_sequence_loss, "gal": terms.gal_loss}
     losses = {name: totals[f"loss/{name}"] + beyond_tokens.get(name, 0.0) for name in names}
     metrics = {

@@ -1,4 +1,4 @@
-"""Scored groups -> graded groups with their teacher draws -> sequences to train on -> mini-batches of micro-batches.
+"""Scored groups -> graded groups with teacher draws -> training sequences -> mini-batches of micro-batches.
 
 A mini-batch holds all its sequences, and this rank's micro-batches of them. Legend: N loss tokens.
 """
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 def grade_groups(
     groups: list[Group], objective: Objective, seed: int, step: int, usable_teachers: Callable[[Group], list[int]]
 ) -> None:
-    """Set every group's ``regime`` and, where a term trains on traces, ``teacher_indices``.
+    """Set every group's ``regime`` and, if a term trains on traces, ``teacher_indices``.
 
-    A replay's draw stays; rewards of its traces, where this recipe scores none, do not.
+    A replay keeps its recorded draw, but not its traces' rewards if this recipe scores none.
     """
     chosen = recipe(objective)
     if chosen.samples:
@@ -55,10 +55,10 @@ def training_sequences(
     encode_trace: Callable[[Group, int], np.ndarray],
     deferred: bool = False,
 ) -> list[Sequence]:
-    """List a (mini-)batch's sequences by group, kind and sample: those that any term of the group's regime trains on.
+    """Return a (mini-)batch's sequences by group, kind and sample: those that any term of the group's regime trains.
 
-    A group whose coefficients would all be 0 has none, and masked responses are not among them. ``deferred``: the
-    groups are those of deferred terms.
+    Omits groups whose coefficients would all be 0, and masked responses. ``deferred``: the groups are those of deferred
+    terms.
 
     ``encode_trace(group, i)`` returns the ids of teacher i's trace.
     """
@@ -77,7 +77,7 @@ def training_sequences(
 
 @dataclass
 class MiniBatch:
-    """One mini-batch: all its sequences, and this rank's micro-batches (rollouts first, traces apart).
+    """One mini-batch: all its sequences, and this rank's micro-batches (rollouts first, traces separate).
 
     ``deferred``: an update of groups that have waited, by deferred terms alone.
     """
@@ -88,17 +88,17 @@ class MiniBatch:
     traces: list[MicroBatch]
     deferred: bool = False
     logp: dict[str, list[Tensor]] = field(default_factory=dict)  # per rollout micro-batch [N], last stage only
-    entropy: list[Tensor] = field(default_factory=list)  # of all micro-batches [N], likewise; where read
+    entropy: list[Tensor] = field(default_factory=list)  # of all micro-batches [N], last stage only; if read
     sums: list[SequenceSums | None] = field(default_factory=list)
-    entropies: list[float] | None = None  # mean of each sequence's tokens
+    entropies: list[float] | None = None  # mean over each sequence's tokens
 
     @property
     def batches(self) -> list[MicroBatch]:
-        """All of this rank's, in the order of the passes."""
+        """Return all of this rank's micro-batches, in the order of the passes."""
         return self.rollouts + self.traces
 
     def forget_routing(self) -> None:
-        """When it has been trained on: the engine may need the device."""
+        """Release the routing after training: the engine may need the device."""
         for batch in self.batches:
             batch.routing = batch.experts_TLK = None
 
@@ -106,8 +106,10 @@ class MiniBatch:
 def build_minibatches(
     layout: Layout, groups: list[Group], config: Config, encode_trace: Callable[[Group, int], np.ndarray]
 ) -> list[MiniBatch]:
-    """Cut the groups into mini-batches of whole prompts, and of as many experts' rows each, and plan them; only the
-    micro-batches differ between ranks."""
+    """Split the groups into mini-batches of whole prompts and evenly divided experts, and plan them.
+
+    Only the micro-batches differ between ranks.
+    """
     parts: list[list[Group]] = [[] for _ in range(config.objective.updates_per_rollout)]
     for expert in (False, True):
         rows = [group for group in groups if group.expert == expert]
@@ -123,7 +125,7 @@ def plan_minibatch(
     encode_trace: Callable[[Group, int], np.ndarray],
     deferred: bool = False,
 ) -> MiniBatch:
-    """One mini-batch of these groups: its sequences, and this rank's micro-batches of them."""
+    """Plan one mini-batch of these groups: its sequences, and this rank's micro-batches of them."""
     sequences = training_sequences(groups, config.objective, encode_trace, deferred)
     packed = []
     for of_rollouts in (True, False):

@@ -1,13 +1,13 @@
-"""Which sequence goes into which micro-batch of which data-parallel rank. Pure Python, the same on every rank.
+"""Assign sequences to micro-batches and data-parallel ranks. Pure Python, the same on every rank.
 
 Invariants (tests/test_minibatches.py):
 - every sequence is in exactly one micro-batch;
 - a micro-batch holds at most ``budget`` tokens, or one single longer sequence;
-- every rank has the same number of micro-batches, some perhaps empty: a rank without data still takes part;
-- that number is a multiple of ``multiple``, and 0 where there are no sequences;
-- a rank's micro-batches come in the order of their cost, costliest first: neighbours in a pipeline take about as long,
+- every rank has the same number of micro-batches, some possibly empty: a rank without data still takes part;
+- that number is a multiple of ``multiple``, and 0 without sequences;
+- a rank's micro-batches are sorted by cost, costliest first: neighbours in a pipeline take about equally long,
   and what does not fit into memory fails at once;
-- the plan depends on the lengths and their order alone, not on who computes it.
+- the plan depends only on the lengths and their order, not on the rank that computes it.
 
 Time is O(n log n) for n sequences: 65,536 take a fraction of a second.
 """
@@ -19,20 +19,20 @@ from heapq import heappop, heappush, heapreplace
 
 MicroBatchPlan = list[list[list[int]]]  # [rank][micro-batch][sequence index]
 
-QUADRATIC = 1 / 16384  # attention's share of the cost: as much as the linear part at about this length
+QUADRATIC = 1 / 16384  # attention's share of the cost: it equals the linear part at about this length
 
 
 def cost(length: int) -> float:
-    """Relative time of one sequence: linear layers plus attention."""
+    """Return the relative time of one sequence: linear layers plus attention."""
     return length * (1 + length * QUADRATIC)
 
 
 def plan_micro_batches(lengths: list[int], ranks: int, budget: int, multiple: int = 1) -> MicroBatchPlan:
     """Pack sequences of these lengths (tokens) for ``ranks`` data-parallel ranks, balanced by cost.
 
-    ``multiple``: what an interleaved pipeline's schedule asks of the number of micro-batches. Best-fit decreasing finds
-    how many are needed. Sequences are spread evenly over ranks, and each rank's over so many micro-batches; where that
-    does not fit, which is so where nearly every slot is needed, the best-fit micro-batches are dealt out as they are.
+    ``multiple``: required divisor of the number of micro-batches in an interleaved pipeline. Best-fit decreasing finds
+    how many are needed. Sequences are spread evenly over ranks, and each rank's over that many micro-batches; if that
+    does not fit, because nearly every slot is needed, the best-fit micro-batches are dealt out unchanged.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     packed = _best_fit(lengths, order, budget)
@@ -52,7 +52,7 @@ def _total(lengths: list[int], members: list[int]) -> float:
 
 
 def _best_fit(lengths: list[int], order: list[int], budget: int) -> list[list[int]]:
-    """Longest first, each into the fullest micro-batch that has room."""
+    """Pack longest first, each into the fullest micro-batch that has room."""
     bins: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (free tokens, micro-batch), sorted, while anything fits
     for i in order:
@@ -69,7 +69,7 @@ def _best_fit(lengths: list[int], order: list[int], budget: int) -> list[list[in
 
 
 def _deal(lengths: list[int], packed: list[list[int]], ranks: int, count: int) -> MicroBatchPlan:
-    """``count`` micro-batches a rank, costliest first: one to each in a round, the costliest to the lightest rank."""
+    """Deal ``count`` micro-batches per rank, costliest first: one each per turn, the costliest to the lightest rank."""
     empty: list[list[int]] = [[] for _ in range(ranks * count - len(packed))]
     costliest_first = sorted(packed, key=lambda members: -_total(lengths, members)) + empty
     plan: MicroBatchPlan = [[] for _ in range(ranks)]
@@ -83,11 +83,11 @@ def _deal(lengths: list[int], packed: list[list[int]], ranks: int, count: int) -
 
 
 def _spread(lengths: list[int], order: list[int], count: int, budget: int) -> list[list[int]] | None:
-    """Longest first into the cheapest of ``count`` bins that has room; None where one finds no room."""
+    """Place longest first into the cheapest of ``count`` bins that has room; None if a sequence finds no room."""
     bins: list[list[int]] = [[] for _ in range(count)]
     room = [budget] * count
     cheapest = [(0.0, b) for b in range(count)]  # heap of (cost, bin)
-    too_full: list[tuple[int, float, int]] = []  # heap of (-room, cost, bin), until lengths have come down to the room
+    too_full: list[tuple[int, float, int]] = []  # heap of (-room, cost, bin), until lengths have dropped to the room
     for i in order:
         length = lengths[i]
         while too_full and -too_full[0][0] >= length:

@@ -1,6 +1,6 @@
 """The log-prob passes: old policy and reference over every rollout sequence, each response's sums; and warm-up.
 
-Warm-up runs both passes over made-up tokens before the first step, so that its time does not hold a compiler's.
+Warm-up runs both passes on made-up tokens before the first step, so that its time excludes compilation.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PER_TOKEN = ("now", "old", "reference", "rollout")
 
 
 def logprob_passes(policy: Policy, minibatches: list[MiniBatch], config: Config) -> tuple[dict[str, float], str | None]:
-    """Old and reference log-probs of every rollout sequence, and their sums on all ranks.
+    """Compute old and reference log-probs of every rollout sequence, and their sums on all ranks.
 
     Returns (``mismatch_metrics``, the prompts with a non-finite reward or log-prob, or None).
     """
@@ -37,7 +37,7 @@ def logprob_passes(policy: Policy, minibatches: list[MiniBatch], config: Config)
         minibatch.logp["old"] = current_logprobs(policy, minibatch, config.objective)
         minibatch.logp["rollout"] = [_rollout_stream(minibatch, batch) for batch in minibatch.rollouts]
     if needs_reference(config.objective) and any(minibatch.rollouts for minibatch in minibatches):
-        if config.objective.reference == "previous":  # the weights of this rollout
+        if config.objective.reference == "previous":  # the weights that sampled this rollout
             for minibatch in minibatches:
                 minibatch.logp["reference"] = minibatch.logp["old"]
         else:
@@ -51,8 +51,10 @@ def logprob_passes(policy: Policy, minibatches: list[MiniBatch], config: Config)
 
 
 def current_logprobs(policy: Policy, minibatch: MiniBatch, objective: Objective) -> list[Tensor]:
-    """Log-probs [N] of the rollouts' tokens by micro-batch; the traces' pass with them where coefficients read
-    entropies, and all sequences' entropies are kept in the mini-batch."""
+    """Return the log-probs [N] of the rollouts' tokens by micro-batch.
+
+    If coefficients read entropies, the traces' pass runs too, and the mini-batch keeps all sequences' entropies.
+    """
     if not needs_entropies(objective):
         return policy.logprobs(minibatch.rollouts)
     logp, minibatch.entropy = policy.logprobs_and_entropies(minibatch.batches)
@@ -60,9 +62,9 @@ def current_logprobs(policy: Policy, minibatch: MiniBatch, objective: Objective)
 
 
 def share_sums(policy: Policy, minibatch: MiniBatch) -> None:
-    """Every rank learns every response's sums (float64) over its tokens: k numbers a prompt, not k x n.
+    """Give every rank every response's sums (float64) over its tokens: k numbers per prompt, not k x n.
 
-    And every sequence's mean entropy, where entropies are known.
+    Also every sequence's mean entropy, if entropies are known.
     """
     local: dict[int, dict[str, float]] = {}
     known = minibatch.logp | {"entropy": minibatch.entropy}
@@ -90,7 +92,7 @@ def share_sums(policy: Policy, minibatch: MiniBatch) -> None:
 
 
 def _rollout_stream(minibatch: MiniBatch, batch: MicroBatch) -> Tensor:
-    """The engine's log-probs of the micro-batch's tokens [N]."""
+    """Return the engine's log-probs of the micro-batch's tokens [N]."""
     values = [torch.zeros(0)]
     for place, tail in zip(batch.places, batch.split(batch.tail_N), strict=True):
         sequence = minibatch.sequences[place]
@@ -99,13 +101,13 @@ def _rollout_stream(minibatch: MiniBatch, batch: MicroBatch) -> Tensor:
     return torch.cat(values)
 
 
-_LENGTHS = 96, 160  # tokens: torch compiles for the first one's size, and for any size at the second
+_LENGTHS = 96, 160  # tokens: torch compiles for the first size, and for any size at the second
 
 
 def warm_up(policy: Policy, config: Config) -> float:
-    """Run them and forget all of it: no weight, gradient or version changes. Returns its seconds. Collective.
+    """Run both passes and discard their results, so that nothing changes; return the seconds. Collective.
 
-    Beside torch's compilations it pays for the Triton kernels', and for the first use of libraries and process groups.
+    Besides torch's compilation it covers the Triton kernels', and the first use of libraries and process groups.
     """
     began = time.monotonic()
     layout, longest, vocabulary = policy.layout, policy.shape.max_position, policy.shape.vocab_size
@@ -114,12 +116,12 @@ def warm_up(policy: Policy, config: Config) -> float:
         MicroBatch.pack([_made_up(kind, min(length, longest), vocabulary)], [0], 1.0, **layout.packing)
         for kind, length in zip(kinds, itertools.cycle(_LENGTHS), strict=False)
     ]
-    # Log-probs are of the last pipeline stage, where the loss is.
+    # Log-probs exist on the last pipeline stage, where the loss is.
     reads_entropies = needs_entropies(config.objective)
     found = policy.logprobs_and_entropies(batches)[0] if reads_entropies else policy.logprobs(batches)
     logp: list[Tensor | None] = [*found] or [None] * len(batches)
     policy.accumulate(batches, [_streams(policy, *each, config) for each in zip(batches, kinds, logp, strict=True)])
-    policy.routing_metrics()  # taken, or the first step would find them
+    policy.routing_metrics()  # discarded, so that the first step does not see them
     policy.zero_gradients()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -132,7 +134,7 @@ def _made_up(kind: Kind, length: int, vocabulary: int) -> Sequence:
 
 
 def _streams(policy: Policy, batch: MicroBatch, kind: Kind, logp_N: Tensor | None, config: Config) -> TokenStreams:
-    """What a micro-batch's loss reads, of either kind of sequence."""
+    """Return the loss input of a micro-batch, for either kind of sequence."""
     sampled_N = logp_N if kind == Kind.ROLLOUT else None
     return TokenStreams.of(
         [SequenceTerms(advantage=1.0, grpo=1.0) if kind == Kind.ROLLOUT else SequenceTerms(nll=1.0, source=kind)],

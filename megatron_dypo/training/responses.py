@@ -1,4 +1,4 @@
-"""Per-token numbers of a micro-batch as whole responses, and back: context-parallel ranks hold slices of each.
+"""Convert per-token numbers of a micro-batch to whole responses, and back: context-parallel ranks hold slices.
 
 Legend: N loss tokens of a micro-batch on this rank, n tokens of one response.
 """
@@ -14,9 +14,9 @@ from megatron_dypo.runtime.distributed import Layout, all_gather_objects
 
 
 def whole_responses(batch: MicroBatch, values_N: Tensor, layout: Layout) -> list[Tensor]:
-    """One tensor [n] a sequence, float64 on the host, in the order of ``batch.places``.
+    """Return one tensor [n] per sequence, float64 on the host, in the order of ``batch.places``.
 
-    Collective over context-parallel ranks, each of which gets all of them.
+    Collective over context-parallel ranks; each of them gets all sequences.
     """
     pieces = batch.split(values_N.double().cpu())
     if layout.cp == 1:
@@ -33,6 +33,6 @@ def whole_responses(batch: MicroBatch, values_N: Tensor, layout: Layout) -> list
 
 
 def own_tokens(batch: MicroBatch, responses: list[Tensor]) -> Tensor:
-    """This rank's tokens [N] of whole responses, fp32."""
+    """Return this rank's tokens [N] of whole responses, fp32."""
     parts = [whole_n[tail] for whole_n, tail in zip(responses, batch.split(batch.tail_N), strict=True)]
     return torch.cat([torch.zeros(0), *parts]).float()

@@ -1,4 +1,4 @@
-"""The updates of one step: coefficients, training pass, and the optimizer step or why it is left out."""
+"""The updates of one step: coefficients, training pass, and the optimizer step or the reason to skip it."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from megatron_dypo.training.side_model import SideModel
 
 @dataclass(frozen=True)
 class StepContext:
-    """What one step's updates need beside their data.
+    """Settings of one step's updates besides their data.
 
-    ``step`` is counted from the begin of its stage, for the schedules of the loss's shares. ``lr`` is the learning
-    rate, ``clock`` gets the seconds of each phase, and ``grad_norms`` are those of the updates applied before this
-    step, oldest first, ``flush_norms`` those of updates on the queue, which have a level of their own. ``side``
-    is the recipe's second model, where it has one.
+    ``step`` is counted from the start of its stage, for the schedules of the loss's shares. ``lr`` is the learning
+    rate, ``clock`` receives the seconds of each phase, and ``grad_norms`` are those of the updates applied before this
+    step, oldest first; ``flush_norms`` those of updates on the queue, which have a level of their own. ``side`` is the
+    recipe's second model, if any.
     """
 
     step: int
@@ -46,10 +46,10 @@ class StepContext:
 
 @dataclass
 class StepResult:
-    """What a step did. ``skipped`` says why it, or the rest of its updates, was left out, and on which prompts.
+    """The result of a step. ``skipped``: why it, or the rest of its updates, was skipped, and on which prompts.
 
     ``grad_norms`` are the gradient norms of the applied updates, ``flush_norms`` that of an applied one on the queue,
-    ``memory`` the largest peaks of all ranks (GiB), and ``empty`` means that there was nothing to train on.
+    ``memory`` the largest peaks of all ranks (GiB); ``empty`` means that there was nothing to train on.
     """
 
     minibatches: list[MiniBatch] = field(default_factory=list)
@@ -71,7 +71,7 @@ def update_policy(
 ) -> StepResult:
     """Make all updates of one step on its graded groups, and then one on those of the queue that are ``due``.
 
-    A non-finite reward or log-prob leaves the whole step out.
+    A non-finite reward or log-prob skips the whole step.
     """
     clock = context.clock
     minibatches = build_minibatches(policy.layout, groups, config, encode_trace)
@@ -98,7 +98,7 @@ def update_policy(
 
 
 def run_updates(policy: Policy, minibatches: list[MiniBatch], config: Config, context: StepContext) -> StepResult:
-    """One optimizer update per mini-batch; those with nothing to train on are left out, the same on every rank."""
+    """Make one optimizer update per mini-batch, skipping those with nothing to train on, the same on every rank."""
     objective, result = config.objective, StepResult()
     correction = Correction.of(config.rollout)
     reports = []
@@ -136,7 +136,7 @@ def run_updates(policy: Policy, minibatches: list[MiniBatch], config: Config, co
         if reason := _reason_to_skip(policy, minibatch, streams, stats.norm, loss, *limits):
             of_queue = " (of the queue)" if minibatch.deferred else ""
             result.skipped = f"update {u + 1} of {len(minibatches)}{of_queue}: {reason}"
-            break  # further updates would build on one that was not taken
+            break  # further updates would build on a skipped one
         with phase("optimizer step"):
             policy.step(context.lr)
         applied.append(stats.norm)
@@ -156,11 +156,11 @@ def _reason_to_skip(
     trainer: Trainer,
     usual: float | None,
 ) -> str | None:
-    """Why this update must not be applied, and on which prompts; None where it may. The same on every rank."""
+    """Return why this update must not be applied, and on which prompts; None if it may. The same on every rank."""
     if not (math.isfinite(norm) and math.isfinite(loss)):
         with phase("search for what is not finite"):
             return f"gradient norm {norm:g}, loss {loss:g}: {bad_gradient(policy, minibatch, streams)}"
-    bound, way_out = trainer.max_grad_norm_to_apply, "if that is its level from now on, resume with"
+    bound, way_out = trainer.max_grad_norm_to_apply, "if this is its new level, resume with"
     if bound and norm > bound:
         found = f"gradient norm {norm:.4g} exceeds trainer.max_grad_norm_to_apply: {bound:g}"
         return f"{found}, on prompts {prompts(minibatch)}; {way_out} a higher one, or 0"
@@ -174,7 +174,7 @@ def _reason_to_skip(
 def _streams(
     policy: Policy, minibatch: MiniBatch, terms: BatchTerms, b: int, config: Config, correction: Correction
 ) -> TokenStreams:
-    """What the loss of micro-batch ``b`` (rollouts first, then traces) reads."""
+    """Return the loss input of micro-batch ``b`` (rollouts first, then traces)."""
     is_rollout = b < len(minibatch.rollouts)
     batch = minibatch.batches[b]
     known = {
