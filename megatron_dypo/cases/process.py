@@ -1,4 +1,4 @@
-"""PRIME's numbers of a case: its process reward model's update, each token's advantage, and which groups are kept.
+"""PRIME's numbers for a case: its process reward model's update, each token's advantage, and the groups it keeps.
 
 Legend: n tokens of one response.
 """
@@ -24,7 +24,7 @@ from megatron_dypo.records import Regime
 
 
 def process_update(ratios: list[Tensor], rewards: list[float], objective: Objective) -> dict[str, Any]:
-    """The model's loss and its derivatives, from each response's log-ratios [n] to the reference."""
+    """Return the model's loss and its derivatives, from each response's log-ratios [n] to the reference."""
     outcomes = [float(reward >= objective.reward_threshold) for reward in rewards]
     updates = outcome_updates([ratio_n.sum().item() for ratio_n in ratios], outcomes, objective.process_beta)
     slopes = [slope for _, slope in updates]
@@ -38,7 +38,7 @@ def process_update(ratios: list[Tensor], rewards: list[float], objective: Object
 def process_advantages(
     ratios: list[Tensor], rewards: list[float], prompts: list[Any], objective: Objective
 ) -> dict[str, list[Tensor]]:
-    """Process rewards and advantages before and after whitening, each a list of [n] by response."""
+    """Return process rewards and advantages before and after whitening, each a list of [n] by response."""
     scale, as_code = largest_to_go(ratios) + SCALE_FLOOR, objective.process_baseline == "code"
     process = [ratio_n / scale for ratio_n in ratios]
     found: dict[int, Tensor] = {}
@@ -58,7 +58,7 @@ def process_advantages(
 
 
 def kept(solved: Any, config: Config) -> dict[str, list[bool]]:
-    """Which groups train, by how many of their responses are right."""
+    """Return which groups train, from their numbers of right responses."""
     k, objective = config.rollout.samples_per_prompt, config.objective
     if not isinstance(solved, list) or not all(type(each) is int and 0 <= each <= k for each in solved):
         raise UserError(f"settings.solved: expected a list of whole numbers from 0 to {k}")
