@@ -445,7 +445,7 @@ def test_an_update_above_an_absolute_norm_is_left_out_without_any_history_and_na
     assert result == other and not result["changed"] and result["norms"] == []
     norm = result["metrics"]["train/grad_norm"]
     assert re.search(
-        rf"gradient norm {norm:.4g} exceeds trainer.max_grad_norm_to_apply: [\d.]+, on prompts p0, p1, .*; if that is",
+        rf"gradient norm {norm:.4g} exceeds trainer.max_grad_norm_to_apply: [\d.]+, on prompts p0, p1, .*; if this is",
         result["skipped"],
     )
     (applied, _), _ = run_ranks(2, spiking_update, 0.0, 2.0, True, 2.1, 0)

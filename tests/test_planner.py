@@ -560,7 +560,7 @@ def test_what_a_plan_prints_is_what_plan_takes_and_gives_the_same_best_layout(ex
 def best_lines(printed: str) -> list[str]:
     lines = printed.splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("best ("))
-    return list(itertools.takewhile(lambda line: not line.startswith("its host memory"), lines[start:]))
+    return list(itertools.takewhile(lambda line: not line.startswith("host memory per rank"), lines[start:]))
 
 
 @pytest.mark.slow
