@@ -1,4 +1,4 @@
-"""The whole configuration: every key's type, default, bounds and documentation are in its section's class."""
+"""Declare the whole configuration; type, default, bounds and documentation of a key are in its section's class."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = [
 
 
 class Config(Section):
-    """A whole run."""
+    """The configuration of a run."""
 
     model: Model = Field(description="The policy network.")
     policy: PolicyOptions = Field(default=PolicyOptions(), description="How a mixture of experts is trained.")
@@ -46,10 +46,10 @@ class Config(Section):
     side: Side = Field(default=Side(), description="The second model of some recipes.")
     trainer: Trainer = Field(description="The loop.")
     evaluation: Evaluation = Field(default=Evaluation(), description="Evaluation suites.")
-    logging: Logging = Field(default=Logging(), description="Who is told.")
+    logging: Logging = Field(default=Logging(), description="Where metrics are logged.")
     stages: list[dict[str, Any]] | None = key(
         None,
-        "Several stages in one run: of each its own `trainer.steps`, and the keys in which it differs from the file.",
+        "Stages of the run: each gives its own `trainer.steps` and the keys in which it differs from the file.",
         resumable=True,
     )
 
@@ -57,12 +57,12 @@ class Config(Section):
 
     @property
     def written(self) -> dict[str, Any]:
-        """The file's values of the keys that this run does not read, which have their defaults instead."""
+        """Return the file's values of the keys this run does not read; the keys themselves hold their defaults."""
         return self._written
 
     @property
     def window(self) -> int:
-        """Tokens of the longest prompt and response that the engine makes room for."""
+        """Return the tokens of the longest prompt and response, which the engine makes room for."""
         responses = self.rollout.max_response_tokens, self.evaluation.max_response_tokens or 0
         return self.data.max_prompt_tokens + max(responses)
 

@@ -1,8 +1,8 @@
-"""What a key of the configuration is declared with.
+"""Declare keys of the configuration.
 
-``key(default, doc)`` declares a key. ``resumable=True`` marks those that may change when a run is resumed (layout,
-logging, paths, number of steps, engine, micro-batch budget); all others make up the run's fingerprint. ``path=True``
-marks those in which `~` and `$VARIABLE` stand for what they stand for in a shell.
+``key(default, doc)`` declares a key. ``resumable=True`` marks keys that may change when a run is resumed (layout,
+logging, paths, number of steps, engine, micro-batch budget); the others form the run's fingerprint. ``path=True`` marks
+keys in which `~` and `$VARIABLE` are expanded as in a shell.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-YEAR = 31_536_000  # seconds; what a deadline may be at most, so that every clock takes it
+YEAR = 31_536_000  # seconds; the largest deadline, which every clock accepts
 
 
 def key(default: Any = ..., doc: str = "", *, resumable: bool = False, path: bool = False, **bounds: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Keys of the model, of how it is laid out over ranks, and of its experts."""
+"""Declare the keys of the model, its layout over ranks, and its experts."""
 
 from __future__ import annotations
 
@@ -27,12 +27,10 @@ class Shape(Section):
     norm_eps: float | None = key(None, "RMSNorm epsilon.", gt=0)
     tied_embeddings: bool | None = key(None, "Share the input embedding with the output head.")
     init_std: float | None = key(None, "Standard deviation of the random initial weights.", gt=0)
-    num_experts: int | None = key(None, "Experts of each layer (families with a mixture of experts).", ge=1, lt=2**15)
-    router_topk: int | None = key(None, "Experts that a token goes through.", ge=1, lt=2**15)
-    norm_topk_prob: bool | None = key(None, "The weights of a token's experts sum to 1.")
-    shared_expert_ffn_hidden_size: int | None = key(
-        None, "Width of the experts that all tokens go through (`qwen2_moe`).", ge=1, lt=2**31
-    )
+    num_experts: int | None = key(None, "Experts per layer (mixture-of-experts families).", ge=1, lt=2**15)
+    router_topk: int | None = key(None, "Experts that each token is routed to.", ge=1, lt=2**15)
+    norm_topk_prob: bool | None = key(None, "Normalise the weights of a token's experts to sum to 1.")
+    shared_expert_ffn_hidden_size: int | None = key(None, "Width of the shared experts (`qwen2_moe`).", ge=1, lt=2**31)
 
 
 class Model(Section):
@@ -49,51 +47,53 @@ class Model(Section):
     dtype: Literal["auto", "fp32", "bf16"] = key("auto", "Training dtype; `auto` is bf16 on CUDA and fp32 on CPU.")
     probe: Literal["auto", "on", "off"] = key(
         "auto",
-        "Compare the log-probs of a short text with transformers' on rank 0 after `model.hf` is loaded: `auto` at a fresh start, where the folder fits into a quarter of the free host memory, for a minute at most.",
+        "Compare the log-probs of a short text with those of transformers on rank 0 after loading `model.hf`. `auto`: at a fresh start, if the folder fits into a quarter of the free host memory, for at most a minute.",
         resumable=True,
     )
     attention_backend: Literal["auto", "sdpa", "flash", "te"] = key(
         "auto",
-        "Core attention: torch's SDPA, torch's variable-length flash attention (CUDA), or Transformer Engine's (with `layer_spec: te`); `auto` is the last of these that this machine has.",
+        "Core attention: torch's SDPA, torch's variable-length flash attention (CUDA), or Transformer Engine's (with `layer_spec: te`); `auto` is the last of these that is available.",
         resumable=True,
     )
     layer_spec: Literal["auto", "local", "te"] = key(
         "auto",
-        "Megatron-Core layer spec: `local` needs neither Transformer Engine nor Apex; `auto` is `te` on CUDA where Transformer Engine is installed.",
+        "Megatron-Core layer spec: `local` needs neither Transformer Engine nor Apex; `auto` is `te` on CUDA if Transformer Engine is installed.",
         resumable=True,
     )
     recompute: Literal["none", "selective", "full"] = key(
-        "none", "Activations computed again in the backward pass: `selective` is the MLPs', `full` all.", resumable=True
+        "none",
+        "Activations to recompute in the backward pass: none, those of the MLPs (`selective`), or all (`full`).",
+        resumable=True,
     )
     reference_on: Literal["auto", "device", "host"] = key(
         "auto",
-        "Where the frozen reference is: on the device, where its pass costs nothing but its memory, or in (pinned) host memory; `auto` is the device where it fits there beside the planned peak, and not with `trainer.offload`.",
+        "Where the frozen reference lives: on the device, which costs memory only, or in (pinned) host memory. `auto` is the device if it fits beside the planned peak and `trainer.offload` is off.",
         resumable=True,
     )
 
 
 class PolicyOptions(Section):
-    """How a mixture of experts is trained; a dense policy asks for nothing here."""
+    """How a mixture of experts is trained; a dense policy sets none of these keys."""
 
     routing_replay: Literal["off", "old", "rollout"] = key(
         "off",
-        "Who chooses a token's experts in training: the router as it is (`off`), as it was in the pass of old log-probs (`old`), or the rollout engine (`rollout`).",
+        "Which routing training replays: none (`off`: the router decides anew), that of the old-log-prob pass (`old`), or that of the rollout engine (`rollout`, R3).",
     )
     aux_loss: float = key(
         0.0,
-        "Coefficient of the load-balancing loss, over a whole mini-batch whatever the layout; above 0 a forward pass comes before each training pass.",
+        "Coefficient of the load-balancing loss, computed over the whole mini-batch in every layout; above 0 it costs one more forward pass per training pass.",
         ge=0,
     )
 
 
 class Parallel(Section):
-    """The layout. Data parallel is what is left of the world size."""
+    """The layout. The data-parallel size is the world size divided by the others."""
 
     tensor: int = key(1, "Tensor-parallel ranks.", ge=1, resumable=True)
     pipeline: int = key(1, "Pipeline-parallel ranks.", ge=1, resumable=True)
     virtual_pipeline: int = key(
         1,
-        "Model chunks of each pipeline rank (interleaved schedule): a smaller pipeline bubble for more communication.",
+        "Model chunks per pipeline rank (interleaved schedule): a smaller pipeline bubble for more communication.",
         ge=1,
         resumable=True,
     )
@@ -102,24 +102,26 @@ class Parallel(Section):
     )
     expert: int = key(
         1,
-        "Expert-parallel ranks, which share out a layer's experts; they are taken from the tensor-, context- and data-parallel ones.",
+        "Expert-parallel ranks, which split a layer's experts among them; taken from the tensor-, context- and data-parallel ranks.",
         ge=1,
         resumable=True,
     )
-    expert_tensor: int = key(1, "Ranks that cut each expert, as `tensor` cuts the rest.", ge=1, resumable=True)
+    expert_tensor: int = key(
+        1, "Tensor-parallel ranks of each expert, as `tensor` is of the other weights.", ge=1, resumable=True
+    )
     sequence_parallel: bool = key(
         False, "Shard activations between the tensor-parallel regions along the sequence.", resumable=True
     )
     timeout: float = key(
         1800.0,
-        "Deadline of every collective and of every phase of a step (rollout, update, save, ...), in seconds; past it the job ends and says who was where.",
+        "Deadline of each collective and each phase of a step (rollout, update, save, ...), in seconds; after it the job ends and reports the phase of every rank.",
         gt=0,
         le=YEAR,
         resumable=True,
     )
     heartbeat_timeout: float = key(
         120.0,
-        "A rank that gives no sign of life for so many seconds (frozen, or its machine gone) ends the job.",
+        "End the job if a rank sends no heartbeat for N seconds (frozen, or its machine lost).",
         gt=0,
         le=YEAR,
         resumable=True,

@@ -1,4 +1,4 @@
-"""Keys of the way from a prompt to a scored response: data, sampling, reward."""
+"""Declare the keys from prompt to scored response: data, sampling, reward."""
 
 from __future__ import annotations
 
@@ -6,43 +6,44 @@ from typing import Literal
 
 from megatron_dypo.config.section import YEAR, Section, key
 
-REWARD_FUNCTIONS = ("math", "choice", "reasoning_gym")  # built in; others are a user's
+REWARD_FUNCTIONS = ("math", "choice", "reasoning_gym")  # built in; any other is a user function
 
 
 class Data(Section):
     """Prompts, answers and teacher traces."""
 
     train: str = key(..., "JSON Lines or Parquet file, or `reasoning_gym:TASK?key=value&...&size=N`.", path=True)
-    valid: str | None = key(None, "Held-out set of the same forms, for the evaluation inside training.", path=True)
+    valid: str | None = key(None, "Held-out set in the same forms, for evaluation during training.", path=True)
     experts: str | None = key(
         None,
-        "Prompts with traces to imitate, a data set beside `train` in the same forms; every trace of a row is one sequence. `ground_truth` is not needed.",
+        "Second data set, of prompts with traces to imitate, in the same forms as `train`; each trace is one sequence. `ground_truth` is not needed.",
         path=True,
     )
-    experts_per_step: int = key(64, "Traces of `experts` in a global batch.", ge=1)
-    prompts_per_step: int = key(64, "Prompts in a global batch (Q).", ge=1)
-    max_prompt_tokens: int = key(1024, "A longer prompt is an error that names it.", ge=1)
+    experts_per_step: int = key(64, "Traces of `experts` per global batch.", ge=1)
+    prompts_per_step: int = key(64, "Prompts per global batch (Q).", ge=1)
+    max_prompt_tokens: int = key(1024, "Longest prompt, in tokens; a longer one is an error that names it.", ge=1)
     max_teacher_tokens: int | None = key(
         None,
-        "A longer teacher trace (its end token included) is never drawn; default: `rollout.max_response_tokens`.",
+        "Longest teacher trace, in tokens with its end token; longer ones are never drawn. Default: `rollout.max_response_tokens`.",
         ge=1,
     )
-    seed: int = key(0, "Seed of the order in which prompts are visited.", ge=0, lt=2**63)
+    seed: int = key(0, "Seed of the prompt order.", ge=0, lt=2**63)
     max_tokens_per_microbatch: int = key(
         16384, "Token budget of one packed micro-batch on one data-parallel rank.", ge=1, resumable=True
     )
     accept_changed: bool = key(
         False,
-        "A run that is resumed goes on although a file of prompts has changed since it was last started.",
+        "Resume although a file of prompts has changed since the run was last started.",
         resumable=True,
     )
-    skip_bad_rows: bool = key(False, "Leave out malformed rows (and count them) instead of stopping.")
+    skip_bad_rows: bool = key(False, "Skip (and count) malformed rows instead of stopping.")
     repair_escapes: bool = key(
         False,
-        "Put the backslash back (and count the rows) where a control character stands in place of the begin of a LaTeX command (a form feed and `rac` for `\\frac`), instead of refusing the row.",
+        "Restore the backslash (and count the rows) where a control character replaced the start of a LaTeX command (a form feed and `rac` for `\\frac`), instead of refusing the row.",
     )
     plain_chat: bool = key(
-        False, "Without a chat template, join a chat's texts with newlines, without roles, instead of refusing it."
+        False,
+        "Without a chat template, join the messages of a chat with newlines, without roles, instead of refusing it.",
     )
 
 
@@ -51,28 +52,28 @@ class Reward(Section):
 
     function: str = key(
         "math",
-        "Who scores: `math` (the final answer is equivalent to the ground truth), `choice` (the letter of an option), `reasoning_gym` (the task's own score), or `package.module:function` or `path/file.py:function`, called as verl calls `compute_score(data_source, solution_str, ground_truth, extra_info)`.",
+        "Scorer: `math` (the final answer is equivalent to the ground truth), `choice` (the letter of an option), `reasoning_gym` (the task's own score), or your own `package.module:function` or `path/file.py:function`, called as verl calls `compute_score(data_source, solution_str, ground_truth, extra_info)`.",
         path=True,
     )
     extract: Literal["boxed", "marked", "number"] = key(
         "boxed",
-        "What counts as the final answer (`math`, `choice`, `reasoning_gym`): the last complete `\\boxed{}`; without one, what follows the last `####` (`marked`); without that, the last number or option of the response (`number`).",
+        "Final answer (`math`, `choice`, `reasoning_gym`): the last complete `\\boxed{}`; `marked`: else what follows the last `####`; `number`: else the last number or option of the response.",
     )
     format: Literal["none", "boxed", "think"] = key(
         "none",
-        "The form that a response ought to have: a complete box, or `<think>...</think>` (whose first tag the chat template may have written) and a box after it.",
+        "Required form of a response: a complete box, or `<think>...</think>` (the chat template may supply the first tag) followed by a box.",
     )
-    format_penalty: float = key(0.0, "Taken off the reward of a response of another form.", ge=0)
+    format_penalty: float = key(0.0, "Subtracted from the reward of a response in any other form.", ge=0)
     overlong_tokens: int = key(
-        0, "The last N tokens before `rollout.max_response_tokens` cost (DAPO's soft punishment).", ge=0
+        0, "Penalise the last N tokens before `rollout.max_response_tokens` (DAPO's soft overlong punishment).", ge=0
     )
     overlong_penalty: float = key(
-        1.0, "Taken off the reward at the full length, linearly less before; needs `overlong_tokens`.", ge=0
+        1.0, "Subtracted from the reward at full length, linearly less before; needs `overlong_tokens`.", ge=0
     )
     cpu_seconds: float = key(
-        5.0, "One answer may take so much CPU time; past it, it scores 0 and is counted.", gt=0, le=YEAR, resumable=True
+        5.0, "CPU seconds to grade one answer; past that it scores 0 and is counted.", gt=0, le=YEAR, resumable=True
     )
-    workers: int = key(1, "Worker processes of each rank.", ge=1, le=1024, resumable=True)
+    workers: int = key(1, "Grading processes per rank.", ge=1, le=1024, resumable=True)
 
 
 class Rollout(Section):
@@ -80,35 +81,35 @@ class Rollout(Section):
 
     engine: Literal["auto", "vllm", "server", "transformers", "replay"] = key(
         "auto",
-        "Who samples. `vllm` runs in process; `server` is one or more vLLM servers (`rollout.servers`); `transformers` is the slow fallback; `replay` reads recorded steps; `auto` is vllm where it is installed, else transformers.",
+        "Sampling engine. `vllm` runs in process; `server` is one or more vLLM servers (`rollout.servers`); `transformers` is the slow fallback; `replay` reads recorded steps; `auto` is vllm if installed, else transformers.",
         resumable=True,
     )
     servers: list[str] = key(
         [],
-        "Addresses of the vLLM servers (`http://host:port`), started by `launch/servers.sh`. Their token comes from the environment (`MEGATRON_DYPO_SERVER_TOKEN`).",
+        "Addresses of the vLLM servers (`http://host:port`), started by `launch/servers.sh`. Their token comes from the environment variable `MEGATRON_DYPO_SERVER_TOKEN`.",
         resumable=True,
     )
     server_timeout: float = key(
         30.0,
-        "A server that does not answer a health check for so many seconds is lost until it returns; its requests go to the others.",
+        "A server that answers no health check for N seconds counts as lost until it returns; its requests go to the others.",
         gt=0,
         le=YEAR,
         resumable=True,
     )
     request_timeout: float = key(
         1800.0,
-        "One response may take a server so many seconds; past that another server samples it.",
+        "Seconds that a server may take for one response; past that another server samples it.",
         gt=0,
         le=YEAR,
         resumable=True,
     )
     samples_per_prompt: int = key(8, "Responses per prompt (k).", ge=1)
-    temperature: float = key(1.0, "Sampling temperature; on-policy log-probs are of softmax(z / temperature).", gt=0)
-    top_p: float = key(1.0, "Nucleus sampling; below 1 the behaviour policy is a truncated one.", gt=0, le=1)
-    max_response_tokens: int = key(8192, "Longest response, end token included.", ge=1)
+    temperature: float = key(1.0, "Sampling temperature; log-probs are those of softmax(logits / temperature).", gt=0)
+    top_p: float = key(1.0, "Nucleus sampling; below 1 the behaviour policy is truncated.", gt=0, le=1)
+    max_response_tokens: int = key(8192, "Longest response, in tokens with its end token.", ge=1)
     reward_unfinished: float | None = key(
         None,
-        "Reward of a response that did not end by itself, whatever its text: it is not graded and pays no penalty (Oat-Zero: 0). Default: graded as it is.",
+        "Fixed reward of a response without an end token, which is then neither graded nor penalised (Oat-Zero: 0). Default: grade it as it is.",
     )
     record: str | None = key(
         None, "Folder to write each step's rollouts to (`step_000001.jsonl`).", path=True, resumable=True
@@ -118,55 +119,55 @@ class Rollout(Section):
     )
     correction: Literal["none", "truncate", "mask", "icepop"] = key(
         "none",
-        "Weight of a token's GRPO term by the ratio exp(old - rollout): the ratio, capped (`truncate`); 1 within [floor, cap] and 0 outside (`mask`); the ratio within [floor, cap] and 0 outside (`icepop`, arXiv 2510.18855: floor 0.5, cap 5).",
+        "Weight of a token's GRPO term, from the ratio r = exp(old - rollout) of its log-probs: `truncate`: min(r, cap) (TIS); `mask`: 1 within [floor, cap], else 0; `icepop`: r within [floor, cap], else 0 (arXiv 2510.18855: floor 0.5, cap 5).",
     )
-    correction_cap: float = key(2.0, "Cap of the rollout correction: the largest ratio that counts as it is.", gt=1)
+    correction_cap: float = key(2.0, "Cap of the rollout correction: the largest ratio left unchanged.", gt=1)
     correction_floor: float | None = key(
-        None, "Lower end of the ratios that `mask` and `icepop` keep; default: 1 / `correction_cap`.", ge=0, lt=1
+        None, "Smallest ratio that `mask` and `icepop` keep; default: 1 / `correction_cap`.", ge=0, lt=1
     )
     async_rollout: int = key(
         0,
-        "Steps off policy, 0 or 1. With 1 the next batch is sampled while this one trains, with weights one step older; `correction` makes up for it. Of use with `engine: server`: an engine in process shares the trainer's device.",
+        "Steps off policy, 0 or 1. With 1, the next batch is sampled while this one trains, from weights one step older; `correction` compensates. Useful with `engine: server`; an in-process engine shares the trainer's device.",
         ge=0,
         le=1,
     )
     max_staleness: int | None = key(
         None,
-        "Responses may come from weights at most N optimizer updates older than those they train first; default: `objective.updates_per_rollout` with `async_rollout` (one more with a queue), else 0. Not checked on replay unless it is set.",
+        "Maximum staleness: optimizer updates between the weights that sampled a response and the weights it first trains. Default: `objective.updates_per_rollout` with `async_rollout` (one more with a queue), else 0. Replay checks it only if it is set.",
         ge=0,
         resumable=True,
     )
     dynamic_sampling: bool = key(
         False,
-        "A prompt whose group would train nothing is replaced by another, and that one sampled in the same step.",
+        "Replace prompts whose groups would train nothing by others, sampled in the same step (DAPO).",
     )
-    refill_rounds: int = key(3, "Replacements of one prompt in one step, at most.", ge=1)
+    refill_rounds: int = key(3, "Most replacements of one prompt per step.", ge=1)
     sync_backend: Literal["auto", "nccl", "ipc", "shared_memory"] = key(
         "auto",
-        "How weights reach servers: vLLM's NCCL or CUDA IPC transfer, or (CPU, same machine) shared memory; `auto` is nccl on CUDA, else shared_memory.",
+        "How weights reach the servers: vLLM's NCCL or CUDA IPC transfer, or shared memory (CPU, same machine). `auto` is nccl on CUDA, else shared_memory.",
         resumable=True,
     )
     sync_timeout: float = key(
-        600.0, "Deadline of one weight sync, and of the servers' start, in seconds.", gt=0, le=YEAR, resumable=True
+        600.0, "Deadline of one weight sync, and of server startup, in seconds.", gt=0, le=YEAR, resumable=True
     )
     verify_sync: Literal["off", "sent", "stored"] = key(
         "off",
-        "After each sync: compare checksums of the tensors that vLLM was given with the trainer's (`sent`), and of those that its layers hold then, where the forward pass takes them (`stored`). A missing, doubled or different tensor stops the run and is named.",
+        "After each sync, compare with the trainer's checksums those of the tensors vLLM received (`sent`), or also of those its layers then hold and compute with (`stored`). A missing, duplicate or different tensor stops the run and is named.",
         resumable=True,
     )
     verify_syncs: int = key(
-        20, "Every tensor is compared by `verify_sync` once in N syncs; 1: all, each time.", ge=1, resumable=True
+        20, "`verify_sync` compares each tensor once in N syncs; 1: all tensors, every time.", ge=1, resumable=True
     )
     engine_eager: bool = key(
         False,
-        "vLLM without torch.compile and CUDA graphs: starts in seconds instead of minutes and samples more slowly. For short runs; on the CPU it is always so.",
+        "Run vLLM without torch.compile and CUDA graphs: it starts in seconds instead of minutes and samples more slowly. For short runs; always so on CPU.",
         resumable=True,
     )
     head_dtype: Literal["auto", "float32", "model"] = key(
         "auto",
-        "In what vLLM forms its logits: `float32` from 16-bit hidden states and weights, as the trainer does, or the `model`'s dtype, which rounds each logit; `auto` is float32 where the installed vLLM has it (0.26 and later).",
+        "Dtype of vLLM's logits: `float32` from 16-bit hidden states and weights, as in the trainer, or the `model`'s dtype, which rounds each logit. `auto` is float32 if the installed vLLM supports it (0.26 and later).",
         resumable=True,
     )
     engine_memory: float = key(
-        0.25, "vLLM's share of the GPU's memory; on CPU, GiB of key/value cache.", gt=0, le=2**20, resumable=True
+        0.25, "vLLM's share of GPU memory; on CPU, GiB of key/value cache.", gt=0, le=2**20, resumable=True
     )

@@ -1,4 +1,4 @@
-"""Keys of the way from scored responses to a trained, evaluated and logged model."""
+"""Declare the keys from scored responses to a trained, evaluated and logged model."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from megatron_dypo.config.section import Section, key
 
 
 class Mix(Section):
-    """The experts' share mu of the loss, by step (objectives/schedule.py); rollouts have 1 - mu."""
+    """The experts' share mu of the loss, by step (objectives/schedule.py); rollouts weigh 1 - mu."""
 
-    warmup: int = key(0, "Steps in which mu rises from 0 to `peak`, in a line.", ge=0)
-    decay: int = key(200, "Steps in which it then falls to `valley`, in half a cosine; 0: at once.", ge=0)
-    peak: float = key(0.9, "The experts' share where the decay begins.", ge=0, le=1)
-    valley: float = key(0.05, "The experts' share from the end of the decay on.", ge=0, le=1)
+    warmup: int = key(0, "Steps of the linear rise of mu from 0 to `peak`.", ge=0)
+    decay: int = key(200, "Steps of the half-cosine fall of mu to `valley`; 0: at once.", ge=0)
+    peak: float = key(0.9, "mu where the decay begins.", ge=0, le=1)
+    valley: float = key(0.05, "mu from the end of the decay on.", ge=0, le=1)
 
 
 class Objective(Section):
@@ -25,19 +25,19 @@ class Objective(Section):
     )
     gate: Literal["reward", "advantage"] = key(
         "reward",
-        "What makes a group Hard: how many of its responses are right, or (`advantage`) that none is better than another.",
+        "What makes a group Hard: the number of right responses, or (`advantage`) equal rewards throughout.",
     )
     scale: Literal["token", "trajectory"] = key(
-        "token", "One unit for all three terms: means over a response's tokens, or sums (the paper's literal form)."
+        "token", "Unit of all three terms: means over a response's tokens, or sums (the paper's literal form)."
     )
     alpha: float = key(0.5, "Mid: weight of GRPO; GAL has 1 - alpha.", ge=0, le=1)
     beta_gal: float = key(1.0, "GAL's inverse temperature.", gt=0)
-    gamma: float = key(1.0, "Weight of SFT on a teacher's trace (Hard prompts', where the recipe has regimes).", ge=0)
+    gamma: float = key(1.0, "Weight of SFT on a teacher's trace (of Hard prompts, in recipes with regimes).", ge=0)
     clip_low: float = key(0.2, "GRPO: lower clip distance of the ratio.", ge=0, le=1)
     clip_high: float = key(0.2, "GRPO: upper clip distance of the ratio.", ge=0)
     surrogate: Literal["clip", "cispo", "sapo"] = key(
         "clip",
-        "GRPO: what bounds the ratio. `clip`: PPO's minimum; `cispo`: the clipped ratio, held constant, times A logp, so that every token keeps a gradient; `sapo`: 4 / tau sigmoid(tau (ratio - 1)), softly.",
+        "GRPO: how the ratio is bounded. `clip`: PPO's minimum; `cispo`: the clipped ratio, detached, times A logp, so that every token keeps a gradient; `sapo`: the soft 4 / tau sigmoid(tau (ratio - 1)).",
     )
     loss_function: str | None = key(
         None,
@@ -45,27 +45,27 @@ class Objective(Section):
         path=True,
     )
     sapo_tau_pos: float = key(
-        1.0, "SAPO's temperature where the advantage is above 0: how soon a ratio ceases to count.", gt=0
+        1.0, "SAPO's temperature for positive advantages: larger values damp distant ratios sooner.", gt=0
     )
-    sapo_tau_neg: float = key(1.05, "SAPO's temperature where the advantage is not above 0.", gt=0)
+    sapo_tau_neg: float = key(1.05, "SAPO's temperature for the other advantages.", gt=0)
     kl_coef: float = key(0.0, "GRPO: weight of the k3 estimate of KL(policy || reference).", ge=0)
     entropy_coef: float = key(
-        0.0, "Weight of the mean entropy of all trained tokens, which the loss is lessened by.", ge=0
+        0.0, "Weight of the entropy bonus: the mean entropy of all trained tokens, subtracted from the loss.", ge=0
     )
     hard_max_solved: int = key(0, "Hard if at most N of the k responses are right; -1: no group is Hard.", ge=-1)
     easy_min_solved: int | None = key(
         None, "Easy if at least N of the k responses are right; default: all; k + 1: no group is Easy.", ge=1
     )
-    reward_threshold: float = key(0.5, "A response is right from this reward on.")
+    reward_threshold: float = key(0.5, "Smallest reward of a right response.")
     teachers_per_prompt: int = key(
-        1, "Hard: teacher traces drawn without replacement; their losses are averaged.", ge=1
+        1, "Hard: teacher traces per prompt, drawn without replacement; their losses are averaged.", ge=1
     )
     aggregation: Literal["scale", "token_mean", "constant"] = key(
         "scale",
-        "GRPO over tokens: as `scale` says; one mean over all Mid tokens of the batch; or sums divided by `aggregation_constant`.",
+        "How GRPO aggregates tokens: as `scale` says; one mean over all Mid tokens of the batch; or sums divided by `aggregation_constant`.",
     )
     aggregation_constant: int | None = key(
-        None, "Fixed length of `aggregation: constant`; default: `rollout.max_response_tokens`.", ge=1
+        None, "Divisor for `aggregation: constant`; default: `rollout.max_response_tokens`.", ge=1
     )
     gal_length_normalize: bool | None = key(
         None, "GAL's log-ratio as a mean over tokens (true) or a sum (false); default: as `scale` says."
@@ -73,9 +73,11 @@ class Objective(Section):
     sft_length_normalize: bool | None = key(
         None, "SFT as a mean over tokens (true) or a sum (false); default: as `scale` says."
     )
-    normalize: Literal["all", "active"] = key("all", "Q counts all prompts of the batch, or those that contribute.")
+    normalize: Literal["all", "active"] = key(
+        "all", "Q counts all prompts of the batch, or only those that contribute."
+    )
     ratio_base: Literal["old", "reference"] = key(
-        "old", "GRPO's ratio is against the behaviour policy, or against the reference (the paper's literal form)."
+        "old", "Denominator of GRPO's ratio: the behaviour policy, or the reference (the paper's literal form)."
     )
     ratio_level: Literal["token", "sequence"] = key("token", "GRPO's ratio per token, or one per response.")
     reference: str = key(
@@ -88,46 +90,46 @@ class Objective(Section):
     )
     shape: Literal["luffy", "p", "nll", "phi", "sg_p"] | None = key(
         None,
-        "Function of a trace's token probability p that its advantage weighs: `luffy` p / (p + `shape_gamma`); p itself; `nll` log p; log p weighed by p (1 - p) (`phi`) or by p (`sg_p`), held constant; default: the recipe's own.",
+        "Function of a trace token's probability p that its advantage multiplies: `luffy`: p / (p + `shape_gamma`); `p`; `nll`: log p; `phi` and `sg_p`: log p times a detached p (1 - p) or p. Default: the recipe's own.",
     )
-    shape_gamma: float = key(0.1, "Where the shaped probability is one half: below it a token weighs more.", gt=0)
+    shape_gamma: float = key(
+        0.1, "Probability at which the shaped value is one half; less likely tokens weigh more.", gt=0
+    )
     demo_aggregation: Literal["scale", "token_mean"] = key(
-        "scale", "SFT over tokens: as `scale` says, or one mean over the tokens of all traces of the batch."
+        "scale", "How SFT aggregates tokens: as `scale` says, or one mean over all trace tokens of the batch."
     )
     mask_truncated: bool = key(
         False,
-        "A response that did not end by itself counts in its group's baseline, but its tokens carry no loss, KL or entropy and it is in no pair (DAPO's overlong filtering, TRL's `mask_truncated_completions`).",
+        "Exclude responses without an end token from loss, KL, entropy and pairs; they still count in their group's baseline (DAPO's overlong filtering, TRL's `mask_truncated_completions`).",
     )
     mix: Mix = key(Mix(), "The experts' share of the loss.")
     queue_size: int = key(
         128,
-        "Prompts that failed and wait until an update on their teachers' traces, the last of the step, is made; at most one a step.",
+        "Failed prompts to collect before an update on their teachers' traces, the last of its step; at most one such update per step.",
         ge=1,
     )
     queue_order: Literal["oldest", "newest"] = key(
         "oldest",
-        "Which of the prompts that wait are due first. With `newest` (ReLIFT's code) old ones may wait for ever.",
+        "Which queued prompts train first. With `newest` (ReLIFT's code) old ones may wait forever.",
     )
     process_beta: float = key(
-        0.05, "PRIME: a response's summed process rewards times this are the logit of its being right.", gt=0
+        0.05, "PRIME: scale of a response's summed process rewards, giving the logit of being right.", gt=0
     )
     process_baseline: Literal["code", "paper"] = key(
         "code",
-        "PRIME: what a token's process reward is relative to: the mean of the other responses' means (`paper`), or what PRIME's published code computes.",
+        "PRIME: baseline of a token's process reward: the mean of the other responses' means (`paper`), or that of PRIME's published code (`code`).",
     )
     tilt_demo: float = key(
-        -1.0, "A trace's tokens are imitated exp(`tilt_demo` H) times, H the policy's entropy, held constant (nats)."
+        -1.0, "Weight of a trace's tokens: exp(`tilt_demo` H), with H the policy's entropy in nats, detached."
     )
-    tilt_right: float = key(1.0, "As `tilt_demo`, of the tokens of right responses.")
-    weight_right: float = key(
-        0.1, "Weight of a right response's -log p; that of a wrong one is -1 and has no tilt.", ge=0
-    )
+    tilt_right: float = key(1.0, "As `tilt_demo`, for tokens of right responses.")
+    weight_right: float = key(0.1, "Weight of -log p in right responses; in wrong ones it is -1, without tilt.", ge=0)
     tilt_level: Literal["token", "sequence"] = key(
         "token",
-        "H is each token's entropy, or the mean over its sequence (HPT's form), which takes a pass over the traces.",
+        "H is each token's entropy, or the mean over its sequence (HPT's form), which costs a pass over the traces.",
     )
-    updates_per_rollout: int = key(1, "Optimizer updates per rollout: mini-batches of whole prompts.", ge=1)
-    refresh_pair_weights: bool = key(True, "Several updates: recompute the trajectory coefficients before each.")
+    updates_per_rollout: int = key(1, "Optimizer updates per rollout, each on a mini-batch of whole prompts.", ge=1)
+    refresh_pair_weights: bool = key(True, "With several updates, recompute the trajectory coefficients before each.")
 
 
 class Adam(Section):
@@ -139,28 +141,28 @@ class Adam(Section):
     schedule_steps: int | None = key(
         None, "Steps over which the schedule decays; needed by `linear` and `cosine`.", ge=1
     )
-    warmup_steps: int = key(0, "Linear warm-up.", ge=0)
+    warmup_steps: int = key(0, "Steps of linear warm-up.", ge=0)
     betas: list[float] = key([0.9, 0.95], "Adam's betas.", min_length=2, max_length=2)
     eps: float = key(1e-8, "Adam's epsilon.", gt=0)
-    weight_decay: float = key(0.0, "Decoupled weight decay (not on norms and biases).", ge=0)
+    weight_decay: float = key(0.0, "Decoupled weight decay (norms and biases excepted).", ge=0)
     clip_grad: float = key(1.0, "Largest global gradient norm; 0 is off.", ge=0)
 
 
 class Optimizer(Adam):
-    """Adam, as Megatron-Core runs it."""
+    """Adam, as in Megatron-Core."""
 
     distributed: bool = key(
         False,
-        "Shard the optimizer's state over data-parallel ranks; may be switched on resume.",
+        "Shard the optimizer state over data-parallel ranks; may be switched on resume.",
         resumable=True,
     )
     overlap_grad_reduce: bool = key(
-        False, "Sum gradients over data-parallel ranks while the backward pass goes on.", resumable=True
+        False, "Reduce gradients over data-parallel ranks during the backward pass.", resumable=True
     )
 
 
 class Side(Adam):
-    """The optimizer of a recipe's second model (`prime`), which is laid out as the policy is."""
+    """The optimizer of a recipe's second model (`prime`), which has the policy's layout."""
 
 
 class Trainer(Section):
@@ -170,33 +172,33 @@ class Trainer(Section):
     seed: int = key(0, "Seed of initial weights, sampling and teacher draws.", ge=0, lt=2**63)
     deterministic: bool = key(
         False,
-        "CUDA: only kernels with one result, in training and in vLLM, so that a run repeats bit for bit on the same machine and layout; slower. CPU runs repeat anyway.",
+        "CUDA: use deterministic kernels only, in training and in vLLM, so that a run repeats bit for bit on the same machine and layout; slower. CPU runs repeat anyway.",
         resumable=True,
     )
     offload: bool = key(
         False,
-        "Policy and rollout engine take turns on the GPU, so that each may need most of its memory: weights, gradients and optimizer state are in host memory while the engine samples, and the engine gives its memory back while the policy trains. No use on CPU.",
+        "Policy and rollout engine take turns on the GPU, so that each may use most of its memory: weights, gradients and optimizer state move to host memory while the engine samples, and the engine sleeps while the policy trains. No effect on CPU.",
         resumable=True,
     )
     eval_every: int = key(
         0,
-        "Greedy evaluation on `data.valid` every so many steps, and before and after training; 0: never.",
+        "Evaluate greedily on `data.valid` every N steps, and before and after training; 0: never.",
         ge=0,
         resumable=True,
     )
-    save_every: int = key(0, "Checkpoint every so many steps, and at the end; 0: never.", ge=0, resumable=True)
+    save_every: int = key(0, "Save a checkpoint every N steps, and at the end; 0: never.", ge=0, resumable=True)
     save_blocking: bool = key(
         False,
-        "Training waits while a checkpoint is written, in pieces of at most 1 GB: no snapshot in host memory.",
+        "Pause training while a checkpoint is written, in pieces of at most 1 GB, instead of taking a snapshot in host memory.",
         resumable=True,
     )
-    keep_checkpoints: int = key(2, "Newest checkpoints kept.", ge=1, resumable=True)
+    keep_checkpoints: int = key(2, "Number of newest checkpoints to keep.", ge=1, resumable=True)
     max_skipped_steps: int = key(
-        5, "Skipped steps (not finite, or a spike) in a row before the run stops.", ge=1, resumable=True
+        5, "Stop the run after N consecutive skipped steps (not finite, or a spike).", ge=1, resumable=True
     )
     spike_factor: float = key(
         0.0,
-        "Skip an update whose gradient norm exceeds so many times the median of the last 50 applied ones (20 at least); 0: never.",
+        "Skip an update whose gradient norm exceeds N times the median of the last 50 applied ones (at least 20); 0: never.",
         ge=0,
         resumable=True,
     )
@@ -214,12 +216,12 @@ class Evaluation(Section):
 
     suites: list[str] = key(
         [],
-        "Suites for `trainer.eval_every`: `aime24`, `aime25`, `amc23`, `math500`, `minerva`, `arc_c`, `gpqa_diamond`, `gsm8k`, or files of one's own (`[NAME=]FILE[?samples=N&extract=number]`).",
+        "Suites for `trainer.eval_every`: `aime24`, `aime25`, `amc23`, `math500`, `minerva`, `arc_c`, `gpqa_diamond`, `gsm8k`, or your own files (`[NAME=]FILE[?samples=N&extract=number]`).",
         resumable=True,
     )
     data: str | None = key(
         None,
-        "Folder of the suites' files; default: the Hugging Face hub (library `datasets`).",
+        "Folder of the suites' files; default: the Hugging Face hub (through `datasets`).",
         path=True,
         resumable=True,
     )
@@ -239,16 +241,16 @@ class Evaluation(Section):
     )
     instruction: str | None = key(
         "Please reason step by step, and put your final answer within \\boxed{}.",
-        "Follows each problem, after a blank line; null: nothing does.",
+        "Text after each problem and a blank line; null: none.",
         resumable=True,
     )
-    shuffle_options: bool = key(True, "Multiple choice: shuffle the options, by `seed`.", resumable=True)
-    limit: int | None = key(None, "The first so many problems of each suite; default: all.", ge=1, resumable=True)
+    shuffle_options: bool = key(True, "Multiple choice: shuffle the options by `seed`.", resumable=True)
+    limit: int | None = key(None, "Evaluate the first N problems of each suite; default: all.", ge=1, resumable=True)
     seed: int = key(0, "Seed of samples, shuffles and confidence intervals.", ge=0, lt=2**63, resumable=True)
 
 
 class Logging(Section):
-    """Who is told."""
+    """Where metrics are logged."""
 
     wandb: Literal["off", "offline", "online"] = key("off", "Weights & Biases.", resumable=True)
     wandb_project: str = key("megatron_dypo", "Weights & Biases project.", resumable=True)
