@@ -1,4 +1,4 @@
-"""The tables of the rollout side: weight sync, overhead, overlap."""
+"""The tables of the rollout side: weight sync, changed values, overhead, overlap."""
 
 from __future__ import annotations
 
@@ -46,6 +46,19 @@ def export(report: Report) -> str:
     rows = [[name, f"{entry['calls']:,}", f"{median(entry['seconds']):.2f}"] for name, entry in report.items()]
     last = next(reversed(report.values()))
     return f"{measured_on(last)} {last['tensors']:,} tensors.\n\n" + table(["", "collectives a sync", "seconds"], rows)
+
+
+def changed_values(report: Report) -> str:
+    """An entry a model; the shares of the values, and the bytes beside those of all."""
+    rows = []
+    for name, entry in report.items():
+        for rate, run in entry["lr"].items():
+            shares = run["changed"]
+            cells = [f"{share:.1%}" for share in (shares[0], median(shares), max(shares))]
+            size = f"{run['values'] / 1e6:,.1f}e6"
+            rows.append([name, size, rate, str(len(shares)), *cells, f"{3 * median(shares):.2f}x"])
+    header = ["task", "values", "`optimizer.lr`", "updates", "the first changes", "median", "most", "bytes, median"]
+    return f"{measured_on(next(reversed(report.values())))}\n\n" + table(header, rows)
 
 
 def overlap(report: Report) -> str:

@@ -20,7 +20,7 @@ from benchmarks.gpu_report.published import README, STATUS, performance, with_gp
 from benchmarks.heads import HEADS, NAIVE
 from benchmarks.machine import RESULTS, ROOT
 from benchmarks.markdown import measured_on, table
-from benchmarks.rollout_tables import export, overlap, weight_sync
+from benchmarks.rollout_tables import changed_values, export, overlap, weight_sync
 
 PAGE = ROOT / "benchmarks" / "README.md"
 Report = dict[str, Any]
@@ -274,6 +274,7 @@ SECTIONS = {
     "checkpoints_cpu": checkpoints,
     "weight_sync_cpu": weight_sync,
     "export_cpu": export,
+    "changed_values_cpu": changed_values,
     "rollout_cpu": overlap,
 }
 

@@ -49,6 +49,8 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutVllm
 
 
 CHORD = ["objective.method=chord"]
+SERVED = ["rollout.engine=server", "rollout.servers=[http://127.0.0.1:1]", "model.dtype=bf16"]
+SPARSE = [*SERVED, "rollout.sync_backend=sparse_nccl"]
 
 
 @pytest.fixture
@@ -204,6 +206,23 @@ def test_the_configurations_that_the_cases_spoil_are_usable(config, hf):
             ["objective.method=relift", "objective.queue_size=1"],
             "{config}: data.train: {folder}/rows.jsonl: no prompt has a teacher's trace, which objective.method: ",
         ),
+        ([*SPARSE, "model.dtype=fp32"], "{config}: rollout.sync_backend: sparse_nccl: every fp32 value changes"),
+        (
+            [*SPARSE, "optimizer.lr=4e-3"],
+            "{config}: rollout.sync_backend: sparse_nccl: sends values that changed, with",
+        ),
+        (
+            [*SPARSE, "optimizer.lr=2e-5", "objective.updates_per_rollout=2"],
+            "{config}: rollout.sync_backend: sparse_nccl: sends values that changed, with their places: with "
+            "optimizer.lr: 2e-05 and objective.updates_per_rollout: 2 that may be",
+        ),
+        (
+            [*SPARSE, "rollout.verify_sync=sent", "rollout.verify_syncs=3"],
+            "{config}: rollout.sync_backend: sparse_nccl: sends whole what rollout.verify_sync compares: with "
+            "rollout.verify_syncs: 3 ",
+        ),
+        (SPARSE, "rollout.sync_backend: sparse_nccl: works with CUDA alone, and here is none"),
+        ([*SERVED, "rollout.sync_backend=nccl_m2n"], "{config}: rollout.sync_backend: "),
         (["data.max_prompt_tokens=3"], "data: prompt row-0 has 4 tokens; data.max_prompt_tokens is 3"),
         (["trainer.run_dir={folder}/rows.jsonl"], "trainer.run_dir: {folder}/rows.jsonl "),
         (["trainer.run_dir={folder}/rows.jsonl/run"], "trainer.run_dir: {folder}/rows.jsonl/run "),
@@ -211,7 +230,8 @@ def test_the_configurations_that_the_cases_spoil_are_usable(config, hf):
 )
 def test_an_unusable_value_is_refused_in_one_line(config, capsys, overrides, start):
     folder = config.parent
-    if torch.cuda.is_available() and {"rollout.engine=vllm", "model.layer_spec=te"} & set(overrides):
+    of_the_cpu = {"rollout.engine=vllm", "model.layer_spec=te"} & set(overrides) or overrides == SPARSE
+    if torch.cuda.is_available() and of_the_cpu:
         pytest.skip("on the CPU only: vLLM's list of head sizes, and no Transformer Engine")
     line = refusal(capsys, config, *(override.replace("{folder}", str(folder)) for override in overrides))
     assert line.startswith(start.replace("{config}", str(config)).replace("{folder}", str(folder)))

@@ -88,6 +88,7 @@ def faulty_syncs(folder: str) -> dict:
     transfer.BUCKET_BYTES = usual
     engine.sync(Weights(first))
     found["right"] = compare(first, asked, engine.generate(asked, sampling()))["largest"]
+    found["in place"] = engine._llm.collective_rpc("in_place_fault")
     for name in ("lm_head.weight", "model.layers.1.mlp.down_proj.weight"):
         with pytest.raises(TrainingError) as refused:
             engine.sync(Without(second, name))
@@ -110,6 +111,8 @@ def test_a_dropped_tensor_a_missing_head_and_a_stale_prefix_cache_are_noticed(tm
     for name in ("lm_head.weight", "model.layers.1.mlp.down_proj.weight"):
         assert f"vLLM of rank 0, worker 0: {name}: was not received (rollout.verify_sync)" in found[name]
     assert found["stale cache"] > 0.1, "log-probs show it"
+    packed = "model.layers.0.self_attn.qkv_proj keeps its weights in the order of a kernel"
+    assert found["in place"][0].startswith(packed), "so that sparse_nccl is refused by name"
     if versions.release(installed().version) >= (0, 28):  # before, vLLM ties a head anew by itself
         assert found["no head"] > 0.1, "log-probs show it without verify_sync, too"
 

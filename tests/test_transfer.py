@@ -212,6 +212,22 @@ def test_nccl_is_told_of_all_workers_of_all_servers(monkeypatch):
     assert updates[0]["shapes"] == [list(size) for size in source.sizes.values()]
 
 
+def test_cuda_ipc_has_a_buffer_that_the_largest_tensor_fits_in(monkeypatch):
+    """vLLM's is of 1 GiB, and refuses an embedding of 151,936 x 4,096, say."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+    from megatron_dypo.rollout.server_engine import _open_transfer
+    from megatron_dypo.runtime.distributed import Layout
+
+    opened = []
+    monkeypatch.setattr(WeightTransferTrainerFactory, "trainer_init", lambda info, **_: opened.append(info))
+    large = Source(torch.bfloat16)
+    large.sizes = large.sizes | {"model.embed_tokens.weight": (151_936, 4_096)}
+    for source in (Source(), large):
+        _open_transfer("ipc", None, source, Layout())
+    assert [info.packed_buffer_size_bytes for info in opened] == [2**30, 151_936 * 4_096 * 2]
+
+
 def test_cuda_ipc_handles_travel_as_vllm_takes_them(monkeypatch):
     set_token(monkeypatch)
     handles = [{"GPU-0": ("rebuild", 1, (2, 3))}]

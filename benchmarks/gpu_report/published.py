@@ -18,12 +18,13 @@ from benchmarks.markdown import table
 README, STATUS = ROOT / "README.md", ROOT / "docs" / "status.md"
 OPEN = "not yet measured on a GPU"
 NOT_ON_GPUS = "-"  # where a GPU changes nothing
+_SERVERS = ("server_nccl", "server_sparse_nccl", "server_ipc")
 # docs/status.md's rows, by how they begin -> the stages that show them on a GPU
 ROWS: dict[str, tuple[str, ...] | None] = {
     "TP, SP, PP, virtual PP": ("layouts",),
     "vLLM 0": ("engine", "agreement_model", "agreement_float32", "quickstart"),
-    "vLLM servers": ("server_nccl", "server_ipc"),
-    "Weights to servers by NCCL": ("server_nccl", "server_ipc"),
+    "vLLM servers": _SERVERS,
+    "Weights to servers by NCCL": _SERVERS,
     "Llama, Mistral, Qwen2.5": (),
     "Killed at any moment": ("deterministic",),
     "Resume at another layout": (),

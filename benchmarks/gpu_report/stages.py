@@ -100,7 +100,7 @@ STAGES = {
                 gpus=2,
                 options={"way": way, "ranks": ranks},
             )
-            for way, ranks in (("nccl", 1), ("ipc", 2))
+            for way, ranks in (("nccl", 1), ("sparse_nccl", 1), ("ipc", 2))
         ),
     )
 }

@@ -9,6 +9,8 @@ from megatron_dypo.config.reads import GROUPED, QUEUEING
 from megatron_dypo.config.schema import Config, Objective, Reward
 from megatron_dypo.config.sections_rollout import REWARD_FUNCTIONS
 
+SPARSE_LR = 3e-5  # up to it `sparse_nccl` pays: docs/rollout.md has what was measured
+SPARSE_SYNCS = 4  # a value sent with its place takes 6 bytes, not 2: with fewer, those compared alone take all of that
 _CUSTOM = re.compile(r"(?:[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*|[^:]*\.py):[A-Za-z_]\w*", re.ASCII)
 
 
@@ -119,12 +121,31 @@ def _rules(config: Config):
         config.trainer.eval_every > 0 and config.data.valid is None and not config.evaluation.suites,
         "trainer.eval_every: needs data.valid or evaluation.suites",
     )
+    yield from _sparse_rules(config)
     yield from _loss_rules(objective)
     yield from _reward_rules(config.reward, rollout.max_response_tokens)
     local = {"sdpa", "flash"}
     yield (
         (model.layer_spec, model.attention_backend) in {("local", "te"), *(("te", backend) for backend in local)},
         f"model.attention_backend: {model.attention_backend} does not go with model.layer_spec: {model.layer_spec}",
+    )
+
+
+def _sparse_rules(config: Config):
+    rollout, optimizer, updates = config.rollout, config.optimizer, config.objective.updates_per_rollout
+    sparse = rollout.engine == "server" and rollout.sync_backend == "sparse_nccl"
+    name = "rollout.sync_backend: sparse_nccl"
+    yield sparse and config.model.dtype == "fp32", f"{name}: every fp32 value changes with each update; take nccl"
+    yield (
+        sparse and optimizer.lr * updates > SPARSE_LR,
+        f"{name}: sends values that changed, with their places: with optimizer.lr: {optimizer.lr:g} and "
+        f"objective.updates_per_rollout: {updates} that may be more bytes than all of them (up to {SPARSE_LR:g} in "
+        "product it pays); take nccl",
+    )
+    yield (
+        sparse and rollout.verify_sync != "off" and rollout.verify_syncs < SPARSE_SYNCS,
+        f"{name}: sends whole what rollout.verify_sync compares: with rollout.verify_syncs: {rollout.verify_syncs} "
+        f"that takes more bytes than nccl does; give {SPARSE_SYNCS} or more",
     )
 
 

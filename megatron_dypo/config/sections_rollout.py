@@ -142,9 +142,9 @@ class Rollout(Section):
         "Replace prompts whose groups would train nothing by others, sampled in the same step (DAPO).",
     )
     refill_rounds: int = key(3, "Most replacements of one prompt per step.", ge=1)
-    sync_backend: Literal["auto", "nccl", "ipc", "shared_memory"] = key(
+    sync_backend: Literal["auto", "nccl", "sparse_nccl", "ipc", "shared_memory"] = key(
         "auto",
-        "How weights reach the servers: vLLM's NCCL or CUDA IPC transfer, or shared memory (CPU, same machine). `auto` is nccl on CUDA, else shared_memory.",
+        "How weights reach the servers, by vLLM's names: `nccl` (all, packed), `sparse_nccl` (only the bf16 values that changed, for small learning rates), `ipc` (same GPU), or `shared_memory` (CPU, same machine). `auto` is nccl on CUDA, else shared_memory.",
         resumable=True,
     )
     sync_timeout: float = key(

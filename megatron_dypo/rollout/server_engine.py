@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from megatron_dypo.config.schema import Config
+from megatron_dypo.errors import UserError
 from megatron_dypo.records import Response
 from megatron_dypo.rollout.engine import Request, Sampling
 from megatron_dypo.rollout.router import Limits, Router
@@ -18,10 +19,13 @@ from megatron_dypo.rollout.vllm_args import MOST_SEQUENCES, sync_backend
 from megatron_dypo.rollout.vllm_versions import weight_source
 from megatron_dypo.runtime.distributed import Layout, all_gather_objects, device_kind
 from megatron_dypo.weight_sync.checksum import ChecksummedWeights, Turn
+from megatron_dypo.weight_sync.sparse import SparseNccl
 from megatron_dypo.weight_sync.transfer import SharedMemory, Transfer, WeightSource
 
 if TYPE_CHECKING:
     from megatron_dypo.weight_sync.source import VersionedWeights
+
+IN_ONE_GROUP = ("nccl", "sparse_nccl")  # whose workers wait for each other
 
 
 class ServerEngine:
@@ -68,13 +72,14 @@ class ServerEngine:
             self._pool.label = label
             self._pool.call_workers("prepare_update", verify=self._verify, number=turn.number, of=turn.of)
             same = same and before == self._pool.members
-            self._pool.all_or_none = self._backend == "nccl"
+            self._pool.all_or_none = self._backend in IN_ONE_GROUP
         transfer = self._transfer
         if transfer is None or not all(all_gather_objects(same)):
             if transfer is not None:
                 transfer.shutdown()
             self._transfer = transfer = _open_transfer(self._backend, self._pool, source, self._layout)
-        transfer.source = source if self._backend == "shared_memory" else weight_source(source)
+        ours = isinstance(transfer, (SharedMemory, SparseNccl))
+        transfer.source = source if ours else weight_source(source)
         transfer.send_weights()
         if self._layout.is_main:
             self._pool.all_or_none = False
@@ -96,22 +101,39 @@ class ServerEngine:
 
 
 def _open_transfer(backend: str, pool: ServerPool, source: WeightSource, layout: Layout) -> Transfer:
-    """The trainer's side of a weight transfer, ready to send; all ranks call it."""
+    """The trainer's side of a weight transfer, ready to send; all ranks call it. Raises UserError naming a worker's
+    layer that ``sparse_nccl`` cannot change."""
     if backend == "shared_memory":
         return SharedMemory(pool, source, layout.is_main)
-    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory as Factory
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+    from vllm.distributed.weight_transfer.packed_tensor import DEFAULT_PACKED_BUFFER_SIZE_BYTES as BUFFER
 
-    info: IPCTrainerInitInfo | NCCLTrainerInitInfo
+    client: Any = pool  # its protocol has updates as lists, too, which none of these sends
     if backend == "ipc":
-        info = IPCTrainerInitInfo(rank=layout.rank, packed=True)
-    else:
-        address, port = _endpoint(pool.members) if layout.is_main else ("", 0)
-        workers = sum(pool.world_sizes()) if layout.is_main else 0
-        info = NCCLTrainerInitInfo(address, port, 1 + workers, rank=layout.rank)
-    client: Any = pool  # its protocol has updates as lists, too, which neither of the two sends
-    return WeightTransferTrainerFactory.trainer_init(info, client=client, source=weight_source(source))
+        room = max(BUFFER, *(meta.nbytes for meta in source.metadata()))  # vLLM refuses a tensor that does not fit
+        info = IPCTrainerInitInfo(rank=layout.rank, packed=True, packed_buffer_size_bytes=room)
+        return Factory.trainer_init(info, client=client, source=weight_source(source))
+    address, port = _endpoint(pool.members) if layout.is_main else ("", 0)
+    group = address, port, 1 + (sum(pool.world_sizes()) if layout.is_main else 0)
+    if backend == "nccl":  # packed: in vLLM's two buffers of 1 GiB
+        return Factory.trainer_init(
+            NCCLTrainerInitInfo(*group, rank=layout.rank), client=client, source=weight_source(source)
+        )
+    from vllm.distributed.weight_transfer.sparse_nccl_engine import SparseNCCLTrainerInitInfo
+
+    if layout.is_main:
+        _check_in_place(pool)
+    engine = Factory.trainer_init(SparseNCCLTrainerInitInfo(*group, rank=layout.rank), client=client)
+    return SparseNccl(engine, pool, source, layout.is_main)
+
+
+def _check_in_place(pool: ServerPool) -> None:
+    """Raise UserError naming the first server with a layer that does not keep its weights as they are loaded."""
+    for url, faults in pool.call_workers("in_place_fault").items():
+        for fault in filter(None, faults):
+            raise UserError(f"rollout.sync_backend: sparse_nccl: {url}: {fault}; take nccl")
 
 
 def _endpoint(servers: list[Server]) -> tuple[str, int]:

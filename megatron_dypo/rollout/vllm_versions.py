@@ -83,6 +83,8 @@ def check_sender(backend: str, found: Vllm | None) -> None:
     if found is None:
         raise UserError(f"{key}: vLLM's own transfer needs {_serve('vllm', versions.SERVERS)} here")
     _check_release(key, found, versions.SERVERS, "both ends of a weight transfer")
+    if backend == "sparse_nccl" and versions.release(found.version) >= versions.OTHER_SOURCES:
+        raise UserError(f"{key}: vLLM's sending end is known here up to 0.32, and {found} is installed: take nccl")
 
 
 def head_dtype(config: Config, found: Vllm, kind: str) -> str:

@@ -71,6 +71,7 @@ ROWS = (
 )
 IN_PROCESS = (0, 24)  # first release: an engine in the trainer's process
 SERVERS = (0, 32)  # first release: responses name the weights that sampled each token
+OTHER_SOURCES = (0, 33)  # first release: another `WeightSource`; other changes of its sending ends are not known here
 FP32_HEAD = (0, 26)  # first release: `head_dtype` of a model that generates
 SEES_ALLOC_CONF = (0, 31)  # first release: the sleep mode's pool reads PYTORCH_ALLOC_CONF, not only its older name
 TORCH = (2, 7)  # first release, on the CPU

@@ -58,6 +58,13 @@ def stored_tensors(model: torch.nn.Module) -> dict[str, Stored]:
     return found
 
 
+def packed_layers(model: torch.nn.Module) -> Iterator[str]:
+    """Yield the names of the layers whose weights a kernel takes in another order than they are loaded in."""
+    for prefix, module in model.named_modules():
+        if hasattr(module, "cpu_linear") or (hasattr(module, "w13_weight") and _backend(module) not in AS_LOADED):
+            yield prefix
+
+
 def _linear(prefix: str, layer: LinearBase) -> Iterator[tuple[str, Stored]]:
     stem, _, last = prefix.rpartition(".")
     names = [f"{stem}.{name}" for name in FUSED.get(last, (last,))]
@@ -156,13 +163,17 @@ def _expert(
     return plain[half * padded : half * padded + width]
 
 
+def _backend(layer: Any) -> str:
+    """vLLM's name of the kernels of a layer of experts; empty where it says none."""
+    return getattr(getattr(layer.quant_method, "unquantized_backend", None), "name", "")
+
+
 def _order(layer: Any) -> Callable[[Tensor], Tensor] | None:
     """What tells, for an expert's packed matrix, where each element of the plain one is; None where it is not known."""
-    method = layer.quant_method
-    backend = getattr(getattr(method, "unquantized_backend", None), "name", "")
+    backend = _backend(layer)
     if backend in AS_LOADED:
         return lambda packed: torch.arange(packed.numel(), device=packed.device)
-    kernel: Any = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
+    kernel: Any = getattr(getattr(layer.quant_method, "moe_kernel", None), "fused_experts", None)
     if backend == "CPU" and hasattr(kernel, "isa") and not kernel._use_zentorch:
         return lambda packed: _packed_order(tuple(packed.shape), packed.dtype, kernel.isa)
     return None

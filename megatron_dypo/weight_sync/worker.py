@@ -141,6 +141,14 @@ class WorkerExtension:
         """``Proof.report`` of the last update."""
         return self._proof.report()
 
+    def in_place_fault(self) -> str | None:
+        """Name a layer that keeps its weights otherwise than they are loaded, so that none can be written in place
+        (``sparse_nccl``); None where there is no such layer."""
+        from megatron_dypo.weight_sync.stored import packed_layers
+
+        packed = next(packed_layers(self.model_runner.get_model()), None)
+        return packed and f"{packed} keeps its weights in the order of a kernel, and values cannot be written in place"
+
 
 class Proof:
     """What a model was given in an update, and whether its layers have it now."""
