@@ -22,7 +22,13 @@ NORM_SPIKE = 10.0  # times the median
 LOSS_SPIKE = 10.0  # standard deviations above the median, ...
 LOSS_TIMES = 3.0  # ... and N times that median, ...
 LOSS_FLOOR = 0.1  # ... and by at least this much: a policy-gradient loss is noise around 0
-ENTROPY_FALL = 0.2  # of the median; learning from random weights, the fastest healthy fall, stays above 0.36
+ENTROPY_FALL = 0.2  # times its median, ...
+LEARNING = 1.5  # ... unless the mean reward is so many times its own median: a short answer is learnt that quickly
+ENTROPY_RISE = 5.0  # times its median, ...
+ENTROPY_NOISE = 1.0  # ... and above this, in nats per token: a policy that was sure of everything may hesitate
+REWARD_FALL = 0.2  # times its median, ...
+REWARD_LEVEL = 0.2  # ... if that is at least this: lower rewards come and go with the draw of the prompts, ...
+REWARD_STEPS = 5  # ... in N steps in a row
 ENTROPY_LEVEL = 0.01  # nats per token: responses to one prompt are nearly always the same, ...
 ENTROPY_REWARD = 0.9  # ... which is fine if they are right
 LENGTH_FALL = 1 / 3  # of the median
@@ -33,6 +39,7 @@ MISMATCH = 0.05  # nats per token; bf16 engines differ from the trainer by about
 OUTLIER = 30.0  # times the median of the steps' largest mismatch, ...
 OUTLIER_FLOOR = 0.01  # ... and more nats than fp32 rounding causes
 EMPTY_STEPS = 20  # in a row
+REWARD = "reward/mean"
 COUNTS = {"train/empty_steps"}  # totals of the run, which a new stage continues
 
 Judge = Callable[[float, "Past", Mapping[str, float]], str | None]
@@ -40,9 +47,10 @@ Judge = Callable[[float, "Past", Mapping[str, float]], str | None]
 
 @dataclass(frozen=True)
 class Past:
-    """The recent values of one metric, oldest first."""
+    """The recent values of one metric, oldest first, and the recent level of the mean reward (None: not known)."""
 
     values: tuple[float, ...]
+    reward: float | None = None
 
     @property
     def level(self) -> float | None:
@@ -86,10 +94,26 @@ def loss_spike(now: float, past: Past, metrics: Mapping[str, float]) -> str | No
 
 
 def entropy_collapse(now: float, past: Past, metrics: Mapping[str, float]) -> str | None:
-    if past.level is not None and now < ENTROPY_FALL * past.level:
+    reward = metrics.get(REWARD, math.nan)
+    if reward >= ENTROPY_REWARD:
+        return None
+    learning = past.reward is not None and reward > LEARNING * past.reward
+    if past.level is not None and now < ENTROPY_FALL * past.level and not learning:
         return f"the entropy fell to {now:.3g} nats per token, recently {past.level:.3g}"
-    if now < ENTROPY_LEVEL and metrics.get("reward/mean", 1.0) < ENTROPY_REWARD:
-        return f"the entropy is {now:.2g} nats per token at a mean reward of {metrics['reward/mean']:.2f}"
+    if now < ENTROPY_LEVEL and REWARD in metrics:
+        return f"the entropy is {now:.2g} nats per token at a mean reward of {reward:.2f}"
+    return None
+
+
+def entropy_explosion(now: float, past: Past, metrics: Mapping[str, float]) -> str | None:
+    if past.level is not None and now > max(ENTROPY_RISE * past.level, ENTROPY_NOISE):
+        return f"the entropy rose to {now:.3g} nats per token, recently {past.level:.3g}"
+    return None
+
+
+def reward_collapse(now: float, past: Past, metrics: Mapping[str, float]) -> str | None:
+    if past.level is not None and past.level >= REWARD_LEVEL and now < REWARD_FALL * past.level:
+        return f"the mean reward fell to {now:.3g}, recently {past.level:.3g}"
     return None
 
 
@@ -145,6 +169,19 @@ RULES = (
         entropy_collapse,
         "the policy no longer explores: an earlier checkpoint with a lower optimizer.lr, objective.clip_high above "
         "clip_low, or a higher rollout.temperature",
+    ),
+    HealthRule(
+        "entropy rise",
+        "rollout/entropy",
+        entropy_explosion,
+        "updates undo what the policy knew: an earlier checkpoint with a lower optimizer.lr or objective.entropy_coef",
+    ),
+    HealthRule(
+        "reward",
+        REWARD,
+        reward_collapse,
+        "an earlier checkpoint with a lower optimizer.lr, and read some responses (rollout.record)",
+        patience=REWARD_STEPS,
     ),
     HealthRule(
         "response length",
@@ -217,9 +254,10 @@ class Health:
             for key in self._past.keys() - COUNTS:
                 self._past[key].clear()
         found = []
+        reward = recent_level(tuple(self._past.get(REWARD, ())))
         for rule in self.rules:
             if rule.key in known:
-                past = Past(tuple(self._past[rule.key]))
+                past = Past(tuple(self._past[rule.key]), reward)
                 trouble = rule.judge(known[rule.key], past, known)
                 if self._is_due(rule, trouble is not None):
                     self.said[rule.name] += 1
