@@ -33,6 +33,7 @@ from megatron_dypo.preflight import check_inputs, check_torch
 from megatron_dypo.rollout.vllm_versions import Vllm
 from megatron_dypo.runtime import distributed
 from tests.launch import torchrun
+from tests.ranks import run_ranks
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 WITHOUT_VLLM = """
@@ -582,6 +583,21 @@ def test_a_rank_that_nothing_has_started_says_so_on_its_own(config, monkeypatch,
     assert "RANK=1 and WORLD_SIZE=2 but no LOCAL_RANK" in said and said.count("\n") == 1
     with pytest.raises(UserError, match="no LOCAL_RANK"):
         distributed.join()
+
+
+def twice() -> str:
+    distributed.init()
+    try:
+        distributed.init()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_a_second_run_in_one_process_is_refused_in_one_line():
+    assert run_ranks(1, twice) == [
+        "this process has trained or evaluated already: start the next run in a process of its own"
+    ]
 
 
 def test_a_run_folder_without_a_complete_checkpoint_is_not_trained_over(config, capsys):

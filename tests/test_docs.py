@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import megatron_dypo
+from megatron_dypo.cli import main
 from megatron_dypo.commands import parse
 from megatron_dypo.config.schema import Config, walk
 from tests.test_config import KEYS
@@ -106,6 +107,18 @@ def test_a_link_to_a_file_or_heading_that_is_missing_is_seen(tmp_path):
 
 def test_the_citation_has_the_package_s_version():
     assert f"\nversion: {megatron_dypo.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_rows_that_the_page_on_scaling_up_quotes_are_the_planner_s(monkeypatch, capsys):
+    page = ROOT / "docs/scale-up.md"
+    monkeypatch.chdir(ROOT)
+    for command in commands(page):
+        assert command.startswith("plan ") and main(shlex.split(command)) == 0
+    printed = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    blocks = re.findall(r"^```text\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    quoted = [" ".join(line.split()) for block in blocks for line in block.splitlines()]
+    assert len(quoted) > 10
+    assert [row for row in quoted if not any(line.startswith(row) for line in printed)] == []
 
 
 def test_there_are_commands_keys_and_files_to_check():

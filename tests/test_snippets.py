@@ -50,6 +50,9 @@ NOT_HERE = {  # (page, first words of the command or block): why, and what else 
         "parts of files: tests/test_docs.py::test_every_listing_of_add_an_algorithm_is_in_the_file_that_it_is_of"
     ),
     ("docs/gpu-report.md", "make gpu-report"): f"{GPUS}: tests/test_gpu_report.py",
+    ("docs/scale-up.md", "python -m megatron_dypo plan"): (
+        "tests/test_docs.py::test_rows_that_the_page_on_scaling_up_quotes_are_the_planner_s"
+    ),
     ("docs/systems.md", "examples/systems/run.sh luffy"): (
         "minutes: tests/test_systems.py::test_run_sh_makes_the_start_once_and_lays_the_recipe_over_the_quickstart"
     ),

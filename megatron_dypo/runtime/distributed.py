@@ -184,12 +184,15 @@ def join(timeout: float = ALONE.timeout, backend: str = "gloo", reaches_out: boo
 def init(parallel: Parallel = ALONE, reaches_out: bool = False) -> Layout:
     """Join the job and build mcore's process groups; under plain python a group of one.
 
-    ``parallel.timeout`` is the deadline of every collective. Installs the CPU shim if there is no CUDA.
+    ``parallel.timeout`` is the deadline of every collective. Installs the CPU shim if there is no CUDA. Raises
+    UserError if this process has its groups already: they, and vLLM's, last as long as the process.
     """
     cpu_shim.install()
     from megatron.core import parallel_state as mpu
     from megatron.core import tensor_parallel
 
+    if mpu.model_parallel_is_initialized():
+        raise UserError("this process has trained or evaluated already: start the next run in a process of its own")
     backend = training_backend()
     join(parallel.timeout, backend, reaches_out)
     mpu.initialize_model_parallel(
