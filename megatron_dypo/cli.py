@@ -1,7 +1,7 @@
 """The command line: parse, run, and turn failures into exit codes.
 
-0 done, 2 unusable input, 75 training stopped by a signal and saved (to be started again), 141 the reader of the output
-has gone, 1 anything else.
+0 done, 2 unusable input, 75 training stopped by a signal and saved (to be restarted), 141 the reader of the output has
+gone, 1 anything else.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from megatron_dypo.commands import parse
 from megatron_dypo.errors import UserError
 from megatron_dypo.runtime.console import READER_GONE, flush_output, one_line, quiet, reader_gone
 
-_PATIENCE = 30.0  # seconds that the other ranks leave rank 0 to say what the user got wrong
+_PATIENCE = 30.0  # seconds that other ranks wait for rank 0 to report a UserError
 
 
 def script() -> NoReturn:
-    """The command as a process. After a failure it ends on the spot: no library's exit handler may keep it waiting.
+    """Run the command as a process. After a failure exit at once: no library's exit handler may delay it.
 
-    Where vLLM ran in it, a good end runs exit handlers and leaves out the interpreter's own end: memory pools of vLLM's
-    sleep mode that live until then may abort the process ("pure virtual method called"), and its exit code be 134.
+    If vLLM ran in it, success runs the exit handlers but skips the interpreter's own shutdown: memory pools of vLLM's
+    sleep mode that live until then may abort the process ("pure virtual method called") with exit code 134.
     """
     try:
         code = main()
     except KeyboardInterrupt:
-        code = 130  # as a shell has it; a thread may still be sampling
+        code = 130  # as in a shell; a thread may still be sampling
     flush_output()
     sys.stderr.flush()
     if code == 0 and "vllm" in sys.modules:
@@ -42,9 +42,9 @@ def script() -> NoReturn:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns its exit code. One whose output is not read any more (`| head`) ends quietly.
+    """Run one command; return its exit code. It ends quietly if its output is no longer read (`| head`).
 
-    Under torchrun only rank 0 prints what the user got wrong.
+    Under torchrun only rank 0 prints a UserError.
     """
     options = parse(arguments)
     quiet()
@@ -53,13 +53,13 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         from megatron_dypo.runtime.failure import error_record
 
-        first = error_record(error).first  # None: there are no process groups yet, to know it
+        first = error_record(error).first  # None: unknown, because there are no process groups yet
         if first is None and os.environ.get("RANK", "0") != "0":
-            time.sleep(_PATIENCE)  # rank 0's end ends this rank; still here after it, only this rank knows
+            time.sleep(_PATIENCE)  # rank 0's end ends this rank; if it is still alive, only this rank has the error
         if first is not False:
             print(f"megatron_dypo: {one_line(str(error))}", file=sys.stderr, flush=True)
         return 2
-    except Exception as error:  # the last line of defence; most errors have been reported where they were raised
+    except Exception as error:  # the last line of defence; most errors are reported where they are raised
         if isinstance(error, BrokenPipeError) and reader_gone():
             return READER_GONE
         from megatron_dypo.runtime.failure import report

@@ -1,9 +1,9 @@
-"""The two kinds of failure that the command line tells apart."""
+"""The two kinds of failure that the command line distinguishes."""
 
 
 class UserError(Exception):
-    """Unusable configuration or input: one line that names the file and the key. Exit code 2, no traceback."""
+    """Unusable configuration or input; its message is one line naming file and key. Exit code 2, no traceback."""
 
 
 class TrainingError(Exception):
-    """The run itself cannot go on (too many skipped steps, an engine that died). Exit code 1."""
+    """The run itself cannot continue (too many skipped steps, a dead engine). Exit code 1."""

@@ -1,7 +1,7 @@
-r"""LaTeX commands whose backslash was swallowed: ``\frac`` under-escaped in JSON is a form feed and ``rac``.
+r"""Detect LaTeX commands that lost their backslash: ``\frac`` under-escaped in JSON is a form feed and ``rac``.
 
-Python, JSON and YAML read ``\a \b \t \n \v \f \r \e`` as one control character each. Where such a character stands in
-place of the begin of a command, the text is not what its author wrote: no right answer equals the ground truth.
+Python, JSON and YAML read ``\a \b \t \n \v \f \r \e`` as one control character each. If such a character replaces
+the start of a command, the text is not what its author wrote: no right answer equals the ground truth.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-# The rest of commands, by the control character that took the place of their first letters. Single letters and words of
-# a language after a tab or a line break are taken for commands inside formulas alone.
+# The rest of each command, by the control character that replaced its first letters. Single letters and English words
+# after a tab or a line break count as commands only inside formulas.
 _ANYWHERE = {
     "\a": "lpha|ngle|pprox|rccos|rcsin|rctan|rg|rray|st",
     "\b": "ackslash|ar|ecause|egin|eta|f|ig(?:cap|cup|g|gl|gr|l|r)?|inom|mod|old|oldsymbol|ot|ox|oxed|reve|ullet",
@@ -39,12 +39,12 @@ _WHOLE = re.compile(r".+", re.DOTALL)
 
 
 def swallowed(text: str, formula: bool = False) -> str | None:
-    r"""The first swallowed escape of ``text`` with what follows, as it should have been (``\frac{1}{2}``); or None.
+    r"""Return the first swallowed escape of ``text`` as it should be, with its context (``\frac{1}{2}``); or None.
 
-    ``formula``: the whole text is one, without dollar signs around it (a ground truth).
+    ``formula``: the whole text is one, without dollar signs (a ground truth).
     """
     places = [match.start() for match in _CERTAIN.finditer(text)]
-    if _LIKELY.search(text):  # most texts have no such place at all
+    if _LIKELY.search(text):  # most texts have none
         spans = _WHOLE if formula else _FORMULA
         places += [span.start() + match.start() for span in spans.finditer(text) for match in _LIKELY.finditer(span[0])]
     if not places:
@@ -54,7 +54,7 @@ def swallowed(text: str, formula: bool = False) -> str | None:
 
 
 def repaired(text: str, formula: bool = False) -> str:
-    """``text`` with its swallowed escapes put back; ``formula`` as in ``swallowed``."""
+    """Return ``text`` with its swallowed escapes restored; ``formula`` as in ``swallowed``."""
     if swallowed(text, formula) is None:
         return text
 
@@ -65,11 +65,11 @@ def repaired(text: str, formula: bool = False) -> str:
     return (_WHOLE if formula else _FORMULA).sub(lambda span: _LIKELY.sub(put_back, span[0]), text)
 
 
-TRUTHS = frozenset({"ground_truth", "answer", "final_answer", "expected_answer"})  # fields that hold a formula, bare
+TRUTHS = frozenset({"ground_truth", "answer", "final_answer", "expected_answer"})  # fields that hold a bare formula
 
 
 def swallowed_in(row: dict[str, Any]) -> str | None:
-    """Which field of a row holds a LaTeX command without its backslash, in a line; None where none does."""
+    """Return a line naming the field of a row with a LaTeX command that lost its backslash, or None."""
     for field, value in row.items():
         for text, formula in _strings(value, field in TRUTHS):
             if command := swallowed(text, formula):
@@ -80,7 +80,7 @@ def swallowed_in(row: dict[str, Any]) -> str | None:
 
 
 def with_escapes(value: Any, formula: bool = False) -> Any:
-    """A value of JSON with the backslashes put back that ``swallowed_in`` misses."""
+    """Return a JSON value with the backslashes restored that ``swallowed_in`` reports."""
     if isinstance(value, dict):
         return {name: with_escapes(each, formula or name in TRUTHS) for name, each in value.items()}
     if isinstance(value, list):

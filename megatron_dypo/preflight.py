@@ -1,4 +1,4 @@
-"""Everything a user can get wrong, found before any process group, model or engine is built."""
+"""Check everything a user can get wrong before any process group, model or engine is built."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ from megatron_dypo.runtime import determinism, distributed, versions
 from megatron_dypo.runtime.determinism import stable_hash
 
 log = logging.getLogger(__name__)
-TRACE_SECONDS = 60.0  # of a start, at most, to score traces whose rewards the recipe asks for
+TRACE_SECONDS = 60.0  # of startup, at most, to score traces whose rewards the recipe needs
 
 
 @dataclass
 class Inputs:
-    """What a run starts from."""
+    """The checked inputs of a run."""
 
     shape: ModelShape
     tokenizer: Tokenizer
-    train: list[list[Prompt]]  # data.train of each stage
+    train: list[list[Prompt]]  # data.train per stage
     held_out: list[Group]  # data.valid, encoded
     suites: dict[Suite, list[Prompt]]  # evaluation.suites
-    checkpoints: list[int]  # steps of the run folder's complete ones, oldest first
-    lock: IO[str] | None  # held by rank 0 for the process's life
-    experts: list[list[Prompt]] = field(default_factory=list)  # data.experts of each stage that trains on them
+    checkpoints: list[int]  # of the run folder's complete checkpoints, oldest first
+    lock: IO[str] | None  # held by rank 0 while the process lives
+    experts: list[list[Prompt]] = field(default_factory=list)  # data.experts per stage that trains on them
 
 
 def check_inputs(config: Config, source: str) -> Inputs:
@@ -111,7 +111,7 @@ def check_inputs(config: Config, source: str) -> Inputs:
 
 
 def _encodable(configs: list[Config], loaded: dict[tuple, list[Prompt]], tokenizer: Tokenizer) -> list[list[Prompt]]:
-    """The training prompts of each stage, of those that are ``loaded``, with the traces that can be used."""
+    """Return the training prompts of each stage from those ``loaded``, with their usable traces."""
     found: dict[tuple, list[Prompt]] = {}
     for data in (one.data for one in configs):
         rows = _rows(data)
@@ -126,7 +126,7 @@ def _encodable(configs: list[Config], loaded: dict[tuple, list[Prompt]], tokeniz
 def _experts(
     config: Config, shape: ModelShape, tokenizer: Tokenizer, held_out: list[Prompt], source: str
 ) -> list[Prompt]:
-    """The experts' rows that a stage may train on; none where no term of its recipe does."""
+    """Return the experts' rows that a stage may train on; none if its recipe does not use them."""
     if not recipe(config.objective).imitates_experts:
         return []
     if config.data.experts is None:
@@ -137,10 +137,10 @@ def _experts(
 
 
 def check_traces(prompts: list[Prompt], tokenizer: Tokenizer, shape: ModelShape, config: Config) -> None:
-    """Score the teachers' traces, each rank its share of them, as the steps will that draw them.
+    """Score the teachers' traces as training steps will, each rank its share of them.
 
     Raises UserError naming the first that may be drawn and cannot be scored. After ``TRACE_SECONDS`` the rest is left
-    to those steps, which end the run with the same line, and the log says so.
+    to those steps, which would end the run with the same line; the log says so.
     """
     traces = [(prompt, teacher) for prompt in prompts for teacher in prompt.teachers]
     mine = traces[distributed.launch_rank() :: distributed.world_size()]
@@ -165,7 +165,7 @@ def check_traces(prompts: list[Prompt], tokenizer: Tokenizer, shape: ModelShape,
 
 
 def check_queue(config: Config, train: list[Prompt], tokenizer: Tokenizer, shape: ModelShape, source: str) -> None:
-    """Raise UserError where the training prompts with a trace that may be drawn are fewer than the queue is to hold."""
+    """Raise UserError if fewer training prompts have a drawable trace than the queue holds."""
     usable = 0
     for prompt in train:
         (group,) = encode_prompts([prompt], tokenizer, config.data.max_prompt_tokens)
@@ -185,12 +185,12 @@ def check_queue(config: Config, train: list[Prompt], tokenizer: Tokenizer, shape
 
 
 def _rows(data: Data) -> tuple[str, bool, bool]:
-    """What a stage's prompts depend on: those of stages that agree in it are read once."""
+    """Return the keys that determine a stage's prompts: stages with equal keys share them."""
     return data.train, data.skip_bad_rows, data.repair_escapes
 
 
 def check_torch(kind: str, version: str) -> None:
-    """Raise UserError where this torch cannot train on a device of ``kind``."""
+    """Raise UserError if this torch cannot train on a device of ``kind``."""
     if kind == "cuda" and versions.release(version) < versions.TORCH_CUDA:
         least, row = versions.text(versions.TORCH_CUDA), versions.row_for(None)
         raise UserError(
@@ -200,7 +200,7 @@ def check_torch(kind: str, version: str) -> None:
 
 
 def check_agreement(config: Config, inputs: Inputs) -> None:
-    """After the process group is built: all ranks must have read the same configuration, data and run folder."""
+    """Check that all ranks read the same configuration, data and run folder, once there is a process group."""
     held_out = [group.prompt for group in inputs.held_out]
     read = itertools.chain(*inputs.train, *inputs.experts, held_out, *inputs.suites.values())
     seen = {
@@ -216,7 +216,7 @@ def check_agreement(config: Config, inputs: Inputs) -> None:
 
 
 def agree_on_day(config: Config, inputs: Inputs) -> None:
-    """Collective, after ``check_agreement``: rank 0's day for all templates that read the clock, kept in the folder."""
+    """Use rank 0's date for templates that read the clock, and keep it in the folder; after ``check_agreement``."""
     tokenizer = inputs.tokenizer
     day = distributed.all_gather_objects(tokenizer.day)[0]
     if day != tokenizer.day:

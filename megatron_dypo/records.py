@@ -1,9 +1,9 @@
-"""The record that flows down the data path, one dataclass per stage of its life.
+"""The record that flows along the data path, one dataclass per stage.
 
     Prompt --rollout--> Group(responses) --reward--> rewards --grade--> regime, teacher draw --pack--> Sequence
 
 Token ids are int32 and log-probs float32 numpy arrays: every rank holds the whole global batch in host memory
-(8 bytes a response token), so each plans the same step by itself and no step depends on the layout.
+(8 bytes per response token), so each rank plans the same step and no step depends on the layout.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 
 class Regime(enum.IntEnum):
-    """How a group did (paper 3.1): all right, mixed, all wrong."""
+    """A group's outcome (paper 3.1): all right, mixed, all wrong."""
 
     EASY = 0
     MID = 1
@@ -23,9 +23,10 @@ class Regime(enum.IntEnum):
 
     @classmethod
     def of(cls, solved: int, responses: int, hard_max_solved: int = 0, easy_min_solved: int | None = None) -> Regime:
-        """Easy if at least ``easy_min_solved`` are right (default: all), Hard if at most ``hard_max_solved``, else Mid.
+        """Return Easy if at least ``easy_min_solved`` are right, Hard if at most ``hard_max_solved``, else Mid.
 
-        Exclusive and exhaustive from one response on; Easy wins where both would hold, and one response has no Mid.
+        ``easy_min_solved`` defaults to all. Exclusive and exhaustive for any number of responses; Easy wins if both
+        hold, and one response is never Mid.
         """
         easy = responses if easy_min_solved is None else easy_min_solved
         return cls.EASY if solved >= easy else cls.HARD if solved <= hard_max_solved else cls.MID
@@ -41,10 +42,10 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row of the data set. ``messages`` is a chat (list of role/content); a plain string is kept as ``text``.
+    """One row of the data set. ``messages`` is a chat (list of role/content); a plain string is stored as ``text``.
 
-    ``ground_truth`` is a list or an object only where a reward function of the user's own takes it. ``extra`` is the
-    row's ``extra_info`` as JSON, for reward functions; empty where it has none.
+    ``ground_truth`` is a list or an object only if a user's own reward function takes it. ``extra`` is the row's
+    ``extra_info`` as JSON, for reward functions; empty without one.
     """
 
     id: str
@@ -58,12 +59,12 @@ class Prompt:
 
 @dataclass
 class Response:
-    """One sampled response: ``ids`` includes the end token when one was sampled (``finish_reason == "stop"``).
+    """One sampled response: ``ids`` includes the end token if one was sampled (``finish_reason == "stop"``).
 
-    ``logprobs[t]`` is the engine's log-prob of ``ids[t]`` under the distribution it sampled from (nats), and
-    ``weight_version`` the optimizer updates behind the weights it sampled from. ``fault`` says why nobody could score
-    it (its reward is then 0); None where it was scored. ``experts`` [tokens, layers, experts per token] is where the
-    engine's routers sent the tokens of prompt and response, but for the last, which it never read.
+    ``logprobs[t]`` is the engine's log-prob of ``ids[t]`` under the sampling distribution (nats), and
+    ``weight_version`` the optimizer updates of the sampling weights. ``fault`` says why it could not be scored (its
+    reward is then 0), else None. ``experts`` [tokens, layers, experts per token] is the engine's routing of the tokens
+    of prompt and response, except the last, which it never read.
     """
 
     ids: np.ndarray
@@ -76,15 +77,15 @@ class Response:
 
     @property
     def finished(self) -> bool:
-        """Whether it ended by itself, with an end token, and was not cut at a limit."""
+        """Return whether it ended with an end token instead of at a limit."""
         return self.finish_reason == "stop"
 
 
 @dataclass
 class Group:
-    """A prompt and its k responses; ``teacher_indices`` is the draw for this step, where a term trains on traces.
+    """A prompt and its k responses; ``teacher_indices`` is this step's draw, if a term trains on traces.
 
-    ``teacher_rewards`` are those of the drawn traces, where the recipe scores them. An ``expert`` group is a row of the
+    ``teacher_rewards`` are those of the drawn traces, if the recipe scores them. An ``expert`` group is a row of the
     expert data set: no responses, and one trace to imitate.
     """
 
@@ -98,7 +99,7 @@ class Group:
 
     @property
     def weight_version(self) -> int:
-        """Of the oldest response."""
+        """Return the weight version of the oldest response."""
         return min((response.weight_version for response in self.responses), default=0)
 
     @property
@@ -107,14 +108,13 @@ class Group:
 
     @property
     def baseline(self) -> list[float]:
-        """The rewards that advantages are relative to: of the responses, then of the traces that were scored."""
+        """Return the rewards that advantages are relative to: the responses', then the scored traces'."""
         return [*self.rewards, *self.teacher_rewards]
 
 
 @dataclass
 class Batch:
-    """A step's groups: those that hold its places and train, those that they took the place of (refill), and the
-    experts' rows."""
+    """A step's groups: those that train, those they replaced (dynamic sampling), and the experts' rows."""
 
     groups: list[Group]
     replaced: list[Group] = field(default_factory=list)
@@ -122,12 +122,12 @@ class Batch:
 
     @property
     def sampled(self) -> list[Group]:
-        """Those with responses: what statistics of the policy are about."""
+        """Return the groups with responses, on which statistics of the policy are computed."""
         return self.groups + self.replaced
 
 
 class Kind(enum.IntEnum):
-    """Where a training sequence is from: a response, a trace of the step's prompt, or one of the expert data set."""
+    """The source of a training sequence: a response, a trace of the step's prompt, or the expert data set."""
 
     ROLLOUT = 0
     TEACHER = 1
@@ -136,9 +136,9 @@ class Kind(enum.IntEnum):
 
 @dataclass
 class Sequence:
-    """One row to train on: ``ids`` = prompt + response (or teacher trace); only the tail carries loss.
+    """One training row: ``ids`` = prompt + response (or teacher trace); only the tail carries loss.
 
-    ``group`` and ``sample`` index the global batch (``sample`` is the response's, or the draw's, place in its group).
+    ``group`` and ``sample`` index the global batch (``sample`` is the index of the response, or draw, in its group).
     """
 
     ids: np.ndarray

