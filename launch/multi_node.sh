@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # The same command on every node: NNODES=4 HEAD=host0:29500 launch/multi_node.sh [--dry-run] CONFIG [section.key=value ...]
 # The run folder must be on a file system that all nodes see.
-#     NPROC         ranks of this node (default: one a GPU)
-#     MAX_RESTARTS  how often this node's ranks are started again, from the newest checkpoint, when some rank of the job
-#                   has ended (default 3); a node that was started again meanwhile is taken in
-#     JOIN_SECONDS  how long the nodes wait for one another, at the start and at a restart (default 1800)
-#     LOCAL_ADDR    this node's address, where its host name does not lead the other nodes to it
-#     JOB_ID        a name, where jobs share HEAD's port
-# SIGTERM or SIGUSR1 to any node ends all ranks after the step and a save (docs/launch.md).
+#     NPROC         ranks of this node (default: one per GPU)
+#     MAX_RESTARTS  how often this node's ranks restart, from the newest checkpoint, after any rank of the job has
+#                   ended (default 3); a node that was restarted meanwhile joins again
+#     JOIN_SECONDS  how long the nodes wait for each other, at the start and at a restart (default 1800)
+#     LOCAL_ADDR    this node's address, if other nodes cannot resolve its host name
+#     JOB_ID        a name, if jobs share HEAD's port
+# SIGTERM or SIGUSR1 on any node ends all ranks after finishing the step and saving (docs/launch.md).
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -17,7 +17,7 @@ meeting="join_timeout=${JOIN_SECONDS:-1800}"
 address=()
 if [ -n "${LOCAL_ADDR-}" ]; then
     address=(--local-addr "$LOCAL_ADDR")
-    # torchrun keeps the store where HEAD is a name of this machine, and may not know all its addresses.
+    # torchrun hosts the store if HEAD names this machine, but may not know all its addresses.
     if [ "${HEAD%:*}" = "$LOCAL_ADDR" ]; then meeting+=,is_host=1; fi
 fi
 start_ranks --nnodes "$NNODES" --max-restarts "${MAX_RESTARTS:-3}" \

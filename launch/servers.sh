@@ -2,9 +2,9 @@
 # Rollout servers of this machine, one per GPU (or SERVERS of them, each on TENSOR GPUs), on ports PORT, PORT + 1, ...:
 #     export MEGATRON_DYPO_SERVER_TOKEN=$(openssl rand -hex 32)     # the same for servers and trainer
 #     launch/servers.sh [--dry-run] CONFIG [section.key=value ...]
-# They listen on this machine only; for trainers on other machines: HOST=0.0.0.0. CUDA_VISIBLE_DEVICES says which GPUs
-# (default: all). A server that dies is started again, one that cannot start ATTEMPTS times in a row (default 3) is given
-# up, and the others go on; all end with this script, which ends when none is left.
+# They listen on this machine only; for trainers on other machines: HOST=0.0.0.0. CUDA_VISIBLE_DEVICES selects the GPUs
+# (default: all). A server that dies is restarted; one that fails to start ATTEMPTS times in a row (default 3) is given
+# up, and the others continue. All of them end with this script, which ends when none is left.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -12,12 +12,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, || true)}"
 tensor=${TENSOR:-1}
 servers=${SERVERS:-$((${#gpus[@]} > 0 ? ${#gpus[@]} / tensor : 1))}
-devices() { # NUMBER: of that server, where there are GPUs
+devices() { # NUMBER: the GPUs of that server, if any
     IFS=,
     echo "${gpus[*]:$1 * tensor:tensor}"
 }
 
-command_of() { # NUMBER ARGUMENTS...: that server's command, in `command`
+command_of() { # NUMBER ARGUMENTS...: store that server's command in `command`
     command=(python -m megatron_dypo serve "${@:2}" --host "${HOST:-127.0.0.1}" --port $((${PORT:-8000} + $1)) --tensor "$tensor")
 }
 
@@ -33,7 +33,7 @@ fi
 trap 'trap - TERM; kill $(jobs -p) 2>/dev/null || true; wait' EXIT
 trap 'exit 143' INT TERM
 
-answers() { # NUMBER: whether that server serves
+answers() { # NUMBER: test whether that server responds
     local host=${HOST:-127.0.0.1} status
     if [ "$host" = 0.0.0.0 ]; then host=127.0.0.1; fi
     # shellcheck disable=SC2016 # its own arguments
@@ -42,7 +42,7 @@ answers() { # NUMBER: whether that server serves
     [[ $status == *" 200 "* ]]
 }
 
-keep_up() { # NUMBER ARGUMENTS...
+keep_up() { # NUMBER ARGUMENTS...: run that server, and restart it when it ends
     local number=$1 server='' code failed=0
     shift
     trap - EXIT
@@ -60,9 +60,9 @@ keep_up() { # NUMBER ARGUMENTS...
             sleep 1
         done
         wait "$server" || code=$?
-        kill -KILL -- "-$server" 2>/dev/null || true # a killed server leaves its engine behind, which holds the GPU
-        if ((failed > 0 && code == 2)); then break; fi # it said what is wrong; waiting does not help
-        echo "launch/servers.sh: server $number ended with code $code and is started again" >&2
+        kill -KILL -- "-$server" 2>/dev/null || true # a killed server leaves its engine running, which holds the GPU
+        if ((failed > 0 && code == 2)); then break; fi # it has printed what is wrong; waiting does not help
+        echo "launch/servers.sh: server $number ended with code $code and is restarted" >&2
         sleep $((failed > 0 ? 10 : 1))
     done
     echo "launch/servers.sh: server $number cannot start (exit code $code) and is given up" >&2

@@ -556,7 +556,7 @@ def test_prompts_that_changed_since_the_run_was_started_are_refused_by_file(conf
     loaded = load_config(config, own)
     run_dir = checkpointed(config, *own)
     assert check_inputs(loaded, "config").checkpoints == [1], "a run folder of before"
-    assert f"does not say what {rows['train']} held before" in caplog.text
+    assert f"has no record of {rows['train']}" in caplog.text
     run_folder.describe(loaded, run_dir)
     assert check_inputs(loaded, "config").checkpoints == [1]
 

@@ -114,7 +114,7 @@ def test_a_server_that_dies_early_is_started_again_and_its_neighbour_goes_on(tmp
         assert script.poll() is None and (tmp_path / "starts_1").read_text() == "x"
         os.kill(neighbour, 0)
         said = [line for line in log.read_text().splitlines() if line.startswith("launch/servers.sh: ")]
-        assert said == ["launch/servers.sh: server 0 ended with code 137 and is started again"]
+        assert said == ["launch/servers.sh: server 0 ended with code 137 and is restarted"]
 
 
 def test_a_server_that_cannot_start_is_given_up_and_its_neighbour_goes_on(tmp_path):

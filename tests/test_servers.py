@@ -175,7 +175,7 @@ def test_a_server_killed_in_the_middle_loses_no_response_and_is_synced_when_it_i
     assert found["largest"] <= 1e-5, "nothing came from a server with other weights"
     assert found["left out"] == servers.urls[1:] and found["lost in the end"] == {}
     assert found["labels"][0] == found["labels"][1]
-    assert "server 1 ended with code 137 and is started again" in servers.log.read_text()
+    assert "server 1 ended with code 137 and is restarted" in servers.log.read_text()
 
 
 @pytest.mark.faults
