@@ -254,7 +254,7 @@ def _show(options: argparse.Namespace) -> None:
     from megatron_dypo.config import load_config
 
     if options.prompts < 1:
-        raise UserError(f"show: --prompts: {options.prompts} is not at least 1")
+        raise UserError(f"show: --prompts: {options.prompts} is less than 1")
     config = load_config(options.config, options.overrides)
 
     from megatron_dypo.show import show
@@ -281,7 +281,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise UserError("evaluate: --server needs --model, and a --concurrency of at least 1")
     key = os.environ.get(options.key_env) if options.key_env else None
     if options.key_env and not key:
-        raise UserError(f"evaluate: --key-env: the environment has no {options.key_env}")
+        raise UserError(f"evaluate: --key-env: the environment variable {options.key_env} is not set")
     server = ChatServer(options.server, options.model, key, options.concurrency)
     evaluate_server(config, names, server, options.out, options.restart)
 

@@ -81,7 +81,7 @@ def _entry(prompt: Prompt, tokenizer: Tokenizer, config: Config, plain_chat: boo
     if len(ids) > (most := config.data.max_prompt_tokens):
         warnings.append(f"has {len(ids)} tokens, and data.max_prompt_tokens is {most}: training refuses it")
     if len(ids) and ids[-1] in tokenizer.end_ids:
-        warnings.append("the prompt ends with an end token, after which the model is to go on")
+        warnings.append("the prompt ends with an end token, from which the model must continue")
     traces = []
     for teacher in prompt.teachers:
         trace, said = _trace(prompt, teacher, tokenizer, config)

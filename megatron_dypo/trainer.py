@@ -230,7 +230,7 @@ def _train(
         with phase("checkpoint save"):
             saver.finish(counters)
         if asked:
-            monitor.notice([f"stopped after step {counters.step} by {asked.name}; the same command goes on from there"])
+            monitor.notice([f"stopped after step {counters.step} by {asked.name}; the same command resumes from there"])
             return False
         monitor.finish(len(inputs.held_out))
         return True

@@ -150,7 +150,7 @@ def test_the_configurations_that_the_cases_spoil_are_usable(config, hf):
         (["model.preset=tiny-moe", "model.shape.router_topk=1"], "model.shape.router_topk: 1 leaves "),
         (
             ["model.preset=tiny-moe", "model.shape.family=mixtral", "model.shape.norm_topk_prob=false"],
-            "model.shape.norm_topk_prob: False is not what family mixtral does",
+            "model.shape.norm_topk_prob: False does not match family mixtral",
         ),
         (
             ["model.preset=tiny-moe", "model.shape.family=qwen2_moe"],
@@ -198,7 +198,7 @@ def test_the_configurations_that_the_cases_spoil_are_usable(config, hf):
         ),
         (
             [*CHORD, "data.experts=x.jsonl", "data.experts_per_step=1", "objective.updates_per_rollout=2"],
-            "{config}: data.experts_per_step: 1 cannot be shared out over objective.updates_per_rollout: 2",
+            "{config}: data.experts_per_step: 1 cannot be split over objective.updates_per_rollout: 2",
         ),
         ([*CHORD, "objective.mix.peak=1.5"], "{config}: objective.mix.peak: input should be less than or equal to 1 "),
         ([*CHORD, "objective.mix.valley=-0.1"], "{config}: objective.mix.valley: input should be greater than or "),
@@ -357,7 +357,7 @@ SPOILT_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "tensor in two shards": (doubled, "{hf}/model-2.safetensors: tensor "),
     "weights in a pickle": (
         lambda hf: (hf / "model.safetensors").rename(hf / "pytorch_model.bin"),
-        "{hf}/pytorch_model.bin: a pickle, and no safetensors beside it; ",
+        "{hf}/pytorch_model.bin: a pickle, and there are no safetensors; ",
     ),
     "no weights": (lambda hf: (hf / "model.safetensors").unlink(), "{hf}: no model.safetensors"),
     "weights cut": (

@@ -93,7 +93,7 @@ def test_what_is_held_out_is_not_imitated(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     path = rows_file(tmp_path, taught("a", "1", "2"), taught("b", "3"))
     (pair,) = load_experts(Data(train="none", experts=path), [Prompt("v", "1", (), text="a")])
-    assert pair.text == "b" and "2 traces of prompts held out in data.valid: left out" in caplog.text
+    assert pair.text == "b" and "2 traces of prompts in data.valid left out" in caplog.text
 
 
 @pytest.mark.parametrize("row", [taught("b"), {"prompt": "b"}, taught("b") | {"teachers": None}])

@@ -481,8 +481,14 @@ def test_a_path_key_knows_the_home_folder_and_the_environment(tmp_path, smallest
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("trainer.run_dir=$NOWHERE_SET/x", "trainer.run_dir: $NOWHERE_SET/x: the environment has no $NOWHERE_SET"),
-        ("data.valid=a/${NOWHERE_SET}", "data.valid: a/${NOWHERE_SET}: the environment has no ${NOWHERE_SET}"),
+        (
+            "trainer.run_dir=$NOWHERE_SET/x",
+            "trainer.run_dir: $NOWHERE_SET/x: the environment variable $NOWHERE_SET is not set",
+        ),
+        (
+            "data.valid=a/${NOWHERE_SET}",
+            "data.valid: a/${NOWHERE_SET}: the environment variable ${NOWHERE_SET} is not set",
+        ),
         ("rollout.record=~nosuchuser/x", "rollout.record: ~nosuchuser/x: no home folder for ~nosuchuser"),
     ],
 )

@@ -304,7 +304,7 @@ def test_a_prompt_that_comes_again_with_another_answer_is_counted_and_the_first_
     path = jsonl(tmp_path, problem("a"), problem("a", ground_truth="2"), problem("a"), problem("b", ground_truth="2"))
     first, _ = load_prompts(path, False)
     assert first.ground_truth == "1"
-    assert "1 prompts come again with another ground truth" in caplog.text and "row-1 has '1', row-2 '2'" in caplog.text
+    assert "1 prompts recur with another ground truth" in caplog.text and "row-1 has '1', row-2 '2'" in caplog.text
 
 
 def test_traces_with_something_wrong_about_their_thoughts_are_counted_by_kind(tmp_path, caplog):

@@ -61,7 +61,7 @@ def run_files(folder: Path, *files: str, **options: Any) -> tuple[list[dict], di
 def check_sums(counts: dict[str, int]) -> None:
     """Nothing is counted twice, and nothing is lost without a count."""
     of = counts.get
-    problems = of("rows written", 0) + of("problems without a trace, left out", 0)
+    problems = of("rows written", 0) + of("problems left without a trace", 0)
     assert of("rows: new problem", 0) == problems
     written = sum(count for name, count in counts.items() if name.startswith("traces written: "))
     assert of("traces: kept", 0) == written + of("kept traces beyond the number per teacher", 0)
@@ -294,7 +294,7 @@ def test_swallowed_backslashes_are_refused_by_row_or_put_back_and_counted(tmp_pa
     with pytest.raises(UserError, match=r"in\.jsonl:2: .* holds a control character where .*--repair-escapes"):
         run_files(tmp_path, source)
     found, counts = run_files(tmp_path, source, repair_escapes=True)
-    assert counts["swallowed backslashes put back, rows"] == 1
+    assert counts["swallowed backslashes restored, rows"] == 1
     assert "What is $\\frac12$" in str(found[-1]["prompt"]).replace("\\\\", "\\")
     assert found[-1]["ground_truth"] == "\\frac12" and "\\boxed{\\frac12}" in found[-1]["teachers"][0]["trace"]
     counts = prepare(Options((str(tmp_path / "in.jsonl"),), skip_bad_rows=True), tmp_path / "skipped.jsonl")
@@ -336,7 +336,7 @@ def test_every_filter_has_its_count(tmp_path):
         "traces: kept": 1,
         "traces: too long": 1,
         "traces: wrong answer": 1,
-        "problems without a trace, left out": 2,
+        "problems left without a trace": 2,
         "rows written": 1,
         "traces written: t": 1,
     }
@@ -603,10 +603,10 @@ def test_other_options_or_inputs_do_not_go_on_from_what_was_left(tmp_path, monke
         patch.setattr("megatron_dypo.dataprep.prepare.write_rows", lambda *_: (_ for _ in ()).throw(Stopped))
         with pytest.raises(Stopped):
             prepare(Options((source,)), out)
-    with pytest.raises(UserError, match=r"begun with another --verify \(\"grader\", now \"none\"\): give --restart"):
+    with pytest.raises(UserError, match=r"has another --verify \(\"grader\", now \"none\"\): --restart"):
         prepare(Options((source,), verify="none"), out)
     write(tmp_path / "in.jsonl", *mixed(9))
-    with pytest.raises(UserError, match=r"begun with another input 1 \(.*in\.jsonl: \d+ bytes"):
+    with pytest.raises(UserError, match=r"has another input 1 \(.*in\.jsonl: \d+ bytes"):
         prepare(Options((source,)), out)
     assert prepare(Options((source,)), out, restart=True)["rows read"] == 9
 
@@ -632,11 +632,11 @@ def test_extra_info_of_two_kinds_is_refused_for_parquet_in_one_line(tmp_path):
 def test_two_runs_do_not_share_a_work_file(tmp_path):
     source = write(tmp_path / "in.jsonl", *mixed(8))
     store = Store(tmp_path / "out.jsonl.work", {})
-    with pytest.raises(UserError, match=r"out\.jsonl\.work: another run is at work with this file"):
+    with pytest.raises(UserError, match=r"out\.jsonl\.work: another run is using this file"):
         prepare(Options((source,)), tmp_path / "out.jsonl")
     store.close()
     (tmp_path / "out.jsonl.work").write_text("my notes, which are not to be touched " * 100)
-    with pytest.raises(UserError, match="is no work file of this tool"):
+    with pytest.raises(UserError, match="is not a work file of this tool"):
         prepare(Options((source,)), tmp_path / "out.jsonl")
     with pytest.raises(UserError, match=r"--out .*in\.jsonl/out\.jsonl: "):
         prepare(Options((source,)), tmp_path / "in.jsonl/out.jsonl")
@@ -692,7 +692,7 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
         ({"max_trace_tokens": 5}, "need --tokenizer"),
         ({"columns": {"prompt": "q"}}, "--columns: expected prompt=..,ground_truth=.."),
         ({"columns": {"prompt": "q", "ground_truth": "a"}, "layout": "math"}, "--columns and --layout"),
-        ({"ngram": 0}, "--ngram is at least 1"),
+        ({"ngram": 0}, "--ngram must be at least 1"),
         ({"tokenizer": str(Path(__file__).parent)}, "tests: cannot be loaded"),
     ],
 )

@@ -357,5 +357,5 @@ def test_a_resume_with_another_tokenizer_names_what_differs(tmp_path):
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"day": 3}', '{"day": "2026-13-01"}', "\xff"])
 def test_a_damaged_record_of_the_start_is_refused_by_name(tmp_path, text):
     (tmp_path / "text.json").write_text(text, encoding="latin-1")
-    with pytest.raises(UserError, match=r"text\.json: not what a run keeps"):
+    with pytest.raises(UserError, match=r"text\.json: not the record of a run"):
         start_day(tmp_path)

@@ -132,7 +132,7 @@ def spoilt_rollout(spoil: str) -> str:
 
 @pytest.mark.parametrize(
     ("spoil", "said"),
-    [("twice", "one expert twice"), ("layers", "experts) [(3, 2), (4, 2)]"), ("none", "says nothing of its routing")],
+    [("twice", "one expert twice"), ("layers", "experts) [(3, 2), (4, 2)]"), ("none", "has no routing")],
 )
 def test_a_rollout_of_another_routing_is_refused(spoil, said):
     assert said in run_ranks(1, spoilt_rollout, spoil)[0]

@@ -185,7 +185,7 @@ def test_a_run_does_not_start_from_weights_with_nan_and_names_the_tensor(folders
     hf = damaged(folders["llama"], tmp_path / "hf", "model.layers.2.self_attn.k_proj.weight", float("inf"))
     ((code, printed),) = run_ranks(1, trained, str(start(tmp_path, hf)), [], "")
     assert code == 2, printed
-    assert f"model.hf: {hf}: NaN or infinite: model.layers.2.self_attn.k_proj.weight: such a model " in printed
+    assert f"model.hf: {hf}: NaN or infinite: model.layers.2.self_attn.k_proj.weight: this model " in printed
 
 
 def converted(hf: str, out: str) -> list[tuple[int, str]]:

@@ -175,8 +175,8 @@ EXPERTS = [
     (of_experts(dtype="|O"), "experts [3, 1, 2] (object) of 4 tokens"),
     (of_experts(shape="(4, 1, 2)"), "experts [4, 1, 2] (int16) of 4 tokens"),
     (of_experts(shape="(3, 0, 2)"), "experts [3, 0, 2]"),
-    (of_experts(shape="(3, 200000, 200000)"), "12 bytes are no [3, 200000, 200000] of int16"),
-    (of_experts(content=bytes(14)), "14 bytes are no [3, 1, 2] of int16"),
+    (of_experts(shape="(3, 200000, 200000)"), "12 bytes do not hold [3, 200000, 200000] of int16"),
+    (of_experts(content=bytes(14)), "14 bytes do not hold [3, 1, 2] of int16"),
     (of_experts(content=b"\xff" * 12), "experts -1 to -1"),
     (of_experts(dtype="<u2", content=b"\xff" * 12), "experts 65535 to 65535"),
 ]
@@ -189,15 +189,15 @@ EXPERTS = [
         ({"id": ...}, "id"),
         ({"weight_version": ...}, "weight_version"),
         ({"prompt_ids": []}, "prompt_ids"),
-        ({"prompt_ids": ["x"]}, "'x' is no token id"),
-        ({"prompt_ids": [2, -1]}, "-1 is no token id"),
-        ({"prompt_ids": [True]}, "True is no token id"),
+        ({"prompt_ids": ["x"]}, "'x' is not a token id"),
+        ({"prompt_ids": [2, -1]}, "-1 is not a token id"),
+        ({"prompt_ids": [True]}, "True is not a token id"),
         ({"prompt_ids": 2}, "int"),
         (
             {"responses": [RESPONSE, RESPONSE | {"ids": [5, 2**31]}]},
-            f"{2**31} is no token id of a vocabulary of {2**31}",
+            f"{2**31} is not a token id of a vocabulary of {2**31}",
         ),
-        ({"responses": [RESPONSE, RESPONSE | {"ids": [5, 1.5]}]}, "1.5 is no token id"),
+        ({"responses": [RESPONSE, RESPONSE | {"ids": [5, 1.5]}]}, "1.5 is not a token id"),
         ({"responses": [RESPONSE, RESPONSE | {"reward": 10**400}]}, "too large"),
         ({"teacher_indices": [2]}, "teacher_indices"),
         ({"teacher_indices": [-1]}, "teacher_indices"),
@@ -230,7 +230,7 @@ def test_an_unusable_line_is_named_by_file_and_number(tmp_path, changes, about):
 @pytest.mark.parametrize(
     "limits, about",
     [
-        ({"vocab_size": 5}, "5 is no token id of a vocabulary of 5"),
+        ({"vocab_size": 5}, "5 is not a token id of a vocabulary of 5"),
         ({"longest": 3}, "2 + 2 tokens of prompt and response, more than the model's 3"),
     ],
 )

@@ -462,10 +462,10 @@ def configured(tmp_path: Path, **reward) -> Config:
 @pytest.mark.parametrize(
     ("reward", "named"),
     [
-        ({"function": "maths"}, "reward.function: 'maths' is none of math, choice, reasoning_gym"),
-        ({"function": "reward.py"}, "reward.function: 'reward.py' is none of"),
-        ({"function": "a b:c"}, "reward.function: 'a b:c' is none of"),
-        ({"function": "a:"}, "reward.function: 'a:' is none of"),
+        ({"function": "maths"}, "reward.function: 'maths' is not one of math, choice, reasoning_gym"),
+        ({"function": "reward.py"}, "reward.function: 'reward.py' is not one of"),
+        ({"function": "a b:c"}, "reward.function: 'a b:c' is not one of"),
+        ({"function": "a:"}, "reward.function: 'a:' is not one of"),
         ({"format": "boxed"}, "reward.format: boxed is not read with reward.format_penalty: 0.0"),
         ({"format_penalty": 0.1}, "reward.format_penalty: 0.1 is not read with reward.format: none"),
         ({"overlong_penalty": 0.5}, "reward.overlong_penalty: 0.5 is not read with reward.overlong_tokens: 0"),

@@ -111,9 +111,9 @@ BAD = {
     "no end": (changed(finish_reason="length"), "do not go with finish_reason 'length'"),
     "text for ids": (changed(token_ids="12"), "no usable response"),
     "no experts": (changed(routed_experts=""), "no usable response"),
-    "other log-probs": (changed(logprobs={"content": []}), "log-probs are of other tokens"),
-    "no log-prob": (with_first_logprob(float("nan")), "a log-prob is none"),
-    "a probability above 1": (with_first_logprob(0.5), "a log-prob is none"),
+    "other log-probs": (changed(logprobs={"content": []}), "log-probs belong to other tokens"),
+    "no log-prob": (with_first_logprob(float("nan")), "invalid log-prob"),
+    "a probability above 1": (with_first_logprob(0.5), "invalid log-prob"),
     "elsewhere": (answering(lambda *_: web.Response(status=307, headers={"Location": "http://a..b:1/"})), "HTTP 307"),
     "other weights": (changed(weight_versions=[{"version": "older"}]), r"weights \['older'\], not 'default'"),
     "two versions": (changed(weight_versions=[{"version": v} for v in ("default", "next")]), "weights"),
@@ -256,7 +256,7 @@ def test_an_update_reaches_all_servers_in_its_four_phases_and_one_that_fails_is_
 
         second.behave = None
         assert not update(both, "run:2", "run:3"), "the transfer has to be opened anew"
-        assert both.lost == {} and second.label == "run:3" and "taken in again" in caplog.text
+        assert both.lost == {} and second.label == "run:3" and "rejoined" in caplog.text
 
         second.stop()
         second.start()

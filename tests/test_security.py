@@ -126,7 +126,7 @@ def test_an_index_does_not_lead_out_of_its_folder(checkpoint, place):
     # Without the frame's length, which the change makes wrong.
     framed = content.replace(b"\x8c" + bytes([len(old)]) + old, b"\x8c" + bytes([len(new)]) + new)
     path.write_bytes(framed[:2] + framed[11:])
-    with pytest.raises(UserError, match="is no index of a checkpoint's tensors"):
+    with pytest.raises(UserError, match="is not an index of a checkpoint's tensors"):
         read_index(path)
 
 

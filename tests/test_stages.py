@@ -156,15 +156,15 @@ def test_overrides_reach_into_stages(tmp_path, monkeypatch, overrides, rates):
         ([SFT, RL], ["stages.1.optimizer.lr=-1"], "stages.1.optimizer.lr: input should be greater than 0 (got -1"),
         ([SFT, RL], ["stages.1.trainer.steps=0"], "stages.1.trainer.steps: input should be greater than or equal"),
         ([SFT, RL], ["stages.1.optimizer=null"], "stages.1.optimizer: input should be a valid dictionary"),
-        ([SFT, RL], ["stages.1.data.train=$NO_SUCH/x"], "stages.1.data.train: $NO_SUCH/x: the environment has no"),
+        ([SFT, RL], ["stages.1.data.train=$NO_SUCH/x"], "stages.1.data.train: $NO_SUCH/x: the environment variable"),
         ([SFT, RL], ["stages.1.data.train=' '"], "stages.1.data.train: is empty"),
         ([SFT, RL], ["stages.1.objective.gamma=2"], "stages.1.objective.gamma: 2.0 is not read with objective.method"),
         ([SFT, RL], ["stages.0.rollout.temperature=2"], "stages.0.rollout.temperature: 2.0 is not read with"),
         ([SFT, RL], ["objective.beta_gal=2"], "objective.beta_gal: 2.0 is not read with objective.method: sft"),
         ([SFT, RL], ["stages.1.rollout.samples_per_prompt=1"], "stages.1: rollout.samples_per_prompt: objective.met"),
-        ([SFT, RL], ["rollout.engine=server"], "rollout.servers: the addresses of the servers, needed by"),
-        ([SFT, RL], ["optimizer.lr=1"], "override optimizer.lr: a stage has its own; give stages.0.optimizer.lr="),
-        ([SFT, RL], ["objective={alpha: 1}"], "override objective: a stage has its own; give stages.0.objective.met"),
+        ([SFT, RL], ["rollout.engine=server"], "rollout.servers: rollout.engine: server needs"),
+        ([SFT, RL], ["optimizer.lr=1"], "override optimizer.lr: a stage sets its own; give stages.0.optimizer.lr="),
+        ([SFT, RL], ["objective={alpha: 1}"], "override objective: a stage sets its own; give stages.0.objective.met"),
         ([SFT, RL], ["stages.1.objective.mix.peak=0.5"], "stages.1.objective.mix.peak: 0.5 is not read with object"),
         ([SFT, RL], ["stages.1.objective.mix.pea=0.5"], "stages.1.objective.mix.pea: unknown key; the nearest known"),
         ([SFT, RL], ["stages.1.objective=3"], "stages.1.objective: input should be a valid dictionary"),
@@ -184,7 +184,7 @@ def test_an_override_of_a_stage_that_is_not_there_is_refused(tmp_path, override)
 
 def test_a_value_that_no_stage_takes_is_refused(tmp_path):
     """Where all have their own, or those that have none do not read it; not where an override has made it so."""
-    dead = "optimizer.lr: never read: each stage that would has its own"
+    dead = "optimizer.lr: never read: every stage that reads it sets its own"
     assert complaint(staged(tmp_path, SFT, RL | {"optimizer": {"lr": 1.0}}, optimizer={"lr": 2.0})) == dead
     load_config(staged(tmp_path, SFT, RL, optimizer={"lr": 2.0}), ["stages.1.optimizer.lr=1"])
     dypo = {"objective": {"alpha": 0.2}, "trainer": {"steps": 1}}

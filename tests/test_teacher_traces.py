@@ -525,7 +525,7 @@ def test_answers_under_other_settings_are_not_mixed(tmp_path):
         task.set_teachers(teacher(server.url, "r1-hot", sampling={"temperature": 1.0}))
         assert set(task.run()) == {"r1", "r1-hot"}
         task.prompts.write_text(json.dumps({"id": "p1", "prompt": "What is 7+1?", "ground_truth": "8"}))
-        with pytest.raises(UserError, match="prompt p1: --out holds answers to another prompt of this id"):
+        with pytest.raises(UserError, match="prompt p1: --out holds answers to another prompt with this id"):
             task.run()
         assert len(server.asked) == 4
 
@@ -533,11 +533,11 @@ def test_answers_under_other_settings_are_not_mixed(tmp_path):
 def test_a_file_in_use_or_of_something_else_is_refused(tmp_path):
     with Imitation() as server:
         task = Task(tmp_path, 1, teacher(server.url))
-        with AttemptFile(task.out), pytest.raises(UserError, match=r"traces\.jsonl: another run is at work"):
+        with AttemptFile(task.out), pytest.raises(UserError, match=r"traces\.jsonl: another run is using"):
             task.run()
         for content in ('{"id": 1}\n', "notes\n", "[]\n"):
             task.out.write_text(content)
-            with pytest.raises(UserError, match=r"traces\.jsonl:1: not what this tool writes"):
+            with pytest.raises(UserError, match=r"traces\.jsonl:1: not a record of this tool"):
                 task.run()
             assert task.out.read_text() == content and not server.asked
 

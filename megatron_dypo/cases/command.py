@@ -37,7 +37,7 @@ def result(case: dict[str, Any], source: str) -> dict[str, Any]:
             return simulate(settings["unsolved_of_step"], config.objective) | {"config": keys}
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
-    raise UserError(f"{source}: sequences: needed, one object for each sequence of the update")
+    raise UserError(f"{source}: sequences: missing; give one object per sequence of the update")
 
 
 def _step(value: Any) -> int:

@@ -43,7 +43,7 @@ class Case:
         for place, sequence in enumerate(sequences):
             source = sequence.get("source")
             if source not in SOURCES:
-                raise UserError(f"sequences[{place}].source: {source!r} is none of {', '.join(SOURCES)}")
+                raise UserError(f"sequences[{place}].source: {source!r} is not one of {', '.join(SOURCES)}")
             name = f"expert {place}" if source == "expert" else sequence.get("prompt")
             self.members.setdefault(name, {kind: [] for kind in Kind})[SOURCES[source]].append(place)
         self.groups = [self._group(str(prompt), kinds) for prompt, kinds in self.members.items()]

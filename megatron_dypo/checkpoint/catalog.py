@@ -55,7 +55,7 @@ def complete_steps(run_dir: Path) -> list[int]:
 
 def none_left(run_dir: Path) -> str:
     """Return the message for a run whose checkpoints are all damaged: the user decides whether to overwrite them."""
-    return f"{run_dir / 'checkpoints'}: every checkpoint is damaged; remove the folder to start anew"
+    return f"{run_dir / 'checkpoints'}: every checkpoint is damaged; remove the folder to start over"
 
 
 def listed_files(folder: Path) -> list[str]:

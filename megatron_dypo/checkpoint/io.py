@@ -78,11 +78,13 @@ def read_index(path: Path) -> Metadata:
         # From memory: read from a file, a damaged length would be allocated first.
         index = _IndexUnpickler(io.BytesIO(path.read_bytes())).load()
     except _Refused as refused:
-        raise UserError(f"{path}: refused: it asks for {refused}, which no index of a checkpoint holds") from None
+        raise UserError(
+            f"{path}: refused: it asks for {refused}, which does not belong in a checkpoint index"
+        ) from None
     except Exception as error:  # pickle raises anything on foreign bytes
         raise UserError(f"{path}: cannot be read: {type(error).__name__}: {error}") from None
     if not _is_index(index):
-        raise UserError(f"{path}: is no index of a checkpoint's tensors")
+        raise UserError(f"{path}: is not an index of a checkpoint's tensors")
     return index
 
 

@@ -327,7 +327,7 @@ class Saver:
         path, fault = all_gather_objects(outcome)[0]
         self._retry = path is None
         if fault and dist.get_rank() == 0:
-            log.warning("checkpoint not written, older ones are kept, next try at the next step: %s", fault)
+            log.warning("checkpoint not written; older ones are kept, the next step tries again: %s", fault)
         return path
 
 

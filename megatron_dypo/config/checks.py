@@ -48,7 +48,7 @@ def _rules(config: Config):
     )
     yield (
         rollout.engine == "server" and not rollout.servers,
-        "rollout.servers: the addresses of the servers, needed by rollout.engine: server",
+        "rollout.servers: rollout.engine: server needs the addresses of the servers",
     )
     fault = _address_fault(rollout.servers)
     yield fault is not None, fault or ""
@@ -74,7 +74,7 @@ def _rules(config: Config):
     )
     yield (
         config.data.experts is not None and objective.updates_per_rollout > config.data.experts_per_step,
-        f"data.experts_per_step: {config.data.experts_per_step} cannot be shared out over "
+        f"data.experts_per_step: {config.data.experts_per_step} cannot be split over "
         f"objective.updates_per_rollout: {objective.updates_per_rollout}",
     )
     yield (
@@ -114,8 +114,8 @@ def _rules(config: Config):
     )
     yield (
         rollout.async_rollout > 0 and config.trainer.deterministic and in_process,
-        "rollout.async_rollout, trainer.deterministic: an engine in this process switches the mode off while it "
-        "samples, for training beside it, too; use rollout.engine: server",
+        "rollout.async_rollout, trainer.deterministic: an engine in this process turns the mode off while it "
+        "samples, for concurrent training too; use rollout.engine: server",
     )
     yield (
         config.trainer.eval_every > 0 and config.data.valid is None and not config.evaluation.suites,
@@ -127,7 +127,7 @@ def _rules(config: Config):
     local = {"sdpa", "flash"}
     yield (
         (model.layer_spec, model.attention_backend) in {("local", "te"), *(("te", backend) for backend in local)},
-        f"model.attention_backend: {model.attention_backend} does not go with model.layer_spec: {model.layer_spec}",
+        f"model.attention_backend: {model.attention_backend} does not work with model.layer_spec: {model.layer_spec}",
     )
 
 
@@ -160,7 +160,7 @@ def _loss_rules(objective: Objective):
 def _reward_rules(reward: Reward, longest: int):
     yield (
         reward.function not in REWARD_FUNCTIONS and not is_custom(reward.function),
-        f"reward.function: {reward.function!r} is none of {', '.join(REWARD_FUNCTIONS)}, package.module:function and "
+        f"reward.function: {reward.function!r} is not one of {', '.join(REWARD_FUNCTIONS)}, package.module:function and "
         "path/file.py:function",
     )
     yield (
@@ -183,32 +183,32 @@ def warnings(config: Config) -> list[str]:
         found.append(f"the terms have different units ({listed}): alpha and gamma then depend on the response length")
     if config.rollout.async_rollout and config.rollout.correction == "none":
         found.append(
-            "rollout.async_rollout without rollout.correction: nothing makes up for responses from weights one step "
+            "rollout.async_rollout without rollout.correction: nothing corrects for responses from weights one step "
             "older"
         )
     if config.rollout.async_rollout and config.rollout.engine != "server":
         found.append(
-            "rollout.async_rollout with an engine in this process: both share one device, and little or nothing is "
+            "rollout.async_rollout with an engine in this process: the two share one device, so little or nothing is "
             "gained"
         )
     if objective.method in QUEUEING and config.rollout.dynamic_sampling and config.rollout.record:
         found.append(
-            "rollout.record with rollout.dynamic_sampling: prompts that gave up their place are queued and not "
-            "recorded, so that a replay queues fewer"
+            "rollout.record with rollout.dynamic_sampling: replaced prompts are queued but not "
+            "recorded, so a replay queues fewer"
         )
     reward = config.reward
     penalties = {"reward.format_penalty": reward.format_penalty} if reward.format != "none" else {}
     penalties |= {"reward.overlong_penalty": reward.overlong_penalty} if reward.overlong_tokens else {}
     if 1 - sum(penalties.values()) < objective.reward_threshold <= 1:
         found.append(
-            f"{', '.join(penalties)}: can take the 1 of a right response below objective.reward_threshold: "
-            f"{objective.reward_threshold:g}, so that it is graded as wrong"
+            f"{', '.join(penalties)}: can push a right response (reward 1) below objective.reward_threshold: "
+            f"{objective.reward_threshold:g}, which grades it as wrong"
         )
     unfinished = config.rollout.reward_unfinished
     if unfinished is not None and unfinished >= objective.reward_threshold:
         found.append(
             f"rollout.reward_unfinished: {unfinished:g} is at least objective.reward_threshold: "
-            f"{objective.reward_threshold:g}, so that every response cut at its limit is graded as right"
+            f"{objective.reward_threshold:g}, so every truncated response is graded as right"
         )
     if config.rollout.top_p < 1:
         found.append(

@@ -50,7 +50,7 @@ def _resolve(tree: dict[str, Any], overrides: list[str], source: str, recorded: 
     _refuse_hidden(own, overrides, source)
     not_read = [unread(config).keys() for config in configs]
     if not recorded and (dead := _hidden_by_stages(tree, overrides, own, not_read)):
-        raise UserError(f"{source}: {dead}: never read: each stage that would has its own")
+        raise UserError(f"{source}: {dead}: never read: every stage that reads it sets its own")
     _set_aside(own, configs, overrides, source, recorded)
     broken = [fault(config) for config in configs]
     for index, said in enumerate(broken):
@@ -140,7 +140,7 @@ def _refuse_hidden(own: list[dict[str, Any]], overrides: list[str], source: str)
         for index, given in enumerate(own):
             for key in sorted(leaves(given)):
                 if f"{key}.".startswith(f"{name}.") or f"{name}.".startswith(f"{key}."):
-                    raise UserError(f"{source}: override {name}: a stage has its own; give stages.{index}.{key}=...")
+                    raise UserError(f"{source}: override {name}: a stage sets its own; give stages.{index}.{key}=...")
 
 
 def load_parallel(overrides: list[str], source: str) -> Parallel:

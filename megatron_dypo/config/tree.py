@@ -144,7 +144,7 @@ def _expand_paths(tree: dict[str, Any], source: str) -> None:
         value = node[last]
         node[last] = expanded = os.path.expanduser(os.path.expandvars(value))
         if unset := _VARIABLE.search(expanded):
-            raise UserError(f"{source}{dotted}: {value}: the environment has no {unset[0]}")
+            raise UserError(f"{source}{dotted}: {value}: the environment variable {unset[0]} is not set")
         if expanded.startswith("~"):
             raise UserError(f"{source}{dotted}: {value}: no home folder for {expanded.split('/')[0]}")
 

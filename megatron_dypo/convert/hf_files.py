@@ -72,4 +72,4 @@ def copy_metadata(
     if (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", target / "generation_config.json")
     if not copy_tokenizer(tokenizer or source, target):
-        log.warning("%s: holds no tokenizer, so neither will what is converted from it", tokenizer or source)
+        log.warning("%s: holds no tokenizer, so the converted folder will hold none", tokenizer or source)

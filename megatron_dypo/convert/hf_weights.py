@@ -110,7 +110,7 @@ def _contents(folder: Path, allow_bin: bool) -> tuple[Path, dict[str, Path]]:
     listing = there[0]
     if listing.name.startswith("pytorch_model") and not allow_bin:
         kind = "a pickle" if listing.suffix == ".bin" else "an index of pickles"
-        raise UserError(f"{listing}: {kind}, and no safetensors beside it; `convert import --bin` reads it")
+        raise UserError(f"{listing}: {kind}, and there are no safetensors; `convert import --bin` reads it")
     if listing.suffix != ".json":
         return listing, dict.fromkeys(_open(listing).keys(), listing)
     named = _weight_map(listing)

@@ -156,7 +156,7 @@ def _write_metadata(
         write_config(shape, target, tokenizer.end_ids, dtype)
         tokenizer.save(target)
     else:
-        log.warning("%s: nothing tells of its tokenizer, so the folder will hold none", folder)
+        log.warning("%s: its tokenizer is unknown, so the folder will hold none", folder)
         write_config(shape, target, None, dtype)
 
 

@@ -45,7 +45,7 @@ def checkpoint_folder(path: Path) -> Path:
                 f"{legacy}: a legacy checkpoint of Megatron-LM; rewrite it with Megatron-LM's own "
                 "tools/checkpoint/convert.py --saver core (or train on with --ckpt-format torch_dist), and give that"
             )
-    raise UserError(f"{path}: holds no checkpoint: no .metadata, and no checkpoints/step_N that is complete")
+    raise UserError(f"{path}: holds no checkpoint: neither .metadata nor a complete checkpoints/step_N")
 
 
 class MegatronFolder:

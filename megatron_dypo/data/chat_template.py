@@ -113,7 +113,7 @@ def end_ids(backend: Any, folders: list[Path], vocab_size: int) -> tuple[int, ..
                     log.warning("%s: its end token %d (%r) is %s", folder, index, token, why)
             else:
                 why = "beyond the model's vocabulary" if index >= vocab_size else "not a special token of the tokenizer"
-                log.warning("%s: its end token %d is %s, and is left out", folder, index, why)
+                log.warning("%s: its end token %d is %s: ignored", folder, index, why)
     return tuple(dict.fromkeys(found))
 
 

@@ -52,7 +52,7 @@ def load_prompts(
     if differing:
         known, other = differing[0]
         log.warning(
-            "%s: %d prompts come again with another ground truth, and the first stands: %s has %.60r, %s %.60r",
+            "%s: %d prompts recur with another ground truth, and the first is kept: %s has %.60r, %s %.60r",
             source,
             len(differing),
             known.id,

@@ -43,11 +43,11 @@ def load_experts(data: Data, held_out: list[Prompt]) -> list[Prompt]:
     for pair in pairs:
         unique.setdefault((prompt_key(pair), pair.teachers[0].trace), pair)
     if len(unique) < len(pairs):
-        log.info("%s: %d traces come again with the same prompt and are dropped", source, len(pairs) - len(unique))
+        log.info("%s: %d duplicate traces (same prompt) dropped", source, len(pairs) - len(unique))
     known = {prompt_key(prompt) for prompt in held_out}
     kept = [pair for (key, _), pair in unique.items() if key not in known]
     if len(kept) < len(unique):
-        log.info("data.experts: %d traces of prompts held out in data.valid: left out", len(unique) - len(kept))
+        log.info("data.experts: %d traces of prompts in data.valid left out", len(unique) - len(kept))
     return kept
 
 

@@ -62,4 +62,4 @@ def _read(folder: Path) -> dict[str, Any] | None:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: not what a run keeps: {type(error).__name__}: {error}") from None
+        raise UserError(f"{path}: not the record of a run: {type(error).__name__}: {error}") from None

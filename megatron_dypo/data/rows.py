@@ -101,7 +101,7 @@ def read_row(row: Any, line: int, any_truth: bool = False, graded: bool = True) 
         ("teachers", [teacher.trace for teacher in teachers]),
     ):
         if any(map(_SURROGATE.search, texts)):
-            raise BadRow(f"{field}: holds half a surrogate pair, which is no text")
+            raise BadRow(f"{field}: holds half a surrogate pair, which is not text")
     extra = row.get("extra_info")
     if extra is not None and not isinstance(extra, dict):
         raise BadRow(f"extra_info: expected an object, got {_short(extra)}")

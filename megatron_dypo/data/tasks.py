@@ -77,7 +77,7 @@ def generate(source: str) -> list[Prompt]:
         raise UserError(f"{source}: {error}") from None
     teachers = TEACHERS.get(name, {})
     if not teachers:
-        log.warning("%s: no built-in teacher for this task; its Hard prompts have nothing to learn from", source)
+        log.warning("%s: no built-in teacher for this task; its Hard prompts train nothing", source)
     return [
         Prompt(
             id=f"{name}-{i}",

@@ -90,7 +90,7 @@ class Tokenizer:
             return self.template.ids(list(prompt.messages))
         if prompt.messages and not self._plain_chat:
             raise UserError(
-                f"data: prompt {prompt.id} is a chat, and the tokenizer has no chat template (is a file "
+                f"data: prompt {prompt.id} is a chat, and the tokenizer has no chat template (was "
                 "chat_template.jinja left behind?); data.plain_chat: true joins the messages' texts with newlines"
             )
         ids = self._backend(joined(prompt), add_special_tokens=False)["input_ids"]
@@ -160,7 +160,7 @@ def load_tokenizer(config: Config, shape: ModelShape, day: date | None = None) -
         try:
             backend = load_backend(Path(hf_folder(folder)), shape.vocab_size)
             if not backend.decode(backend("1 + 1 = 2")["input_ids"]):
-                raise ValueError("it gives no tokens")
+                raise ValueError("it yields no tokens")
         except Exception as error:  # whatever transformers and tokenizers raise on files that are not theirs
             reason = " ".join(str(error).split())
             raise UserError(f"{name}: cannot be loaded: {type(error).__name__}: {reason}") from None

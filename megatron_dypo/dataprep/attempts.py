@@ -65,7 +65,7 @@ class AttemptFile:
             raise UserError(f"{path}: {error.strerror}") from None
         if not take_lock(self._fd):
             os.close(self._fd)
-            raise UserError(f"{path}: another run is at work with this file")
+            raise UserError(f"{path}: another run is using this file")
         self._size = 0
 
     def __enter__(self) -> Self:
@@ -85,7 +85,7 @@ class AttemptFile:
                     if not isinstance(record, dict) or not record.keys() >= FIELDS:
                         raise ValueError(f"expected an object of {', '.join(sorted(FIELDS))}")
                 except (ValueError, RecursionError) as error:
-                    raise UserError(f"{self._path}:{number}: not what this tool writes: {error}") from None
+                    raise UserError(f"{self._path}:{number}: not a record of this tool: {error}") from None
                 self._size += len(line)
                 yield AttemptLine(record, self._size - len(_tail(None)))
         os.ftruncate(self._fd, self._size)

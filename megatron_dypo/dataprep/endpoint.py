@@ -160,7 +160,7 @@ class Endpoint:
             reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
             text = message.get("content") or ""
             if not isinstance(text, str) or not isinstance(reasoning, str):
-                raise TypeError("content is no text")
+                raise TypeError("content is not text")
             return Completion(
                 text,
                 reasoning,

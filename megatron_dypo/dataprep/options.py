@@ -47,11 +47,13 @@ class Options:
             if self.layout:
                 raise UserError("--columns and --layout: give one of them")
             if not {"prompt", "ground_truth"} <= set(self.columns) <= set(COLUMNS):
-                raise UserError(f"--columns: expected prompt=..,ground_truth=.. and perhaps {', '.join(COLUMNS[2:])}")
+                raise UserError(
+                    f"--columns: expected prompt=..,ground_truth=.. and optionally {', '.join(COLUMNS[2:])}"
+                )
         if (self.max_prompt_tokens or self.max_trace_tokens) and not self.tokenizer:
             raise UserError("--max-prompt-tokens and --max-trace-tokens need --tokenizer")
         if self.ngram < 1 or not 0 < self.overlap_share <= 1 or self.traces_per_teacher < 0:
-            raise UserError("--ngram is at least 1, --overlap-share in (0, 1], --traces-per-teacher at least 0")
+            raise UserError("--ngram must be at least 1, --overlap-share in (0, 1], --traces-per-teacher at least 0")
 
     @property
     def instruction_text(self) -> str:

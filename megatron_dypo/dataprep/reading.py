@@ -105,7 +105,7 @@ class Reading:
             return row
         if not self._options.repair_escapes:
             raise BadRow(f"{field} (--repair-escapes puts the backslash back)")
-        self._store.count("swallowed backslashes put back, rows")
+        self._store.count("swallowed backslashes restored, rows")
         return with_escapes(row)
 
     def _screen(self, place: str, item: Item, batch: _Batch) -> str:
@@ -113,7 +113,7 @@ class Reading:
         options, store = self._options, self._store
         texts = [item.problem, item.answer, item.id, item.source, *(trace.text for trace in item.traces)]
         if not is_text(*texts, *(message["content"] for message in item.messages)):
-            raise BadRow("holds half a surrogate pair, which is no text")
+            raise BadRow("holds half a surrogate pair, which is not text")
         problem = without_instruction(item.problem, options.instruction_text)
         if is_proof(item):
             return "proof, nothing to check"

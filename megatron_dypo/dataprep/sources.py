@@ -134,7 +134,7 @@ def _hub_source(name: str) -> RowSource:
             options["revision"] = str(HfApi().dataset_info(path, revision=options.get("revision"), timeout=60).sha)
         except Exception as error:  # whatever the hub's client raises on its way to an answer
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"{name}: the hub does not give it: {reason}") from None
+            raise UserError(f"{name}: cannot be had from the hub: {reason}") from None
     exact = "&".join(f"{option}={options[option]}" for option in _OPTIONS if option in options)
     return RowSource(f"{HUB}{path}?{exact}" if exact else f"{HUB}{path}", exact)
 

@@ -62,8 +62,8 @@ class Store:
         for name in sorted(stored.keys() | settings.keys()):
             if (old := stored.get(name)) != (new := settings.get(name)):
                 raise UserError(
-                    f"{self._path}: the work that was left here was begun with another {name} "
-                    f"({_short(old)}, now {_short(new)}): give --restart to begin anew"
+                    f"{self._path}: the unfinished run here has another {name} "
+                    f"({_short(old)}, now {_short(new)}): --restart starts over"
                 )
 
     @property
@@ -146,8 +146,8 @@ def remove(path: Path) -> None:
 
 
 _REASONS = {
-    "SQLITE_BUSY": "another run is at work with this file",
-    "SQLITE_NOTADB": "is no work file of this tool: remove it, or name another --out",
+    "SQLITE_BUSY": "another run is using this file",
+    "SQLITE_NOTADB": "is not a work file of this tool: remove it, or give another --out",
 }
 
 

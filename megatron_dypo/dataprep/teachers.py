@@ -138,10 +138,12 @@ class Generation:
         teacher, prompt = teachers.get(record["teacher"]), prompts.get(record["id"])
         if teacher and (record["asked_model"], record["sampling"]) != (teacher.model, teacher.sampling.model_dump()):
             raise UserError(
-                f"teacher {teacher.name}: --out holds answers of another model or sampling: give it another name"
+                f"teacher {teacher.name}: --out holds answers of another model or sampling: rename the teacher"
             )
         if prompt and record["prompt"] != _messages(prompt):
-            raise UserError(f"prompt {prompt.id}: --out holds answers to another prompt of this id: name another --out")
+            raise UserError(
+                f"prompt {prompt.id}: --out holds answers to another prompt with this id: give another --out"
+            )
         self._asked[record["teacher"], record["id"]] += 1
         if record["verdict"] is None:
             self._ungraded[line.end] = line

@@ -29,7 +29,7 @@ def output_rows(store: Store, options: Options, counts: Counter[str]) -> Iterato
                 continue
             teachers.append({"name": teacher, "trace": text})
         if not teachers and not options.keep_without_trace:
-            counts["problems without a trace, left out"] += 1
+            counts["problems left without a trace"] += 1
             continue
         counts["rows written"] += 1
         for written in teachers:
@@ -68,7 +68,9 @@ def _write_parquet(file: BinaryIO, rows: Iterator[dict[str, Any]], extra: Any) -
     with parquet.ParquetWriter(file, schema := pa.schema(fields), compression="zstd") as writer:
         while batch := first + list(islice(rows, _PARQUET_ROWS - len(first))):
             if any(isinstance(row["prompt"], str) != plain for row in batch):
-                raise UserError("--out: Parquet takes chats or plain prompts, not both: write .jsonl, or --instruction")
+                raise UserError(
+                    "--out: Parquet takes chats or plain prompts, not both: write .jsonl, or give --instruction"
+                )
             writer.write_table(pa.Table.from_pylist(batch, schema))
             first = []
 

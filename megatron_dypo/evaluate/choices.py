@@ -33,7 +33,7 @@ class Choices:
 
     def __post_init__(self) -> None:
         if self.answer not in self.labels:
-            raise ValueError(f"the answer {self.answer!r:.40} is none of the options' labels {', '.join(self.labels)}")
+            raise ValueError(f"the answer {self.answer!r:.40} is not one of the option labels {', '.join(self.labels)}")
 
     def shuffled(self, *seed: object) -> Choices:
         """The texts in another order, the labels where they were; a pure function of ``seed``."""
@@ -74,7 +74,7 @@ def choices_of(row: dict[str, Any], question: str, answer: str) -> Choices:
     else:
         return find_choices(question, answer)
     if len(labels) != len(texts) or not all(isinstance(text, str) for text in texts):
-        raise ValueError("its options are not as many texts as labels")
+        raise ValueError("its options differ in their numbers of texts and labels")
     return Choices(question, labels, texts, _named(answer, labels, texts))
 
 

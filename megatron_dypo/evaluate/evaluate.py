@@ -154,7 +154,9 @@ def _choose(config: Config, hf: str | None, checkpoint: Path | None) -> Evaluate
         return EvaluatedModel(_name(folder), _digest(folder), shape, read, folder)
     source = hf or config.model.hf
     if source is None:
-        raise UserError(f"evaluate: {run_dir} holds no checkpoint, and a preset no weights: give --hf or --checkpoint")
+        raise UserError(
+            f"evaluate: {run_dir} holds no checkpoint, and a preset has no weights: give --hf or --checkpoint"
+        )
     folder, shape = source_folder(source, "--hf" if hf else "model.hf")
     shape = shape if hf else of_weights(shape, config.model)
     check_folder(folder, shape)

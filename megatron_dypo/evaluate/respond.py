@@ -47,7 +47,7 @@ class AnswerFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab+")
         if not take_lock(self._file):
-            raise UserError(f"{path}: another evaluation is at work with this file")
+            raise UserError(f"{path}: another evaluation is using this file")
         if restart:
             self._file.truncate(0)
         self._file.seek(0)
@@ -61,10 +61,12 @@ class AnswerFile:
             before = dict(json.loads(lines[0]))
             self.answers = [Answer(**json.loads(line)) for line in lines[1:]]
         except (ValueError, TypeError) as error:
-            raise UserError(f"{path}: holds no evaluation's responses: {error} (--restart removes it)") from None
+            raise UserError(f"{path}: not the responses of an evaluation: {error} (--restart removes it)") from None
         if differing := [name for name in about | before if about.get(name) != before.get(name)]:
             changes = ", ".join(f"{name} (was {before.get(name)!r}, now {about.get(name)!r})" for name in differing)
-            raise UserError(f"{path}: is of another evaluation: {changes}; --restart removes it, --out names another")
+            raise UserError(
+                f"{path}: belongs to another evaluation: {changes}; --restart discards it, or give another --out"
+            )
 
     def add(self, answers: list[Answer]) -> None:
         """Append, down to the disk."""

@@ -146,7 +146,7 @@ def load_suite(suite: Suite | str, settings: Evaluation) -> list[Prompt]:
     if suite.problems not in (None, len(rows)):
         log.warning("%s: %d problems, and the suite %s has %d", origin, len(rows), suite.name, suite.problems)
     if repairs:
-        log.warning("%s: swallowed backslashes of LaTeX commands put back in %d problems", origin, repairs)
+        log.warning("%s: swallowed backslashes of LaTeX commands restored in %d problems", origin, repairs)
     return prompts
 
 
@@ -255,7 +255,7 @@ def _own(asked: str, where: str) -> Suite:
     file = Path(os.path.expandvars(path)).expanduser()
     if file.suffix.lower() not in SUFFIXES:
         raise UserError(
-            f"{where}: {asked!r} is not one of the suites {', '.join(SUITES)}, nor a file of one's own ({FORM}; "
+            f"{where}: {asked!r} is not one of the suites {', '.join(SUITES)}, nor a file of your own ({FORM}; "
             f"{', '.join(SUFFIXES)})"
         )
     name = name if equals else file.stem

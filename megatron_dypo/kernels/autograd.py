@@ -258,11 +258,13 @@ class Loss(Function):
     @staticmethod
     def backward(ctx, dloss, *_):
         if ctx.gradients is None:
-            raise RuntimeError("linear_loss: an earlier backward pass has had the gradients; they are formed once")
+            raise RuntimeError("linear_loss: backward was called twice; gradients are formed only once")
         (dhidden, dweight_VH), ctx.gradients = ctx.gradients, None
         if ctx.added:
             if dloss != 1:
-                raise RuntimeError(f"linear_loss: main_grad has the gradient of 1 x loss, not of {float(dloss)} x loss")
+                raise RuntimeError(
+                    f"linear_loss: main_grad holds the gradient of 1 x loss, not of {float(dloss)} x loss"
+                )
             return None, dhidden, nothing_left(ctx.saved_tensors[0]), *[None] * 7
         if dloss != 1:
             for gradient in (dhidden, dweight_VH):

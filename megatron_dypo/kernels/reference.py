@@ -12,7 +12,7 @@ def logprob(
     hidden, weight, targets, temperature_T, shard: VocabShard, sequence_parallel: bool, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     if shard.ranks > 1:
-        raise ValueError("backend: 'reference' is for one rank")
+        raise ValueError("backend: 'reference' supports one rank only")
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     z_TV = (hidden.to(dtype) @ weight.to(dtype).t() / temperature_T.unsqueeze(1).to(dtype))[:, : shard.vocab_size]
     lse_T = z_TV.logsumexp(1)

@@ -149,7 +149,7 @@ def model_shape(config: Model) -> ModelShape:
     heads, experts = shape.num_attention_heads, shape.num_experts
     for broken, name, message in (
         (heads % shape.num_query_groups, "num_query_groups", f"does not divide num_attention_heads: {heads}"),
-        (experts >= 2**15, "num_experts", "are more than 32,767"),
+        (experts >= 2**15, "num_experts", "exceeds 32,767"),
         (experts and not family.has_experts, "num_experts", f"family {shape.family} has no experts"),
         (family.has_experts and not experts, "num_experts", f"family {shape.family} is a mixture of experts"),
         (
@@ -165,12 +165,12 @@ def model_shape(config: Model) -> ModelShape:
         (
             shape.router_topk == 1 and shape.norm_topk_prob,
             "router_topk",
-            "leaves routers nothing to learn where weights are made to sum to 1",
+            "leaves routers nothing to learn when weights are normalised to sum to 1",
         ),
         (
             not shape.norm_topk_prob and "norm_topk_prob" not in family.keys,
             "norm_topk_prob",
-            f"is not what family {shape.family} does",
+            f"does not match family {shape.family}",
         ),
         (
             (shape.shared_expert_ffn_hidden_size > 0) != ("shared_expert_ffn_hidden_size" in family.keys),
@@ -225,5 +225,5 @@ def hf_folder(name: str, key: str = "model.hf") -> str:
         )
     except Exception as error:
         raise UserError(
-            f"{key}: {name!r} is not a folder here and cannot be had from the hub ({type(error).__name__})"
+            f"{key}: {name!r} is neither a local folder nor available from the hub ({type(error).__name__})"
         ) from None

@@ -101,7 +101,7 @@ def watched(
 
 def refuse(line: str) -> None:
     """Raise UserError: nothing can be sampled from such a model."""
-    raise UserError(f"{line}: such a model gives no log-probs")
+    raise UserError(f"{line}: this model cannot compute log-probs")
 
 
 def describe(name: str, tensor: Tensor) -> str:

@@ -97,7 +97,7 @@ def _result(path: Path, suite: str, result: dict[str, Any]) -> list[str]:
 def _figure(figure: dict[str, float], name: str) -> str:
     low, value, high = (float(figure[key]) for key in ("low", "value", "high"))
     if not 0 <= low <= value <= high <= 1:
-        raise ValueError(f"{name}: {low}, {value}, {high} is no share and its interval")
+        raise ValueError(f"{name}: {low}, {value}, {high} is not a share with its interval")
     return share(value, low, high, small=name)
 
 

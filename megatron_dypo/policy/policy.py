@@ -264,7 +264,7 @@ class Policy:
         given_TLK = self._own_slice(batch.experts_TLK)
         sorted_TLK = given_TLK.sort(-1).values
         if ((sorted_TLK.diff(dim=-1) == 0) & (sorted_TLK[..., 1:] >= 0)).any():
-            raise TrainingError("policy.routing_replay: rollout: a rollout sends a token to one expert twice")
+            raise TrainingError("policy.routing_replay: rollout: a rollout routes a token to one expert twice")
         return {layer: given_TLK[:, layer - 1].contiguous() for layer in layers}
 
     def _own_slice(self, values_T: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ _NAMED_AT_MOST = 20
 def build_reward(settings: Reward) -> RewardFunction:
     """Return the function that ``reward.function`` names; raise UserError if it cannot be found, imported or called."""
     if settings.function not in SCORERS and not is_custom(settings.function):
-        raise UserError(f"reward.function: {settings.function!r} is no reward function")
+        raise UserError(f"reward.function: {settings.function!r} is not a reward function")
     reward = RewardFunction(settings)
     if settings.function not in SCORERS:
         reward.start()

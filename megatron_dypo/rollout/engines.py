@@ -52,7 +52,7 @@ def check_vllm(config: Config, shape: ModelShape, role: Role = "engine") -> Vllm
         raise UserError(f"model.shape.head_dim: vLLM on CPU serves head sizes {sizes}, not {shape.head_dim}")
     if config.policy.routing_replay == "rollout":
         raise UserError(
-            "policy.routing_replay: rollout: vLLM tells its routing with CUDA alone; take rollout.engine: transformers"
+            "policy.routing_replay: rollout: vLLM returns its routing on CUDA only; use rollout.engine: transformers"
         )
     return found
 

@@ -207,7 +207,7 @@ class RolloutManager:
                 missing = "prompt" if prompt is None else f"teacher {max(teachers)}"
                 raise UserError(
                     f"data.train: {self.config.data.train}: the queue of the run to resume holds prompt {name!r}, and "
-                    f"this {missing} is not there any more; restore the file, or start another run"
+                    f"this {missing} is gone; restore the file or start another run"
                 )
             (group,) = encode_prompts([prompt], self.tokenizer, self.config.data.max_prompt_tokens)
             group.teacher_indices = teachers

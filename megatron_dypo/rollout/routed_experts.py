@@ -45,7 +45,7 @@ def from_text(text: str, tokens: int) -> np.ndarray:
     if len(shape) != 3 or shape[0] != tokens - 1 or min(shape) < 1 or dtype.kind not in "iu":
         raise ValueError(f"experts {list(shape)} ({dtype}) of {tokens} tokens")
     if len(content) - stream.tell() != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"experts: {len(content) - stream.tell()} bytes are no {list(shape)} of {dtype}")
+        raise ValueError(f"experts: {len(content) - stream.tell()} bytes do not hold {list(shape)} of {dtype}")
     experts = np.frombuffer(content, dtype, offset=stream.tell()).reshape(shape, order="F" if by_columns else "C")
     if experts.min() < 0 or experts.max() > np.iinfo(np.int16).max:
         raise ValueError(f"experts {experts.min()} to {experts.max()}")
@@ -62,7 +62,7 @@ def packed_experts(batch: MicroBatch, sequences: list[Sequence], groups: list[Gr
     responses = [groups[sequences[place].group].responses[sequences[place].sample] for place in batch.places]
     known = [response.experts for response in responses if response.experts is not None]
     if len(known) < len(responses):
-        raise TrainingError("policy.routing_replay: rollout, but the rollout says nothing of its routing")
+        raise TrainingError("policy.routing_replay: rollout, but the rollout has no routing")
     sizes = sorted({experts.shape[1:] for experts in known})
     if len(sizes) > 1:
         raise TrainingError(f"policy.routing_replay: rollout: rollouts have (layers, a token's experts) {sizes}")

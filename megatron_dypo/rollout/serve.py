@@ -113,5 +113,5 @@ def _reach(host: str) -> str:
     try:
         ipaddress.ip_address(host)
     except ValueError:
-        raise UserError(f"--host: {host!r} is no IP address (127.0.0.1: this machine only; 0.0.0.0: all)") from None
+        raise UserError(f"--host: {host!r} is not an IP address (127.0.0.1: this machine only; 0.0.0.0: all)") from None
     return "REACHED FROM OTHER MACHINES, unencrypted: keep it inside a network you trust"

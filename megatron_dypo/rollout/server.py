@@ -125,16 +125,16 @@ def _response(answer: dict, request: Request, sampling: Sampling, label: str) ->
     (choice,) = answer["choices"]
     versions = {span["version"] for span in choice["weight_versions"]}
     if versions != {label}:
-        raise ValueError(f"it comes from the weights {sorted(versions)}, not {label!r}")
+        raise ValueError(f"it was sampled from weights {sorted(versions)}, not {label!r}")
     ids, finish = choice["token_ids"], choice["finish_reason"]
     steps = choice["logprobs"]["content"]
     if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
-        raise ValueError("a token id is none")
+        raise ValueError("invalid token id")
     if [step["token_id"] for step in steps] != ids:
-        raise ValueError("its log-probs are of other tokens")
+        raise ValueError("its log-probs belong to other tokens")
     logprobs = [float(step["logprob"]) for step in steps]
     if not all(math.isfinite(value) and value <= 1e-3 for value in logprobs):
-        raise ValueError("a log-prob is none")
+        raise ValueError("invalid log-prob")
     # What vLLM's server says for NaN and -inf. The step that trains on it is skipped, as where vLLM is in process.
     logprobs = [math.nan if value <= -9999.0 else value for value in logprobs]
     ends = [place for place, token in enumerate(ids) if token in sampling.end_ids]

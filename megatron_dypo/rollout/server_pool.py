@@ -60,9 +60,9 @@ class ServerPool:
         self.members = [server for server in self.servers if server.url not in self.lost]
         for server in self.servers:
             if server in before and server.url in self.lost:
-                log.warning("rollout server left out: %s", self.lost[server.url])
+                log.warning("rollout server excluded: %s", self.lost[server.url])
             elif before and server not in before and server.url not in self.lost:
-                log.warning("rollout server taken in again: %s", server.url)
+                log.warning("rollout server rejoined: %s", server.url)
         labels = self._all(lambda server, http: server.label(http, self._timeout))
         self._post("pause?mode=abort")
         return before == self.members and all(label == known_label for label in labels)
@@ -135,11 +135,11 @@ class ServerPool:
         outcomes = _side_by_side(self.members, call)
         for server, outcome in zip(list(self.members), outcomes, strict=True):
             if isinstance(outcome, ServerFault):
-                log.warning("rollout server left out: %s", outcome)
+                log.warning("rollout server excluded: %s", outcome)
                 self.lost[server.url] = str(outcome)
                 self.members.remove(server)
                 if self.all_or_none:
-                    raise TrainingError(f"weight sync: {outcome}; the other servers wait for it: start them all again")
+                    raise TrainingError(f"weight sync: {outcome}; the other servers wait for it: restart all of them")
         if not self.members:
             raise TrainingError("no rollout server is left: " + "; ".join(self.lost.values()))
         return [outcome for outcome in outcomes if not isinstance(outcome, ServerFault)]

@@ -52,5 +52,5 @@ def token_ids(values: Any, vocab_size: int = 2**31) -> list[int]:
     """Return ``values``, a list from JSON. Raises ValueError if one is not a whole number below ``vocab_size``."""
     for value in values:
         if type(value) is not int or not 0 <= value < vocab_size:
-            raise ValueError(f"{value!r} is no token id of a vocabulary of {vocab_size}")
+            raise ValueError(f"{value!r} is not a token id of a vocabulary of {vocab_size}")
     return values

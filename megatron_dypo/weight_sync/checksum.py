@@ -65,7 +65,7 @@ class ChecksummedWeights:
         ``reports``: each worker's ``weight_report``.
         """
         if not reports:
-            raise TrainingError(f"weight sync to {engine}: no worker has checksums (rollout.verify_sync)")
+            raise TrainingError(f"weight sync to {engine}: no worker returned checksums (rollout.verify_sync)")
         for worker, report in enumerate(reports):
             for meta in self.metadata():
                 if fault := self._fault(meta.name, report):
