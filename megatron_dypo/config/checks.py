@@ -160,7 +160,7 @@ def _loss_rules(objective: Objective):
 def _reward_rules(reward: Reward, longest: int):
     yield (
         reward.function not in REWARD_FUNCTIONS and not is_custom(reward.function),
-        f"reward.function: {reward.function!r} is not one of {', '.join(REWARD_FUNCTIONS)}, package.module:function and "
+        f"reward.function: {reward.function!r} is not one of {', '.join(REWARD_FUNCTIONS)}, package.module:function, "
         "path/file.py:function",
     )
     yield (
