@@ -1,9 +1,9 @@
-"""Configuration: one YAML file, typed and validated before anything is built.
+"""Load the configuration: one YAML file, typed and validated before anything is built.
 
-``sections_*.py`` hold every key with its type, default and documentation (the only place), ``schema.py`` puts them
-together, ``load.py`` reads files and overrides. ``reads.py`` is the table of when a key is read,
-``checks.py`` holds the rules that span several keys, ``renamed.py`` and ``synonyms.py`` the names that keys had before
-and have elsewhere. ``render.py`` prints ``--help`` and the reference page.
+``sections_*.py`` declare every key with its type, default and documentation (the only place); ``schema.py`` combines
+them and ``load.py`` reads files and overrides. ``reads.py`` says when a key is read, ``checks.py`` holds rules across
+keys, ``renamed.py`` and ``synonyms.py`` the names that keys had before and have elsewhere. ``render.py`` prints
+``--help`` and the reference page.
 """
 
 from megatron_dypo.config.load import load_config

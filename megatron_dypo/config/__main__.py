@@ -1,4 +1,4 @@
-"""``python -m megatron_dypo.config > docs/configuration.md``: the reference page, from the schema alone."""
+"""Print the reference page from the schema: ``python -m megatron_dypo.config > docs/configuration.md``."""
 
 from megatron_dypo.config.render import page
 

@@ -1,4 +1,4 @@
-"""Rules that span several keys: what can be refused before any file is opened or process group built."""
+"""Check rules that span several keys, before any file is opened or process group built."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _CUSTOM = re.compile(r"(?:[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*|[^:]*\.py):[A-Za-z_]\w
 
 
 def is_custom(function: str) -> bool:
-    """Whether ``reward.function`` has the form ``package.module:function`` or ``path/file.py:function``."""
+    """Return whether ``reward.function`` is of the form ``package.module:function`` or ``path/file.py:function``."""
     return _CUSTOM.fullmatch(function) is not None
 
 
 def fault(config: Config) -> str | None:
-    """The first combination of values that cannot work, in one line that names the keys; None where all can."""
+    """Return the first combination of values that cannot work, in one line that names the keys; None if all can."""
     return next((message for broken, message in _rules(config) if broken), None)
 
 
 def _address_fault(addresses: list[str]) -> str | None:
-    """What is wrong with ``rollout.servers``; None where nothing is."""
+    """Return what is wrong with ``rollout.servers``, or None."""
     for address in addresses:
         try:
             parts = urlsplit(address)
             good = parts.scheme in ("http", "https") and parts.hostname and parts.port
-        except ValueError:  # a port that is no number
+        except ValueError:  # a port that is not a number
             good = False
         if not good or parts.path not in ("", "/") or parts.query:
             return f"rollout.servers: {address!r} is not of the form http://host:port"
@@ -170,7 +170,7 @@ def _reward_rules(reward: Reward, longest: int):
 
 
 def warnings(config: Config) -> list[str]:
-    """What works but surprises; said once at the start of a run."""
+    """Return what works but may surprise; logged once at the start of a run."""
     objective, found = config.objective, []
     token = objective.scale == "token"
     units = {

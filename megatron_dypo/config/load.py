@@ -1,4 +1,4 @@
-"""YAML files + dotted overrides -> validated ``Config``; every complaint is one line that names file and key."""
+"""Load YAML files and dotted overrides into a validated ``Config``; each error is one line that names file and key."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ _OPAQUE = re.compile(r"[\w-]{20,}")
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None, *, recorded: bool = False) -> Config:
-    """Read ``path``, apply ``section.key=value`` overrides (a later one wins), validate.
+    """Read ``path``, apply ``section.key=value`` overrides (the last one wins), validate.
 
-    A word of ``overrides`` that ends in ``.yaml`` is a file, and stands for an override of each of its keys.
-    A key of the file that is not read because of an override has its default, and a line of information says so.
-    ``recorded``: a run folder's ``config.yaml``, in which keys that were renamed since are read.
+    A word of ``overrides`` that ends in ``.yaml`` is a file that overrides each of its keys.
+    A key of the file that an override makes idle gets its default, and one log line says so.
+    ``recorded``: accept renamed keys, as in the ``config.yaml`` of an older run folder.
     Raises UserError: unreadable file, bad YAML, unknown key (names the nearest known one), old name of a key (names
-    today's), wrong type or value, a key that is not read, or a combination of values that cannot work.
+    the current one), wrong type or value, a key that is not read, or a combination of values that cannot work.
     """
     path, overrides = Path(path), list(spelled(overrides or []))
     return _resolve(read_tree(path, overrides, recorded), overrides, str(path), recorded)
 
 
 def still_read(path: str | Path, overrides: list[str]) -> list[str]:
-    """``overrides`` without those of keys that the others make idle."""
+    """Return ``overrides`` without the keys that the other overrides make idle."""
     _, configs = _each_stage(read_tree(Path(path), list(spelled(overrides))), str(path))
     idle = set.intersection(*({each.key for each in idle_keys(config)} for config in configs))
     return [override for override in overrides if override.partition("=")[0] not in idle]
 
 
 def _resolve(tree: dict[str, Any], overrides: list[str], source: str, recorded: bool = False) -> Config:
-    """The configuration of a tree: of one stage, or joined from several, each as valid as a run of its own."""
+    """Return the configuration of a tree: of its one stage, or joined from several, each valid as a run by itself."""
     own, configs = _each_stage(tree, source)
     _refuse_hidden(own, overrides, source)
     not_read = [unread(config).keys() for config in configs]
@@ -55,7 +55,7 @@ def _resolve(tree: dict[str, Any], overrides: list[str], source: str, recorded: 
     broken = [fault(config) for config in configs]
     for index, said in enumerate(broken):
         if said:
-            where = f"stages.{index}: " if len({*broken}) > 1 else ""  # the same in all: no stage's own
+            where = f"stages.{index}: " if len({*broken}) > 1 else ""  # the same in all stages: the run's
             raise UserError(f"{source}: {where}{said}")
     return configs[0] if tree.get("stages") is None else stages.joined(configs)
 
@@ -63,10 +63,10 @@ def _resolve(tree: dict[str, Any], overrides: list[str], source: str, recorded: 
 def _set_aside(
     own: list[dict[str, Any]], configs: list[Config], overrides: list[str], source: str, recorded: bool
 ) -> None:
-    """Put defaults in place of what is not read: because of an override, or in this stage and not in others.
+    """Reset keys that are not read to their defaults: those that an override or another stage makes idle.
 
-    Raises UserError where the file, or an override, gives a key that nothing reads. A ``recorded`` file may: it is of
-    before such keys were refused.
+    Raises UserError if the file or an override sets a key that nothing reads, unless ``recorded``: such a file may be
+    older than that rule.
     """
     idle = [{each.key: each for each in idle_keys(config)} for config in configs]
     nowhere = set.intersection(*(set(unread(config)) for config in configs))
@@ -85,7 +85,7 @@ def _set_aside(
     for everywhere in refused.values():
         if all(everywhere):
             raise UserError(f"{source}: {everywhere[0]}")
-    notes: dict[str, dict[str, None]] = {}  # in the order of the table
+    notes: dict[str, dict[str, None]] = {}  # in the order of READ_WITH
     of_stages = stage_keys()
     for config, found in zip(configs, idle, strict=True):
         for key, each in found.items():
@@ -99,7 +99,7 @@ def _set_aside(
 
 
 def _each_stage(tree: dict[str, Any], source: str) -> tuple[list[dict[str, Any]], list[Config]]:
-    """(what each stage gives itself, its configuration, each key by itself as it must be); one stage without any."""
+    """Return what each stage sets, and its configuration, validated key by key; a run without stages has one."""
     sections = dict(stages.parts(tree))
     base = sections.pop("")
     if tree.get("stages") is None:
@@ -113,7 +113,7 @@ def _each_stage(tree: dict[str, Any], source: str) -> tuple[list[dict[str, Any]]
 def _hidden_by_stages(
     tree: dict[str, Any], overrides: list[str], own: list[dict[str, Any]], idle: Sequence[Collection[str]]
 ) -> str | None:
-    """The first key that the file gives for all stages, and none of them takes from there."""
+    """Return the first key that the file sets for all stages although no stage takes it from there."""
     late = {name for index, given in enumerate(own) for name in _named_in_stage(overrides, index, given)}
     for name in sorted(leaves(dict(stages.parts(tree))[""]) - late):
         taken = [not has(given, name) and name not in unread for given, unread in zip(own, idle, strict=True)]
@@ -123,7 +123,7 @@ def _hidden_by_stages(
 
 
 def _named_in_stage(overrides: list[str], index: int, given: dict[str, Any]) -> Iterator[str]:
-    """The keys that overrides of stage ``index`` give."""
+    """Yield the keys that the overrides of stage ``index`` set."""
     for override in overrides:
         name = override.partition("=")[0]
         if name in ("stages", f"stages.{index}"):
@@ -133,7 +133,7 @@ def _named_in_stage(overrides: list[str], index: int, given: dict[str, Any]) -> 
 
 
 def _refuse_hidden(own: list[dict[str, Any]], overrides: list[str], source: str) -> None:
-    """Raise UserError where an override is for all stages, and one of them has a value of its own there already."""
+    """Raise UserError if an override applies to all stages and one of them sets the key itself."""
     names = [override.partition("=")[0] for override in overrides]
     first = len(names) - names[::-1].index("stages") if "stages" in names else 0  # after the stages themselves
     for name in names[first:]:
@@ -144,7 +144,7 @@ def _refuse_hidden(own: list[dict[str, Any]], overrides: list[str], source: str)
 
 
 def load_parallel(overrides: list[str], source: str) -> Parallel:
-    """A layout from ``parallel.key=value`` overrides alone. Raises UserError as ``load_config``, and for other keys."""
+    """Load a layout from ``parallel.key=value`` overrides. Raises UserError as ``load_config``, and for other keys."""
     for override in overrides:
         if not override.startswith("parallel."):
             raise UserError(f"{source}: override {override!r:.80}: expected parallel.key=value")
@@ -152,7 +152,7 @@ def load_parallel(overrides: list[str], source: str) -> Parallel:
 
 
 def load_keys(overrides: list[str], source: str) -> Config:
-    """The configuration of ``section.key=value`` overrides alone, of made-up model and data.
+    """Load a configuration from ``section.key=value`` overrides alone, with placeholders for model and data.
 
     Raises UserError as ``load_config``.
     """
@@ -167,7 +167,7 @@ def load_keys(overrides: list[str], source: str) -> Config:
 
 
 def _validate(tree: dict[str, Any], source: str, own: dict[str, Any] | None = None, prefix: str = "") -> Config:
-    """``own``: what of the tree is a stage's, whose keys are named with ``prefix``."""
+    """Validate a tree; errors name the keys in ``own``, which a stage set, with ``prefix``."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -176,7 +176,7 @@ def _validate(tree: dict[str, Any], source: str, own: dict[str, Any] | None = No
 
 
 def _one_line(error: ValidationError) -> tuple[str, str]:
-    """(the key, what is wrong with it)."""
+    """Return (key, what is wrong with it) of pydantic's first error."""
     first = error.errors()[0]
     dotted = ".".join(str(part) for part in first["loc"])
     if first["type"] == "missing":
@@ -186,7 +186,7 @@ def _one_line(error: ValidationError) -> tuple[str, str]:
 
 
 def _shown(value: Any) -> str:
-    """A value as an error quotes it; not a mapping, nor a word so long that it may be a key to something."""
+    """Format a value for an error; hide mappings, and words long enough to be a secret."""
     if isinstance(value, dict):
         return "a mapping"
     if _OPAQUE.search(str(value)):
@@ -195,9 +195,9 @@ def _shown(value: Any) -> str:
 
 
 def dump(config: Config) -> str:
-    """The resolved configuration as YAML: every key with its value, or its default where this run does not read it.
+    """Return the resolved configuration as YAML: every key with its value, or its default if this run does not read it.
 
-    Of a run with stages, what a stage may give is in each of them, and nowhere else.
+    In a run with stages, the keys of stages appear in each stage, and nowhere else.
     """
     tree = config.model_dump()
     if config.stages is not None:
@@ -207,9 +207,9 @@ def dump(config: Config) -> str:
 
 
 def fingerprint(config: Config) -> dict[str, Any]:
-    """The keys a run folder belongs to: all but those marked ``resumable``. Flat: dotted key -> value as written.
+    """Return the keys that identify a run, all but the ``resumable`` ones: flat, dotted key -> value as written.
 
-    In a run with stages, what a stage may give is under ``stages``: such a mapping of each, its steps among them.
+    In a run with stages, ``stages`` holds one such mapping per stage, its number of steps included.
     """
     kept = [name for name, info in walk() if not info.json_schema_extra["resumable"]]
     if config.stages is None:

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_dypo.config.schema import Config, Mix, Side, walk
 from megatron_dypo.config.sections_rollout import REWARD_FUNCTIONS
 
-# methods, as the recipes have it (objectives/recipes.py)
+# methods by what their recipes have (objectives/recipes.py)
 SAMPLING = ("chord", "dypo", "grpo", "luffy", "prime", "relift", "srft", "switch")  # train on sampled responses
 RATIO = ("chord", "dypo", "grpo", "luffy", "prime", "relift", "switch")  # compare with the policy that sampled
 PAIRS = ("dypo",)  # have GAL's term
@@ -22,14 +22,14 @@ TEACHERS = ("dypo", "luffy", "relift", "sft", "srft", "switch")  # train on teac
 IMITATING = ("dypo", "relift", "sft", "srft", "switch")  # have SFT's term
 EXPERTS = ("chord",)  # train on data.experts
 SHAPED = ("chord", "luffy", "srft")  # have a shaped token function
-LUFFYS = ("luffy",)  # whose own shape has a gamma
+LUFFYS = ("luffy",)  # whose default shape has a gamma
 TILTED = ("srft",)  # weigh a token by its entropy
-GROUPED = ("chord", "dypo", "grpo", "prime", "relift", "switch")  # compare a prompt's responses with one another alone
-QUEUEING = ("relift",)  # let prompts wait for an update of their own
+GROUPED = ("chord", "dypo", "grpo", "prime", "relift", "switch")  # compare only a prompt's responses with one another
+QUEUEING = ("relift",)  # queue prompts for an update of their own
 RELATIVE = ("chord", "dypo", "grpo", "luffy", "relift", "srft", "switch")  # have advantages of rewards within a group
 PROCESS = ("prime",)  # learn a process reward model
-MIDDLE = ("dypo", "prime")  # train Mid groups otherwise than Easy ones
-ROUTED = ("dypo", "prime", "relift", "switch")  # train other terms in other regimes
+MIDDLE = ("dypo", "prime")  # train Mid groups differently from Easy ones
+ROUTED = ("dypo", "prime", "relift", "switch")  # train different terms in different regimes
 
 KINDS = {  # recipes by what they have in common, in the docs' words
     "recipes that sample": SAMPLING,

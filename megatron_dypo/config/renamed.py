@@ -1,4 +1,4 @@
-"""Keys and values that had another name before: the one table for configurations, run folders and checkpoints."""
+"""List renamed keys and values: the one table for configurations, run folders and checkpoints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Renamed:
-    """A key's name of today; ``values``: old value -> new one, empty where values stay as they are."""
+    """The current name of a key; ``values`` maps old values to new ones, and is empty if they stay."""
 
     name: str
     values: dict[Any, Any] = field(default_factory=dict)
@@ -27,7 +27,7 @@ RENAMED = {
 
 
 def rename(flat: dict[str, Any]) -> dict[str, Any]:
-    """Return ``flat`` (dotted key -> value) with the keys and values of today, in the same order."""
+    """Return ``flat`` (dotted key -> value) with current keys and values, in the same order."""
     return dict(_today(dotted, value) for dotted, value in flat.items())
 
 
@@ -41,7 +41,7 @@ def rename_tree(tree: dict[str, Any]) -> None:
 
 
 def answers(tree: dict[str, Any]) -> list[str]:
-    """Say for each old key or value in a configuration's nested mappings what it is called today."""
+    """Return one line for each old key or value in a configuration, naming the current one."""
     found = []
     for old, renamed in RENAMED.items():
         section, leaf = _find(tree, old)
@@ -62,7 +62,7 @@ def _is_old(renamed: Renamed, value: Any) -> bool:
 
 
 def _find(tree: dict[str, Any], dotted: str) -> tuple[dict[str, Any], str]:
-    """(the section that holds the key, its name there); an empty section where the file has none."""
+    """Return (section that holds the key, its name there); the section is empty if the file lacks it."""
     *parents, leaf = dotted.split(".")
     section: Any = tree
     for parent in parents:

@@ -1,7 +1,7 @@
-"""Stages of a run (SFT, then RL): what one may say for itself, and what a step trains with.
+"""Split a run into stages (SFT, then RL): which keys a stage may set, and what a step trains with.
 
-``stages`` of a loaded configuration holds for each stage all of its keys, and the configuration's own values of those
-are the first stage's, but for what the engine must have room for in any of them. A run without stages is one stage.
+In a loaded configuration ``stages`` holds all keys of each stage. The configuration's own values of those keys are the
+first stage's, except for sizes that the engine must accommodate in any stage. A run without stages is one stage.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ from megatron_dypo.config.schema import Config, walk
 from megatron_dypo.config.sections_training import Adam
 
 STEPS = "trainer.steps"
-SECTIONS = ("data", "rollout", "objective", "optimizer")  # whose keys a stage may give, ...
-OF_THE_RUN = ("data.valid", "data.plain_chat")  # ... but for the evaluation's, the tokenizer's and what is resumable
+SECTIONS = ("data", "rollout", "objective", "optimizer")  # whose keys a stage may set, ...
+OF_THE_RUN = ("data.valid", "data.plain_chat")  # ... except the evaluation's, the tokenizer's and the resumable ones
 BESIDES = (STEPS, "trainer.spike_factor", "trainer.max_grad_norm_to_apply", "rollout.max_staleness")
-_LARGEST = ("data.max_prompt_tokens", "rollout.max_response_tokens")  # of all stages, for the engine and evaluation
+_LARGEST = (
+    "data.max_prompt_tokens",
+    "rollout.max_response_tokens",
+)  # maximum over all stages, for engine and evaluation
 Tree = dict[str, Any]
 
 
 def stage_keys() -> list[str]:
-    """The keys that a stage may give: what it trains on and how; not the model, its layout, the engine or the run."""
+    """Return the keys a stage may set: what it trains on and how, but not model, layout, engine or run."""
     return [
         name
         for name, info in walk()
@@ -41,10 +44,10 @@ def stage_keys() -> list[str]:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage: its place in the run, from 0, the steps ``before`` it, and its configuration.
+    """A stage: its index in the run from 0, the steps ``before`` it, and its configuration.
 
-    ``config.trainer.steps`` is the number of its own steps; ``named`` where the run has stages. Schedules and the
-    order of the data begin with the stage.
+    ``config.trainer.steps`` counts its own steps; ``named`` is set if the run has stages. Schedules and data order
+    start with the stage.
     """
 
     index: int
@@ -54,16 +57,16 @@ class Stage:
 
     @property
     def prefix(self) -> str:
-        """Before its keys; nothing in a run without stages."""
+        """Return the prefix of its keys; empty in a run without stages."""
         return f"stages.{self.index}." if self.named else ""
 
     def where(self, source: str) -> str:
-        """What to name of a fault in it: the file, and which stage."""
+        """Return how an error names it: the file, and which stage."""
         return f"{source}: stages.{self.index}" if self.named else source
 
     @property
     def metrics(self) -> dict[str, float]:
-        """``stage``; nothing in a run without stages."""
+        """Return the metric ``stage``; nothing in a run without stages."""
         return {"stage": self.index} if self.named else {}
 
     @property
@@ -72,16 +75,16 @@ class Stage:
         return f"stage {self.index}: steps {self.before + 1} to {last}, {self.config.objective.method}"
 
     def own(self, step: int) -> int:
-        """The stage's number (first is 1) of the run's step ``step``."""
+        """Return the stage's own step number (from 1) of the run's step ``step``."""
         return step - self.before
 
     def lr(self, step: int) -> float:
-        """The learning rate of the run's step ``step``."""
+        """Return the learning rate at the run's step ``step``."""
         return learning_rate(self.own(step), self.config.optimizer)
 
 
 def learning_rate(step: int, optimizer: Adam) -> float:
-    """Rate of a step (first is 1): warm-up to ``lr``, then constant, or decay to ``min_lr`` at ``schedule_steps``."""
+    """Return the rate at a step (from 1): warm-up to ``lr``, then constant or decay to ``min_lr``."""
     if step <= optimizer.warmup_steps:
         return optimizer.lr * step / optimizer.warmup_steps
     if optimizer.schedule == "constant":
@@ -93,7 +96,7 @@ def learning_rate(step: int, optimizer: Adam) -> float:
 
 
 def stages_of(config: Config) -> list[Stage]:
-    """The run's stages in order; sections that no stage may touch are ``config``'s own objects in all of them."""
+    """Return the run's stages in order; they share ``config``'s objects for sections that no stage may set."""
     if config.stages is None:
         return [Stage(0, 0, config, named=False)]
     configs = []
@@ -104,13 +107,13 @@ def stages_of(config: Config) -> list[Stage]:
 
 
 def stage_index(lengths: Sequence[int], step: int) -> int:
-    """The stage, from 0, of the run's step ``step`` (first is 1); past the end it is the last one."""
+    """Return the stage index (from 0) of the run's step ``step`` (from 1); past the end, the last stage."""
     ends = list(accumulate(lengths))
     return next((index for index, end in enumerate(ends) if step <= end), len(ends) - 1)
 
 
 def stage_at(stages: Sequence[Stage], step: int) -> Stage:
-    """The stage of the run's step ``step``, as ``stage_index``."""
+    """Return the stage of the run's step ``step``, as ``stage_index``."""
     return stages[stage_index([stage.config.trainer.steps for stage in stages], step)]
 
 
@@ -118,7 +121,7 @@ def stage_at(stages: Sequence[Stage], step: int) -> Stage:
 
 
 def parts(tree: Tree) -> Iterator[tuple[str, Tree]]:
-    """(prefix of its keys, sections) of a file's tree outside of its stages, and of each stage that is a mapping."""
+    """Yield (key prefix, sections) of a file's tree without its stages, then of each stage that is a mapping."""
     yield "", {name: value for name, value in tree.items() if name != "stages"}
     stages = tree.get("stages")
     for index, stage in enumerate(stages if isinstance(stages, list) else ()):
@@ -127,12 +130,12 @@ def parts(tree: Tree) -> Iterator[tuple[str, Tree]]:
 
 
 def leaves(tree: Tree) -> set[str]:
-    """The schema's keys that a tree gives a value."""
+    """Return the schema's keys that a tree sets."""
     return {name for name, _ in walk() if has(tree, name)}
 
 
 def merged(base: Tree, stage: Tree) -> Tree:
-    """``base`` with the stage's values in place of its own."""
+    """Return ``base`` updated with the stage's values."""
     found = dict(base)
     for name, value in stage.items():
         both = isinstance(value, dict) and isinstance(found.get(name), dict)
@@ -141,7 +144,7 @@ def merged(base: Tree, stage: Tree) -> Tree:
 
 
 def joined(configs: Sequence[Config]) -> Config:
-    """One configuration of the run, from those of its stages."""
+    """Join the configurations of the stages into one for the run."""
     tree: Tree = {"stages": [tree_of(one, stage_keys()) for one in configs]}
     for name in _LARGEST:
         _put(tree, name, max(lookup(one, name) for one in configs))
@@ -157,7 +160,7 @@ def joined(configs: Sequence[Config]) -> Config:
 
 
 def faults(tree: Tree) -> Iterator[str]:
-    """What is wrong with the form of ``stages`` in a file's tree, before any value of theirs is looked at."""
+    """Yield what is wrong with the form of ``stages`` in a file's tree, before their values are checked."""
     stages, known, allowed = tree["stages"], {name for name, _ in walk()}, set(stage_keys())
     if not isinstance(stages, list) or not stages:
         yield "stages: must be a list of at least one stage"
@@ -187,7 +190,7 @@ def has(tree: Any, dotted: str) -> bool:
 
 
 def tree_of(config: Config, names: Iterable[str]) -> Tree:
-    """These keys with their values, as a file has them."""
+    """Return these keys with their values as a nested tree, as in a file."""
     tree: Tree = {}
     for name in names:
         _put(tree, name, lookup(config, name))
@@ -202,7 +205,7 @@ def _put(tree: Tree, dotted: str, value: Any) -> None:
 
 
 def _changed(section: BaseModel, tree: Tree) -> Any:
-    """A copy with values of a tree, whose own sections are shared where the tree has nothing of them."""
+    """Return a copy updated with a tree's values; sections that the tree does not touch are shared."""
     update = {}
     for name, value in tree.items():
         here = getattr(section, name)

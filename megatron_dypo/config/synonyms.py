@@ -1,8 +1,8 @@
-"""What users of verl, TRL, Megatron-LM and vLLM type, and the key that decides it here.
+"""Map what users of verl, TRL, Megatron-LM and vLLM type to the keys here.
 
-``SYNONYMS`` is answer -> words: the answer begins with the key (or keys), and says what is different; a word is the end
-of what was typed, so that ``rollout.n`` also stands for ``actor_rollout_ref.rollout.n``. The longest end decides. Names
-of our own keys in another section need no row.
+``SYNONYMS`` is answer -> words. An answer starts with the key (or keys) and says what differs; a word is the end of
+what was typed, so that ``rollout.n`` also matches ``actor_rollout_ref.rollout.n``. The longest match wins. Our own keys
+in another section need no row.
 """
 
 from __future__ import annotations
@@ -194,11 +194,11 @@ _ANSWERS = {word: answer for answer, words in SYNONYMS.items() for word in words
 
 
 def answer(typed: str) -> str | None:
-    """The key, or keys, to write instead of ``typed`` (dotted); None where no table has it."""
+    """Return the key or keys to write instead of ``typed`` (dotted); None if no table has it."""
     parts = typed.lower().replace("-", "_").lstrip("+~_").split(".")
     for start in range(len(parts)):
         if found := _ANSWERS.get(".".join(parts[start:])):
             return found
     homes = [dotted for dotted, _ in walk() if dotted.rpartition(".")[2] == parts[-1]]
-    firsts = [dotted for dotted in homes if not dotted.startswith("side.")]  # which mirrors the optimizer's
+    firsts = [dotted for dotted in homes if not dotted.startswith("side.")]  # side mirrors optimizer
     return " or ".join(firsts or homes) or None

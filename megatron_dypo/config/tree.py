@@ -1,4 +1,4 @@
-"""A configuration's file and overrides -> one tree of known form: text, old names, paths and places in ``stages``."""
+"""Read a configuration file and overrides into one tree: text, old names, paths and positions in ``stages``."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from megatron_dypo.config.yaml_text import parse_yaml
 from megatron_dypo.errors import UserError
 from megatron_dypo.escapes import swallowed
 
-# What must not get into a run folder or a log, even in the line that refuses it.
+# Secrets must not reach a run folder or a log, not even in the error that refuses them.
 _CREDENTIALS = re.compile(r"://[^/\s@]*:[^/\s@]*@")
 _SECRET_NAME = re.compile("token$|password|passwd|secret|credential|api_?key", re.IGNORECASE)
-SHOWN = 8  # unknown keys that one line names at most
+SHOWN = 8  # unknown keys named in one line, at most
 _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
-_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # what YAML can escape, and no path or file takes
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # YAML can escape these, but no path or file accepts them
 
 
 def read_tree(path: Path, overrides: list[str], recorded: bool = False) -> dict[str, Any]:
-    """The tree of file and overrides, of keys that there are."""
+    """Return the tree of file and overrides, with known keys only."""
     tree = _sections(path)
     if recorded:
         for _, part in stages.parts(tree):
@@ -46,7 +46,7 @@ def read_tree(path: Path, overrides: list[str], recorded: bool = False) -> dict[
 
 
 def _sections(path: Path) -> dict[str, Any]:
-    """The sections of a YAML file."""
+    """Read the sections of a YAML file."""
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -59,7 +59,7 @@ def _sections(path: Path) -> dict[str, Any]:
 
 
 def spelled(overrides: list[str]) -> Iterator[str]:
-    """The overrides with ``section.key=value`` for each key of a word that is a YAML file, its stages last."""
+    """Yield the overrides, with ``section.key=value`` for each key of a YAML file among them, its stages last."""
     for word in overrides:
         if "=" in word or not word.endswith((".yaml", ".yml")):
             yield word
@@ -73,7 +73,7 @@ def spelled(overrides: list[str]) -> Iterator[str]:
 
 
 def _keys(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every known key."""
+    """Yield (dotted key, value) of every known key."""
     known = dict(walk())
     for name, value in section.items():
         dotted = f"{prefix}{name}"
@@ -89,7 +89,7 @@ def _refuse_old_names(tree: dict[str, Any], source: str) -> None:
 
 
 def require_known(tree: dict[str, Any], source: str) -> None:
-    """Raise UserError where a tree, or a stage of it, has a key that the schema has not."""
+    """Raise UserError if a tree, or a stage of it, has an unknown key."""
     found = [_unknown_key(prefix, name) for prefix, part in stages.parts(tree) for name in _unknown(part, Config)]
     if found:
         more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
@@ -116,7 +116,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _of_stage(tree: dict[str, Any], override: str, dotted: str) -> tuple[Any, list[str], Any]:
-    """Where an override of ``stages.N...`` goes: (list of stages or one of them, sections below it, last name)."""
+    """Locate an override of ``stages.N...``: (list of stages or one of them, sections below it, last name)."""
     found = tree.get("stages")
     known = found if isinstance(found, list) else []
     _, index, *rest = dotted.split(".")
@@ -130,9 +130,9 @@ def _of_stage(tree: dict[str, Any], override: str, dotted: str) -> tuple[Any, li
 
 
 def _expand_paths(tree: dict[str, Any], source: str) -> None:
-    """Put a home folder for `~` and the environment's value for `$VARIABLE` into every key that is a path.
+    """Expand `~` and `$VARIABLE` in every key that is a path.
 
-    Raises UserError for a variable that is not set and a user who has no home folder.
+    Raises UserError for a variable that is not set and a user without a home folder.
     """
     for dotted, info in walk():
         *parents, last = dotted.split(".")
@@ -150,7 +150,7 @@ def _expand_paths(tree: dict[str, Any], source: str) -> None:
 
 
 def _leaves(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of whatever YAML gave, keys of mappings themselves included."""
+    """Yield (dotted key, value) of whatever YAML gave, including the keys of mappings themselves."""
     if isinstance(node, dict):
         for key, value in node.items():
             dotted = f"{name}.{key}" if name else str(key)
@@ -164,7 +164,7 @@ def _leaves(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _unusable(value: Any) -> str | None:
-    """What no key can use, whatever it is for."""
+    """Return why no key can use the value, or None."""
     if isinstance(value, int) and abs(value) >= 2**64:
         return "is out of range"
     if not isinstance(value, str):
@@ -184,7 +184,7 @@ def _unusable(value: Any) -> str | None:
 
 
 def _unknown(tree: dict[str, Any], section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """What the file has and the schema has not: of a foreign section the leaves that we know by another name."""
+    """Yield the file's keys that the schema lacks; of a foreign section, the leaves that we know by another name."""
     for name, value in tree.items():
         dotted, field = f"{prefix}{name}", section.model_fields.get(name)
         if field is None:
@@ -194,7 +194,7 @@ def _unknown(tree: dict[str, Any], section: type[BaseModel], prefix: str = "") -
 
 
 def _names(node: Any, dotted: str) -> Iterator[str]:
-    """The dotted name of whatever is not a mapping at and below ``node``."""
+    """Yield the dotted names of all leaves at and below ``node``."""
     if isinstance(node, dict):
         for name, value in node.items():
             yield from _names(value, f"{dotted}.{name}")
@@ -203,7 +203,7 @@ def _names(node: Any, dotted: str) -> Iterator[str]:
 
 
 def _unknown_key(prefix: str, dotted: str) -> str:
-    """Say what to write instead; ``prefix`` is of the stage that it stands in."""
+    """Return what to write instead; ``prefix`` is that of the key's stage."""
     if _SECRET_NAME.search(dotted):
         return f"{prefix}{dotted}: no key holds a secret; it comes from the environment"
     if here := synonyms.answer(dotted):

@@ -1,8 +1,8 @@
-"""YAML from outside, as plain data: YAML 1.2 where PyYAML's 1.1 surprises, and nothing that stands for something else.
+"""Parse untrusted YAML as plain data: by the rules of YAML 1.2 where PyYAML's 1.1 surprises, without tags or aliases.
 
 ``1e-6`` is a number (not a string), and ``010`` is ten (not eight); ``off``, ``0x1f``, ``1_000`` and ``2020-01-01`` are
-strings (not false, other spellings of integers, and a date). No key twice. Tags, anchors and aliases are
-refused: no text makes objects or outgrows itself.
+strings (not false, other spellings of integers, and a date). Duplicate keys, tags, anchors and aliases are refused, so
+no text can create objects or grow when parsed.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import yaml
 
 
 def parse_yaml(text: str) -> Any:
-    """The value that ``text`` stands for. Raises ValueError, one line, where it is not such YAML."""
+    """Return the value of ``text``. Raises ValueError, in one line, if it is not such YAML."""
     try:
         return _Loader(text).get_single_data()
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    except yaml.MarkedYAMLError as error:  # without its excerpt of the text, which may hold what nobody else should see
+    except yaml.MarkedYAMLError as error:  # without its excerpt of the text, which may hold a secret
         mark = error.problem_mark or error.context_mark
         said = ", ".join(filter(None, [error.context, error.problem]))
         raise ValueError(f"line {mark.line + 1}, column {mark.column + 1}: {said}") from None

@@ -1,1 +1,1 @@
-"""Prompts, answers and teacher traces as ``Prompt`` records, their order, and text to token ids."""
+"""Read prompts, answers and teacher traces as ``Prompt`` records, order them, and turn text into token ids."""

@@ -1,7 +1,7 @@
-"""A tokenizer's chat template (prompt, what it writes around an answer, clock), and the tokens that end a response.
+"""Apply a tokenizer's chat template, and find the tokens that end a response.
 
-Ends are what a model folder's ``generation_config.json`` names, and the tokenizer's own. transformers stops at the
-former, vLLM at both. Llama-3-Instruct ends a turn with ``<|eot_id|>`` while its first release's tokenizer names
+The ends are those named by the model folder's ``generation_config.json``, and the tokenizer's own. transformers stops
+at the former, vLLM at both. Llama-3-Instruct ends a turn with ``<|eot_id|>`` while its first release's tokenizer names
 ``<|end_of_text|>``; Qwen2.5-Instruct has ``<|im_end|>`` and ``<|endoftext|>``.
 """
 
@@ -23,14 +23,14 @@ from megatron_dypo.errors import UserError
 log = logging.getLogger(__name__)
 
 _CLOCK = re.compile(r"\bstrftime_now\b")
-_TAIL = 400  # characters: longer than any header of an answer
-_PROBE = "PROBE7"  # an assistant's message that a template has no reason to change
+_TAIL = 400  # characters: longer than the header of any answer
+_PROBE = "PROBE7"  # an assistant message that no template should change
 
 
 class ChatTemplate:
-    """The template of a transformers tokenizer that has one. What it asks the clock for is the midnight of ``day``.
+    """The chat template of a transformers tokenizer; to the template, the time is midnight of ``day``.
 
-    Raises whatever Jinja and transformers raise on messages that the template refuses.
+    Raises whatever Jinja and transformers raise for messages that the template refuses.
     """
 
     def __init__(self, backend: Any, day: date):
@@ -38,28 +38,28 @@ class ChatTemplate:
 
     @property
     def text(self) -> str:
-        """Its source; of several by name, all."""
+        """Return its source; all sources, if there are several by name."""
         template = self._backend.chat_template
         return template if isinstance(template, str) else repr(sorted(template.items()))
 
     @property
     def reads_clock(self) -> bool:
-        """Whether prompts depend on the day."""
+        """Return whether prompts depend on the day."""
         return _CLOCK.search(self.text) is not None
 
     def ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """The messages and the beginning of the assistant's answer."""
+        """Return the ids of the messages and of the assistant's header."""
         return self._apply(messages, True, tokenize=True, return_dict=False)
 
     def text_before_answer(self, messages: list[dict[str, str]]) -> str:
-        """The end of the prompt that the messages become, as text."""
+        """Return the end of the prompt made of the messages, as text."""
         return self._apply(messages, True)[-_TAIL:]
 
     @functools.cached_property
     def opening(self) -> str:
-        """What the template writes before an answer: a header, with some models the begin of a thought; "" if nothing.
+        """Return what the template writes before an answer: a header, for some models also a thought's tag; "" if nothing.
 
-        Templates that refuse a lone question, or depend on it, are taken to write nothing.
+        Templates that refuse a lone question, or depend on it, count as writing nothing.
         """
         question = [{"role": "user", "content": _PROBE}]
         try:
@@ -71,7 +71,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def closing(self) -> str:
-        """What the template writes after an assistant's message; "" if nothing, or if it refuses such a chat."""
+        """Return what the template writes after an assistant's message; "" if nothing, or if it refuses such a chat."""
         chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
         try:
             return self._apply(chat, False).partition(_PROBE)[2]
@@ -79,7 +79,7 @@ class ChatTemplate:
             return ""
 
     def end_of_answer(self, ends: tuple[int, ...]) -> int | None:
-        """The first of the ``ends`` in the ``closing``; None if there is none."""
+        """Return the first of ``ends`` in ``closing``; None if there is none."""
         ids = self._backend(self.closing, add_special_tokens=False)["input_ids"] if self.closing else []
         return next((index for index in ids if index in ends), None)
 
@@ -91,15 +91,15 @@ class ChatTemplate:
 
 
 def today() -> date:
-    """The same on machines of all time zones."""
+    """Return the current day in UTC, the same on machines in all time zones."""
     return datetime.now(UTC).date()
 
 
 def end_ids(backend: Any, folders: list[Path], vocab_size: int) -> tuple[int, ...]:
-    """The tokenizer's end token first, then every end that ``folders`` name, in their order.
+    """Return the tokenizer's end token, then every end that ``folders`` name, in their order.
 
-    The first folder is the tokenizer's own. Another folder's ids count where they are special tokens of this tokenizer,
-    and are left out with a warning where they are not. Raises UserError for an end that is not a token id.
+    The first folder is the tokenizer's. Ids of the others count if they are special tokens of this tokenizer, and are
+    otherwise ignored with a warning. Raises UserError for an end that is not a token id.
     """
     special = {index for index, token in backend.added_tokens_decoder.items() if token.special}
     found = [backend.eos_token_id]
@@ -118,7 +118,7 @@ def end_ids(backend: Any, folders: list[Path], vocab_size: int) -> tuple[int, ..
 
 
 def named_ends(folder: Path) -> list[int]:
-    """``eos_token_id`` of ``generation_config.json``, or where that names none of ``config.json``, as transformers."""
+    """Return ``eos_token_id`` of ``generation_config.json``, or else of ``config.json``, as transformers does."""
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         value = _object(path).get("eos_token_id") if path.is_file() else None

@@ -1,7 +1,7 @@
 """Load prompts, answers and teacher traces as ``Prompt`` records, check the traces, and order the prompts.
 
-The order is a pure function of (seed, step), so a resume has nothing to restore. What only the tokenizer can tell of
-traces (ends inside them, thoughts after a template's) is found here, before training.
+The order is a pure function of (seed, step), so there is nothing to restore on resume. Checks of traces that need the
+tokenizer (end tokens inside, thoughts that do not fit the template) also run here, before training.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def read_prompts(source: str, skip_bad_rows: bool, **reading: Any) -> list[Prompt]:
-    """All prompts of a file or a ``reasoning_gym:`` task; ``reading`` are options of ``rows.read``."""
+    """Read all prompts of a file or a ``reasoning_gym:`` task; ``reading`` are options of ``rows.read``."""
     if source.startswith(tasks.PREFIX):
         return tasks.generate(source)
     return rows.read(source, skip_bad_rows, **reading)
@@ -34,10 +34,10 @@ def read_prompts(source: str, skip_bad_rows: bool, **reading: Any) -> list[Promp
 def load_prompts(
     source: str, skip_bad_rows: bool, *, escapes: rows.Escapes = "refuse", any_truth: bool = False
 ) -> list[Prompt]:
-    """All prompts of a file or a ``reasoning_gym:`` task, duplicates (same prompt text) dropped; the first stands.
+    """Read all prompts of a file or a ``reasoning_gym:`` task and drop later duplicates (same prompt text).
 
-    Duplicates with another ground truth, and traces with something wrong about their thoughts, are warned of.
-    ``escapes`` and ``any_truth`` are those of ``rows.read``.
+    Log a warning for duplicates with another ground truth, and for traces with malformed thoughts. ``escapes`` and
+    ``any_truth`` as in ``rows.read``.
     """
     prompts = read_prompts(source, skip_bad_rows, escapes=escapes, any_truth=any_truth)
     first: dict[tuple, Prompt] = {}
@@ -67,7 +67,7 @@ def load_prompts(
 
 
 def warn_of_thoughts(source: str, prompts: list[Prompt]) -> None:
-    """Say once for each kind of fault how many traces have it (``traces.thought_fault``)."""
+    """Log one warning per kind of fault with its number of traces (``traces.thought_fault``)."""
     found: dict[str, list[str]] = {}
     for prompt in prompts:
         for teacher in prompt.teachers:
@@ -78,10 +78,10 @@ def warn_of_thoughts(source: str, prompts: list[Prompt]) -> None:
 
 
 def load_data(data: Data, any_truth: bool = False) -> tuple[list[Prompt], list[Prompt]]:
-    """(training prompts, held-out prompts); whatever is held out is removed from training.
+    """Return (training prompts, held-out prompts); held-out prompts are removed from training.
 
-    ``any_truth``: ground truths may be lists and objects, for a reward function of the user's own. Raises UserError
-    where a file is missing, a row malformed, or nothing is left to train on.
+    ``any_truth``: ground truths may be lists and objects, for a user's reward function. Raises UserError if a file is
+    missing, a row is malformed, or no prompt is left to train on.
     """
 
     def load(source: str) -> list[Prompt]:
@@ -101,7 +101,7 @@ def load_data(data: Data, any_truth: bool = False) -> tuple[list[Prompt], list[P
 
 
 def require_batch(train: list[Prompt], data: Data) -> None:
-    """Raise UserError where there are fewer prompts than a step takes."""
+    """Raise UserError if there are fewer prompts than one step takes."""
     if len(train) < data.prompts_per_step:
         raise UserError(
             f"data.train: {data.train} has {len(train)} prompts, "
@@ -110,7 +110,7 @@ def require_batch(train: list[Prompt], data: Data) -> None:
 
 
 def prompt_key(prompt: Prompt) -> tuple[tuple[str, str], ...]:
-    """What duplicates and overlaps are found by: (role, text) of every message; a plain string is the user's one."""
+    """Return the key by which duplicates are found: (role, text) of every message; a plain string counts as the user's."""
     if prompt.text:
         return (("user", prompt.text),)
     return tuple((message["role"], message["content"]) for message in prompt.messages)
@@ -122,9 +122,9 @@ def _permutation(count: int, seed: int, order: str, epoch: int) -> list[int]:
 
 
 def batch_indices(step: int, per_step: int, count: int, seed: int, order: str = "epoch") -> list[int]:
-    """Row indices of step ``step`` (first is 1) among ``count`` rows, all different; each ``order`` is another one.
+    """Return the row indices of step ``step`` (from 1) among ``count`` rows, all different; ``order`` salts the shuffle.
 
-    An epoch is as many whole batches as the rows give; the rest sits out until the next epoch's shuffle, so that no
+    An epoch has as many whole batches as the rows allow; the remaining rows wait for the next epoch's shuffle, so that no
     batch holds a prompt twice.
     """
     batches = count // per_step
@@ -134,17 +134,17 @@ def batch_indices(step: int, per_step: int, count: int, seed: int, order: str = 
 
 @functools.lru_cache(maxsize=2)
 def spare_indices(step: int, per_step: int, count: int, seed: int) -> tuple[int, ...]:
-    """The rows that are not in the batch of step ``step``, in an order of that step's own."""
+    """Return the rows that are not in the batch of step ``step``, in an order specific to that step."""
     batch = set(batch_indices(step, per_step, count, seed))
     order = torch.randperm(count, generator=generator(seed, "refill", step)).tolist()
     return tuple(row for row in order if row not in batch)
 
 
 def with_usable_traces(prompts: list[Prompt], tokenizer: Tokenizer, skip: bool) -> list[Prompt]:
-    """The prompts; with ``skip`` without their traces that hold an end token before their end, which are counted.
+    """Return the prompts; with ``skip``, drop (and count) traces with an end token before their end.
 
-    Raises UserError naming the first such trace otherwise. Thoughts that do not fit what the chat template writes
-    before an answer are warned of.
+    Without ``skip``, raise UserError naming the first such trace. Log a warning for thoughts that do not fit what the chat
+    template writes before an answer.
     """
     checked, dropped = [], 0
     misfits: dict[str, list[str]] = {}

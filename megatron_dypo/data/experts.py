@@ -1,6 +1,6 @@
-"""The experts' data set: every (prompt, trace) pair of ``data.experts``, as a prompt with that one trace to imitate.
+"""Load the experts' data set: every (prompt, trace) pair of ``data.experts``, as a prompt with one trace to imitate.
 
-Nothing of it is sampled, scored or graded. Its order is ``dataset.batch_indices`` by a name of its own.
+Its pairs are not sampled, scored or graded. Their order is ``dataset.batch_indices`` with its own ``order``.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ log = logging.getLogger(__name__)
 
 
 def load_experts(data: Data, held_out: list[Prompt]) -> list[Prompt]:
-    """The pairs of ``data.experts`` whose prompt is not ``held_out``, each once, in the file's order.
+    """Return the distinct pairs of ``data.experts`` whose prompt is not ``held_out``, in file order.
 
-    A pair's id is ``experts:ID``, and with several traces in its row ``experts:ID:NUMBER``, from 0. Raises UserError
-    where the file is missing, a row malformed or without a trace (with ``data.skip_bad_rows`` these are left out and
-    counted).
+    The id of a pair is ``experts:ID``, or ``experts:ID:NUMBER`` (from 0) if its row has several traces. Raises UserError
+    if the file is missing, or a row is malformed or without a trace (with ``data.skip_bad_rows``, such rows are skipped
+    and counted).
     """
     source = data.experts
     assert source, "asked for by a recipe that has them"
@@ -62,10 +62,10 @@ def _pairs(prompts: list[Prompt]) -> list[Prompt]:
 
 
 def usable(experts: list[Prompt], tokenizer: Tokenizer, data: Data, room: Callable[[int], int]) -> list[Prompt]:
-    """Those whose trace can be trained on: at most ``room(prompt's tokens)`` tokens, its end token included.
+    """Return the pairs whose trace, end token included, has at most ``room(prompt tokens)`` tokens.
 
-    What is too long is left out and counted. Raises UserError for an end token inside a trace, as for teachers', and
-    where fewer than ``data.experts_per_step`` are left.
+    Longer ones are dropped and counted. Raises UserError for an end token inside a trace, as for teachers, and if fewer
+    than ``data.experts_per_step`` remain.
     """
     checked = [expert for expert in with_usable_traces(experts, tokenizer, data.skip_bad_rows) if expert.teachers]
     kept = [

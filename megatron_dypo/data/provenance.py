@@ -1,7 +1,7 @@
-"""What a run's ids depend on beside its configuration, kept in a folder: the day of its start, its tokens and ends.
+"""Keep in a folder what a run's ids depend on besides its configuration: the day of its start, its tokens and ends.
 
-A template that reads the clock (Llama 3.2's) would ask other prompts on another day; here it reads the day of the
-start, on every rank and after every resume. A tokenizer whose files were changed meanwhile is refused.
+A template that reads the clock (Llama 3.2's) would write other prompts on another day; here it reads the day the run
+started, on every rank and after every resume. A tokenizer whose files have changed since is refused.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NAME = "text.json"
 
 
 def start_day(*folders: Path) -> date | None:
-    """The day that the first of the folders with one was begun on; None where none was."""
+    """Return the start day recorded in the first of ``folders`` that has one; None if none has."""
     for folder in folders:
         if kept := _read(folder):
             return date.fromisoformat(kept["day"])
@@ -33,7 +33,7 @@ def keep(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def check_kept(folder: Path, tokenizer: Tokenizer) -> None:
-    """Raise UserError naming what differs from the tokenizer that the folder's run began with; one without is fine."""
+    """Raise UserError naming what differs from the tokenizer that the folder's run began with; accept a folder without."""
     kept, now = _read(folder), _facts(tokenizer)
     changes = [
         f"{name} (was {kept[name]!r:.60}, now {now[name]!r:.60})" for name in now if kept and kept[name] != now[name]

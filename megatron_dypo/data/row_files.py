@@ -1,4 +1,4 @@
-"""Files of rows, JSON Lines and Parquet, read one row at a time and from any row on."""
+"""Read JSON Lines and Parquet files one row at a time, from any row on."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 from megatron_dypo.errors import UserError
 
-_PARQUET_ROWS = 64  # decoded at a time: a row of long traces may have a megabyte
+_PARQUET_ROWS = 64  # rows decoded at a time; a row of long traces may take a megabyte
 
 
 class BadRow(ValueError):
-    """A row is not valid JSON, or a field of it is missing or has the wrong type."""
+    """A row is not valid JSON, or a field is missing or of the wrong type."""
 
 
 def filled_lines(path: Path, start: int = 0) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, line) of the lines that hold anything, after the first ``start`` of them.
+    """Yield (line number from 1, line) of the non-empty lines after the first ``start`` of them.
 
     Raises UserError naming the file.
     """
@@ -31,7 +31,7 @@ def filled_lines(path: Path, start: int = 0) -> Iterator[tuple[int, bytes]]:
 
 
 def parse_line(line: bytes) -> Any:
-    """A line's JSON. Raises BadRow."""
+    """Parse a line as JSON. Raises BadRow."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -39,7 +39,7 @@ def parse_line(line: bytes) -> Any:
 
 
 def parquet_rows(path: Path, start: int = 0) -> Iterator[Any]:
-    """The rows after the first ``start``; Parquet's groups of rows before them are not decoded.
+    """Yield the rows after the first ``start``; Parquet row groups before them are not decoded.
 
     Raises UserError naming the file.
     """
@@ -56,5 +56,5 @@ def parquet_rows(path: Path, start: int = 0) -> Iterator[Any]:
                     first -= rows
             batches = file.iter_batches(batch_size=_PARQUET_ROWS, row_groups=groups) if groups else ()
             yield from islice((row for batch in batches for row in batch.to_pylist()), first, None)
-    except (OSError, ValueError, NotImplementedError) as error:  # Arrow's own are of these kinds
+    except (OSError, ValueError, NotImplementedError) as error:  # Arrow's errors are subclasses of these
         raise UserError(f"{path}: not a readable Parquet file: {error}") from None

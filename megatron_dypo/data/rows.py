@@ -1,4 +1,4 @@
-"""JSON Lines and Parquet rows -> ``Prompt``. Ours, and the LUFFY/verl layout, read as they are.
+"""Read JSON Lines and Parquet rows as ``Prompt`` records, in our layout and in that of LUFFY and verl.
 
 ours       prompt (string or chat), ground_truth, teachers [{name, trace}], optional id, data_source
 LUFFY/verl prompt (chat), reward_model {ground_truth}, target or target_lst (traces), data_source
@@ -22,7 +22,7 @@ from megatron_dypo.records import Prompt, Teacher
 
 log = logging.getLogger(__name__)
 _READ = ("prompt", "ground_truth", "reward_model", "teachers", "target", "target_lst")  # fields that hold text
-_SURROGATE = re.compile("[\ud800-\udfff]")  # what JSON can escape one by one, and no tokenizer or file takes
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can escape half a pair; no tokenizer or file accepts it
 
 
 Escapes = Literal["refuse", "repair", "keep"]
@@ -36,12 +36,12 @@ def read(
     any_truth: bool = False,
     graded: bool = True,
 ) -> list[Prompt]:
-    """All rows of a ``.jsonl`` or ``.parquet`` file.
+    """Read all rows of a ``.jsonl`` or ``.parquet`` file.
 
-    Raises UserError naming file, line and field of the first malformed row; with ``skip_bad_rows`` they are left out
-    and counted in the log. Ids must be unique; a row without one is called by its line. ``escapes``: what becomes of
-    LaTeX commands whose backslash was swallowed. ``any_truth``: ground truths may be lists and objects; not ``graded``:
-    none is read.
+    Raises UserError naming file, line and field of the first malformed row; with ``skip_bad_rows``, such rows are skipped
+    and counted in the log. Ids must be unique; the line number names a row without one. ``escapes``: what to do with LaTeX
+    commands whose backslash was swallowed. ``any_truth``: ground truths may be lists and objects. Without ``graded``,
+    ground truths are not read.
     """
     file = Path(path)
     if not os.path.isfile(path):
@@ -71,7 +71,7 @@ def read(
 
 
 def _raw_rows(file: Path) -> Iterator[tuple[int, Any]]:
-    """(line number from 1, row); an unparsable JSON line comes as the ``BadRow`` to raise, with its line."""
+    """Yield (line number from 1, row); for an unparsable JSON line, the row is the ``BadRow`` to raise."""
     if file.suffix == ".parquet":
         yield from enumerate(parquet_rows(file), start=1)
         return
@@ -83,7 +83,7 @@ def _raw_rows(file: Path) -> Iterator[tuple[int, Any]]:
 
 
 def read_row(row: Any, line: int, any_truth: bool = False, graded: bool = True) -> Prompt:
-    """One row; one without an id is called by its line. ``any_truth``, ``graded`` as in ``read``. Raises BadRow."""
+    """Read one row; ``line`` names a row without an id. ``any_truth``, ``graded`` as in ``read``. Raises BadRow."""
     if isinstance(row, BadRow):
         raise row
     if not isinstance(row, dict):
@@ -119,14 +119,14 @@ def _truth(row: dict, any_truth: bool) -> Any:
     if isinstance(truth, (int, float)) and not isinstance(truth, bool):
         truth = str(truth)
     if any_truth and isinstance(truth, (list, dict)) and truth:
-        return json.loads(json.dumps(truth, default=str))  # what JSON has no form for comes of Parquet
+        return json.loads(json.dumps(truth, default=str))  # Parquet may hold values that JSON cannot express
     if not isinstance(truth, str) or not truth.strip():
         raise BadRow(f"ground_truth: expected a non-empty string, got {_short(truth)}")
     return truth
 
 
 def strings(value: Any) -> list[str]:
-    """Every string in a value of JSON, but for names of fields."""
+    """Return every string in a JSON value, field names excepted."""
     if isinstance(value, (list, dict)):
         return [text for each in (value.values() if isinstance(value, dict) else value) for text in strings(each)]
     return [value] if isinstance(value, str) else []
@@ -161,7 +161,7 @@ def _teachers(row: dict) -> tuple[Teacher, ...]:
 
 
 def _target_text(target: Any) -> str:
-    """A LUFFY target: a string, one chat message, or a list of them (the assistant's turns)."""
+    """Return the text of a LUFFY target: a string, one chat message, or a list of them (the assistant's turns)."""
     messages = target if isinstance(target, list) else [target]
     texts = [message.get("content") if isinstance(message, dict) else message for message in messages]
     if not texts or not all(isinstance(text, str) and text for text in texts):

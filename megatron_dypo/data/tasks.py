@@ -26,7 +26,7 @@ PREFIX = "reasoning_gym:"
 
 
 def _worked_sum(expression: str, backwards: bool, words: tuple[str, str]) -> str:
-    """Add up ``a + b - c ...`` term by term after the first, from the left or from the last term back."""
+    """Write out ``a + b - c ...`` term by term, from the left or from the last term back."""
     first, *rest = expression.split()
     steps = list(zip(rest[::2], map(int, rest[1::2]), strict=True))
     total, lines = int(first), []
@@ -49,9 +49,9 @@ TEACHERS: dict[str, dict[str, Callable[[dict], str]]] = {"chain_sum": {"left": _
 
 
 def dataset(task: str) -> Any:
-    """The task set of ``TASK?option=value&...``, the same in every process; without a ``seed``, that of seed 0.
+    """Build the data set of ``TASK?option=value&...``, the same in every process; the default ``seed`` is 0.
 
-    Raises whatever the task raises on options that are not for it.
+    Raises whatever the task raises for invalid options.
     """
     import reasoning_gym
 
@@ -61,9 +61,9 @@ def dataset(task: str) -> Any:
 
 
 def generate(source: str) -> list[Prompt]:
-    """All items of the task. Raises UserError for an unknown task or option.
+    """Generate all items of the task. Raises UserError for an unknown task or option.
 
-    ``extra`` holds what ``dataset`` builds an item from again (``reward.function: reasoning_gym`` asks it for a score).
+    ``extra`` holds what ``dataset`` rebuilds an item from, so that ``reward.function: reasoning_gym`` can score it.
     """
     task = source.removeprefix(PREFIX)
     name = task.partition("?")[0]
@@ -73,7 +73,7 @@ def generate(source: str) -> list[Prompt]:
         raise UserError(f"{source}: reasoning-gym has no task {name!r}")
     try:
         items = list(dataset(task))
-    except Exception as error:  # whatever a task raises on options that are not for it
+    except Exception as error:  # whatever a task raises for invalid options
         raise UserError(f"{source}: {error}") from None
     teachers = TEACHERS.get(name, {})
     if not teachers:

@@ -1,27 +1,27 @@
-"""A teacher's trace as text: what is taken off its two ends, and what is wrong with its thoughts."""
+"""Clean a teacher's trace as text: what to strip at its two ends, and what is wrong with its thoughts."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 
-# Ends that models' own tokens spell and that servers leave in texts. No trace means them as text at its very end.
+# Ends that models' own tokens spell and that servers leave in texts. No trace ends with them as plain text.
 END_MARKERS = (
     "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>", "<|return|>",
     "</s>", "<end_of_turn>", "<|END_OF_TURN_TOKEN|>", "<｜end▁of▁sentence｜>", "<|endofprompt|>",
 )  # fmt: skip
 _TAG = re.compile(r"<[^<>\n]{1,40}>|\[[A-Z_]{2,30}\]")
-THOUGHTS = (  # how models mark what they think before they answer
+THOUGHTS = (  # how models delimit their thoughts before they answer
     ("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<thought>", "</thought>"),
     ("<seed:think>", "</seed:think>"), ("<|START_THINKING|>", "<|END_THINKING|>"), ("[THINK]", "[/THINK]"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
 )  # fmt: skip
-_REPEATED = 40  # characters: an answer may begin as a shorter thought does by chance
+_REPEATED = 40  # characters; a shorter thought may match the start of an answer by chance
 UNENDED, TWICE, UNANSWERED = "does not end its thought", "has its thought twice", "has no answer after its thought"
 
 
 def without_ends(text: str, markers: Iterable[str] = END_MARKERS) -> str:
-    """``text`` without the end tokens' markers that it ends with, and the white space after them."""
+    """Return ``text`` without the end markers at its end, and the white space after them."""
     markers = tuple(markers)
     while (bare := text.rstrip()).endswith(markers):
         text = bare[: -max(len(marker) for marker in markers if bare.endswith(marker))]
@@ -29,10 +29,10 @@ def without_ends(text: str, markers: Iterable[str] = END_MARKERS) -> str:
 
 
 def without_opening(text: str, opening: str, markers: Iterable[str] = ()) -> str:
-    """``text`` without what ``opening``, the text before it, ends with already: a thought's tag, a role's header.
+    """Return ``text`` without what ``opening``, the text before it, already ends with: a thought's tag, a role's header.
 
-    Both have it from one of their tags on; a tag is ``<...>``, ``[...]`` or one of the ``markers``. White space after
-    the tag may differ, and is then the opening's.
+    The overlap starts at a tag: ``<...>``, ``[...]`` or one of the ``markers``. White space after the tag may differ; the
+    opening's is kept.
     """
     begun = text.lstrip()
     starts = {match.start() for match in _TAG.finditer(opening)}
@@ -50,7 +50,7 @@ def without_opening(text: str, opening: str, markers: Iterable[str] = ()) -> str
 
 
 def thought_fault(text: str) -> str | None:
-    """What is wrong with a trace's thought: UNENDED, TWICE or UNANSWERED; None where nothing is, or it has none.
+    """Return what is wrong with a trace's thought: UNENDED, TWICE or UNANSWERED; None if nothing, or if it has none.
 
     The opening tag may be missing: the chat template may write it.
     """
@@ -66,7 +66,7 @@ def thought_fault(text: str) -> str | None:
 
 
 def opening_fault(opening: str, trace: str) -> str | None:
-    """What is wrong with a trace after ``opening``, the text before it; None where nothing is."""
+    """Return what is wrong with a trace after ``opening``, the text before it, or None."""
     for opens, closes in THOUGHTS:
         if opening.rstrip().endswith(opens) and closes not in trace:
             return "does not end the thought that the prompt begins"
@@ -76,9 +76,9 @@ def opening_fault(opening: str, trace: str) -> str | None:
 
 
 def thinking(reasoning: str, text: str) -> str:
-    """One trace of an answer whose reasoning a server keeps apart: within tags, before the answer.
+    """Join an answer and the reasoning that a server returned separately: within tags, before the answer.
 
-    Servers that repeat the reasoning at the begin of the answer, with tags or without, are not followed in that.
+    A copy of the reasoning at the start of the answer, as some servers send, is removed.
     """
     reasoning, text = reasoning.strip(), text.strip()
     for opens, closes in THOUGHTS:
