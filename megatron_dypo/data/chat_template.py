@@ -57,7 +57,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def opening(self) -> str:
-        """Return what the template writes before an answer: a header, for some models also a thought's tag; "" if nothing.
+        """Return what the template writes before an answer: a header, perhaps a thought's tag; "" if nothing.
 
         Templates that refuse a lone question, or depend on it, count as writing nothing.
         """

@@ -110,7 +110,7 @@ def require_batch(train: list[Prompt], data: Data) -> None:
 
 
 def prompt_key(prompt: Prompt) -> tuple[tuple[str, str], ...]:
-    """Return the key by which duplicates are found: (role, text) of every message; a plain string counts as the user's."""
+    """Return what identifies duplicates: (role, text) of every message; a plain string counts as the user's."""
     if prompt.text:
         return (("user", prompt.text),)
     return tuple((message["role"], message["content"]) for message in prompt.messages)
@@ -122,10 +122,10 @@ def _permutation(count: int, seed: int, order: str, epoch: int) -> list[int]:
 
 
 def batch_indices(step: int, per_step: int, count: int, seed: int, order: str = "epoch") -> list[int]:
-    """Return the row indices of step ``step`` (from 1) among ``count`` rows, all different; ``order`` salts the shuffle.
+    """Return distinct row indices for step ``step`` (from 1) among ``count`` rows; ``order`` salts the shuffle.
 
-    An epoch has as many whole batches as the rows allow; the remaining rows wait for the next epoch's shuffle, so that no
-    batch holds a prompt twice.
+    An epoch has as many whole batches as the rows allow; the remaining rows wait for the next epoch's shuffle, so that
+    no batch holds a prompt twice.
     """
     batches = count // per_step
     epoch, batch = divmod(step - 1, batches)
@@ -143,8 +143,8 @@ def spare_indices(step: int, per_step: int, count: int, seed: int) -> tuple[int,
 def with_usable_traces(prompts: list[Prompt], tokenizer: Tokenizer, skip: bool) -> list[Prompt]:
     """Return the prompts; with ``skip``, drop (and count) traces with an end token before their end.
 
-    Without ``skip``, raise UserError naming the first such trace. Log a warning for thoughts that do not fit what the chat
-    template writes before an answer.
+    Without ``skip``, raise UserError naming the first such trace. Log a warning for thoughts that do not fit what the
+    chat template writes before an answer.
     """
     checked, dropped = [], 0
     misfits: dict[str, list[str]] = {}

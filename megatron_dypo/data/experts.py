@@ -22,9 +22,9 @@ log = logging.getLogger(__name__)
 def load_experts(data: Data, held_out: list[Prompt]) -> list[Prompt]:
     """Return the distinct pairs of ``data.experts`` whose prompt is not ``held_out``, in file order.
 
-    The id of a pair is ``experts:ID``, or ``experts:ID:NUMBER`` (from 0) if its row has several traces. Raises UserError
-    if the file is missing, or a row is malformed or without a trace (with ``data.skip_bad_rows``, such rows are skipped
-    and counted).
+    The id of a pair is ``experts:ID``, or ``experts:ID:NUMBER`` (from 0) if its row has several traces. Raises
+    UserError if the file is missing, or a row is malformed or without a trace (``data.skip_bad_rows`` skips and counts
+    such rows).
     """
     source = data.experts
     assert source, "asked for by a recipe that has them"

@@ -33,7 +33,7 @@ def keep(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def check_kept(folder: Path, tokenizer: Tokenizer) -> None:
-    """Raise UserError naming what differs from the tokenizer that the folder's run began with; accept a folder without."""
+    """Raise UserError naming what differs from the tokenizer that the folder's run began with, if it has one."""
     kept, now = _read(folder), _facts(tokenizer)
     changes = [
         f"{name} (was {kept[name]!r:.60}, now {now[name]!r:.60})" for name in now if kept and kept[name] != now[name]

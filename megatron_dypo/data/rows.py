@@ -38,10 +38,10 @@ def read(
 ) -> list[Prompt]:
     """Read all rows of a ``.jsonl`` or ``.parquet`` file.
 
-    Raises UserError naming file, line and field of the first malformed row; with ``skip_bad_rows``, such rows are skipped
-    and counted in the log. Ids must be unique; the line number names a row without one. ``escapes``: what to do with LaTeX
-    commands whose backslash was swallowed. ``any_truth``: ground truths may be lists and objects. Without ``graded``,
-    ground truths are not read.
+    Raises UserError naming file, line and field of the first malformed row; with ``skip_bad_rows``, such rows are
+    skipped and counted in the log. Ids must be unique; the line number names a row without one. ``escapes``: what to do
+    with LaTeX commands whose backslash was swallowed. ``any_truth``: ground truths may be lists
+    and objects. Without ``graded``, ground truths are not read.
     """
     file = Path(path)
     if not os.path.isfile(path):

@@ -1,4 +1,4 @@
-"""Convert text <-> token ids, with a model folder's tokenizer or the built-in arithmetic one. Never re-tokenises ids."""
+"""Convert text <-> token ids, with a model folder's tokenizer or the built-in one. Ids are never re-tokenised."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Tokenizer:
       (``<think>``) is not opened again.
     - A **response** ends at any of ``end_ids``, which belongs to it, for every engine and in the loss.
 
-    ``eos_id`` is the end that the template writes after an assistant's message if it is one of ``end_ids``, else the first
-    of these, the tokenizer's own.
+    ``eos_id`` is the end that the template writes after an assistant's message if it is one of ``end_ids``, else the
+    first of these, the tokenizer's own.
     """
 
     def __init__(self, backend, *end_ids: int, plain_chat: bool = False, day: date | None = None):
@@ -76,8 +76,8 @@ class Tokenizer:
     def encode_prompt(self, prompt: Prompt) -> np.ndarray:
         """Return the ids of a prompt, as described in the class.
 
-        Raises UserError naming a prompt that the template or the tokenizer refuses, and for a chat without a chat template
-        (unless plain joining is on).
+        Raises UserError naming a prompt that the template or the tokenizer refuses, and for a chat without a chat
+        template (unless plain joining is on).
         """
         try:
             return np.asarray(self._prompt_ids(prompt), dtype=np.int32)

@@ -29,10 +29,10 @@ def without_ends(text: str, markers: Iterable[str] = END_MARKERS) -> str:
 
 
 def without_opening(text: str, opening: str, markers: Iterable[str] = ()) -> str:
-    """Return ``text`` without what ``opening``, the text before it, already ends with: a thought's tag, a role's header.
+    """Return ``text`` without what ``opening``, the text before it, ends with: a thought's tag, a role's header.
 
-    The overlap starts at a tag: ``<...>``, ``[...]`` or one of the ``markers``. White space after the tag may differ; the
-    opening's is kept.
+    The overlap starts at a tag: ``<...>``, ``[...]`` or one of the ``markers``. White space after the tag may differ;
+    the opening's is kept.
     """
     begun = text.lstrip()
     starts = {match.start() for match in _TAG.finditer(opening)}

@@ -1,8 +1,8 @@
-"""Data sets for training: from published files, and from teachers behind an API, to the rows of ``data/rows.py``.
+"""Turn published data sets, and answers of teachers behind an API, into the training rows of ``data/rows.py``.
 
-    sources (files, hub) --formats--> Item --filters (answer, proof, overlap, length)--> store: problems
+sources (files, hub) --formats--> Item --filters (answer, proof, overlap, length)--> store: problems
                                         └─ traces --complete, short enough, verified--> store: traces --> output rows
 
-``prepare.py`` reads in this order; the store (SQLite, beside the output) holds everything that a kill must not lose.
+``prepare.py`` reads in this order; the store (SQLite, next to the output) holds everything that a kill must not lose.
 ``teachers.py`` asks OpenAI-compatible endpoints (``endpoint.py``) for traces, which ``prepare`` then merges.
 """

@@ -1,8 +1,7 @@
-"""The file of teachers' answers: one line an attempt, appended when the answer is there, so that a kill loses none.
+"""Keep teachers' answers in a file: one line per attempt, appended on arrival, so that a kill loses none.
 
-The verdict (whether the trace leads to the answer, as training would reward it) comes a moment later, into the line's
-own last bytes: they are written as ``null`` and have a fixed width. The next run grades a line that a kill left
-without.
+The verdict (whether training would reward the trace's answer) follows a moment later in the last bytes of the line,
+which have a fixed width and are first written as ``null``. The next run grades a line that a kill left without one.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from megatron_dypo.runtime.fs import take_lock
 
 class Grader(Protocol):
     def __call__(self, answers: list[str], texts: list[str]) -> list[bool | None]:
-        """For each text whether its answer is right; None where nobody could tell (over its time, say)."""
+        """Return for each text whether its answer is right; None if that could not be determined (a timeout, say)."""
 
 
 @contextmanager
 def grader(workers: int, extract: str) -> Iterator[Grader]:
-    """``extract``: as ``reward.extract`` of the configuration."""
+    """Start a grader; ``extract`` as the key ``reward.extract``."""
     from megatron_dypo.reward import build_reward
 
     with build_reward(Reward(workers=workers, extract=extract)) as reward:
@@ -47,17 +46,17 @@ _LONGEST_VERDICT = 12  # characters, quotes included
 
 @dataclass(frozen=True)
 class AttemptLine:
-    """``end``: where in the file the verdict's bytes begin."""
+    """One line; ``end`` is the offset of the verdict's bytes in the file."""
 
     record: dict[str, Any]
     end: int
 
 
 class AttemptFile:
-    """Held by one process at a time. Context manager."""
+    """The file of attempts, held by one process at a time. A context manager."""
 
     def __init__(self, path: Path):
-        """Raises UserError where the file cannot be written, or another run holds it. A torn last line is cut off."""
+        """Open the file; cut off a torn last line. Raises UserError if it is not writable, or another run holds it."""
         self._path = path
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -75,7 +74,7 @@ class AttemptFile:
         os.close(self._fd)
 
     def lines(self) -> Iterator[AttemptLine]:
-        """All that is there, to be read once before anything is appended. Raises UserError naming a malformed line."""
+        """Yield all lines present; read them once, before appending. Raises UserError naming a malformed line."""
         with open(self._fd, "rb", closefd=False) as file:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
@@ -91,7 +90,7 @@ class AttemptFile:
         os.ftruncate(self._fd, self._size)
 
     def append(self, record: dict[str, Any]) -> AttemptLine:
-        """A new line without a verdict. Raises UserError where the disk takes no more; the file is then as before."""
+        """Append a line without a verdict. Raises UserError if the disk is full; the file is then unchanged."""
         head = json.dumps(record, ensure_ascii=False)[:-1].encode("utf-8", "replace")
         self._write(head + _tail(None), self._size)
         self._size += len(head) + len(_tail(None))

@@ -1,7 +1,7 @@
-"""What keeps a problem or a trace out: its text, its length, and the words it shares with an evaluation suite.
+"""Decide what to drop: problems and traces by their text, their length, and the words shared with an evaluation suite.
 
-A single n-gram tells little: "where m and n are relatively prime positive integers find m n" stands in a third of all
-AIME problems. So what counts is how much of a problem the shared n-grams cover (docs/data.md has the measurements).
+A single n-gram tells little: "where m and n are relatively prime positive integers find m n" appears in a third of all
+AIME problems. What counts is how much of a problem the shared n-grams cover (docs/data.md has the measurements).
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 def normalised(text: str) -> str:
-    """``text`` without what typesetting varies: Unicode forms, case, white space, LaTeX delimiters, the last full stop.
+    """Return ``text`` without typesetting: Unicode forms, case, white space, LaTeX delimiters, the last full stop.
 
     Operators and digits stay: "2 + 3" and "2 - 3" are two problems.
     """
-    text = _TYPESETTING.sub(" ", unicodedata.normalize("NFC", text))  # not NFKC, to which 2² is 22
+    text = _TYPESETTING.sub(" ", unicodedata.normalize("NFC", text))  # not NFKC, which turns 2² into 22
     return "".join(_FRACTIONS.sub(r"\\frac", text).casefold().split()).rstrip(".:")
 
 
 def problem_key(text: str) -> str:
-    """Equal for problems with the same normalised text: 32 hexadecimal digits."""
+    """Return 32 hexadecimal digits, equal for problems with the same normalised text."""
     return digest(normalised(text))
 
 
 def is_text(*texts: str) -> bool:
-    """Whether files and tokenizers take them: JSON can escape halves of surrogate pairs one by one."""
+    """Return whether files and tokenizers accept the texts: JSON can escape half a surrogate pair."""
     try:
         "".join(texts).encode()
     except UnicodeEncodeError:
@@ -55,24 +55,24 @@ def digest(text: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """Runs of letters and digits, in lower case: what is left of a problem, however it is typeset."""
+    """Return the runs of letters and digits, in lower case: what remains of a problem in any typesetting."""
     return _WORD.findall(_TYPESETTING.sub(" ", unicodedata.normalize("NFKC", text)).casefold())
 
 
 def without_instruction(text: str, instruction: str) -> str:
-    """The problem alone, where ``instruction`` stands at its end."""
+    """Return the problem without the ``instruction`` at its end."""
     text = text.strip()
     return text.removesuffix(instruction.strip()).rstrip() if instruction.strip() else text
 
 
 _MOST_TOKENS = 1 << 22  # no vocabulary is larger
-_DAY = date(2026, 1, 1)  # what templates that read the clock are given: lengths are the same on every day
+_DAY = date(2026, 1, 1)  # the day that templates reading the clock see: lengths are the same every day
 
 
 def fault(trace: Trace) -> str | None:
-    """Why a trace is not an example to learn from, whatever its answer, by the name of its count, or None.
+    """Return why a trace is not worth imitating, whatever its answer, by the name of its count, or None.
 
-    Cut off, by the data set's own mark or within its thought; without an answer after its thought; its thought twice.
+    It is truncated (by the data set's mark, or within its thought), lacks an answer after its thought, or thinks twice.
     """
     thought = thought_fault(trace.text)
     if not trace.complete or thought == UNENDED:
@@ -82,17 +82,17 @@ def fault(trace: Trace) -> str | None:
 
 
 class TokenCounter:
-    """Lengths as training will count them. ``folder``: a tokenizer's."""
+    """Count tokens as training will, with the tokenizer in ``folder``."""
 
     def __init__(self, folder: str):
-        """Raises UserError where nothing there can be loaded."""
+        """Load the tokenizer. Raises UserError if that fails."""
         from megatron_dypo.data.chat_template import end_ids
         from megatron_dypo.data.tokenizer import Tokenizer
         from megatron_dypo.data.tokenizer_backends import load_backend
 
         try:
             backend = load_backend(Path(folder), _MOST_TOKENS)
-        except Exception as error:  # whatever the tokenizer libraries raise on files that are not theirs
+        except Exception as error:  # whatever the tokenizer libraries raise for foreign files
             reason = " ".join(str(error).split())
             raise UserError(f"--tokenizer {folder}: cannot be loaded: {type(error).__name__}: {reason}") from None
         if backend.eos_token_id is None:
@@ -101,28 +101,28 @@ class TokenCounter:
         self._tokenizer = Tokenizer(backend, *ends, plain_chat=True, day=_DAY)
 
     def prompt(self, prompt: Prompt) -> int:
-        """Tokens, those of the chat template included."""
+        """Return the tokens of a prompt, chat template included."""
         return len(self._tokenizer.encode_prompt(prompt))
 
     def without_ends(self, text: str) -> str:
-        """A trace without the markers of ends that it ends with."""
+        """Return a trace without the end markers at its end."""
         return self._tokenizer.without_ends(text)
 
     def end_inside(self, text: str) -> bool:
-        """Whether a trace holds an end token before its end."""
+        """Return whether a trace contains an end token before its end."""
         return self._tokenizer.end_inside(text) is not None
 
     def trace(self, text: str) -> int:
-        """Tokens, the end token included."""
+        """Return the tokens of a trace, end token included."""
         return len(self._tokenizer.encode_trace(text))
 
 
-TEXT_COLUMNS = ("problem", "question", "prompt")  # in any case of letters; the first that a row has
+TEXT_COLUMNS = ("problem", "question", "prompt")  # in any case; the first one present counts
 
 
 @dataclass(frozen=True)
 class Hit:
-    """``problem``: of the evaluation suite, in ``where`` (file and row); ``share`` of the shorter of the two."""
+    """An overlap with ``problem``, found in ``where`` (file and row); ``share`` of the shorter of the two."""
 
     problem: str
     where: str
@@ -132,8 +132,8 @@ class Hit:
 class EvaluationProblems:
     """Every problem of the evaluation sources, in memory (a few thousand).
 
-    ``ngram``: words in a row that must be the same. ``share``: of the shorter problem's words, so much must be covered
-    by shared n-grams. Problems of fewer words than ``ngram`` are compared whole.
+    ``ngram``: consecutive words that must be equal. ``share``: the share of the shorter problem's words that shared
+    n-grams must cover. Problems of fewer than ``ngram`` words are compared whole.
     """
 
     def __init__(self, sources: list[RowSource], ngram: int, share: float, instruction: str):
@@ -148,7 +148,7 @@ class EvaluationProblems:
                 self._add(text, where)
 
     def __len__(self) -> int:
-        """Different problems."""
+        """Return the number of distinct problems."""
         return len(self._problems)
 
     def _add(self, text: str, where: str) -> None:
@@ -164,7 +164,7 @@ class EvaluationProblems:
         return [tuple(sequence[i : i + self._ngram]) for i in range(len(sequence) - self._ngram + 1)]
 
     def hit(self, text: str) -> Hit | None:
-        """The evaluation problem that ``text`` has most in common with, if that is enough."""
+        """Return the evaluation problem that overlaps most with ``text``, if that is enough; else None."""
         if (index := self._whole.get(problem_key(text))) is not None:
             return Hit(*self._problems[index][:2], 1.0)
         sequence = words(text)
@@ -182,9 +182,9 @@ class EvaluationProblems:
 
 
 def evaluation_text(row: Any, where: str) -> str:
-    """A problem as it stands in a row of any suite: a string, or the user's messages of a chat.
+    """Return the problem in a row of any suite: a string, or the user's messages of a chat.
 
-    Raises UserError where no column holds one.
+    Raises UserError if no column holds one.
     """
     columns = {name.casefold(): value for name, value in row.items()} if isinstance(row, dict) else {}
     for name in TEXT_COLUMNS:

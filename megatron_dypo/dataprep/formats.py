@@ -1,6 +1,6 @@
-r"""Published layouts of mathematical data sets: one function each, from a row to an ``Item``. ``LAYOUTS`` is the table.
+r"""Read published layouts of mathematical data sets: one function per layout (``LAYOUTS``), from a row to an ``Item``.
 
-A layout is known by its columns; the first in the table whose columns are all there is taken.
+A layout is recognised by its columns; the first in the table whose columns are all present is used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron_dypo.data.row_files import BadRow
 from megatron_dypo.data.rows import read_row
 from megatron_dypo.reward import last_boxed
 
-REASONER = "deepseek-r1"  # who wrote the traces of OpenR1-Math and of LUFFY's selection of it
+REASONER = "deepseek-r1"  # teacher of the traces in OpenR1-Math and in LUFFY's selection of it
 _MARK = re.compile(r"<<(.*?)>>")
 _PROOF_ANSWERS = {"proof", "see the proof", "see proof"}
 _NO_ANSWERS = {"", "not found", "none", "null", "nan"}
@@ -23,7 +23,7 @@ _NO_ANSWERS = {"", "not found", "none", "null", "nan"}
 
 @dataclass(frozen=True)
 class Trace:
-    """``mark``: whether the data set says that its answer is right; None where it says nothing."""
+    """A trace; ``mark``: whether the data set says that its answer is right; None if it does not say."""
 
     teacher: str
     text: str
@@ -33,9 +33,9 @@ class Trace:
 
 @dataclass(frozen=True)
 class Item:
-    """A row, understood. ``messages``: the chat, where the row has one and not just a problem; ``answer``: "" if none.
+    """A parsed row. ``messages``: the chat, if the row has one and not just a problem; ``answer``: "" if none.
 
-    ``finished``: the prompt is meant to be used as it is.
+    ``finished``: use the prompt unchanged.
     """
 
     problem: str
@@ -50,7 +50,7 @@ class Item:
 
 
 def openr1(row: dict) -> Item:
-    """OpenR1-Math-220k: several generations of one teacher, each with the data set's own marks."""
+    """Read OpenR1-Math-220k: several generations of one teacher, each with the data set's own marks."""
     generations = _list(row, "generations")
     complete, reasons = _list(row, "is_reasoning_complete"), _list(row, "finish_reasons")
     by_rule, by_model = _list(row, "correctness_math_verify"), _list(row, "correctness_llama")
@@ -75,7 +75,7 @@ def openr1(row: dict) -> Item:
 
 
 def luffy(row: dict) -> Item:
-    """LUFFY's and verl's: a finished prompt, and traces without a name. As ``data/rows.py`` reads it."""
+    """Read LUFFY's and verl's layout, as ``data/rows.py`` does: a finished prompt, and traces of unnamed teachers."""
     item = rows(row)
     alone = len(item.traces) == 1
     traces = tuple(Trace(REASONER if alone else trace.teacher, trace.text) for trace in item.traces)
@@ -83,9 +83,9 @@ def luffy(row: dict) -> Item:
 
 
 def gsm8k(row: dict) -> Item:
-    """GSM8K: worked text with calculator marks. Two teachers: the text, and the calculator's steps alone.
+    """Read GSM8K: worked text with calculator marks. Two teachers: the text, and the calculator's steps alone.
 
-    The second is left out where there are no marks, or where the last of them does not give the answer.
+    The second is dropped if there are no marks, or if the last of them does not give the answer.
     """
     worked, marker, answer = _text(row, "answer").rpartition("####")
     if not marker:
@@ -100,7 +100,7 @@ def gsm8k(row: dict) -> Item:
 
 
 def math(row: dict) -> Item:
-    """MATH and its relatives: the answer is the solution's (its last box, or the row of boxes), but for a column."""
+    """Read MATH and its relatives; the answer is a column, or else the solution's last box (or row of boxes)."""
     solution = _text(row, "solution")
     answer = row.get("answer")
     return Item(
@@ -114,7 +114,7 @@ def math(row: dict) -> Item:
 
 
 def traces(row: dict) -> Item:
-    """What tools/generate_teacher_traces.py writes: one attempt a row."""
+    """Read what tools/generate_teacher_traces.py writes: one attempt per row."""
     item = rows({name: value for name, value in row.items() if name != "teachers"})
     kept = row.get("kept")
     trace = Trace(
@@ -127,9 +127,9 @@ def traces(row: dict) -> Item:
 
 
 def rows(row: dict) -> Item:
-    """Our own."""
+    """Read our own layout."""
     truth = row.get("ground_truth", (row.get("reward_model") or {}).get("ground_truth"))
-    # An answer that is missing is a matter of count here, not of malformed rows.
+    # Here a missing answer is counted; it does not make the row malformed.
     prompt = read_row({**row, "ground_truth": truth if _answer(truth) else "none"}, 0)
     problem = prompt.text or next((m["content"] for m in reversed(prompt.messages) if m["role"] == "user"), "")
     if not problem.strip():
@@ -147,9 +147,9 @@ def rows(row: dict) -> Item:
 
 
 def columns(names: dict[str, str]) -> Callable[[dict], Item]:
-    """Any columns: ``prompt`` and ``ground_truth``, and if need be ``trace``, ``teacher``, ``id``, ``source``.
+    """Read any columns: ``prompt``, ``ground_truth``, and optionally ``trace``, ``teacher``, ``id``, ``source``.
 
-    Without a ``teacher`` column the teacher is called as the column of the trace.
+    Without a ``teacher`` column, the name of the trace column is the teacher.
     """
 
     def read(row: dict) -> Item:
@@ -176,7 +176,7 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], Callable[[dict], Item]]] = {
 
 
 def layout_of(row: Any) -> str:
-    """The name of the first layout whose columns the row has. Raises BadRow where none fits."""
+    """Return the name of the first layout whose columns the row has. Raises BadRow if none fits."""
     if isinstance(row, dict):
         for name, (needed, _) in LAYOUTS.items():
             if all(column in row for column in needed):
@@ -186,7 +186,7 @@ def layout_of(row: Any) -> str:
 
 
 def is_proof(item: Item) -> bool:
-    """No answer that a grader could check, because the task is to show something."""
+    """Return whether the task is to prove something, which leaves no answer to check."""
     return item.proof or item.answer.strip().strip(".").casefold() in _PROOF_ANSWERS
 
 

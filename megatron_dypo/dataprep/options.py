@@ -1,4 +1,4 @@
-"""What decides the output of ``prepare``, and what a resumed run must find unchanged."""
+"""Hold the options that determine the output of ``prepare``, which a resumed run must find unchanged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLUMNS = ("prompt", "ground_truth", "trace", "teacher", "id", "source")
 
 @dataclass(frozen=True)
 class Options:
-    """``tools/prepare_data.py --help`` says what each is. None: no limit, or the default that fits the row."""
+    """The options of ``tools/prepare_data.py --help``. None: no limit, or the default that fits the row."""
 
     inputs: tuple[str, ...]
     layout: str | None = None
@@ -40,7 +40,7 @@ class Options:
     repair_escapes: bool = False
 
     def __post_init__(self) -> None:
-        """Raise UserError for values that are no choice, or do not go together."""
+        """Raise UserError for invalid values, and for options that exclude each other."""
         if self.layout is not None and self.layout not in LAYOUTS:
             raise UserError(f"--layout {self.layout}: expected one of {', '.join(LAYOUTS)}")
         if self.columns is not None:
@@ -60,11 +60,11 @@ class Options:
         return INSTRUCTION if self.instruction is None else self.instruction
 
     def settings(self, sources: list[RowSource], evaluation: list[RowSource], suffix: str) -> dict[str, str]:
-        """Everything that the output depends on, by the names that a user knows it by."""
+        """Return everything that the output depends on, under the names that the user knows."""
         fields = dataclasses.asdict(self)
-        for name in ("inputs", "decontaminate"):  # the files that are meant, below, say more
+        for name in ("inputs", "decontaminate"):  # the resolved files below say more
             del fields[name]
-        for name in ("skip_bad_rows", "repair_escapes"):  # no row that is done was malformed, or all such were skipped
+        for name in ("skip_bad_rows", "repair_escapes"):  # rows already done were not malformed, or were all skipped
             del fields[name]
         settings = {f"--{name.replace('_', '-')}": json.dumps(value) for name, value in fields.items()}
         for kind, found in (("input", sources), ("evaluation file", evaluation)):

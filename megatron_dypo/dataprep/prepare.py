@@ -1,8 +1,8 @@
-"""``prepare``: rows of any known layout in, rows to train on out. Killed at any moment, it goes on where it was.
+"""Convert rows of any known layout into training rows; resumes after a kill at any moment.
 
 First all sources are read into the store, a batch of rows at a time; what a batch adds to problems, traces and counts
-is committed together with the place that was reached (``reading.py``). Then the store is written out in order of first
-sight (``writing.py``). So the output is a function of sources and options alone.
+is committed together with the position reached (``reading.py``). Then the store is written out in order of first
+appearance (``writing.py``). The output is thus a function of sources and options alone.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from megatron_dypo.dataprep.writing import output_rows, write_rows
 from megatron_dypo.errors import UserError
 from megatron_dypo.runtime.fs import atomic_write
 
-_SHOWN_OVERLAPS = 100  # in the report
+_SHOWN_OVERLAPS = 100  # overlaps listed in the report
 _PROGRESS_SECONDS = 5.0
 
 
 def prepare(
     options: Options, out: Path, *, workers: int = 1, restart: bool = False, dry_run: int = 0
 ) -> dict[str, int]:
-    """Write ``out`` (.jsonl or .parquet) and ``out``.report.json; returns all counts.
+    """Write ``out`` (.jsonl or .parquet) and ``out``.report.json; return all counts.
 
-    ``dry_run``: count over the first so many rows, and write nothing. ``restart``: not from what a killed run left.
-    Raises UserError: an input that cannot be read or understood, or work that was left by a run with other options.
+    ``dry_run``: only count over the first N rows. ``restart``: discard what a killed run left. Raises UserError for an
+    input that cannot be read or understood, and for unfinished work with other options.
     """
     if out.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"--out {out}: expected a name that ends with .jsonl or .parquet")
@@ -81,7 +81,7 @@ def print_counts(title: str, counts: dict[str, int]) -> None:
 
 
 def _with_totals(counts: dict[str, int]) -> dict[str, int]:
-    """With what was read, which is the sum of what became of it."""
+    """Return the counts with their totals: what was read is the sum of what became of it."""
     totals = {
         f"{kind} read": sum(count for name, count in counts.items() if name.startswith(f"{kind}: "))
         for kind in ("rows", "traces")
@@ -90,7 +90,7 @@ def _with_totals(counts: dict[str, int]) -> dict[str, int]:
 
 
 def _progress() -> Callable[[str], Any]:
-    """Prints a line now and then."""
+    """Return a function that prints a line at intervals."""
     last = time.monotonic()
 
     def show(line: str) -> None:

@@ -1,6 +1,6 @@
-"""The first stage of ``prepare``: every row of the sources into the store, unless a filter keeps it out.
+"""Read every row of the sources into the store, unless a filter drops it: the first stage of ``prepare``.
 
-Every row adds one to exactly one count ``rows: ...`` and every trace to exactly one ``traces: ...``, so the counts of a
+Each row adds one to exactly one count ``rows: ...`` and each trace to exactly one ``traces: ...``, so the counts of a
 report add up to what was read.
 """
 
@@ -32,20 +32,21 @@ from megatron_dypo.errors import UserError
 from megatron_dypo.escapes import swallowed_in, with_escapes
 from megatron_dypo.records import Prompt
 
-_ROWS = 128  # of a commit, and of a call of the grader
+_ROWS = 128  # rows per commit and per call of the grader
 
 
 @dataclass
 class _Batch:
-    """What waits for the grader. ``traces``: (problem, answer to check or "", teacher, text); ``claims``: (answer of a
-    known problem, another one that a later row gives)."""
+    """Work for the grader. ``traces``: (problem, answer to check or "", teacher, text); ``claims``: (answer of a
+    known problem, another answer in a later row).
+    """
 
     traces: list[tuple[int, str, str, str]] = field(default_factory=list)
     claims: list[tuple[str, str]] = field(default_factory=list)
 
 
 class Reading:
-    """``grade`` is None where nothing is to be verified."""
+    """The reading stage; ``grade`` is None if nothing is to be verified."""
 
     def __init__(self, options: Options, store: Store, grade: Grader | None, evaluation: list[RowSource]):
         self._options, self._store, self._grade = options, store, grade
@@ -55,9 +56,9 @@ class Reading:
         self._tokens = TokenCounter(options.tokenizer) if options.tokenizer else None
 
     def read(self, sources: list[RowSource], limit: int, show: Callable[[str], None]) -> None:
-        """Every row after the store's cursor; at most ``limit`` of them where that is not 0.
+        """Read every row after the store's cursor, at most ``limit`` unless that is 0.
 
-        Raises UserError naming file, row and field of a malformed one, unless those are to be skipped.
+        Raises UserError naming file, row and field of a malformed one, unless those are skipped.
         """
         done, row = self._store.cursor
         left = limit or sys.maxsize
@@ -65,7 +66,7 @@ class Reading:
             rows: Iterator[tuple[int, Any]] = islice(source.rows(row), left)
             first = next(rows, None)
             if first is not None:
-                # A resumed run goes by the same row as the one before it.
+                # A resumed run decides by the same row as the one before it.
                 read = self._layout(source, first[1] if row == 0 else next(source.rows())[1])
                 rows = chain([first], rows)
                 while batch := list(islice(rows, _ROWS)):
@@ -100,7 +101,7 @@ class Reading:
         self._verify(batch)
 
     def _with_escapes(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row with swallowed backslashes put back where that is asked for. Raises BadRow elsewhere."""
+        """Return the row with swallowed backslashes restored, if enabled. Raises BadRow otherwise."""
         if (field := swallowed_in(row)) is None:
             return row
         if not self._options.repair_escapes:
@@ -109,7 +110,7 @@ class Reading:
         return with_escapes(row)
 
     def _screen(self, place: str, item: Item, batch: _Batch) -> str:
-        """What becomes of a row, by the name of its count. Its traces go into the batch if its problem is kept."""
+        """Return what becomes of a row (the name of its count); add its traces to the batch if its problem is kept."""
         options, store = self._options, self._store
         texts = [item.problem, item.answer, item.id, item.source, *(trace.text for trace in item.traces)]
         if not is_text(*texts, *(message["content"] for message in item.messages)):
@@ -137,7 +138,7 @@ class Reading:
         return "new problem"
 
     def _row(self, item: Item, problem: str) -> dict[str, Any]:
-        """What the output row will hold; its prompt is ``messages`` or ``text``."""
+        """Return the output row; its prompt is ``messages`` or ``text``."""
         options = self._options
         row = {"messages": list(item.messages), "text": "", "data_source": item.source, "extra_info": item.extra}
         if item.finished and options.instruction is None and options.system is None:
@@ -171,13 +172,13 @@ class Reading:
             self._store.count(f"traces: {fate}")
 
     def _verify(self, batch: _Batch) -> None:
-        """Grade what must be, all in one call, and store the traces that are right."""
+        """Grade what must be graded in one call, and store the traces that are right."""
         claims = [(answer, f"\\boxed{{{claim}}}") for answer, claim in batch.claims]
         graded = [(answer, text) for _, answer, _, text in batch.traces if answer] + claims
         if self._grade and graded:
             verdicts = self._grade([answer for answer, _ in graded], [text for _, text in graded])
         else:
-            verdicts = [False] * len(graded)  # claims alone: their texts differ, and nothing more is known
+            verdicts = [False] * len(graded)  # only claims: their texts differ, and nothing more is known
         rest = iter(verdicts)
         for problem, answer, teacher, text in batch.traces:
             verdict = next(rest) if answer else True

@@ -1,4 +1,4 @@
-"""Rows of local files, and of data sets of the Hugging Face hub, one after another and from any row on.
+"""Read rows of local files and of Hugging Face hub data sets, one at a time and from any row on.
 
 train.jsonl   problems.json (a list)   part-0.parquet   folder/ (all of these in it, by name)
 hub:open-r1/OpenR1-Math-220k?config=default&split=train&revision=main
@@ -21,24 +21,24 @@ HUB = "hub:"
 SUFFIXES = (".jsonl", ".json", ".parquet")
 _OPTIONS = ("config", "split", "revision")
 _CHUNK = 1 << 20  # characters of a JSON list read at a time
-_LONGEST = 1 << 28  # characters of one row of it
+_LONGEST = 1 << 28  # characters of one row of it, at most
 
 
 @dataclass(frozen=True)
 class RowSource:
-    """``name``: as the user gave it, or a file of the folder given. ``identity`` changes when the rows do."""
+    """A source; ``name`` as given, or a file of the folder given. ``identity`` changes when the rows do."""
 
     name: str
     identity: str
 
     def rows(self, start: int = 0) -> Iterator[tuple[int, Any]]:
-        """(row number from 1, row) after the first ``start`` rows. Raises UserError naming file and row."""
+        """Yield (row number from 1, row) after the first ``start`` rows. Raises UserError naming file and row."""
         read = _hub_rows if self.name.startswith(HUB) else _READERS[Path(self.name).suffix]
         return enumerate(read(self.name, start), start=start + 1)
 
 
 def find_sources(names: list[str]) -> list[RowSource]:
-    """Every file that is meant, in order. Raises UserError where there is none, or its kind is unknown."""
+    """Return every file that ``names`` mean, in order. Raises UserError if there is none, or its kind is unknown."""
     sources: list[RowSource] = []
     for name in names:
         if name.startswith(HUB):
@@ -71,7 +71,7 @@ def _json_lines(name: str, start: int) -> Iterator[Any]:
 
 
 def _json_list(name: str, start: int) -> Iterator[Any]:
-    """The elements of a list, one at a time: the file is never in memory as a whole."""
+    """Yield the elements of a JSON list, one at a time, without holding the file in memory."""
     yield from islice(_elements(name), start, None)
 
 
@@ -124,15 +124,15 @@ def _hub_options(name: str) -> tuple[str, dict[str, str]]:
 
 
 def _hub_source(name: str) -> RowSource:
-    """The name with its revision made exact, so that a resume reads what the first run read."""
+    """Resolve a hub name to an exact revision, so that a resume reads what the first run read."""
     path, options = _hub_options(name)
     _datasets(name)
-    if not Path(path).is_dir():  # a folder with the layout of a hub data set needs no hub
+    if not Path(path).is_dir():  # a folder laid out like a hub data set needs no hub
         from huggingface_hub import HfApi
 
         try:
             options["revision"] = str(HfApi().dataset_info(path, revision=options.get("revision"), timeout=60).sha)
-        except Exception as error:  # whatever the hub's client raises on its way to an answer
+        except Exception as error:  # whatever the hub's client raises
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{name}: cannot be had from the hub: {reason}") from None
     exact = "&".join(f"{option}={options[option]}" for option in _OPTIONS if option in options)

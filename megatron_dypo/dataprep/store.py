@@ -1,7 +1,7 @@
-"""The work file beside the output: problems, traces, counts and the cursor, committed together.
+"""Keep problems, traces, counts and the cursor in a work file next to the output, committed together.
 
-SQLite, so that the memory needed does not grow with the data, and a kill at any moment leaves the last commit: a row is
-counted and stored, or it is neither and will be read again.
+It is SQLite, so that memory does not grow with the data and a kill at any moment leaves the last commit: a row is
+counted and stored, or neither, and then read again.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ INSERT INTO cursor VALUES (0, 0);
 
 
 class Store:
-    """``path``: None for one in memory. ``settings``: what the work in the file is the work of."""
+    """The store; ``path``: None for one in memory. ``settings`` identify the work in the file."""
 
     def __init__(self, path: Path | None, settings: dict[str, str]):
-        """Raises UserError where the file belongs to other settings (naming the first), or to a run that goes on."""
+        """Open the file. Raises UserError if it has other settings (naming the first), or a run is using it."""
         self._path = path
         try:
             self._db = sqlite3.connect(str(path or ":memory:"), isolation_level=None, timeout=1.0)
@@ -68,11 +68,11 @@ class Store:
 
     @property
     def cursor(self) -> tuple[int, int]:
-        """(place of the source that is being read, its rows that are done)."""
+        """Return (index of the source being read, its rows done)."""
         return self._db.execute("SELECT source, row FROM cursor").fetchone()
 
     def commit(self, source: int, row: int) -> None:
-        """All that was done since the last commit, up to this row."""
+        """Commit everything done since the last commit, up to this row."""
         self._db.execute("UPDATE cursor SET source = ?, row = ?", (source, row))
         self._db.execute("COMMIT")
         self._db.execute("BEGIN")
@@ -87,11 +87,11 @@ class Store:
         return dict(self._db.execute("SELECT name, value FROM counts"))
 
     def find(self, key: str) -> tuple[int, str] | None:
-        """(number, answer) of a problem that was seen before."""
+        """Return (number, answer) of a known problem, or None."""
         return self._db.execute("SELECT id, answer FROM problems WHERE key = ?", (key,)).fetchone()
 
     def add_problem(self, key: str, name: str, answer: str, row: dict[str, Any]) -> int:
-        """Its number. It is called ``name``, unless it has none or another is called so: then by its key."""
+        """Add a problem and return its number. Its id is ``name``, or its key if that is empty or taken."""
         free = (each for each in (name, key[:16], key) if each and not self._is_taken(each))
         name = next(free)
         return self._db.execute(
@@ -106,7 +106,7 @@ class Store:
         return found.fetchone() is not None
 
     def add_trace(self, problem: int, teacher: str, text: str) -> bool:
-        """Whether it is new."""
+        """Add a trace; return whether it is new."""
         return bool(
             self._db.execute(
                 "INSERT OR IGNORE INTO traces (problem, teacher, digest, text) VALUES (?, ?, ?, ?)",
@@ -118,12 +118,12 @@ class Store:
         self._db.execute("INSERT OR IGNORE INTO overlaps VALUES (?, ?)", (place, json.dumps(hit)))
 
     def overlaps(self, limit: int) -> list[dict[str, Any]]:
-        """The first so many, in order of their rows."""
+        """Return the first ``limit`` overlaps, in order of their rows."""
         found = self._db.execute("SELECT hit FROM overlaps ORDER BY rowid LIMIT ?", (limit,))
         return [json.loads(hit) for (hit,) in found]
 
     def rows(self) -> Iterator[tuple[dict[str, Any], list[tuple[str, str]]]]:
-        """(row with id and answer, its (teacher, trace) pairs), in order of first sight."""
+        """Yield (row with id and answer, its (teacher, trace) pairs), in order of first appearance."""
         for number, name, answer, row in self._db.execute("SELECT id, name, answer, row FROM problems ORDER BY id"):
             traces = self._db.execute("SELECT teacher, text FROM traces WHERE problem = ? ORDER BY id", (number,))
             yield {"id": name, "ground_truth": answer} | json.loads(row), traces.fetchall()
@@ -132,14 +132,14 @@ class Store:
         self._db.close()
 
     def remove(self) -> None:
-        """The work is done."""
+        """Remove the work file: the work is done."""
         self.close()
         if self._path:
             remove(self._path)
 
 
 def remove(path: Path) -> None:
-    """The work file and what SQLite puts beside it."""
+    """Remove the work file and SQLite's side files."""
     for name in (path.name, f"{path.name}-journal", f"{path.name}-wal", f"{path.name}-shm"):
         with suppress(FileNotFoundError):
             path.with_name(name).unlink()

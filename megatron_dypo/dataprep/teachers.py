@@ -25,7 +25,7 @@ from megatron_dypo.errors import UserError
 from megatron_dypo.records import Prompt
 
 log = logging.getLogger(__name__)
-_GIVE_UP = 20  # requests of a teacher that fail one after another, each after all its tries
+_GIVE_UP = 20  # consecutive failed requests of a teacher, each after all its tries
 _PROGRESS_SECONDS = 10.0
 
 
@@ -52,7 +52,7 @@ class Teachers(Section):
 
 
 def load_teachers(path: Path) -> list[TeacherSettings]:
-    """Raises UserError naming file and key; no value is quoted, which may be a secret in the wrong place."""
+    """Load teachers.yaml. Raises UserError naming file and key, but quoting no value: it may be a misplaced secret."""
     try:
         teachers = Teachers.model_validate(parse_yaml(path.read_text(encoding="utf-8"))).teachers
     except OSError as error:
@@ -73,7 +73,7 @@ def load_teachers(path: Path) -> list[TeacherSettings]:
 
 @dataclass
 class Tally:
-    """Of one teacher, over all runs on the file; ``failed`` and ``stopped`` (why) are this run's."""
+    """Counts of one teacher, over all runs on the file; ``failed`` and ``stopped`` (why) are this run's."""
 
     verdicts: Counter[str] = field(default_factory=Counter)
     prompt_tokens: int = 0
@@ -92,7 +92,7 @@ class Tally:
 
 
 class _Judge:
-    """The grader for many tasks at once: it gets all that wait, while the event loop goes on."""
+    """The grader for many tasks at once: it takes everything that waits, while the event loop continues."""
 
     def __init__(self, grade: Grader):
         self._grade = grade
@@ -121,7 +121,7 @@ class Generation:
     def __init__(
         self, prompts: list[Prompt], teachers: list[TeacherSettings], file: AttemptFile, grade: Grader, attempts: int
     ):
-        """Takes in what the file holds. Raises UserError where that is about other prompts or other settings."""
+        """Take in what the file holds. Raises UserError if it has other prompts or other settings."""
         self._prompts, self._teachers, self._file, self._attempts = prompts, teachers, file, attempts
         self._judge = _Judge(grade)
         self.tallies = {teacher.name: Tally() for teacher in teachers}
@@ -156,12 +156,12 @@ class Generation:
         self.tallies.setdefault(record["teacher"], Tally()).count(record, verdict)
 
     async def run(self) -> None:
-        """Until every prompt has a right answer of every teacher or no attempt is left; a refused teacher stops."""
+        """Run until every prompt has a right answer of every teacher or no attempt is left; a refused teacher stops."""
         async with asyncio.TaskGroup() as group:
             judge = group.create_task(self._judge.work())
-            await self._grade_rest()  # a kill's
+            await self._grade_rest()  # what a kill left
             await asyncio.gather(*map(self._ask_teacher, self._teachers))
-            await self._grade_rest()  # a stopped teacher's
+            await self._grade_rest()  # what a stopped teacher left
             judge.cancel()
 
     async def _grade_rest(self) -> None:
@@ -263,13 +263,13 @@ def first_error(group: BaseExceptionGroup) -> BaseException:
     return error
 
 
-_WIDTH = 120  # of a table in a log
+_WIDTH = 120  # characters of a table in a log
 
 
 def generate(
     prompts: str, teachers: Path, out: Path, *, attempts: int, extract: str, workers: int, repair_escapes: bool = False
 ) -> dict[str, Tally]:
-    """Ask, verify and record, going on from what ``out`` holds. Raises UserError for input that cannot be used."""
+    """Ask, verify and record, continuing from what ``out`` holds. Raises UserError for unusable input."""
     settings = load_teachers(teachers)
     found = rows.read(prompts, escapes="repair" if repair_escapes else "refuse")
     if not found:

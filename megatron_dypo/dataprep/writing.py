@@ -1,4 +1,4 @@
-"""The second stage of ``prepare``: the store's problems as rows of ``data/rows.py``, in order, whole or not at all."""
+"""Write the store's problems as rows of ``data/rows.py``, whole or not at all: the second stage of ``prepare``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from megatron_dypo.dataprep.store import Store
 from megatron_dypo.errors import UserError
 from megatron_dypo.runtime.fs import replaced
 
-_PARQUET_ROWS = 256  # of a row group: a row of long traces may have a megabyte
+_PARQUET_ROWS = 256  # rows in a row group; a row of long traces may take a megabyte
 
 
 def output_rows(store: Store, options: Options, counts: Counter[str]) -> Iterator[dict[str, Any]]:
-    """The rows to write. ``counts`` gets what is left out, what is written, and traces by teacher."""
+    """Yield the rows to write; ``counts`` gets what is dropped, what is written, and traces by teacher."""
     for row, found in store.rows():
         taken: Counter[str] = Counter()
         teachers = []
@@ -40,7 +40,7 @@ def output_rows(store: Store, options: Options, counts: Counter[str]) -> Iterato
 
 
 def write_rows(path: Path, store: Store, options: Options) -> Counter[str]:
-    """Write ``path``, down to the disk, under its name when it is whole; returns the counts of ``output_rows``."""
+    """Write ``path`` and sync it to disk; its name appears once it is whole. Return the counts of ``output_rows``."""
     counts: Counter[str] = Counter()
     rows = output_rows(store, options, counts)
     try:
@@ -76,10 +76,10 @@ def _write_parquet(file: BinaryIO, rows: Iterator[dict[str, Any]], extra: Any) -
 
 
 def _extra_type(values: Iterable[dict[str, Any]]) -> Any:
-    """The Arrow type that holds all of them; None where there are none."""
+    """Return the Arrow type that holds all values; None if there are none."""
     try:
         return _unified(values)
-    except (ValueError, TypeError) as error:  # Arrow's own are of these kinds
+    except (ValueError, TypeError) as error:  # Arrow's errors are subclasses of these
         reason = str(error).splitlines()[0]
         raise UserError(f"--out: extra_info does not fit into one Parquet column, write .jsonl: {reason}") from None
 
