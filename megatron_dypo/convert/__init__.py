@@ -1,1 +1,1 @@
-"""Hugging Face names and layouts <-> Megatron-Core's: one table serves initialisation, import, export and sync."""
+"""Convert Hugging Face names and layouts <-> Megatron-Core's: one table for initialisation, import, export and sync."""

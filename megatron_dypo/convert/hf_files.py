@@ -1,4 +1,4 @@
-"""What a Hugging Face folder holds beside its weights: configuration, generation defaults, tokenizer, chat template."""
+"""Copy what a Hugging Face folder holds besides weights: configuration, generation defaults, tokenizer, template."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copy them; returns their names, none where ``source`` has no tokenizer."""
+    """Copy the tokenizer's files; return their names, or none if ``source`` has no tokenizer."""
     found = tokenizer_files(source)
     for path in found:
         shutil.copyfile(path, target / path.name)
@@ -35,7 +35,7 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
 
 
 def set_ends(folder: Path, end_ids: tuple[int, ...]) -> None:
-    """Name the end tokens in ``generation_config.json``, whatever it held of them."""
+    """Set the end tokens in ``generation_config.json``, replacing what it held."""
     path = folder / "generation_config.json"
     settings = json.loads(path.read_bytes()) if path.is_file() else {}
     path.write_text(json.dumps(settings | {"eos_token_id": list(end_ids)}, indent=2))
@@ -48,10 +48,10 @@ def copy_metadata(
     tokenizer: Path | None = None,
     extended: ModelShape | None = None,
 ) -> None:
-    """Copy it from one folder to another; a missing tokenizer is a warning.
+    """Copy the metadata from one folder to another; log a warning if there is no tokenizer.
 
-    ``dtype`` is named where it is another. ``tokenizer``: the folder of another one than the source's own.
-    ``extended``: the shape, where a run has changed how many positions it has, or its RoPE.
+    ``dtype``: set it in config.json. ``tokenizer``: the folder of the tokenizer, if not the source. ``extended``: the
+    shape, if a run has changed the number of positions or RoPE.
     """
     before = json.loads((source / "config.json").read_text())
     config = copy.deepcopy(before)
@@ -60,9 +60,13 @@ def copy_metadata(
         config["dtype"] = dtype_name(dtype)
     if extended:
         config["max_position_embeddings"] = extended.max_position
-        nested = config.get("rope_scaling") or config.get("rope_parameters") or {}  # of both, the first counts
+        nested = (
+            config.get("rope_scaling") or config.get("rope_parameters") or {}
+        )  # if both are present, the first counts
         (nested if "rope_theta" in nested else config)["rope_theta"] = extended.rope_base
-        if extended.rope_scaling and extended.rope_scaling.rope_type == "llama3":  # absent, it is the old max_position
+        if (
+            extended.rope_scaling and extended.rope_scaling.rope_type == "llama3"
+        ):  # if absent, it is the old max_position
             name = "original_max_position_embeddings"
             nested.setdefault(name, extended.rope_scaling.original_max_position_embeddings)
     if config != before:

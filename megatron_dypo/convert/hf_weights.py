@@ -1,7 +1,7 @@
-"""Read and write a Hugging Face folder's weights: safetensors, single or sharded; on request the older ``.bin``, too.
+"""Read and write a Hugging Face folder's weights: safetensors, single or sharded; on request also the older ``.bin``.
 
 Writing holds one tensor in memory at a time. The format: the header's length (8 bytes, little-endian), the header
-(JSON: name -> dtype, shape, place), the tensors. Sizes are known beforehand, so nothing waits until a shard is whole.
+(JSON: name -> dtype, shape, offsets), the tensors. Sizes are known beforehand, so no shard has to be buffered.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from megatron_dypo.models.shape import ModelShape
 from megatron_dypo.runtime.distributed import launch_rank
 from megatron_dypo.runtime.fs import is_safe_name, new_file
 
-# What a folder's weights may be called; of several, transformers loads the first.
+# File names of a folder's weights; if there are several, transformers loads the first.
 LAYOUTS = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-ADAPTER = "adapter_config.json"  # of PEFT, which transformers adds to the weights where it is installed
-ROWS = 2048  # of a head and an embedding that are compared at a time
+ADAPTER = "adapter_config.json"  # PEFT's; transformers applies it to the weights if PEFT is installed
+ROWS = 2048  # rows of head and embedding compared at a time
 
 log = logging.getLogger(__name__)
 
 
 def folder_weights(folder: str | Path, allow_bin: bool = False) -> Callable[[str], Tensor]:
-    """``read(name)`` over the folder's tensors; only the one asked for is loaded.
+    """Return ``read(name)`` over the folder's tensors; it loads only the tensor asked for.
 
-    ``allow_bin``: read ``pytorch_model*.bin``, a pickle, where there are no safetensors; nothing in it is run. Raises
+    ``allow_bin``: read ``pytorch_model*.bin``, a pickle, if there are no safetensors; its code is never run. Raises
     UserError naming file and tensor: no weights, missing shard, damaged file, absent tensor.
     """
     folder = Path(folder)
@@ -57,13 +57,13 @@ def folder_weights(folder: str | Path, allow_bin: bool = False) -> Callable[[str
 def check_folder(folder: str | Path, shape: ModelShape, allow_bin: bool = False) -> None:
     """Raise UserError naming file and tensor unless the folder holds exactly the model's tensors, in their shapes.
 
-    Of all tensors but a tied model's head only the files' headers are read. What a checkpoint may hold besides: that
-    head, where it equals the embedding, and rotary frequencies.
+    Only file headers are read, except for a tied model's head. A checkpoint may also hold that head, if it equals the
+    embedding, and rotary frequencies.
     """
     listing, where = _contents(Path(folder), allow_bin)
     if launch_rank() == 0:
         _warn_of_a_second_set(Path(folder))
-    for last in last_names(shape):  # before a number of layers or experts that is none makes a table of their tensors
+    for last in last_names(shape):  # before an absurd number of layers or experts becomes a table of their tensors
         if last not in where:
             raise UserError(f"{listing}: tensor {last} is missing")
     expected = hf_shapes(shape)
@@ -92,7 +92,7 @@ def check_folder(folder: str | Path, shape: ModelShape, allow_bin: bool = False)
 
 
 def _equal(head, embedding) -> bool:
-    """Whether two tensors, as slices of their files, are equal; some rows in memory at a time."""
+    """Return whether two tensors, as slices of their files, are equal; reads some rows at a time."""
     rows = head.get_shape()[0]
     return head.get_shape() == embedding.get_shape() and all(
         torch.equal(head[at : at + ROWS].float(), embedding[at : at + ROWS].float()) for at in range(0, rows, ROWS)
@@ -100,9 +100,9 @@ def _equal(head, embedding) -> bool:
 
 
 def _contents(folder: Path, allow_bin: bool) -> tuple[Path, dict[str, Path]]:
-    """The file that lists the folder's tensors, and which file holds each; every file can be opened.
+    """Return the file that lists the folder's tensors, and the file of each tensor; every file can be opened.
 
-    Of several sets of weights it is the one that transformers loads.
+    Of several sets of weights, it is the one that transformers loads.
     """
     there = [folder / name for name in LAYOUTS if (folder / name).is_file()]
     if not there:
@@ -126,7 +126,7 @@ def _contents(folder: Path, allow_bin: bool) -> tuple[Path, dict[str, Path]]:
 
 
 def _weight_map(index: Path) -> dict[str, Path]:
-    """Tensor -> file, as an index of shards has it."""
+    """Return tensor -> file from an index of shards."""
     try:
         shards = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -137,7 +137,7 @@ def _weight_map(index: Path) -> dict[str, Path]:
 
 
 def _warn_of_a_second_set(folder: Path) -> None:
-    """Warn where a folder holds two whole sets of safetensors, of which one is not read, or an adapter."""
+    """Log a warning if a folder holds two full sets of safetensors, of which one is ignored, or an adapter."""
     if (folder / ADAPTER).is_file():
         log.warning("%s: %s is not read: unless merged into the weights, its adapter is left out", folder, ADAPTER)
     single, index = (folder / name for name in LAYOUTS[:2])
@@ -151,7 +151,7 @@ def _warn_of_a_second_set(folder: Path) -> None:
 
 
 def _open(path: Path):
-    """An open file of safetensors, or what can be asked the same of a ``.bin``."""
+    """Open a file of safetensors, or a ``.bin`` behind the same interface."""
     if path.suffix == ".bin":
         return _open_bin(path)
     try:
@@ -161,7 +161,7 @@ def _open(path: Path):
 
 
 class _Bin:
-    """A ``.bin`` as safetensors are asked; torch maps the file, so that tensors take memory when they are read."""
+    """A ``.bin`` with the interface of safetensors; torch maps the file, so tensors take memory only when read."""
 
     def __init__(self, path: Path):
         from transformers.modeling_utils import load_state_dict
@@ -198,7 +198,7 @@ class _BinSlice:
 def _open_bin(path: Path) -> _Bin:
     try:
         return _Bin(path)
-    except Exception as error:  # whatever torch raises on a file that is none of its own, or holds more than tensors
+    except Exception as error:  # whatever torch raises for a foreign file, or one with more than tensors
         raise UserError(f"{path}: cannot be read: {type(error).__name__}: {error}") from None
 
 
@@ -207,7 +207,7 @@ CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch
 
 
 def plan_shards(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
-    """File name -> names of its tensors, in the order of ``sizes`` (bytes): at most ``limit`` bytes, or one tensor."""
+    """Return file name -> tensor names, in the order of ``sizes`` (bytes): at most ``limit`` bytes, or one tensor."""
     shards: list[list[str]] = []
     room = 0
     for name, size in sizes.items():
@@ -224,7 +224,7 @@ def plan_shards(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
 def write_shard(
     path: Path, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype], read: Callable[[str], Tensor]
 ) -> None:
-    """Write the tensors of ``shapes`` down to the disk; ``read(name)`` gives each in its dtype. Raises OSError."""
+    """Write the tensors of ``shapes`` and sync to disk; ``read(name)`` gives each in its dtype. Raises OSError."""
     header: dict = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -239,7 +239,7 @@ def write_shard(
 
 
 def write_index(folder: Path, shards: Mapping[str, list[str]], total: int) -> None:
-    """``model.safetensors.index.json``, where there is more than one shard. Raises OSError."""
+    """Write ``model.safetensors.index.json``, if there is more than one shard. Raises OSError."""
     if len(shards) > 1:
         where = {name: file for file, names in shards.items() for name in names}
         (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2))

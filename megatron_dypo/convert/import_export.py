@@ -1,7 +1,7 @@
-"""``convert import`` and ``convert export``: between a Hugging Face folder and a Megatron checkpoint, weight by weight.
+"""Run ``convert import`` and ``convert export``, between a Hugging Face folder and a Megatron checkpoint.
 
-Under plain python one process does all; under torchrun the ranks share the weights out between them. Nobody holds more
-than one weight. What is written gets its name when it is whole.
+Weights are converted one by one: by one process under plain python, shared among the ranks under torchrun. No process
+holds more than one weight. The output gets its name once it is whole.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ from megatron_dypo.runtime.fs import sync_folder
 
 log = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_SHAPE = "model.shape."  # the section whose keys are the fields of ``state.json``'s model
-METADATA = "hf"  # in a checkpoint: the folder of config.json, tokenizer and the like that it was imported with
+_SHAPE = "model.shape."  # prefix of the keys that are fields of the model in ``state.json``
+METADATA = "hf"  # folder in a checkpoint: config.json, tokenizer etc. that it was imported with
 
 
 def source_folder(hf: str, key: str = "--hf") -> tuple[Path, ModelShape]:
-    """A Hugging Face folder, or a hub name's local copy, and its model's shape. Raises UserError as ``model_shape``."""
+    """Return (Hugging Face folder or local copy of the hub name, its shape). Raises UserError as ``model_shape``."""
     folder = Path(hf_folder(hf, key))
     return folder, model_shape(Model(hf=str(folder)))
 
 
 def import_folder(hf: str, out: Path, parallel: Parallel, dtype: str | None, allow_bin: bool) -> str:
-    """Write the Hugging Face folder's weights as a Megatron checkpoint, which loads at any layout; says what it did.
+    """Write the Hugging Face folder's weights as a Megatron checkpoint, which loads at any layout; return what it did.
 
-    ``parallel``: a layout that the model must admit. Raises UserError naming file and tensor; then nothing is left of
+    ``parallel``: a layout that the model must be divisible by. Raises UserError naming file and tensor, leaving no
     ``out``.
     """
     source, shape = source_folder(hf)
@@ -80,12 +80,11 @@ def import_folder(hf: str, out: Path, parallel: Parallel, dtype: str | None, all
 def export_folder(
     checkpoint: Path, out: Path, hf: str | None, dtype: str | None, shard_bytes: int, side: bool = False
 ) -> str:
-    """Write a checkpoint's weights as a Hugging Face folder that transformers and vLLM load; says what it did.
+    """Write a checkpoint's weights as a Hugging Face folder that transformers and vLLM load; return what it did.
 
-    ``side``: those of the run's second model, which is of the policy's shape.
-
-    ``hf``: the folder whose configuration and tokenizer go with them; default: the one the weights came from. Raises
-    UserError naming file and tensor; then nothing is left of ``out``.
+    ``side``: export the run's second model, which has the policy's shape. ``hf``: the folder whose configuration and
+    tokenizer to copy; default: the one the weights came from. Raises UserError naming file and tensor, leaving no
+    ``out``.
     """
     join()
     folder = checkpoint_folder(checkpoint)
@@ -112,22 +111,22 @@ def export_folder(
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Raise UserError naming the file unless all files are what was written; the ranks share them out. Collective.
+    """Raise UserError naming the file unless all files are as written; the ranks share them. Collective.
 
-    A checkpoint without our manifest (Megatron-LM's own) is taken as it is.
+    A checkpoint without our manifest (Megatron-LM's own) is accepted as it is.
     """
     if listed_files(folder) and (fault := shared_fault(folder)):
         raise UserError(fault)
 
 
 def run_config(folder: Path) -> Config | None:
-    """The configuration of the run that a checkpoint is part of."""
+    """Return the configuration of the run that a checkpoint belongs to."""
     path = folder.parent.parent / "config.yaml"
     return load_config(path, recorded=True) if path.is_file() else None
 
 
 def metadata_folder(folder: Path) -> str | None:
-    """The Hugging Face folder that a checkpoint's weights came from; None where they were random, or nobody knows."""
+    """Return the Hugging Face folder that a checkpoint's weights came from; None if random or unknown."""
     if (folder / METADATA / "config.json").is_file():
         return str(folder / METADATA)
     run = run_config(folder)
@@ -137,10 +136,10 @@ def metadata_folder(folder: Path) -> str | None:
 def _write_metadata(
     folder: Path, metadata: Path | None, shape: ModelShape, target: Path, dtypes: set[torch.dtype], asked: bool
 ) -> None:
-    """What goes with a checkpoint's weights: the folder's they came from, with the run's tokenizer; or made anew.
+    """Write the metadata of a checkpoint's weights: copied from their origin, with the run's tokenizer, or generated.
 
-    ``dtypes``: of the weights that are written. ``config.json`` names it, since transformers and vLLM load in the dtype
-    that stands there; but what was only imported keeps what it says unless another dtype was ``asked`` for.
+    ``dtypes``: those of the weights written. ``config.json`` states the dtype, because transformers and vLLM load in
+    it; an unmodified import keeps its own unless another dtype was ``asked`` for.
     """
     run = run_config(folder)
     dtype = dtypes.pop() if len(dtypes) == 1 and (asked or not metadata or run) else None
@@ -148,7 +147,7 @@ def _write_metadata(
         own = run.model.tokenizer if run else None
         changed = shape if source_folder(str(metadata))[1] != shape else None
         copy_metadata(metadata, target, dtype, Path(hf_folder(own, "--hf")) if own else None, changed)
-        if own:  # what the run's responses ended with
+        if own:  # ends of the run's responses
             run.model.hf = str(metadata)
             set_ends(target, load_tokenizer(run, shape).end_ids)
     elif run:
@@ -161,21 +160,21 @@ def _write_metadata(
 
 
 def model_of(folder: Path, origin: str | None) -> ModelShape:
-    """The shape of a checkpoint's model: the folder's where its weights came from, or as the checkpoint tells itself.
+    """Return the shape of a checkpoint's model: from the folder its weights came from, or from the checkpoint itself.
 
-    A run may have changed ``POSITIONS`` of what it began with.
+    A run may have changed ``POSITIONS`` of its initial model.
     """
     if not origin:
         return checkpoint_shape(folder)
     shape = source_folder(origin)[1]
-    with contextlib.suppress(UserError):  # Megatron-LM's own tell nothing
+    with contextlib.suppress(UserError):  # Megatron-LM's checkpoints record none
         trained = checkpoint_shape(folder)
         shape = dataclasses.replace(shape, **{name: getattr(trained, name) for name in POSITIONS})
     return shape
 
 
 def checkpoint_shape(folder: Path) -> ModelShape:
-    """The model's shape as the checkpoint's ``state.json`` has it. Raises UserError where it has none."""
+    """Return the model's shape from the checkpoint's ``state.json``. Raises UserError if it has none."""
     path = folder / "state.json"
     try:
         stored = {f"{_SHAPE}{name}": value for name, value in json.loads(path.read_text())["model"].items()}
@@ -192,9 +191,9 @@ def _in_dtype(read: Callable[[str], Tensor], dtype: str | None) -> Callable[[str
 
 @contextlib.contextmanager
 def _output(out: Path) -> Iterator[Path]:
-    """A folder to write to, the same on all ranks, which is named ``out`` at the end of the block. Collective.
+    """Yield a folder to write to, the same on all ranks, which is renamed ``out`` at the end of the block. Collective.
 
-    Raises UserError where there is such a folder already, and for a full disk; what was written is then removed.
+    Raises UserError if ``out`` exists already, and for a full disk; what was written is then removed.
     """
     fault, folder = None, out
     if dist.get_rank() == 0:

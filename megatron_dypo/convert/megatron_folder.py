@@ -1,8 +1,8 @@
-"""A Megatron checkpoint on disk, one weight at a time: no model is built and no layout chosen.
+"""Read and write a Megatron checkpoint on disk, one weight at a time, without building a model or choosing a layout.
 
 The format is mcore's ``torch_dist``, in which a weight is the whole model's whatever layout wrote it: layers stacked
-along a first axis, experts along a second, q, k and v in groups, gate above up. So a weight folds and unfolds as at
-TP 1.
+along a first axis, experts along a second, q, k and v in groups, gate above up. So a weight folds and unfolds as at TP
+1.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from megatron_dypo.models.rules import WeightRule
 from megatron_dypo.models.shape import ModelShape
 
 _LAYERS = "decoder.layers."
-_NO_WEIGHT = "._extra_state"  # what Transformer Engine keeps beside weights (FP8 scales)
-_WEIGHTS = ("decoder", "embedding", "output_layer")  # how the names of weights begin; optimizer state has others
+_NO_WEIGHT = "._extra_state"  # what Transformer Engine stores next to weights (FP8 scales)
+_WEIGHTS = ("decoder", "embedding", "output_layer")  # prefixes of weight names; optimizer state has others
 
 
 def checkpoint_folder(path: Path) -> Path:
-    """The checkpoint that ``path`` is, or a run folder's newest complete one. Raises UserError, also for what is none.
+    """Return the checkpoint at ``path``, or a run folder's newest complete one. Raises UserError if there is none.
 
-    Legacy checkpoints of Megatron-LM are named as such: they are pickles of whatever objects, cut for one layout.
+    A legacy checkpoint of Megatron-LM is refused by name: it is a pickle of arbitrary objects, cut for one layout.
     """
     if steps := complete_steps(path):
         return step_folder(path, steps[-1])
@@ -49,10 +49,10 @@ def checkpoint_folder(path: Path) -> Path:
 
 
 class MegatronFolder:
-    """``read(name)`` gives the Hugging Face tensor of that name, whole. Holds one weight in memory, and its last piece.
+    """Give the Hugging Face tensors of a checkpoint: ``read(name)`` returns one, whole, and holds one weight in memory.
 
-    ``model`` is what the names of its tensors begin with: ``SIDE`` for a second model's. Raises UserError naming file
-    and tensor: no index, no such model, absent weight, another shape than the model's.
+    ``model`` is the prefix of its tensor names: ``SIDE`` for a second model. Raises UserError naming file and tensor:
+    no index, no such model, absent weight, wrong shape.
     """
 
     def __init__(self, folder: Path, shape: ModelShape, model: str = ""):
@@ -74,7 +74,7 @@ class MegatronFolder:
         self._reader = FileSystemReader(folder)
         self._reader.set_up_storage_reader(index, is_coordinator=True)
         table = rules(shape)
-        self._pieces: dict[tuple[str, tuple[int, ...]], list] = defaultdict(list)  # by name, and place in the stack
+        self._pieces: dict[tuple[str, tuple[int, ...]], list] = defaultdict(list)  # by name and position in the stack
         stacked = {key: len(at) for key, at in (_key(rule, shape) for rule in table)}
         for name, entry in self._entries.items():
             for chunk in entry.chunks if name in stacked else ():
@@ -94,7 +94,7 @@ class MegatronFolder:
     def read(self, name: str) -> Tensor:
         rule = self._rule_of[name]
         if self._last[0] != rule:
-            self._last = (None, {})  # let go of the one before first
+            self._last = (None, {})  # free the previous one first
             folded = rule.folded_shard(self._whole(rule), self.shape, tp=1)
             self._last = (rule, dict(zip(rule.names, rule.unfold(folded, self.shape), strict=True)))
         return self._last[1][name]
@@ -130,14 +130,14 @@ class MegatronFolder:
         for item in items:
             try:
                 self._reader.read_data(LoadPlan([item]), _Into(whole)).wait()
-            except Exception as error:  # whatever torch's reader raises on bytes that are not its own
+            except Exception as error:  # whatever torch's reader raises for foreign bytes
                 path = self.folder / self._files[item.storage_index]
                 raise UserError(f"{path}: tensor {key} cannot be read: {type(error).__name__}: {error}") from None
         return whole[first]
 
 
 class _Into:
-    """What torch's reader asks of a planner: where in a tensor a piece belongs."""
+    """The planner that torch's reader asks where in a tensor a piece belongs."""
 
     def __init__(self, whole: Tensor):
         self._whole = whole
@@ -152,7 +152,7 @@ class _Into:
 def megatron_pieces(
     shape: ModelShape, read: Callable[[str], Tensor], chosen: list[WeightRule]
 ) -> Iterator[tuple[TensorPiece, Tensor]]:
-    """The pieces of the ``chosen`` weights, whole ones, of Hugging Face tensors; one in memory at a time."""
+    """Yield the pieces of the ``chosen`` weights, whole, from Hugging Face tensors; one is in memory at a time."""
     for rule in chosen:
         key, at = _key(rule, shape)
         parts = [read(name) for name in rule.names]
@@ -164,7 +164,7 @@ def megatron_pieces(
 
 
 def _key(rule: WeightRule, shape: ModelShape) -> tuple[str, tuple[int, ...]]:
-    """(the weight's name in a checkpoint, its place in the stack there: layer and expert, as far as it has them)."""
+    """Return (name of the weight in a checkpoint, its position in the stack there: layer and expert, if any)."""
     if not rule.mcore.startswith(_LAYERS):
         return rule.mcore, ()
     layer, _, rest = rule.mcore.removeprefix(_LAYERS).partition(".")
@@ -177,5 +177,5 @@ def _key(rule: WeightRule, shape: ModelShape) -> tuple[str, tuple[int, ...]]:
 
 
 def _stack(rule: WeightRule, shape: ModelShape) -> tuple[int, ...]:
-    """Sizes of the axes along which weights like this one are stacked."""
+    """Return the sizes of the axes along which such weights are stacked."""
     return (shape.num_layers, shape.num_experts)[: len(_key(rule, shape)[1])]

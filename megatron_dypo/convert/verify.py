@@ -1,8 +1,8 @@
-"""``convert verify``: whether a Megatron checkpoint and a Hugging Face folder are the same model, with the evidence.
+"""Run ``convert verify``: show whether a Megatron checkpoint and a Hugging Face folder are the same model.
 
-Two proofs that do not rest on each other. Every tensor, unfolded by our table, is compared bit for bit. And the model
-that Megatron-Core itself loads from the checkpoint, at any layout, must give the log-probs of a text that transformers
-gives: a table that is wrong both ways fails here.
+There are two independent proofs. Every tensor, unfolded by our table, is compared bit for bit. And the model that
+Megatron-Core itself loads from the checkpoint, at any layout, must give the same log-probs of a text as transformers: a
+table that is wrong in both directions fails here.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ if TYPE_CHECKING:
     from megatron_dypo.policy.policy import Policy
 
 TOLERANCE = 1e-4  # nats, fp32, on log-probs
-NAMED = 8  # tensors that are named
+NAMED = 8  # tensors named in the output, at most
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by an element's bytes
 
 
 @dataclass
 class Comparison:
-    """``differing``: a line for each tensor that is not the same; ``gap``: of log-probs, in nats, over ``tokens``.
+    """A comparison. ``differing``: one line per tensor that differs; ``gap``: of log-probs, in nats, over ``tokens``.
 
-    ``unfinite``: a line for each tensor with a NaN or an infinity, which may be the same all the same.
+    ``unfinite``: one line per tensor with a NaN or infinity, which may still be equal.
     """
 
     tensors: int
@@ -56,7 +56,7 @@ class Comparison:
         return not self.differing and (self.gap is None or self.gap <= TOLERANCE)
 
     def lines(self) -> list[str]:
-        """What to print."""
+        """Return the lines to print."""
         found = _listed("WARNING", self.unfinite) + _listed("differs", self.differing)
         if not self.differing:
             found.append(f"tensors: all {self.tensors} are equal, bit for bit")
@@ -73,10 +73,10 @@ def _listed(label: str, lines: list[str]) -> list[str]:
 
 
 def verify(hf: str, checkpoint: Path, parallel: Parallel, tensors_only: bool) -> Comparison:
-    """Compare; collective over the ranks of ``parallel``, which share the tensors out and build the model together.
+    """Compare; collective over the ranks of ``parallel``, which share the tensors and build the model together.
 
-    ``tensors_only`` leaves the log-probs out: they need the whole model in transformers, in fp32, on rank 0. Raises
-    UserError where either cannot be read.
+    ``tensors_only`` skips the log-probs, which need the whole model in transformers, in fp32, on rank 0. Raises
+    UserError if either cannot be read.
     """
     source, shape = source_folder(hf)
     if not tensors_only:
@@ -93,16 +93,16 @@ def verify(hf: str, checkpoint: Path, parallel: Parallel, tensors_only: bool) ->
 
 
 def _compare_tensors(source: Path, folder: Path, shape: ModelShape) -> tuple[list[str], list[str]]:
-    """Lines of ``Comparison``: of tensors that differ, and of those that are not finite."""
+    """Return the lines of ``Comparison``: of tensors that differ, and of tensors that are not finite."""
     theirs, ours = folder_weights(source), MegatronFolder(folder, shape)
     differing, unfinite = [], []
     for rule in rules(shape)[dist.get_rank() :: dist.get_world_size()]:
         for name in rule.names:
             wanted, got = theirs(name), ours.read(name)
             if wanted.dtype != got.dtype:
-                wanted = wanted.to(got.dtype)  # asked for at import
+                wanted = wanted.to(got.dtype)  # the dtype requested at import
             bits = _BITS[got.itemsize]
-            if (differ := wanted.view(bits) != got.view(bits)).any():  # NaN is not equal to itself, its bits are
+            if (differ := wanted.view(bits) != got.view(bits)).any():  # NaN is not equal to itself, but its bits are
                 gap = (wanted[differ].double() - got[differ].double()).abs().max()
                 differing.append(f"{name}: {int(differ.sum())} of {got.numel()} elements, by up to {gap:.3g}")
             if not is_finite(got):
@@ -115,9 +115,9 @@ def _compare_tensors(source: Path, folder: Path, shape: ModelShape) -> tuple[lis
 def _compare_logprobs(
     source: Path, folder: Path, shape: ModelShape, parallel: Parallel, finite: bool
 ) -> tuple[float, int]:
-    """(largest gap, tokens) between transformers on rank 0 and Megatron-Core on all ranks.
+    """Return (largest gap in nats, tokens) between transformers on rank 0 and Megatron-Core on all ranks.
 
-    Unless all weights are ``finite``, tokens without a finite log-prob on either side are left out.
+    Unless all weights are ``finite``, tokens without a finite log-prob on either side are excluded.
     """
     expected = None
     if dist.get_rank() == 0:
@@ -130,7 +130,7 @@ def _compare_logprobs(
 
 
 def _text_ids(source: Path, shape: ModelShape) -> np.ndarray:
-    """Real text where the folder has a tokenizer, else ids all over the vocabulary."""
+    """Return real text if the folder has a tokenizer, else ids from all over the vocabulary."""
     limit = min(512, shape.max_position)
     if not tokenizer_files(source):
         return np.random.default_rng(0).integers(0, shape.vocab_size, limit).astype(np.int32)
@@ -139,13 +139,13 @@ def _text_ids(source: Path, shape: ModelShape) -> np.ndarray:
 
 
 def _policy(folder: Path, shape: ModelShape, parallel: Parallel) -> Policy:
-    """The checkpoint's, by mcore's own loading."""
+    """Build the checkpoint's policy through mcore's own loading."""
     from megatron_dypo.checkpoint.state import restore
     from megatron_dypo.policy.policy import Policy
 
     with tempfile.TemporaryDirectory() as unused:
         config = Config(
-            model=Model(preset="tiny", dtype="fp32"),  # the shape is given beside it
+            model=Model(preset="tiny", dtype="fp32"),  # the shape is passed separately
             data=Data(train=unused),
             parallel=parallel,
             objective=Objective(method="sft"),

@@ -1,4 +1,4 @@
-r"""Generated tasks: ``reasoning_gym:TASK?option=value&...`` -> prompts, some with two algorithmic teachers.
+r"""Generate tasks: ``reasoning_gym:TASK?option=value&...`` -> prompts, some with two algorithmic teachers.
 
 The teachers solve a sum in different orders, so their traces differ in every intermediate result:
 

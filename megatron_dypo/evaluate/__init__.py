@@ -1,1 +1,1 @@
-"""How good the policy is on held-out prompts."""
+"""Measure how good the policy is on held-out prompts."""

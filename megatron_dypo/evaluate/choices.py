@@ -1,4 +1,4 @@
-"""Multiple-choice problems: their options, found in the text or given as a list, and a shuffle of them.
+"""Find the options of multiple-choice problems, in the text or as a list, and shuffle them.
 
 A model that has seen a public test set may know that the answer is C; it cannot know where C went.
 """
@@ -21,9 +21,9 @@ _LETTERS = tuple(ascii_uppercase)
 
 @dataclass(frozen=True)
 class Choices:
-    """``labels`` stand before ``texts``, in order; ``answer`` is the label of the right one.
+    """A question with its options: ``labels[i]`` precedes ``texts[i]``; ``answer`` is the label of the right one.
 
-    Raises ValueError where no option has that label.
+    Raises ValueError if no option has that label.
     """
 
     question: str
@@ -36,22 +36,22 @@ class Choices:
             raise ValueError(f"the answer {self.answer!r:.40} is not one of the option labels {', '.join(self.labels)}")
 
     def shuffled(self, *seed: object) -> Choices:
-        """The texts in another order, the labels where they were; a pure function of ``seed``."""
+        """Shuffle the texts and keep the labels in place; a pure function of ``seed``."""
         order = random.Random(stable_hash("options", *seed)).sample(range(len(self.texts)), len(self.texts))
         right = order.index(self.labels.index(self.answer))
         return Choices(self.question, self.labels, tuple(self.texts[i] for i in order), self.labels[right])
 
     def __str__(self) -> str:
-        """The question, an empty line, and a line for each option."""
+        """Return the question, an empty line, and one line per option."""
         options = (f"{label}) {text}" for label, text in zip(self.labels, self.texts, strict=True))
         return "\n".join([self.question.rstrip(), "", *options])
 
 
 def choices_of(row: dict[str, Any], question: str, answer: str) -> Choices:
-    """The options of a row, names of columns in lower case: in columns of their own, or as lines that end the question.
+    """Return the options of a row (column names in lower case): from columns, or from the last lines of the question.
 
-    ARC's lists of texts and labels, GPQA's right and wrong answers, a list or an object of options; the right one is
-    named by its label, its number from 0 or its text. Raises ValueError where there are none.
+    Columns may be ARC's lists of texts and labels, GPQA's right and wrong answers, or a list or object of options; the
+    answer is a label, an index from 0, or a text. Raises ValueError if there are no options.
     """
     given = row.get("choices") or row.get("options")
     if not given and isinstance(row.get("question"), dict):
@@ -60,7 +60,7 @@ def choices_of(row: dict[str, Any], question: str, answer: str) -> Choices:
     labels: tuple[str, ...]
     texts: tuple[str, ...]
     if wrong:
-        texts = tuple(sorted(text.strip() for text in (answer, *wrong)))  # the right one stands first in the file
+        texts = tuple(sorted(text.strip() for text in (answer, *wrong)))  # the right one is first in the file
         labels = _LETTERS[: len(texts)]
         return Choices(question, labels, texts, labels[texts.index(answer.strip())])
     if isinstance(given, dict) and {"label", "text"} <= given.keys():
@@ -79,7 +79,7 @@ def choices_of(row: dict[str, Any], question: str, answer: str) -> Choices:
 
 
 def _named(answer: str, labels: tuple[str, ...], texts: tuple[str, ...]) -> str:
-    """The label of the option that ``answer`` means; ``answer`` itself where it means none."""
+    """Return the label of the option that ``answer`` means; ``answer`` itself if it means none."""
     label = true_label(answer)
     if answer in labels:
         return answer
@@ -92,13 +92,13 @@ def _named(answer: str, labels: tuple[str, ...], texts: tuple[str, ...]) -> str:
 
 
 def find_choices(text: str, answer: str) -> Choices:
-    """The options that end ``text``, one a line. Raises ValueError where there are none."""
+    """Return the options at the end of ``text``, one per line. Raises ValueError if there are none."""
     lines = text.rstrip().split("\n")
     labels: list[str] = []
     texts: list[str] = []
     while lines and (option := _OPTION.fullmatch(lines[-1])):
         if labels and ord(option[1]) + 1 != ord(labels[0]):
-            break  # a numbered statement of the question, above its options
+            break  # a numbered statement in the question, above its options
         labels.insert(0, option[1])
         texts.insert(0, option[2].strip())
         lines.pop()

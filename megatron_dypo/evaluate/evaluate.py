@@ -1,7 +1,7 @@
-"""``evaluate``: the suites on a run's newest checkpoint, another checkpoint, a Hugging Face folder or a server.
+"""Run evaluation suites on a run's newest checkpoint, another checkpoint, a Hugging Face folder or a server.
 
-Under torchrun every rank has an engine of its own, and they share the problems. What is answered stays answered: a
-killed evaluation goes on.
+Under torchrun each rank has its own engine, and the ranks share the problems. Answers are kept: a killed evaluation
+resumes.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ from megatron_dypo.runtime.failure import phase
 from megatron_dypo.runtime.fs import atomic_write
 from megatron_dypo.weight_sync.source import StoredWeights
 
-ROUND = {"cuda": 4096, "cpu": 128}  # responses asked for at a time, and lost by a kill; vLLM samples fewer at once
+ROUND = {"cuda": 4096, "cpu": 128}  # responses requested at a time, and lost by a kill; vLLM samples fewer at once
 
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """Whom to ask: ``name`` for the results; ``digest`` tells whether the files are the same as they were.
+    """The model to evaluate: ``name`` in the results; ``digest`` changes when its files do.
 
-    ``checkpoint``: the folder, where it is one, whose files are still to be checked.
+    ``checkpoint``: the checkpoint folder whose files are still to be verified, if it is one.
     """
 
     name: str
@@ -74,7 +74,8 @@ def evaluate(
     """Run the suites and print their table; ``out`` gets ``results.json`` and each suite's responses.
 
     ``hf`` or ``checkpoint``: which weights; default: the run folder's newest checkpoint, else `model.hf`. ``out``
-    defaults to a folder of the run's. ``restart`` drops responses of before. Raises UserError before any engine starts.
+    defaults to a folder in the run folder. ``restart`` discards earlier responses. Raises UserError before any engine
+    starts.
     """
     if (name := engine_name(config)) in ("replay", "server"):
         why = {"replay": "samples nothing", "server": "would take the servers from the run that they belong to"}[name]
@@ -119,7 +120,7 @@ def evaluate(
 
 
 def evaluate_server(config: Config, names: list[str], server: ChatServer, out: Path | None, restart: bool) -> None:
-    """``evaluate`` with whoever is behind an address; ranks share the problems, if there are several."""
+    """Evaluate the model behind an address; the ranks, if there are several, share the problems."""
     with phase("reading the inputs"):
         suites = _load(config, names)
         try:
@@ -141,7 +142,7 @@ def _load(config: Config, names: list[str]) -> dict[Suite, list[Prompt]]:
 
 
 def _choose(config: Config, hf: str | None, checkpoint: Path | None) -> EvaluatedModel:
-    """The model to evaluate. It and its tokenizer become ``config.model.hf`` and ``.tokenizer``."""
+    """Return the model to evaluate; it and its tokenizer become ``config.model.hf`` and ``.tokenizer``."""
     run_dir = Path(config.trainer.run_dir)
     if hf is None and checkpoint is None and complete_steps(run_dir):
         checkpoint = run_dir
@@ -165,12 +166,12 @@ def _choose(config: Config, hf: str | None, checkpoint: Path | None) -> Evaluate
 
 
 def _name(folder: Path) -> str:
-    """Its last part, also where the path ends in ``.`` or ``..``; a link's own."""
+    """Return the last part of the path, resolved if that is ``.`` or ``..``; of a link, its own name."""
     return os.path.basename(os.path.abspath(folder))
 
 
 def _digest(folder: Path) -> str:
-    """Tells one state of a folder of weights from another, by its files' names, sizes and times."""
+    """Return a digest of a folder of weights, from its files' names, sizes and times."""
     listed = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir())
     return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
 
@@ -185,7 +186,7 @@ def _run(
     restart: bool,
     round_size: int,
 ) -> None:
-    """Ask, write and print. ``about`` goes with every suite's results; ``round_size`` is a rank's."""
+    """Ask, write and print. ``about`` goes with every suite's results; ``round_size`` is per rank."""
     results: dict[str, Any] = {}
     for suite, prompts in suites.items():
         name = suite.name
@@ -203,7 +204,7 @@ def _run(
 
 
 def _write(path: Path, results: dict[str, Any], about: dict[str, Any]) -> None:
-    """Beside what the file holds of other suites of the same weights."""
+    """Merge results into the file, which may hold other suites of the same weights."""
     try:
         before = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -213,7 +214,7 @@ def _write(path: Path, results: dict[str, Any], about: dict[str, Any]) -> None:
 
 
 def _asked(config: Config, suite: Suite, prompts: list[Prompt]) -> dict[str, Any]:
-    """All that decides what a suite's responses are, but the weights."""
+    """Return everything that determines a suite's responses, except the weights."""
     settings = config.evaluation
     return {
         "suite": suite.name,

@@ -1,4 +1,4 @@
-"""Evaluation inside training, with the engine as it stands: held-out prompts once each and greedily, and the suites."""
+"""Evaluate during training with the current engine: held-out prompts, once each and greedily, and the suites."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_dypo.runtime.distributed import Layout, all_gather_objects
 def greedy_accuracy(
     groups: list[Group], engine: Engine, config: Config, tokenizer: Tokenizer, reward: RewardProtocol, layout: Layout
 ) -> dict:
-    """``eval/valid/*``: share of right answers, mean length (tokens). Each rank takes its share of the prompts."""
+    """Return ``eval/valid/*``: share of right answers, mean length in tokens. The ranks share the prompts."""
     mine = [Group(group.prompt, group.prompt_ids) for group in groups[layout.rank :: layout.world]]
     requests = [Request(group.prompt_ids, None) for group in mine]
     responses = engine.generate(requests, sampling(config, tokenizer.end_ids))
@@ -42,7 +42,7 @@ def evaluate_now(
     reward: RewardFunction,
     layout: Layout,
 ) -> dict:
-    """``eval/valid/*`` and ``eval/<suite>/*``. Each rank takes its share of the prompts; collective."""
+    """Return ``eval/valid/*`` and ``eval/<suite>/*``. Each rank takes its share of the prompts; collective."""
     found: dict = {}
     if held_out:
         found |= greedy_accuracy(held_out, engine, config, tokenizer, reward, layout)

@@ -1,7 +1,7 @@
-"""What answers an evaluation's questions, a rollout engine or an OpenAI-compatible server; and its file of answers.
+"""Answer an evaluation's questions with a rollout engine or an OpenAI-compatible server, and keep the answers on disk.
 
-``SUITE.jsonl`` begins with a line that says what was asked of which model; each further line is one response. A killed
-evaluation goes on from it.
+``SUITE.jsonl`` starts with a line that says what was asked of which model; each further line is one response. A killed
+evaluation resumes from it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_dypo.runtime.fs import sync_file, take_lock
 
 @dataclass(frozen=True)
 class Answer:
-    """Response number ``sample`` to a problem; ``fault`` says why nobody could grade it."""
+    """Response number ``sample`` to a problem; ``fault`` says why it could not be graded."""
 
     problem: str
     sample: int
@@ -37,9 +37,9 @@ class Answer:
 
 
 class AnswerFile:
-    """``answers`` holds what is in the file, which ``add`` appends to. Only one process may write it.
+    """A file of answers: ``answers`` holds its content, ``add`` appends. Only one process may write it.
 
-    Raises UserError where it does, and where the file is of another evaluation (``about`` differs), or damaged.
+    Raises UserError if another process does, if it belongs to another evaluation (``about`` differs), or is damaged.
     """
 
     def __init__(self, path: Path, about: dict[str, Any], restart: bool = False):
@@ -52,7 +52,7 @@ class AnswerFile:
             self._file.truncate(0)
         self._file.seek(0)
         *lines, torn = self._file.read().split(b"\n")
-        if torn:  # by a kill in the middle of a line
+        if torn:  # a kill in the middle of a line
             self._file.truncate(self._file.tell() - len(torn))
         if not lines:
             self._write([about])
@@ -69,7 +69,7 @@ class AnswerFile:
             )
 
     def add(self, answers: list[Answer]) -> None:
-        """Append, down to the disk."""
+        """Append the answers and sync them to disk."""
         self._write([asdict(answer) for answer in answers])
         self.answers += answers
 
@@ -83,35 +83,35 @@ class AnswerFile:
 
 @dataclass(frozen=True)
 class Question:
-    """Ask for response number ``sample`` to a problem."""
+    """A request for response number ``sample`` to a problem."""
 
     prompt: Prompt
     sample: int
 
     def seed(self, base: int) -> int:
-        """A hash of (base, problem, sample): neither layout nor order changes what is drawn."""
+        """Return a hash of (base, problem, sample): neither layout nor order changes what is drawn."""
         return stable_hash(base, "evaluate", self.prompt.id, self.sample)
 
 
 @dataclass(frozen=True)
 class Said:
-    """What came back: ``tokens`` as whoever generated it counts them."""
+    """A response; ``tokens`` as counted by what generated it."""
 
     text: str
     tokens: int
     finish_reason: str
 
 
-Respond = Callable[[list[Question]], list[Said | EndpointFault]]  # a question without an answer has a fault instead
+Respond = Callable[[list[Question]], list[Said | EndpointFault]]  # a question without an answer gets a fault instead
 
 
 def longest_response(config: Config) -> int:
-    """In tokens."""
+    """Return the longest response, in tokens."""
     return config.evaluation.max_response_tokens or config.rollout.max_response_tokens
 
 
 def engine_responses(engine: Engine, tokenizer: Tokenizer, config: Config) -> Respond:
-    """By a rollout engine with the weights that it has."""
+    """Return a ``Respond`` that samples with a rollout engine and its current weights."""
     settings = config.evaluation
     greedy = settings.temperature == 0
     sampling = Sampling(settings.temperature or 1.0, settings.top_p, longest_response(config), tokenizer.end_ids)
@@ -129,7 +129,7 @@ def engine_responses(engine: Engine, tokenizer: Tokenizer, config: Config) -> Re
 
 @dataclass(frozen=True)
 class ChatServer:
-    """An OpenAI-compatible address: ``url`` is what goes before ``/chat/completions``."""
+    """An OpenAI-compatible address; ``url`` is what precedes ``/chat/completions``."""
 
     url: str
     model: str
@@ -138,11 +138,11 @@ class ChatServer:
 
 
 def server_responses(server: ChatServer, config: Config) -> Respond:
-    """By a server."""
+    """Return a ``Respond`` that asks a server."""
     settings, most = config.evaluation, longest_response(config)
 
     async def ask(questions: list[Question]) -> list[Completion | EndpointFault]:
-        """Each answer that came, whatever became of the others."""
+        """Return each answer or fault; one request's failure does not affect the others."""
         seconds = config.rollout.request_timeout
         try:
             async with Endpoint(
@@ -150,7 +150,7 @@ def server_responses(server: ChatServer, config: Config) -> Respond:
             ) as endpoint:
                 asked = (one(endpoint, question) for question in questions)
                 return await asyncio.gather(*asked)
-        except EndpointFault as fault:  # an address that no request could be made with
+        except EndpointFault as fault:  # an address that no request can be made with
             return [fault] * len(questions)
 
     async def one(endpoint: Endpoint, question: Question) -> Completion | EndpointFault:

@@ -1,8 +1,8 @@
-"""A suite's problems, sampled several times each, graded, and summed up: in training and by the command alike.
+"""Sample a suite's problems several times each, grade, and summarise: in training and in ``evaluate`` alike.
 
-    Prompt --respond--> text --reward--> Answer --figures--> avg@n, pass@k and their intervals --> table
+Prompt --respond--> text --reward--> Answer --figures--> avg@n, pass@k and their intervals --> table
 
-The ranks share every round of questions; all hold all answers afterwards. Legend: P problems, n responses of each.
+The ranks share each round of questions; afterwards all hold all answers. Legend: P problems, n responses of each.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CONFIDENCE = 0.95
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Chance that at least one of ``k`` of the ``n`` responses, drawn without replacement, is right.
+    """Return the chance that at least one of ``k`` of the ``n`` responses, drawn without replacement, is right.
 
     The unbiased estimate 1 - C(n - right, k) / C(n, k) of Chen et al. 2021 (arXiv 2107.03374, eq. 1).
     """
@@ -36,9 +36,9 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 
 
 def interval(values_P: np.ndarray, seed: int) -> tuple[float, float]:
-    """A bootstrap confidence interval (95%, percentiles) of the mean over problems.
+    """Return a bootstrap confidence interval (95%, percentiles) of the mean over problems.
 
-    It tells how the figure would differ with other problems of the kind: 30 of AIME leave much open.
+    It says how the figure would vary with other problems of the same kind: 30 problems of AIME leave much open.
     """
     generator = np.random.default_rng(seed)
     count = len(values_P)
@@ -49,9 +49,9 @@ def interval(values_P: np.ndarray, seed: int) -> tuple[float, float]:
 
 
 def figures(right_P: list[int], n: int, seed: int) -> dict[str, dict[str, float]]:
-    """``pass@1``, ``avg@n`` and ``pass@k`` for k = 2, 4, 8, ... and n, each with its interval.
+    """Return ``pass@1``, ``avg@n`` and ``pass@k`` for k = 2, 4, 8, ... and n, each with its interval.
 
-    ``right_P``: of each problem, how many of its n responses are right. avg@n, their share, is what estimates pass@1.
+    ``right_P``: number of right responses of each problem, of n. Their share, avg@n, estimates pass@1.
     """
     ks = sorted({2**power for power in range(n.bit_length())} | {n})
     wanted = {f"avg@{n}": 1} | {f"pass@{k}": k for k in ks}
@@ -67,7 +67,7 @@ SECONDS = 10.0  # between two lines
 
 
 class EvaluationProgress:
-    """Told how many responses there are, of how many; prints a line every few seconds, at the start and at the end."""
+    """Called with (responses, of how many), print a line every few seconds, at the start and at the end."""
 
     def __init__(self, suite: str, active: bool):
         self._suite, self._active, self._last = suite, active, float("-inf")
@@ -79,7 +79,7 @@ class EvaluationProgress:
 
 
 def rows(results: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
-    """A row for each suite, the header first; shares in percent with their 95% confidence intervals."""
+    """Return one row per suite, the header first; shares in percent with their 95% confidence intervals."""
     header = ("suite", "problems", "samples", "avg@n = pass@1", "pass@n", "tokens", "truncated", "not graded")
     found: list[tuple[str, ...]] = [header]
     for name, result in results.items():
@@ -101,7 +101,7 @@ def show(results: dict[str, dict[str, Any]], title: str) -> None:
     print_table(header, lines, {"suite"}, title)
 
 
-RIGHT = 0.5  # a score from here on
+RIGHT = 0.5  # smallest score of a right answer
 
 
 def run_suite(
@@ -115,10 +115,10 @@ def run_suite(
     round_size: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Ask what is not in ``file`` yet, ``round_size`` responses at a time; returns ``summary``. Collective.
+    """Ask what is not yet in ``file``, ``round_size`` responses at a time; return ``summary``. Collective.
 
-    ``file`` is rank 0's. ``progress`` is told how many responses there are, of how many. Raises UserError where a
-    question got no answer, after those that came are in the file.
+    ``file`` is rank 0's. ``progress`` is called with (responses, of how many). Raises UserError if a question got no
+    answer, once the answers that came are in the file.
     """
     settings = config.evaluation
     samples = suite.samples_in(settings)
@@ -143,7 +143,7 @@ def run_suite(
 
 
 def _answers(questions: list[Question], respond: Respond, reward: RewardFunction) -> tuple[list[Answer], str | None]:
-    """What was answered, graded; and why the first question that was not got none."""
+    """Return the graded answers, and why the first unanswered question has none (or None)."""
     every = list(zip(questions, respond(questions), strict=True))
     fault = next((str(one) for _, one in every if not isinstance(one, Said)), None)
     questions = [asked for asked, one in every if isinstance(one, Said)]
@@ -157,7 +157,7 @@ def _answers(questions: list[Question], respond: Respond, reward: RewardFunction
 
 
 def summary(prompts: list[Prompt], samples: int, answers: list[Answer], seed: int) -> dict[str, Any]:
-    """Counts of ``problems``, ``samples`` of each and ``faults``; ``figures``; means over responses."""
+    """Return counts (``problems``, ``samples`` of each, ``faults``), ``figures``, and means over responses."""
     right = dict.fromkeys((prompt.id for prompt in prompts), 0)
     for answer in answers:
         right[answer.problem] += answer.right
@@ -172,7 +172,7 @@ def summary(prompts: list[Prompt], samples: int, answers: list[Answer], seed: in
 
 
 def metrics(name: str, result: dict[str, Any]) -> dict[str, float]:
-    """A summary as a training step's metrics: ``eval/<suite>/avg@32``, ``eval/<suite>/pass@32``, ..."""
+    """Return a summary as a training step's metrics: ``eval/<suite>/avg@32``, ``eval/<suite>/pass@32``, ..."""
     n = result["samples"]
     figures_of = ["pass@1"] if n == 1 else [f"avg@{n}", f"pass@{n}"]
     found = {key: result["figures"][key]["value"] for key in figures_of}

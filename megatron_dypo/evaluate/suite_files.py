@@ -1,4 +1,4 @@
-"""The files of evaluation suites as they circulate: which files of a folder are a suite's, and the rows in them.
+"""Find the files of evaluation suites as they circulate, and read their rows.
 
 aime24.jsonl  MATH-500/test.jsonl  gsm8k/main/test-00000-of-00001.parquet  aime2025-I.jsonl + aime2025-II.jsonl
 datasets--HuggingFaceH4--aime_2024/snapshots/SHA/data/train-00000-of-00001.parquet
@@ -21,16 +21,17 @@ from megatron_dypo.data.row_files import parquet_rows
 from megatron_dypo.errors import UserError
 
 SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")
-_DEEPEST = 5  # folders between the one given and a file
+_DEEPEST = 5  # levels of folders above a file
 _SHARD = re.compile(r"(.*?)[-_.]?(\d+)-?of-?(\d+)", re.IGNORECASE)
 _PART = re.compile(r"(.*\d)[-_. ](I{1,3}|IV|part[-_ ]?\d)", re.IGNORECASE)
-_WORDS = ("", "test", "problems")  # what may follow a suite's name in a file's
+_WORDS = ("", "test", "problems")  # what may follow a suite's name in a file name
 
 
 @dataclass(frozen=True)
 class SuiteLocation:
-    """Where a suite's problems lie: ``stems`` are names of files or folders, letters and digits alone; ``splits`` names
-    of files in such a folder, the first that is there is taken; ``configuration`` is a folder preferred to others."""
+    """Where a suite's problems lie: ``stems`` are file or folder names (letters and digits), ``splits`` file names in
+    such a folder (the first present counts); ``configuration`` is the preferred folder.
+    """
 
     stems: tuple[str, ...]
     splits: tuple[str, ...] = ("test",)
@@ -38,9 +39,9 @@ class SuiteLocation:
 
 
 def find(name: str, place: SuiteLocation, folder: Path) -> list[Path]:
-    """The suite's file in or below the folder, or its parts in order.
+    """Return the suite's file in or below the folder, or its parts in order.
 
-    Raises UserError: no such folder, no file of the suite, two of them, or a part that is missing.
+    Raises UserError: no such folder, no file of the suite, two of them, or a missing part.
     """
     if not folder.is_dir():
         raise UserError(f"evaluation.data: {folder}: no such folder")
@@ -68,13 +69,13 @@ def find(name: str, place: SuiteLocation, folder: Path) -> list[Path]:
 
 
 def _is_output(path: Path, folder: Path) -> bool:
-    """Whether an evaluation has written the file: responses are named after their suite, too."""
+    """Return whether an evaluation wrote the file: responses are named after their suite, too."""
     parents = itertools.takewhile(lambda parent: parent != folder, path.parents)
     return (path.parent / "results.json").exists() or any((each / "fingerprint.json").exists() for each in parents)
 
 
 def _of_configuration(groups: list[list[tuple[Any, Path]]], place: SuiteLocation) -> list[list[tuple[Any, Path]]]:
-    """Of several configurations in one folder of the suite, the suite's own."""
+    """Keep the suite's own configuration if its folder holds several."""
     together = Path(os.path.commonpath([path.parent for files in groups for _, path in files]))
     if len(groups) == 1 or place.configuration is None or _folder_name(together.name) not in place.stems:
         return groups
@@ -83,14 +84,14 @@ def _of_configuration(groups: list[list[tuple[Any, Path]]], place: SuiteLocation
 
 
 def _read_name(path: Path, folder: Path, place: SuiteLocation) -> tuple[int, str, Any] | None:
-    """(rank, name without its part, part) where a file is the suite's; the lowest rank is to be preferred."""
+    """Return (rank, name without part, part) if the file is the suite's, else None; the lowest rank is preferred."""
     base = path.stem
     part: int | str = 0
     if shard := _SHARD.fullmatch(base):
         base, part = shard[1], int(shard[2])
     elif piece := _PART.fullmatch(base):
         base, part = piece[1], piece[2].upper()
-    of_parts = "-" if isinstance(part, str) else ""  # its parts are another copy beside the whole file
+    of_parts = "-" if isinstance(part, str) else ""  # its parts are another copy next to the whole file
     plain = _plain(base)
     if any(plain == stem + word for stem in place.stems for word in _WORDS):
         return 0, plain + of_parts, part
@@ -101,7 +102,7 @@ def _read_name(path: Path, folder: Path, place: SuiteLocation) -> tuple[int, str
 
 
 def _folder_name(name: str) -> str:
-    """Plain, and without the owner that the hub's cache has in it."""
+    """Return the plain name, without the owner that the hub's cache includes."""
     return _plain(name.rpartition("--")[2])
 
 
@@ -110,7 +111,7 @@ def _plain(name: str) -> str:
 
 
 def read(file: Path) -> list[Any]:
-    """Its rows: a JSON list, JSON Lines, Parquet, or CSV with a line of names; a byte order mark may begin it.
+    """Read the rows of a JSON list, JSON Lines, Parquet, or CSV with a header; a byte order mark is allowed.
 
     Raises UserError naming the file.
     """
@@ -132,7 +133,7 @@ def read(file: Path) -> list[Any]:
 
 
 def _is_whole(line: str) -> bool:
-    """Whether a line is a JSON object by itself: then the file is JSON Lines, whatever its name."""
+    """Return whether a line is a JSON object: then the file is JSON Lines, whatever its name."""
     try:
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):

@@ -1,13 +1,13 @@
-"""The evaluation suites of the paper (4.1) and files of one's own: their problems, and what counts as an answer.
+"""Load the evaluation suites of the paper (4.1) and your own files: their problems, and what counts as an answer.
 
-    file or hub --rows--> question, answer, options --> Prompt(messages, ground_truth)
+file or hub --rows--> question, answer, options --> Prompt(messages, ground_truth)
 
-A file is read whatever its field names are, as far as one of the usual ones is there; the hub's data sets have others
-than the files that circulate. Suites are asked for by name, or by file:
+Files may use any of the usual field names; the hub's data sets differ from the files that circulate. A suite is
+requested by name or by file:
 
-    aime24                                            a suite of this module
-    data/olympiad.jsonl                               a file; its suite is called olympiad
-    hard=data/olympiad.jsonl?samples=8&extract=number
+aime24                                            a suite of this module
+data/olympiad.jsonl                               a file; its suite is called olympiad
+hard=data/olympiad.jsonl?samples=8&extract=number
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from megatron_dypo.reward import build_reward, last_boxed
 
 log = logging.getLogger(__name__)
 
-QUESTIONS = ("problem", "question", "prompt")  # columns in any case of letters; the first that a row has
+QUESTIONS = ("problem", "question", "prompt")  # columns, in any case; the first one present counts
 ANSWERS = ("answer", "ground_truth", "expected_answer", "final_answer", "answerkey", "correct answer", "solution")
-ONE_SPLIT = ("test", "train")  # small suites have all they are in one split, which people call either
+ONE_SPLIT = ("test", "train")  # small suites have a single split, under either name
 
 
 @dataclass(frozen=True)
 class Suite:
-    """``place``: local files. ``hub``: (data set, configuration, split). ``problems``: how many it has. One's own has
-    a ``file`` instead of the three.
+    """A suite. ``place``: local files. ``hub``: (data set, configuration, split). ``problems``: their number. Your own
+    suite has a ``file`` instead of the three.
 
-    ``reward`` and ``extract`` are how its answers are graded (the configuration's `reward` section has the meaning),
-    ``samples`` how many responses a problem gets: the small suites need many for a steady mean. ``given``: which of
-    the three are what the request for the suite sets; the section `evaluation` does not override those.
+    ``reward`` and ``extract`` say how answers are graded (as in the configuration's `reward` section), ``samples`` is
+    the number of responses per problem: small suites need many for a steady mean. ``given``: which of the three the
+    request sets; the section `evaluation` does not override those.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Suite:
     given: frozenset[str] = frozenset()
 
     def samples_in(self, settings: Evaluation) -> int:
-        """Responses per problem; greedy decoding has but one."""
+        """Return the responses per problem; greedy decoding takes one."""
         if settings.temperature == 0:
             return 1
         return self.samples if "samples" in self.given else settings.samples or self.samples
@@ -108,8 +108,9 @@ SUITES = {suite.name: suite for suite in _PAPER}
 
 
 def load_suites(asked: Iterable[str], settings: Evaluation, where: str) -> dict[Suite, list[Prompt]]:
-    """The problems of the suites ``asked`` for, in order. Raises UserError as ``named_suites`` and ``load_suite``, and
-    for a function of the user's own that cannot be imported or called."""
+    """Load the problems of the suites ``asked`` for, in order. Raises UserError as ``named_suites`` and ``load_suite``,
+    and for a user's function that cannot be imported or called.
+    """
     suites = named_suites(asked, where)
     for suite in suites:
         if is_custom(suite.reward):
@@ -121,11 +122,10 @@ def load_suites(asked: Iterable[str], settings: Evaluation, where: str) -> dict[
 
 
 def load_suite(suite: Suite | str, settings: Evaluation) -> list[Prompt]:
-    """Its problems (the first ``settings.limit``), asked as ``settings`` says. Ids: ``name-0``, ``name-1``, ...
+    """Load a suite's problems (the first ``settings.limit``), asked as ``settings`` says. Ids: ``name-0``, ...
 
-    A suite of the paper may be given by its name.
-
-    Raises UserError: no file and no library to fetch one, several files, a row without question or answer.
+    A suite of the paper may be given by its name. Raises UserError: no file and no library to fetch one, several files,
+    a row without question or answer.
     """
     suite = SUITES[suite] if isinstance(suite, str) else suite
     if suite.file or settings.data:
@@ -161,7 +161,7 @@ def _hub(suite: Suite) -> tuple[str, list[Any]]:
         ) from None
     try:
         return repository, datasets.load_dataset(repository, configuration, split=split).to_list()
-    except Exception as error:  # whatever the hub's client raises without a network, or without leave
+    except Exception as error:  # whatever the hub's client raises without network or permission
         raise UserError(f"{repository}: cannot be fetched: {type(error).__name__}: {error}") from None
 
 
@@ -172,7 +172,7 @@ def _prompt(suite: Suite, index: int, row: Any, settings: Evaluation) -> Prompt:
     identity, source, extra = f"{suite.name}-{index}", suite.name, ""
     question, system = _question(row)
     answer: str | list | dict
-    if is_custom(suite.reward):  # called with what training gives it
+    if is_custom(suite.reward):  # called with what training passes to it
         value = _answer_value(row)
         answer = value if isinstance(value, (list, dict)) else _answer(row)
         source = str(row.get("data_source") or suite.name)
@@ -192,10 +192,10 @@ def _prompt(suite: Suite, index: int, row: Any, settings: Evaluation) -> Prompt:
 
 
 def _question(row: dict) -> tuple[str, str | None]:
-    """(what is asked, the file's own system message)."""
+    """Return (question, the file's own system message)."""
     value = next((row[field] for field in QUESTIONS if row.get(field)), None)
     if isinstance(value, dict):
-        value = value.get("stem")  # ARC's own release
+        value = value.get("stem")  # ARC's original release
     if isinstance(value, str):
         return value, None
     if isinstance(value, list) and all(isinstance(message, dict) for message in value):
@@ -206,14 +206,14 @@ def _question(row: dict) -> tuple[str, str | None]:
 
 
 def _answer_value(row: dict) -> Any:
-    """What the first of the usual columns holds; None where none of them holds anything."""
+    """Return the value of the first of the usual columns that holds one, or None."""
     nested = row.get("reward_model")
     values = [row.get(field) for field in ANSWERS] + [nested.get("ground_truth") if isinstance(nested, dict) else None]
     return next((value for value in values if value not in (None, "", [])), None)
 
 
 def _answer(row: dict) -> str:
-    """A final answer; of a worked solution its last box, or what follows ``####``."""
+    """Return the final answer; of a worked solution, its last box, or what follows ``####``."""
     value = _answer_value(row)
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
@@ -230,7 +230,7 @@ def _answer(row: dict) -> str:
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TAKEN = {*SUITES, "valid"}  # eval/valid/* are the metrics of data.valid
-_OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {  # (whether it may be so, what it may be)
+_OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {  # (whether a value is valid, what it must be)
     "samples": (re.compile("[1-9][0-9]{0,5}").fullmatch, "a number from 1 on"),
     "extract": (re.compile("boxed|marked|number").fullmatch, "boxed, marked or number"),
     "reward": (lambda value: value in ("math", "choice") or is_custom(value), "math, choice or path/file.py:function"),
@@ -239,7 +239,9 @@ FORM = "[NAME=]FILE[?samples=N&extract=boxed|marked|number&reward=math|choice|pa
 
 
 def named_suites(asked: Iterable[str], where: str) -> list[Suite]:
-    """In order. Raises UserError, beginning with ``where``: neither a suite nor a file's, a bad form, a name twice."""
+    """Parse the suites asked for, in order. Raises UserError, starting with ``where``: unknown suite or file, bad form,
+    or a name twice.
+    """
     suites = [SUITES[each] if each in SUITES else _own(each, where) for each in asked]
     seen: set[str] = set()
     for suite in suites:
@@ -268,7 +270,7 @@ def _own(asked: str, where: str) -> Suite:
 
 
 def _options(asked: str, text: str | None, where: str) -> dict:
-    """Fields of the suite that ``text`` sets: ``samples=8&extract=number``."""
+    """Return the fields of the suite that ``text`` sets: ``samples=8&extract=number``."""
     found: dict[str, str] = {}
     for part in [] if text is None else text.split("&"):
         key, equals, value = part.partition("=")
