@@ -1,1 +1,1 @@
-"""What a model looks like: its shape, its weights by both names, and how they are cut over ranks."""
+"""Describe a model: its shape, its weights under both names, and how they are sharded over ranks."""

@@ -1,15 +1,15 @@
-"""Gather a policy that is cut over ranks: (Hugging Face name, full tensor) on every rank, a layer's weights at once.
+"""Gather a sharded policy: (Hugging Face name, full tensor) on every rank, one layer's weights at a time.
 
-A layer travels in flat buffers, one for each kind of cut, as rows [ranks, numbers a rank]:
+A layer travels in flat buffers, one per kind of sharding, as rows [ranks, elements per rank]:
 
-    expert   the experts; a row for each rank that shares them out, expert-tensor-parallel ranks next to each other
-    tensor   what tensor parallelism cuts; a row for each of its ranks
-    whole    the rest; one row
+expert   the experts; a row for each rank that holds some, expert-tensor-parallel ranks next to each other
+tensor   what tensor parallelism cuts; a row for each of its ranks
+whole    the rest; one row
 
-The stage that has the layer broadcasts each rank's own row to the same ranks of the other stages; then the ranks of a
+The stage that owns the layer broadcasts each rank's own row to the same ranks of the other stages; then the ranks of a
 stage gather the rows. So nothing crosses twice between stages, which may be nodes, and a layer takes at most three
 broadcasts and two all-gathers, however many tensors it has. A thread gathers the next layer while the caller works on
-this one, so that two layers are in memory; what needs no other rank is not copied at all.
+this one, so two layers are in memory; what needs no other rank is not copied at all.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ EXPERT, TENSOR, WHOLE = "expert", "tensor", "whole"
 
 @dataclass(frozen=True)
 class Piece:
-    """Where a weight lies in its layer's buffer: ``rows`` shards of a folded shape, from ``row`` on, at ``offset``."""
+    """A weight's place in its layer's buffer: ``rows`` shards of a folded shape, from ``row`` on, at ``offset``."""
 
     rule: WeightRule
     cut: str
@@ -48,24 +48,24 @@ class Piece:
     shape: tuple[int, ...]
 
     def shard(self, row: Tensor) -> Tensor:
-        """The weight's part of a row."""
+        """Return the weight's part of a row."""
         return row[self.offset : self.offset + torch.Size(self.shape).numel()].view(self.shape)
 
     def folded(self, rows: Tensor) -> Tensor:
-        """The folded full weight: a view of the buffer, or a copy where there are several shards."""
+        """Return the folded full weight: a view of the buffer, or a copy if there are several shards."""
         shards, axis = [self.shard(row) for row in rows[self.row : self.row + self.rows]], self.rule.axis
         return shards[0] if self.rows == 1 or axis is None else torch.cat(shards, dim=axis)
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What is gathered at once: a layer, or what lies before or behind all layers. ``owner``: its pipeline rank."""
+    """What is gathered at once: a layer, or what precedes or follows all layers. ``owner``: its pipeline rank."""
 
     owner: int
     pieces: tuple[Piece, ...]
 
     def of(self, cut: str, row: int) -> list[Piece]:
-        """The pieces that have a shard in this row."""
+        """Return the pieces with a shard in this row."""
         return [piece for piece in self.pieces if piece.cut == cut and piece.row <= row < piece.row + piece.rows]
 
 
@@ -75,8 +75,8 @@ def hf_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, full tensor) for the whole model on every rank; all ranks must iterate together.
 
-    ``local``: this rank's shards (weights, or their gradients, or ...) by their parameters' names in the whole model.
-    ``with_tied_head`` repeats a tied embedding as ``lm_head.weight``: vLLM keeps the old head otherwise, in silence.
+    ``local``: this rank's shards (of weights, gradients, ...) by their parameters' names in the whole model.
+    ``with_tied_head`` repeats a tied embedding as ``lm_head.weight``; without it vLLM silently keeps the old head.
     Keeping a tensor keeps its whole layer in memory.
     """
     units, gatherer = plan(shape, layout), Gatherer(local, shape, layout)
@@ -90,7 +90,7 @@ def hf_tensors(
                     yield name, part
                     if with_tied_head and shape.tied_embeddings and piece.rule.mcore.startswith("embedding"):
                         yield HEAD, part
-                if number == 0 and following:  # not before: now the caller has let go of the unit before this one
+                if number == 0 and following:  # not earlier: only now has the caller released the unit before this one
                     coming = gatherer.begin(following, pool)
 
 
@@ -113,7 +113,7 @@ def _unit_name(mcore: str) -> str:
 
 
 def _pieces(members: Iterator[WeightRule], shape: ModelShape, layout: Layout) -> Iterator[Piece]:
-    used: Counter[tuple[str, int]] = Counter()  # numbers, by cut and row
+    used: Counter[tuple[str, int]] = Counter()  # elements, by cut and row
     for rule in members:
         ranks, _ = layout.tensor(rule.expert is not None)
         if rule.expert is not None and layout.ep * layout.etp > 1:
@@ -134,7 +134,7 @@ def _folded_shape(fold: Callable, sizes: tuple[tuple[int, ...], ...], shape: Mod
 
 
 class Gatherer:
-    """Brings units to this rank. On CUDA by a stream of its own, beside what the caller does with the unit before."""
+    """Bring units to this rank; on CUDA, on its own stream, while the caller works on the previous unit."""
 
     def __init__(self, local: Mapping[str, Tensor], shape: ModelShape, layout: Layout):
         self._local, self._shape, self._layout = local, shape, layout
@@ -148,7 +148,7 @@ class Gatherer:
             self._side.wait_stream(self._caller)
 
     def begin(self, unit: Unit, pool: ThreadPoolExecutor) -> Callable[[], Mapping[str, Tensor]]:
-        """Start to gather; what is returned waits for the unit's buffers, by cut: none for what needs no other rank."""
+        """Start to gather; the returned call waits for the unit's buffers, by cut (none if no other rank is needed)."""
         cuts = {piece.cut for piece in unit.pieces} - (set() if self._layout.pp > 1 else {WHOLE})
         if not cuts:
             return dict
@@ -163,11 +163,11 @@ class Gatherer:
         return wait
 
     def folded(self, piece: Piece, buffers: Mapping[str, Tensor]) -> Tensor:
-        """The folded full weight, where its unit has been gathered."""
+        """Return the folded full weight of a gathered unit."""
         return piece.folded(buffers[piece.cut]) if piece.cut in buffers else self._shard(piece)
 
     def _shard(self, piece: Piece) -> Tensor:
-        """This rank's own, in the folded layout."""
+        """Return this rank's own shard, in the folded layout."""
         ranks, _ = self._layout.tensor(piece.rule.expert is not None)
         return piece.rule.folded_shard(self._local[piece.rule.mcore].detach(), self._shape, ranks)
 
@@ -177,7 +177,7 @@ class Gatherer:
             return {cut: self._exchange(unit, cut) for cut in cuts}
 
     def _exchange(self, unit: Unit, cut: str) -> Tensor:
-        """One buffer of the unit, full on every rank."""
+        """Exchange one buffer of the unit, and return it full on every rank."""
         group = {EXPERT: mpu.get_expert_tensor_and_model_parallel_group, TENSOR: mpu.get_tensor_model_parallel_group}
         rows, row = (1, 0) if cut == WHOLE else (group[cut]().size(), group[cut]().rank())
         mine = unit.of(cut, row)

@@ -1,7 +1,7 @@
-"""The families of decoders: a table of each one's weights, and what sets it apart (docs/add-a-model.md adds one).
+"""List the decoder families: each one's table of weights, and what sets it apart (docs/add-a-model.md adds one).
 
-``FAMILIES`` is by the name that `model.shape.family` takes, which is Hugging Face's ``model_type``. ``rules`` lists
-every weight of a model from its family's table, first stage to last.
+``FAMILIES`` is keyed by `model.shape.family`, which is Hugging Face's ``model_type``. ``rules`` lists every weight of a
+model from its family's table, first stage to last.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LAYER = (
     rows("mlp.linear_fc2.weight", "mlp.down_proj.weight"),
 )
 
-# Llama 2 and 3.x, and what has their shape: SmolLM2, DeepSeek-R1-Distill-Llama, TinyLlama.
+# Llama 2 and 3.x, and models of that shape: SmolLM2, DeepSeek-R1-Distill-Llama, TinyLlama.
 LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
@@ -39,7 +39,7 @@ LLAMA = Family(
 )
 
 
-# Mistral (7B from v0.2 on, Nemo, Small): Llama's table. v0.1 attends within a sliding window, which we do not.
+# Mistral (7B from v0.2 on, Nemo, Small): Llama's table. v0.1's sliding-window attention is not supported.
 MISTRAL = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
@@ -56,7 +56,7 @@ BIASES = qkv(
     inputs="",
 )
 
-# Qwen2 and Qwen2.5, distilled and mathematical ones too: Llama's table, and biases of queries, keys and values.
+# Qwen2 and Qwen2.5, Math and distilled ones included: Llama's table, with biases of queries, keys and values.
 QWEN2 = Family(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
@@ -70,7 +70,7 @@ NORMS = (
     copied("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "D"),
 )
 
-# Qwen3 (dense): Llama's table, and a norm over each head's queries and keys.
+# Qwen3 (dense): Llama's table, with a norm over each head's queries and keys.
 QWEN3 = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
@@ -94,7 +94,7 @@ KEYS = {
 }
 EVERY_LAYER = {"decoder_sparse_step": (1,), "mlp_only_layers": ([],)}
 
-# Qwen3-MoE (30B-A3B, 235B-A22B): Qwen3's attention, and a mixture of experts in every layer.
+# Qwen3-MoE (30B-A3B, 235B-A22B): Qwen3's attention, with a mixture of experts in every layer.
 QWEN3_MOE = Family(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
@@ -130,7 +130,7 @@ QWEN2_MOE = Family(
 
 _MIXTRAL_EXPERT = "block_sparse_moe.experts.*"
 
-# Mixtral: Mistral's attention, and a mixture of experts for the MLP.
+# Mixtral: Mistral's attention, with a mixture of experts as MLP.
 MIXTRAL = Family(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
@@ -155,11 +155,11 @@ FAMILIES: dict[str, Family] = {
 EMBEDDING_RULE = embedding("embedding.word_embeddings.weight", EMBEDDING)
 NORM_RULE = copied("decoder.final_layernorm.weight", "model.norm.weight", "H")
 HEAD_RULE = embedding("output_layer.weight", HEAD)
-TIED_HEAD_RULE = embedding("output_layer.weight", EMBEDDING)  # of a last stage that is not the first
+TIED_HEAD_RULE = embedding("output_layer.weight", EMBEDDING)  # for a last stage that is not the first
 
 
-# In a checkpoint a norm is called as Transformer Engine has it, which keeps it in the linear layer behind it; so are
-# mcore's own. A mixture's is a module by itself there, too.
+# Checkpoints name a norm as Transformer Engine does, which keeps it in the linear layer behind it; so do mcore's own
+# checkpoints. A mixture's norm is a module of its own there, too.
 STORED_NORMS = {
     "input_layernorm": "self_attention.linear_qkv.layer_norm",
     "pre_mlp_layernorm": "mlp.linear_fc1.layer_norm",
@@ -167,12 +167,12 @@ STORED_NORMS = {
 
 
 def stored_norms(shape: ModelShape) -> dict[str, str]:
-    """Module of a layer -> what a checkpoint calls it, where that is something else."""
+    """Return module of a layer -> its name in a checkpoint, where that differs."""
     return {name: stored for name, stored in STORED_NORMS.items() if name == "input_layernorm" or not shape.num_experts}
 
 
 def rules(shape: ModelShape) -> list[WeightRule]:
-    """A tied head is the embedding and not listed."""
+    """Return every weight of the model; a tied head is the embedding and not listed."""
     layer: list[WeightRule] = []
     for rule in FAMILIES[shape.family].layer:
         layer += [rule.of_expert(e) for e in range(shape.num_experts)] if rule.of_every_expert else [rule]
@@ -183,12 +183,15 @@ def rules(shape: ModelShape) -> list[WeightRule]:
 
 
 def last_names(shape: ModelShape) -> list[str]:
-    """Of the last layer's norm and the last expert's tensors: where they are, the model has so many of both."""
+    """Return names of the last layer's norm and the last expert's tensors.
+
+    If present, the folder has at least that many layers and experts.
+    """
     of_expert = [rule.of_expert(shape.num_experts - 1) for rule in FAMILIES[shape.family].layer if rule.of_every_expert]
     names = ["input_layernorm.weight", *(name for rule in of_expert for name in rule.names)]
     return [f"model.layers.{shape.num_layers - 1}.{name}" for name in names]
 
 
 def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Shape of every Hugging Face tensor of the model."""
+    """Return the shape of every Hugging Face tensor of the model."""
     return {name: size for rule in rules(shape) for name, size in zip(rule.names, rule.sizes(shape), strict=True)}

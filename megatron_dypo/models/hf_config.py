@@ -1,7 +1,7 @@
-"""A Hugging Face folder's ``config.json``, read by transformers' own configuration class of the family.
+"""Read a Hugging Face folder's ``config.json`` with transformers' configuration class of the family.
 
-So a field that the file leaves out has the family's default there, and of two fields that contradict each other the
-same one counts. What Megatron-Core's layers here could not follow is refused by field.
+So a missing field has the family's default, and of two contradicting fields the same one counts as in transformers.
+Fields that our Megatron-Core layers cannot follow are refused by name.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
     from megatron_dypo.models.shape import ModelShape
 
-# What a value may be: its description, and whether a value is that.
+# What a value must be: a description, and the test for it.
 _KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
     int: ("an integer from 1 on", lambda value: type(value) is int and 0 < value < 2**31),
     float: ("a positive number", lambda value: type(value) in (int, float) and 0 < value <= sys.float_info.max),
     bool: ("true or false", lambda value: type(value) is bool),
 }
 
-# Fields of ``ModelShape``: transformers' name, which a family's ``keys`` may replace, and the kind.
+# Fields of ``ModelShape``: transformers' name, which a family's ``keys`` may replace, and the type.
 FIELDS: dict[str, tuple[str, type]] = {
     "num_layers": ("num_hidden_layers", int),
     "hidden_size": ("hidden_size", int),
@@ -47,7 +47,7 @@ FIELDS: dict[str, tuple[str, type]] = {
 _MIXTURE = {"num_experts": int, "router_topk": int, "norm_topk_prob": bool, "shared_expert_ffn_hidden_size": int}
 _ROPE = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}  # numbers of a rope type
 
-# Fields that, where they are set, make transformers load something else than the folder's plain weights.
+# Fields that, if set, make transformers load something other than the folder's plain weights.
 _REFUSED = {
     "quantization_config": "weights are read as they are: remove the field if they are not quantized",
     "compression_config": "weights are read as they are: remove the field if they are not compressed",
@@ -60,10 +60,9 @@ _SILU = ("silu", "swish")  # transformers' two names of one function
 
 
 def read_config(path: Path) -> PreTrainedConfig:
-    """What transformers makes of the ``config.json`` at ``path``, without any code but its own.
+    """Load the ``config.json`` at ``path`` with transformers, running no code but its own.
 
-    Raises UserError, one line that names file and field, where it refuses the file, or where the field is one of
-    ``_REFUSED``.
+    Raises UserError, one line that names file and field, if transformers refuses it or a field is one of ``_REFUSED``.
     """
     raw = _json(path)
     where = f"model.hf: {path}"
@@ -91,10 +90,10 @@ def read_config(path: Path) -> PreTrainedConfig:
 
 
 def read_shape(path: Path) -> dict[str, Any]:
-    """The fields of ``ModelShape`` that the ``config.json`` at ``path`` stands for; ``rope_scaling`` as a dict.
+    """Return the fields of ``ModelShape`` in the ``config.json`` at ``path``; ``rope_scaling`` as a dict.
 
-    Raises UserError as ``read_config``, and for what cannot be followed: another activation, sliding windows, RoPE
-    other than ``default``, ``linear`` and ``llama3``, and the family's ``only``.
+    Raises UserError as ``read_config``, and for unsupported values: another activation, sliding windows, RoPE other
+    than ``default``, ``linear`` and ``llama3``, and what the family's ``only`` excludes.
     """
     config = read_config(path)
     family = FAMILIES[config.model_type]
@@ -136,7 +135,7 @@ def read_shape(path: Path) -> dict[str, Any]:
 def write_config(
     shape: ModelShape, folder: Path, eos_id: int | tuple[int, ...] | None, dtype: torch.dtype | None = None
 ) -> None:
-    """``config.json`` and ``generation_config.json`` of the shape, without weights.
+    """Write ``config.json`` and ``generation_config.json`` of the shape, without weights.
 
     ``eos_id``: one or several; ``dtype``: that of the weights.
     """
@@ -153,7 +152,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _names(family: Family) -> dict[str, tuple[str, type]]:
-    """``FIELDS`` as the family calls them, a mixture's too."""
+    """Return ``FIELDS`` under the family's names, with those of a mixture."""
     names = {field: (family.keys.get(field, name), kind) for field, (name, kind) in FIELDS.items()}
     return names | {field: (family.keys[field], kind) for field, kind in _MIXTURE.items() if field in family.keys}
 
@@ -166,7 +165,7 @@ def _fitting(path: Path, name: str, value: Any, kind: type) -> Any:
 
 
 def _head_dim(config: PreTrainedConfig) -> Any:
-    """As transformers' attention has it: a null is filled in only where the configuration class has the field."""
+    """Return the head width as transformers' attention does: null has a default only if the class has the field."""
     value = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
     if value is None and "head_dim" in type(config).__dataclass_fields__:
         return config.hidden_size // config.num_attention_heads
@@ -174,7 +173,7 @@ def _head_dim(config: PreTrainedConfig) -> Any:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The file's content. Read as text, like transformers does, so that neither takes a byte order mark."""
+    """Return the file's content, read as text as transformers does, so that neither accepts a byte order mark."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""What a model admits: the layouts that divide it, and which options it has a use for."""
+"""Check what a model supports: the layouts that divide it, and the options that apply to it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_dypo.models.shape import ModelShape
 
 
 def check_layout(parallel: Parallel, shape: ModelShape, world_size: int, source: str) -> None:
-    """Raise UserError where the layout does not divide the model or the ranks (0: not known yet)."""
+    """Raise UserError if the layout does not divide the model or the ranks (0: not known yet)."""
     heads, query_groups, layers = shape.num_attention_heads, shape.num_query_groups, shape.num_layers
     tensor, pipeline, virtual = parallel.tensor, parallel.pipeline, parallel.virtual_pipeline
     replica = {"tensor": tensor, "pipeline": pipeline} | ({"context": parallel.context} if parallel.context > 1 else {})
@@ -54,7 +54,7 @@ def check_policy(policy: PolicyOptions, shape: ModelShape, source: str) -> None:
 
 
 def check_window(config: Config, shape: ModelShape, source: str) -> None:
-    """Raise UserError where the longest prompt and response would not fit into the model."""
+    """Raise UserError if the longest prompt and response do not fit into the model."""
     if config.window > shape.max_position:
         raise UserError(
             f"{source}: data.max_prompt_tokens + the longer of rollout.max_response_tokens and "

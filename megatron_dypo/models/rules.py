@@ -1,12 +1,12 @@
-"""What a line of a family's table says: one Megatron-Core weight, and the Hugging Face tensors that it is made of.
+"""Define the rules of a family's table: one Megatron-Core weight, and the Hugging Face tensors that form it.
 
 A weight is *folded* into a layout in which tensor parallelism cuts one axis into TP equal, contiguous shards:
 
-    qkv        [groups, (heads/groups + 2) * D, ...]   axis 0   q heads of a group, then its k, then its v
-    gate_up    [2 (gate, up), F, H]                    axis 1   each rank holds its own gate rows, then its up rows
-    embedding  [V_padded, H]                           axis 0   rows beyond the vocabulary are zero
-    rows       [H, in]                                 axis 1
-    copied                                             not cut
+qkv        [groups, (heads/groups + 2) * D, ...]   axis 0   q heads of a group, then its k, then its v
+gate_up    [2 (gate, up), F, H]                    axis 1   each rank holds its own gate rows, then its up rows
+embedding  [V_padded, H]                           axis 0   rows beyond the vocabulary are zero
+rows       [H, in]                                 axis 1
+copied                                             not cut
 
 Shapes are written in letters: H hidden size, F width of the MLP (of each expert's), S of the shared experts, E experts,
 V vocabulary, D head width, Q and K the width of all query heads and of all key (or value) heads.
@@ -79,10 +79,10 @@ def _unstack(folded: Tensor, shape: ModelShape) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class WeightRule:
-    """One Megatron weight: its name, (name, shape in letters) of the Hugging Face tensors, and the axis that is cut.
+    """One Megatron weight: its name, (name, shape in letters) of its Hugging Face tensors, and the axis that is cut.
 
-    ``leading``: the folded layout's leading sizes, from the number of TP ranks that share it; None where folding leaves
-    the weight as Megatron has it. ``expert``: whose it is, where it is an expert's.
+    ``leading``: the folded layout's leading sizes, given the number of TP ranks that share it; None if folding leaves
+    the weight as Megatron has it. ``expert``: the index of the expert it belongs to, if any.
     """
 
     mcore: str
@@ -95,7 +95,7 @@ class WeightRule:
 
     @property
     def of_every_expert(self) -> bool:
-        """Whether a star stands for the expert's number."""
+        """Return whether a star stands for the expert's number."""
         return "*" in self.mcore
 
     @property
@@ -103,26 +103,26 @@ class WeightRule:
         return tuple(name for name, _ in self.hf)
 
     def sizes(self, shape: ModelShape) -> list[tuple[int, ...]]:
-        """Of the Hugging Face tensors."""
+        """Return the shapes of the Hugging Face tensors."""
         known = letters(shape)
         return [tuple(known[letter] for letter in size.split()) for _, size in self.hf]
 
     def within(self, mcore: str, hf: str) -> WeightRule:
-        """With these prefixes."""
+        """Return the rule with these prefixes."""
         return replace(self, mcore=mcore + self.mcore, hf=tuple((hf + name, size) for name, size in self.hf))
 
     def of_expert(self, expert: int) -> WeightRule:
-        """With its number for the star."""
+        """Return the rule with this number in place of the star."""
         number = str(expert)
         hf = tuple((name.replace("*", number), size) for name, size in self.hf)
         return replace(self, mcore=self.mcore.replace("*", number), hf=hf, expert=expert)
 
     def folded_shard(self, weight: Tensor, shape: ModelShape, tp: int) -> Tensor:
-        """A rank's Megatron weight in the folded layout."""
+        """Return a rank's Megatron weight in the folded layout."""
         return weight if self.leading is None else weight.unflatten(0, (*self.leading(shape, tp), -1))
 
     def as_megatron(self, folded: Tensor) -> Tensor:
-        """A folded weight, whole or a shard, as Megatron has it."""
+        """Return a folded weight, whole or a shard, as Megatron has it."""
         return folded if self.leading is None else folded.flatten(0, 1)
 
 
@@ -139,7 +139,7 @@ def embedding(mcore: str, hf: str) -> WeightRule:
 
 
 def qkv(mcore: str, query: str, key: str, value: str, inputs: str = "H") -> WeightRule:
-    """``inputs``: the letter of the second axis; nothing for a bias."""
+    """Return the rule of a fused QKV weight; ``inputs``: the letter of the second axis, or nothing for a bias."""
     parts = ((query, f"Q {inputs}"), (key, f"K {inputs}"), (value, f"K {inputs}"))
     return WeightRule(mcore, parts, 0, _group_qkv, _ungroup_qkv, lambda shape, tp: (shape.num_query_groups // tp,))
 
@@ -150,11 +150,11 @@ def gate_up(mcore: str, gate: str, up: str, size: str = "F H") -> WeightRule:
 
 @dataclass(frozen=True)
 class Family:
-    """``layer``: the table of one layer's weights, names within the layer.
+    """A family; ``layer`` is the table of one layer's weights, with names relative to the layer.
 
-    ``only``: fields of transformers' configuration that must have one of these values, since nothing else is supported;
-    where ``config.json`` has no such field, its default there counts. ``keys``: what ``config.json`` calls a field of
-    ``ModelShape``, where it is not Llama's name; with ``num_experts`` among them the MLPs are mixtures of experts.
+    ``only``: fields of transformers' configuration that must have one of these values, because no other is supported;
+    for a field missing in ``config.json``, its default counts. ``keys``: the family's names for fields of
+    ``ModelShape``, where they differ from Llama's; ``num_experts`` among them makes the MLPs mixtures of experts.
     ``qkv_bias`` and ``qk_norm`` say which layers Megatron-Core builds.
     """
 

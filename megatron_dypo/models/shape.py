@@ -1,4 +1,4 @@
-"""What a model looks like, whoever runs it: one ``ModelShape`` from a preset, an HF folder, and overrides."""
+"""Define ``ModelShape``, independent of any framework, from a preset, a Hugging Face folder, and overrides."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from megatron_dypo.errors import UserError
 from megatron_dypo.models.families import FAMILIES
 from megatron_dypo.models.hf_config import FIELDS, read_shape
 
-POSITIONS = ("max_position", "rope_base")  # what no weight's shape depends on, so that a run may extend its context
-VOCAB_MULTIPLE = 1024  # padded vocabularies do not depend on tensor parallelism, so neither does initialisation
+POSITIONS = ("max_position", "rope_base")  # no weight's shape depends on these, so a run may extend its context
+VOCAB_MULTIPLE = 1024  # so padded vocabularies, and initial weights, do not depend on tensor parallelism
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes in elements. ``vocab_size`` is the true vocabulary; ``padded_vocab`` is what the weights hold.
+    """A model's shape; sizes in elements. ``vocab_size`` is the true vocabulary, ``padded_vocab`` that of the weights.
 
-    With ``num_experts`` every MLP is a mixture of so many, each of width ``ffn_hidden_size``, of which a token goes
-    through ``router_topk``. Their weights are the router's probabilities, made to sum to 1 where
-    ``norm_topk_prob``; ``shared_expert_ffn_hidden_size`` is the width of what all tokens go through besides.
+    With ``num_experts``, every MLP is a mixture of N experts of width ``ffn_hidden_size``, and a token is routed to
+    ``router_topk`` of them. They are weighted by the router's probabilities, normalised to sum to 1 if
+    ``norm_topk_prob``; ``shared_expert_ffn_hidden_size`` is the width of the shared experts.
     """
 
     family: str
@@ -65,16 +65,16 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """Number of weights, the vocabulary unpadded, without biases and what only some families have beside norms."""
+        """Return the number of weights, vocabulary unpadded, without biases and family-specific extras but norms."""
         return self._weights(max(1, self.num_experts))
 
     @property
     def active_parameters(self) -> int:
-        """Of them, those that one token meets."""
+        """Return the number of weights that one token uses."""
         return self._weights(max(1, self.router_topk))
 
     def _weights(self, experts: int) -> int:
-        """With so many MLPs in a layer."""
+        """Return the number of weights with ``experts`` MLPs in each layer."""
         attention = self.hidden_size * self.head_dim * (2 * self.num_attention_heads + 2 * self.num_query_groups)
         mlp = 3 * self.hidden_size * (experts * self.ffn_hidden_size + self.shared_expert_ffn_hidden_size)
         router = self.hidden_size * (self.num_experts + (self.shared_expert_ffn_hidden_size > 0))
@@ -83,7 +83,7 @@ class ModelShape:
         return self.num_layers * layer + embeddings + self.hidden_size
 
     def to_hf_config(self) -> dict[str, Any]:
-        """The ``config.json`` of this shape, as transformers and vLLM read it."""
+        """Return the ``config.json`` of this shape, as transformers and vLLM read it."""
         family = FAMILIES[self.family]
         return {
             "architectures": [family.architecture],
@@ -135,9 +135,9 @@ PRESETS["tiny-moe"] = dataclasses.replace(
 
 
 def model_shape(config: Model) -> ModelShape:
-    """The shape that ``model.preset`` or ``model.hf`` names, with the overrides of ``model.shape``.
+    """Return the shape named by ``model.preset`` or ``model.hf``, with the overrides of ``model.shape``.
 
-    Raises UserError for an unknown preset, an unreadable ``config.json``, or an architecture we do not know.
+    Raises UserError for an unknown preset, an unreadable ``config.json``, or an unsupported architecture.
     """
     if config.preset is not None:
         if config.preset not in PRESETS:
@@ -186,14 +186,14 @@ def model_shape(config: Model) -> ModelShape:
 
 
 def folder_shape(folder: str | Path) -> ModelShape:
-    """The shape of a Hugging Face folder's model. Raises UserError as ``read_shape``."""
+    """Return the shape of a Hugging Face folder's model. Raises UserError as ``read_shape``."""
     fields = read_shape(Path(folder) / "config.json")
     scaling = fields.pop("rope_scaling")
     return ModelShape(**fields, rope_scaling=scaling and RopeScaling(**scaling))
 
 
 def of_weights(shape: ModelShape, config: Model) -> ModelShape:
-    """The shape of `model.hf`'s weights with the overrides of ``model.shape``, which may change ``POSITIONS`` alone."""
+    """Return the shape of `model.hf`'s weights with ``model.shape``'s overrides, changing ``POSITIONS`` only."""
     overrides = _overrides(config)
     for name, value in overrides.items():
         if name not in POSITIONS and getattr(shape, name) != value:
@@ -206,7 +206,7 @@ def _overrides(config: Model) -> dict[str, Any]:
 
 
 def hf_folder(name: str, key: str = "model.hf") -> str:
-    """A local folder as it is; a hub name by its local snapshot, downloaded where a network allows.
+    """Return a local folder unchanged, or the local snapshot of a hub name, downloaded if there is a network.
 
     Raises UserError that begins with ``key``, the key or option that has the name.
     """

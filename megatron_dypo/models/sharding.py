@@ -1,8 +1,8 @@
-"""Cut weights over a sharded policy, one Hugging Face tensor at a time (export.py gathers them back).
+"""Shard weights over a policy, one Hugging Face tensor at a time (export.py gathers them back).
 
 ``load_weights`` reads full tensors by name and keeps this rank's shard. Initial weights and those of `model.hf` pass
-through here; checkpoints are converted on the disk (convert/import_export.py).
-Weights that are NaN or infinite are named by tensor, where they are read and where a step had to be skipped.
+through here; checkpoints are converted on disk (convert/import_export.py). NaN or infinite weights are named by tensor,
+when they are read and when a step had to be skipped.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from megatron_dypo.models.shape import ModelShape
 from megatron_dypo.runtime.determinism import generator
 from megatron_dypo.runtime.distributed import Layout, all_gather_objects
 
-BLOCK = 2**20  # numbers that are drawn from one hash
+BLOCK = 2**20  # numbers drawn from one hash
 
 
 def random_weights(shape: ModelShape, seed: int) -> Callable[[str], Tensor]:
-    """Initial weights by Hugging Face name: norms 1, biases 0, others N(0, init_std) drawn from hash(seed, name).
+    """Draw initial weights by Hugging Face name: norms 1, biases 0, others N(0, init_std) from hash(seed, name).
 
-    On the host, whatever the device: GPUs of different makes draw different numbers. A thread draws some 1e8 a second,
-    so a large tensor is drawn in blocks, each from a hash of its own, by as many threads as this rank has cores.
+    They are drawn on the host, because different GPUs draw different numbers. A thread draws about 1e8 per second, so a
+    large tensor is drawn in blocks, each from its own hash, by as many threads as this rank has cores.
     """
     shapes = hf_shapes(shape)
     cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -59,7 +59,7 @@ def random_weights(shape: ModelShape, seed: int) -> Callable[[str], Tensor]:
 def load_weights(local: Mapping[str, Tensor], shape: ModelShape, layout: Layout, read: Callable[[str], Tensor]) -> None:
     """Fill this rank's shard of the model: ``local``, its parameters by their names in the whole model.
 
-    ``read(name)`` returns a full Hugging Face tensor. Raises UserError naming the tensor when its shape is not the
+    ``read(name)`` returns a full Hugging Face tensor. Raises UserError naming the tensor if its shape is not the
     model's.
     """
     shapes = hf_shapes(shape)
@@ -77,18 +77,18 @@ def load_weights(local: Mapping[str, Tensor], shape: ModelShape, layout: Layout,
         local[rule.mcore].copy_(rule.as_megatron(folded))
 
 
-NAMED = 8  # tensors
+NAMED = 8  # tensors named in a message, at most
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite; in one pass, without a tensor of marks."""
+    """Return whether no element is NaN or infinite; in one pass, without a mask."""
     return all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
 def watched(
     read: Callable[[str], Tensor], source: str | Path, found: Callable[[str], object]
 ) -> Callable[[str], Tensor]:
-    """``read``, which calls ``found(line)`` for every tensor of ``source`` that is not finite."""
+    """Wrap ``read`` to call ``found(line)`` for every tensor of ``source`` that is not finite."""
 
     def reading(name: str) -> Tensor:
         tensor = read(name)
@@ -100,12 +100,12 @@ def watched(
 
 
 def refuse(line: str) -> None:
-    """Raise UserError: nothing can be sampled from such a model."""
+    """Raise UserError: this model cannot be sampled from."""
     raise UserError(f"{line}: this model cannot compute log-probs")
 
 
 def describe(name: str, tensor: Tensor) -> str:
-    """E.g. ``tensor lm_head.weight: 3 of 8,192 elements are NaN or infinite``."""
+    """Describe a tensor's elements: ``tensor lm_head.weight: 3 of 8,192 elements are NaN or infinite``."""
     bad = tensor.numel() - int(tensor.isfinite().sum())
     return f"tensor {name}: {bad:,} of {tensor.numel():,} elements are NaN or infinite"
 
@@ -119,7 +119,7 @@ def require_finite(local: Mapping[str, Tensor], shape: ModelShape, layout: Layou
 
 @torch.no_grad()
 def unfinite_weights(local: Mapping[str, Tensor], shape: ModelShape, layout: Layout) -> list[str]:
-    """Hugging Face names of the model's tensors that are not finite, the same on all ranks; collective.
+    """Return Hugging Face names of the model's tensors that are not finite, the same on all ranks; collective.
 
     ``local``: this rank's parameters by their names in the whole model.
     """

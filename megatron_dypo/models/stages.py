@@ -1,4 +1,4 @@
-"""Which pipeline stage has which layers: the one table that building, gathering and checking a model read.
+"""Say which pipeline stage has which layers: the one table for building, gathering and checking a model.
 
 A virtual stage v is chunk v // pp of pipeline rank v % pp; layers go to virtual stages in order.
 """
@@ -9,11 +9,11 @@ from itertools import chain, repeat
 
 
 def stage_layers(num_layers: int, pp: int, vpp: int) -> tuple[int, ...]:
-    """Number of layers of every virtual stage, first to last."""
+    """Return the number of layers of every virtual stage, first to last."""
     return (num_layers // (pp * vpp),) * (pp * vpp)
 
 
 def layer_owners(num_layers: int, pp: int, vpp: int) -> tuple[int, ...]:
-    """Pipeline rank of every layer."""
+    """Return the pipeline rank of every layer."""
     sizes = stage_layers(num_layers, pp, vpp)
     return tuple(chain.from_iterable(repeat(stage % pp, size) for stage, size in enumerate(sizes)))
