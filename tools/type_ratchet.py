@@ -1,9 +1,9 @@
 """Hold each folder to its number of type errors: `python tools/type_ratchet.py [--lower]` (`make types`).
 
 mypy checks the package as pyproject.toml says. ``tools/type_errors.json`` has the number of errors of each folder, and
-of each module at the package's top, that is not clean yet; any other has none. A number that rises ends with
-exit code 1 and the errors; one that falls is reported, and ``--lower`` writes it down. No option raises a number.
-The numbers are those of the versions in requirements/cpu.txt.
+of each top-level module, that is not yet clean; all others must have none. A number that rises is exit code 1, with the
+errors; a number that falls is reported, and ``--lower`` records it. No option raises a number. The numbers hold for the
+versions in requirements/cpu.txt.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-ALLOWED = Path("tools/type_errors.json")  # from the repository's root
+ALLOWED = Path("tools/type_errors.json")  # relative to the repository root
 ERROR = re.compile(r"(?P<path>[^:\n]+\.py):\d+(:\d+)?: error: ")
 
 
 def place(path: str) -> str:
-    """The folder within the package, or the module at its top."""
+    """Return the folder within the package, or the top-level module."""
     return "/".join(Path(path).parts[:2])
 
 
 def by_place(output: str) -> dict[str, list[str]]:
-    """mypy's lines of errors, by place."""
+    """Return mypy's error lines, by place."""
     found: dict[str, list[str]] = defaultdict(list)
     for line in output.splitlines():
         if error := ERROR.match(line):
@@ -35,7 +35,7 @@ def by_place(output: str) -> dict[str, list[str]]:
 
 
 def compare(found: dict[str, list[str]], allowed: dict[str, int]) -> tuple[list[str], dict[str, int]]:
-    """(lines that say what has risen, each place's lowest number so far: that of ``allowed`` or fewer)."""
+    """Return (lines that say what rose, each place's lowest number so far: that of ``allowed`` or fewer)."""
     risen = []
     for where, errors in sorted(found.items()):
         if len(errors) > allowed.get(where, 0):
@@ -45,7 +45,7 @@ def compare(found: dict[str, list[str]], allowed: dict[str, int]) -> tuple[list[
 
 
 def mypy() -> str:
-    """What mypy writes; ends with its exit code where it could not check."""
+    """Return mypy's output; exit with its code if it could not check."""
     ran = subprocess.run([sys.executable, "-m", "mypy"], capture_output=True, text=True)
     if ran.returncode not in (0, 1) or ran.stderr:
         sys.stderr.write(ran.stdout + ran.stderr)

@@ -1,14 +1,14 @@
-"""Losses of one's own, for objective.loss_function: PPO's clipped surrogate, GSPO's and CISPO's, as verl has them.
+"""Example losses for objective.loss_function: PPO's clipped surrogate, GSPO's and CISPO's, as in verl.
 
-Each gets a micro-batch of responses (megatron_dypo.objectives.own_loss.PolicyLossBatch) and returns a loss for each
-token, before any normaliser, and if it likes metrics. Legend: N tokens, S responses.
+Each takes a micro-batch of responses (megatron_dypo.objectives.own_loss.PolicyLossBatch) and returns a loss per token,
+before any normaliser, and optionally metrics. Legend: N tokens, S responses.
 """
 
 import torch
 
 
 def clipped(batch):
-    """What `objective.surrogate: clip` is."""
+    """Compute the loss of `objective.surrogate: clip`."""
     ratio_N = torch.exp(batch.log_prob - batch.old_log_prob)
     low, high = 1 - batch.objective.clip_low, 1 + batch.objective.clip_high
     free_N, bounded_N = ratio_N * batch.advantages, ratio_N.clamp(low, high) * batch.advantages
@@ -16,7 +16,7 @@ def clipped(batch):
 
 
 def gspo(batch):
-    """One ratio a response, the mean of its tokens' log-ratios (GSPO, arXiv 2507.18071)."""
+    """Use one ratio per response, from the mean of its tokens' log-ratios (GSPO, arXiv 2507.18071)."""
     ratio_S = torch.exp(batch.sequence_mean(batch.log_prob - batch.old_log_prob))
     ratio_N = batch.per_token(ratio_S)
     low, high = 1 - batch.objective.clip_low, 1 + batch.objective.clip_high
