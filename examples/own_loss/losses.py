@@ -24,7 +24,7 @@ def gspo(batch):
 
 
 def cispo(batch):
-    """A bounded ratio, held constant, weighs the log-prob, so that no token loses its gradient (arXiv 2506.13585)."""
+    """Weigh the log-prob by a bounded, detached ratio: every token keeps a gradient (CISPO, arXiv 2506.13585)."""
     ratio_N = torch.exp(batch.log_prob - batch.old_log_prob).detach()
     bounded_N = ratio_N.clamp(1 - batch.objective.clip_low, 1 + batch.objective.clip_high)
     return -bounded_N * batch.advantages * batch.log_prob
