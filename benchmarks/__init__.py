@@ -1,1 +1,1 @@
-"""Measurements that back the claims in docs/: each a script that runs everything it compares."""
+"""Measure what docs/ claims: each script runs everything that it compares."""

@@ -1,8 +1,8 @@
-"""A checkpoint's cost beside Megatron-Core's own save, in one run: how long training stands still, when it is whole.
+"""Time a checkpoint and Megatron-Core's own save in one run: how long training pauses, and when the save is complete.
 
-    torchrun --standalone --nproc-per-node 2 -m benchmarks.checkpoints [--layers 2 --hidden 128] [--out FILE]
+torchrun --standalone --nproc-per-node 2 -m benchmarks.checkpoints [--layers 2 --hidden 128] [--out FILE]
 
-Without options it is the quickstart's model. Both save weights and Adam's moments of the same trained policy; ours adds
+The default model is the quickstart's. Both save weights and Adam's moments of the same trained policy; ours adds
 checksums and an fsync of every file. Prints one JSON object, or writes it to FILE; the figures are the slowest rank's,
 the first save's, then the median of all.
 """
@@ -30,7 +30,7 @@ from megatron_dypo.runtime import cpu_shim, distributed
 
 
 def trained_policy(shape: Shape, shard_optimizer: bool) -> tuple[Config, Policy]:
-    """A policy after one update, so that Adam has its moments."""
+    """Return a policy after one update, so that Adam has its moments."""
     config = Config(
         model=Model(preset="tiny", shape=shape),
         data=Data(train="none"),
@@ -48,7 +48,7 @@ def trained_policy(shape: Shape, shard_optimizer: bool) -> tuple[Config, Policy]
 
 
 def timed(action: Callable[[], float], repeats: int) -> dict[str, float]:
-    """``action`` returns the seconds for which it held up the loop; whole seconds are taken round it."""
+    """Time ``action``, which returns the seconds that it blocked the loop, as a whole."""
     held, whole = [], []
     for _ in range(repeats):
         dist.barrier()

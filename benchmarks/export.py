@@ -1,10 +1,10 @@
-"""Collectives and time of one pass over the weights, as a sync makes it: 8 layers of a 235B-A22B-shaped mixture.
+"""Count collectives and time of one pass over the weights, as in a sync: 8 layers of a 235B-A22B-shaped mixture.
 
-    torchrun --nproc-per-node 16 -m benchmarks.export [--name now]
+torchrun --nproc-per-node 16 -m benchmarks.export [--name now]
 
-128 experts of width 24, hidden size 64, 4 heads, at EP 8 x PP 2 on 16 CPU ranks (gloo), each of which has every full
-tensor in the end. The shape is for counting: its tensors are small, so that its time is that of the calls. Calls of
-``torch.distributed`` are counted by patching it; the busiest rank's count.
+128 experts of width 24, hidden size 64, 4 heads, at EP 8 x PP 2 on 16 CPU ranks (gloo), each of which ends with every
+full tensor. The tensors are small, so the time is that of the calls. Calls of ``torch.distributed`` are counted by
+patching it, on the busiest rank.
 
 Adds an entry under ``--name`` to benchmarks/results/export_cpu.json; an older commit's is measured by this same file.
 """

@@ -1,10 +1,10 @@
-"""`make gpu-report`: everything that a GPU is for, run and timed, as one page.
+"""Run and time everything that needs a GPU, as one page: `make gpu-report`.
 
-    python -m benchmarks.gpu_report [--part trainer|engine|many] [--only STAGE[,STAGE]] [--out FOLDER]
-    python -m benchmarks.gpu_report --tiny      # every stage of trainer and engine on the CPU, measuring nothing
+python -m benchmarks.gpu_report [--part trainer|engine|many] [--only STAGE[,STAGE]] [--out FOLDER]
+python -m benchmarks.gpu_report --tiny      # every stage of trainer and engine on the CPU, measuring nothing
 
-Writes gpu_report_GPU.json and .md into FOLDER (benchmarks/results; with --tiny a temporary one), after every stage.
-The exit code is 1 where a stage failed, 2 where nothing can be run.
+Writes gpu_report_GPU.json and .md into FOLDER (benchmarks/results; with --tiny a temporary one), after every stage. The
+exit code is 1 if a stage failed, 2 if nothing can be run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_dypo.runtime.console import run_tool
 
 
 def chosen(part: str | None, only: str | None, tiny: bool) -> list[Stage]:
-    """In the table's order, at least one. Raises UserError for a stage that is not there."""
+    """Return at least one stage, in the table's order. Raises UserError for an unknown stage."""
     names = only.split(",") if only else list(STAGES)
     unknown = [name for name in names if name not in STAGES]
     if unknown:
@@ -41,7 +41,7 @@ def chosen(part: str | None, only: str | None, tiny: bool) -> list[Stage]:
 
 
 def machine(tiny: bool) -> Machine:
-    """Asked in another process, as an answer takes memory on the GPU. Raises UserError where there is none."""
+    """Ask for the GPU in another process, because asking takes GPU memory. Raises UserError if there is none."""
     if tiny:
         return Machine(CPU, 0)
     command = [sys.executable, "-m", "benchmarks.gpu_report.hardware"]
@@ -53,7 +53,7 @@ def machine(tiny: bool) -> Machine:
 
 
 def git_commit() -> str:
-    """With a + where the work tree has other changes; "unknown" in a copy, or on a machine, without git."""
+    """Return the commit, with a + if the work tree has other changes; "unknown" without git."""
     if shutil.which("git") is None:
         return "unknown"
     command = ["git", "describe", "--always", "--abbrev=9", "--dirty=+", "--exclude=*"]

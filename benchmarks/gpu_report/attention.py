@@ -1,7 +1,7 @@
-"""The attentions of the policy on one pack of sequences: right, and how fast.
+"""Measure the policy's attention backends on one pack of sequences: their errors and speed.
 
-Errors are against attention in float64 that holds all scores, on a short pack. Legend: T packed tokens, A heads, G
-key/value heads, D head width.
+Errors are relative to float64 attention with all scores, on a short pack. Legend: T packed tokens, A heads, G key/value
+heads, D head width.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_dypo.policy.attention import Segments, flash, sdpa
 from megatron_dypo.policy.flash_kernels import use_best_flash_kernel
 from megatron_dypo.runtime.distributed import device
 
-SHORT = (700, 1, 799)  # lengths; errors
+SHORT = (700, 1, 799)  # lengths of the pack for errors
 LIMITS = {torch.bfloat16: (0.02, 0.01), torch.float32: (1e-5, 1e-5)}  # of a value; of a gradient's norm
 REPEATS = 5
 
@@ -39,7 +39,7 @@ TINY = Case((32, 16), 4, 2, 32)
 
 
 def inputs(case: Case, lengths: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Segments]:
-    """(query [T, A, D], key and value [T, G, D], the value strided as mcore's split hands it over), what flows back."""
+    """Return (query [T, A, D], key and value [T, G, D], the value strided as in mcore's split), and the gradient."""
     draw, tokens = torch.Generator(device()).manual_seed(0), sum(lengths)
 
     def make(*size: int) -> Tensor:
@@ -52,7 +52,7 @@ def inputs(case: Case, lengths: tuple[int, ...], dtype: torch.dtype) -> tuple[li
 
 
 def definition(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> Tensor:
-    """Causal softmax attention within each sequence, with all scores."""
+    """Compute causal softmax attention within each sequence, with all scores."""
     times = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
     outputs = []
@@ -66,13 +66,13 @@ def definition(query: Tensor, key: Tensor, value: Tensor, segments: Segments, sc
 
 
 def both_passes(attend: Callable, leaves: list[Tensor], flow: Tensor, segments: Segments) -> list[Tensor]:
-    """Output and gradients."""
+    """Return output and gradients."""
     out = attend(*leaves, segments, leaves[0].shape[-1] ** -0.5)
     return [out.detach(), *torch.autograd.grad(out, leaves, flow)]
 
 
 def attention(record: Record) -> None:
-    """torch's own flash attention first; then the installed one that policies get in its place, if there is one."""
+    """Measure torch's own flash attention, then the installed one that policies use instead, if any."""
     cuda = torch.cuda.is_available()
     dtype, case = torch.bfloat16 if cuda else torch.float32, TINY if record.tiny else CASE
     spent = {"SDPA": _measured(record, "SDPA", sdpa, case, dtype)}
@@ -101,7 +101,7 @@ def attention(record: Record) -> None:
 
 
 def _measured(record: Record, name: str, attend: Callable, case: Case, dtype: torch.dtype) -> tuple[float, float]:
-    """Seconds of the forward pass, and of both; the errors go to ``record``."""
+    """Return seconds of the forward pass, and of both passes; record the errors."""
     _errors(record, name, attend, case, dtype)
     leaves, flow, segments = inputs(case, case.lengths, dtype)
     runs = (

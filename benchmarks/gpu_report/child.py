@@ -1,8 +1,8 @@
-"""The process that one stage runs in (with ``--tiny`` a part's stages, one after the other).
+"""Run one stage in this process (with ``--tiny``, the stages of a part in sequence).
 
-    python -m benchmarks.gpu_report.child FOLDER COMMIT TINY STAGE...
+python -m benchmarks.gpu_report.child FOLDER COMMIT TINY STAGE...
 
-Writes FOLDER/STAGE.json. What a stage raises ends the process, and the runner says so.
+Writes FOLDER/STAGE.json. An exception in a stage ends the process, and the runner reports it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
         began = record.finish()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # a library that hangs or aborts on its way out changes nothing of what was found
+    os._exit(0)  # a library that hangs or aborts at exit does not affect the findings
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""vLLM in this process, in turns with a policy: start, weight sync, sampling, memory, and log-probs side by side."""
+"""Measure vLLM in this process, alternating with a policy: start, weight sync, sampling, memory, and log-probs."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from megatron_dypo.weight_sync.source import Weights
 
 QUICKSTART = ROOT / "examples/quickstart/config.yaml"
 SYNCS = 3
-SAMPLES = 8  # of a prompt
+SAMPLES = 8  # per prompt
 EOS = 1
 _engines: dict[str, Engine] = {}
 
 
 def shared_engine(config: Config, shape: ModelShape, end_ids: tuple[int, ...] = (EOS,)) -> Engine:
-    """One engine a process for the same arguments to vLLM: with ``--tiny`` all stages share it."""
+    """Return one engine per process for the same arguments to vLLM: with ``--tiny`` all stages share it."""
     from megatron_dypo.rollout.vllm_engine import VllmEngine
 
     if (key := engine_key(config, shape, end_ids)) not in _engines:
@@ -49,15 +49,15 @@ def shared_engine(config: Config, shape: ModelShape, end_ids: tuple[int, ...] = 
 
 
 def engine_key(config: Config, shape: ModelShape, end_ids: tuple[int, ...]) -> str:
-    """The same for two configurations that one engine can serve."""
+    """Return a key that is equal for two configurations that one engine can serve."""
     kind = device_kind()
     arguments = engine_arguments(config, shape, Path(), kind, installed()), in_process_arguments(config, kind, False)
     return repr((arguments, end_ids))
 
 
 def rollout_config(record: Record, name: str, **rollout: object) -> tuple[Config, int, int]:
-    """(configuration, requests, a prompt's tokens). Eager: each stage starts vLLM anew, and measures no speed of it."""
-    if record.tiny:  # the quickstart's own, whose engine this is
+    """Return (configuration, requests, tokens of a prompt). Eager: each stage starts vLLM anew and does not time it."""
+    if record.tiny:  # the quickstart's, whose engine this is
         config = load_config(str(QUICKSTART), [f"rollout.{key}={value}" for key, value in rollout.items()])
         config.objective.reference = "previous"
         return config, 2 * SAMPLES, 8
@@ -83,7 +83,7 @@ def sampling(config: Config) -> Sampling:
 
 
 def mismatch(policy: Policy, config: Config, requests: list[Request], responses: list[Response]) -> dict[str, float]:
-    """rollout/mismatch_...: the engine's log-probs beside the policy's, in nats."""
+    """Return rollout/mismatch_...: the engine's log-probs against the policy's, in nats."""
     groups = []
     for first in range(0, len(requests), SAMPLES):
         own = responses[first : first + SAMPLES]
@@ -132,12 +132,12 @@ def engine(record: Record) -> None:
     for way, seconds in turns.items():
         for turn, each in zip(("first", "second"), seconds, strict=True):
             record.figure(f"policy_{way}/{turn}", each, "s", f"policy {way}, {turn} turn")
-    if not same and not torch.cuda.is_available():  # on CUDA other batches may give other roundings
+    if not same and not torch.cuda.is_available():  # on CUDA, other batches may round differently
         record.fail("samples differ after a turn")
 
 
 def agreement(record: Record) -> None:
-    """The bound is that of ``docs/rollout.md``'s warning; on a CPU, in fp32, log-probs agree to 1e-5."""
+    """Check the bound of ``docs/rollout.md``'s warning; on a CPU, in fp32, log-probs agree to 1e-5."""
     config, count, prompt_tokens = rollout_config(record, "qwen2.5-1.5b", **record.options)
     layout, shape = join(config.parallel), model_shape(config.model)
     llm = shared_engine(config, shape)

@@ -1,4 +1,4 @@
-"""What is installed, as ``doctor`` sees it, and the tests that need a GPU."""
+"""Record what is installed, as ``doctor`` sees it, and run the tests that need a GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_dypo.doctor.report import all_findings
 
 
 def environment(record: Record) -> None:
-    """A package that is wrong fails the stage: what comes after it may mean nothing."""
+    """Record the packages; a broken one fails the stage, because later figures may mean nothing."""
     findings = all_findings(this_machine())
     rows = [[each.verdict, each.name, each.found, each.says, each.mend] for each in findings]
     record.table("`python -m megatron_dypo doctor --no-selftest`", ["", "", "found", "", "to mend it"], rows)
@@ -24,7 +24,7 @@ def environment(record: Record) -> None:
 
 
 class _Counter:
-    """A pytest plugin: tests by outcome, told to the record after each."""
+    """A pytest plugin that counts tests by outcome and updates the record after each."""
 
     def __init__(self, record: Record):
         self._record, self._began = record, time.perf_counter()
@@ -42,7 +42,7 @@ class _Counter:
 
 
 def tests(record: Record) -> None:
-    """tests/test_gpu.py, in this process; without CUDA all of it is skipped."""
+    """Run tests/test_gpu.py in this process; without CUDA all of it is skipped."""
     counter = _Counter(record)
     code = pytest.main([str(ROOT / "tests/test_gpu.py"), "-m", "gpu", "-p", "no:cacheprovider"], plugins=[counter])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):

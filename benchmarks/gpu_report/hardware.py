@@ -1,7 +1,7 @@
-"""The machine, and the versions of what a figure depends on.
+"""Describe the machine, and the versions of what a figure depends on.
 
-``python -m benchmarks.gpu_report.hardware`` prints {"gpu": name, "gpus": how many}, in a process that is then gone: the
-runner itself never takes memory on a GPU.
+``python -m benchmarks.gpu_report.hardware`` prints {"gpu": name, "gpus": how many} from a short-lived process, so that
+the runner itself never takes memory on a GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of what is installed of PACKAGES."""
+    """Return the versions of Python and of the installed PACKAGES."""
     found = packages()
     return {"python": platform.python_version()} | {name: found[name] for name in PACKAGES if name in found}
 

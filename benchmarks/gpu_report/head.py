@@ -1,4 +1,4 @@
-"""The output head beside its peers, by benchmarks/linear_logprob.py, in both ways to count its arithmetic.
+"""Measure the output head and its peers with benchmarks/linear_logprob.py, in both conventions for FLOPs.
 
 4-product TFLOP/s count 8 T H V (forward, its recomputation, two gradients), useful ones 6 T H V, over active tokens,
 whatever a head does. Legend: T tokens, H hidden size, V vocabulary.
@@ -27,7 +27,7 @@ def head(record: Record) -> None:
     shown: set[Setting] = set()
 
     def show(report: dict[str, Any]) -> None:
-        """What is new."""
+        """Print what is new."""
         for setting in set(map(_setting, report["results"])) - shown:
             shown.add(setting)
             shape = Shape(report, setting.tokens, setting.hidden, setting.vocab)
@@ -69,7 +69,7 @@ def _rows(shape: Shape, active: float, field: str) -> Iterator[list[str]]:
 
 
 def _figures(record: Record, shape: Shape, setting: Setting, field: str) -> None:
-    """Ratios are medians of the rounds' ratios. Compacted where some tokens are inactive, as the policy does it."""
+    """Record ratios, as medians of the rounds' ratios; compacted if some tokens are inactive, as the policy does it."""
     active, place, what = setting.active, f"t{setting.tokens}", f"T {setting.tokens}, {setting.active:.0%} active"
     own = COMPACTED if active < 1 else OURS
     key = f"{place}_{round(100 * active)}"

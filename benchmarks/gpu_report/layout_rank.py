@@ -1,6 +1,6 @@
-"""A few updates of a small policy in one layout; rank 0 writes the losses of every step.
+"""Train a small policy for a few updates in one layout; rank 0 writes the losses of every step.
 
-    torchrun --nproc-per-node RANKS -m benchmarks.gpu_report.layout_rank PRESET DTYPE PARALLEL OPTIMIZER OUT
+torchrun --nproc-per-node RANKS -m benchmarks.gpu_report.layout_rank PRESET DTYPE PARALLEL OPTIMIZER OUT
 
 PARALLEL and OPTIMIZER are JSON of the configuration's sections. Every layout trains the same global batches.
 """

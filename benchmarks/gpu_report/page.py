@@ -1,4 +1,4 @@
-"""The page: one function from the results to markdown."""
+"""Render the results as one markdown page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ STATES = {DONE: "done", FAILED: "**failed**", ABSENT: "not here"}
 
 
 def page(report: Report) -> str:
-    """Targets first, then every stage that has run, in the table's order."""
+    """Return the page: targets first, then every stage that has run, in the table's order."""
     stages = {name: report["stages"][name] for name in STAGES if name in report["stages"]}
     title = f"GPU report: {report['gpu']}" if report["measured"] else "GPU report: CPU, no measurement"
     latest = max(stages.values(), key=lambda found: (bool(found["versions"]), found["date"]))
@@ -55,7 +55,7 @@ def _value(target: Target, report: Report) -> str:
 
 
 def stage_table(stages: dict[str, Found], commit: str) -> str:
-    """Each with its own commit and date: one stage may have been measured again alone at ``commit``."""
+    """Return the table of stages, each with its commit and date: a stage may have been measured again at ``commit``."""
     rows = []
     for name, found in stages.items():
         older = "" if found["commit"] == commit else " (an earlier commit)"
@@ -89,7 +89,7 @@ def _stage(name: str, found: Found, shows_versions: bool) -> list[str]:
 
 
 def shown(value: float | bool | str, unit: str) -> str:
-    """With its unit; three significant digits at least, whole numbers whole."""
+    """Format a value with its unit: at least three significant digits, integers in full."""
     if isinstance(value, bool):
         return "yes" if value else "**no**"
     if isinstance(value, str):
@@ -99,7 +99,7 @@ def shown(value: float | bool | str, unit: str) -> str:
 
 
 def cell(text: str) -> str:
-    """What a table's cell can hold."""
+    """Escape text for a table cell."""
     return " ".join(text.replace("|", "\\|").split())
 
 
