@@ -1,7 +1,7 @@
-"""The heads that benchmarks/linear_logprob.py compares: ours, the naive one, and the peers' own functions.
+"""Define the heads that benchmarks/linear_logprob.py compares: ours, the naive one, and the peers' own functions.
 
 Each runs forward and backward of sum_t slope_t logp_t, from hidden states and the output weight; an inactive token's
-slope is 0. Peers are called as their users call them, each with its own way, if any, to leave inactive tokens out.
+slope is 0. Peers are called as their users call them, with their own way, if any, to skip inactive tokens.
 
 Legend: T tokens, A active ones, H hidden size, V vocabulary, B sequences (of equal length).
 """
@@ -22,7 +22,7 @@ SEQUENCES = 8
 ENTROPY_COEF = 0.001
 IGNORED = -100
 NAIVE, CEILING, FLOOR = "naive", "matmul", "three_products"
-# an importable package -> what pip calls it
+# importable package -> its name for pip
 DISTRIBUTIONS = {
     "liger_kernel": "liger-kernel",
     "cutlass": "nvidia-cutlass-dsl",
@@ -33,7 +33,7 @@ DISTRIBUTIONS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """``active`` is the share of tokens with a non-zero slope."""
+    """One measurement; ``active`` is the share of tokens with a non-zero slope."""
 
     tokens: int
     hidden: int
@@ -47,15 +47,15 @@ class Batch:
     weight_VH: Tensor
     targets_T: Tensor
     active_T: Tensor  # bool
-    active_A: Tensor  # the active tokens' places
+    active_A: Tensor  # indices of the active tokens
     advantages_B: Tensor
     slopes_T: Tensor  # -advantage / A, or 0
-    vocab: int  # rows of the weight that are not padding
+    vocab: int  # rows of the weight without padding
 
     @classmethod
     def of(cls, setting: Setting, device: str, dtype: torch.dtype) -> Batch:
-        """The same numbers in every process. Weights are scaled so that logits have unit variance, and hidden states
-        lean to their target, so that p(target) takes all values from 1 / V to near 1, as in a trained model.
+        """Make the same numbers in every process. Weights are scaled for logits of unit variance, and hidden states
+        lean towards their targets, so that p(target) ranges from 1 / V to near 1, as in a trained model.
         """
         seed = torch.Generator(device).manual_seed(0)
         options = {"generator": seed, "device": device}
@@ -81,7 +81,7 @@ class Batch:
         )
 
     def as_in_megatron(self) -> Batch:
-        """The weight as a policy has it on CUDA: padded to a multiple of 1024 rows, with an fp32 ``main_grad``."""
+        """Return the batch with a policy's weight on CUDA: padded to a multiple of 1024 rows, fp32 ``main_grad``."""
         weight_VH = F.pad(self.weight_VH.detach(), (0, 0, 0, -self.vocab % 1024)).requires_grad_()
         weight_VH.main_grad = torch.zeros_like(weight_VH, dtype=torch.float32)
         return replace(self, weight_VH=weight_VH)
@@ -124,7 +124,7 @@ def ours(b: Batch) -> Tensor:
 
 
 def ours_entropy_gradient(b: Batch) -> Tensor:
-    """An entropy bonus besides: every active token has a slope of its entropy, too."""
+    """Add an entropy bonus: every active token also has a slope of its entropy."""
     dentropy_T = -ENTROPY_COEF * b.active_T / len(b.active_A)
 
     def token_loss(logp_t, entropy_t, t):
@@ -218,7 +218,7 @@ def matmul(b: Batch) -> None:
 
 @torch.no_grad()
 def three_products(b: Batch) -> None:
-    """Those of a head that keeps its logits: of the logits, of dhidden, of dweight; all in the inputs' precision."""
+    """Run the products of a head that keeps its logits (logits, dhidden, dweight), all in the inputs' precision."""
     rows = min(8192, len(b.hidden_TH))
     z_tV = b.weight_VH.new_empty(rows, len(b.weight_VH))
     dhidden_tH, dweight_VH = b.hidden_TH.new_empty(rows, b.hidden_TH.shape[1]), torch.empty_like(b.weight_VH)
@@ -231,7 +231,7 @@ def three_products(b: Batch) -> None:
 
 @dataclass(frozen=True)
 class Head:
-    """``note`` says how it is called and what it does with inactive tokens."""
+    """One head; ``note`` says how it is called and how it treats inactive tokens."""
 
     label: str
     note: str
@@ -242,10 +242,10 @@ class Head:
     where: Callable[[Setting], bool] = lambda setting: True
     cuda_package: str = "torch"  # needed on CUDA as well
     comparable: bool = True  # its gradients are those of the same loss
-    products: int = 0  # of a head that is nothing but matrix products
+    products: int = 0  # for a head that only multiplies matrices
 
     def missing(self, device: str) -> str | None:
-        """The package to install, by pip's name, or None."""
+        """Return the package to install, by its name for pip, or None."""
         needed = {self.package, self.cuda_package} if device == "cuda" else {self.package}
         absent = [name for name in sorted(needed) if importlib.util.find_spec(name) is None]
         return ", ".join(DISTRIBUTIONS[name] for name in absent) or None

@@ -1,11 +1,11 @@
-"""One layout of benchmarks/layouts.py: times updates of a fresh policy on a made-up global batch.
+"""Time updates of a fresh policy on a made-up global batch, in one layout of benchmarks/layouts.py.
 
-    torchrun --standalone --nproc-per-node RANKS -m benchmarks.layout_worker JOB OUT
+torchrun --standalone --nproc-per-node RANKS -m benchmarks.layout_worker JOB OUT
 
 JOB is the JSON of a ``Job``; rank 0 writes a JSON object to the file OUT. An update is what training does with one
 graded batch: plan, old pass, training pass, optimizer step. Wall time is the slowest rank's, between two barriers;
-CPU-seconds are the ranks' sum, over all their threads; memory is the largest rank's peak, on the CPU all that is
-resident, torch's own included.
+CPU-seconds are summed over ranks and threads; memory is the largest rank's peak, on the CPU all resident memory, with
+torch's own.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def make_config(job: Job) -> Config:
 
 
 def make_groups(size: Size) -> list[Group]:
-    """Prompts of which every second response is right, so that all of them are trained on."""
+    """Make prompts whose responses are right and wrong in turn, so that all of them train."""
     random, prompt_length = np.random.default_rng(0), size.mean // 8
     lengths = lognormal_lengths(
         size.prompts * size.responses, size.mean - prompt_length, size.cap - prompt_length, seed=0
@@ -77,7 +77,7 @@ def make_groups(size: Size) -> list[Group]:
 
 
 def timed_update(policy: Policy, groups: list[Group], config: Config) -> dict[str, float]:
-    """The figures of one update, the same on all ranks."""
+    """Return the figures of one update, the same on all ranks."""
     dist.barrier()
     wall, cpu = time.perf_counter(), time.process_time()
     minibatches = build_minibatches(

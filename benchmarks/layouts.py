@@ -1,12 +1,12 @@
-"""Tokens per second of a training update in every layout, in one run.
+"""Measure tokens per second of a training update in every layout, in one run.
 
-    python -m benchmarks.layouts [--device cpu|cuda] [--layouts dp1 tp2-sp-pp2 ...] [--rounds 3] [--updates 2]
-    python -m benchmarks.layouts --layouts dp8 tp8-sp --layers 32 --hidden 4096 ...
+python -m benchmarks.layouts [--device cpu|cuda] [--layouts dp1 tp2-sp-pp2 ...] [--rounds 3] [--updates 2] python -m
+benchmarks.layouts --layouts dp8 tp8-sp --layers 32 --hidden 4096 ...
 
 A layout's name joins its parts: dp, tp, pp, vpp (model chunks of a pipeline rank) and cp with their sizes, and sp for
-sequence parallelism. Each runs in processes of its own (benchmarks/layout_worker.py, under torchrun), one layout after
-the other, in reverse order every other round: a slow minute hits all alike. All train the same model on the same global
-batch, so their gradient norms must agree.
+sequence parallelism. Each runs in processes of its own (benchmarks/layout_worker.py, under torchrun), one after the
+other, in reverse order every other round, so that a slow minute affects all alike. All train the same model on the same
+global batch, so their gradient norms must agree.
 
 Writes one JSON file with all rounds; ``python -m benchmarks.tables`` puts it into benchmarks/README.md.
 """
@@ -52,7 +52,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Job:
-    """``parallel``: the configuration's section; ``updates``: timed ones, after one on an eighth of the batch."""
+    """A layout to time. ``parallel``: the configuration's section; ``updates``: after one on 1/8 of the batch."""
 
     size: Size
     parallel: dict = field(default_factory=dict)
@@ -113,7 +113,7 @@ SECONDS = 3600
 
 
 def parse(name: str) -> tuple[int, dict[str, Any]]:
-    """A layout's ranks and its configuration section."""
+    """Return a layout's number of ranks and its configuration section."""
     sizes, parallel = {"dp": 1}, {}
     for part in name.split("-"):
         found = re.fullmatch(r"(dp|tp|pp|vpp|cp)([1-9][0-9]*)|sp", part)
@@ -128,7 +128,7 @@ def parse(name: str) -> tuple[int, dict[str, Any]]:
 
 
 def measure(name: str, size: Size, updates: int) -> dict[str, Any]:
-    """What a fresh group of processes measures."""
+    """Return what a fresh group of processes measures."""
     ranks, parallel = parse(name)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out.json")
@@ -140,7 +140,7 @@ def measure(name: str, size: Size, updates: int) -> dict[str, Any]:
 
 
 def planning_seconds() -> float:
-    """CPU time of one plan of many sequences."""
+    """Return the CPU time of one plan of many sequences."""
     lengths = lognormal_lengths(PLANNED, MEAN, CAP, seed=0)
     began = time.process_time()
     plan_micro_batches(lengths, RANKS, BUDGET)

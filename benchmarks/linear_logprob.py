@@ -1,16 +1,16 @@
-"""The output head, forward and backward, beside the naive one and the peers' (benchmarks/heads.py).
+"""Compare the output head, forward and backward, with the naive one and the peers' (benchmarks/heads.py).
 
-    python -m benchmarks.linear_logprob [--preset cpu|cuda|entropy|report|tiny] [--rounds N] [--out FILE]
-    python -m benchmarks.linear_logprob --shapes 64,32,512 --heads naive ours --out tiny.json
+python -m benchmarks.linear_logprob [--preset cpu|cuda|entropy|report|tiny] [--rounds N] [--out FILE] python -m
+benchmarks.linear_logprob --shapes 64,32,512 --heads naive ours --out tiny.json
 
-Every head has a process of its own (benchmarks/worker.py), warmed by an untimed step at every shape. In a round each
-runs once, one after the other while the rest sleep, in reverse order every other round: a slow minute hits all alike,
-and ratios are taken within a round. On the CPU a head that takes more than ``slow`` x naive runs in the first round
-only. Errors are against float64, computed by yet another process. A head whose package is missing, that fails or that
-does not answer says so in its record, and the others go on.
+Every head has its own process (benchmarks/worker.py), warmed up by an untimed step at every shape. In a round each runs
+once, in sequence while the rest sleep, in reverse order every other round: a slow minute affects all alike, and ratios
+are taken within a round. On the CPU a head slower than ``slow`` x naive runs in the first round only. Errors are
+relative to float64, computed by another process. A head whose package is missing, that fails or that does not answer is
+recorded as such, and the others continue.
 
-Writes one JSON file with all rounds, again after every setting, so that a stop loses one setting at most;
-``python -m benchmarks.tables`` puts it into benchmarks/README.md. ``compare`` is all of it for other scripts.
+Writes one JSON file with all rounds, again after every setting, so that a stop loses one setting at most; ``python -m
+benchmarks.tables`` puts it into benchmarks/README.md. Other scripts call ``compare``.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from benchmarks.machine import RESULTS, ROOT, environment
 
 FLOAT64 = "float64"
 PACKAGES = ("torch", "triton", "liger-kernel", "nvidia-cutlass-dsl", "cut-cross-entropy", "quack-kernels")
-CHECKED_TOKENS = 8192  # beyond it, at CUDA's shapes, float64 takes longer than all else
-WARM_TOKENS = 1024  # of the step at which, on CUDA, all heads compile what they need at the same time
+CHECKED_TOKENS = 8192  # above it, at CUDA's shapes, float64 would dominate the run time
+WARM_TOKENS = 1024  # tokens of the step at which, on CUDA, all heads compile at the same time
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured. ``repeats``: timed steps of a round; ``checked``: settings whose errors are taken."""
+    """What to measure. ``repeats``: timed steps per round; ``checked``: settings whose errors are measured."""
 
     device: str
     settings: tuple[Setting, ...]
@@ -51,10 +51,10 @@ class Plan:
     rounds: int = 3
     repeats: int = 1
     checked: frozenset[Setting] = frozenset()
-    threads: int = 2  # of each process, one of which works at a time
-    answer_seconds: float = 1200  # for one request; a head that takes longer is given up
+    threads: int = 2  # per process; one process works at a time
+    answer_seconds: float = 1200  # deadline of one request; a slower head is given up
     slow: float = 1.5  # x naive on the CPU, beyond which a head runs in the first round only
-    results: str = "linear_logprob"  # what the file of its results is named by, before the device
+    results: str = "linear_logprob"  # name of the results file, before the device
 
 
 def settings_of(shapes: list[str], actives: list[float]) -> tuple[Setting, ...]:
@@ -92,11 +92,11 @@ PRESETS = {
 
 
 class Worker:
-    """One process: a line of JSON to it, a line of JSON back."""
+    """One process: a line of JSON in, a line of JSON out."""
 
     def __init__(self, name: str, plan: Plan):
         self.name, self.seconds = name, plan.answer_seconds
-        self.gone = None  # why it answers no more
+        self.gone = None  # why it no longer answers
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", name, plan.device, str(plan.threads)],
             cwd=ROOT,
@@ -115,7 +115,7 @@ class Worker:
             self.process.stdin.flush()
 
     def answer(self) -> dict[str, Any]:
-        """What it says, or {"failed": why} from the first time on that it does not."""
+        """Return its answer, or {"failed": why} from the first time that none comes."""
         if self.gone is None:
             if not select.select([self.process.stdout], [], [], self.seconds)[0]:
                 self.gone = f"no answer within {self.seconds:g} s"
@@ -132,7 +132,7 @@ class Worker:
 
 
 def compare(plan: Plan, out: Path, after: Callable[[dict[str, Any]], None] = lambda report: None) -> dict[str, Any]:
-    """Measures all of ``plan``; the report, which after every setting ``out`` has and ``after`` is called with."""
+    """Measure all of ``plan``; return the report, written to ``out`` and passed to ``after`` at every setting."""
     report = environment(plan.device, f"{plan.threads} threads", PACKAGES) | {"missing": {}, "results": []}
     workers = {}
     for name in dict.fromkeys([NAIVE, *plan.heads]):
@@ -161,7 +161,7 @@ def compare(plan: Plan, out: Path, after: Callable[[dict[str, Any]], None] = lam
 
 
 def warm_up(workers: dict[str, Worker], plan: Plan) -> None:
-    """One step of every head, all at the same time: most of it is compilation, which takes one core each."""
+    """Run one step of every head, all at the same time: most of it is compilation on one core each."""
     for setting in {dataclasses.replace(each, tokens=WARM_TOKENS, active=0.42) for each in plan.settings}:
         asked = [worker for name, worker in workers.items() if name != FLOAT64 and HEADS[name].where(setting)]
         for worker in asked:
@@ -171,7 +171,7 @@ def warm_up(workers: dict[str, Worker], plan: Plan) -> None:
 
 
 def measure(workers: dict[str, Worker], setting: Setting, plan: Plan) -> list[dict[str, Any]]:
-    """One record a head: {"head", the setting's fields, "rounds": [...], "errors": {...}} or {..., "failed": why}."""
+    """Return per head {"head", the fields of setting, "rounds": [...], "errors": {...}} or {..., "failed": why}."""
     names = [name for name in workers if name != FLOAT64 and HEADS[name].where(setting)]
     records = {name: {"head": name} | dataclasses.asdict(setting) | {"rounds": []} for name in names}
 
@@ -198,10 +198,10 @@ def measure(workers: dict[str, Worker], setting: Setting, plan: Plan) -> list[di
 
 
 def tflops(record: dict[str, Any]) -> dict[str, float]:
-    """TFLOP/s of the median step over the active tokens A, in both conventions that peers publish.
+    """Return TFLOP/s of the median step over the active tokens A, in both conventions that peers publish.
 
     "useful": 6 A H V, the three products that the gradients need; "four_products": 8 A H V, whatever a head does. A
-    head that only multiplies has what it multiplies, under both names.
+    head that only multiplies counts its own products, under both names.
     """
     seconds = [figures.get("cuda_seconds", figures.get("wall_seconds")) for figures in record["rounds"]]
     if not seconds or "failed" in record:

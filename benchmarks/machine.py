@@ -1,4 +1,4 @@
-"""Where results lie, and what they were measured on."""
+"""Say where results are stored, and what machine they were measured on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def environment(device: str, threads: str, packages: Iterable[str]) -> dict[str, Any]:
-    """Versions and hardware, and how busy the machine was before. ``threads``: how many were used on the CPU."""
+    """Return versions, hardware, and the load before measuring. ``threads``: how many were used on the CPU."""
     found = installed()
     versions = {"python": platform.python_version()} | {name: found[name] for name in packages if name in found}
     memory = f"{psutil.virtual_memory().total / 2**30:.0f} GiB"

@@ -1,4 +1,4 @@
-"""What the tables of benchmarks/README.md have in common."""
+"""Share what the tables of benchmarks/README.md have in common."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ def table(header: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def measured_on(report: dict[str, Any]) -> str:
-    """Hardware, versions and load of ``machine.environment``."""
+    """Return a line on hardware, versions and load, from ``machine.environment``."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return f"{report['hardware']}; {versions}; load average before: {report['load_average_before']:.1f}."

@@ -1,11 +1,11 @@
-"""How full micro-batches are, how evenly work is dealt out, and how much of what is computed is padding.
+"""Measure how full micro-batches are, how evenly work is distributed, and how much computation is padding.
 
-    python -m benchmarks.packing
+python -m benchmarks.packing
 
-Depends on no clock: made-up lengths go through the planner that training uses. Of each setting SEEDS batches are
-planned; "filled" is their tokens over the planned micro-batches' budgets, "computed" their tokens over the tokens that
-go through the model: with packing that is filler for tensor- and context-parallel ranks alone, with padding each batch
-is as wide as its longest sequence.
+It depends on no clock: made-up lengths go through the planner that training uses. SEEDS batches are planned per
+setting; "filled" is their tokens over the planned micro-batches' budgets, "computed" their tokens over the tokens that
+go through the model. Packing fills up for tensor- and context-parallel ranks only; with padding each batch is as wide
+as its longest sequence.
 
 Writes benchmarks/results/packing.json; ``python -m benchmarks.tables`` puts it into benchmarks/README.md.
 """
@@ -33,13 +33,13 @@ LAYOUTS = [(1, 1), (8, 1), (1, 2), (8, 2), (8, 8)]  # (tensor, context) ranks
 
 
 def lognormal_lengths(count: int, mean: float, cap: int, seed: int) -> list[int]:
-    """Lengths in tokens, lognormal with this mean before they are capped."""
+    """Return lengths in tokens, lognormal with this mean before they are capped."""
     generator, mu = random.Random(seed), math.log(mean) - SIGMA**2 / 2
     return [min(cap, max(1, round(generator.lognormvariate(mu, SIGMA)))) for _ in range(count)]
 
 
 def packed_tokens(lengths: list[int], plan: MicroBatchPlan, tensor: int, context: int) -> int:
-    """Tokens computed: segments filled up to the context-parallel slices, micro-batches to tensor-parallel ranks."""
+    """Return tokens computed: segments padded to context-parallel slices, micro-batches to tensor-parallel ranks."""
     align = aligned_to(context)
     total = 0
     for members in itertools.chain.from_iterable(plan):
@@ -49,7 +49,7 @@ def packed_tokens(lengths: list[int], plan: MicroBatchPlan, tensor: int, context
 
 
 def padded_tokens(lengths: list[int], budget: int) -> int:
-    """Tokens computed where consecutive sequences fill batches of at most ``budget`` tokens, padding included."""
+    """Return tokens computed if consecutive sequences fill batches of at most ``budget`` tokens, padding included."""
     total = rows = longest = 0
     for length in lengths:
         if (rows + 1) * max(longest, length) > budget:
@@ -60,12 +60,12 @@ def padded_tokens(lengths: list[int], budget: int) -> int:
 
 
 def spread_of(values: list[float]) -> float:
-    """The largest over the mean."""
+    """Return the largest value over the mean."""
     return max(values) / fmean(values)
 
 
 def planned(prompts: int, ranks: int, multiple: int, budget: int) -> dict[str, Any]:
-    """Means over the seeds, and the worst of them."""
+    """Return means over the seeds, and the worst of them."""
     counts, filled, perfect, over_ranks, over_batches = [], [], [], [], []
     for seed in range(SEEDS):
         lengths = lognormal_lengths(prompts * RESPONSES, MEAN, CAP, seed)
@@ -91,7 +91,7 @@ def planned(prompts: int, ranks: int, multiple: int, budget: int) -> dict[str, A
 
 
 def computed(budget: int, prompts: int = 64, ranks: int = 8) -> dict[str, Any]:
-    """Tokens over computed tokens, by tensor x context ranks, beside padded batches under the same budget."""
+    """Return tokens over computed tokens, by tensor x context ranks, and of padded batches under the same budget."""
     tokens, totals = 0, dict.fromkeys([f"{t}x{c}" for t, c in LAYOUTS] + ["padded", "padded_sorted"], 0)
     for seed in range(SEEDS):
         lengths = lognormal_lengths(prompts * RESPONSES, MEAN, CAP, seed)

@@ -1,8 +1,8 @@
-"""DYPO against SFT only and GRPO only on the quickstart's task: same model, prompts, optimizer and number of steps.
+"""Compare DYPO with SFT only and GRPO only on the quickstart's task: same model, prompts, optimizer and steps.
 
-    python -m benchmarks.recipes [--seeds 3] [--steps 300] [--out runs/recipes]
+python -m benchmarks.recipes [--seeds 3] [--steps 300] [--out runs/recipes]
 
-Writes one run folder a recipe and seed (an existing one is resumed or reused) and prints a table with every seed.
+Writes one run folder per recipe and seed (an existing one is resumed or reused) and prints a table with every seed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ RECIPES = ("dypo", "sft", "grpo")
 
 
 def run(method: str, seed: int, steps: int, folder: Path) -> None:
-    """One training run of the quickstart's configuration under another recipe and seed."""
+    """Run the quickstart's configuration with another recipe and seed."""
     overrides = [
         f"objective.method={method}",
         f"trainer.seed={seed}",
@@ -34,7 +34,7 @@ def run(method: str, seed: int, steps: int, folder: Path) -> None:
 
 
 def outcome(folder: Path) -> dict[str, float | None]:
-    """Last-tenth means and the final held-out accuracy of one run."""
+    """Return last-tenth means and the final held-out accuracy of one run."""
     metrics = [line for line in read_metrics(folder / "metrics.jsonl") if line["step"] > 0]
     tail = metrics[-max(1, len(metrics) // 10) :]
 

@@ -1,14 +1,14 @@
-"""How fast answers are graded, and what hanging ones cost.
+"""Measure how fast answers are graded, and what hanging ones cost.
 
-    python -m benchmarks.reward
+python -m benchmarks.reward
 
 Two measurements of ``reward.function: math`` with two worker processes:
 
-simple   responses of some 1,500 characters that end in a box: integers, decimals, fractions, percentages and units,
-         half of them wrong; the share of expressions is asked of math-verify. Responses a second, of the whole mix,
-         of what the text rules decide alone, and of what math-verify decides.
-hangs    gradings that all go to math-verify, 1% of which never end: wall time beside what those alone may take
-         (their deadlines, over the workers), and the processes left, zombies included.
+simple   responses of about 1,500 characters that end in a box: integers, decimals, fractions, percentages and units,
+         half of them wrong; the expressions among them go to math-verify. Responses per second, of the whole mix, of
+         what the text rules decide alone, and of what math-verify decides.
+hangs    gradings that all go to math-verify, 1% of which never end: wall time, and for comparison what those alone may
+         take (their deadlines, over the workers), and the processes left, zombies included.
 
 Workers are started before the clock. Writes benchmarks/results/reward_cpu.json; docs/rewards.md quotes it.
 """
@@ -37,7 +37,7 @@ KINDS = {"integer": 60, "fraction": 15, "decimal": 12, "unit": 10, "expression":
 
 
 def pair(kind: str, draw: random.Random) -> tuple[str, str]:
-    """(ground truth, answer that is right half the time)."""
+    """Return (ground truth, answer that is right half the time)."""
     n, d, off = draw.randrange(2, 5000), draw.randrange(2, 99), draw.choice((0, 0, 1, 2))
     if kind == "integer":
         return str(n), draw.choice((f"{n + off}", f"{n + off:,}", f"x = {n + off}", f"{n + off}.0"))
@@ -56,7 +56,7 @@ def responses(pairs: list[tuple[str, str]]) -> tuple[list[Prompt], list[str]]:
 
 
 def timed(reward: RewardFunction, pairs: list[tuple[str, str]]) -> tuple[float, list]:
-    """Wall-clock seconds, and the scores."""
+    """Return wall-clock seconds, and the scores."""
     prompts, texts = responses(pairs)
     start = time.perf_counter()
     scores = reward(prompts, texts)
@@ -64,7 +64,7 @@ def timed(reward: RewardFunction, pairs: list[tuple[str, str]]) -> tuple[float, 
 
 
 def started(workers: int, cpu_seconds: float) -> RewardFunction:
-    """A reward function whose workers run."""
+    """Return a reward function whose workers have started."""
     reward = build_reward(Reward(workers=workers, cpu_seconds=cpu_seconds))
     timed(reward, [(f"y + {n}", f"{n} + y") for n in range(8 * workers)])
     return reward
@@ -79,7 +79,7 @@ def simple(count: int) -> dict[str, Any]:
     with started(WORKERS, 5.0) as reward:
         seconds, scores = timed(reward, pairs)
         text_seconds, _ = timed(reward, by_text)
-    with started(WORKERS, 5.0) as reward:  # whose workers have not seen these answers
+    with started(WORKERS, 5.0) as reward:  # its workers have not seen these answers
         expression_seconds, _ = timed(reward, by_math_verify)
     return {
         "responses": count,
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--cpu-seconds", type=float, default=0.5, help="deadline of one grading")
     parser.add_argument("--out", type=Path, default=RESULTS / "reward_cpu.json")
     args = parser.parse_args()
-    logging.disable()  # one line for each batch with hangs
+    logging.disable()  # it would log a line per batch with hangs
     report = environment("cpu", f"{WORKERS} workers", ["math-verify", "sympy", "latex2sympy2-extended"])
     report |= {"mix_percent": KINDS, "simple": simple(args.simple), "hangs": hangs(args.gradings, args.cpu_seconds)}
     args.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -68,7 +68,7 @@ def configuration(folder: Path, steps: int, **rollout: object) -> Path:
 
 
 def _row(number: int) -> dict[str, Any]:
-    """A prompt without a right answer, and its teachers."""
+    """Return a prompt without a right answer, and its teachers."""
     draw = random.Random(number)
     digits = lambda count: "".join(draw.choices("0123456789", k=count))  # noqa: E731
     teachers = [{"name": str(i), "trace": digits(TRACE_TOKENS - 1)} for i in range(TEACHERS)]
@@ -76,7 +76,7 @@ def _row(number: int) -> dict[str, Any]:
 
 
 def overhead(rounds: int) -> list[dict[str, float]]:
-    """Seconds of ``engine.generate``, and those of them in vLLM."""
+    """Return seconds of ``engine.generate``, and those spent in vLLM."""
     from megatron_dypo.config import load_config
     from megatron_dypo.data.tokenizer import load_tokenizer
     from megatron_dypo.models.shape import model_shape
@@ -116,7 +116,7 @@ def overhead(rounds: int) -> list[dict[str, float]]:
 
 
 def step_times(config: Path, folder: Path, overlap: bool) -> dict[str, float]:
-    """Medians of a run of ``train``."""
+    """Return medians of a run of ``train``."""
     run = folder / f"overlap_{overlap}_{time.monotonic_ns()}"
     overrides = [f"rollout.async_rollout={int(overlap)}", "rollout.correction=truncate", f"trainer.run_dir={run}"]
     subprocess.run(

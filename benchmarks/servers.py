@@ -1,4 +1,4 @@
-"""Rollout servers for a benchmark or a test: as launch/servers.sh starts them, and gone with all they started."""
+"""Run rollout servers for a benchmark or a test, as launch/servers.sh starts them, and end all that they started."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ SECONDS = 300.0  # to start, on a busy machine
 
 @dataclass
 class Servers:
-    """``log``: what the launcher and its servers say."""
+    """Running servers; ``log``: the output of the launcher and its servers."""
 
     urls: list[str]
     log: Path
 
     def pids(self) -> list[int]:
-        """Of the servers now: one that was killed is another process when it is back."""
+        """Return the current servers' pids: a killed server returns as another process."""
         commands = [f"vllm.entrypoints.openai.api_server.*--port {url.rpartition(':')[2]} " for url in self.urls]
         return [pid for command in commands for pid in _pgrep("-f", command)]
 
     def processes(self) -> list[int]:
-        """The servers, and what they started."""
+        """Return the servers, and the processes they started."""
         found = self.pids()
         for parent in found:
             found += _pgrep("-P", str(parent))
         return found
 
     def wait(self) -> None:
-        """Until all answer."""
+        """Wait until all of them answer."""
         deadline = time.monotonic() + SECONDS
         while not all(map(_answers, self.urls)):
             if time.monotonic() > deadline:
@@ -70,7 +70,7 @@ def free_ports(count: int) -> int:
 
 @contextmanager
 def running(config: Path, first: int, count: int, *overrides: str) -> Iterator[Servers]:
-    """``count`` servers of a configuration on ports ``first``, ...; their token is in this process's environment."""
+    """Run ``count`` servers of a configuration on ports ``first``, ...; this process's environment has their token."""
     os.environ.setdefault(VARIABLE, secrets.token_hex(32))
     environment = os.environ | {
         "SERVERS": str(count),

@@ -1,11 +1,10 @@
-"""A step's cost now against another revision's: CPU-seconds and peak memory, in turn.
+"""Compare a step's cost with another revision's: CPU-seconds and peak memory, in alternation.
 
-    python -m benchmarks.step_cost --base REVISION [--rounds 5] [--steps 3] [--method dypo]
+python -m benchmarks.step_cost --base REVISION [--rounds 5] [--steps 3] [--method dypo]
 
-Each revision has a process of its own, of a work tree that git makes, on one thread; both train on the same made-up
-rollouts (log-prob passes, coefficients, training pass, optimizer step) and are warmed by an untimed step. In a round
-one makes its steps while the other sleeps, in reverse order every other round. Prints each round's ratio and the
-medians.
+Each revision runs in its own process, from a work tree made by git, on one thread; both train on the same made-up
+rollouts (log-prob passes, coefficients, training pass, optimizer step) and are warmed up by an untimed step. In a round
+one works while the other sleeps, in reverse order every other round. Prints each round's ratio and the medians.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ PROMPTS, SAMPLES, LONGEST = 32, 8, 96
 
 
 def groups(step: int) -> list:
-    """Easy, Mid and Hard groups of mixed lengths, alike in every revision."""
+    """Return Easy, Mid and Hard groups of mixed lengths, the same in every revision."""
     import numpy as np
 
     from megatron_dypo.records import Group, Prompt, Regime, Response, Teacher
@@ -56,7 +55,7 @@ def trace(group, teacher: int):
 
 
 def serve(method: str) -> None:
-    """A step for each line of standard input; its CPU-seconds, and the process's peak memory during it, as JSON."""
+    """Run a step per line of standard input; print its CPU-seconds and the process's peak memory during it as JSON."""
     import torch
 
     torch.set_num_threads(1)

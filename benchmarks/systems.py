@@ -1,9 +1,9 @@
-"""Every system's recipe on the quickstart's task, from the same weights, one seed each (docs/systems.md).
+"""Train every system's recipe on the quickstart's task, from the same weights, one seed each (docs/systems.md).
 
-    python -m benchmarks.systems [--seed 0] [--out benchmarks/results/systems_cpu.json]
+python -m benchmarks.systems [--seed 0] [--out benchmarks/results/systems_cpu.json]
 
-Runs `examples/systems/run.sh` for each system in turn (a run folder that is there already is resumed or reused), writes
-their figures and one report of all, and prints the table of docs/systems.md.
+Runs `examples/systems/run.sh` for each system in turn (an existing run folder is resumed or reused), writes their
+figures and one report of all, and prints the table of docs/systems.md.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ SOURCES = ("rollout", "teacher", "expert")
 
 
 def systems() -> list[str]:
-    """Those that have a recipe over the quickstart."""
+    """Return the systems with a recipe over the quickstart."""
     return sorted(path.stem for path in QUICKSTART.glob("*.yaml") if path.stem not in ("common", "warm_start"))
 
 
 def outcome(folder: Path) -> dict:
-    """A finished run: held-out accuracy by step, means over the last tenth of the steps, minutes."""
+    """Summarise a finished run: held-out accuracy by step, means over the last tenth of the steps, minutes."""
     lines = read_metrics(folder / "metrics.jsonl")
     steps = [line for line in lines if line["step"] > 0]
     tail = steps[-max(1, len(steps) // 10) :]
@@ -52,7 +52,7 @@ def outcome(folder: Path) -> dict:
 
 
 def rows(results: dict[str, dict]) -> str:
-    """The table of docs/systems.md, a row a system."""
+    """Return the table of docs/systems.md, one row per system."""
     header = ["system", "held-out accuracy: first, halfway, last", "reward, last tenth"]
     header += ["trained tokens: responses, traces, experts"]
     lines = []
@@ -66,7 +66,7 @@ def rows(results: dict[str, dict]) -> str:
 
 
 def collect(folders: dict[str, Path], seed: int, out: Path, page: Path) -> str:
-    """Write the figures and the report of finished runs, by system; returns the table."""
+    """Write the figures and the report of finished runs, by system; return the table."""
     results = {system: outcome(folder) for system, folder in folders.items()}
     report = {"seed": seed} | environment("cpu", "2 ranks, one thread each,", PACKAGES) | {"results": results}
     out.write_text(json.dumps(report, indent=2) + "\n")

@@ -1,12 +1,12 @@
-"""How long a weight sync takes, in a running engine, beside a plain copy of the same bytes and vLLM's own reload.
+"""Measure how long a weight sync takes in a running engine, and a memcpy and vLLM's own reload for comparison.
 
-    python -m benchmarks.weight_sync [--rounds 5] [--threads 1]
+python -m benchmarks.weight_sync [--rounds 5] [--threads 1]
 
-A 135M-parameter model (SmolLM2's shape, tied) in fp32, other weights at every sync. In one process, in turn: a memcpy
-of every tensor that a sync sends, to memory that is there already; vLLM's own ``reload_weights`` of the same tensors;
-our sync to vLLM in this process, without and with `rollout.verify_sync`; our sync to a vLLM server over HTTP and shared
-memory. All but the first make vLLM copy each tensor into its fused weights and repack every linear layer for the CPU
-(oneDNN), which no transport saves.
+A 135M-parameter model (SmolLM2's shape, tied) in fp32, with new weights at every sync. In one process, in turn: a
+memcpy of every tensor that a sync sends, to memory already allocated; vLLM's own ``reload_weights`` of the same
+tensors; our sync to vLLM in this process, without and with `rollout.verify_sync`; our sync to a vLLM server over HTTP
+and shared memory. All but the first make vLLM copy each tensor into its fused weights and repack every linear layer for
+the CPU (oneDNN), which no transport saves.
 
 Writes benchmarks/results/weight_sync_cpu.json.
 """
@@ -61,7 +61,7 @@ def timed(action: Callable[[], object]) -> dict[str, float]:
 
 
 def measure(folder: Path, url: str, rounds: int) -> tuple[int, dict[str, list[dict[str, float]]]]:
-    """(bytes sent, one record a round for each way)."""
+    """Return (bytes sent, one record per round and way)."""
     from megatron_dypo.config import load_config
     from megatron_dypo.data.tokenizer import load_tokenizer
     from megatron_dypo.models.shape import model_shape

@@ -1,10 +1,10 @@
-"""One process of benchmarks/linear_logprob.py: runs one head, or the float64 reference, when asked.
+"""Run one head, or the float64 reference, on request: one process of benchmarks/linear_logprob.py.
 
-    python -m benchmarks.worker HEAD|float64 cpu|cuda THREADS
+python -m benchmarks.worker HEAD|float64 cpu|cuda THREADS
 
 A request is a line of JSON: {"setting": {...}, "repeats": int, "reference": folder, if to be compared}; the answer is
 {"rounds": [{...}, ...], "errors": {...}} or {"failed": "why"}. The reference writes what others compare with into the
-folder. An untimed step comes first where the shape is new; on CUDA always, as memory is given back after every request.
+folder. An untimed step comes first if the shape is new; on CUDA always, because memory is freed after every request.
 
 On the CPU a step's time is wall time and the process's CPU time, over all threads, and its peak is resident memory
 (VmHWM) over what the inputs took, with what our head keeps from step to step; on CUDA time is by events and the peak is
@@ -36,14 +36,14 @@ MIB = 2**20
 
 
 def status_mib(field: str) -> float:
-    """A field of /proc/self/status, given there in KiB."""
+    """Return a field of /proc/self/status, which is in KiB there, in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field + ":"))
 
 
 def timed_cpu(head: Head, batch: Batch) -> tuple[dict[str, float], Tensor | None]:
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is free but resident would hide as much of the step's memory
+    ctypes.CDLL(None).malloc_trim(0)  # memory that is free but resident would hide as much of the step's
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is resident now
     base = status_mib("VmRSS") - workspace.held() / MIB
     wall, cpu = time.perf_counter(), time.process_time()
@@ -72,7 +72,7 @@ def clear_gradients(batch: Batch) -> None:
 
 
 def difference(got: Tensor, file: Path) -> float:
-    """||got - reference|| / ||reference||."""
+    """Return ||got - reference|| / ||reference||."""
     squared_difference = squared = 0.0
     with file.open("rb") as stored:
         for rows in got.split(ROWS):
@@ -84,7 +84,7 @@ def difference(got: Tensor, file: Path) -> float:
 
 
 def errors(batch: Batch, logp: Tensor | None, folder: Path) -> dict[str, float]:
-    """Largest error of an active token's log-prob; errors of the gradients relative to their norms."""
+    """Return the largest error of an active token's log-prob, and errors of the gradients relative to their norms."""
     weight_grad = getattr(batch.weight_VH, "main_grad", batch.weight_VH.grad)
     if weight_grad is None:
         return {}
@@ -99,7 +99,7 @@ def errors(batch: Batch, logp: Tensor | None, folder: Path) -> dict[str, float]:
 
 
 def write_reference(batch: Batch, folder: Path) -> None:
-    """Log-probs of the active tokens and the gradients, by autograd in float64, stored in float64 and float32."""
+    """Write log-probs of the active tokens and the gradients, by autograd in float64, as float64 and float32."""
     weight_VH = batch.weight_VH.detach().double().requires_grad_()
     dhidden_TH = torch.zeros_like(batch.hidden_TH, dtype=torch.float64)
     logp = []
@@ -115,7 +115,7 @@ def write_reference(batch: Batch, folder: Path) -> None:
 
 
 def answers(name: str, device: str) -> Iterator[dict[str, Any]]:
-    """An answer for every request."""
+    """Yield an answer for every request."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     timed = timed_cpu if device == "cpu" else timed_cuda
     made = batch = warm = None
