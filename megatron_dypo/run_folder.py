@@ -152,7 +152,7 @@ def _check_contents(config: Config, theirs: dict[str, str], paths: dict[str, str
         elif theirs[key] != digest:
             raise UserError(
                 f"{key}: {path} has changed since the run of {config.trainer.run_dir} was last started; "
-                "data.accept_changed=true goes on with it as it is now"
+                "data.accept_changed=true continues with the new file"
             )
 
 
