@@ -612,7 +612,7 @@ def test_a_server_is_asked_with_a_seed_for_each_response_and_its_refusal_is_one_
         (["--suite", "gsm8k", "--hf", "./x"], "megatron_dypo: --hf: there is no folder ./x"),
         (["--suite", "gsm8k", "model.hf=./x", "model.preset=null"], "megatron_dypo: model.hf: there is no folder ./x"),
         (["--suite", "gsm8k", "--server", "http://127.0.0.1:1/v1"], "--server needs --model"),
-        (["--suite", "gsm8k", "--server", "x", "--model", "m", "--key-env", "NOWHERE_SET"], "has no NOWHERE_SET"),
+        (["--suite", "gsm8k", "--server", "x", "--model", "m", "--key-env", "NOWHERE_SET"], "NOWHERE_SET is not set"),
         (["--suite", "gsm8k", "--server", "x", "--model", "m"], "url: expected http"),
         (["--suite", "gsm8k", "rollout.engine=replay", "rollout.replay=x"], "replay samples nothing"),
         (
