@@ -25,6 +25,7 @@ from megatron_dypo.evaluate.in_training import evaluate_now
 from megatron_dypo.models.shape import hf_folder
 from megatron_dypo.models.sharding import random_weights, require_finite
 from megatron_dypo.monitor.monitor import Monitor
+from megatron_dypo.monitor.trace_file import Tracing
 from megatron_dypo.objectives.queue import DeferredQueue, failed
 from megatron_dypo.objectives.recipes import recipe
 from megatron_dypo.planner.placement import place_reference
@@ -66,8 +67,8 @@ def train(
         determinism.enable()
     with phase("joining the job"):
         layout = distributed.init(config.parallel, reaches_out=not all_here(config.rollout.servers))
-    with Watchdog(config.parallel) as watchdog:
-        return _train(config, inputs, layout, watchdog, start_engine)
+    with Watchdog(config.parallel) as watchdog, Tracing(config, layout) as tracing:
+        return _train(config, inputs, layout, watchdog, tracing, start_engine)
 
 
 def _place_reference(config: Config, inputs: Inputs, layout: Layout) -> str:
@@ -82,7 +83,12 @@ def _place_reference(config: Config, inputs: Inputs, layout: Layout) -> str:
 
 
 def _train(
-    config: Config, inputs: Inputs, layout: Layout, watchdog: Watchdog, start_engine: Callable[..., Engine | None]
+    config: Config,
+    inputs: Inputs,
+    layout: Layout,
+    watchdog: Watchdog,
+    tracing: Tracing,
+    start_engine: Callable[..., Engine | None],
 ) -> bool:
     trainer, run_dir, tokenizer = config.trainer, Path(config.trainer.run_dir), inputs.tokenizer
     stages = stages_of(config)
@@ -211,8 +217,8 @@ def _train(
                 metrics["queue/length"] = len(queue.waiting)
             evaluation = evaluate(step)
             times = {
-                "time/save": saver.take_seconds(),
-                "time/offload": sum(offload.take_seconds() for offload in offloads),
+                "time/save": saver.clock.take(),
+                "time/offload": sum(offload.clock.take() for offload in offloads),
             }
             devices = {"devices": layout.world + (engine.devices if engine else 0)}
             monitor.step(step, metrics | {"train/lr": context.lr} | times | devices | evaluation)
@@ -225,10 +231,12 @@ def _train(
             with phase("checkpoint save"):
                 prefetched = rollouts.prefetched.sampled if rollouts.prefetched else ()
                 saver.after_step(counters, evaluation.get("eval/valid/greedy_accuracy"), prefetched, bool(asked))
+            tracing.write()
             if asked:
                 break
         with phase("checkpoint save"):
             saver.finish(counters)
+        tracing.write()
         if asked:
             monitor.notice([f"stopped after step {counters.step} by {asked.name}; the same command resumes from there"])
             return False

@@ -3,10 +3,16 @@
 ``make test-gpu`` runs where pytest alone is installed of what the tests need.
 """
 
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
+from tests.full_disk import small_disk
 from tests.slow import is_slow
 
 if find_spec("hypothesis"):
@@ -32,3 +38,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     places = {f"test_{name}": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: (places.get(item.path.stem, len(LONG)), item.path not in slow))
+
+
+@pytest.fixture
+def disk(tmp_path, request) -> Iterator[Path]:
+    """A file system of 256 KiB. Where this process may not mount one, the test runs again as root of a namespace."""
+    try:
+        with small_disk(tmp_path / "disk") as folder:
+            yield folder
+            return
+    except OSError as error:
+        if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+            pytest.skip(f"no way to mount a small file system here: {error}")
+    again = subprocess.run(["unshare", "-rm", sys.executable, "-m", "pytest", request.node.nodeid], capture_output=True)
+    assert again.returncode == 0, again.stdout.decode()
+    pytest.skip("passed in a mount namespace")

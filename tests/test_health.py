@@ -8,10 +8,6 @@ import math
 import os
 import random
 import re
-import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,7 +30,7 @@ from megatron_dypo.rollout.recording import record, step_file
 from megatron_dypo.runtime.distributed import Layout
 from megatron_dypo.runtime.recent import NEEDED, RECENT, recent_level
 from tests.batches import make_groups, trace_ids
-from tests.full_disk import fill_disk, small_disk
+from tests.full_disk import fill_disk
 from tests.launch import copy_task, metrics, without_times
 from tests.ranks import run_ranks
 
@@ -215,21 +211,6 @@ def test_the_monitor_shows_counts_and_sums_up_warnings_across_a_resume(tmp_path,
 
 
 # ---------------------------------------------------------------------------------------------------- full disk
-
-
-@pytest.fixture
-def disk(tmp_path, request) -> Iterator[Path]:
-    """A file system of 256 KiB. Where this process may not mount one, the test runs again as root of a namespace."""
-    try:
-        with small_disk(tmp_path / "disk") as folder:
-            yield folder
-            return
-    except OSError as error:
-        if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
-            pytest.skip(f"no way to mount a small file system here: {error}")
-    again = subprocess.run(["unshare", "-rm", sys.executable, "-m", "pytest", request.node.nodeid], capture_output=True)
-    assert again.returncode == 0, again.stdout.decode()
-    pytest.skip("passed in a mount namespace")
 
 
 def test_lines_wait_for_room_and_none_is_torn_lost_or_doubled(disk):

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import shutil
-import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +44,7 @@ from megatron_dypo.records import Group
 from megatron_dypo.rollout import recording
 from megatron_dypo.runtime.distributed import all_gather_objects
 from megatron_dypo.runtime.fs import sync_folder
+from megatron_dypo.runtime.measure import Stopwatch
 from megatron_dypo.runtime.process import in_thread
 from megatron_dypo.runtime.recent import RECENT
 
@@ -178,6 +178,7 @@ class Saver:
     """Saves the run's checkpoints. Methods are collective: every rank calls them at the same steps.
 
     A failed save (a full disk) leaves older checkpoints untouched, is logged, and is retried at the next step.
+    ``clock`` measures the seconds that saving blocked the loop.
     """
 
     def __init__(self, config: Config, policy: Policy, side: Policy | None = None):
@@ -188,7 +189,7 @@ class Saver:
         self._pending: _Pending | None = None
         self._retry = False
         self._score: float | None = None
-        self._seconds = 0.0  # spent blocking the loop since `take_seconds`
+        self.clock = Stopwatch("save")
         if dist.get_rank() == 0:
             for left_over in self._run_dir.glob(f"checkpoints/{_PARTIAL}*"):
                 shutil.rmtree(left_over, ignore_errors=True)
@@ -202,15 +203,14 @@ class Saver:
         ``score`` is this step's held-out accuracy, if it was evaluated: the best checkpoint is kept. ``prefetched``
         holds the groups already sampled for the next step. ``last``: the run stops after this step.
         """
-        began = time.perf_counter()
-        self._complete(wait=False)
-        every, step = self._trainer.save_every, counters.step
-        due = every and (step % every == 0 or step == self._trainer.steps or self._retry)
-        if due or last:
-            self._complete(wait=True)
-            self._score = score
-            self._save(counters, score, prefetched)
-        self._seconds += time.perf_counter() - began
+        with self.clock():
+            self._complete(wait=False)
+            every, step = self._trainer.save_every, counters.step
+            due = every and (step % every == 0 or step == self._trainer.steps or self._retry)
+            if due or last:
+                self._complete(wait=True)
+                self._score = score
+                self._save(counters, score, prefetched)
 
     def finish(self, counters: Counters) -> None:
         """Wait for the save in progress. Raises TrainingError if the last one could not be written in two attempts."""
@@ -222,11 +222,6 @@ class Saver:
             raise TrainingError(f"the checkpoint of step {counters.step} could not be written; see the warning above")
         if dist.get_rank() == 0:
             self._prune()  # in case a kill right after the last rename prevented it
-
-    def take_seconds(self) -> float:
-        """Return the seconds that saving blocked the loop since the last call."""
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
 
     def _save(self, counters: Counters, score: float | None, prefetched: Sequence[Group] = ()) -> None:
         """Take a snapshot and start writing it; with ``trainer.save_blocking`` write at once, without a snapshot."""

@@ -255,3 +255,9 @@ class Logging(Section):
     wandb: Literal["off", "offline", "online"] = key("off", "Weights & Biases.", resumable=True)
     wandb_project: str = key("megatron_dypo", "Weights & Biases project.", resumable=True)
     tensorboard: bool = key(False, "TensorBoard event files in the run folder.", resumable=True)
+    trace: bool = key(
+        False,
+        "Write `trace.json`: when each rank was in which phase, micro-batch and sync, and each rollout server at work; "
+        "ui.perfetto.dev opens it.",
+        resumable=True,
+    )

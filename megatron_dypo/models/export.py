@@ -15,6 +15,7 @@ this one, so two layers are in memory; what needs no other rank is not copied at
 from __future__ import annotations
 
 import functools
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ from megatron_dypo.models.families import rules
 from megatron_dypo.models.rules import HEAD, WeightRule
 from megatron_dypo.models.shape import ModelShape
 from megatron_dypo.models.stages import layer_owners
+from megatron_dypo.runtime import trace
 from megatron_dypo.runtime.distributed import Layout
 
 EXPERT, TENSOR, WHOLE = "expert", "tensor", "whole"
@@ -173,8 +175,11 @@ class Gatherer:
 
     @torch.no_grad()
     def _gather(self, unit: Unit, cuts: Sequence[str]) -> dict[str, Tensor]:
+        began = time.perf_counter()
         with nullcontext() if self._side is None else torch.cuda.stream(self._side):
-            return {cut: self._exchange(unit, cut) for cut in cuts}
+            buffers = {cut: self._exchange(unit, cut) for cut in cuts}
+        trace.add("gather " + (_unit_name(unit.pieces[0].rule.mcore) or "head"), "export", began)
+        return buffers
 
     def _exchange(self, unit: Unit, cut: str) -> Tensor:
         """Exchange one buffer of the unit, and return it full on every rank."""

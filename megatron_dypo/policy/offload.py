@@ -8,7 +8,6 @@ from the weights that they are views of, and does nothing without its distribute
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -24,13 +23,14 @@ from megatron_dypo.policy.optimizer import inner_optimizers
 from megatron_dypo.policy.reference import Reference
 from megatron_dypo.runtime.distributed import device
 from megatron_dypo.runtime.failure import phase
+from megatron_dypo.runtime.measure import Stopwatch
 
 
 class Offload:
     """Moves weights, gradients, optimizer state and a reference on the device to host memory and back.
 
     In between nothing may read or write any of them: their storages have 0 bytes. A new stage of the run may have
-    another ``reference``.
+    another ``reference``. ``clock`` measures the seconds spent moving.
     """
 
     def __init__(self, chunks: list[DistributedDataParallel], optimizer, reference: Reference | None):
@@ -38,7 +38,7 @@ class Offload:
         self._host = HostMemory()
         self._kept: list[tuple[UntypedStorage, int]] = []  # storages emptied after a copy, and their bytes
         self._gradients: list[tuple[UntypedStorage, int]] = []  # storages emptied without one
-        self._seconds = 0.0
+        self.clock = Stopwatch("offload")
 
     def require_device(self) -> None:
         """Assert that the policy is on the device: reading an emptied storage would end the process."""
@@ -54,7 +54,7 @@ class Offload:
     def to_host(self) -> None:
         """Copy the device's storages to the host and empty them; gradients are emptied without a copy."""
         self.require_device()
-        with self._timed():
+        with self.clock(), phase("offload"):
             reference = self.reference.on_device() if self.reference else ()
             self._kept = _sized(chain(_weights(self._chunks), _optimizer_state(self._optimizer), reference))
             self._gradients = _sized(_gradients(self._chunks))
@@ -71,7 +71,7 @@ class Offload:
 
     def to_device(self) -> None:
         """Bring everything back, bit for bit; gradients come back as zeros."""
-        with self._timed():
+        with self.clock(), phase("offload"):
             for storage, size in self._kept + self._gradients:
                 storage.resize_(size)
             for on_device, on_host in self._pieces():
@@ -82,11 +82,6 @@ class Offload:
                 torch.cuda.synchronize()
             self._kept, self._gradients = [], []
 
-    def take_seconds(self) -> float:
-        """Return the seconds spent moving since the last call."""
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
-
     @property
     def host_bytes(self) -> int:
         """Return the bytes of host memory kept for the next time."""
@@ -96,13 +91,6 @@ class Offload:
         """Yield (bytes of a storage, their place in host memory), piece by piece."""
         empty = torch.empty(0, dtype=torch.uint8, device=device())
         return self._host.beside(empty.new_empty(0).set_(storage) for storage, _ in self._kept)
-
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        began = time.perf_counter()
-        with phase("offload"):
-            yield
-        self._seconds += time.perf_counter() - began
 
 
 def _weights(chunks: list[DistributedDataParallel]) -> Iterator[Tensor]:

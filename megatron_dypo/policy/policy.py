@@ -33,7 +33,7 @@ from megatron_dypo.policy.moe import Routing, balance_weights, routed_counts, ro
 from megatron_dypo.policy.offload import Offload
 from megatron_dypo.policy.optimizer import adam_parts, set_hyperparameters
 from megatron_dypo.policy.reference import PLACES, Reference
-from megatron_dypo.runtime import cpu_shim
+from megatron_dypo.runtime import cpu_shim, trace
 from megatron_dypo.runtime.distributed import Layout, device, training_dtype
 
 
@@ -58,6 +58,7 @@ class Policy:
         schedule.finalize_model_grads_func = lambda models, num_tokens=None, **keywords: finalize_model_grads(
             models, None, **keywords
         )
+        self._timers = schedule.timers = trace.ScheduleTimers() if trace.recording() else None
         if config.optimizer.overlap_grad_reduce:  # the last micro-batch's backward pass starts the sums
             no_sync = [chunk.no_sync for chunk in self.chunks]
             schedule.no_sync_func = no_sync if layout.vpp > 1 else no_sync[0]
@@ -216,8 +217,10 @@ class Policy:
         routings = self._routings(batches) if routings is None else routings
         routed = dict(zip(map(id, batches), routings, strict=False))  # empty for a dense policy
 
-        def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module):
-            batch = next(iterator)
+        def forward_step(iterator: Iterator[tuple[int, MicroBatch]], model: torch.nn.Module):
+            number, batch = next(iterator)
+            if self._timers:
+                self._timers.details = {"micro_batch": number, "tokens": len(batch.ids_T)}
             ids, positions = batch.ids_T.to(device()), batch.positions_T.to(device())
             packed = self._packed_params(batch, positions)
             packed.routing = routed.get(id(batch))
@@ -226,7 +229,7 @@ class Policy:
 
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=[iter(batches) for _ in self.chunks],
+            data_iterator=[enumerate(batches) for _ in self.chunks],
             model=self.chunks,
             num_microbatches=len(batches),
             seq_length=self.shape.max_position,  # not read with variable lengths

@@ -18,6 +18,7 @@ from megatron_dypo.errors import TrainingError
 from megatron_dypo.records import Response
 from megatron_dypo.rollout.engine import Request, Sampling
 from megatron_dypo.rollout.server import BadAnswer, Server, ServerFault, session
+from megatron_dypo.runtime import trace
 
 log = logging.getLogger(__name__)
 STRIKES = 3  # losses in one call after which a server does not return in it
@@ -43,6 +44,16 @@ class _Slot:
     bad_answers: int = 0  # in a row
     tokens: int = 0  # outstanding
     running: dict[int, asyncio.Task] = field(default_factory=dict)
+    busy_since: float | None = None
+
+    def trace(self) -> None:
+        """Add the number of running requests to the trace, and a span once there are none."""
+        trace.count(self.server.lane, requests=len(self.running))
+        if self.running and self.busy_since is None:
+            self.busy_since = time.perf_counter()
+        elif not self.running and self.busy_since is not None:
+            trace.add("sampling", "server", self.busy_since, lane=self.server.lane)
+            self.busy_since = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,7 @@ class Router:
                 slot = min(free, key=lambda slot: slot.tokens)
                 slot.tokens += self._cost(index)
                 slot.running[index] = asyncio.create_task(self._sample(slot, index))
+                slot.trace()
             else:
                 aside.append(index)
         self._waiting.extendleft(reversed(aside))
@@ -165,6 +177,7 @@ class Router:
             self._lose(slot, str(outcome))
             return
         del slot.running[index]
+        slot.trace()
         slot.tokens -= self._cost(index)
         if isinstance(outcome, Response):
             self._results[index] = outcome
@@ -187,6 +200,7 @@ class Router:
             for task in slot.running.values():
                 task.cancel()
             slot.running.clear()
+            slot.trace()
             slot.tokens = 0
             self._waiting.extendleft(reversed(given_back))
         slot.lost = reason

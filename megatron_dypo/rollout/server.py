@@ -63,6 +63,11 @@ class Server:
         return urlsplit(self.url).hostname or ""
 
     @property
+    def lane(self) -> str:
+        """Return the server's lane in the trace."""
+        return f"server {self.host}:{urlsplit(self.url).port}"
+
+    @property
     def is_local(self) -> bool:
         return is_loopback(self.host)
 

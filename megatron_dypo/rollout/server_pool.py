@@ -17,6 +17,7 @@ import aiohttp
 
 from megatron_dypo.errors import TrainingError, UserError
 from megatron_dypo.rollout.server import Server, ServerFault, WrongServer, session
+from megatron_dypo.runtime import trace
 
 log = logging.getLogger(__name__)
 _PATIENCE = 1.0  # seconds between two looks at servers that are starting
@@ -111,12 +112,13 @@ class ServerPool:
 
     def _post(self, path: str, body: dict | Callable[[Server], dict] | None = None) -> list[dict]:
         async def call(server: Server, http: aiohttp.ClientSession) -> dict:
-            content = body(server) if callable(body) else body
+            content, began = body(server) if callable(body) else body, time.perf_counter()
             answer = asyncio.create_task(server.call(http, "POST", path, content, seconds=self._deadline / 2))
             silence = asyncio.create_task(self._silence(server, http))
             done, _ = await asyncio.wait((answer, silence), return_when=asyncio.FIRST_COMPLETED)
             for task in {answer, silence} - done:
                 task.cancel()
+            trace.add(path.partition("?")[0], "server", began, lane=server.lane)
             return (answer if answer in done else silence).result()
 
         return self._all(call)

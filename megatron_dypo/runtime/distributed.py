@@ -225,6 +225,16 @@ def init(parallel: Parallel = ALONE, reaches_out: bool = False) -> Layout:
     )
 
 
+def gather_objects(value: object) -> list:
+    """Return all ranks' Python objects, in rank order, on rank 0, and an empty list on the others."""
+    if dist.get_rank() > 0:
+        dist.gather_object(value)
+        return []
+    gathered: list = [None] * dist.get_world_size()
+    dist.gather_object(value, gathered)
+    return gathered
+
+
 def all_gather_objects(value: object, group: dist.ProcessGroup | None = None) -> list:
     """Return the Python objects of all ranks of ``group``, in rank order."""
     gathered: list = [None] * dist.get_world_size(group)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from megatron_dypo.errors import UserError
+from megatron_dypo.runtime import trace
 
 if TYPE_CHECKING:
     from megatron_dypo.runtime.job_status import JobStatus
@@ -46,6 +47,11 @@ _phases: dict[int | None, Phase] = {}  # by thread
 def current_phase() -> Phase:
     """Return the phase of this rank, that is of its main thread."""
     return _phases.get(threading.main_thread().ident, _START)
+
+
+def current_step() -> int | None:
+    """Return the step that this thread works for; None before the loop."""
+    return _phases.get(threading.get_ident(), _START).step
 
 
 @dataclass
@@ -83,6 +89,7 @@ def phase(name: str, limit: tuple[float, str] | None = None) -> Iterator[None]:
     thread = threading.get_ident()
     outer = _phases.get(thread, _START)
     _phases[thread] = inner = Phase(name, outer.step, limit)
+    began = time.perf_counter()
     try:
         yield
     except BaseException as error:
@@ -91,6 +98,7 @@ def phase(name: str, limit: tuple[float, str] | None = None) -> Iterator[None]:
         raise
     finally:
         _phases[thread] = replace(outer, since=time.monotonic())
+        trace.add(name, "phase", began, step=outer.step)
 
 
 def headline(rank: int, where: object, why: str) -> str:

@@ -12,11 +12,14 @@ from pathlib import Path
 import psutil
 import torch
 
+from megatron_dypo.runtime import trace
+from megatron_dypo.runtime.failure import current_step
+
 PHASES = ("rollout", "reward", "logprob", "update", "sync")
 
 
 class StepTimer:
-    """Times phases: ``with clock("rollout"): ...`` adds to ``clock.seconds["rollout"]``."""
+    """Times phases: ``with clock("rollout"): ...`` adds to ``clock.seconds["rollout"]``, and to the trace."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -27,7 +30,9 @@ class StepTimer:
     def __call__(self, name: str) -> Iterator[None]:
         began = time.perf_counter()
         yield
-        self.seconds[name] += time.perf_counter() - began
+        ended = time.perf_counter()
+        self.seconds[name] += ended - began
+        trace.add(f"time/{name}", "time", began, ended, step=current_step())
 
     def compare(self, seconds: list[float]) -> None:
         """Record the seconds that each rank's share of the rollouts took, without waiting for others."""
@@ -51,7 +56,29 @@ class StepTimer:
         ``perf/rollout_imbalance``, its seconds over the mean of all ranks.
         """
         times = {f"time/{name}": self.seconds.get(name, 0.0) for name in (*PHASES, *self.seconds)}
-        return times | self._stragglers | {"time/step": time.perf_counter() - self._start}
+        ended = time.perf_counter()
+        trace.add("time/step", "time", self._start, ended, step=current_step())
+        return times | self._stragglers | {"time/step": ended - self._start}
+
+
+class Stopwatch:
+    """Adds up the seconds of ``with clock(): ...`` until they are taken; each is a span ``time/NAME`` of the trace."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._seconds = name, 0.0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        ended = time.perf_counter()
+        self._seconds += ended - began
+        trace.add(f"time/{self._name}", "time", began, ended, step=current_step())
+
+    def take(self) -> float:
+        """Return the seconds since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
 
 _KIB_PER_GIB = 2**20
