@@ -41,7 +41,7 @@ LAYOUT = {
         "optimizer.distributed",
         "optimizer.overlap_grad_reduce",
 }  # fmt: skip
-LOGGING = {"logging.wandb", "logging.wandb_project", "logging.tensorboard"}
+LOGGING = {"logging.wandb", "logging.wandb_project", "logging.tensorboard", "logging.trace"}
 PATHS = {"rollout.record", "rollout.replay", "trainer.run_dir"}
 STEPS = {"trainer.steps"}
 ENGINE = {
