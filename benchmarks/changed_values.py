@@ -1,11 +1,11 @@
-"""How many bf16 values of a policy change with an update: what `rollout.sync_backend: sparse_nccl` would send.
+"""Count how many bf16 values of a policy change in an update: what `rollout.sync_backend: sparse_nccl` would send.
 
-    python -m benchmarks.changed_values CONFIG [--lr 1e-6 1e-5 1e-4 4e-3] [--steps 10] [--name NAME] [OVERRIDES...]
+python -m benchmarks.changed_values CONFIG [--lr 1e-6 1e-5 1e-4 4e-3] [--steps 10] [--name NAME] [OVERRIDES...]
 
-Trains for real, each learning rate from the start and in a process of its own (constant rate, no warm-up), and at every
-sync counts with the code that sends (``weight_sync.sparse.LastSent``) how many elements differ from what was sent last,
-once rounded to bf16. The share of all values that changed, for each update, and the bytes that sending them takes
-beside sending all (6 a changed value, 2 a value).
+Trains for real, each learning rate from the start and in its own process (constant rate, no warm-up), and at every sync
+counts with the sending code (``weight_sync.sparse.LastSent``) how many elements differ from those sent last, once
+rounded to bf16. Reports the share of all values that changed, per update, and the bytes to send them relative to
+sending all (6 per changed value, 2 per value).
 
 Adds an entry under ``--name`` to benchmarks/results/changed_values_cpu.json.
 """
@@ -28,7 +28,7 @@ RATES = (1e-6, 1e-5, 1e-4, 4e-3)
 
 
 class Counting:
-    """An engine that counts at every sync what changed since the last one, and is otherwise ``engine``."""
+    """Wrap ``engine`` and count at every sync what changed since the last one."""
 
     def __init__(self, engine: object):
         from megatron_dypo.weight_sync.sparse import LastSent

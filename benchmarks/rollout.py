@@ -1,14 +1,13 @@
-"""What rollouts cost beside vLLM's own time, and what sampling the next batch while this one trains saves.
+"""Measure what rollouts cost beyond vLLM's own time, and what sampling the next batch during training saves.
 
-    python -m benchmarks.rollout [--rounds 3]
+python -m benchmarks.rollout [--rounds 3]
 
 Overhead: the time of ``engine.generate`` in process outside of vLLM's ``generate`` (requests in, ids and log-probs
 out), for a batch of 64 prompts x 8 samples of a small model: the smaller the model, the larger the share.
 
-Overlap: whole runs of ``train``, in turn without and with ``rollout.async_rollout``; one trainer rank and one vLLM
-server, a thread each, on two cores; prompts that nobody can answer, so that every step samples as much as any
-other and trains on as many teachers' traces, which takes about as long. Medians of ``time/step`` over the steps after
-the third.
+Overlap: whole runs of ``train``, alternating without and with ``rollout.async_rollout``; one trainer rank and one vLLM
+server, a thread each, on two cores; unsolvable prompts, so that every step samples as much as any other and trains on
+as many teachers' traces, which takes about as long. Medians of ``time/step`` over the steps after the third.
 
 Writes benchmarks/results/rollout_cpu.json.
 """

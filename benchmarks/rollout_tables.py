@@ -1,4 +1,4 @@
-"""The tables of the rollout side: weight sync, changed values, overhead, overlap."""
+"""Render the tables of the rollout side: weight sync, changed values, overhead, overlap."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WAYS = {
 
 
 def weight_sync(report: Report) -> str:
-    """Ratios are the medians of the rounds' ratios."""
+    """Return the table of weight sync; ratios are the medians of the rounds' ratios."""
     rounds = report["rounds"]
 
     def ratio(way: str, base: str) -> str:
@@ -42,14 +42,14 @@ def weight_sync(report: Report) -> str:
 
 
 def export(report: Report) -> str:
-    """One entry a commit, oldest first."""
+    """Return one row per commit, oldest first."""
     rows = [[name, f"{entry['calls']:,}", f"{median(entry['seconds']):.2f}"] for name, entry in report.items()]
     last = next(reversed(report.values()))
     return f"{measured_on(last)} {last['tensors']:,} tensors.\n\n" + table(["", "collectives a sync", "seconds"], rows)
 
 
 def changed_values(report: Report) -> str:
-    """An entry a model; the shares of the values, and the bytes beside those of all."""
+    """Return one row per model: the shares of changed values, and their bytes relative to all."""
     rows = []
     for name, entry in report.items():
         for rate, run in entry["lr"].items():
@@ -62,7 +62,7 @@ def changed_values(report: Report) -> str:
 
 
 def overlap(report: Report) -> str:
-    """The overhead of rollouts in process, and a row a round of both ways to run."""
+    """Return the overhead of rollouts in process, and one row per round of both ways to run."""
     shares = [1 - record["inside_vllm"] / record["seconds"] for record in report["overhead"]]
     said = f"In process, {median(shares):.1%} of a rollout is spent outside of vLLM's `generate`"
     rows = []

@@ -1,11 +1,11 @@
-"""What routing replay does to a mixture of experts: the trainer in bf16 against an engine in fp32, on one process.
+"""Measure what routing replay does to a mixture of experts: a bf16 trainer against an fp32 engine, in one process.
 
-    python -m benchmarks.routing [--experts 32] [--updates 4] [--out benchmarks/results/routing_cpu.json]
+python -m benchmarks.routing [--experts 32] [--updates 4] [--out benchmarks/results/routing_cpu.json]
 
-A small mixture with random weights samples with transformers in fp32 (it tells its routing, and no rounding is its
-own); the same weights train in bf16, which here stands for whatever differs between an engine's kernels and a
-trainer's. Every policy.routing_replay sees the same rollouts. The first table is the trainer's log-probs beside the
-engine's before any update; the second, how far several updates on those rollouts carry the ratio.
+A small mixture with random weights samples with transformers in fp32 (which returns its routing, without rounding of
+its own); the same weights train in bf16, which here stands for any difference between an engine's kernels and a
+trainer's. Every policy.routing_replay sees the same rollouts. The first table compares the trainer's log-probs with the
+engine's before any update; the second shows how far several updates on those rollouts move the ratio.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PROMPTS, SAMPLES, TOKENS = 16, 8, 48
 
 
 def sampled(shape: ModelShape) -> list[Group]:
-    """Mid groups of the engine's responses, right and wrong by turns."""
+    """Return Mid groups of the engine's responses, alternately right and wrong."""
     engine = HfEngine(shape, returns_experts=True)
     engine.sync(StoredWeights(shape, torch.float32, random_weights(shape, seed=1)))
     random = np.random.default_rng(0)

@@ -28,7 +28,7 @@ Record = dict[str, Any]
 
 
 def in_order(records: list[Record]) -> list[str]:
-    """The heads that have records."""
+    """Return the heads that have records, in order."""
     names = {record["head"] for record in records}
     return [name for name in HEADS if name in names]
 
@@ -153,7 +153,7 @@ def entropy_gradient(report: Report) -> str:
 
 
 def targets_cpu(report: Report) -> Iterable[list[str]]:
-    """[target, shape, measured, yes or no] for what the report can answer."""
+    """Yield [target, shape, measured, yes or no] for what the report can answer."""
     for shape in Shape.all_of(report):
         place = f"{shape.tokens}, {shape.hidden}, {shape.vocab}"
         limits = [
@@ -227,7 +227,7 @@ def packing(report: Report) -> str:
 
 
 def layouts(report: Report) -> str:
-    """Ratios are the medians of the rounds' ratios to the first layout."""
+    """Return the table of layouts; ratios are the medians of the rounds' ratios to the first layout."""
     size, planning = report["size"], report["planning"]
     first = report["results"][0]
 
@@ -262,7 +262,7 @@ def layouts(report: Report) -> str:
 
 
 def layout_label(name: str) -> str:
-    """tp2-sp-pp2 is TP2 + SP x PP2."""
+    """Return a readable name: tp2-sp-pp2 is TP2 + SP x PP2."""
     return "one rank" if name == "dp1" else name.upper().replace("-SP", " + SP").replace("-", " x ")
 
 
@@ -280,7 +280,7 @@ SECTIONS = {
 
 
 def written(page: str, results: Path) -> str:
-    """``page`` with every section rendered from ``results``: NAME.json, and what ``make gpu-report`` left."""
+    """Return ``page`` with every section rendered from ``results``: NAME.json, and the files of ``make gpu-report``."""
     bodies = {"gpu_report": performance(results)}
     for name, render in SECTIONS.items():
         file = results / f"{name}.json"

@@ -1,5 +1,6 @@
-"""Two GPUs: layouts over NCCL beside one GPU, and a server on the second one, its weights by NCCL (all, or those that
-changed) or by CUDA IPC."""
+"""Measure two GPUs: layouts over NCCL against one GPU, and a server on the second, whose weights arrive by NCCL (all,
+or those that changed) or by CUDA IPC.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +22,14 @@ from benchmarks.gpu_report.runs import metrics_of
 from benchmarks.machine import ROOT
 from benchmarks.servers import free_ports, running
 
-LIMITS = {"fp32": 1e-4, "bf16": 2e-2}  # of a loss, relative; sums are taken in another order
+LIMITS = {"fp32": 1e-4, "bf16": 2e-2}  # relative, of a loss; sums are taken in another order
 SERVER_STEPS = 3
-SPARSE = ("optimizer.lr=1e-6", "optimizer.min_lr=0")  # at the quickstart's nearly every value changes
+SPARSE = ("optimizer.lr=1e-6", "optimizer.min_lr=0")  # with the quickstart's rate nearly every value changes
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Beside ``preset``'s on one GPU: the configuration's sections ``parallel`` and ``optimizer``."""
+    """A layout to compare with ``preset``'s on one GPU: the configuration's sections ``parallel`` and ``optimizer``."""
 
     name: str
     preset: str
@@ -50,7 +51,7 @@ LAYOUTS = (
 
 
 def losses(layout: Layout, dtype: str, ranks: int) -> list[dict[str, float]]:
-    """Of each step, in processes of their own."""
+    """Return the losses of each step, trained in separate processes."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "losses.json"
         job = [layout.preset, dtype, json.dumps(layout.parallel), json.dumps(layout.optimizer), str(out)]
@@ -59,7 +60,7 @@ def losses(layout: Layout, dtype: str, ranks: int) -> list[dict[str, float]]:
 
 
 def layouts(record: Record) -> None:
-    """On a CPU in fp32 alone, over gloo."""
+    """Compare the layouts; on a CPU only in fp32, over gloo."""
     alone: dict[tuple[str, str], list[dict[str, float]]] = {}
     for dtype in ("fp32", "bf16") if torch.cuda.is_available() else ("fp32",):
         rows = []
@@ -84,9 +85,9 @@ def layouts(record: Record) -> None:
 
 
 def server(record: Record) -> None:
-    """The quickstart's first steps, the trainer on the first GPU and its server on the second.
+    """Run the quickstart's first steps, the trainer on the first GPU and its server on the second.
 
-    CUDA IPC hands over memory of the server's own GPU: then there is a trainer's rank on both.
+    CUDA IPC shares memory of the server's own GPU, so both GPUs then have a trainer rank.
     """
     way, ranks = record.options["way"], record.options["ranks"]
     with tempfile.TemporaryDirectory(prefix="gpu_report_run_") as name:
@@ -96,7 +97,7 @@ def server(record: Record) -> None:
         overrides = [f"trainer.steps={SERVER_STEPS}", f"trainer.run_dir={run_dir}", "trainer.eval_every=0"]
         overrides += ["trainer.save_every=0", "rollout.engine=server", f"rollout.sync_backend={way}"]
         overrides += [f"rollout.servers=[http://127.0.0.1:{port}]"]
-        sparse = way == "sparse_nccl"  # where a tensor that is compared is sent whole
+        sparse = way == "sparse_nccl"  # there a tensor that is compared is sent whole
         overrides += ["rollout.verify_sync=stored", f"rollout.verify_syncs={SERVER_STEPS + 1 if sparse else 1}"]
         overrides += SPARSE if sparse else ()
         first, second = _devices()
@@ -123,6 +124,6 @@ def _launcher(ranks: int) -> list[str]:
 
 
 def _devices() -> list[str]:
-    """The first two GPUs that this process may see."""
+    """Return the first two GPUs that this process may see."""
     seen = os.environ.get("CUDA_VISIBLE_DEVICES") or "0,1"
     return seen.split(",")[:2]

@@ -1,4 +1,4 @@
-"""What README, docs/status.md and benchmarks/README.md say of GPUs: what benchmarks/results/gpu_report_*.json have.
+"""Copy benchmarks/results/gpu_report_*.json into README.md, docs/status.md and benchmarks/README.md.
 
 python -m benchmarks.tables     # writes all three
 """
@@ -17,9 +17,9 @@ from benchmarks.markdown import table
 
 README, STATUS = ROOT / "README.md", ROOT / "docs" / "status.md"
 OPEN = "not yet measured on a GPU"
-NOT_ON_GPUS = "-"  # where a GPU changes nothing
+NOT_ON_GPUS = "-"  # for rows that a GPU does not affect
 _SERVERS = ("server_nccl", "server_sparse_nccl", "server_ipc")
-# docs/status.md's rows, by how they begin -> the stages that show them on a GPU
+# docs/status.md's rows, by their first words -> the stages that show them on a GPU
 ROWS: dict[str, tuple[str, ...] | None] = {
     "TP, SP, PP, virtual PP": ("layouts",),
     "vLLM 0": ("engine", "agreement_model", "agreement_float32", "quickstart"),
@@ -38,7 +38,7 @@ ROWS: dict[str, tuple[str, ...] | None] = {
     "Mixtures of experts": ("layouts",),
     "Transformer Engine's grouped experts": (),
 }
-# README's rows -> the stages that show them on one GPU, on several; None: a GPU changes nothing
+# README's rows -> the stages that show them on one GPU, on several; None: a GPU does not affect them
 SUPPORT: dict[str, tuple[tuple[str, ...] | None, tuple[str, ...] | None]] = {
     "Training at any layout: TP, SP, PP, VPP, CP, EP, DP, bf16": (("tests", "update_1.5b", "update_4b"), ("layouts",)),
     "vLLM in process and as servers, weights synced after every update": (
@@ -50,11 +50,11 @@ SUPPORT: dict[str, tuple[tuple[str, ...] | None, tuple[str, ...] | None]] = {
     "Data, rewards, evaluation suites, `plan`": (None, None),
     "DYPO and the systems its paper compares with": (("tests", "quickstart"), ("layouts",)),
 }
-SHOWN = ("attention", "head", "update_1.5b", "update_4b", "engine", "layouts")  # whose tables benchmarks/README.md has
+SHOWN = ("attention", "head", "update_1.5b", "update_4b", "engine", "layouts")  # with tables in benchmarks/README.md
 
 
 def reports(results: Path) -> list[tuple[Path, Report]]:
-    """Those of GPUs, by name."""
+    """Return the reports of GPUs, by name."""
     found = [(file, json.loads(file.read_text())) for file in sorted(results.glob("gpu_report_*.json"))]
     return [(file, report) for file, report in found if report["measured"]]
 
@@ -74,7 +74,7 @@ def row_on_gpus(name: str, measured: list[tuple[Path, Report]]) -> str:
 
 
 def with_gpu_column(status: str, results: Path) -> str:
-    """Return docs/status.md with the last column of its table written anew.
+    """Return docs/status.md with the last column of its table rewritten.
 
     Raises ValueError for a row that is not in ROWS.
     """
@@ -101,7 +101,7 @@ def with_gpu_column(status: str, results: Path) -> str:
 
 
 def with_ticks(readme: str, results: Path) -> str:
-    """Return README with its table of support written anew."""
+    """Return README with its support table rewritten."""
     states = [{name: found["state"] for name, found in report["stages"].items()} for _, report in reports(results)]
 
     def tick(stages: tuple[str, ...] | None) -> str:

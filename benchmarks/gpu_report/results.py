@@ -30,9 +30,9 @@ Found = dict[str, Any]
 
 
 class Record:
-    """A stage's findings on their way into a file: whole after every figure, so that a stop loses none of them.
+    """A stage's findings, written to a file after every figure, so that a stop loses none of them.
 
-    ``began``: when, in seconds since the epoch.
+    ``began``: start time, in seconds since the epoch.
     """
 
     def __init__(self, file: Path, options: dict[str, Any], tiny: bool, began: float, about: dict[str, Any]):
@@ -42,12 +42,12 @@ class Record:
         self._write()
 
     def figure(self, name: str, value: float | bool | str, unit: str, label: str) -> None:
-        """``unit`` is of ``value``: s, ms, GiB, TFLOP/s, x (a ratio), nats, tokens/s; empty for a yes or no."""
+        """Record a figure; ``unit``: s, ms, GiB, TFLOP/s, x (a ratio), nats, tokens/s; empty for a yes or no."""
         self._found["figures"][name] = {"label": label, "value": value, "unit": unit}
         self._write()
 
     def table(self, title: str, header: list[str], rows: list[list[str]]) -> None:
-        """``header`` has the units."""
+        """Record a table; ``header`` gives the units."""
         self._found["tables"].append({"title": title, "header": header, "rows": rows})
         self._write()
 
@@ -56,12 +56,12 @@ class Record:
         self._write()
 
     def fail(self, why: str) -> None:
-        """The stage goes on, and counts as failed."""
+        """Mark the stage as failed; it continues."""
         self._found["says"] = f"{self._found['says']}; {why}".removeprefix("; ")
         self._write()
 
     def finish(self) -> float:
-        """Returns the time."""
+        """Finish the record; return the time."""
         self._found["state"] = FAILED if self._found["says"] else DONE
         self._write()
         return time.time()
@@ -72,19 +72,19 @@ class Record:
 
 
 def report_file(folder: Path, gpu: str) -> Path:
-    """NVIDIA H200 is h200."""
+    """Return the file of a GPU's results: NVIDIA H200 is h200."""
     name = re.sub(r"[^a-z0-9.]+", "_", gpu.lower().removeprefix("nvidia ")).strip("_")
     return folder / f"gpu_report_{name}.json"
 
 
 def read(file: Path, gpu: str, measured: bool = True) -> Report:
-    """What is there already, or an empty report."""
+    """Read the report, or return an empty one."""
     return json.loads(file.read_text()) if file.exists() else {"gpu": gpu, "measured": measured, "stages": {}}
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Two parts may run at a time; only one of them may write into ``folder``, which is made where it is not there."""
+    """Lock ``folder``, which is created if missing: two parts may run at a time, but only one may write."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -95,7 +95,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def merged(report: Report, found: dict[str, Found]) -> Report:
-    """``report`` with what was ``found`` in place of the same stages; one that cannot run keeps its old figures."""
+    """Return ``report`` with the stages in ``found`` replaced; a stage that cannot run keeps its old figures."""
     stages = dict(report["stages"])
     for name, new in found.items():
         if new["state"] != ABSENT or stages.get(name, new)["state"] == ABSENT:

@@ -1,7 +1,7 @@
-"""Runs stages, each in a process of its own and with a deadline, and merges what they found after each.
+"""Run stages, each in its own process and with a deadline, and merge their findings after each.
 
-Nothing that a stage does can stop the others: it may crash, hang, or leave processes behind. What it has found by then
-is kept. A stop of the runner (Ctrl-C, SIGTERM) ends the running stage and loses none of the finished ones.
+A stage may crash, hang, or leave processes behind without stopping the others; what it found by then is kept. Stopping
+the runner (Ctrl-C, SIGTERM) ends the running stage and loses none of the finished ones.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ LAST_LINES, LONGEST = 40, 300  # what a failed stage says at its end, on the ter
 
 @dataclass(frozen=True)
 class Machine:
-    """``gpu``: its name, or CPU; ``gpus``: how many."""
+    """The machine; ``gpu``: its name, or CPU; ``gpus``: how many."""
 
     gpu: str
     gpus: int
 
 
 def absence(stage: Stage, machine: Machine) -> str | None:
-    """Why a stage cannot run here; None where it can."""
+    """Return why a stage cannot run here, or None."""
     missing = [name for name in stage.needs if not _importable(name)]
     if missing:
         return f"{', '.join(missing)} is not installed"
@@ -74,7 +74,7 @@ def _descendants() -> set[psutil.Process]:
 
 
 def _end(processes: set[psutil.Process]) -> None:
-    """What a stage has left behind, servers in sessions of their own among it: it would keep the GPU's memory."""
+    """End what a stage left behind, servers in their own sessions included: they would keep the GPU's memory."""
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()
@@ -83,7 +83,7 @@ def _end(processes: set[psutil.Process]) -> None:
 
 @contextmanager
 def _adopting_orphans() -> Iterator[None]:
-    """What a stage started becomes this process's child when the stage is gone."""
+    """Adopt what a stage started as children of this process once the stage is gone."""
     adopt_orphans()
     try:
         yield
@@ -92,14 +92,14 @@ def _adopting_orphans() -> Iterator[None]:
 
 
 class Runner:
-    """``file``: the results, beside which the page is written. ``tiny``: a part's stages share a process."""
+    """The runner; ``file``: the results, with the page next to it. ``tiny``: a part's stages share a process."""
 
     def __init__(self, file: Path, machine: Machine, commit: str, tiny: bool):
         self.file, self.machine, self.commit, self.tiny = file, machine, commit, tiny
         self.failed: list[str] = []
 
     def run(self, stages: list[Stage]) -> int:
-        """Returns 1 where a stage failed, else 0."""
+        """Run the stages; return 1 if one failed, else 0."""
         with _adopting_orphans():
             for part, seconds in PARTS.items():
                 own = [stage for stage in stages if stage.part == part]
@@ -162,7 +162,7 @@ class Runner:
         return {"state": state, "says": says, **about, "seconds": 0.0, **empty}
 
     def _keep(self, found: dict[str, Found]) -> None:
-        """Into the file and the page, and one line a stage to the terminal."""
+        """Store the findings in the file and the page, and print one line per stage."""
         if not found:
             return
         with locked(self.file.parent):

@@ -1,4 +1,4 @@
-"""Whole training runs, as a user starts them: the quickstart's first steps, and a run that is stopped and resumed."""
+"""Run whole training runs as a user would: the quickstart's first steps, and a run that is stopped and resumed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def quickstart(record: Record) -> None:
-    """In this process, so that with ``--tiny`` the run takes the engine that the other stages used."""
+    """Run the quickstart in this process, so that with ``--tiny`` it shares the engine of the other stages."""
     from megatron_dypo.config.load import load_config
     from megatron_dypo.preflight import check_inputs
     from megatron_dypo.trainer import train
@@ -63,7 +63,7 @@ def quickstart(record: Record) -> None:
 
 
 def _forget_groups() -> None:
-    """Those of an earlier stage in this process."""
+    """Destroy the process groups of an earlier stage in this process."""
     from megatron.core import parallel_state as mpu
 
     if mpu.model_parallel_is_initialized():
@@ -71,7 +71,7 @@ def _forget_groups() -> None:
 
 
 def deterministic(record: Record) -> None:
-    """A run to its end, and one that goes on, in a new process, from that run's first checkpoint."""
+    """Compare a full run with one resumed, in a new process, from the full run's first checkpoint."""
     half, steps = (1, 2) if record.tiny else (2, 4)
     with tempfile.TemporaryDirectory(prefix="gpu_report_run_") as name:
         folder = Path(name)
@@ -99,7 +99,7 @@ def _compared(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(run_dir: Path, half: int, steps: int, tiny: bool) -> float:
-    """Seconds. Sampling by transformers: two starts of vLLM would take longer than all else."""
+    """Train; return the seconds. Transformers samples: two starts of vLLM would dominate the time."""
     overrides = [f"trainer.run_dir={run_dir}", f"trainer.steps={steps}", f"trainer.save_every={half}"]
     overrides += ["trainer.deterministic=true", "trainer.eval_every=0", "rollout.engine=transformers"]
     overrides += ["data.prompts_per_step=8", *(SMALL if tiny else ())]
@@ -110,7 +110,7 @@ def _train(run_dir: Path, half: int, steps: int, tiny: bool) -> float:
 
 
 def _digest(folder: Path) -> str:
-    """Of every file of a checkpoint that holds tensors."""
+    """Return a digest of every file of a checkpoint that holds tensors."""
     hashed = hashlib.sha256()
     for file in sorted(folder.rglob("*.distcp")):
         hashed.update(file.name.encode() + file.read_bytes())

@@ -1,6 +1,6 @@
-"""The table of stages: part, deadline, what each needs, and the function that measures.
+"""List the stages: part, deadline, what each needs, and the function that measures.
 
-A stage is a function of one ``Record``; it runs in a process of its own (``child.py``).
+A stage is a function of one ``Record``; it runs in its own process (``child.py``).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ PARTS = {"trainer": 300, "engine": 300, "many": 600}  # seconds that a part may 
 
 @dataclass(frozen=True)
 class Stage:
-    """``seconds``: its deadline. ``run``: the module's function. ``needs``: packages, by the name they are imported by.
+    """A stage. ``seconds``: its deadline. ``run``: the module's function. ``needs``: packages, by import name.
 
-    ``options`` go to the function; ``gpus`` is how many it needs.
+    ``options`` are passed to the function; ``gpus`` is how many it needs.
     """
 
     name: str

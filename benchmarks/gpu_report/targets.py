@@ -1,6 +1,6 @@
-"""What is to be reached on a GPU, as data: limits of figures that stages give, and how far a figure is from its limit.
+"""List the targets on a GPU as data: limits of the stages' figures, and how far a figure is from its limit.
 
-An H200's limits; where they come from is in docs/gpu-report.md.
+The limits are for an H200; docs/gpu-report.md says where they come from.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from benchmarks.gpu_report.results import Report
 
 @dataclass(frozen=True)
 class Target:
-    """``figure`` of ``stage`` is to be at most, or at least, ``limit``, in the figure's unit."""
+    """A target: ``figure`` of ``stage`` must be at most, or at least, ``limit``, in the figure's unit."""
 
     stage: str
     figure: str
@@ -46,7 +46,7 @@ NOT_MEASURED = "not measured"
 
 
 def measured(target: Target, report: Report) -> float | None:
-    """The figure; None where no GPU has given it."""
+    """Return the figure; None if no GPU has given it."""
     if not report["measured"]:
         return None
     figure = report["stages"].get(target.stage, {}).get("figures", {}).get(target.figure)
@@ -54,7 +54,7 @@ def measured(target: Target, report: Report) -> float | None:
 
 
 def verdict(target: Target, report: Report) -> str:
-    """``met``, ``missed by 12%`` (of the limit), or ``not measured``."""
+    """Return ``met``, ``missed by 12%`` (of the limit), or ``not measured``."""
     value = measured(target, report)
     if value is None:
         return NOT_MEASURED

@@ -1,4 +1,4 @@
-"""Policy updates at a real model's shape: the passes, memory, the reference's swap, the weight gather, offload turns.
+"""Measure policy updates at a real model's shape: passes, memory, the reference's swap, weight gather, offload.
 
 An update is what training does with one graded batch: plan, log-prob passes of the old policy and the reference,
 training pass, optimizer step. MFU is model FLOPs (no recomputation counted) over seconds, of the fastest square matrix
@@ -50,7 +50,7 @@ SWAPS = 3
 
 
 class Timed:
-    """Seconds of some of the policy's methods, device included, since the last ``take``."""
+    """Time some of the policy's methods, device included, since the last ``take``."""
 
     def __init__(self, policy: Policy, *methods: str):
         self._seconds: dict[str, list[float]] = {}
@@ -94,7 +94,7 @@ def update(record: Record) -> None:
 
 @dataclass(frozen=True)
 class Updated:
-    """Seconds of the log-prob passes and of all; ``peak_gib`` of allocated memory, None on a CPU."""
+    """Seconds of the log-prob passes and of the update; ``peak_gib`` of allocated memory, None on a CPU."""
 
     minibatches: list[MiniBatch]
     passes: float
@@ -103,7 +103,7 @@ class Updated:
 
 
 def one_update(policy: Policy, config: Config, batch: Batch, groups: list[Group]) -> Updated:
-    """Raises RuntimeError where it is skipped."""
+    """Run one update. Raises RuntimeError if it is skipped."""
     began = now()
     minibatches = build_minibatches(policy.layout, groups, config, trace(batch, policy.shape.vocab_size))
     _, offenders = logprob_passes(policy, minibatches, config)
@@ -159,7 +159,7 @@ def _updates(
 
 
 def planned_need(shape: ModelShape, config: Config, batch: Batch) -> Need:
-    """``plan``'s prediction for an update."""
+    """Return ``plan``'s prediction for an update."""
     candidate = Candidate(1, 1, 1, 1, 1, config.model.recompute, "turns", reference="device")
     work = PlannedWork(
         prompts=batch.prompts,
@@ -177,7 +177,7 @@ def planned_need(shape: ModelShape, config: Config, batch: Batch) -> Need:
 
 
 def _memory(record: Record, shape: ModelShape, config: Config, batch: Batch, peaks: list[float]) -> None:
-    """Without the prediction's reserve for contexts and fragments, which torch does not count either."""
+    """Compare memory with the prediction, less its reserve for contexts and fragments, which torch does not count."""
     planned = gib(planned_need(shape, config, batch).policy - RESERVE)
     record.figure("memory/planned", planned, "GiB", "`plan`'s prediction, without its reserve")
     if not peaks:
@@ -189,7 +189,7 @@ def _memory(record: Record, shape: ModelShape, config: Config, batch: Batch, pea
 
 
 def _profile(record: Record, policy: Policy, config: Config, batch: Batch, groups: list[Group]) -> None:
-    """One more update, under torch's profiler. Raises RuntimeError where it sees no kernel."""
+    """Profile one more update with torch's profiler. Raises RuntimeError if it sees no kernel."""
     cuda = torch.cuda.is_available()
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activity.CUDA if cuda else activity.CPU]) as profile:
@@ -207,7 +207,7 @@ def _profile(record: Record, policy: Policy, config: Config, batch: Batch, group
 
 
 def _swaps(record: Record, policy: Policy) -> None:
-    """The reference in and the policy back, from each place that a reference may have."""
+    """Time swapping the reference in and the policy back, from each place that a reference may have."""
     for on, place in PLACES.items():
         reference = place(policy.parameters)
         reference.keep()

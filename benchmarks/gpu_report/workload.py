@@ -1,4 +1,4 @@
-"""What the stages train and sample: models of real shapes with weights made on the device, and made-up graded groups.
+"""Make what the stages train and sample: models of real shapes with weights made on the device, and graded groups.
 
 Each table has the real size and, under ``tiny``, one that runs on a CPU in a second. Legend: T tokens of all sequences.
 """
@@ -39,7 +39,7 @@ TINY_MODELS = {name: _TINY | {"family": shape["family"]} for name, shape in MODE
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts, responses of each, their mean and longest lengths, and a micro-batch's budget, in tokens."""
+    """Prompts, responses per prompt, their mean and longest lengths, and a micro-batch's budget, in tokens."""
 
     prompts: int
     samples: int
@@ -57,7 +57,7 @@ def real_batch(budget: int) -> Batch:
 
 
 def model(name: str, tiny: bool) -> Model:
-    """Its section of the configuration, over a preset whose every size is replaced."""
+    """Return the model section of the configuration, over a preset with every size replaced."""
     return Model(preset="tiny", shape=Shape(**(TINY_MODELS if tiny else MODELS)[name]))
 
 
@@ -77,7 +77,7 @@ def update_config(name: str, batch: Batch, tiny: bool) -> Config:
 
 
 def weights_on_device(shape: ModelShape) -> Callable[[str], Tensor]:
-    """As ``convert.stream.random_weights``, but drawn on the device: seconds where a host takes minutes."""
+    """Draw weights as ``models.sharding.random_weights``, but on the device: seconds where a host takes minutes."""
     shapes, draw = hf_shapes(shape), torch.Generator(device()).manual_seed(0)
 
     def read(name: str) -> Tensor:
@@ -91,7 +91,7 @@ def weights_on_device(shape: ModelShape) -> Callable[[str], Tensor]:
 
 
 def make_groups(batch: Batch, vocabulary: int) -> list[Group]:
-    """Lognormal lengths; every fourth prompt is Hard, with a teacher, and of the others every second response right."""
+    """Make groups of lognormal lengths: every fourth is Hard, with a teacher; the others are half right."""
     random = np.random.default_rng(0)
 
     def ids(length: int) -> np.ndarray:
@@ -112,13 +112,13 @@ def make_groups(batch: Batch, vocabulary: int) -> list[Group]:
 
 
 def trace(batch: Batch, vocabulary: int) -> Callable[[Group, int], np.ndarray]:
-    """Every teacher's trace: as long as the mean response."""
+    """Return a function giving each teacher's trace, as long as the mean response."""
     ids_T = np.random.default_rng(1).integers(0, vocabulary, batch.mean).astype(np.int32)
     return lambda group, teacher: ids_T
 
 
 def forward_flops(shape: ModelShape, sequences: list[Sequence]) -> float:
-    """Model FLOPs of one forward pass: two a weight and token, the head's included, and causal attention's products."""
+    """Return model FLOPs of a forward pass: two per weight and token, head included, plus causal attention."""
     embedding = 0 if shape.tied_embeddings else shape.vocab_size * shape.hidden_size
     tokens, squares = sum(s.length for s in sequences), sum(s.length**2 for s in sequences)
     attention = 2 * shape.num_layers * shape.num_attention_heads * shape.head_dim
@@ -130,7 +130,7 @@ def sequences_of(minibatches: list[MiniBatch], kind: Kind | None = None) -> list
 
 
 def join(parallel: Parallel) -> Layout:
-    """Build the process groups; anew where an earlier stage of this process has left its own."""
+    """Build the process groups, replacing those of an earlier stage in this process."""
     if mpu.model_parallel_is_initialized():
         mpu.destroy_model_parallel()
     return distributed.init(parallel)
@@ -140,7 +140,7 @@ def join(parallel: Parallel) -> Layout:
 
 
 def now() -> float:
-    """Seconds, once the device has done all that it was asked for."""
+    """Return the time in seconds, once the device is idle."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -157,7 +157,7 @@ def gib(size: float) -> float:
 
 
 def device_gib() -> float:
-    """In use on the device, by whatever process and library; 0 on a CPU."""
+    """Return GiB in use on the device, by any process and library; 0 on a CPU."""
     if not torch.cuda.is_available():
         return 0.0
     free, total = torch.cuda.mem_get_info()
@@ -165,7 +165,7 @@ def device_gib() -> float:
 
 
 def matrix_peak() -> float:
-    """FLOP/s of the fastest of a few square products in the training dtype, in this process: what MFU is a share of."""
+    """Return FLOP/s of the fastest of a few square products in the training dtype: what MFU is a share of."""
     cuda = torch.cuda.is_available()
     sizes, repeats, dtype = ((8192, 12288, 16384), 10, torch.bfloat16) if cuda else ((256,), 3, torch.float32)
     best = 0.0

@@ -87,7 +87,7 @@ class PolicyOptions(Section):
 
 
 class Parallel(Section):
-    """The layout. The data-parallel size is the world size divided by the others."""
+    """The layout. Data parallelism takes the remaining ranks."""
 
     tensor: int = key(1, "Tensor-parallel ranks.", ge=1, resumable=True)
     pipeline: int = key(1, "Pipeline-parallel ranks.", ge=1, resumable=True)
