@@ -28,6 +28,9 @@ setup(
         "pyarrow",
         "rich",
         "aiohttp",
+        "openai>=3",  # asks teachers and evaluated servers, through httpx2
+        "httpx2",
+        "jinja2",
         "wandb",
         "tensorboard",
     ],

@@ -52,6 +52,7 @@ class Imitation(LoopbackServer):
         self.behave = behave
         self.asked: list[dict] = []
         self.keys: set[str | None] = set()
+        self.headers: set[str] = set()
         self.under_way = self.most_under_way = 0
 
     @property
@@ -59,8 +60,9 @@ class Imitation(LoopbackServer):
         return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}/v1"
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
-        body = await request.json()
+        body, self.request = await request.json(), request
         self.keys.add(request.headers.get("Authorization"))
+        self.headers |= {name.lower() for name in request.headers}
         self.asked.append(body)
         self.under_way += 1
         self.most_under_way = max(self.most_under_way, self.under_way)
@@ -89,6 +91,12 @@ def completion(body: dict, finish_reason: str = "stop", **message: Any) -> dict:
 @pytest.fixture(autouse=True)
 def key(monkeypatch) -> None:
     monkeypatch.setenv("TEACHER_KEY", KEY)
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch) -> None:
+    """Between the tries of openai's client, in this process."""
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
 
 
 class Task:
@@ -285,8 +293,8 @@ def test_an_endpoint_keeps_to_its_concurrency_whoever_asks():
 # --- faults
 
 
-async def ask(url: str, model: str = "m", **settings: Any) -> Completion:
-    async with Endpoint(url, model, key=KEY, **settings) as endpoint:
+async def ask(url: str, model: str = "m", key: str | None = KEY, **settings: Any) -> Completion:
+    async with Endpoint(url, model, key=key, **settings) as endpoint:
         message = [{"role": "user", "content": "What is 1+1?"}]
         return await endpoint.ask(message, temperature=0.0, top_p=1.0, max_tokens=5)
 
@@ -323,7 +331,7 @@ async def no_choice() -> web.Response:
 @pytest.mark.parametrize("fault", [overloaded, broken, silent, garbage, no_choice])
 def test_what_may_pass_is_tried_again(fault):
     with Imitation(failing(fault)) as server:
-        answer = asyncio.run(ask(server.url, seconds=0.5, first_wait=0.01))
+        answer = asyncio.run(ask(server.url, seconds=0.5))
         assert answer == Completion("It is \\boxed{2}", "", "stop", 7, 11, "m-0528") and len(server.asked) == 3
 
 
@@ -334,13 +342,13 @@ def test_a_lost_connection_is_tried_again():
                 connection.transport.abort()
 
     with Imitation(reset) as server:
-        assert asyncio.run(ask(server.url, first_wait=0.01)).text == "It is \\boxed{2}" and len(server.asked) == 3
+        assert asyncio.run(ask(server.url)).text == "It is \\boxed{2}" and len(server.asked) == 3
 
 
 def test_tries_come_to_an_end():
     with Imitation(failing(broken, 99)) as server:
         with pytest.raises(EndpointFault, match=r"HTTP 503: busy, 4 times") as fault:
-            asyncio.run(ask(server.url, tries=4, first_wait=0.01))
+            asyncio.run(ask(server.url, tries=4))
         assert not isinstance(fault.value, Refused) and len(server.asked) == 4
 
 
@@ -348,7 +356,7 @@ def test_a_server_that_nobody_listens_at_is_a_fault_in_time():
     with Imitation() as server:
         url = server.url
     with pytest.raises(EndpointFault, match="2 times"):
-        asyncio.run(ask(url, tries=2, first_wait=0.01))
+        asyncio.run(ask(url, tries=2))
 
 
 @pytest.mark.parametrize("form", ["seconds", "date"])
@@ -359,8 +367,59 @@ def test_retry_after_is_waited_for(form):
 
     with Imitation(failing(wait, 1)) as server:
         start = time.monotonic()
-        asyncio.run(ask(server.url, first_wait=0.001))
+        asyncio.run(ask(server.url))
         assert 0.9 <= time.monotonic() - start < 30
+
+
+def test_no_server_has_one_waited_for_longer_than_a_limit(monkeypatch):
+    """openai's client itself gives up at once where it is to wait for more than two minutes."""
+    monkeypatch.setattr(endpoint_module, "_LONGEST_WAIT", 1)
+
+    async def later() -> web.Response:
+        return web.Response(status=429, headers={"Retry-After": "86400"})
+
+    with Imitation(failing(later, 1)) as server:
+        assert asyncio.run(ask(server.url)).text == "It is \\boxed{2}" and len(server.asked) == 2
+
+
+def test_an_answer_that_trickles_has_the_deadline_of_a_whole_one():
+    async def trickle(self: Imitation, body: dict, count: int) -> web.StreamResponse:
+        answer = web.StreamResponse()
+        await answer.prepare(self.request)
+        for _ in range(100):
+            await answer.write(b" ")
+            await asyncio.sleep(0.05)
+        return answer
+
+    with Imitation(trickle) as server, pytest.raises(EndpointFault, match=r"no answer within 0\.3 s, 2 times"):
+        asyncio.run(ask(server.url, tries=2, seconds=0.3))
+
+
+@pytest.mark.parametrize("key", [KEY, None])
+def test_the_environment_adds_nothing_to_a_request(monkeypatch, key):
+    """Neither an account at OpenAI, which is not the teacher's business, nor a proxy, nor what the machine is."""
+    for name in ("API_KEY", "ADMIN_KEY", "ORG_ID", "PROJECT_ID", "BASE_URL"):
+        monkeypatch.setenv(f"OPENAI_{name}", "http://127.0.0.1:9/mine")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "Authorization: Bearer mine\nX-Mine: mine")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
+    with Imitation() as server:
+        asyncio.run(ask(server.url, key=key))
+    assert server.keys == {f"Bearer {key}" if key else None}
+    http = {"host", "connection", "user-agent", "accept", "accept-encoding", "content-type", "content-length"}
+    assert server.headers - {"authorization"} == http | {"x-stainless-retry-count"}
+
+
+def test_no_log_at_any_level_holds_the_key(caplog):
+    async def quote() -> web.Response:
+        return web.Response(status=503, text=f"no such key: {KEY}")
+
+    caplog.set_level(logging.DEBUG)
+    for name in ("openai", "httpx2", "httpcore2"):
+        caplog.set_level(logging.DEBUG, logger=name)
+    with Imitation(failing(quote, 1)) as server:
+        asyncio.run(ask(server.url))
+    assert any(record.name.startswith("openai") for record in caplog.records) and KEY not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -413,10 +472,12 @@ def self_signed(tmp_path_factory) -> ssl.SSLContext:
     return context
 
 
-def test_a_certificate_that_nobody_vouches_for_is_refused(self_signed):
+def test_a_certificate_that_nobody_vouches_for_is_refused_at_once(self_signed, monkeypatch):
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 8.0)
+    start = time.monotonic()
     with Imitation(tls=self_signed) as server, pytest.raises(Refused, match="certificate"):
-        asyncio.run(ask(server.url))
-    assert not server.asked
+        asyncio.run(ask(server.url, tries=2))
+    assert not server.asked and time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize("url", ["ftp://h/v1", "h/v1", "http://", "http://me:secret@h/v1", "http://h/v1?key=secret"])
@@ -576,6 +637,7 @@ def test_a_full_disk_is_one_line_and_nothing_half(tmp_path, monkeypatch):
         ("teachers: [{name: a, url: 'http://h'}]", r"teachers\.0\.model: "),
         ("teachers: [{name: a, url: u, model: m}, {name: a, url: u, model: m}]", "the name 'a' occurs twice"),
         ("teachers: [{name: a, url: u, model: m, sampling: {temperature: hot}}]", r"0\.sampling\.temperature: "),
+        ("teachers: [{name: a, url: u, model: m, sampling: {extra: {x: .nan}}}]", r"0\.sampling\.extra\.x\.float: "),
         ("teachers: {", "not valid YAML"),
     ],
 )

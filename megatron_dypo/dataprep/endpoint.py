@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint, asked for chat completions: deadlines, retries, bounded concurrency.
+"""An OpenAI-compatible endpoint, asked for chat completions by openai's client, which retries, waits and pools.
 
     async with Endpoint("https://api.deepseek.com/v1", "deepseek-reasoner", key=os.environ["KEY"]) as endpoint:
         answers = await asyncio.gather(*(
@@ -10,52 +10,44 @@
 ``url`` is what goes before ``/chat/completions``. Any number of ``ask`` may be under way: ``concurrency`` of them are
 at the server, the rest wait. Every call ends: with a ``Completion``, with ``EndpointFault`` (this request got none,
 after all retries), or with ``Refused`` (no request will: key, address or model are wrong). The key is in the request's
-header and nowhere else: what a server says is shown without it.
+header and nowhere else: openai's client never holds it, and what a server says is shown without it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import random
-import time
+import ssl
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-import aiohttp
+import httpx2
+import openai
 
 from megatron_dypo.data.traces import thinking, without_ends
 
 _SHOWN = 200  # characters of what a server answered
 _LONGEST = 64 << 20  # bytes of an answer
-_FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0  # seconds before a retry; doubles from one to the next
-_LONGEST_RETRY_AFTER = 600.0  # seconds: a server that asks for more has no time for us
-_AGAIN = {408, 409, 425, 429}  # and 5xx
+_LONGEST_WAIT = 120  # seconds: where Retry-After asks for more, openai's client gives up at once
+_RETRIES = "x-stainless-retry-count"  # the header in which openai's client counts a request's retries
+# Its further headers describe this machine, and the environment's account at OpenAI: they are not sent.
+_SENT = ("host", "connection", "user-agent", "accept", "accept-encoding", "content-type", "content-length", _RETRIES)
 
 
 class EndpointFault(Exception):
-    """Why a request got no answer, in one line that names the endpoint."""
+    """Raised for a request that got no answer; the message is one line that names the endpoint."""
 
 
 class Refused(EndpointFault):
-    """Nor will another one."""
-
-
-class _Again(Exception):
-    """Worth another try, ``after`` seconds if the server said so."""
-
-    def __init__(self, reason: str, after: float | None = None):
-        super().__init__(reason)
-        self.after = after
+    """Raised where no further request will get an answer either: key, address or model are wrong."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """``reasoning``: what the server keeps apart from the answer's ``text``, or "". ``model``: as the server says.
+    """One answer: ``reasoning`` is what the server keeps apart from ``text``, or ""; ``model`` is the server's name for it.
 
-    Token counts are None where the server does not tell.
+    Token counts are None where the server does not report them.
     """
 
     text: str
@@ -67,12 +59,36 @@ class Completion:
 
     @property
     def trace(self) -> str:
-        """All of it, the reasoning within think tags; markers of ends that a server leaves in are taken off."""
+        """Reasoning (within think tags) and answer, without the end markers that a server may leave in."""
         return without_ends(thinking(self.reasoning, self.text) if self.reasoning.strip() else self.text)
+
+    @classmethod
+    def parse(cls, body: bytes | bytearray, asked: str = "") -> Completion:
+        """The first choice of a response's body. Raises ValueError where the body is not a completion.
+
+        ``asked``: the model's name where the server does not report one.
+        """
+        try:
+            tree = json.loads(body)
+            choice, usage = tree["choices"][0], tree.get("usage") or {}
+            message, model = choice["message"], tree.get("model") or asked
+            text = message.get("content") or ""
+            reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
+            counts = [_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens")]
+            if isinstance(text, str) and isinstance(reasoning, str):
+                return cls(text, reasoning, str(choice.get("finish_reason")), *counts, str(model))
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+            pass
+        raise ValueError("not a chat completion")
+
+
+def _count(value: Any) -> int | None:
+    """Return what the server reports if it is a number of tokens, else None."""
+    return value if type(value) is int and 0 <= value < 2**31 else None
 
 
 class Endpoint:
-    """One model at one address; a context manager. ``seconds``: the deadline of one request; ``tries`` of each."""
+    """One model at one address; a context manager. Each request has ``tries``, each with a deadline of ``seconds``."""
 
     def __init__(
         self,
@@ -82,27 +98,30 @@ class Endpoint:
         key: str | None = None,
         concurrency: int = 8,
         seconds: float = 1800.0,
-        tries: int = 6,
-        first_wait: float = _FIRST_WAIT,
+        tries: int = 8,
     ):
-        """Raises Refused for an address or a key that no request could be made with."""
+        """Raise Refused for an address or a key that no request can be made with."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None or parts.query:
             raise Refused("url: expected http(s)://host[:port][/path], without credentials")
         if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
             raise Refused(f"{url}: the key holds characters that no header takes, or none at all")
         self.url, self.model = url.rstrip("/"), model
-        self._key, self._seconds, self._tries, self._first_wait = key, seconds, tries, first_wait
+        self._key, self._seconds, self._tries = key, seconds, tries
         self._places = asyncio.Semaphore(concurrency)
-        self._http: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        self._http = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=headers)
+        self._client = openai.AsyncOpenAI(
+            base_url=self.url,
+            api_key="none",  # or the client takes the environment's; the key is added below it
+            max_retries=self._tries - 1,
+            timeout=self._seconds,
+            http_client=_Http(self._key, self._seconds),
+        )
         return self
 
     async def __aexit__(self, *exception: object) -> None:
-        await self._http.close()
+        await self._client.close()
 
     async def ask(
         self,
@@ -113,91 +132,83 @@ class Endpoint:
         max_tokens: int,
         extra: dict[str, Any] | None = None,
     ) -> Completion:
-        """One completion. ``extra``: more fields of the request's body (``seed``, ``chat_template_kwargs``, ...)."""
+        """Return one completion. ``extra``: further fields of the request's body (``seed``, ``chat_template_kwargs``).
+
+        Raises EndpointFault, or its subclass Refused.
+        """
         body = {"model": self.model, "messages": messages, "temperature": temperature, "top_p": top_p}
         body |= {"max_tokens": max_tokens} | (extra or {})
-        async with self._places:
-            for attempt in range(1, self._tries + 1):
-                try:
-                    return await self._once(body)
-                except _Again as error:
-                    if attempt == self._tries:
-                        raise EndpointFault(f"{self.url}: {error}, {attempt} times") from None
-                    wait = min(_LONGEST_WAIT, self._first_wait * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
-                    await asyncio.sleep(wait if error.after is None else error.after)
-            raise AssertionError("unreachable: tries is at least 1")
-
-    async def _once(self, body: dict[str, Any]) -> Completion:
-        timeout = aiohttp.ClientTimeout(total=self._seconds)
-        path = f"{self.url}/chat/completions"
         try:
-            async with self._http.post(path, json=body, timeout=timeout, allow_redirects=False) as answer:
-                status, headers, content = answer.status, answer.headers, await _content(answer)
-        except TimeoutError:
-            raise _Again(f"no answer within {self._seconds:g} s") from None
-        except (aiohttp.ClientSSLError, aiohttp.InvalidURL) as error:
-            raise Refused(f"{self.url}: {error}") from None
-        except (aiohttp.ClientError, OSError) as error:
-            raise _Again(self._shown(str(error) or type(error).__name__)) from None
-        if status == 200:
-            return self._answer(content)
-        said = self._shown(content.decode(errors="replace"))
-        if status in _AGAIN or status >= 500:
-            raise _Again(f"HTTP {status}: {said}", _retry_after(headers.get("Retry-After")))
+            async with self._places:
+                content = json.dumps(body).encode()
+                answer = await self._client.post("/chat/completions", content=content, cast_to=httpx2.Response)
+        except openai.APIError as error:
+            raise self._fault(error) from None
+        return Completion.parse(answer.content, self.model)
+
+    def _fault(self, error: openai.APIError) -> EndpointFault:
+        """Translate what openai's client gave up for."""
+        tries = int(error.request.headers[_RETRIES]) + 1
+        times = f", {tries} times" if tries > 1 else ""
+        if isinstance(error, openai.APITimeoutError):
+            return EndpointFault(f"{self.url}: no answer within {self._seconds:g} s{times}")
+        if not isinstance(error, openai.APIStatusError):
+            why, lost = self._shown(str(error.__cause__) or type(error.__cause__).__name__), error.__cause__
+            untrusted = isinstance(lost, httpx2.ConnectError) and "[SSL" in why
+            return Refused(f"{self.url}: {why}") if untrusted else EndpointFault(f"{self.url}: {why}{times}")
+        status, said = error.status_code, self._shown(error.response.text)
         if status in (401, 403):
-            raise Refused(f"{self.url}: refuses the key (HTTP {status})")
+            return Refused(f"{self.url}: refuses the key (HTTP {status})")
         if status in (402, 404, 405):
-            raise Refused(f"{self.url}: model {self.model!r}: HTTP {status}: {said}")
-        if 300 <= status < 400:
-            raise Refused(f"{self.url}: HTTP {status}: it redirects, which is not followed: give the address it means")
-        raise EndpointFault(f"{self.url}: HTTP {status}: {said}")
-
-    def _answer(self, content: bytes) -> Completion:
-        try:
-            tree = json.loads(content)
-            choice = tree["choices"][0]
-            message, usage = choice["message"], tree.get("usage") or {}
-            reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
-            text = message.get("content") or ""
-            if not isinstance(text, str) or not isinstance(reasoning, str):
-                raise TypeError("content is not text")
-            return Completion(
-                text,
-                reasoning,
-                str(choice.get("finish_reason")),
-                _count(usage.get("prompt_tokens")),
-                _count(usage.get("completion_tokens")),
-                str(tree.get("model") or self.model),
-            )
-        except (ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError):
-            raise _Again(f"answers no completion: {self._shown(content.decode(errors='replace'))}") from None
+            return Refused(f"{self.url}: model {self.model!r}: HTTP {status}: {said}")
+        if status < 400:
+            return Refused(f"{self.url}: HTTP {status}: it redirects, which is not followed: give the address it means")
+        return EndpointFault(f"{self.url}: HTTP {status}: {said}{times}")
 
     def _shown(self, text: str) -> str:
-        """On one line, short, and without the key, which some servers quote."""
+        """Shorten a server's text to one line, without the key, which some servers quote."""
         text = " ".join((text.replace(self._key, "[key]") if self._key else text).split())
         return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def _count(value: Any) -> int | None:
-    """What a server says, if it is a number of tokens."""
-    return value if type(value) is int and 0 <= value < 2**31 else None
+class _Http(httpx2.AsyncClient):
+    """Transport for openai's client: uses no proxy, follows no redirect, trusts the system's certificates.
 
+    The deadline and the longest length hold for a whole answer. A success that is not a completion counts as a lost
+    connection, so that it is retried.
+    """
 
-async def _content(answer: aiohttp.ClientResponse) -> bytes:
-    content = bytearray()
-    async for chunk in answer.content.iter_any():
-        content += chunk
-        if len(content) > _LONGEST:
-            raise aiohttp.ClientPayloadError(f"its answer is longer than {_LONGEST} bytes")
-    return bytes(content)
+    def __init__(self, key: str | None, seconds: float):
+        limits = httpx2.Limits(max_connections=None)
+        super().__init__(verify=ssl.create_default_context(), trust_env=False, limits=limits)
+        self._authorization = {"Authorization": f"Bearer {key}"} if key else {}
+        self._seconds = seconds
 
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds that the server asks for: a number, or a date; None where it asks for nothing that can be read."""
-    if value is None:
-        return None
-    try:
-        seconds = float(value) if value.strip().isdigit() else parsedate_to_datetime(value).timestamp() - time.time()
-    except ValueError:
-        return None
-    return min(_LONGEST_RETRY_AFTER, max(0.0, seconds))
+    async def send(self, request: httpx2.Request, **_: Any) -> httpx2.Response:
+        request.headers = httpx2.Headers(
+            {name: value for name, value in request.headers.items() if name in _SENT} | self._authorization
+        )
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._seconds):
+                answer = await super().send(request, stream=True)
+                async for part in answer.aiter_bytes():
+                    body += part
+                    if len(body) > _LONGEST:
+                        await answer.aclose()
+                        raise httpx2.ReadError(f"its answer is longer than {_LONGEST} bytes")
+        except TimeoutError:
+            raise httpx2.ReadTimeout("") from None
+        except httpx2.ConnectError as error:
+            if "[SSL" in str(error):  # an error of openai's own is not tried again
+                raise openai.APIConnectionError(request=request) from error
+            raise
+        if answer.is_success:
+            try:
+                Completion.parse(body)
+            except ValueError:
+                said = body.decode(errors="replace")
+                raise httpx2.RemoteProtocolError(f"answers no completion: {said}") from None
+        wait = answer.headers.get("Retry-After", "")
+        wait = str(min(int(wait), _LONGEST_WAIT)) if wait.isdecimal() else wait
+        return httpx2.Response(answer.status_code, headers={"Retry-After": wait}, content=bytes(body), request=request)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import JsonValue, ValidationError
 
 from megatron_dypo.config.section import YEAR, Section, key
 from megatron_dypo.config.yaml_text import parse_yaml
@@ -33,7 +33,7 @@ class TeacherSampling(Section):
     temperature: float = key(0.6, "Sampling temperature.", ge=0)
     top_p: float = key(0.95, "Nucleus sampling.", gt=0, le=1)
     max_tokens: int = key(8192, "Longest answer, reasoning included.", ge=1)
-    extra: dict[str, Any] = key({}, "More fields of the request's body, as the endpoint knows them.")
+    extra: dict[str, JsonValue] = key({}, "More fields of the request's body, as the endpoint knows them.")
 
 
 class TeacherSettings(Section):
@@ -44,7 +44,7 @@ class TeacherSettings(Section):
     sampling: TeacherSampling = key(TeacherSampling(), "How answers are sampled.")
     concurrency: int = key(8, "Requests under way at a time.", ge=1, le=10_000)
     seconds: float = key(1800.0, "Deadline of one request.", gt=0, le=YEAR)
-    tries: int = key(6, "Times that a request is made before it counts as failed.", ge=1, le=100)
+    tries: int = key(8, "Times that a request is made before it counts as failed.", ge=1, le=100)
 
 
 class Teachers(Section):
