@@ -45,7 +45,7 @@ class Refused(EndpointFault):
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer: ``reasoning`` is what the server keeps apart from ``text``, or ""; ``model`` is the server's name for it.
+    """One answer: ``reasoning`` is what the server keeps apart from ``text``, or ""; ``model`` is named by the server.
 
     Token counts are None where the server does not report them.
     """
