@@ -53,8 +53,7 @@ setup(
             "triton; sys_platform == 'linux'",
             "gguf",  # tools/fetch_smollm2.py
             "uv",  # tools/gpu_bundle.py
-            "tiktoken",
-            "mistral-common",  # a library and vocabularies that the tests' tokenizers are compared with
+            "mistral-common",  # has SentencePiece models for the tests of tokenizers
         ],
     },
 )
