@@ -13,7 +13,7 @@ LAYOUTS = ({"tensor": 2}, {"pipeline": 2})
 EXPERT_LAYOUTS = ({"expert": 2}, {"tensor": 2, "sequence_parallel": True, "expert_tensor": 2})
 SEEDS = (1, 2)
 PROMPT_LENGTHS = (200, 3, 11, 2, 5, 7, 4, 9, 6, 10, 8, 2)  # the first fills blocks of vLLM's prefix cache
-MODELS = {  # what differs from the preset `tiny`
+MODELS = {  # differences from the preset `tiny`
     "llama": {},
     "llama-tied": {"tied_embeddings": True},
     "qwen2-tied": {"family": "qwen2", "tied_embeddings": True},
@@ -27,7 +27,7 @@ ENDS = (1, 40)  # of a response
 
 
 def build(name: str, model: str, folder: str, **rollout: object):
-    """(configuration, shape, layout, engine) of this rank."""
+    """Return (configuration, shape, layout, engine) of this rank."""
     from megatron_dypo.data.tokenizer import load_tokenizer
     from megatron_dypo.models.shape import PRESETS
     from megatron_dypo.rollout.engines import build_engine
@@ -41,7 +41,7 @@ def build(name: str, model: str, folder: str, **rollout: object):
 
 
 def policy_at(parallel: dict[str, int], seed: int, config, shape, layout):
-    """A policy of other weights, cut in another way."""
+    """Build a policy with other weights, sharded differently."""
     from megatron.core import parallel_state as mpu
 
     from megatron_dypo.config.schema import Parallel
@@ -69,7 +69,7 @@ def policy_at(parallel: dict[str, int], seed: int, config, shape, layout):
 
 
 def requests(vocabulary: int = 104) -> list:
-    """The same on every rank."""
+    """Return the requests, the same on every rank."""
     from megatron_dypo.rollout.engine import Request
 
     random = np.random.default_rng(0)
@@ -84,7 +84,7 @@ def sampling(tokens: int = 24):
 
 
 def compare(policy, asked: list, responses: list) -> dict:
-    """The largest difference of a token's two log-probs (nats; None where this rank has none), and what was sampled."""
+    """Return the largest difference of a token's two log-probs (nats; None if this rank has none), and the samples."""
     from megatron_dypo.policy.micro_batch import MicroBatch
     from megatron_dypo.records import Kind, Sequence
 
@@ -104,12 +104,12 @@ def compare(policy, asked: list, responses: list) -> dict:
 
 
 def agreement(name: str, model: str, folder: str, rollout: dict) -> list[dict]:
-    """``agree`` with an engine that is built for it."""
+    """Run ``agree`` with an engine built for it."""
     return agree(*build(name, model, folder, **rollout))
 
 
 def agree(config, shape, layout, engine) -> list[dict]:
-    """One comparison per layout and weights, then the last samples again in another order, then greedy ones."""
+    """Compare per layout and weights, then sample the last again in another order, then greedily."""
     from megatron_dypo.rollout.engine import Request
     from megatron_dypo.weight_sync.source import sync_weights
 
@@ -127,7 +127,7 @@ def agree(config, shape, layout, engine) -> list[dict]:
 
 
 def check(ranks: list[list[dict]], limit: float) -> None:
-    """What any engine must show; ``limit`` in nats."""
+    """Check what any engine must satisfy; ``limit`` in nats."""
     for found in ranks:
         compared, again, greedy = found[:-2], found[-2], found[-1]
         largest = [result["largest"] for result in compared if result["largest"] is not None]

@@ -1,6 +1,6 @@
-r"""Hand-checked pairs: (ground truth, answer, whether a mathematician who knows the problem takes it for right).
+r"""Hand-checked pairs: (ground truth, answer, whether a mathematician who knows the problem would accept it).
 
-An answer stands for what a response puts into ``\boxed{}``.
+An answer stands for the content of ``\boxed{}`` in a response.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-r"""Hand-checked pairs of the kinds that public bug reports are about; as in ``answer_pairs.py``, which takes them in.
+r"""Hand-checked pairs of the kinds in public bug reports; ``answer_pairs.py`` includes them.
 
-(ground truth, answer, whether a mathematician who knows the problem takes it for right); as many wrong as right.
+(ground truth, answer, whether a mathematician who knows the problem would accept it); half of them are wrong.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ SHAPES = {
 
 
 def make_config(shape: str = "llama", budget: int = 200, **sections) -> Config:
-    """A tiny model; ``sections`` are dicts of overrides by section name."""
+    """Return a tiny model's configuration; ``sections`` are dicts of overrides by section name."""
     objective = {"kl_coef": 0.1, "teachers_per_prompt": 2, "clip_low": 0.1, "clip_high": 0.15}
     return Config(
         model=Model(preset="tiny", shape=SHAPES[shape], **sections.get("model", {})),
@@ -59,7 +59,7 @@ def make_config(shape: str = "llama", budget: int = 200, **sections) -> Config:
 
 
 def make_groups(prompts: int = 12, k: int = 4, seed: int = 0, vocabulary: int = 128) -> list[Group]:
-    """Groups of mixed lengths in all three regimes, several Mid ones among them; log-probs of the engine made up."""
+    """Return groups of mixed lengths in all three regimes, several of them Mid, with made-up engine log-probs."""
     random = np.random.default_rng(seed)
     groups = []
     for q in range(prompts):
@@ -82,7 +82,7 @@ def make_groups(prompts: int = 12, k: int = 4, seed: int = 0, vocabulary: int = 
 
 
 def make_experts(count: int, seed: int = 0, vocabulary: int = 128) -> list[Group]:
-    """Rows of an expert data set."""
+    """Return rows of an expert data set."""
     random = np.random.default_rng(1000 + seed)
     prompts = [Prompt(f"x{seed}-{i}", "", (Teacher("a", "a trace"),)) for i in range(count)]
     ids = [random.integers(3, vocabulary, random.integers(2, 12)).astype(np.int32) for _ in prompts]
@@ -90,8 +90,11 @@ def make_experts(count: int, seed: int = 0, vocabulary: int = 128) -> list[Group
 
 
 def for_recipe(groups: list[Group], objective: Objective) -> list[Group]:
-    """With the teachers that this objective's recipe draws, the rewards of their traces, if it scores them, and half as
-    many experts as prompts, if it trains on some and there are none yet."""
+    """Return the groups with what the objective's recipe needs.
+
+    That is the drawn teachers, the rewards of their traces if it scores them, and half as many experts as prompts if it
+    trains on experts and there are none yet.
+    """
     prompts, experts = ([group for group in groups if group.expert == expert] for expert in (False, True))
     for group in prompts:
         if recipe(objective).scores_traces and not group.teacher_rewards:
@@ -104,7 +107,7 @@ def for_recipe(groups: list[Group], objective: Objective) -> list[Group]:
 
 
 def route(groups: list[Group], layers: int, k: int, experts: int, seed: int = 0) -> list[Group]:
-    """With made-up choices of a rollout engine's routers: distinct experts for each token and layer."""
+    """Return the groups with made-up routing of a rollout engine: distinct experts for each token and layer."""
     random = np.random.default_rng(seed)
     for group in groups:
         for response in group.responses:
@@ -115,6 +118,6 @@ def route(groups: list[Group], layers: int, k: int, experts: int, seed: int = 0)
 
 
 def trace_ids(group: Group, teacher: int) -> np.ndarray:
-    """Ids of a made-up teacher trace."""
+    """Return the ids of a made-up teacher trace."""
     seed = sum(map(ord, group.prompt.id)) + 1000 * teacher
     return np.random.default_rng(seed).integers(3, 128, 5 + seed % 20).astype(np.int32)

@@ -1,6 +1,6 @@
 """Settings for all tests: machines are shared, so no example is judged by its time.
 
-``make test-gpu`` runs where pytest alone is installed of what the tests need.
+``make test-gpu`` runs with only pytest installed of the tests' requirements.
 """
 
 import shutil
@@ -21,8 +21,8 @@ if find_spec("hypothesis"):
     settings.register_profile("shared", deadline=None)
     settings.load_profile("shared")
 
-# Files over about 12 seconds, longest first, then the other slow ones, then the fast: with two workers that take a file
-# at a time (make test), neither is left alone with a long one at the end.
+# Files over about 12 seconds, longest first, then the other slow ones, then the fast ones: with two workers that take
+# one file at a time (make test), neither is left with a long one at the end.
 LONG = (
     "servers", "layouts", "moe", "end_to_end", "checkpoint", "watchdog", "rollout", "offload", "import_export",
     "gpu_report", "smollm2", "kill", "triton_head", "reference", "planner", "tokenizers", "dataprep", "reward", "fuzz",

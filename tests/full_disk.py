@@ -1,4 +1,4 @@
-"""A real file system that is full, for tests."""
+"""A real, full file system for tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def small_disk(folder: Path, kib: int = 256) -> Iterator[Path]:
-    """A tmpfs of ``kib`` KiB at ``folder``. Raises OSError where this process may not mount one."""
+    """Mount a tmpfs of ``kib`` KiB at ``folder``. Raises OSError if this process may not."""
     folder.mkdir(parents=True, exist_ok=True)
     options = ["-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)]
     mounted = subprocess.run(["mount", *options], capture_output=True, text=True)
@@ -24,7 +24,7 @@ def small_disk(folder: Path, kib: int = 256) -> Iterator[Path]:
 
 
 def fill_disk(folder: Path, leave: int = 0) -> Path:
-    """Take all room of ``folder``'s file system but about ``leave`` bytes; removing the returned file gives it back."""
+    """Fill ``folder``'s file system up to about ``leave`` bytes; removing the returned file frees it."""
     ballast = folder / "ballast"
     with ballast.open("wb", buffering=0) as file, suppress(OSError):
         while True:

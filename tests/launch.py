@@ -16,7 +16,7 @@ IGNORED = ("time/", "perf/")
 
 
 def copy_task(folder: Path, **overrides: object) -> Path:
-    """A configuration whose policy learns to box the digit it is shown; ``overrides``: keys with ``__`` for the dot."""
+    """Return a configuration whose policy learns to box the digit it sees; ``overrides``: keys, ``__`` for the dot."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
         {
@@ -56,7 +56,7 @@ def copy_task(folder: Path, **overrides: object) -> Path:
 
 
 def torchrun(ranks: int, *arguments: str, seconds: float = 240, **environment: str) -> subprocess.CompletedProcess:
-    """``torchrun -m megatron_dypo ARGUMENTS`` on this machine."""
+    """Run ``torchrun -m megatron_dypo ARGUMENTS`` on this machine."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return subprocess.run(
         [*launcher, "-m", "megatron_dypo", *arguments],
@@ -68,7 +68,7 @@ def torchrun(ranks: int, *arguments: str, seconds: float = 240, **environment: s
 
 
 def train_here(config: str, overrides: list[str]) -> None:
-    """``train``, to be run on a forked rank."""
+    """Run ``train`` on a forked rank."""
     from megatron_dypo.config import load_config
     from megatron_dypo.preflight import check_inputs
     from megatron_dypo.trainer import train
@@ -86,7 +86,7 @@ def without_times(lines: list[dict]) -> list[dict]:
 
 
 def checkpoint_digests(folder: str) -> dict[str, str]:
-    """Digest of every tensor in a checkpoint, optimizer moments and reference included. To be run on a forked rank."""
+    """Return the digest of every tensor in a checkpoint, with moments and reference; for a forked rank."""
     import torch
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata

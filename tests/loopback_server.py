@@ -1,4 +1,4 @@
-"""A web server in a thread of its own, on loopback: what the tests' imitations of servers are made of."""
+"""A web server in its own thread on loopback, the base of the tests' imitations of servers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from aiohttp import web
 
 
 class LoopbackServer(ABC):
-    """A context manager. ``_answer`` is asked for every request to ``route``; ``port`` is known once it has started.
+    """A context manager. ``_answer`` handles every request to ``route``; ``port`` is known once it has started.
 
-    The port stays reserved until the end, by a socket that is bound and never listens: a server that is stopped refuses
-    connections, and nothing else on the machine is given its port before it starts again.
+    The port stays reserved until the end, by a socket that is bound and never listens: a stopped server refuses
+    connections, and nothing else on the machine gets its port before it starts again.
     """
 
     route = ("*", "/{path:.*}")

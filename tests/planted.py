@@ -1,4 +1,4 @@
-"""Faults planted in what a vLLM engine is given, and in what its layers have stored; and what a sync says of each."""
+"""Faults planted in what a vLLM engine receives, and in what its layers store; and the sync's message for each."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from megatron_dypo.errors import TrainingError
 from tests.agreement import EXPERT_LAYOUTS, LAYOUTS, policy_at
 
 VALUE, OUTPUT = "model.layers.1.self_attn.v_proj.weight", "model.layers.0.self_attn.o_proj.weight"
-KEY = "model.layers.1.self_attn.k_proj.weight"  # vLLM counts elements: sent twice, it stands for the values
+KEY = "model.layers.1.self_attn.k_proj.weight"  # vLLM counts elements: sent twice, it is taken for the values
 
 
 def nudged(weight: Tensor) -> Tensor:
-    """Its last element by the least there is."""
+    """Change its last element by the smallest step."""
     weight = weight.clone()
     last = weight.view(-1)[-1]
     last.copy_(torch.nextafter(last, torch.tensor(torch.inf)))
@@ -25,7 +25,7 @@ def nudged(weight: Tensor) -> Tensor:
 
 
 def packed_anew(layer: str, change: Callable[[Tensor], Tensor], model: torch.nn.Module) -> None:
-    """What a layer's product takes, changed; its ``weight`` stays, as a head's that was tied to another."""
+    """Change what a layer's product uses; its ``weight`` stays, like that of a head tied to another."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
     from megatron_dypo.weight_sync.stored import matrix
@@ -50,7 +50,7 @@ def other_expert(model: torch.nn.Module) -> None:
 
 def nudged_expert(model: torch.nn.Module) -> None:
     weight = model.get_submodule("model.layers.1.mlp.experts.routed_experts").w13_weight.data
-    weight[-1] = nudged(weight[-1])  # wherever packing puts the last element of the plain matrix, it is the last row's
+    weight[-1] = nudged(weight[-1])  # the plain matrix's last element is in its last row, wherever packing puts it
 
 
 STORED = {
@@ -73,7 +73,7 @@ STORED = {
 
 @contextmanager
 def before_the_report(plant: Callable[[torch.nn.Module], None]) -> Iterator[None]:
-    """The engine's model, changed after it has loaded."""
+    """Change the engine's model after it has loaded."""
     from megatron_dypo.weight_sync.worker import Proof
 
     plain = Proof.report
@@ -90,7 +90,7 @@ def before_the_report(plant: Callable[[torch.nn.Module], None]) -> Iterator[None
 
 
 def said(engine, weights) -> str:
-    """A sync's complaint, or nothing."""
+    """Return a sync's error message, or ""."""
     try:
         engine.sync(weights)
     except TrainingError as error:
@@ -99,7 +99,7 @@ def said(engine, weights) -> str:
 
 
 class Altered:
-    """A policy's weights, each passed through ``change(name, tensor)``, which gives the pairs to send for it."""
+    """A policy's weights, each replaced by the pairs from ``change(name, tensor)``."""
 
     def __init__(self, policy, change: Callable[[str, Tensor], list[tuple[str, Tensor]]]):
         from megatron_dypo.weight_sync.source import Weights
@@ -112,14 +112,14 @@ class Altered:
             yield from self._change(name, tensor)
 
 
-GIVEN = {  # what a sync says, and how the weights are altered on their way
+GIVEN = {  # the sync's message, and how the weights are altered on their way
     f"{OUTPUT}: was not received": lambda name, tensor: [] if name == OUTPUT else [(name, tensor)],
     f"{KEY}: was received 2 times": lambda name, tensor: [(name, tensor)] * (1 + (name == KEY)),
 }
 
 
 def planted(model: str, config, shape, layout, engine) -> dict[str, dict[str, str]]:
-    """By layout and fault, what the sync of this rank says; only rank 1's layers are tampered with.
+    """Return by layout and fault this rank's sync message; only rank 1's layers are changed.
 
     The engine verifies all tensors at every sync.
     """
@@ -141,6 +141,6 @@ def planted(model: str, config, shape, layout, engine) -> dict[str, dict[str, st
         engine._verify, engine._verify_syncs = "stored", 4
         found["in turn"] = {}
         for turn in range(4):
-            engine._syncs = turn  # one that stops the run is not counted
+            engine._syncs = turn  # a sync that stops the run is not counted
             found["in turn"][str(turn)] = said(engine, Weights(policy))
     return found

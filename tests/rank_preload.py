@@ -1,7 +1,7 @@
-"""What the fork server of ``tests/ranks.py`` imports once: all that a run with the transformers engine does.
+"""Imports of the fork server of ``tests/ranks.py``, once: everything that a run with the transformers engine needs.
 
 Nothing here computes: a fork after any OpenMP work hangs, so the server must never run a tensor operation. Nor may it
-start CUDA, which no forked rank could use: torch then asks the driver's management library whether there is a device.
+start CUDA, which no forked rank could then use: torch asks the driver's management library for devices instead.
 """
 
 import os

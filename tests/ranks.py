@@ -10,16 +10,16 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-CUDA_START = 180  # seconds that ranks have besides on a GPU: its context, NCCL, and compilation with nothing cached
+CUDA_START = 180  # more seconds for ranks on a GPU: its context, NCCL, and compilation with empty caches
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.rank_preload"])
 
 
 def run_ranks(world: int, function: Callable, *arguments: Any, seconds: float = 120) -> list:
-    """``function(*arguments)`` on ``world`` ranks with torchrun's environment; the ranks' results in order.
+    """Run ``function(*arguments)`` on ``world`` ranks with torchrun's environment; return the results in rank order.
 
-    ``function`` must be importable by name. Fails with the first rank's traceback, or when ``seconds`` have passed, on
-    a GPU ``CUDA_START`` more.
+    ``function`` must be importable by name. Fails with the first rank's traceback, or after ``seconds``, on a GPU
+    ``CUDA_START`` more.
     """
     import torch
 
@@ -49,9 +49,9 @@ def run_ranks(world: int, function: Callable, *arguments: Any, seconds: float = 
 
 
 class Launch:
-    """``function(*arguments)`` on ``world`` ranks that run beside the caller; its result is their exit code.
+    """Runs ``function(*arguments)`` on ``world`` ranks alongside the caller; its result is their exit code.
 
-    As under torchrun, the rendezvous store is the launcher's, and ranks end with the process that started them.
+    As under torchrun, the launcher owns the rendezvous store, and ranks end with the process that started them.
     """
 
     def __init__(self, world: int, function: Callable, *arguments: Any):
@@ -61,7 +61,7 @@ class Launch:
 
 
 class _Store:
-    """A rendezvous store of this process, like a launcher's: nobody else can take its port before the ranks come."""
+    """A rendezvous store of this process, like a launcher's: its port cannot be taken before the ranks come."""
 
     def __init__(self) -> None:
         from torch.distributed import TCPStore
@@ -98,7 +98,7 @@ def _send_result(send, function: Callable, arguments: tuple) -> None:
     except BaseException:
         send.send((False, traceback.format_exc()))
     send.close()
-    os._exit(0)  # no interpreter shutdown: process groups and engines end with the process
+    os._exit(0)  # skips the interpreter's shutdown: process groups and engines end with the process
 
 
 def _exit_with_result(function: Callable, arguments: tuple) -> None:

@@ -1,7 +1,7 @@
-"""An imitation of one release of vLLM, from its recorded signatures (``tools/record_vllm.py``): it takes no other call.
+"""An imitation of one release of vLLM, from its recorded signatures (``tools/record_vllm.py``); it rejects other calls.
 
-It goes as far as this project's calls: an engine with one worker, whose memory sleeps in parts, and whose model keeps
-the weights that it is given.
+It covers this project's calls: an engine with one worker, whose memory sleeps in parts, and whose model keeps the
+weights that it receives.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _A, _B = TypeVar("_A"), TypeVar("_B")
 
 
 def signature(arguments: str) -> inspect.Signature:
-    """As recorded, ``self, level=1``."""
+    """Parse a recorded signature, such as ``self, level=1``."""
     scope: dict[str, Any] = {}
     exec(f"def function({arguments}): ...", {"ANY": None}, scope)  # noqa: S102
     return inspect.signature(scope["function"])
 
 
 def strict(arguments: str, function: Callable) -> Callable:
-    """``function``, which raises TypeError where a call does not fit the recorded arguments."""
+    """Return ``function``, raising TypeError if a call does not fit the recorded arguments."""
     recorded = signature(arguments)
 
     def call(*given, **named):
@@ -43,11 +43,11 @@ def strict(arguments: str, function: Callable) -> Callable:
 
 @dataclasses.dataclass
 class _Info:
-    """What an update or a handshake is told; releases derive their own from it."""
+    """Arguments of an update or a handshake; releases derive their own classes."""
 
 
 class Model:
-    """Keeps what it is given."""
+    """A model that keeps what it receives."""
 
     def __init__(self):
         self.got: dict[str, torch.Tensor] = {}
@@ -61,7 +61,7 @@ class Model:
 
 
 def install(monkeypatch, version: str, device: str = "cpu") -> ModuleType:
-    """Make ``import vllm`` give this release, and anew what of this project imports it; return the module."""
+    """Make ``import vllm`` give this release, re-import what uses it, and return the module."""
     record = RECORDS[version]
     base = _module(
         "vllm.distributed.weight_transfer.base",
@@ -105,7 +105,7 @@ def _module(name: str, **members: object) -> ModuleType:
 
 
 def _transfer_engine(record: dict) -> type:
-    """The base class: abstract where the release's is, and no more arguments than its constructor has."""
+    """Return the base class: abstract like the release's, with its constructor's arguments only."""
     first = signature(record["__init__"]["arguments"])
 
     class Base(abc.ABC, Generic[_A, _B]):

@@ -1,7 +1,7 @@
-"""The objective as the page states it, to test the package against: whole batch, float64, torch's autograd.
+"""The objective as its page states it, to test the package against: whole batch, float64, torch's autograd.
 
-Written from docs/objective.md and the paper (Eq. 14, 15, 20-24) and importing nothing of megatron_dypo: neither its
-coefficients and slopes nor its two passes are used here. ``c`` is anything with the keys of the configuration's
+Written from docs/objective.md and the paper (Eq. 14, 15, 20-24), importing nothing of megatron_dypo: neither its
+coefficients and slopes nor its two passes are used here. ``c`` is any object with the keys of the configuration's
 ``objective`` section. Legend: n tokens of one response or trace.
 """
 
@@ -27,12 +27,12 @@ class Rollout:
     engine_n: Tensor
     entropy_n: Tensor
     finished: bool = True
-    advantage_n: Tensor | None = None  # each token's own, of a second model
+    advantage_n: Tensor | None = None  # per token, from a second model
 
 
 @dataclass
 class Trace:
-    """A teacher's trace: each token's log-prob and entropy [n], and its reward, where it has one."""
+    """A teacher's trace: each token's log-prob and entropy [n], and its reward, if any."""
 
     logp_n: Tensor
     entropy_n: Tensor
@@ -41,7 +41,7 @@ class Trace:
 
 @dataclass
 class Question:
-    """A prompt's k rollouts, and each teacher trace drawn for it (none: no teacher)."""
+    """A prompt's k rollouts, and each teacher trace drawn for it (maybe none)."""
 
     rollouts: list[Rollout]
     traces: list[Trace]
@@ -49,8 +49,10 @@ class Question:
 
 @dataclass
 class Terms:
-    """Summands of each term, every normaliser applied, alpha, gamma and mu not. ``kl`` is part of ``grpo``; ``shaped``
-    is LUFFY's on traces, ``expert`` CHORD's, ``sign`` SRFT's on rollouts."""
+    """Summands of each term with every normaliser applied, but without alpha, gamma and mu.
+
+    ``kl`` is part of ``grpo``; ``shaped`` is LUFFY's on traces, ``expert`` CHORD's, ``sign`` SRFT's on rollouts.
+    """
 
     alpha: float
     gamma: float
@@ -65,7 +67,7 @@ class Terms:
     entropy: list[Tensor] = field(default_factory=list)
 
     def summands(self) -> Tensor:
-        """All of L's summands (Eq. 24), one per token or pair."""
+        """Return all summands of L (Eq. 24), one per token or pair."""
         weighted = [
             (self.alpha, self.grpo),
             (1 - self.alpha, self.gal),
@@ -81,7 +83,7 @@ class Terms:
 def regime(
     rewards: list[float], threshold: float, hard_max_solved: int, gate: str = "reward", easy: int | None = None
 ) -> str:
-    """Paper 3.1; a gate on advantages shuts where no response is better than another (SuperRL's variant)."""
+    """Return the regime (paper 3.1); a gate on advantages is shut if all responses are equal (SuperRL's variant)."""
     solved = sum(reward >= threshold for reward in rewards)
     if gate == "advantage":
         return "hard" if len(set(rewards)) == 1 else "easy" if solved == len(rewards) else "mid"
@@ -91,7 +93,7 @@ def regime(
 
 
 def advantages(rewards: list[float], std: str, xi: float = 1e-6) -> list[float]:
-    """Eq. 22."""
+    """Return the advantages of Eq. 22."""
     k = len(rewards)
     mean = sum(rewards) / k
     if std == "none" or len(set(rewards)) == 1:
@@ -101,13 +103,13 @@ def advantages(rewards: list[float], std: str, xi: float = 1e-6) -> list[float]:
 
 
 def gal_pairs(scores: list[Tensor], rewards: list[float], beta: float) -> list[Tensor]:
-    """-log sigmoid(beta d) of every pair (s, f) with r_s > r_f (Eq. 14, 15)."""
+    """Return -log sigmoid(beta d) of every pair (s, f) with r_s > r_f (Eq. 14, 15)."""
     k = range(len(rewards))
     return [-logsigmoid(beta * (scores[s] - scores[f])) for s in k for f in k if rewards[s] > rewards[f]]
 
 
 def surrogate(log_ratio: Tensor, advantage: float | Tensor, logp: Tensor, c) -> Tensor:
-    """CLIP of Eq. 21; CISPO (arXiv 2506.13585, Eq. 4); SAPO (arXiv 2511.20347)."""
+    """Return CLIP of Eq. 21; CISPO (arXiv 2506.13585, Eq. 4); SAPO (arXiv 2511.20347)."""
     ratio = log_ratio.exp()
     bounded = ratio.clamp(1 - c.clip_low, 1 + c.clip_high)
     if c.surrogate == "cispo":
@@ -120,7 +122,7 @@ def surrogate(log_ratio: Tensor, advantage: float | Tensor, logp: Tensor, c) -> 
 
 
 def shape(logp: Tensor, kind: str, gamma: float) -> Tensor:
-    """f of a token's probability p: LUFFY's, p itself, its logarithm, or that weighed by CHORD's constants."""
+    """Return f of a token's probability p: LUFFY's, p itself, its logarithm, or that weighted by CHORD's constants."""
     p = logp.exp()
     return {
         "luffy": p / (p + gamma),
@@ -132,7 +134,7 @@ def shape(logp: Tensor, kind: str, gamma: float) -> Tensor:
 
 
 def trust(log_ratio: Tensor, correction: str, cap: float, floor: float | None = None) -> Tensor:
-    """The rollout correction's weight, of log(old / engine)."""
+    """Return the rollout correction's weight, from log(old / engine)."""
     ratio = log_ratio.exp()
     if correction == "truncate":
         return ratio.clamp(max=cap)
@@ -144,9 +146,9 @@ def trust(log_ratio: Tensor, correction: str, cap: float, floor: float | None = 
 
 
 def grpo(rollout: Rollout, advantage: float, c, correction: str, cap: float) -> tuple[Tensor, Tensor]:
-    """(surrogate [n], KL [n]) of a response's tokens, the correction's weight included.
+    """Return (surrogate [n], KL [n]) of a response's tokens, with the correction's weight.
 
-    One ratio per response: each of its tokens carries that surrogate. Over `scale: trajectory` it counts once.
+    With one ratio per response each of its tokens carries that surrogate. Under `scale: trajectory` it counts once.
     """
     n = len(rollout.logp_n)
     base_n = rollout.old_n if c.ratio_base == "old" else rollout.reference_n
@@ -164,7 +166,7 @@ def grpo(rollout: Rollout, advantage: float, c, correction: str, cap: float) -> 
 
 
 def mix(c, step: int) -> float:
-    """CHORD's mu (arXiv 2508.11408): a line up, half a cosine down."""
+    """Return CHORD's mu (arXiv 2508.11408): linear up, half a cosine down."""
     since = step - c.mix.warmup
     if since < 0:
         return step / c.mix.warmup * c.mix.peak
@@ -173,7 +175,7 @@ def mix(c, step: int) -> float:
 
 
 def leaning(sequence: Rollout | Trace, tilt: float, c) -> Tensor:
-    """SRFT's weight [n] of a sequence's tokens: constant, of the entropies or (HPT's form) of their mean."""
+    """Return SRFT's constant weight [n] of a sequence's tokens, from the entropies or (HPT's form) their mean."""
     H_n = sequence.entropy_n.detach()
     return (tilt * (H_n if c.tilt_level == "token" else H_n.mean().expand(len(H_n)))).exp()
 
@@ -187,9 +189,9 @@ def dypo(
     experts: Sequence[Trace] = (),
     step: int = 1,
 ) -> Terms:
-    """L = (1/Q) sum_q [Hard: gamma SFT | Mid: alpha (1/k) sum_i GRPO_i + (1 - alpha) GAL | Easy: 0]  (Eq. 24).
+    """Return L = (1/Q) sum_q [Hard: gamma SFT | Mid: alpha (1/k) sum_i GRPO_i + (1 - alpha) GAL | Easy: 0] (Eq. 24).
 
-    Of ``relift`` this is the step's own update; that on its queue is one of ``sft``.
+    For ``relift`` this is the step's own update; the one on its queue is an update of ``sft``.
     """
     pairs_too, srft = c.method == "dypo", c.method == "srft"
     mu = mix(c, step) if c.method == "chord" else 0.0

@@ -1,7 +1,7 @@
-"""A stand-in for a rollout server, for faults that a real one cannot be made to have on demand.
+"""An imitation of a rollout server, for faults that a real one cannot have on demand.
 
-It answers what vLLM answers (the paths and fields that are used), with tokens that follow from the request's seed; what
-``behave`` returns, or raises, replaces that. The real server is in tests/test_servers.py.
+It answers as vLLM does (the paths and fields in use), with tokens that follow from the request's seed; what ``behave``
+returns, or raises, replaces the answer. The real server is in tests/test_servers.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Behaviour = Callable[["Imitation", str, dict], Awaitable[Any]]
 
 
 class Imitation(LoopbackServer):
-    """A context manager round a server in a thread of its own. ``asked``: path and body of every request so far."""
+    """A context manager around a server in its own thread. ``asked``: path and body of every request so far."""
 
     def __init__(self, name: str = "the model", behave: Behaviour | None = None, port: int = 0):
         super().__init__(port)
@@ -33,11 +33,11 @@ class Imitation(LoopbackServer):
         return f"http://127.0.0.1:{self.port}"
 
     def stop(self) -> None:
-        """As a killed server: connections are reset, and new ones refused."""
+        """Stop like a killed server: connections are reset, and new ones refused."""
         self._run(self._end())
 
     def start(self) -> None:
-        """Again, at the same address, without weights."""
+        """Start again, at the same address, without weights."""
         self.label = "default"
         self._run(self._start())
 
@@ -67,7 +67,7 @@ class Imitation(LoopbackServer):
         }.get(path) or ({"choices": [self.choice(body)]} if path == "inference/v1/generate" else {"message": "done"})
 
     def choice(self, body: dict) -> dict:
-        """What a request's seed samples, the same on every server."""
+        """Return the sample of a request's seed, the same on every server."""
         draw = random.Random(body["sampling_params"]["seed"])
         ids = [draw.randrange(2, 100) for _ in range(draw.randrange(1, body["sampling_params"]["max_tokens"]))] + [EOS]
         return {

@@ -1,7 +1,7 @@
-"""The keywords that functions of torch and Megatron-Core take, by version: those functions that this project calls.
+"""The keywords of torch and Megatron-Core functions that this project calls, by version.
 
-``python -m tests.signatures WHEEL...`` reads them out of wheels into ``signatures.json``; nothing of these is installed
-or run.
+``python -m tests.signatures WHEEL...`` reads them from wheels into ``signatures.json``, without installing or running
+any of these.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _DISTRIBUTIONS = {"torch": "torch.nn.attention", "megatron_core": "megatron.core
 
 
 def calls() -> Iterator[tuple[str, str, set[str]]]:
-    """(where, dotted function or class, keywords) of every call with keywords of what is imported from ``_FROM``."""
+    """Yield (where, dotted function or class, keywords) of every keyword call of what is imported from ``_FROM``."""
     for path in sorted(_PACKAGE.rglob("*.py")):
         tree, imported = ast.parse(path.read_text()), {}
         for node in ast.walk(tree):
@@ -40,7 +40,7 @@ def calls() -> Iterator[tuple[str, str, set[str]]]:
 
 
 def recorded() -> dict[str, dict[str, list[str] | None]]:
-    """dotted name -> version -> the names that may be given by keyword; None: any."""
+    """Return dotted name -> version -> the names that may be given by keyword; None: any."""
     table = json.loads(RECORDED.read_text())
     return {
         dotted: {version: names and names.split() for version, names in versions.items()}
@@ -49,7 +49,7 @@ def recorded() -> dict[str, dict[str, list[str] | None]]:
 
 
 def _record(wheel: Path, wanted: set[str]) -> dict[str, list[str] | None]:
-    """What this wheel's source says of the ``wanted``; without those that it does not have."""
+    """Return what this wheel's source has of the ``wanted`` names."""
     package = _DISTRIBUTIONS[wheel.name.split("-")[0]]
     trees = []
     with zipfile.ZipFile(wheel) as archive:
@@ -57,7 +57,7 @@ def _record(wheel: Path, wanted: set[str]) -> dict[str, list[str] | None]:
             if name.startswith(package.replace(".", "/")) and name.endswith(".py"):
                 trees.append(ast.parse(archive.read(name)))
     found: dict[str, ast.ClassDef | ast.FunctionDef] = {}
-    for tree in trees:  # a name stands for one thing in these packages, wherever it is defined
+    for tree in trees:  # a name is unique in these packages, wherever it is defined
         for node in tree.body:
             if isinstance(node, ast.ClassDef | ast.FunctionDef):
                 found.setdefault(node.name, node)

@@ -1,7 +1,7 @@
-"""Which tests are slow: those that start processes, or vLLM, by what their code names; so no marker can be forgotten.
+"""Decide which tests are slow from the names in their code: those that start processes, or vLLM.
 
-Forked ranks, torchrun and other interpreters import for seconds before they do anything. A test that is slow without
-them carries ``@pytest.mark.slow``.
+So no marker can be forgotten. Forked ranks, torchrun and other interpreters import for seconds first. A test that is
+slow without them carries ``@pytest.mark.slow``.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 STARTERS = {"subprocess", "multiprocessing", "vllm"}  # tests/ranks.py and tests/launch.py use the first two
-FOLLOWED = {"tests", "benchmarks"}  # packages whose functions are looked into; of megatron_dypo's a test may use any
+FOLLOWED = {"tests", "benchmarks"}  # packages whose functions are inspected; of megatron_dypo's a test may use any
 
 
 def is_slow(item: pytest.Function) -> bool:
-    """Whether the test, a fixture or parameter of it, or what these call in ``FOLLOWED``, uses one of ``STARTERS``."""
+    """Return whether the test, its fixtures or parameters, or what these call in ``FOLLOWED``, uses a ``STARTERS``."""
     fixtures = (fixture.func for fixture in chain.from_iterable(item._fixtureinfo.name2fixturedefs.values()))
     parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
     return starts_processes((item.function, *filter(_is_ours, (*fixtures, *parameters))))
@@ -48,7 +48,7 @@ def starts_processes(functions: tuple[Callable, ...]) -> bool:
 
 
 def _named(code: types.CodeType, names: dict[str, Any]) -> Iterator[Any]:
-    """What the code uses: globals, attributes of modules in ``FOLLOWED``, and the names of modules it imports."""
+    """Yield what the code uses: globals, attributes of modules in ``FOLLOWED``, and names of imported modules."""
     for step in get_instructions(code):
         if step.opname == "IMPORT_NAME":
             yield step.argval

@@ -1,4 +1,4 @@
-"""What is installed is used where it serves, and what cannot serve is refused or left out with a reason."""
+"""Installed accelerations are used where they help; impossible ones are refused, or skipped with a reason."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_flash_attention_3_and_4_are_used_where_device_torch_and_heads_fit(found
 
 
 class Registry:
-    """torch's registry of flash attentions as torch has it, with kernels that are what a test says they are."""
+    """torch's registry of flash attentions, with kernels that behave as a test specifies."""
 
     def __init__(self, kernels: dict):
         self.kernels, self.active = kernels, None
@@ -150,7 +150,7 @@ def test_torch_has_the_registry_that_is_used():
 
 
 def test_what_is_installed_is_found_without_importing_it(tmp_path, monkeypatch):
-    """Its files raise when they are imported."""
+    """Its files raise on import."""
     for path in ("transformer_engine/__init__.py", "flash_attn/__init__.py", "flash_attn/cute/interface.py"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text("raise RuntimeError('imported')")
@@ -186,7 +186,7 @@ def test_doctor_hears_of_each_acceleration_and_why():
 
 
 def test_transformer_engines_experts_get_our_router_in_both_forms_of_megatron_core():
-    """Up to 0.17 mcore gives a specification, from 0.18 on a partial function."""
+    """Up to 0.17 mcore returns a specification, from 0.18 on a partial function."""
     from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
 
@@ -219,7 +219,7 @@ def test_a_weights_gradient_is_added_in_fp32(dtype, tokens):
 
 @pytest.mark.slow
 def test_rope_stays_compiled_for_several_models_in_both_passes(monkeypatch):
-    """Past torch's limit of compilations one of the passes would go on uncompiled, and round differently."""
+    """Past torch's limit of compilations one of the passes would run uncompiled, and round differently."""
     ran, build = [], torch.compile
     counting = lambda graph, _: lambda *inputs: (ran.append(1), graph.forward(*inputs))[1]  # noqa: E731
     monkeypatch.setattr(torch, "compile", lambda function: build(function, backend=counting))
@@ -232,7 +232,7 @@ def test_rope_stays_compiled_for_several_models_in_both_passes(monkeypatch):
                 both = torch.randn(tokens, groups, (heads // groups + 2) * width, requires_grad=with_gradient)
                 query, key, _ = both.split([heads // groups * width, width, width], dim=2)
                 with torch.set_grad_enabled(with_gradient):
-                    for x in (query.reshape(tokens, heads, width), key):  # as mcore cuts them
+                    for x in (query.reshape(tokens, heads, width), key):  # as mcore splits them
                         rotate(x, *table)
                         calls += 1
     assert len(ran) == calls

@@ -1,4 +1,4 @@
-"""Adam's state by parameter: one kind of Adam goes on from another's checkpoint, and the fused one makes no copies."""
+"""Adam's state by parameter: one kind of Adam resumes another's checkpoint, and the fused one makes no copies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KINDS = ("torch", "fused", "counted per group")
 
 
 def counted_per_group():
-    """Adam with the state's layout of Apex's and Transformer Engine's FusedAdam, and their arguments."""
+    """Adam with the state layout and arguments of Apex's and Transformer Engine's FusedAdam."""
     import torch
 
     class FusedAdam(torch.optim.Optimizer):
@@ -43,7 +43,7 @@ def counted_per_group():
 
 
 def run_of(kind: str, folder: str, parallel: dict, optimizer: dict, model: dict, seed: int = 1) -> Run:
-    """A policy whose optimizer mcore has made of this kind of Adam."""
+    """Return a policy whose optimizer mcore built with this kind of Adam."""
     import megatron.core.optimizer as mcore
     from megatron.core.optimizer import distrib_optimizer
 
@@ -67,7 +67,7 @@ def state_of(policy) -> dict:
 
 
 def steps_of(policy) -> set[float]:
-    """The optimizer's own counts."""
+    """Return the optimizer's own counts."""
     from megatron_dypo.policy.optimizer import inner_optimizers
 
     counts = set()
@@ -78,7 +78,7 @@ def steps_of(policy) -> set[float]:
 
 
 def resumed(folder: str, parallel: dict, optimizer: dict, model: dict) -> list[tuple[str, str]]:
-    """An update of each kind, saved, and two more of each kind from there: they agree with the first kind's own."""
+    """Save after an update with each kind, take two more with each kind from there; all agree with the first kind."""
     import torch
 
     done = []
@@ -99,7 +99,7 @@ def resumed(folder: str, parallel: dict, optimizer: dict, model: dict) -> list[t
             other.step(1)
             found = other.step(2)
             assert steps_of(other.policy) == {3.0}, (first, then)
-            near = {"rel": 1e-4, "abs": 1e-6} if not model else {"rel": 0.05, "abs": 1e-3}  # another kind rounds alike
+            near = {"rel": 1e-4, "abs": 1e-6} if not model else {"rel": 0.05, "abs": 1e-3}  # rounding differs
             assert found == pytest.approx(expected, **near), (first, then)
             if first == then:
                 assert found == expected
@@ -118,7 +118,7 @@ def test_each_kind_of_adam_goes_on_from_each(ranks, parallel, optimizer, model, 
 
 
 def fused(folder: str) -> dict:
-    """What an update allocates, in the fused form and in torch's own on CUDA; the state while it is away."""
+    """Return what an update allocates, fused and in torch's own form on CUDA, and the state while offloaded."""
     from megatron_dypo.policy.optimizer import inner_optimizers
 
     run = run_of("fused", folder, {}, {}, {})

@@ -82,7 +82,7 @@ def test_the_grader_is_known_to_differ_here(reward):
         ("4", r"First \boxed{4}, no: \boxed{5}", False),
         ("5", r"\boxed{5} and a truncated \boxed{4", True),
         ("5", r"a truncated \boxed{5", False),
-        ("4", r"the answer is not \boxed{4}", True),  # a reader of boxes cannot tell, and nobody gains by it
+        ("4", r"the answer is not \boxed{4}", True),  # a parser of boxes cannot tell, and it is harmless
         ("7", r"\boxed{7} " * 10_000, True),
         ("8", r"\boxed{7} " * 10_000, False),
         ("7", r"\boxed{7}" + "{" * 1_000_000, True),
@@ -234,7 +234,7 @@ rationals = st.one_of(
 @example("0.333333", r"\frac{1}{3}")
 @example("0.666667", r"\frac{2}{3}")
 def test_exact_arithmetic_never_contradicts_math_verify(answer, truth):
-    """But for tiny numbers, where six decimals are too coarse: there a difference of more than 1e-4 of it is one."""
+    """Except for tiny numbers, for which six decimals are too coarse: there a relative difference above 1e-4 counts."""
     truth = truth or answer
     verdict = compare(canonical(answer), canonical(truth))
     if isinstance(verdict, tuple):
@@ -268,7 +268,7 @@ def test_no_text_makes_the_rules_fail(text):
 # --- real files
 
 needs_files = pytest.mark.skipif(not SHARED.is_dir(), reason="no folder ../shared/data")
-SAME_AS_THE_NEXT = {("5", "x=5")}  # neighbours in MATH-500 whose answers mean the same
+SAME_AS_THE_NEXT = {("5", "x=5")}  # neighbours in MATH-500 with equivalent answers
 
 
 def truths_of(name: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The shape of the package: folders in layers, modules worth opening, and the Python API as documented."""
+"""The shape of the package: folders in layers, modules of useful size, and the documented Python API."""
 
 import ast
 import re
@@ -19,7 +19,7 @@ MODULES = {path: path.relative_to(PACKAGE.parent).with_suffix("").parts for path
 
 
 def imports(path: Path) -> Iterator[tuple[str, int]]:
-    """(module, line) of every import of this package: inside functions and under TYPE_CHECKING as well."""
+    """Yield (module, line) of every import of this package, including inside functions and under TYPE_CHECKING."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
@@ -29,7 +29,7 @@ def imports(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def room(parts: tuple[str, ...]) -> str | None:
-    """The folder that a dotted name lies in, or the module at the top; None for the package's own ``__init__``."""
+    """Return the folder of a dotted name, or the top-level module; None for the package's own ``__init__``."""
     top = PACKAGE / parts[1] if len(parts) > 1 else PACKAGE
     if top == PACKAGE or parts[1] == "__init__" or not (top.is_dir() or top.with_suffix(".py").is_file()):
         return None
@@ -37,7 +37,7 @@ def room(parts: tuple[str, ...]) -> str | None:
 
 
 def edges(modules: dict[Path, tuple[str, ...]] = MODULES) -> dict[str, dict[str, str]]:
-    """Room -> the rooms it imports, each with one place where it does."""
+    """Return room -> the rooms it imports, each with one place of an import."""
     found: dict[str, dict[str, str]] = defaultdict(dict)
     for path, parts in modules.items():
         for name, line in imports(path):
@@ -50,7 +50,7 @@ def edges(modules: dict[Path, tuple[str, ...]] = MODULES) -> dict[str, dict[str,
 
 
 def cycle(graph: dict[str, dict[str, str]]) -> list[str] | None:
-    """One circle of rooms as its imports, or None."""
+    """Return one cycle of rooms as its imports, or None."""
     done: set[str] = set()
 
     def walk(at: str, path: list[str]) -> list[str] | None:
@@ -100,7 +100,7 @@ KNOW_RECIPES = {"objectives/recipes.py", "config/reads.py", "config/sections_tra
 
 
 def compared_names(source: str) -> Iterator[str]:
-    """Comparisons of a source text with a recipe's name; ``luffy`` is a shape's name, too."""
+    """Yield comparisons of a source text with a recipe's name; ``luffy`` is a shape's name, too."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Compare):
             operands = [node.left, *node.comparators]
@@ -151,7 +151,7 @@ def test_every_import_of_the_python_api_works(line):
 
 
 def names_of_files() -> Iterator[tuple[str, str]]:
-    """(where, name) of every file of the package that docs, docstrings and comments name."""
+    """Yield (where, name) of every file of the package named by docs, docstrings and comments."""
     pages = [PACKAGE.parent / "README.md", *(PACKAGE.parent / "docs").glob("*.md")]
     for path in [*MODULES, *pages]:
         for name in re.findall(r"(?<![\w/.<])(?:[a-z_]+/)*[a-z_0-9]+\.py\b", path.read_text()):
@@ -159,7 +159,7 @@ def names_of_files() -> Iterator[tuple[str, str]]:
 
 
 def test_every_file_that_docs_and_docstrings_name_is_there():
-    """Relative to a module's folder, the package or the repository; a page may name any file of the package."""
+    """Names are relative to a module's folder, the package or the repository; a page may name any of the files."""
     of_others = {"path/file.py", "cute/interface.py", "tools/checkpoint/convert.py", "short.py"}
     anywhere = {path.name for path in MODULES}
     missing = {

@@ -1,4 +1,4 @@
-"""One step off policy, the batch in flight in checkpoints, staleness, and refill."""
+"""One-step off-policy training, the prefetched batch in checkpoints, staleness, and dynamic sampling."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OVERLAP = ["rollout.async_rollout=1", "rollout.correction=truncate"]
 
 
 def overlapped_task(folder: Path) -> Path:
-    """Overlap and refill; prompts of the digits below 3 have no teacher, and so train nothing while they are Hard."""
+    """Write a task with overlap and dynamic sampling; digits below 3 have no teacher, so Hard ones train nothing."""
     config = copy_task(
         folder,
         rollout__engine="transformers",
@@ -42,10 +42,10 @@ def overlapped_task(folder: Path) -> Path:
 
 
 def train_in_step(config: str) -> tuple[bool, int]:
-    """Train with a meeting: what samples beside training, and the update beside it, wait for each other in mid-work.
+    """Train with a meeting: sampling and the concurrent update wait for each other halfway.
 
-    Returns (whether the main thread sampled, batches sampled beside it). Where one begins only after the other's end,
-    the meeting is broken, and so the run.
+    Returns (whether the main thread sampled, batches sampled in the thread). If one begins only after the other's end,
+    the meeting is broken, and so is the run.
     """
     import threading
 
@@ -75,7 +75,7 @@ def train_in_step(config: str) -> tuple[bool, int]:
 
 
 def fail_beside_a_hanging_engine(config: str, step: int) -> None:
-    """Train until an update fails, with an engine beside it that never comes back."""
+    """Train until an update fails, with a concurrent engine that never returns."""
     import threading
 
     from megatron_dypo import trainer
@@ -102,7 +102,7 @@ def fail_beside_a_hanging_engine(config: str, step: int) -> None:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory) -> Path:
-    """The folder of an uninterrupted run on two ranks, which sampled while it trained."""
+    """Return the folder of an uninterrupted run on two ranks that sampled while it trained."""
     folder = tmp_path_factory.mktemp("straight")
     config = overlapped_task(folder)
     assert run_ranks(2, train_in_step, str(config)) == [(True, STEPS - 1)] * 2
@@ -114,7 +114,7 @@ def recorded_lines(folder: Path, step: int) -> list[dict]:
 
 
 def test_a_batch_comes_from_weights_one_step_older(straight):
-    """By its label, and by its log-probs: only the first batch's are those of the policy that trains on it."""
+    """Check its label and its log-probs: only the first batch's are those of the policy that trains on it."""
     versions = [{line["weight_version"] for line in recorded_lines(straight, step)} for step in range(1, STEPS + 1)]
     assert versions == [{version} for version in (0, *range(STEPS - 1))]
     lines = metrics(straight / "run")
@@ -130,7 +130,7 @@ def test_the_wait_for_a_batch_is_timed_beside_its_sampling(straight):
 
 
 def test_refill_takes_the_places_of_prompts_that_train_nothing(straight):
-    """Statistics cover those that were replaced as well: of them come the Hard prompts without a teacher."""
+    """Statistics cover the replaced groups as well, which include the Hard prompts without a teacher."""
     lines = metrics(straight / "run")
     assert lines[0]["rollout/refilled"] >= lines[0]["dypo/hard_without_teacher"] > 0
     without = [line["id"].endswith(("-0", "-1", "-2")) for step in (1, 2, 3) for line in recorded_lines(straight, step)]
@@ -138,13 +138,13 @@ def test_refill_takes_the_places_of_prompts_that_train_nothing(straight):
 
 
 def test_a_killed_run_goes_on_with_the_batch_in_flight_bit_for_bit(straight, tmp_path):
-    """It ended at once, though its engine hung, and samples nothing again that its checkpoint holds."""
+    """It ended at once although its engine hung, and does not resample what its checkpoint holds."""
     config = overlapped_task(tmp_path)
     with pytest.raises(AssertionError, match="ArithmeticError: the update failed"):
         run_ranks(2, fail_beside_a_hanging_engine, str(config), 5, seconds=90)
     saved = complete_steps(tmp_path / "run")[-1]
     prefetched = step_folder(tmp_path / "run", saved) / "in_flight.jsonl"
-    refilled = metrics(straight / "run")[saved]["rollout/refilled"]  # of the step after
+    refilled = metrics(straight / "run")[saved]["rollout/refilled"]  # of the next step
     assert len(prefetched.read_text().splitlines()) == 8 + refilled
     assert run_ranks(2, train_in_step, str(config)) == [(False, STEPS - saved - 1)] * 2
     assert without_times(metrics(tmp_path / "run")) == without_times(metrics(straight / "run"))
@@ -198,7 +198,7 @@ def test_a_response_that_is_too_old_is_refused_by_prompt_versions_and_key(rollou
 
 
 def make_source(config: str, overrides: list[str], generate, reward):
-    """A source whose engine and reward are functions, the rest as in a run."""
+    """Return a manager whose engine and reward are functions; the rest is as in a run."""
     from types import SimpleNamespace
 
     import torch.distributed as dist
@@ -221,7 +221,7 @@ def make_source(config: str, overrides: list[str], generate, reward):
 
 
 def from_seeds(requests, sampling):
-    """Responses that a request's seed decides, as an engine's."""
+    """Return responses determined by a request's seed, as an engine's."""
     from megatron_dypo.records import Response
 
     return [
@@ -231,12 +231,12 @@ def from_seeds(requests, sampling):
 
 
 def easy_below(digit: int, prompts, texts) -> list[tuple[float, None]]:
-    """Prompts of the digits below ``digit`` are solved by all four samples, the others by half of them."""
+    """All four samples solve prompts of the digits below ``digit``, half of them the others."""
     return [(float(int(prompt.ground_truth) < digit or index % 2), None) for index, prompt in enumerate(prompts)]
 
 
 def batches(config: str, overrides: list[str], easy: int) -> list[tuple[str, str]]:
-    """(groups that train, groups that were replaced) as recorded lines, of steps 1 to 3: at once, and as overlapped."""
+    """Return (training groups, replaced groups) as recorded lines of steps 1 to 3: without and with overlap."""
     import functools
 
     from megatron_dypo.rollout.recording import lines
@@ -256,7 +256,7 @@ def batches(config: str, overrides: list[str], easy: int) -> list[tuple[str, str
 
 
 def digits(lines: str) -> list[tuple[str, int]]:
-    """(prompt id, its digit) of recorded lines."""
+    """Return (prompt id, its digit) of recorded lines."""
     ids = [json.loads(line)["id"] for line in lines.splitlines()]
     return [(name, int(name.partition("-")[2])) for name in ids]
 
@@ -288,7 +288,7 @@ def test_where_all_prompts_are_easy_refill_ends_with_its_rounds_or_with_the_rows
 
 
 def failures_beside(config: str) -> list[tuple[str, str, str]]:
-    """(type, message, place) of what surfaces of an error in the engine, and of one in the reward function."""
+    """Return (type, message, place) of an error raised by the engine, and by the reward function."""
     from megatron_dypo.runtime.failure import begin_step, error_record
     from megatron_dypo.runtime.measure import StepTimer
 
@@ -321,7 +321,7 @@ def test_an_error_beside_training_surfaces_as_it_is_with_its_phase_and_its_step(
 
 
 def places_while_sampling(config: str) -> list[str]:
-    """Where the rank was as sampling began beside it, and in the wait for its end."""
+    """Return the rank's phases when concurrent sampling began, and while waiting for its end."""
     import functools
     import threading
     import time

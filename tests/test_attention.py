@@ -1,4 +1,4 @@
-"""Packed attention: each token sees its own sequence up to itself, whoever holds which token."""
+"""Packed attention: each token sees its own sequence up to itself, whichever rank holds which token."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ lengths_of_segments = st.lists(st.integers(0, 40), min_size=1, max_size=6).filte
 
 
 def offsets(lengths: list[int], context: int) -> list[int]:
-    """``cu_seqlens`` of segments so long, rounded up to what ``context`` asks for."""
+    """Return ``cu_seqlens`` of segments of these lengths, rounded up for ``context``."""
     align = aligned_to(context)
     return [0, *itertools.accumulate(-(-length // align) * align for length in lengths)]
 
@@ -38,7 +38,7 @@ def made_up(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def one_by_one(query, key, value, cu_seqlens: list[int]) -> torch.Tensor:
-    """Plain causal attention of each segment by itself."""
+    """Compute plain causal attention of each segment separately."""
     outputs = []
     for start, end in itertools.pairwise(cu_seqlens):
         q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
@@ -48,7 +48,7 @@ def one_by_one(query, key, value, cu_seqlens: list[int]) -> torch.Tensor:
 
 @given(lengths_of_segments, contexts)
 def test_every_rank_computes_its_tokens_as_if_it_held_all(lengths, context):
-    """Values and all gradients, against one plain attention a sequence; keys come in the ranks' order."""
+    """Values and all gradients equal one plain attention per sequence; keys come in the ranks' order."""
     cu_seqlens = offsets(lengths, context)
     held = held_tokens(cu_seqlens, context)
     query, key, value = made_up(cu_seqlens[-1])
@@ -111,7 +111,7 @@ sizes = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 12), st.booleans())
 
 @given(sizes, contexts, st.sampled_from([1, 2, 4]), st.randoms(use_true_random=False))
 def test_context_parallel_ranks_share_a_micro_batch_without_gap_or_overlap(sizes, context, tensor, shuffled):
-    """Over the ranks: every loss token once, with the target and the place in its tail that one rank alone has."""
+    """Over the ranks every loss token occurs once, with the target and tail position that one rank alone has."""
     sequences, first = [], 1
     for prompt, tail, teacher in sizes:
         ids = np.arange(first, first + prompt + tail, dtype=np.int32)
@@ -124,7 +124,7 @@ def test_context_parallel_ranks_share_a_micro_batch_without_gap_or_overlap(sizes
     tokens = [len(part.ids_T) for part in parts]
     assert len(set(tokens)) == 1 and tokens[0] % tensor == 0 < tokens[0]
     assert all(length % aligned_to(context) == 0 for length in np.diff(parts[0].cu_seqlens))
-    # no more than what aligning each sequence, and then the whole, takes
+    # no more than aligning each sequence, and then the whole, requires
     most = sum(len(s.ids) + aligned_to(context) - 1 for s in sequences) + aligned_to(context) * tensor
     assert parts[0].cu_seqlens[-1] <= most
     for order, place in enumerate(places):
@@ -164,7 +164,7 @@ def test_keys_are_repeated_where_no_kernel_takes_groups_without_writing_scores(d
 
 @given(lengths_of_segments, contexts)
 def test_repeated_keys_are_the_same_attention(lengths, context):
-    """Values and gradients, with the branch of CUDA's fp32 forced."""
+    """Compare values and gradients, with the branch of CUDA's fp32 forced."""
     cu_seqlens = offsets(lengths, context)
     held = torch.from_numpy(held_tokens(cu_seqlens, context))
     query, key, value = made_up(cu_seqlens[-1])
@@ -182,7 +182,7 @@ def test_repeated_keys_are_the_same_attention(lengths, context):
 
 @given(lengths_of_segments, contexts, st.sampled_from([FP32, BF16]))
 def test_packed_heads_are_turned_as_megatron_core_turns_them(lengths, context, dtype):
-    """Bit for bit, on every context-parallel rank; there each sequence by itself, by its offsets."""
+    """Bit for bit, on every context-parallel rank, each sequence by its own offsets."""
     sequences = [Sequence(np.zeros(n, np.int32), 1, Kind.ROLLOUT, 0, 0) for n in lengths if n > 1]
     if not sequences:
         return

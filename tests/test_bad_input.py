@@ -56,7 +56,7 @@ SPARSE = [*SERVED, "rollout.sync_backend=sparse_nccl"]
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """A usable configuration, for the cases to spoil."""
+    """Return a usable configuration, for the cases to corrupt."""
     rows = [{"id": f"row-{i}", "prompt": f"{i}+1=", "ground_truth": str(i + 1), "teachers": []} for i in range(4)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     tree = {
@@ -71,7 +71,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def zeros(**sizes: tuple[int, ...] | None) -> dict[str, torch.Tensor]:
-    """Tensors of the tiny model, or with other sizes by name (None: left out)."""
+    """Return tensors of the tiny model, or with other sizes by name (None: left out)."""
     named = {name.replace("__", "."): size for name, size in sizes.items()}
     wanted = hf_shapes(PRESETS["tiny"]) | named
     return {name: torch.zeros(size) for name, size in wanted.items() if size is not None}
@@ -79,7 +79,7 @@ def zeros(**sizes: tuple[int, ...] | None) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def hf_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of a small Hugging Face folder."""
+    """Return the files of a small Hugging Face folder."""
     folder = tmp_path_factory.mktemp("hf")
     arithmetic_backend().save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(PRESETS["tiny"].to_hf_config()))
@@ -89,7 +89,7 @@ def hf_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @pytest.fixture
 def hf(tmp_path: Path, hf_files: dict[str, bytes]) -> Path:
-    """That folder, for the cases to spoil."""
+    """Return that folder, for the cases to corrupt."""
     folder = tmp_path / "hf"
     folder.mkdir()
     for name, content in hf_files.items():
@@ -98,14 +98,14 @@ def hf(tmp_path: Path, hf_files: dict[str, bytes]) -> Path:
 
 
 def the_line(stderr: str) -> str:
-    """What the user is told: one line, and no traceback of ours (torchrun's agent adds its own)."""
+    """Return the single line for the user, without a traceback of ours (torchrun's agent adds its own)."""
     assert f'File "{REPOSITORY / "megatron_dypo"}' not in stderr
     (line,) = [line for line in stderr.splitlines() if line.startswith("megatron_dypo:")]
     return line.removeprefix("megatron_dypo: ")
 
 
 def refusal(capsys: pytest.CaptureFixture[str], config: Path, *overrides: str) -> str:
-    """The line with which ``train`` refuses; nothing else is printed and no process group built."""
+    """Return the line with which ``train`` refuses; it prints nothing else and builds no process group."""
     assert main(["train", str(config), *overrides]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -242,7 +242,7 @@ def test_an_unusable_value_is_refused_in_one_line(config, capsys, overrides, sta
     "world, override, start", [(3, "parallel.tensor=3", "4 attention heads"), (2, "parallel.pipeline=2", "3 layers")]
 )
 def test_a_layout_that_does_not_divide_the_model_is_refused(config, capsys, monkeypatch, world, override, start):
-    monkeypatch.setenv("WORLD_SIZE", str(world))  # as a launcher says it
+    monkeypatch.setenv("WORLD_SIZE", str(world))  # as a launcher sets it
     line = refusal(capsys, config, override, "model.shape.num_layers=3")
     assert line.startswith(f"{config}: {override.partition('=')[0]}: ")
     assert start in line
@@ -259,7 +259,7 @@ def test_a_malformed_row_is_refused_by_file_line_and_field(config, capsys, row, 
 
 
 def test_a_queue_larger_than_the_prompts_with_a_trace_that_may_be_drawn_is_refused(config, capsys):
-    """One of the four prompts has no trace, one has too long a one."""
+    """One of the four prompts has no trace, another one too long a trace."""
     path = config.parent / "rows.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row, traces in zip(rows, (["1"], ["a long trace", "2"], ["a long trace"], []), strict=True):
@@ -278,13 +278,15 @@ def json_changed(path: Path, **changes: object) -> None:
 
 
 def marked(path: Path) -> None:
-    """With a byte order mark, as editors on Windows write it."""
+    """Add a byte order mark, as editors on Windows do."""
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
 
 
 def sharded(hf: Path, missing: str = "", unnamed: str = "") -> None:
-    """The weights as two shards with an index; ``missing`` is in the index and not in its shard, ``unnamed`` the other
-    way round, with ones in it."""
+    """Write the weights as two shards with an index.
+
+    ``missing`` is in the index but not in its shard, ``unnamed`` (with ones) the other way round.
+    """
     (hf / "model.safetensors").unlink()
     tensors, shards = zeros(), {}
     for i, (name, tensor) in enumerate(tensors.items()):
@@ -298,7 +300,7 @@ def sharded(hf: Path, missing: str = "", unnamed: str = "") -> None:
 
 
 def doubled(hf: Path) -> None:
-    """A shard that holds a tensor which the index places in another."""
+    """Write a shard with a tensor that the index places in another."""
     sharded(hf)
     save_file(zeros(), hf / "model-2.safetensors")
 
@@ -494,7 +496,7 @@ def test_a_shape_that_the_weights_do_not_have_is_refused(config, hf, capsys):
 
 
 def checkpointed(config: Path, *overrides: str) -> Path:
-    """A run folder of the configuration with these overrides, with a complete checkpoint of step 1."""
+    """Return the configuration's run folder with these overrides and a complete checkpoint of step 1."""
     run_dir = config.parent / "run"
     folder = run_dir / "checkpoints" / "step_1"
     folder.mkdir(parents=True)
@@ -608,7 +610,7 @@ def test_a_run_folder_without_a_complete_checkpoint_is_not_trained_over(config, 
 
 @pytest.fixture
 def held(config: Path, monkeypatch) -> Iterator[Path]:
-    """The run folder, while another holder (here: an open file of ours) has its lock."""
+    """Yield the run folder while another holder (an open file of ours) has its lock."""
     monkeypatch.setattr(run_folder, "PATIENCE", 0.3)
     run_dir = config.parent / "run"
     run_dir.mkdir()
@@ -634,7 +636,7 @@ def test_a_run_folder_whose_holder_ended_is_free(config):
 
 
 def start(config: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess:
-    """``python -m megatron_dypo train``, a process of its own."""
+    """Run ``python -m megatron_dypo train`` in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "megatron_dypo", "train", str(config), *overrides],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
@@ -702,7 +704,7 @@ def test_under_torchrun_rank_0_says_it_once(config, case):
 
 @pytest.fixture
 def stubs(tmp_path: Path) -> Path:
-    """A folder of commands to put first in PATH: a ``torchrun`` that prints its arguments, and no GPU."""
+    """Return a folder to put first in PATH: a ``torchrun`` that prints its arguments, and no GPU."""
     folder = tmp_path / "stubs"
     folder.mkdir()
     stub(folder / "torchrun", 'echo "$@"')
@@ -725,7 +727,7 @@ def shell(script: str, stubs: Path, **environment: str) -> subprocess.CompletedP
 @pytest.mark.parametrize("script", ["launch/single_node.sh", "launch/multi_node.sh"])
 def test_a_launcher_starts_one_rank_a_gpu_and_one_without(stubs, script):
     nodes = {"NNODES": "2", "HEAD": "host0:29500"}
-    stub(stubs / "python", '[ "$*" = "-m megatron_dypo.runtime.rendezvous_check host0:29500" ]')  # looks at HEAD's port
+    stub(stubs / "python", '[ "$*" = "-m megatron_dypo.runtime.rendezvous_check host0:29500" ]')  # checks HEAD's port
     assert "--nproc-per-node 1 " in shell(script, stubs, **nodes).stdout
     stub(stubs / "nvidia-smi", "echo GPU 0: H100; echo GPU 1: H100")
     assert "--nproc-per-node 2 " in shell(script, stubs, **nodes).stdout
@@ -751,6 +753,6 @@ def test_an_environment_is_made_only_where_nothing_else_is(tmp_path, stubs):
     assert make(foreign).returncode == 0  # empty
     assert make(made, FAIL="1").returncode == 1  # absent; python fails
     (made / "half").touch()
-    assert make(made).returncode == 0  # half-built by this script: anew
+    assert make(made).returncode == 0  # half-built by this script: rebuilt
     assert not (made / "half").exists()
     assert make(made).stdout == ""  # nothing to do

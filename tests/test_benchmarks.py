@@ -41,13 +41,13 @@ def test_head_benchmark_checks_every_head_against_float64(tmp_path):
         for vocab in (65536, 512)
         for active in (1.0, 0.42)
         for head in heads
-        if active < 1 or head != "ours_compacted"  # where all are active it is ``ours``
+        if active < 1 or head != "ours_compacted"  # equal to ``ours`` if all are active
     ]
     for record in records:
         assert record["errors"]["logp"] < 2e-5 and record["errors"]["dhidden"] < 1e-5, record
         assert record["errors"]["dweight"] < 1e-5, record
         assert all(figures["cpu_seconds"] > 0 for figures in record["rounds"]), record
-    # three [T, V] of 16 MiB and the weight's gradient of 8; after it 0.4 MiB, not what the process once held
+    # three [T, V] of 16 MiB and the weight's gradient of 8; afterwards 0.4 MiB, not what the process once used
     naive = {r["vocab"]: [figures["peak_mib"] for figures in r["rounds"]] for r in records if r["head"] == "naive"}
     assert all(40 < peak < 80 for peak in naive[65536]), naive
     assert all(0.2 < peak < 20 for peak in naive[512]), naive
@@ -84,7 +84,7 @@ def test_head_benchmark_goes_on_without_a_head_that_does_not_answer_or_whose_pac
 
 
 def test_the_benchmark_s_padded_weight_gives_the_same_gradients():
-    """What ours has on CUDA, and peers do not: more rows, of which nothing comes, and ``main_grad``."""
+    """Ours on CUDA, unlike peers', has more rows, which contribute nothing, and ``main_grad``."""
     plain = Batch.of(Setting(64, 32, 500, 0.42), "cpu", torch.float32)
     padded = plain.as_in_megatron()
     assert padded.weight_VH.shape == (1024, 32)
@@ -98,7 +98,7 @@ def test_the_benchmark_s_padded_weight_gives_the_same_gradients():
 
 
 def test_tflops_are_given_in_both_conventions_and_of_a_bare_product_as_it_is():
-    """T 32768, H 3584, V 152064: 35.7 TFLOP a product."""
+    """T 32768, H 3584, V 152064: 35.7 TFLOP per product."""
     sizes = {"tokens": 32768, "hidden": 3584, "vocab": 152064}
 
     def of(head: str, active: float, seconds: float) -> dict:

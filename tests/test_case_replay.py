@@ -1,8 +1,8 @@
-"""``objective CASE.json`` against the trainer: the configuration that it prints, through a real update.
+"""``objective CASE.json`` against the trainer: the configuration that it prints, in a real update.
 
 A published case's rewards, prompts and lengths become groups; a tiny Megatron policy trains on them with the printed
-``config``. The case with that update's own log-probs and entropies, put to the command again, must give each token the
-slopes that the update used. The command computes in float64, the update's streams are float32.
+``config``. The case with that update's own log-probs and entropies, given to the command again, must give each token
+the slopes that the update used. The command computes in float64, the update's streams are float32.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ STREAMS = {"logp": "logp", "entropy": "entropy", "old": "old_logp", "reference":
 
 
 def printed(case: dict, folder: Path, capsys: pytest.CaptureFixture) -> dict:
-    """What the command prints for a case."""
+    """Return what the command prints for a case."""
     path = folder / "case.json"
     path.write_text(json.dumps(case))
     show(path, as_table=False)
@@ -43,7 +43,7 @@ def printed(case: dict, folder: Path, capsys: pytest.CaptureFixture) -> dict:
 
 
 def groups_of(case: dict, name: str, config: Config) -> tuple[list[Group], dict[tuple, int]]:
-    """Groups of the case's prompts, and where it lists a group's sequences: (group, source, sample) -> place."""
+    """Return groups of the case's prompts, and the case's index of each sequence: (group, source, sample) -> place."""
     random = np.random.default_rng(len(name))
     scored = recipe(config.objective).scores_traces
     members: dict[int, dict[str, list[int]]] = {}  # places of each prompt's sequences by source

@@ -1,4 +1,4 @@
-"""Checkpoints: exact at the same layout, the same tensors at any other, written while training goes on."""
+"""Checkpoints: exact at the same layout, the same tensors at any other, written while training continues."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from tests.batches import make_config, make_groups, trace_ids
 from tests.ranks import run_ranks
 
 DISTRIBUTED = {"distributed": True}
-EXPERTS = {"expert": 2}  # a layout that names it is a mixture's
+EXPERTS = {"expert": 2}  # a layout with this key is a mixture's
 SEQUENCE = {"tensor": 2, "sequence_parallel": True}
 VIRTUAL = {"pipeline": 2, "virtual_pipeline": 2}
 
 
 @functools.cache
 def join(parallel: tuple[tuple[str, int | bool], ...]):
-    """This rank's place; the process groups are built once."""
+    """Return this rank's layout; the process groups are built once."""
     from megatron_dypo.runtime import distributed
 
     return distributed.init(Parallel(timeout=60.0, **dict(parallel)))
 
 
 class Run:
-    """A policy on made-up batches, as the training loop drives it."""
+    """A policy on made-up batches, driven as by the training loop."""
 
     def __init__(self, folder: str, parallel: dict, optimizer: dict, seed: int = 1, **sections):
         from megatron_dypo.checkpoint.manager import Saver
@@ -79,7 +79,7 @@ def same(one: dict, other: dict) -> bool:
 
 
 def digests(*folders: Path) -> list[dict[str, str]]:
-    """A digest of every tensor of the whole model in each checkpoint, read by torch's own reader, without mcore."""
+    """Return a digest of every whole tensor in each checkpoint, read by torch's own reader, without mcore."""
     import torch
     import torch.distributed.checkpoint as dcp
 
@@ -95,7 +95,7 @@ def digests(*folders: Path) -> list[dict[str, str]]:
 
 
 def round_trip(folder: str, parallel: dict, optimizer: dict, model: dict) -> dict:
-    """Save after two updates and take two more at once; load into another policy, take the same two: equal bits?"""
+    """Save after two updates, take two more; load into another policy, take the same two: compare bits."""
     run = Run(folder, parallel, optimizer, model=model)
     run.step(0), run.step(1)
     counters = run.save(2)
@@ -132,7 +132,7 @@ def test_resume_at_the_same_layout_is_bit_equal(ranks, parallel, optimizer, mode
 
 
 def first_half(folder: str, parallel: dict, optimizer: dict) -> dict:
-    """Three updates, a checkpoint, two more updates: the final full weights."""
+    """Make three updates, a checkpoint, and two more updates; return the final full weights."""
     run = Run(folder, parallel, optimizer)
     for number in range(3):
         run.step(number)
@@ -144,7 +144,7 @@ def first_half(folder: str, parallel: dict, optimizer: dict) -> dict:
 
 
 def second_half(folder: str, parallel: dict, optimizer: dict) -> dict:
-    """Load it at another layout, save it again at once, and take the same two updates."""
+    """Load it at another layout, save it again at once, and make the same two updates."""
     run = Run(folder, parallel, optimizer, seed=99)
     counters = run.load()
     counters.step += 1
@@ -169,7 +169,7 @@ def second_half(folder: str, parallel: dict, optimizer: dict) -> dict:
     ids=str,
 )
 def test_resume_at_another_layout_has_the_same_tensors_and_goes_on_alike(saved, loaded, tmp_path):
-    """Weights, reference, moments: equal bit for bit after the way through the other layout; updates within 1e-5."""
+    """Weights, reference and moments are bit-equal after passing through the other layout; updates within 1e-5."""
     there = run_ranks(saved[0], first_half, str(tmp_path), *saved[1:])[0]
     here = run_ranks(loaded[0], second_half, str(tmp_path), *loaded[1:])[0]
     before, after = run_ranks(1, digests, *(step_folder(tmp_path, step) for step in (3, 4)))[0]
@@ -205,13 +205,13 @@ def save_with_scores(folder: str, scores: list) -> list[int]:
 
 
 def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
-    """Two newest of six, and the first of those with the best held-out accuracy."""
+    """The two newest of six, and the first of those with the best held-out accuracy."""
     assert run_ranks(2, save_with_scores, str(tmp_path), [0.1, 0.7, 0.7, None, 0.2, None])[0] == [2, 5, 6]
     assert [path.name for path in (tmp_path / "checkpoints").glob(".*")] == []
 
 
 def damage(folder: str, file: str) -> dict:
-    """Two checkpoints, ``file`` of the newer one damaged; what is loaded, and what is said."""
+    """Damage ``file`` of the newer of two checkpoints; return what is loaded, and the log."""
     import torch.distributed as dist
 
     run = Run(folder, {}, {})
@@ -277,7 +277,7 @@ def test_incomplete_checkpoints_are_ignored(tmp_path):
 
 
 def full_disk(folder: str) -> list[list[int]]:
-    """The checkpoints after saves of steps 1 to 3, with no room at step 2."""
+    """Return the checkpoints after saves of steps 1 to 3, with no room at step 2."""
     run, kept = Run(folder, {}, {}), []
     run.config.trainer.save_every = 2
     real = shutil.disk_usage
@@ -306,7 +306,7 @@ def test_counters_survive_their_file():
 
 
 def saved_at_once(folder: str, parallel: dict, optimizer: dict) -> dict:
-    """One state, written by a thread and then while training waits, in pieces of 3 kB; and a resume from the second."""
+    """Write one state in a thread and then blocking, in pieces of 3 kB; resume from the second."""
     from megatron_dypo.checkpoint import state
 
     run = Run(folder, parallel, optimizer)
@@ -379,7 +379,7 @@ def test_a_piece_of_a_snapshot_is_written_without_a_copy_and_let_go_of(tmp_path)
 
 
 def test_a_save_at_once_asks_for_all_pieces_though_the_disk_is_full_or_none_is_its_own():
-    """The ranks that hold parts of them would wait for this one."""
+    """Otherwise the ranks that hold parts of them would wait for this one."""
     from megatron_dypo.checkpoint.manager import _at_once
 
     asked = []

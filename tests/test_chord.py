@@ -1,7 +1,7 @@
-"""CHORD: the share of experts by step, their rows as files have them and steps take them, and whole runs with both.
+"""CHORD: the share of experts by step, their rows in files and steps, and whole runs with both.
 
-What a run should have trained on is worked out by hand from its files; its losses are compared with the objective's
-page in test_objectives.py and test_update_gradient.py, across layouts in test_recipe_layouts.py.
+What a run should have trained on is computed by hand from its files; its losses are compared with the objective's page
+in test_objectives.py and test_update_gradient.py, across layouts in test_recipe_layouts.py.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def test_what_is_too_long_is_left_out_and_counted_and_too_few_are_refused(tmp_pa
     tokenizer = Tokenizer(backend, backend.eos_token_id)
     experts = [Prompt(f"{n}", "", (Teacher("t", "1" * n),), text="2" * n) for n in (1, 2, 3, 4)]
     data = Data(train="none", experts="file", experts_per_step=2)
-    kept = usable(experts, tokenizer, data, lambda prompt: 7 - prompt)  # n + n + 1 tokens, the end token among them
+    kept = usable(experts, tokenizer, data, lambda prompt: 7 - prompt)  # n + n + 1 tokens, including the end token
     assert [expert.id for expert in kept] == ["1", "2", "3"] and "1 of 4 traces left out: too long" in caplog.text
     with pytest.raises(UserError, match=r"file has 1 traces to train on, fewer than data\.experts_per_step: 2"):
         usable(experts, tokenizer, data, lambda prompt: 3 - prompt)
@@ -166,7 +166,7 @@ def test_experts_are_not_among_the_prompts_of_any_statistic():
 
 
 def one_update(tied: bool, step: int, objective: dict) -> dict:
-    """On a forked rank: what an update of ``step`` did; ``tied``: on prompts without an advantage, and experts."""
+    """Make one update of ``step`` on a forked rank; ``tied``: on prompts without an advantage, and experts."""
     from megatron_dypo.training.step import StepContext, update_policy
 
     config, policy = build({}, objective={"method": "chord", "kl_coef": 0.0} | objective)
@@ -226,7 +226,7 @@ TASK = {
 
 
 def train_watched(config: str, overrides: list[str]) -> list[list[list]]:
-    """Train on a forked rank; returns each step's experts: prompt, trace and the ids that were trained on."""
+    """Train on a forked rank; return each step's experts: prompt, trace and the trained ids."""
     from megatron_dypo import trainer
 
     seen, update = [], trainer.update_policy
@@ -244,7 +244,7 @@ def train_watched(config: str, overrides: list[str]) -> list[list[list]]:
 
 
 def task(folder: Path, straight: Path) -> Path:
-    """A configuration in ``folder``, of the data and the reward function of ``straight``."""
+    """Write a configuration to ``folder`` with the data and the reward function of ``straight``."""
     paths = {"data__train": "train.jsonl", "data__valid": "valid.jsonl", "data__experts": "experts.jsonl"}
     paths |= {"reward__function": "reward.py:compute"}
     shared = {key: str(straight / name) for key, name in paths.items()}
@@ -252,7 +252,7 @@ def task(folder: Path, straight: Path) -> Path:
 
 
 def expert_rows(folder: Path) -> list[dict]:
-    """Two dozen rows that have the ids of training prompts, and three that are held out."""
+    """Return two dozen rows with ids of training prompts, and three that are held out."""
     ids = [json.loads(line)["id"] for line in (folder / "train.jsonl").read_text().splitlines()]
     rows = [taught(f"{n % 10}a{n // 10}=", f"{n % 10} \\boxed{{{n % 10}}}", id=ids[n]) for n in range(24)]
     held_out = [json.loads(line) for line in (folder / "valid.jsonl").read_text().splitlines()][:3]
@@ -261,7 +261,7 @@ def expert_rows(folder: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory) -> Path:
-    """The folder of an uninterrupted run on two ranks, one step off policy; its experts are in seen.json."""
+    """Return the folder of an uninterrupted run on two ranks, one step off-policy; its experts are in seen.json."""
     folder = tmp_path_factory.mktemp("straight")
     (folder / "reward.py").write_text(REWARD)
     config = task(folder, folder)
@@ -294,7 +294,7 @@ def test_a_run_takes_each_step_s_share_and_rows_and_none_that_is_held_out(straig
 
 
 def cut_after(straight: Path, folder: Path, step: int) -> Path:
-    """A copy of the run as a kill in a later step would leave it; returns its configuration."""
+    """Copy the run as a kill in a later step would leave it; return its configuration."""
     shutil.copytree(straight / "run", folder / "run", ignore=shutil.ignore_patterns("engine"))
     for later in range(step + 1, STEPS + 1):
         shutil.rmtree(step_folder(folder / "run", later))
@@ -322,7 +322,7 @@ def test_a_replay_on_one_rank_takes_the_same_experts_from_their_file(straight, t
 
 
 def test_a_stage_s_share_and_experts_begin_with_it(straight, tmp_path):
-    """After two steps of another recipe its own are those of a run of its own."""
+    """After two steps of another recipe, share and experts are those of a separate run."""
     config = task(tmp_path, straight)
     tree = yaml.safe_load(config.read_text())
     del tree["trainer"]["steps"]

@@ -1,4 +1,4 @@
-"""Configuration: every complaint is one line that names file and key; what is said once is what --help and docs say."""
+"""Configuration: every error is one line that names file and key; --help and docs come from one source."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ ENGINE = {
 BUDGET = {"data.max_tokens_per_microbatch", "model.recompute", "model.attention_backend", "model.layer_spec"}
 BUDGET |= {"model.reference_on"}
 START = {"model.probe"}
-LATER = {"stages"}  # one that has not begun; of the others the fingerprint has every key
+LATER = {"stages"}  # a stage that has not begun; of the others the fingerprint has every key
 OPERATION = {
     "data.accept_changed",
     "parallel.timeout", "parallel.heartbeat_timeout", "rollout.sync_timeout", "trainer.max_skipped_steps",
@@ -67,7 +67,7 @@ MAY_CHANGE = EVALUATION | LAYOUT | LOGGING | PATHS | STEPS | ENGINE | BUDGET | S
 
 @pytest.fixture
 def smallest(tmp_path: Path) -> Path:
-    """A file of the four required keys."""
+    """Return a file of the four required keys."""
     return write(tmp_path, yaml.safe_dump(SMALLEST))
 
 
@@ -78,7 +78,7 @@ def write(folder: Path, text: str) -> Path:
 
 
 def complaint(path: Path, *overrides: str) -> str:
-    """The one line that refuses the configuration, without the file's name in front."""
+    """Return the line that refuses the configuration, without the file's name."""
     with pytest.raises(UserError) as caught:
         load_config(path, list(overrides))
     line = str(caught.value)
@@ -385,7 +385,7 @@ def test_the_fingerprint_leaves_out_exactly_what_may_change_on_resume(smallest):
 
 
 def test_whatever_is_in_the_fingerprint_changes_it(smallest):
-    """One changed value a section: the fingerprints differ in that key alone."""
+    """One changed value per section: the fingerprints differ in that key alone."""
     ours = fingerprint(load_config(smallest))
     for override in (
         "model.shape.num_layers=3",
@@ -500,7 +500,7 @@ def test_a_path_that_leads_nowhere_is_refused_by_key(smallest, override, said):
 # --- names of before
 
 
-OLD = {  # a configuration of before: (overrides, today's key, its value)
+OLD = {  # an old configuration: (overrides, today's key, its value)
     "overlap": ("rollout.overlap", "true", "rollout.async_rollout", 1),
     "no overlap": ("rollout.overlap", "false", "rollout.async_rollout", 0),
     "refill": ("rollout.refill", "true", "rollout.dynamic_sampling", True),
@@ -554,14 +554,14 @@ def test_async_rollout_is_the_whole_number_0_or_1(smallest, text):
 
 
 def test_what_a_configuration_prints_is_what_it_reads(tmp_path, smallest):
-    """``off`` too, which YAML 1.1 takes for false."""
+    """Including ``off``, which YAML 1.1 reads as false."""
     config = load_config(smallest, ["rollout.verify_sync=off", "policy.routing_replay=off"])
     assert load_config(write(tmp_path, dump(config))) == config
 
 
 # --- the words of verl, TRL, Megatron-LM and vLLM
 
-TYPED = {  # as users of those type it -> the key here
+TYPED = {  # typed by users of those -> the key here
     "learning_rate": "optimizer.lr",
     "optimizer.learning_rate": "optimizer.lr",
     "trainer.learning_rate": "optimizer.lr",

@@ -60,7 +60,7 @@ def hf_model(shape: ModelShape):
 
 
 def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """What a Hugging Face folder's files hold."""
+    """Return the tensors in a Hugging Face folder's files."""
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         held = load_file(file)
@@ -70,7 +70,7 @@ def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def round_trip(folder: str, parallel: dict) -> dict:
-    """Load the folder at a layout; log-probs of two sequences (last stage), and the tensors gathered back."""
+    """Load the folder at a layout; return log-probs of two sequences (last stage), and the gathered tensors."""
     import numpy as np
 
     from megatron_dypo.config.schema import Model
@@ -108,7 +108,7 @@ def test_hf_folder_round_trip(family, tied, ranks, parallel, tmp_path):
             logp = model(ids).logits[0, :-1].log_softmax(-1)
         expected.append(logp.gather(1, ids[0, 1:, None]).squeeze(1))
     expected = torch.cat(expected)
-    saved = saved_tensors(tmp_path)  # transformers holds all experts of a layer as one tensor, and writes one each
+    saved = saved_tensors(tmp_path)  # transformers has one tensor of a layer's experts, and writes one each
     for result in run_ranks(ranks, round_trip, str(tmp_path), parallel):
         for values in result["logp"]:
             assert (torch.from_numpy(values) - expected).abs().max() < 1e-5

@@ -1,4 +1,4 @@
-"""Data: every layout gives the same record, what is malformed is named, the order is a function of seed and step."""
+"""Data: every layout gives the same record, malformed input is named, the order is a function of seed and step."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def tokenizer() -> Tokenizer:
 
 
 def jsonl(folder: Path, *records: Any, name: str = "rows.jsonl") -> str:
-    """A file of these rows; a string is a line as it is."""
+    """Write these rows to a file; a string is a verbatim line."""
     path = folder / name
     path.write_text("".join((record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records))
     return str(path)
@@ -93,7 +93,7 @@ def test_a_single_target_is_one_teacher(tmp_path, form, target):
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 def test_columns_that_only_some_rows_fill_are_absent_in_the_others(tmp_path, form):
-    """Parquet has every column in every row, null where a row says nothing."""
+    """Parquet has every column in every row, null if a row has no value."""
     records = [problem("a", id="first", data_source="s"), LUFFY | {"prompt": "b", "target": "t"}]
     first, second = rows.read(on_disk(tmp_path, form, *records))
     assert first == Prompt("first", "1", (), "s", (), "a")
@@ -217,7 +217,7 @@ def test_a_missing_an_empty_or_a_damaged_file_is_named(tmp_path):
 
 # --- swallowed backslashes
 
-SWALLOWED = [  # field, its text as Python has it (an unescaped backslash), as it was meant
+SWALLOWED = [  # field, its text in Python (an unescaped backslash), the intended text
     ("prompt", "Find $\frac{1}{2}$.", r"Find $\frac{1}{2}$."),
     ("prompt", "Put it in \boxed{}.", r"Put it in \boxed{}."),
     ("prompt", "$x \neq y$, $a \to b$", r"$x \neq y$, $a \to b$"),

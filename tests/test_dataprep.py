@@ -1,4 +1,4 @@
-"""Dataset preparation: every layout, every filter's count, overlaps, and that a kill changes nothing in the output."""
+"""Dataset preparation: every layout, every filter's count, overlaps, and a kill that changes nothing in the output."""
 
 from __future__ import annotations
 
@@ -47,19 +47,19 @@ def write(path: Path, *records: Any) -> str:
 
 
 def run(folder: Path, *records: Any, name: str = "in.jsonl", **options: Any) -> tuple[list[dict], dict[str, int]]:
-    """(output rows, counts) of these records."""
+    """Return (output rows, counts) for these records."""
     return run_files(folder, write(folder / name, *records), **options)
 
 
 def run_files(folder: Path, *files: str, **options: Any) -> tuple[list[dict], dict[str, int]]:
     counts = prepare(Options(files, **options), folder / "out.jsonl")
     check_sums(counts)
-    rows.read(str(folder / "out.jsonl"))  # what comes out is what training reads
+    rows.read(str(folder / "out.jsonl"))  # the output is what training reads
     return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()], counts
 
 
 def check_sums(counts: dict[str, int]) -> None:
-    """Nothing is counted twice, and nothing is lost without a count."""
+    """Check that nothing is counted twice or lost without a count."""
     of = counts.get
     problems = of("rows written", 0) + of("problems left without a trace", 0)
     assert of("rows: new problem", 0) == problems
@@ -303,7 +303,7 @@ def test_swallowed_backslashes_are_refused_by_row_or_put_back_and_counted(tmp_pa
 
 def test_every_filter_has_its_count(tmp_path):
     folder = tmp_path / "tokenizer"
-    backend = arithmetic_backend()  # a token a character
+    backend = arithmetic_backend()  # one token per character
     backend.save_pretrained(folder)
     open_thought = "<think>so <think>on</think> and <think>on \\boxed{5}"
     records = [
@@ -384,7 +384,7 @@ def test_malformed_rows_stop_or_are_counted(tmp_path, record, complaint):
     source = write(tmp_path / "in.jsonl", problem("first"), record)
     with pytest.raises(UserError, match=complaint):
         run_files(tmp_path, source)
-    found, counts = run_files(tmp_path, source, skip_bad_rows=True)  # goes on with what the first run left
+    found, counts = run_files(tmp_path, source, skip_bad_rows=True)  # continues from what the first run left
     assert len(found) == 1 and counts["rows: malformed"] == 1
 
 
@@ -405,7 +405,7 @@ def test_evaluation_problems_are_found_in_another_typesetting():
 
 @needs_shared
 def test_phrases_that_many_problems_share_are_no_overlap():
-    """AIME's closing sentence alone is longer than the 13 words that some take for proof of contamination."""
+    """AIME's closing sentence alone is longer than the 13 words that some treat as proof of contamination."""
     names = ["AIME24.json", "AIME25.json", "AMC23.json", "MATH-500.json"]
     for name in names:
         others = find_sources([str(SHARED / "eval" / other) for other in names if other != name])
@@ -445,7 +445,7 @@ def test_a_json_list_is_read_piece_by_piece(values):
 
 @pytest.fixture(autouse=True)
 def small_pieces(tmp_path_factory, monkeypatch) -> None:
-    """So that a few rows are many batches."""
+    """Use small pieces, so that a few rows make many batches."""
     monkeypatch.setenv("PYTEST_LIST_FOLDER", str(tmp_path_factory.getbasetemp()))
     monkeypatch.setattr(sources, "_CHUNK", 5)
     monkeypatch.setattr(reading, "_ROWS", 2)
@@ -535,7 +535,7 @@ def test_parquet_takes_one_kind_of_prompt(tmp_path):
 
 
 def mixed(count: int) -> Iterator[dict]:
-    """Rows with every fate, in a fixed order, and problems that come again."""
+    """Yield rows with every outcome, in a fixed order, including repeated problems."""
     for i in range(count):
         wrong = f"no \\boxed{{{i}.5}}" if i % 5 == 0 else f"{i} \\boxed{{{i % 7}}}"
         answer = "" if i % 11 == 0 else str(i % 7)
@@ -663,7 +663,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
 def test_memory_does_not_grow_with_the_data(tmp_path, suffix):
-    """Ten times the rows (4 and 40 MB), the same memory."""
+    """Ten times the rows (4 and 40 MB) need the same memory."""
     peaks = []
     for count in (2_000, 20_000):
         records = [problem(f"Number {i} of them?", "5", f"{i} " * 400 + "\\boxed{5}") for i in range(count)]

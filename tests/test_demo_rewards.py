@@ -1,6 +1,6 @@
-"""Rewards of teachers' traces, where a recipe has them as members of their prompts' groups (LUFFY).
+"""Rewards of teachers' traces that are members of their prompts' groups (LUFFY).
 
-Scored alike on any ranks, recorded and replayed, refused where they are missing or cannot be had; dynamic sampling.
+Scored alike on any ranks, recorded and replayed, refused if missing or unobtainable; dynamic sampling.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def compute(data_source, solution_str, ground_truth, extra_info=None):
 
 
 def luffy_task(folder: Path, **more: object) -> Path:
-    """Prompts of the digits below 2 have no teacher; the second teacher is wrong of odd digits."""
+    """Prompts of the digits below 2 have no teacher; the second teacher is wrong for odd digits."""
     config = copy_task(folder, **LUFFY, **more)
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     for row in rows:
@@ -46,7 +46,7 @@ def luffy_task(folder: Path, **more: object) -> Path:
 
 
 def by_text(prompts, texts) -> list[tuple[float, None]]:
-    """Right traces 1, wrong ones 0; responses 0 below digit 4, 1 below 7, and 1 or 0 by their text from there on."""
+    """Right traces 1, wrong ones 0; responses 0 below digit 4, 1 below 7, and 1 or 0 by their text above."""
     scores = []
     for prompt, text in zip(prompts, texts, strict=True):
         digit = int(prompt.ground_truth)
@@ -56,7 +56,7 @@ def by_text(prompts, texts) -> list[tuple[float, None]]:
 
 
 def sampled(config: str, overrides: list[str]) -> list[tuple[str, str]]:
-    """(groups, replaced groups) as recorded lines, of steps 1 to 3: at once, and beside training."""
+    """Return (groups, replaced groups) as recorded lines of steps 1 to 3: at once, and during training."""
     from megatron_dypo.rollout.recording import lines
     from megatron_dypo.runtime.measure import StepTimer
 
@@ -73,7 +73,7 @@ def sampled(config: str, overrides: list[str]) -> list[tuple[str, str]]:
 
 
 def groups_in(lines: str) -> list[tuple[int, list[float], list[float]]]:
-    """(digit, rewards of responses, of traces) of recorded groups."""
+    """Return (digit, rewards of responses, of traces) of recorded groups."""
     parsed = [json.loads(line) for line in lines.splitlines()]
     rewards = [[response["reward"] for response in each["responses"]] for each in parsed]
     digits = [int(each["id"].partition("-")[2]) for each in parsed]
@@ -92,7 +92,7 @@ def test_draws_and_rewards_of_traces_are_the_same_on_any_ranks_and_beside_traini
 
 
 def test_dynamic_sampling_counts_the_traces_among_a_group_s_members(tmp_path):
-    """Replaced is who has all members alike: all responses and traces right, or all wrong and no trace."""
+    """Groups whose members are all equal are replaced: all responses and traces right, or all wrong and no trace."""
     config = str(luffy_task(tmp_path))
     refill = ["rollout.dynamic_sampling=true", "rollout.refill_rounds=20"]
     (alone,) = run_ranks(1, sampled, config, refill)
@@ -106,7 +106,7 @@ def test_dynamic_sampling_counts_the_traces_among_a_group_s_members(tmp_path):
 
 
 def resumed(config: str, folder: str) -> tuple[str, str, str]:
-    """A prefetched batch, the same from a checkpoint's file, and sampled at once, as recorded lines."""
+    """Return a prefetched batch, the same from a checkpoint's file, and sampled at once, as recorded lines."""
     from megatron_dypo.rollout.recording import lines
     from megatron_dypo.runtime.measure import StepTimer
 
@@ -132,7 +132,7 @@ def test_a_prefetched_batch_that_a_checkpoint_holds_has_its_draws_and_rewards_of
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory) -> Path:
-    """The folder of three steps on two ranks, with their rollouts."""
+    """Return the folder of three steps on two ranks, with their rollouts."""
     folder = tmp_path_factory.mktemp("recorded")
     steps = {"trainer__steps": 3, "trainer__save_every": 3, "trainer__eval_every": 0}
     config = luffy_task(folder, rollout__record=str(folder / "rollouts"), objective__entropy_coef=0.01, **steps)
@@ -154,7 +154,7 @@ def test_a_replay_is_the_run_that_was_recorded_metrics_and_weights(recorded, tmp
 
 
 def test_another_recipe_replays_them_without_the_rewards_of_traces(recorded, tmp_path):
-    """As if they had never been recorded: a trace is not a member of a group of GRPO's."""
+    """As if they had never been recorded: GRPO's groups have no trace as a member."""
     shutil.copytree(recorded / "rollouts", tmp_path / "rollouts")
     for path in (tmp_path / "rollouts").iterdir():
         lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -172,7 +172,7 @@ def test_another_recipe_replays_them_without_the_rewards_of_traces(recorded, tmp
 
 
 def own_reward(folder: Path, failing: str, **more: object) -> Path:
-    """LUFFY's task with a reward function that raises on traces that hold ``failing``."""
+    """Write LUFFY's task with a reward function that raises on traces that contain ``failing``."""
     folder.mkdir(exist_ok=True)
     (folder / "own.py").write_text(OWN.replace("FAILING", repr(failing)))
     function = {"reward__function": f"{folder / 'own.py'}:compute", "trainer__eval_every": 0}
@@ -180,7 +180,7 @@ def own_reward(folder: Path, failing: str, **more: object) -> Path:
 
 
 def test_a_trace_that_cannot_be_scored_is_named_before_anything_is_built(tmp_path, capsys):
-    """By prompt, teacher, function and reason; where no recipe asks for its reward, or it is never drawn, it may be."""
+    """By prompt, teacher, function and reason; allowed if no recipe needs its reward, or it is never drawn."""
     path = own_reward(tmp_path, "8}")
     line = refusal(capsys, path)
     function = f"{tmp_path / 'own.py'}:compute"
@@ -202,13 +202,13 @@ def test_where_scoring_all_traces_takes_too_long_the_step_that_draws_one_says_th
 
 
 def train_unchecked(config: str) -> None:
-    """``train`` on a forked rank, whose check of the traces ends at once."""
+    """Run ``train`` on a forked rank, whose check of the traces ends at once."""
     preflight.TRACE_SECONDS = -1.0
     train_here(config, [])
 
 
 def test_ranks_share_the_traces_to_check(tmp_path, monkeypatch):
-    """Of two ranks one finds it; the other's part is clean."""
+    """One of two ranks finds it; the other's part is clean."""
     path, found = own_reward(tmp_path, "of its own"), []
     text = (tmp_path / "train.jsonl").read_text()
     assert " \\\\boxed{4}" in text

@@ -1,4 +1,4 @@
-"""``trainer.deterministic``: what it sets, that training goes through under it, and that on the CPU no bit changes."""
+"""``trainer.deterministic``: its settings, training under it, and no changed bit on the CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STEPS = 3
 
 
 def updates(parallel: dict, deterministic: bool) -> tuple[dict, list[dict]]:
-    """(digest of every weight, each step's metrics) after a few updates from the same seed, on this rank."""
+    """Return (digest of every weight, each step's metrics) after a few updates from the same seed, on this rank."""
     import torch
 
     from megatron_dypo.models.shape import model_shape
@@ -75,7 +75,7 @@ def test_torchs_refusal_is_off_inside_vllm_and_on_again_after_it_even_after_an_e
 
 
 def what_batch_invariance_does(mode: str) -> tuple[dict, list[str]]:
-    """(the trainer's variables afterwards, what is raised) round vLLM's own start of that mode, as a CPU has it."""
+    """Return (the trainer's variables afterwards, the exception) around vLLM's own start of that mode on a CPU."""
     import os
 
     from megatron_dypo.runtime import determinism
@@ -95,7 +95,7 @@ def what_batch_invariance_does(mode: str) -> tuple[dict, list[str]]:
 
 @pytest.mark.parametrize("mode", ["0", "1"])
 def test_vllms_batch_invariant_mode_cannot_change_the_trainer_unseen(mode):
-    """It is the mode that replaces kernels, which is noticed; and the trainer's variables stay."""
+    """The mode replaces kernels, which is noticed; and the trainer's variables are kept."""
     ((variables, raised),) = run_ranks(1, what_batch_invariance_does, mode)
     assert variables == _CUDA_ENVIRONMENT
     assert len(raised) == int(mode)

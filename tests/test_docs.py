@@ -1,4 +1,4 @@
-"""The documentation is true as far as a program can tell: links lead somewhere, commands parse, keys, files exist.
+"""The documentation is true as far as a program can check: links resolve, commands parse, keys and files exist.
 
 ``test_snippets.py`` runs the commands.
 """
@@ -40,7 +40,7 @@ def test_the_site_builds_and_every_link_leads_somewhere(site):
 
 
 def test_a_broken_link_is_seen(tmp_path):
-    """The site's own check, with a page that is not there."""
+    """The site's own check, with a missing page."""
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs/index.md").write_text("[gone](gone.md)")
     (tmp_path / "mkdocs.yml").write_text("site_name: x\nstrict: true\n")
@@ -50,12 +50,12 @@ def test_a_broken_link_is_seen(tmp_path):
 
 
 def commands(page: Path) -> list[str]:
-    """What follows ``python -m megatron_dypo`` in the page's code blocks, continued lines joined."""
+    """Return what follows ``python -m megatron_dypo`` in the page's code blocks, continued lines joined."""
     found = []
     for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
         for line in block.replace("\\\n", " ").splitlines():
             _, there, rest = line.partition("-m megatron_dypo ")
-            if there and not rest.startswith("--help"):  # which would end the test
+            if there and not rest.startswith("--help"):  # --help would end the test
                 found.append(rest.partition("#")[0].strip())
     return found
 
@@ -76,7 +76,7 @@ def test_commands_parse_and_keys_and_files_exist(page):
 
 
 def anchors(page: Path) -> set[str]:
-    """Return what GitHub and mkdocs call a page's headings."""
+    """Return the anchors that GitHub and mkdocs make of a page's headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
@@ -128,7 +128,7 @@ def test_there_are_commands_keys_and_files_to_check():
 
 
 def listings() -> list[tuple[str, str]]:
-    """(file, listing) of docs/add-an-algorithm.md: a listing is of the last file named before it."""
+    """Return (file, listing) of docs/add-an-algorithm.md: a listing belongs to the last file named before it."""
     page, found = (ROOT / "docs/add-an-algorithm.md").read_text(), []
     for block in re.finditer(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE):
         found.append((PATH.findall(page[: block.start()])[-1], block[1]))

@@ -1,4 +1,4 @@
-"""The doctor: what it says of machines that are well, and of each way to be ill; and its self-test on this one."""
+"""The doctor: its findings for healthy machines, and for each fault; and its self-test on this one."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_each_package_is_told_the_row_that_it_belongs_to():
 
 
 def test_a_package_named_apex_that_is_not_nvidia_s_is_seen_for_what_it_is(tmp_path):
-    """PyPI's has no ``apex.optimizers``; so does this one, put before everything else."""
+    """PyPI's has no ``apex.optimizers``; nor has this one, put first in the path."""
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("raise ImportError('cannot import name UnencryptedCookieSession')")
     code = "import sys; sys.path.insert(0, sys.argv[1]); from megatron_dypo.doctor.findings import *; "
@@ -143,7 +143,7 @@ def test_this_machine_is_well_and_its_two_ranks_work(capsys):
 
 
 def test_packages_are_those_that_are_imported_and_one_without_a_name_is_none(tmp_path, monkeypatch):
-    """pip leaves such folders behind, and a broken one must stop neither ``doctor`` nor ``make gpu-report``."""
+    """pip leaves such folders behind, and a broken one must not stop ``doctor`` or ``make gpu-report``."""
     for path, name, version in (("first", "A_Package", "2"), ("second", "a-package", "1"), ("first", "", "")):
         folder = tmp_path / path / f"{name or '~broken'}-{version}.dist-info"
         folder.mkdir(parents=True)

@@ -21,7 +21,7 @@ STEPS = 24
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """An uninterrupted run with recorded rollouts: (folder, torchrun's result)."""
+    """Return an uninterrupted run with recorded rollouts: (folder, torchrun's result)."""
     folder = tmp_path_factory.mktemp("straight")
     suite = [{"question": f"{word}{digit}=", "answer": f"#### {digit}"} for word in ("a", "b") for digit in range(10)]
     (folder / "gsm8k.jsonl").write_text("\n".join(map(json.dumps, suite)))
@@ -77,9 +77,9 @@ def test_evaluate_finds_on_the_checkpoint_what_training_found(straight):
 
 @pytest.mark.faults
 def test_a_resume_with_turns_on_the_device_is_bit_equal(straight, tmp_path):
-    """From its checkpoint of half the steps on, now with ``trainer.offload``, a run is the uninterrupted one.
+    """Resumed from its checkpoint of half the steps, now with ``trainer.offload``, it equals the uninterrupted run.
 
-    Metrics, recorded rollouts and weights are equal, bit for bit.
+    Metrics, recorded rollouts and weights are bit-equal.
     """
     folder, _ = straight
     for name in ("run", "rollouts"):
@@ -122,7 +122,7 @@ def test_replayed_rollouts_train_alike_at_another_layout(straight, tmp_path):
 
 
 def spoil(folder, target, steps: dict[int, float]) -> None:
-    """Copy recorded rollouts, with the first reward of some steps replaced."""
+    """Copy recorded rollouts, replacing the first reward of some steps."""
     shutil.copytree(folder / "rollouts", target)
     for step, reward in steps.items():
         path = target / f"step_{step:06d}.jsonl"

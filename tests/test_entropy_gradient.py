@@ -1,4 +1,4 @@
-"""``linear_loss`` with a gradient of the entropy: against float64 autograd through materialised logits, on any ranks.
+"""``linear_loss`` with an entropy gradient: against float64 autograd through materialised logits, on any ranks.
 
 The losses are w logp^2 / 2 + u entropy^2 / 2, whose slopes depend on both. Legend: T tokens, H hidden size, V rows.
 """
@@ -21,7 +21,7 @@ EXACT = 1e-12
 
 
 def squares(weights_2T: Tensor):
-    """Of logp's and of the entropy's squares; where no token has the second, still three items."""
+    """Return the loss of squares of logp and entropy; three items even if no token has the second."""
 
     def token_loss(logp_t: Tensor, entropy_t: Tensor, t: slice) -> tuple[Tensor, Tensor, Tensor]:
         w_t, u_t = weights_2T[:, t]
@@ -31,7 +31,7 @@ def squares(weights_2T: Tensor):
 
 
 def weights(tokens: int, with_logp: bool = True) -> Tensor:
-    """[2, T] of logp and entropy: of some tokens one is 0, or both."""
+    """Return weights [2, T] of logp and entropy: for some tokens one is 0, or both."""
     return torch.stack(directions(tokens, seed=3)[:2]).double() * torch.tensor([[float(with_logp)], [1.0]])
 
 
@@ -43,7 +43,7 @@ def found(head: tuple, weights_2T: Tensor, **options) -> dict[str, Tensor]:
 
 
 def expected(head: tuple, weights_2T: Tensor, vocab_size: int | None = None) -> dict[str, Tensor]:
-    """By autograd through float64 logits."""
+    """Compute the results by autograd through float64 logits."""
     hidden_TH, weight_VH, targets_T, temperature = head
     temperature_T = torch.as_tensor(temperature, dtype=torch.float32).expand(len(targets_T))
     inputs = hidden_TH.double().requires_grad_(), weight_VH.double().requires_grad_()
@@ -60,7 +60,7 @@ def assert_equal(ours: dict, correct: dict, tolerance: float, of_value: float | 
 
 @pytest.fixture
 def short_chunks(monkeypatch) -> None:
-    """Several of them, and one that is not filled; blocks of two rows, and one."""
+    """Use several chunks, including a partial one; blocks of two rows, and one."""
     monkeypatch.setattr(chunked, "CHUNK", 16)
     monkeypatch.setattr(chunked, "BLOCK_ELEMENTS", 2 * ROWS // torch.get_num_threads() + 1)
 
@@ -68,7 +68,7 @@ def short_chunks(monkeypatch) -> None:
 @pytest.mark.parametrize("tokens", [0, 1, 45])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_gradient_is_autograd_s_in_float64(short_chunks, backend, tokens) -> None:
-    """At one temperature and at each token's, over padded vocabularies, with a gradient of logp and without."""
+    """At one temperature and at one per token, over padded vocabularies, with a gradient of logp and without."""
     hidden_TH, weight_VH, targets_T, temperature_T = make_head(tokens, ROWS, scale=3.0, dtype=torch.float64)
     for temperature, vocab_size, with_logp in product((1.0, 0.7, temperature_T), (None, VOCABULARY), (True, False)):
         head, weights_2T = (hidden_TH, weight_VH, targets_T % VOCABULARY, temperature), weights(tokens, with_logp)
@@ -104,7 +104,7 @@ def test_logits_far_from_zero_beside_others_and_exponentials_that_vanish(with_lo
     hidden_TH[:, 2] = temperature_T
     head = hidden_TH, weight_VH, targets_T % 90, temperature_T
     ours = found(head, weights(tokens, with_logp), backend="chunked")
-    # fp32 rounds a logit of 300 by 3e-5, and what an entropy is the difference of
+    # fp32 rounds a logit of 300 by 3e-5, and so do the terms of an entropy
     assert_equal(ours, expected(head, weights(tokens, with_logp)), 5e-5, of_value=2e-4)
 
 
@@ -146,7 +146,7 @@ def test_what_a_token_loss_may_not_return_is_refused_by_name(backend, bad) -> No
 
 
 def problem() -> tuple[tuple, Tensor]:
-    """The same on every rank; of the 8 tiles the last is nothing but padding."""
+    """Return the problem, the same on every rank; the last of the 8 tiles is all padding."""
     tokens = 46
     hidden_TH, weight_VH, targets_T, temperature_T = make_head(tokens, ROWS, scale=3.0, dtype=torch.float64)
     return (hidden_TH, weight_VH, targets_T % VOCABULARY, temperature_T), weights(tokens)

@@ -1,4 +1,4 @@
-"""Evaluation: suites as they circulate, estimators against brute force, options, and what a kill leaves behind."""
+"""Evaluation: suites in their published forms, estimators against brute force, options, and recovery from a kill."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ COUNTS = {"aime24": 30, "aime25": 30, "amc23": 40, "math500": 500, "arc_c": 1172
 @needs_shared
 @pytest.mark.parametrize("name", COUNTS)
 def test_a_suite_loads_as_it_circulates_and_grades_its_own_answers_as_right_and_others_as_wrong(name):
-    """Every problem's own answer, boxed; and that of the next problem with another one."""
+    """Every problem's own answer, boxed, is right; the next problem's different one is wrong."""
     prompts = load_suite(SUITES[name], Evaluation(data=str(SHARED)))
     assert len(prompts) == COUNTS[name] and len({prompt.id for prompt in prompts}) == len(prompts)
     assert all(prompt.messages[-1]["content"].endswith("within \\boxed{}.") for prompt in prompts)
@@ -152,7 +152,7 @@ def test_a_file_that_is_no_suite_is_an_error_that_names_it(tmp_path, files, said
 
 
 def written(path: Path, rows: list[dict], begin: bytes = b"") -> None:
-    """In the form that the name says; ``begin`` stands before the text."""
+    """Write rows in the form given by the file name; ``begin`` precedes the text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         parquet.write_table(pa.Table.from_pylist(rows), path)
@@ -244,7 +244,7 @@ def test_the_test_split_is_taken_where_there_is_a_training_split_too(tmp_path):
 
 
 def test_swallowed_backslashes_of_an_evaluation_file_are_put_back_and_counted(tmp_path, caplog):
-    r"""As in an AIME25 that circulates: ``\frac`` is a form feed and ``rac``."""
+    r"""As in a published AIME25: ``\frac`` is a form feed and ``rac``."""
     written(
         tmp_path / "aime25.jsonl",
         [{"problem": "What is $\frac{m}{n}$?", "answer": "\frac12"}, {"problem": "x", "answer": "1"}],
@@ -339,7 +339,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
 
 
 def sums(folder: Path, count: int = 6) -> Evaluation:
-    """A suite of sums in ``folder``."""
+    """Return a suite of sums in ``folder``."""
     folder.mkdir(exist_ok=True)
     lines = [json.dumps({"question": f"What is {i}+{i}?", "answer": str(2 * i)}) for i in range(count)]
     (folder / "gsm8k.jsonl").write_text("\n".join(lines))
@@ -356,7 +356,7 @@ def config_of(settings: Evaluation) -> Config:
 
 
 def respond(questions: list[Question]) -> list[Said]:
-    """Right for every other sample of an even problem."""
+    """Answer correctly every other sample of an even problem."""
     found = []
     for question in questions:
         number = int(question.prompt.messages[-1]["content"].removeprefix("What is ").partition("+")[0])
@@ -367,7 +367,7 @@ def respond(questions: list[Question]) -> list[Said]:
 
 @pytest.fixture
 def alone(monkeypatch):
-    """One rank, no process group."""
+    """Pretend to be one rank, without a process group."""
     monkeypatch.setattr(evaluation_run, "all_gather_objects", lambda value: [value])
     return Layout()
 
@@ -400,7 +400,7 @@ def test_a_suite_s_summary_counts_what_was_right(tmp_path, alone):
 
 
 def _ask_until_killed(folder: str) -> None:
-    """Ends itself with SIGKILL while the third round is being asked."""
+    """Kill itself with SIGKILL during the third round."""
     settings = sums(Path(folder))
     asked = []
 
@@ -429,7 +429,7 @@ def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(tmp_path, alone):
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     path, settings = tmp_path / "answers.jsonl", sums(tmp_path)
-    path.write_bytes(path.read_bytes() + b'{"problem": "gsm8k-2", "sam')  # and a line that was torn
+    path.write_bytes(path.read_bytes() + b'{"problem": "gsm8k-2", "sam')  # and a torn line
     asked: list[Question] = []
 
     def noting(questions: list[Question]) -> list[Said]:
@@ -551,7 +551,7 @@ def test_weights_are_called_as_their_folder_is(tmp_path, monkeypatch):
 
 
 def test_a_pure_guess_is_told_from_knowledge_by_the_interval(alone, tmp_path):
-    """Shuffled labels and a model that always says A: a quarter, and the interval says so."""
+    """Shuffled labels and a model that always says A: the accuracy is a quarter, and the interval shows it."""
     generator = random.Random(0)
     path = tmp_path / "gpqa_diamond.jsonl"
     lines = []
@@ -622,7 +622,7 @@ def test_a_server_is_asked_with_a_seed_for_each_response_and_its_refusal_is_one_
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_in_one_line(tmp_path, capsys, arguments, said):
-    """Options before overrides and after them are taken alike."""
+    """Options are accepted before and after overrides."""
     sums(tmp_path)
     config = copy_task(tmp_path)
     here = [f"evaluation.data={tmp_path}", "evaluation.instruction=null"]

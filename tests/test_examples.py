@@ -1,4 +1,4 @@
-"""The examples' configurations: valid, and of a model that can be cut as they say."""
+"""The examples' configurations are valid, and their models allow the layouts that they name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RANKS = {
     "llama3.1_70b_dypo": 32,
 }
 RANKS |= {"smollm2_gsm8k": 2, "quickstart": 2, "qwen3_30b_a3b_dypo": 8, "qwen3_235b_a22b_dypo": 64}
-NODES = {"qwen3_30b_a3b_dypo": 1, "qwen3_235b_a22b_dypo": 8}  # that train, where it is not 2
+NODES = {"qwen3_30b_a3b_dypo": 1, "qwen3_235b_a22b_dypo": 8}  # training nodes, if not 2
 SMOLLM2 = {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "head_dim": 64} | {
     "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
     "max_position_embeddings": 8192, "rope_theta": 100000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
@@ -47,7 +47,7 @@ def test_an_example_s_configuration_fits_its_model_and_its_ranks(path, tmp_path)
 
 @pytest.mark.parametrize("script", [path for path in SCRIPTS if path.exists()], ids=lambda path: path.parent.name)
 def test_an_example_s_script_starts_its_own_configuration(script, tmp_path):
-    """With a ``torchrun`` that prints its arguments."""
+    """Uses a ``torchrun`` that prints its arguments."""
     torchrun = tmp_path / "torchrun"
     torchrun.write_text('#!/bin/sh\necho "$@"\n')
     torchrun.chmod(0o755)

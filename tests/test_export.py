@@ -1,6 +1,6 @@
-"""The batched export: a few collectives a layer, two layers of memory, and the bytes of the weights that were cut.
+"""The batched export: a few collectives per layer, two layers of memory, and the bytes of the sharded weights.
 
-Bytes, names and order at every layout: test_layouts.py, test_moe.py and test_convert.py, which gather by it.
+Bytes, names and order at every layout: test_layouts.py, test_moe.py and test_convert.py, which gather with it.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ COLLECTIVES = (
     "send",
     "recv",
 )
-ONE_BY_ONE = 3131  # calls that a pass over the model of the last test made on each of its ranks, a tensor at a time
+ONE_BY_ONE = 3131  # calls per rank that a pass over the last test's model made, one tensor at a time
 
 
 def build(shape: Shape, parallel: dict):
-    """This rank's policy with drawn weights, and what draws them."""
+    """Return this rank's policy with drawn weights, and the function that draws them."""
     from megatron_dypo.models.shape import model_shape
     from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.policy.policy import Policy
@@ -45,7 +45,7 @@ def build(shape: Shape, parallel: dict):
 
 
 def counted(shape: Shape, parallel: dict) -> dict[str, int]:
-    """Calls of ``torch.distributed`` by name in one pass over the weights, each of which is what was drawn."""
+    """Count calls of ``torch.distributed`` by name in one pass over the weights, checking that each is as drawn."""
     import torch
     import torch.distributed as dist
 
@@ -72,13 +72,13 @@ def counted(shape: Shape, parallel: dict) -> dict[str, int]:
 
 
 def test_a_layer_of_any_number_of_experts_takes_three_collectives_and_the_rest_of_the_model_two():
-    """Experts: a broadcast to the other stage and an all-gather. All else in a layer: a broadcast."""
+    """Experts: a broadcast to the other stage and an all-gather. The rest of a layer: a broadcast."""
     for calls in run_ranks(4, counted, SMALL, {"expert": 2, "pipeline": 2}):
         assert calls == {"broadcast": 4 * 2 + 2, "all_gather_into_tensor": 4}
 
 
 def test_expert_tensor_parallel_shards_next_to_tensor_parallel_ones():
-    """At TP 2 x ETP 2 what tensor parallelism cuts travels apart from what it does not."""
+    """At TP 2 x ETP 2 tensor-parallel shards are sent separately from the rest."""
     parallel = {"tensor": 2, "expert_tensor": 2, "sequence_parallel": True, "pipeline": 2}
     for calls in run_ranks(4, counted, SMALL, parallel):
         assert calls == {"broadcast": 4 * 3 + 3, "all_gather_into_tensor": 4 * 2 + 2}
@@ -93,7 +93,7 @@ def test_a_sync_of_a_235b_shaped_model_makes_a_fiftieth_of_the_calls_of_one_tens
 
 
 def live_bytes() -> int:
-    """Of all tensors' storages in this process."""
+    """Return the bytes of all tensors' storages in this process."""
     import gc
 
     import torch
@@ -102,12 +102,12 @@ def live_bytes() -> int:
     for each in gc.get_objects():
         if type(each) in (torch.Tensor, torch.nn.Parameter) and each.device.type == "cpu":
             place = each.untyped_storage()
-            storages[place.data_ptr()] = max(storages[place.data_ptr()], place.nbytes())  # two may begin at one place
+            storages[place.data_ptr()] = max(storages[place.data_ptr()], place.nbytes())  # two may begin at one address
     return sum(storages.values())
 
 
 def peak_in_layers(parallel: dict) -> float:
-    """Most memory of a pass beyond what was there before, in layers."""
+    """Return the peak memory of a pass above what was there before, in layers."""
     import math
     import time
 
@@ -119,8 +119,8 @@ def peak_in_layers(parallel: dict) -> float:
     for name, _ in policy.named_tensors():
         unit = name.split(".")[2] if ".layers." in name else name
         seen[unit] += 1
-        if seen[unit] in (1, 20):  # where the layer before could still be there; where the next one is
-            for _ in range(10):  # a thread of gloo's may hold on to what it has sent until its next turn
+        if seen[unit] in (1, 20):  # when the previous layer could still exist; when the next one does
+            for _ in range(10):  # a thread of gloo's may keep what it has sent until its next turn
                 time.sleep(0.05)
                 if (extra := live_bytes() - before) <= 2.01 * layer:
                     break
@@ -137,7 +137,7 @@ def test_two_layers_are_in_memory_at_most_and_the_second_while_the_first_is_used
 
 
 def gathered_of_uneven_stages(sizes: tuple[int, ...], virtual: int) -> None:
-    """Compare what is gathered with what was drawn, where the table says how many layers a stage has."""
+    """Compare gathered with drawn tensors, with a table of uneven layer counts per stage."""
     import torch
 
     from megatron_dypo.config.schema import Parallel

@@ -1,4 +1,4 @@
-"""Files that are there in full or not at all, locks between processes, and processes that end with their parent."""
+"""Atomic files, locks between processes, and processes that end with their parent."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_lock_keeps_other_processes_out_until_its_file_is_closed(tmp_path):
 
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGUSR1])
 def test_a_process_ends_with_its_parent_by_the_signal_that_it_asked_for(by):
-    """A parent that starts a sleeping child and is killed; this process adopts the child and sees how it ended."""
+    """A parent that starts a sleeping child is killed; this process adopts the child and sees how it ended."""
     code = (
         "import os, subprocess, sys, time\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import signal, sys, time; '\n"

@@ -24,7 +24,7 @@ HEAD_SHAPES = [(1, 64, 1024), (700, 256, 5000), (1037, 72, 40000)]  # several pa
 
 
 def make_head(tokens: int, width: int, rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """(hidden [T, H], weight [V, H], targets [T], temperature [T], slope [T]) on the device; some tokens are sure."""
+    """Return (hidden [T, H], weight [V, H], targets [T], temperature [T], slope [T]) on the device; some are sure."""
     draw = torch.Generator().manual_seed(0)
     hidden_TH = torch.randn(tokens, width, generator=draw).to(dtype)
     weight_VH = (3 / width**0.5 * torch.randn(rows, width, generator=draw)).to(dtype)
@@ -37,7 +37,7 @@ def make_head(tokens: int, width: int, rows: int, dtype: torch.dtype) -> tuple[t
 
 
 def head_results(head: tuple[torch.Tensor, ...], backend: str, dtype: torch.dtype | None = None) -> dict:
-    """Log-probs and gradients of both functions; ``dtype`` other than the head's for the definition."""
+    """Return log-probs and gradients of both functions; ``dtype`` other than the head's for the definition."""
     hidden_TH, weight_VH, targets_T, temperature_T, dlogp_T = (
         x.to(dtype) if dtype and x.is_floating_point() else x for x in head
     )
@@ -61,8 +61,10 @@ def head_results(head: tuple[torch.Tensor, ...], backend: str, dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", ["triton", "chunked"])
 def test_head_equals_the_definition_in_float64(shape, dtype, backend):
-    """In half precision values are as good as in fp32; gradients are rounded: p or dz, rows of dweight's product, the
-    result; three roundings of bf16 are 2.9e-3 of the norm (emulated in fp32 at these shapes).
+    """Half precision gives values as good as fp32; gradients are rounded.
+
+    Rounded are p or dz, rows of dweight's product, and the result; three roundings of bf16 are 2.9e-3 of the norm
+    (emulated in fp32 at these shapes).
     """
     head = make_head(*shape, dtype)
     expected = head_results(head, "reference", torch.float64)
@@ -101,7 +103,7 @@ def test_a_nearly_sure_token_keeps_the_digits_of_1_minus_p(backend, shift):
 @pytest.mark.parametrize("shape", HEAD_SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_head_repeats_bit_for_bit(shape, dtype):
-    """From run to run, and between the old pass, which keeps nothing, and the training pass."""
+    """Between runs, and between the old pass, which keeps nothing, and the training pass."""
     head = make_head(*shape, dtype)
     once, again = head_results(head, "auto"), head_results(head, "triton")
     for name, value in once.items():
@@ -112,7 +114,7 @@ def test_head_repeats_bit_for_bit(shape, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_head_tile_has_the_same_bits_on_any_rank_and_at_any_place(dtype):
-    """Each shard's statistics are those of the same tiles of one rank; a row of the fused product may move, too."""
+    """Each shard's statistics equal those of the same tiles on one rank; a row of the fused product may move, too."""
     from megatron_dypo.kernels.triton_head import HEADS
     from megatron_dypo.kernels.vocab import VocabShard
 
@@ -143,7 +145,7 @@ def test_head_allocates_no_tokens_times_vocabulary():
     targets_T = torch.randint(0, rows, (tokens,), device="cuda")
 
     def peak(function) -> int:
-        """Bytes above what was allocated before."""
+        """Return the peak bytes above what was allocated before."""
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -200,13 +202,13 @@ def test_training_step_on_cuda_is_finite_and_repeatable():
 
 
 def test_in_deterministic_mode_two_runs_are_equal_bit_for_bit():
-    """In processes of their own: cuBLAS and NCCL read their variables when they start."""
+    """In separate processes: cuBLAS and NCCL read their variables at startup."""
     first, second = (run_ranks(1, updates, {}, True) for _ in range(2))
     assert first == second
 
 
 def waits_on_cuda(shape: str) -> list[int]:
-    """Operations of a pass that synchronise, as torch counts them: with 2 layers, and with 4."""
+    """Return a pass's synchronising operations, as torch counts them: with 2 layers, and with 4."""
     import warnings
 
     from megatron_dypo.models.shape import model_shape
@@ -223,7 +225,7 @@ def waits_on_cuda(shape: str) -> list[int]:
         model = model_shape(config.model)
         policy = Policy(config, model, layout, random_weights(model, seed=1))
         (work,) = build_minibatches(layout, make_groups(), config, trace_ids)
-        policy.logprobs(work.rollouts)  # what is done once
+        policy.logprobs(work.rollouts)  # what runs once
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
@@ -235,7 +237,7 @@ def waits_on_cuda(shape: str) -> list[int]:
 
 @pytest.mark.parametrize("shape", ["llama", "qwen3"])
 def test_no_layer_waits_for_the_device(shape):
-    """As tests/test_waits.py has it on the CPU."""
+    """The counterpart of tests/test_waits.py on the CPU."""
     ((few, many),) = run_ranks(1, waits_on_cuda, shape, seconds=300)
     assert few == many
 
@@ -291,7 +293,7 @@ def test_compiled_rope_is_rope_and_the_same_in_both_passes():
 
 
 def swaps_and_a_step(on: str) -> dict:
-    """Whether swaps are exact, how much pinned memory there is after each, and what an update takes at its peak."""
+    """Return whether swaps are exact, the pinned memory after each, and an update's peak."""
     from megatron_dypo.models.shape import model_shape
     from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.policy import reference
@@ -299,7 +301,7 @@ def swaps_and_a_step(on: str) -> dict:
     from megatron_dypo.runtime import distributed
     from tests.batches import make_config
 
-    reference.STAGE = 1 << 12  # both staging buffers are used many times over
+    reference.STAGE = 1 << 12  # so both staging buffers are reused many times
     config = make_config(model={"reference_on": on})
     shape = model_shape(config.model)
     policy = Policy(config, shape, distributed.init(), random_weights(shape, seed=1))
@@ -316,7 +318,7 @@ def swaps_and_a_step(on: str) -> dict:
         found["exact"].append(within and holds(current))
         statistics = torch.cuda.host_memory_stats().items()
         found["pinned"].append({key: count for key, count in statistics if re.fullmatch(r"allocat.*\.current", key)})
-    for _ in range(2):  # the first update makes the moments
+    for _ in range(2):  # the first update creates the moments
         policy.zero_gradients()
         policy.grad_norm()
         torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""tools/gpu_bundle.py and prune_fatbin.py: a GPU keeps its own machine code alone, and pip takes the slimmed wheels."""
+"""tools/gpu_bundle.py and prune_fatbin.py: only a GPU's own machine code is kept; pip accepts the slimmed wheels."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CONTAINERS = [
 
 
 def container(entries: list[tuple[int, int]]) -> bytes:
-    """A fat binary; each entry's payload is its architecture's number, 48 times."""
+    """Return a fat binary; each entry's payload is its architecture's number, 48 times."""
     body = b""
     for kind, architecture in entries:
         payload = bytes([architecture]) * 48
@@ -39,7 +39,7 @@ def container(entries: list[tuple[int, int]]) -> bytes:
 
 
 def library(containers: list[list[tuple[int, int]]]) -> bytes:
-    """A shared library that has the containers in .nv_fatbin, with padding between them, and other bytes round it."""
+    """Return a shared library with the containers in .nv_fatbin, padded, with other bytes around it."""
     names = b"\0.text\0.nv_fatbin\0.shstrtab\0"
     fat = b"".join(container(entries) + bytes(8) for entries in containers)
     text = bytes([90, 80, 100]) * 16
@@ -55,7 +55,7 @@ def library(containers: list[list[tuple[int, int]]]) -> bytes:
 
 
 def left(content: bytes) -> list[list[tuple[int, int]]]:
-    """What a library still has the payload of, a container at a time."""
+    """Return the payloads that a library still has, per container."""
     return [
         [(e.kind, e.architecture) for e in entries if content[e.start : e.end] == bytes([e.architecture]) * 48]
         for entries in prune_fatbin.containers(content)
@@ -71,7 +71,7 @@ def test_the_library_made_here_is_read_as_it_is():
     [
         (90, False, [[(CODE, 90)], [], [], [(CODE, 90), (CODE, 90)]], 2),
         (90, True, [[(CODE, 90)], [], [(PTX, 80)], [(CODE, 90), (CODE, 90)]], 1),
-        (89, False, [[(CODE, 80)], [(CODE, 86)], [], []], 2),  # code of the generation's newest that is not newer
+        (89, False, [[(CODE, 80)], [(CODE, 86)], [], []], 2),  # code for the generation's newest that is not newer
         (80, False, [[(CODE, 80)], [(CODE, 80)], [], []], 2),
         (100, True, [[(PTX, 90)], [(CODE, 100)], [(PTX, 80)], []], 1),  # sm_90's code does not run on sm_100
         (75, True, [[], [], [], []], 4),

@@ -41,7 +41,7 @@ def test_every_stage_is_in_a_part_and_every_target_is_of_a_stage():
 
 @pytest.mark.parametrize("name", [name for name in STAGES if name.startswith("update_")])
 def test_updates_at_real_shapes_fit_an_h200(name):
-    """By ``plan``'s prediction, reserve included; an H200 has 139 GiB."""
+    """By ``plan``'s prediction, including the reserve; an H200 has 139 GiB."""
     from benchmarks.gpu_report.update import planned_need
     from benchmarks.gpu_report.workload import real_batch, update_config
     from megatron_dypo.models.shape import model_shape
@@ -63,7 +63,7 @@ def two_figures(record: Record) -> None:
 
 
 def leave_behind(file: str) -> None:
-    """A process in a session of its own, as a server is."""
+    """Leave a process in a session of its own, as a server does."""
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     Path(file).write_text(str(child.pid))
 
@@ -87,7 +87,7 @@ def notes_a_failure(record: Record) -> None:
 
 @pytest.fixture
 def stages(monkeypatch, tmp_path) -> dict[str, Stage]:
-    """In processes of their own, which read the table from the plugin module written here."""
+    """Run in separate processes, which read the table from the plugin module written here."""
     found = {
         "good": Stage("good", "trainer", 60, "", "Good"),
         "raising": Stage("raising", "trainer", 60, "", "Raises", options={"left": str(tmp_path / "raised")}),
@@ -113,7 +113,7 @@ def stages(monkeypatch, tmp_path) -> dict[str, Stage]:
 
 
 def run(tmp_path: Path, chosen: list[Stage], **options) -> tuple[int, dict]:
-    """(exit code, report)."""
+    """Return (exit code, report)."""
     file = report_file(tmp_path / "out", HERE.gpu)
     runner = Runner(file, HERE, options.get("commit", "c0ffee"), tiny=options.get("tiny", False))
     code = runner.run(chosen)
@@ -165,7 +165,7 @@ def test_a_part_ends_with_its_time_and_says_what_it_left_out(stages, tmp_path, m
 
 
 def test_the_last_stage_of_a_part_may_take_all_that_is_left(stages, tmp_path, monkeypatch):
-    """One that ``ONLY`` names may need more than its deadline among the others."""
+    """A stage named by ``ONLY`` may need more than its deadline among the others."""
     given = {}
     monkeypatch.setattr(Runner, "_measure", lambda self, group, seconds: given.update({group[0].name: seconds}) or {})
     Runner(report_file(tmp_path, HERE.gpu), HERE, "c", False).run(
@@ -319,7 +319,7 @@ def cpu_seconds_of_children() -> float:
 
 
 def test_every_stage_of_trainer_and_engine_runs_on_the_cpu_into_one_page(tmp_path):
-    """The two parts at the same time, into the same files; in under 90 s, so each of them in fewer CPU-seconds."""
+    """The two parts run concurrently into the same files; in under 90 s, so each of them in fewer CPU-seconds."""
     before = cpu_seconds_of_children()
     runs = [
         subprocess.Popen(
@@ -377,7 +377,7 @@ def test_stages_of_two_gpus_run_on_two_cpu_ranks(name, options, figures, tmp_pat
 
 
 def test_fork_server_s_preload_asks_for_a_device_without_starting_cuda():
-    """cudaGetDeviceCount would: a rank that is forked after it cannot use CUDA."""
+    """cudaGetDeviceCount would: a rank forked after it cannot use CUDA."""
     script = (
         "import torch, torch.cuda as cuda; asked = [];"
         "cuda._is_compiled = lambda: True; cuda._device_count_nvml = lambda: 1;"
@@ -389,7 +389,7 @@ def test_fork_server_s_preload_asks_for_a_device_without_starting_cuda():
 
 
 def test_gpu_tests_are_collected_without_the_packages_that_only_other_tests_need(tmp_path):
-    """And without .venv: ``make test-gpu`` then takes PYTHON."""
+    """Also without .venv: ``make test-gpu`` then uses PYTHON."""
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nfor name in ('hypothesis', 'xdist', 'aiohttp', 'yaml_of_tests', 'reasoning_gym', 'math_verify'):\n"
         "    sys.modules[name] = None\n"

@@ -1,7 +1,7 @@
-"""The grouped loss kernel: torch against a float64 statement by autograd, Triton against torch, any cut the same bits.
+"""The grouped loss kernel: torch against float64 autograd, Triton against torch, equal bits for any split.
 
-Triton runs in its interpreter, in a process of its own: the switch is read when triton is imported. Ahead of time it is
-compiled for an H100. Legend: t tokens, S sequences, C coefficients, M sums, L lanes.
+Triton runs in its interpreter, in a separate process: the switch is read when triton is imported. It is also compiled
+ahead of time for an H100. Legend: t tokens, S sequences, C coefficients, M sums, L lanes.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from megatron_dypo.kernels import LossRule, empty_sums, grouped_loss, linear_los
 from megatron_dypo.kernels.grouped_loss import COEFFICIENTS, SUMS
 from tests import reference_objective as page
 
-COUNTS = [1, 17, 0, 7, 30, 1, 6]  # tokens of the sequences; one is empty, every third is a teacher trace
+COUNTS = [1, 17, 0, 7, 30, 1, 6]  # tokens per sequence; one is empty, every third is a teacher trace
 RULES = [
     LossRule(0.15, 0.28, kl_coef, ratio_level, ratio_base, correction, cap=1.4)
     for ratio_level, ratio_base, kl_coef, correction in itertools.product(
         ["token", "sequence"], ["old", "reference"], [0.0, 0.3], ["none", "truncate", "mask"]
     )
 ]
-MODES = [  # every token function, some together
+MODES = [  # every token function, some combined
     LossRule(shape="luffy", shape_gamma=0.3),
     LossRule(kl_coef=0.3, correction="mask", shape="p", entropy=True),
     LossRule(surrogate="cispo", clip_low=0.15, clip_high=0.28, shape="nll"),
@@ -69,7 +69,7 @@ class Pack:
     rollout: Tensor | None
     reference: Tensor | None
     entropy: Tensor | None
-    advantage: Tensor | None = None  # each token's own
+    advantage: Tensor | None = None  # per token
 
     @property
     def cu_seqlens(self) -> Tensor:
@@ -84,7 +84,7 @@ class Pack:
 
 
 def make_pack(counts: list[int] = COUNTS, dtype=torch.float64, drift: float = 0.3, seed: int = 0) -> Pack:
-    """Numbers that float32 holds; drift 0: all policies are one, as on a first step."""
+    """Return numbers that float32 holds; drift 0: all policies are equal, as on a first step."""
     generator = torch.Generator().manual_seed(seed)
     tokens, sequences = sum(counts), len(counts)
     old = -2 * torch.empty(tokens).exponential_(generator=generator)
@@ -100,7 +100,7 @@ def make_pack(counts: list[int] = COUNTS, dtype=torch.float64, drift: float = 0.
 def run(
     pack: Pack, rule: LossRule, edges: list[int] | None = None, backend: str = "auto", lanes: int | None = None
 ) -> dict[str, Tensor]:
-    """Summands and slopes [t] and the sums [S], from one call a range between the ``edges``."""
+    """Return summands and slopes [t] and the sums [S], from one call per range between the ``edges``."""
     sums = empty_sums(len(pack.counts), pack.logp.device)
     sums = sums if lanes is None else sums.new_zeros(*sums.shape[:2], lanes)
     parts = []
@@ -114,7 +114,7 @@ def run(
 
 
 def statement(pack: Pack, rule: LossRule) -> dict[str, Tensor]:
-    """The same as the objective's page states it, slopes by torch's autograd, all in float64."""
+    """Compute the same as the objective's page states it, slopes by torch's autograd, all in float64."""
     logp_t, old_t, engine_t, reference_t, entropy_t = (getattr(pack, name).double() for name in STREAMS[:5])
     logp_t.requires_grad_()
     counts_S = torch.tensor(pack.counts)
@@ -183,7 +183,7 @@ def test_the_pack_reaches_every_branch() -> None:
 
 
 def one_token_each(logp: Tensor, old: Tensor | None = None, entropy: Tensor | None = None, **columns: Tensor) -> Pack:
-    """A sequence of each token, whose coefficients are 0 but for ``columns``."""
+    """Build one sequence per token, whose coefficients are 0 except for ``columns``."""
     table_CS = torch.zeros(len(COEFFICIENTS), len(logp), dtype=logp.dtype)
     for name, values in columns.items():
         table_CS[COEFFICIENTS.index(name)] = values
@@ -191,14 +191,14 @@ def one_token_each(logp: Tensor, old: Tensor | None = None, entropy: Tensor | No
 
 
 def central(f: Callable[[Tensor], Tensor], x_t: Tensor, h: float = 1e-3) -> Tensor:
-    """f' by the fourth-order central difference, an error of h^4."""
+    """Return f' by the fourth-order central difference, with an error of h^4."""
     return (8 * (f(x_t + h) - f(x_t - h)) - (f(x_t + 2 * h) - f(x_t - 2 * h))) / (12 * h)
 
 
 @pytest.mark.parametrize("rule", MODES, ids=NAMES[-len(MODES) :])
 @pytest.mark.parametrize("column", ["advantage", "nll", "shaped"])
 def test_slopes_equal_the_central_difference_of_the_summands(rule: LossRule, column: str) -> None:
-    """Each term alone. What the derivative holds constant is the summand over logp; the others are differentiated."""
+    """Each term alone. For constants of the derivative it is the summand over logp; others are differentiated."""
     rule = replace(rule, kl_coef=0.0, ratio_base="old")
     pack = replace(make_pack(), reference=None)
     keep = ("grpo", "tilt", column)
@@ -223,7 +223,7 @@ PROBABILITIES = [1.0, 1 - 1e-9, 1 - 1e-4, 0.5, 1e-3, 1e-12, 0.0]
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6)], ids=str)
 def test_shapes_hold_where_p_is_near_0_and_1(dtype: torch.dtype, tolerance: float) -> None:
-    """Relative to each value; 1 - p of p near 1 is -logp to first order."""
+    """Relative to each value; 1 - p for p near 1 is -logp to first order."""
     logp_t = torch.tensor([*(math.log1p(p - 1) for p in PROBABILITIES[:-1]), -200.0], dtype=dtype)
     exact_t = logp_t.double()
     p_t, rest_t = exact_t.exp(), -exact_t.expm1()
@@ -271,7 +271,7 @@ def test_a_tilt_of_0_is_no_tilt_and_a_huge_one_is_bounded() -> None:
 
 @pytest.mark.parametrize("rule", MODES, ids=NAMES[-len(MODES) :])
 def test_gradients_through_the_fused_head_equal_autograd_through_logits(rule: LossRule) -> None:
-    """Each mode as a training step has it: one pass of ``linear_loss``, against the statement on naive logits."""
+    """Each mode as in a training step: one pass of ``linear_loss``, against the statement on naive logits."""
     pack, generator = make_pack(seed=1), torch.Generator().manual_seed(2)
     tokens, width, vocabulary = len(pack.logp), 8, 23
     hidden_TH = torch.randn(tokens, width, generator=generator, dtype=torch.float64)
@@ -347,7 +347,7 @@ def test_streams_that_are_not_there_leave_out_their_terms() -> None:
 
 
 def with_advantages(pack: Pack) -> Pack:
-    """Each token with an advantage of its own, some of them 0, and NaN in the column that is then not read."""
+    """Give each token its own advantage, some of them 0, and NaN in the column, which must not be read."""
     drawn_t = torch.randn(len(pack.logp), generator=torch.Generator().manual_seed(5), dtype=pack.logp.dtype)
     table_CS = pack.coefficients.clone()
     table_CS[COEFFICIENTS.index("advantage")] = math.nan
@@ -366,7 +366,7 @@ def test_a_stream_of_advantages_takes_the_place_of_the_column(rule: LossRule) ->
 
 
 def close_policies() -> tuple[Pack, Tensor]:
-    """A pack whose policies differ by 1e-5, and the KL's sums [S] from the first terms of exp(x) - x - 1."""
+    """Return a pack whose policies differ by 1e-5, and the KL's sums [S] from the first terms of exp(x) - x - 1."""
     pack = make_pack(drift=1e-5)
     gap_t = pack.reference - pack.logp
     kl_t = pack.coefficients[1].repeat_interleave(torch.tensor(COUNTS)) * (gap_t**2 / 2 + gap_t**3 / 6)
@@ -464,7 +464,7 @@ def test_triton_equals_torch() -> None:
 
 
 def every_rule_in_triton() -> None:
-    """To rounding: torch's exponentials are its own, and lanes are another order of summation."""
+    """Up to rounding: torch's exponentials differ, and lanes sum in another order."""
     for dtype, rule in IN_BOTH_DTYPES:
         pack = make_pack(dtype=dtype)
         assert_near(run(pack, rule, backend="triton", lanes=16), run(pack, rule), 4 * torch.finfo(dtype).eps)
@@ -480,16 +480,16 @@ def every_rule_in_triton() -> None:
 
 
 def first_step_in_triton() -> None:
-    """To the last bit: all ratios are 1, no exponential is rounded, and one lane adds in torch's order."""
+    """Bit for bit: all ratios are 1, no exponential is rounded, and one lane adds in torch's order."""
     for dtype, rule in IN_BOTH_DTYPES:
         if rule.shape != "none" or rule.tilt or rule.surrogate == "sapo":
-            continue  # which are of an exponential
+            continue  # these involve an exponential
         pack = make_pack([1, 5, 0, 3], dtype, drift=0.0)
         assert_same_bits(run(pack, rule, backend="triton"), run(pack, rule))
 
 
 def cuts_in_triton() -> None:
-    """A cut at any place gives the same bits."""
+    """A split at any place gives the same bits."""
     pack = make_pack([1, 6, 0, 2], torch.float32)
     tokens = len(pack.logp)
     for rule in (
@@ -549,7 +549,7 @@ def test_triton_compiles_for_an_h100_without_spills(tmp_path: Path) -> None:
         usage = subprocess.run(
             [tool, "--dump-resource-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True
         ).stdout
-        assert " STACK:0 " in usage and " LOCAL:0 " in usage, usage  # where ptxas puts what it spills
+        assert " STACK:0 " in usage and " LOCAL:0 " in usage, usage  # where ptxas puts its spills
 
 
 def test_torch_does_without_triton() -> None:

@@ -11,7 +11,7 @@ TOKENS, HIDDEN, VOCABULARY, PADDED = 530, 48, 1000, 1024
 
 
 def problem():
-    """(hidden [T, H], weight [V, H], targets [T], temperature [T], slope [T]); full tensors, the same on every rank."""
+    """Return (hidden [T, H], weight [V, H], targets [T], temperature [T], slope [T]), whole, the same on every rank."""
     import torch
 
     draw = torch.Generator().manual_seed(0)
@@ -27,7 +27,7 @@ def problem():
 
 
 def head_on_ranks(sequence_parallel: bool, with_main_grad: bool) -> dict[str, np.ndarray]:
-    """Log-probs and gradients of both functions on this rank's shard."""
+    """Return log-probs and gradients of both functions on this rank's shard."""
     import torch
     import torch.distributed as dist
 
@@ -36,7 +36,7 @@ def head_on_ranks(sequence_parallel: bool, with_main_grad: bool) -> dict[str, np
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     hidden_TH, weight_VH, targets_T, temperature_T, dlogp_T = problem()
-    keep = TOKENS // 8 * 8  # sequence parallelism cuts the rows evenly
+    keep = TOKENS // 8 * 8  # sequence parallelism divides the rows evenly
     hidden_TH, targets_T, temperature_T, dlogp_T = (
         tensor[:keep] for tensor in (hidden_TH, targets_T, temperature_T, dlogp_T)
     )

@@ -1,4 +1,4 @@
-"""Health of a run: what is skipped, what is warned about, what a full disk costs; a resume changes none of it."""
+"""A run's health: skipped steps, warnings, and full disks; a resume changes none of it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def steps_of(lines: list[str]) -> list[int]:
 
 
 def stream(key: str, values: list[float | None], **others: float) -> list[dict]:
-    """Lines of metrics, from step 1 on; ``others``: names with ``__`` for the slash."""
+    """Return lines of metrics, from step 1 on; ``others``: names with ``__`` for the slash."""
     constant = {name.replace("__", "/"): value for name, value in others.items()}
     return [{"step": step, key: value, **constant} for step, value in enumerate(values, start=1)]
 
@@ -55,7 +55,7 @@ def noisy(level: float, count: int, spread: float = 0.2, seed: int = 0) -> list[
 
 
 def learning_from_noise(start: float, end: float, steps: int = 300) -> list[float]:
-    """The quickest healthy fall that the quickstart knows: most of the way in 40 steps."""
+    """Return the fastest healthy fall known from the quickstart: most of the way in 40 steps."""
     return [end + (start - end) * math.exp(-step / 15) for step in range(steps)]
 
 
@@ -176,7 +176,7 @@ def config(run_dir: Path, steps: int = 100, **sections: dict) -> Config:
 
 
 def one_step(step: int, **others: float) -> dict:
-    """A step's metrics as the loop hands them over, of about as many bytes as a real one's."""
+    """Return a step's metrics as the loop passes them, of about a real one's size."""
     filler = {f"time/{name}": step / 7 for name in ("rollout", "reward", "logprob", "update", "sync", "save")}
     norm = {"train/grad_norm": 1.0 + step % 7 / 10}
     return {"tokens": 1000, "devices": 8, "time/step": 0.5, **norm, "reward/mean": step / 1000} | filler | others
@@ -220,7 +220,7 @@ def test_lines_wait_for_room_and_none_is_torn_lost_or_doubled(disk):
         file.write(row["step"], row)
     ballast = fill_disk(disk)
     refused = []
-    for row in rows[10:25]:  # the first go into the last page's rest
+    for row in rows[10:25]:  # the first fill the rest of the last page
         try:
             file.write(row["step"], row)
         except OSError as error:
@@ -232,7 +232,7 @@ def test_lines_wait_for_room_and_none_is_torn_lost_or_doubled(disk):
     assert len(refused) >= 12 and refused[-1] == 25
     assert len(read_metrics(file.path)) == refused[0] - 1
     ballast.unlink()
-    with file.path.open("ab") as torn:  # as if even the taking back had failed
+    with file.path.open("ab") as torn:  # as if even the rollback had failed
         torn.write(b'{"step": 11, "metr')
     for row in rows[25:]:
         file.write(row["step"], row)
@@ -356,7 +356,7 @@ def test_a_checkpoint_of_before_there_was_a_history_loads():
 
 
 def test_the_device_s_peak_leaves_out_what_a_sleeping_engine_has_given_back(monkeypatch):
-    """torch counts the engine's 100 bytes throughout; each phase has its own peak (CUDA's counters are stand-ins)."""
+    """torch counts the engine's 100 bytes throughout; each phase has its own peak (CUDA's counters are imitated)."""
     import torch
 
     from megatron_dypo.runtime.measure import DevicePeak
@@ -366,13 +366,13 @@ def test_the_device_s_peak_leaves_out_what_a_sleeping_engine_has_given_back(monk
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: now.update(peak=now["allocated"]))
 
     def use(size: int) -> None:
-        """And give it back."""
+        """Allocate and free ``size`` bytes."""
         now["peak"] = max(now["peak"], now["allocated"] + size)
 
     memory = DevicePeak()
     use(5)  # sampling
     memory.unmapped(100)
-    use(60)  # training beside a sleeping engine
+    use(60)  # training while the engine sleeps
     assert memory.take() == 105
     use(60)
     assert memory.take() == 60
@@ -389,10 +389,10 @@ def digest(policy) -> dict[str, bytes]:
 def spiking_update(
     spike_factor: float, times: float, unequal: bool, bound: float = 0.0, past: int = NEEDED
 ) -> tuple[dict, float]:
-    """(What came of an update whose norm is ``times`` the median of its past, this rank's peak of memory in GiB).
+    """Return an update's result, with a norm of ``times`` the median of its past, and this rank's peak memory (GiB).
 
-    ``unequal``: rank 1 sees a hair more of the norm. ``bound``: the largest norm to apply, in such medians; ``past``:
-    updates before.
+    ``unequal``: rank 1 sees a slightly larger norm. ``bound``: the largest norm to apply, in such medians; ``past``:
+    previous updates.
     """
     from megatron_dypo.runtime.measure import take_peaks
     from megatron_dypo.training.minibatch import build_minibatches
@@ -438,7 +438,7 @@ def test_a_spiking_update_is_left_out_on_all_ranks():
 
 
 def test_an_update_above_an_absolute_norm_is_left_out_without_any_history_and_named():
-    """Judged before clipping, like the other bound, and alike on ranks that round differently."""
+    """Judged before clipping, like the other bound, and equally on ranks that round differently."""
     (result, _), (other, _) = run_ranks(2, spiking_update, 0.0, 2.0, True, 2.0 * (1 + 5e-7), 0)
     assert result == other and not result["changed"] and result["norms"] == []
     norm = result["metrics"]["train/grad_norm"]
@@ -463,11 +463,11 @@ def test_ranks_that_round_differently_decide_alike():
     assert first == second and "gradient norm" in first["skipped"] and not first["changed"]
 
 
-ODD = 127  # a token that one teacher's trace alone holds
+ODD = 127  # a token that only one teacher's trace contains
 
 
 def spoilt_update(fault: str) -> dict:
-    """An update with something that is not finite, planted on one rank or in one sequence."""
+    """Make an update with something non-finite, planted on one rank or in one sequence."""
     import torch
 
     from megatron_dypo.training.minibatch import build_minibatches
@@ -525,7 +525,7 @@ def test_all_offenders_of_a_bad_batch_are_named():
 
 
 def recorded_run(folder: Path, steps: int) -> list[str]:
-    """A task, rollouts made up for it, and the overrides of a run that replays them: eight updates a step."""
+    """Write a task, made-up rollouts, and return the overrides of a run that replays them: eight updates per step."""
     config_path = copy_task(folder)
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     for step in range(1, steps + 1):

@@ -1,4 +1,4 @@
-"""A ``config.json`` means here what it means to transformers: the same model, or refused by the field that is not."""
+"""A ``config.json`` means the same here as in transformers, or is refused by the name of the field that differs."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ SIZES = {
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
     "norm_topk_prob": True,
-    "initializer_range": 0.5,  # so that each token sees clearly what it attends to
+    "initializer_range": 0.5,  # so that each token clearly sees what it attends to
 }
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 PLAIN = {"rope_type": "default", "rope_theta": 300.0}
-# Of each group of fields, the ways in which files have them; {} is absent.
+# For each group of fields, the ways in which files have them; {} is absent.
 MATRIX: dict[str, list[dict]] = {
     "rope": [
         {},
@@ -89,13 +89,13 @@ MATRIX: dict[str, list[dict]] = {
         {"dtype": None, "torch_dtype": None},
     ],
 }
-WINDOWED = ("mistral",)  # families that slide where the file does not say otherwise
-COMBINED = 20  # random combinations a family, besides each way by itself
+WINDOWED = ("mistral",)  # families that slide unless the file says otherwise
+COMBINED = 20  # random combinations per family, besides each way alone
 
 
 @dataclass
 class Reading:
-    """What a model does, as far as ``config.json`` decides it."""
+    """What a model does, as far as ``config.json`` determines it."""
 
     inv_freq: torch.Tensor
     norm_eps: float
@@ -113,7 +113,7 @@ class Reading:
 
 
 def ours(folder) -> Reading | str:
-    """Or the line that refuses the folder."""
+    """Return our reading, or the line that refuses the folder."""
     try:
         shape: ModelShape = folder_shape(folder)
     except UserError as error:
@@ -124,7 +124,7 @@ def ours(folder) -> Reading | str:
 
 
 def theirs(folder) -> tuple[Reading, bool] | None:
-    """Transformers' model of that file, and whether it is a kind that there is here; None where it builds none."""
+    """Return transformers' reading, and whether we support that kind; None if it builds no model."""
     try:
         config = AutoConfig.from_pretrained(folder)
         torch.manual_seed(0)
@@ -156,7 +156,7 @@ def theirs(folder) -> tuple[Reading, bool] | None:
 
 
 def cases(family: str) -> list[dict]:
-    """Fields of ``config.json`` besides ``SIZES``: each way by itself, and some combined."""
+    """Return fields of ``config.json`` besides ``SIZES``: each way alone, and some combined."""
     base = {"sliding_window": None} if family in WINDOWED else {}
     chosen = random.Random(family)
     alone = [base | way for way in itertools.chain(*MATRIX.values())]

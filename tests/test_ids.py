@@ -1,4 +1,4 @@
-"""What a prompt's, a trace's and a response's ids are: one end, one opening of a thought, nothing after a prompt."""
+"""The ids of a prompt, a trace and a response: one end, one opening of a thought, nothing after a prompt."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-MARKED = (  # what TRL wants of a template
+MARKED = (  # TRL's requirements of a template
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
     "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -62,7 +62,7 @@ def folder_of(
     config=None,
     appends: str | None = None,
 ) -> Path:
-    """A byte-level ``tokenizer.json`` with all of ``SPECIAL``, and the model files that name ends."""
+    """Write a byte-level ``tokenizer.json`` with all of ``SPECIAL``, and the model files that name ends."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     library = Library(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -139,7 +139,7 @@ def test_all_ends_of_the_folder_count_and_a_trace_has_the_templates(
 
 @pytest.mark.parametrize("end, token", [(300, "None"), (2, "'#'")])
 def test_an_end_that_is_no_special_token_counts_with_a_warning(tmp_path, caplog, end, token):
-    """300 is a row of the model's vocabulary without a token: its text, empty, is no marker of an end."""
+    """300 is a row of the model's vocabulary without a token: its text, empty, does not mark an end."""
     generation = {"eos_token_id": [ID["<|im_end|>"], end]}
     tokenizer = load(folder_of(tmp_path, "<|im_end|>", CHATML, generation))
     assert tokenizer.end_ids == (ID["<|im_end|>"], end)
@@ -213,7 +213,7 @@ def test_a_trace_with_an_end_inside_is_refused_or_left_out_before_training(tmp_p
 @pytest.mark.parametrize("appended", ["<|im_end|>", "</s>"])
 def test_nothing_follows_a_prompt_whatever_the_tokenizer_appends(tmp_path, appended):
     tokenizer = load(folder_of(tmp_path, "<|im_end|>", appends=appended))
-    for text in ("1+1?", "<s>1+1?"):  # what begins a text is put before it once
+    for text in ("1+1?", "<s>1+1?"):  # a text's opening token is put before it once
         assert text_of(tokenizer, tokenizer.encode_prompt(Prompt("p", "2", (), text=text))) == "<s>1+1?"
     assert text_of(tokenizer, tokenizer.encode_prompt(chat())).endswith("<|im_start|>assistant\n")
     assert text_of(tokenizer, tokenizer.encode_trace("2")) == "2<|im_end|>"
@@ -293,7 +293,7 @@ def test_a_template_that_begins_a_thought_for_some_prompts_alone_is_followed_pro
 
 
 def test_a_plain_prompt_is_its_own_opening(tmp_path):
-    """A template's thought is not in it; one that it ends with itself is."""
+    """A template's thought is not in it; one that the prompt itself ends with is."""
     tokenizer = load(folder_of(tmp_path, "<|im_end|>", THINKS))
     for text, rest in (("1+1?", "<think>\nadd</think>2"), ("1+1?\n<think>\n", "add</think>2")):
         prompt = Prompt("p", "2", (), text=text)

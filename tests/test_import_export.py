@@ -31,7 +31,7 @@ from tests.ranks import run_ranks
 from tests.test_convert import FAMILY_SHAPES, SHAPE, hf_model
 from tests.test_ids import ID, folder_of
 
-ROPE = RopeScaling("llama3", 8.0, 1.0, 4.0, 64)  # of an original length other than 8192, which mcore would assume
+ROPE = RopeScaling("llama3", 8.0, 1.0, 4.0, 64)  # an original length other than mcore's default 8192
 SHAPES = {
     f"{family}{'-tied' if tied else ''}": dataclasses.replace(
         FAMILY_SHAPES[family],
@@ -46,7 +46,7 @@ EXTENDED = {"max_position": 1024, "rope_base": 2000.0}  # a run may give its mod
 TP2 = ["parallel.tensor=2", "parallel.sequence_parallel=true"]
 VPP = ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]
 EP2 = ["parallel.expert=2"]
-LAYOUTS = {  # (ranks that convert, layout that verifies) by shape
+LAYOUTS = {  # (converting ranks, verifying layout) by shape
     "llama": (1, []),
     "llama-tied": (2, VPP),
     "mistral": (2, TP2),
@@ -62,7 +62,7 @@ LAYOUTS = {  # (ranks that convert, layout that verifies) by shape
 
 
 def convert(*arguments: str) -> tuple[int, str]:
-    """(exit code, all that is printed) of ``convert``; to be run on a forked rank."""
+    """Return (exit code, output) of ``convert``; for a forked rank."""
     from megatron_dypo.cli import main
 
     printed = io.StringIO()
@@ -72,7 +72,7 @@ def convert(*arguments: str) -> tuple[int, str]:
 
 
 def run(ranks: int, *arguments: object) -> tuple[int, str]:
-    """Rank 0's, and the exit code of all."""
+    """Return rank 0's result, and the exit code of all."""
     results = run_ranks(ranks, convert, *map(str, arguments))
     assert len({code for code, _ in results}) == 1, results
     return results[0]
@@ -85,7 +85,7 @@ def done(ranks: int, *arguments: object) -> str:
 
 
 def refusal(*arguments: object) -> str:
-    """The one line that refuses; nothing is left of the output folder."""
+    """Return the line that refuses; nothing is left of the output folder."""
     code, printed = run(1, *arguments)
     line = printed.removeprefix("megatron_dypo: ").removesuffix("\n")
     assert code == 2 and "\n" not in line, printed
@@ -94,7 +94,7 @@ def refusal(*arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """Random Hugging Face models in several shards."""
+    """Return random Hugging Face models in several shards."""
     made = {}
     for name, shape in SHAPES.items():
         made[name] = tmp_path_factory.mktemp("hf") / name
@@ -167,7 +167,7 @@ def test_the_dtype_is_kept_unless_another_is_asked_for(tmp_path, stored, asked):
 
 
 def trained(folder: str, hf: str, parallel: dict) -> dict:
-    """Train from the folder for a step, save; the policy's full weights."""
+    """Train from the folder for a step and save; return the policy's full weights."""
     from megatron_dypo.checkpoint.manager import Counters, Saver
     from megatron_dypo.config.load import dump
     from megatron_dypo.convert.hf_weights import folder_weights
@@ -189,7 +189,7 @@ def trained(folder: str, hf: str, parallel: dict) -> dict:
     if layout.is_main:
         (Path(folder) / "config.yaml").write_text(dump(config))
     saver, counters = Saver(config, policy), Counters(step=1, weight_version=policy.version)
-    saver.after_step(counters, None, make_groups(2))  # a batch in flight: no concern of a conversion
+    saver.after_step(counters, None, make_groups(2))  # a prefetched batch, irrelevant to a conversion
     saver.finish(counters)
     return {name: tensor.numpy().copy() for name, tensor in policy.named_tensors()}
 
@@ -215,14 +215,14 @@ def test_a_trained_checkpoint_of_any_layout_is_exported_as_it_was_trained(folder
     for name, tensor in found.items():
         assert torch.equal(tensor, torch.from_numpy(weights[name])), name
         assert not torch.equal(tensor, before[name]), "trained"
-    (run_dir / "config.yaml").unlink()  # without it the shape is the checkpoint's own
+    (run_dir / "config.yaml").unlink()  # without it the shape comes from the checkpoint
     told = done(1, "export", "--checkpoint", run_dir / "checkpoints/step_1", "--out", tmp_path / "again")
     assert_same_tensors(tmp_path / "again", tmp_path / "out")
     assert f"{tmp_path / 'again'}: " in told
 
 
 class Bomb:
-    """Makes a file where it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -263,7 +263,7 @@ def test_a_run_from_a_preset_is_exported_with_its_own_tokenizer(tmp_path):
 
 
 def test_an_export_ends_where_the_run_s_responses_ended(tmp_path):
-    """The run had a tokenizer folder of its own, whose template ends a turn with another token than the base model."""
+    """The run had its own tokenizer folder, whose template ends a turn with a token other than the base model's."""
     source, tokenizer, target = tmp_path / "base", tmp_path / "chat", tmp_path / "out"
     folder_of(source, "<|endoftext|>", None, {"eos_token_id": ID["<|endoftext|>"], "top_k": 20})
     shape = dataclasses.replace(PRESETS["tiny"], vocab_size=320)
@@ -294,7 +294,7 @@ def test_an_export_ends_where_the_run_s_responses_ended(tmp_path):
     ],
 )
 def test_a_transposition_is_found_and_the_tensors_named(folders, tmp_path, model, first, second, layout):
-    """In the checkpoint: one layer's two tensors, or two experts, have changed places."""
+    """In the checkpoint two tensors of a layer, or two experts, are swapped."""
     hf, swapped = folders[model], tmp_path / "swapped"
     shutil.copytree(hf, swapped)
     one, two = (f"model.layers.2.{name}." for name in (first, second))
@@ -332,7 +332,7 @@ def each_expert_for_the_next() -> None:
 
 
 def verify_with_a_table_wrong_both_ways(change: Callable[[], None], hf: str, checkpoint: str) -> tuple[int, str]:
-    """On the way in and on the way out: all tensors come back as they were."""
+    """The error is in both directions: all tensors come back as they were."""
     change()
     assert convert("import", "--hf", hf, "--out", checkpoint)[0] == 0
     return convert("verify", "--hf", hf, "--checkpoint", checkpoint)
@@ -378,7 +378,7 @@ def test_damaged_checkpoints_are_refused_by_file(checkpoint, tmp_path):
     flipped = damaged(checkpoint, tmp_path / "b", "__0_0.distcp", lambda content: content[:999] + b"?" + content[1000:])
     assert refusal(*export, flipped).startswith(f"{flipped}/__0_0.distcp: is damaged")
     index = damaged(checkpoint, tmp_path / "c", ".metadata", lambda content: content[:50])
-    (index / "manifest.json").unlink()  # as Megatron-LM's own have none
+    (index / "manifest.json").unlink()  # Megatron-LM's own checkpoints have none
     assert refusal(*export, index).startswith(f"{index}/.metadata: cannot be read")
     data = damaged(checkpoint, tmp_path / "d", "__0_0.distcp", lambda content: bytes(len(content)))
     (data / "manifest.json").unlink()
@@ -456,7 +456,7 @@ def test_a_full_disk_leaves_nothing_and_is_one_line(folders, checkpoint, tmp_pat
 
 
 def killed_export(checkpoint: str, out: str) -> None:
-    """SIGKILL when all but the index is written."""
+    """Send SIGKILL when all but the index is written."""
     import os
     import signal
 
@@ -481,7 +481,7 @@ def test_a_killed_export_leaves_no_folder_of_that_name(checkpoint, tmp_path):
 
 
 def vllm_logprobs(folders: list[str]) -> list[list[float]]:
-    """Of 40 ids, by vLLM as it loads each folder by itself."""
+    """Return log-probs of 40 ids by vLLM, loading each folder itself."""
     from megatron_dypo.rollout.vllm_args import set_environment
     from megatron_dypo.rollout.vllm_engine import IN_PROCESS
 
@@ -514,7 +514,7 @@ def vllm_logprobs(folders: list[str]) -> list[list[float]]:
 
 
 def test_vllm_loads_what_is_exported(tmp_path):
-    """Its own reading of config.json and weights, RoPE scaling included, against transformers' of the original."""
+    """Its own reading of config.json and weights, including RoPE scaling, against transformers' of the original."""
     from transformers import AutoModelForCausalLM
 
     expected = []
@@ -535,7 +535,7 @@ def test_vllm_loads_what_is_exported(tmp_path):
 
 
 def written_by_megatron_core(folder: str) -> dict[str, bool]:
-    """A GPT of mcore's own layer spec in mcore's own pieces; whether each tensor is read back bit for bit.
+    """Write a GPT of mcore's layer spec in mcore's own pieces; return whether each tensor reads back bit for bit.
 
     Our writer writes them: mcore's takes 20 s to start its helpers, and changes no name.
     """
@@ -581,7 +581,7 @@ def test_a_checkpoint_that_megatron_core_wrote_by_itself_is_read(tmp_path):
     ("tensors_only", "cuda", "backend"), [(True, True, "gloo"), (False, True, "nccl"), (False, False, "gloo")]
 )
 def test_verify_joins_with_the_backend_that_the_model_is_to_speak(monkeypatch, tensors_only, cuda, backend):
-    """Megatron-Core's groups get the first group's; comparing tensors needs no GPU."""
+    """Megatron-Core's groups use the first group's backend; comparing tensors needs no GPU."""
     from megatron_dypo.config.schema import Parallel
     from megatron_dypo.convert import verify
 

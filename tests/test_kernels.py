@@ -1,4 +1,4 @@
-"""The output head: both backends against float64 softmax and autograd, and what one call promises bit for bit.
+"""The output head: both backends against float64 softmax and autograd, and its bit-for-bit guarantees per call.
 
 Tensor parallelism is tested with several ranks elsewhere. Legend: T tokens, H hidden size, V rows of the weight.
 """
@@ -21,7 +21,7 @@ H = 32
 
 
 def make_head(tokens: int, rows: int = 96, scale: float = 1.0, dtype=torch.float32, seed: int = 0) -> tuple:
-    """(hidden [T, H], weight [V, H], targets [T], temperature [T]); the logits' spread is about ``scale``."""
+    """Return (hidden [T, H], weight [V, H], targets [T], temperature [T]); the logits' spread is about ``scale``."""
     generator = torch.Generator().manual_seed(seed)
     hidden_TH = torch.randn(tokens, H, generator=generator).to(dtype)
     weight_VH = (scale / H**0.5 * torch.randn(rows, H, generator=generator)).to(dtype)
@@ -32,7 +32,7 @@ def make_head(tokens: int, rows: int = 96, scale: float = 1.0, dtype=torch.float
 def plain(
     hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, temperature_T: Tensor, vocab_size: int | None = None
 ):
-    """(logp [T], entropy [T], lse [T]) as the definition says, and the largest |logit|; float64."""
+    """Return (logp [T], entropy [T], lse [T]) by definition, and the largest |logit|; float64."""
     z_TV = (hidden_TH.double() @ weight_VH[:vocab_size].double().t()) / temperature_T.double().unsqueeze(-1)
     log_p_TV = z_TV.log_softmax(1)
     logp_T = log_p_TV.gather(1, targets_T.unsqueeze(1)).squeeze(1)
@@ -41,7 +41,7 @@ def plain(
 
 
 def directions(tokens: int, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Upstream gradients of logp, entropy and lse; some tokens have none."""
+    """Return upstream gradients of logp, entropy and lse; some tokens have none."""
     generator = torch.Generator().manual_seed(seed)
     grad_3T = torch.randn(3, tokens, generator=generator)
     return (grad_3T * (torch.rand(3, tokens, generator=generator) < 0.8)).unbind()
@@ -58,7 +58,7 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 def assert_same_head(head: tuple, backend: str, tolerance: float = GRADIENT, vocab_size: int | None = None) -> None:
-    """Values and gradients (through logp, entropy and lse at once) equal the definition's."""
+    """Check values and gradients (through logp, entropy and lse at once) against the definition."""
     hidden_TH, weight_VH, targets_T, temperature_T = head
     inputs = hidden_TH.clone().requires_grad_(), weight_VH.clone().requires_grad_()
     grads = directions(len(targets_T))
@@ -85,7 +85,7 @@ def test_values_and_gradients_equal_the_definition_for_any_number_of_tokens(back
 @pytest.mark.parametrize("rows", [1, 5, 96, 1000])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_vocabulary_size_works(backend: str, rows: int) -> None:
-    """Also one that does not divide into the tiles."""
+    """Including one that does not divide into the tiles."""
     assert_same_head(make_head(20, rows), backend)
 
 
@@ -97,7 +97,7 @@ def test_the_reference_backend_is_exact_in_float64() -> None:
 @pytest.mark.parametrize("scale", [0.01, 10.0, 60.0])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_flat_and_confident_distributions(backend: str, scale: float) -> None:
-    """At the largest scale most tokens have p ~ 1 for one id: targets are that id for half of them."""
+    """At the largest scale most tokens have p ~ 1 for one id, which is the target for half of them."""
     hidden_TH, weight_VH, targets_T, temperature_T = make_head(64, scale=scale)
     top_T = (hidden_TH @ weight_VH.t()).argmax(1)
     targets_T = torch.where(torch.arange(64) % 2 == 0, top_T, targets_T)
@@ -110,7 +110,7 @@ def test_flat_and_confident_distributions(backend: str, scale: float) -> None:
 
 
 def test_bf16_inputs_lose_nothing_but_the_rounding_of_the_gradient() -> None:
-    """Products and sums are fp32: values are as good as from fp32 inputs; float64 gradients round to the same bf16."""
+    """Products and sums are fp32: values are as good as with fp32 inputs; float64 gradients round to the same bf16."""
     for backend in BACKENDS:
         assert_same_head(make_head(CHUNK + 3, dtype=torch.bfloat16), backend, tolerance=1e-4)
 
@@ -128,7 +128,7 @@ def test_temperature_is_per_token_or_one_number(backend: str) -> None:
 @pytest.mark.parametrize("vocab_size", [1, 13, 77, 95, 96])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padded_rows_take_no_part_and_get_exactly_no_gradient(backend: str, vocab_size: int) -> None:
-    """Whole tiles of padding included, and whatever is in the padded rows."""
+    """Including whole tiles of padding, whatever the padded rows contain."""
     hidden_TH, weight_VH, targets_T, temperature_T = make_head(33)
     targets_T = targets_T % vocab_size
     weight_VH[vocab_size:] = 1e30
@@ -156,7 +156,7 @@ def test_entropy_is_given_only_when_asked_for() -> None:
 
 
 def sure(tokens: int, gaps: list[float], rows: int = 96, shift: float = 0.0) -> tuple:
-    """(hidden, weight, targets, temperature 1); the targets lie above the others by about a gap, in turn."""
+    """Return (hidden, weight, targets, temperature 1); targets lie above the others by about each gap in turn."""
     hidden_TH, weight_VH, targets_T, _ = make_head(tokens, rows)
     weight_VH[:, :2] = 0
     weight_VH[0, 0], weight_VH[:, 1] = 1.0, 1.0
@@ -169,7 +169,7 @@ GAPS = [4.0, 9.0, 14.0, 18.0, 24.0]  # 1 - p from 0.6 to 1e-9
 
 
 def assert_sure_tokens(backend: str, shift: float, tolerance: float, device: str = "cpu", rows: int = 96) -> None:
-    """Gradients and 1 - p of each token, relative to themselves: a pack's norm would hide those of sure ones."""
+    """Check gradients and 1 - p per token, relative to themselves: a pack's norm would hide those of sure ones."""
     hidden_TH, weight_VH, targets_T, temperature_T = (x.to(device) for x in sure(10, GAPS, rows, shift))
     inputs = hidden_TH.clone().requires_grad_(), weight_VH.clone().requires_grad_()
     logp_T, entropy_T, _, _ = plain(*inputs, targets_T, temperature_T)
@@ -197,18 +197,18 @@ def entropy_alone(logp_t: Tensor, entropy_t: Tensor, t: slice) -> tuple[Tensor, 
 
 @pytest.mark.parametrize("shift", [0.0, 100.0, -100.0])
 def test_a_nearly_sure_token_keeps_the_digits_of_1_minus_p(shift: float) -> None:
-    """Down to 1e-9, where 1 - exp(logp) has none left in fp32; also where all logits are far from 0."""
+    """Down to 1e-9, where 1 - exp(logp) has no digits left in fp32; also with all logits far from 0."""
     assert_sure_tokens("chunked", shift, 1e-5 if shift == 0 else 1e-4)  # fp32 rounds a logit of 100 by 4e-6
 
 
 @pytest.fixture
 def halves_as_on_cuda(monkeypatch) -> None:
-    """The branch that half precision takes there: products of halves, added up in fp32, gradients' factors halves."""
+    """Take the branch for half precision: products of halves, accumulated in fp32, gradients' factors in halves."""
     monkeypatch.setattr(autograd, "multiplies_halves", lambda hidden: hidden.dtype in autograd.HALVES)
 
 
 def assert_same_in_halves(dtype: torch.dtype, temperature: float | str, active: float, entropy: bool, backend: str):
-    """Values as good as in fp32, gradients rounded; from ``linear_logprob`` and ``linear_loss``."""
+    """Check values as good as in fp32, and rounded gradients, of ``linear_logprob`` and ``linear_loss``."""
     tokens, rows = 37, 96
     hidden_TH, weight_VH, targets_T, temperature_T = make_head(tokens, rows, scale=2.0, dtype=dtype)
     dlogp_T = torch.where(torch.rand(tokens, generator=torch.Generator().manual_seed(2)) < active, 1.0, 0.0)
@@ -272,7 +272,7 @@ def test_half_precision_as_cuda_multiplies_it(halves_as_on_cuda, backend, dtype,
 
 
 def test_a_rank_s_share_of_1_minus_p_is_placed_by_the_rank_that_has_the_target(halves_as_on_cuda) -> None:
-    """Sure tokens in half precision: what stands at the target is rounded once, and never 1 - a rounded p."""
+    """Sure tokens in half precision: the entry at the target is rounded once, and never 1 - a rounded p."""
     hidden_TH, weight_VH, targets_T, _ = sure(20, GAPS)
     inputs = hidden_TH.bfloat16().requires_grad_(), weight_VH.bfloat16().requires_grad_()
     logp_T = plain(*inputs, targets_T, torch.ones(20))[0]
@@ -290,7 +290,7 @@ def negative_log_likelihood(logp_t: Tensor, entropy_t: Tensor | None, t: slice) 
 
 
 def weighted_square(weights_T: Tensor):
-    """sum_t w_t logp_t^2 / 2: a loss whose slope depends on the token, its place and its log-prob."""
+    """Return sum_t w_t logp_t^2 / 2: a loss whose slope depends on the token, its position and its log-prob."""
 
     def token_loss(logp_t: Tensor, entropy_t: Tensor | None, t: slice) -> tuple[Tensor, Tensor]:
         assert entropy_t is None or entropy_t.shape == logp_t.shape
@@ -320,7 +320,7 @@ def test_a_local_loss_equals_autograd_through_the_log_probs(backend: str, tokens
     for value, correct in zip(logprobs, expected, strict=True):
         assert not value.requires_grad
         assert torch.all((value - correct).abs() <= VALUE * largest)
-    ours = torch.autograd.grad(3 * loss, inputs)  # an upstream factor scales the gradients formed in the forward
+    ours = torch.autograd.grad(3 * loss, inputs)  # an upstream factor scales the gradients formed in the forward pass
     for actual, correct in zip(ours, torch.autograd.grad(3 * summands_T.sum(), inputs), strict=True):
         assert_near(actual, correct, 5e-6)
     assert not ours[1][90:].any()
@@ -376,7 +376,7 @@ def test_logits_far_from_zero_beside_others() -> None:
 
 
 def test_the_gradients_of_a_local_loss_are_given_once() -> None:
-    """They are not copied: a second backward pass would find what the first one's receiver has made of them."""
+    """They are not copied: a second backward pass would find them changed by the first one's receiver."""
     hidden_TH, weight_VH, targets_T, _ = make_head(10)
     loss, _ = linear_loss(hidden_TH.requires_grad_(), weight_VH, targets_T, negative_log_likelihood)
     loss.backward(retain_graph=True)
@@ -397,7 +397,7 @@ def test_tokens_without_slope_give_no_gradient() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 37, CHUNK + 5])
 def test_both_functions_and_every_run_give_the_same_bits(tokens: int) -> None:
-    """What makes the first ratio exactly 1: the old pass is linear_logprob, the training pass linear_loss."""
+    """This makes the first ratio exactly 1: the old pass is linear_logprob, the training pass linear_loss."""
     hidden_TH, weight_VH, targets_T, temperature_T = make_head(tokens)
     runs = []
     for _ in range(2):
@@ -411,8 +411,8 @@ def test_both_functions_and_every_run_give_the_same_bits(tokens: int) -> None:
 
 
 def test_memory_is_used_again_but_never_by_two_calls_at_once() -> None:
-    """One call within another's loss, as an own critic might: neither writes over the other's logits."""
-    workspace.release()  # what other tests keep, of other types
+    """One call inside another's loss, as a user's critic might: neither overwrites the other's logits."""
+    workspace.release()  # buffers of other types kept by other tests
     head = make_head(40)[:3]
     expected_T = linear_logprob(*head).logp
     assert workspace.held() >= 4 * 40 * 96 / 8
@@ -440,7 +440,7 @@ def test_memory_of_inference_mode_serves_training() -> None:
 
 
 def test_a_token_s_result_does_not_depend_on_its_place_in_the_pack() -> None:
-    """To rounding, not to the bit: the matrix product may sum another row of the same call in another order."""
+    """Up to rounding, not bit for bit: the matrix product may sum another row of the same call in another order."""
     hidden_TH, weight_VH, targets_T, temperature_T = make_head(CHUNK + 37)
     order_T = torch.randperm(CHUNK + 37, generator=torch.Generator().manual_seed(0))
     results = []
@@ -460,7 +460,7 @@ def test_a_token_s_result_does_not_depend_on_its_place_in_the_pack() -> None:
 
 
 def test_the_head_takes_at_most_2_percent_of_what_materialised_logits_take() -> None:
-    """T 32768, H 3584, V 152064 in bf16: naive's step was measured to take 57,024 MiB beside its inputs (H200)."""
+    """T 32768, H 3584, V 152064 in bf16: naive's step took 57,024 MiB besides its inputs (measured on an H200)."""
     naive = 57024 << 20
     assert 0.0185 < workspace.head_bytes(32768, 3584, 152064) / naive <= 0.02
     # by hand: dhidden, exp of 2816 tokens in 8 tiles of 19072 columns, 38 parts' statistics, dhidden's sum, two of rows

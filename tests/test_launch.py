@@ -1,6 +1,6 @@
 """The launchers: nodes as torchrun agents on loopback and in network namespaces, kills, signals, and --dry-run.
 
-Every run is one of two CPU ranks, and is to end with the metrics of the one that nobody disturbed.
+Every run has two CPU ranks, and must end with the metrics of the undisturbed one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 class Node:
-    """One node's launcher, which ``exec`` has made torchrun's agent; ``log`` is what it and its ranks say."""
+    """One node's launcher, which became torchrun's agent by ``exec``; ``log`` has its and its ranks' output."""
 
     def __init__(self, log: Path, config: Path, variables: dict[str, str], inside: Command | None = None):
         self.log, self._port = log, int(variables["HEAD"].rpartition(":")[2])
@@ -54,12 +54,12 @@ class Node:
         return self.agent.wait(SECONDS)
 
     def holds_store(self) -> bool:
-        """Whether the nodes meet at this one: with it the job is over, and is to be started again on all."""
+        """Return whether this node holds the store: without it the job is over, and has to restart on all nodes."""
         open_ones = psutil.Process(self.agent.pid).net_connections()
         return any(one.status == psutil.CONN_LISTEN and one.laddr.port == self._port for one in open_ones)
 
     def kill(self) -> None:
-        """And wait for the ranks, which end with it."""
+        """Kill it, and wait for the ranks, which end with it."""
         if self.agent.poll() is None:
             ranks = psutil.Process(self.agent.pid).children(recursive=True)
             self.agent.kill()
@@ -69,7 +69,7 @@ class Node:
 
 @contextmanager
 def nodes(starts: list[Callable[[], Node]]) -> Iterator[list[Node]]:
-    """Those started, and any that a test adds; none is left behind."""
+    """Yield the started nodes, and any that a test adds; none is left behind."""
     started: list[Node] = []
     try:
         started += [start() for start in starts]
@@ -98,7 +98,7 @@ def checkpoints(run_dir: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> list[dict]:
-    """The metrics of two nodes on loopback."""
+    """Return the metrics of two nodes on loopback."""
     folder = tmp_path_factory.mktemp("undisturbed")
     with nodes(two_nodes(folder, make_task(folder))) as started:
         assert [node.wait() for node in started] == [0, 0], started[0].log.read_text()[-3000:]
@@ -128,7 +128,7 @@ def test_a_node_killed_and_started_again_is_taken_in_and_the_run_ends_as_if_undi
 
 @pytest.mark.faults
 def test_a_signal_to_the_launcher_ends_the_run_after_a_step_and_a_save(undisturbed, tmp_path):
-    """To torchrun's agent, as a cluster sends it: SIGUSR1, then, to the run started again, SIGTERM; then to the end."""
+    """Signals go to torchrun's agent, as on a cluster: SIGUSR1, then SIGTERM after a restart; then to the end."""
     config, run_dir, done = make_task(tmp_path), tmp_path / "run", 0
     variables = {"NNODES": "1", "NPROC": "2", "HEAD": f"127.0.0.1:{free_ports(1)}", "LOCAL_ADDR": "localhost"}
     for number in (signal.SIGUSR1, signal.SIGTERM, None):
@@ -139,7 +139,7 @@ def test_a_signal_to_the_launcher_ends_the_run_after_a_step_and_a_save(undisturb
                 started[0].agent.send_signal(number)
             code = started[0].wait()
         said = log.read_text()
-        assert code == (1 if number else 0), said  # torchrun's own where it is signalled, whatever its ranks return
+        assert code == (1 if number else 0), said  # torchrun's own code when signalled, whatever its ranks return
         assert f"resumes after step {done}\n" in said or not done
         if number:
             done = metrics(run_dir)[-1]["step"]
@@ -150,7 +150,7 @@ def test_a_signal_to_the_launcher_ends_the_run_after_a_step_and_a_save(undisturb
 
 @pytest.fixture
 def namespaces() -> Iterator[list[str]]:
-    """Two network namespaces, joined by a cable: 10.77.0.1 and 10.77.0.2 on ``cable``."""
+    """Create two network namespaces, joined by a cable: 10.77.0.1 and 10.77.0.2 on ``cable``."""
     names = [f"dypo{os.getpid()}{side}" for side in "ab"]
     first, second = names
     made = [["ip", "netns", "add", name] for name in names]
@@ -171,7 +171,7 @@ def namespaces() -> Iterator[list[str]]:
 
 @pytest.mark.faults
 def test_two_nodes_with_addresses_of_their_own_train_together(undisturbed, namespaces, tmp_path):
-    """Neither sees the other's loopback, nor anything else; host names lead nowhere."""
+    """Neither sees the other's loopback, or anything else; host names do not resolve."""
     config = make_task(tmp_path)
 
     def start(number: int) -> Node:
@@ -282,11 +282,11 @@ def test_the_kubernetes_job_runs_what_multi_node_does_on_as_many_nodes_and_gpus_
 
 
 def test_slurm_passes_its_signal_on_and_puts_the_job_back_only_if_it_has_not_ended(tmp_path):
-    """With a Slurm of three lines: ``srun`` runs its command here, ``scontrol requeue`` leaves a file."""
+    """With an imitation of Slurm: ``srun`` runs its command here, ``scontrol requeue`` leaves a file."""
     stubs = {
         "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
         "scontrol": f'[ "$1" = show ] && echo host0 || echo "$@" >{tmp_path}/requeued',
-        # as torchrun: code 1 after a signal, once its ranks have ended
+        # like torchrun: code 1 after a signal, once its ranks have ended
         "torchrun": f'trap "sleep 0.5; touch {tmp_path}/ended; exit 1" USR1; touch {tmp_path}/runs\n'
         f"while [ ! -e {tmp_path}/finish ]; do sleep 0.05; done",
     }

@@ -1,4 +1,4 @@
-"""Same rollouts, same weights: same loss and same gradient, whatever the layout and the micro-batch cut."""
+"""The same rollouts and weights give the same loss and gradient, whatever the layout and the micro-batches."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from tests.ranks import run_ranks
 
 
 def train_steps(shape: str, budget: int, steps: int, sections: dict, prompts: int = 12) -> dict:
-    """``steps`` updates on made-up groups; this rank's metrics, first gradients and final weights as numpy, and a
-    digest of the initial weights."""
+    """Make ``steps`` updates on made-up groups; return this rank's results as numpy.
+
+    They are the metrics, first gradients, final weights, and a digest of the initial weights.
+    """
     from megatron_dypo.models.export import hf_tensors
     from megatron_dypo.models.shape import model_shape
     from megatron_dypo.models.sharding import random_weights
@@ -44,7 +46,7 @@ def train_steps(shape: str, budget: int, steps: int, sections: dict, prompts: in
         if config.policy.routing_replay == "rollout":
             route(groups, model.num_layers, model.router_topk, model.num_experts)
         minibatches = build_minibatches(policy.layout, groups, config, trace_ids)
-        if waiting := failed(groups, config.objective):  # and all are due
+        if waiting := failed(groups, config.objective):  # all of them are due
             due = [
                 dataclasses.replace(group, responses=[], regime=None)
                 for group in groups
@@ -104,7 +106,7 @@ LAYOUTS = [
     (4, VPP | CP2), (8, {}), (8, SP | VPP | CP2), (8, {"tensor": 4, "sequence_parallel": True} | CP2),
 ]  # fmt: skip
 SHARDED = [(4, SP), (4, VPP), (4, SP | CP2)]  # over data-parallel ranks, and over context-parallel ones
-FAMILIES = [  # tied weights, biases and norms of queries and keys, cut and put on two stages
+FAMILIES = [  # tied weights, biases and norms of queries and keys, sharded and on two stages
     ("llama-tied", SP), ("llama-tied", PP2), ("qwen2-tied", SP), ("qwen2-tied", CP2), ("qwen3", SP), ("qwen3", PP2),
 ]  # fmt: skip
 
@@ -120,7 +122,7 @@ def test_loss_gradient_and_weights_layout_invariance(world, parallel):
 
 @pytest.mark.parametrize(("world", "parallel"), SHARDED, ids=str)
 def test_distributed_optimizer_layout_invariance(world, parallel):
-    """Gradients are left out: each rank keeps its share of the sums alone."""
+    """Gradients are left out: each rank has only its share of the sums."""
     sections = {"parallel": parallel, "optimizer": {"distributed": True}}
     for result in run_ranks(world, train_steps, "deep", 150, 3, sections):
         assert_same(result, single_rank("deep"), kinds=["weights"])
@@ -148,7 +150,7 @@ def test_microbatch_invariance(budget):
 
 @pytest.mark.parametrize("parallel", [{}, SP, PP2, CP2], ids=str)
 def test_first_ratio_is_exactly_one_and_first_kl_exactly_zero(parallel):
-    """One packing plan serves the old, reference and training passes, so nothing differs in the last bit."""
+    """One packing plan serves the old, reference and training passes, so they are equal to the last bit."""
     for result in run_ranks(2, first_step_log_ratios, parallel):
         assert result["largest"] == 0.0
         assert result["metrics"]["policy/clip_frac"] == 0.0
@@ -156,7 +158,7 @@ def test_first_ratio_is_exactly_one_and_first_kl_exactly_zero(parallel):
 
 
 def first_step_log_ratios(parallel: dict) -> dict:
-    """Largest |logp - old| and |logp - reference| seen by the training pass, and the step's metrics."""
+    """Return the largest |logp - old| and |logp - reference| in the training pass, and the step's metrics."""
     from megatron_dypo.objectives import TokenStreams
 
     largest, plain = [0.0], TokenStreams.terms
@@ -183,12 +185,12 @@ def test_overlapped_gradient_sums_change_nothing_with_a_tied_head(world, paralle
     """The tied weight's gradient has two sources: the head's goes into main_grad, the embedding's through autograd."""
     sections = {"parallel": parallel, "optimizer": optimizer | {"overlap_grad_reduce": True}}
     for result in run_ranks(world, train_steps, "llama-tied", 150, 3, sections):
-        kinds = ["weights"] if optimizer else ["gradients", "weights"]  # each rank keeps its share of the sums alone
+        kinds = ["weights"] if optimizer else ["gradients", "weights"]  # each rank has only its share of the sums
         assert_same(result, single_rank("llama-tied"), kinds)
 
 
 def largest_tensor_of_the_head() -> dict[str, int]:
-    """Elements of the largest tensor that the head makes in a training step, and of a micro-batch's logits."""
+    """Return the elements of the head's largest tensor in a training step, and of a micro-batch's logits."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
@@ -222,14 +224,14 @@ def largest_tensor_of_the_head() -> dict[str, int]:
 
 
 def test_no_tensor_of_tokens_times_vocabulary_elements_exists_in_a_training_step():
-    """In chunks of 64 tokens; all gradients are formed by the head's forward pass, so nothing else sees logits."""
+    """In chunks of 64 tokens; the head's forward pass forms all gradients, so nothing else sees logits."""
     (seen,) = run_ranks(1, largest_tensor_of_the_head)
     assert seen["logits"] > 500_000
     assert seen["largest"] < seen["logits"] / 4
 
 
 def kept_for_the_backward_pass(recompute: str) -> tuple[dict, int]:
-    """A run's result, and the bytes that autograd holds when the first micro-batch reaches the head."""
+    """Return a run's result, and the bytes that autograd holds when the first micro-batch reaches the head."""
     import torch
 
     from megatron_dypo.policy import policy
@@ -261,7 +263,7 @@ def test_recompute_keeps_less_and_changes_nothing():
 
 @pytest.fixture(scope="module")
 def recorded_steps(tmp_path_factory) -> tuple[Path, list[str], list[dict]]:
-    """(configuration, overrides, metrics on one rank) of three steps on recorded rollouts in all three regimes."""
+    """Return (configuration, overrides, metrics on one rank) of three steps on recorded rollouts in all regimes."""
     folder = tmp_path_factory.mktemp("recorded")
     shape = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "head_dim": 16}
     config = copy_task(folder, model__preset="tiny", model__shape=shape, trainer__eval_every=0, trainer__save_every=0)
@@ -278,7 +280,7 @@ def recorded_steps(tmp_path_factory) -> tuple[Path, list[str], list[dict]]:
 
 @pytest.mark.faults
 def test_torchrun_layout_invariance(recorded_steps, tmp_path):
-    """The command as users give it."""
+    """Run the command as users do."""
     config, replay, alone = recorded_steps
     layout = [f"parallel.{name}={value}" for name, value in VPP.items()]
     result = torchrun(2, "train", str(config), *replay, *layout, f"trainer.run_dir={tmp_path}")

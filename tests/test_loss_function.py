@@ -1,7 +1,7 @@
-"""A loss of the user's own (``objective.loss_function``): the fused kernel's gradients where it is the same loss, at
-any layout; what it is given; and one line for what it may do wrong.
+"""A user's own loss (``objective.loss_function``): gradients, inputs, and errors.
 
-The losses are the example's, which docs/add-an-algorithm.md lists. Legend: N tokens, S responses.
+Gradients equal the fused kernel's if it is the same loss, at any layout; each error is one line. The losses are the
+example's, which docs/add-an-algorithm.md lists. Legend: N tokens, S responses.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.test_layouts import CP2, PP2, SP, train_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 LOSSES = ROOT / "examples" / "own_loss" / "losses.py"
-SAME = {  # the example's losses, and the settings under which the fused kernel's is the same
+SAME = {  # the example's losses, and the settings under which the fused kernel's is equal
     "clipped": {},
     "gspo": {"ratio_level": "sequence"},
     "cispo": {"surrogate": "cispo"},
@@ -49,11 +49,11 @@ def named(loss: str) -> dict[str, Any]:
     ids=lambda settings: settings.get("method", "dypo"),
 )
 def test_value_and_gradient_are_the_fused_kernel_s_where_the_loss_is_the_same(settings, loss):
-    """All other terms, normalisers, shares and the correction included, over any cut into micro-batches."""
+    """Including all other terms, normalisers, shares and the correction, over any division into micro-batches."""
     settings = {"clip_low": 0.15, "clip_high": 0.28, **settings}
     for correction in (Correction("none"), Correction("icepop", 1.4, 0.5)):
         if loss == "gspo" and correction.kind != "none":
-            continue  # the fused one weighs a response by one ratio, a user's loss each token by its own
+            continue  # the fused one weights a response by one ratio, a user's loss weights each token
         fused, own = (
             ours.ours(ours.make_batch(ours.MIXED, objective, seed=5), objective, correction, seed=3)
             for objective in (Objective(**settings, **SAME[loss]), Objective(**settings, **named(loss)))
@@ -61,13 +61,13 @@ def test_value_and_gradient_are_the_fused_kernel_s_where_the_loss_is_the_same(se
         assert own.gradient.keys() >= fused.gradient.keys()
         gap = ours.flat(own.gradient, own.gradient) - ours.flat(fused.gradient, own.gradient)
         assert gap.abs().max() < 1e-13
-        if loss != "cispo":  # of which the kernel reports another value of the same slope
+        if loss != "cispo":  # the kernel reports another value with the same slope
             assert own.loss == pytest.approx(fused.loss, rel=1e-12)
         assert own.totals["loss/kl"] == pytest.approx(fused.totals["loss/kl"], rel=1e-12)
 
 
 def gradients(parallel: dict, objective: dict, budget: int = 150) -> dict[str, Any]:
-    """Of the last of three updates on one rollout, and the metrics."""
+    """Return the gradients of the last of three updates on one rollout, and the metrics."""
     sections = {"objective": {"updates_per_rollout": 3} | objective, "parallel": parallel}
     result = train_steps("deep", budget, 1, sections)
     return {"gradients": result["gradients"], "metrics": result["history"][0]}
@@ -75,7 +75,7 @@ def gradients(parallel: dict, objective: dict, budget: int = 150) -> dict[str, A
 
 @functools.cache
 def fused(loss: str) -> dict[str, Any]:
-    """One rank, the kernel."""
+    """Run on one rank with the kernel."""
     return run_ranks(1, gradients, {}, SAME[loss], 100_000)[0]
 
 
@@ -96,7 +96,7 @@ LAYOUTS = [(2, SP), (2, PP2), (2, CP2), (2, {})]
     ids=str,
 )
 def test_at_every_layout_the_gradient_is_the_fused_kernel_s_on_one_rank(loss, world, parallel):
-    """Dypo's other terms and clipped tokens among it; at CP 2 both ranks hold tokens of a response."""
+    """Including dypo's other terms and clipped tokens; at CP 2 both ranks hold tokens of a response."""
     expected = fused(loss)
     assert min(expected["metrics"][name] for name in ("policy/clip_frac", "loss/kl", "loss/sft", "loss/gal")) > 1e-3
     for result in run_ranks(world, gradients, parallel, named(loss)):
@@ -173,7 +173,7 @@ def test_a_run_is_refused_before_anything_is_built(tmp_path, monkeypatch):
 
 
 def spoilt_step(path: str) -> str | None:
-    """Why an update with this loss is skipped."""
+    """Return why an update with this loss is skipped."""
     from megatron_dypo.training.minibatch import build_minibatches
     from megatron_dypo.training.passes import logprob_passes
     from megatron_dypo.training.step import StepContext, run_updates

@@ -1,4 +1,4 @@
-"""Batching: who trains on what, in which micro-batch, and where its loss lies."""
+"""Batching: which sequences train, in which micro-batch, and where the loss is."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ lengths_of_sequences = st.lists(st.integers(1, 300), max_size=80)
 
 
 def lognormal_lengths(count: int, seed: int) -> list[int]:
-    """Response lengths as they come: most short, a few many times the median, none over the budget."""
+    """Return realistic response lengths: most short, a few many times the median, none over the budget."""
     generator = random.Random(seed)
     return [min(BUDGET, max(8, round(generator.lognormvariate(6.5, 0.8)))) for _ in range(count)]
 
 
 def loads(plan: list[list[list[int]]], lengths: list[int]) -> list[float]:
-    """Cost of each rank's share."""
+    """Return the cost of each rank's share."""
     return [sum(cost(lengths[i]) for members in share for i in members) for share in plan]
 
 
@@ -40,7 +40,7 @@ def loads(plan: list[list[list[int]]], lengths: list[int]) -> list[float]:
 
 
 def slots(plan: list[list[list[int]]]) -> int:
-    """Micro-batches of all ranks."""
+    """Return the number of micro-batches of all ranks."""
     return sum(len(share) for share in plan)
 
 
@@ -95,7 +95,7 @@ def test_ranks_have_the_same_to_do():
 
 
 def test_micro_batches_cost_the_same_where_they_need_not_be_full():
-    """Rounded up to 80 where 60 would do: the costliest has 5% more than the mean, or a single sequence, at most."""
+    """Rounded up to 80 where 60 suffice: the costliest has at most 5% more than the mean, or a single sequence."""
     for seed in range(5):
         lengths = lognormal_lengths(512, seed)
         (share,) = plan_micro_batches(lengths, 1, BUDGET, multiple=80)
@@ -105,7 +105,7 @@ def test_micro_batches_cost_the_same_where_they_need_not_be_full():
 
 
 def test_micro_batches_are_full():
-    """One rank, nothing rounded up: micro-batches are 98% full on average."""
+    """One rank without rounding up: micro-batches are 98% full on average."""
     for seed in range(5):
         lengths = lognormal_lengths(512, seed)
         (share,) = plan_micro_batches(lengths, 1, BUDGET)
@@ -117,7 +117,7 @@ def test_sequences_that_fit_exactly_share_a_micro_batch():
 
 
 def test_planning_many_sequences_takes_no_time():
-    """65,536: half a second. What grows with sequences x micro-batches takes minutes."""
+    """65,536 take half a second. An algorithm in sequences x micro-batches takes minutes."""
     lengths = lognormal_lengths(65_536, 0)
     began = time.process_time()
     plan_micro_batches(lengths, 32, BUDGET)
@@ -133,7 +133,7 @@ def test_more_ranks_than_sequences_leave_empty_micro_batches_and_no_rank_without
 
 
 def sequences_of(shapes: list[tuple[int, int, bool]]) -> list[Sequence]:
-    """Sequences of (prompt length, tail length, is a teacher's) whose ids are all different."""
+    """Return sequences of (prompt length, tail length, is a teacher's) whose ids are all different."""
     sequences, first = [], 1
     for prompt, tail, teacher in shapes:
         ids = np.arange(first, first + prompt + tail, dtype=np.int32)
@@ -281,7 +281,7 @@ def test_draws_are_different_usable_teachers_and_all_of_them_where_too_few(teach
 
 
 def test_draws_are_uniform_over_prompts_and_over_steps():
-    """Chi-square with 3 degrees of freedom exceeds 21.1 once in 10 000 times."""
+    """Chi-square with 3 degrees of freedom exceeds 21.1 once in 10,000 times."""
     samples = 4000
     over_prompts = Counter(drawn(group_of(f"prompt-{i}", Regime.HARD, 4))[0] for i in range(samples))
     over_steps = Counter(drawn(group_of("p", Regime.HARD, 4), step)[0] for step in range(samples))
@@ -318,7 +318,7 @@ def test_grading_sets_regimes_and_draws_and_leaves_a_replayed_draw():
 
 @pytest.mark.parametrize("method", RECIPES)
 def test_rewards_of_recorded_traces_are_no_members_of_a_group_whose_recipe_scores_none(method):
-    """A run of LUFFY's rollouts may be replayed by any recipe."""
+    """Any recipe may replay LUFFY's rollouts."""
     objective = Objective(method=method)
     group = group_of("recorded", None)
     group.teacher_indices, group.teacher_rewards = (2,), (1.0,)

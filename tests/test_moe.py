@@ -1,4 +1,4 @@
-"""Mixtures of experts: the same loss and gradient at any layout, whoever chose the experts; and the load told."""
+"""Mixtures of experts: the same loss and gradient at any layout, whoever chose the experts; and load metrics."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ LAYOUTS = [
 
 @functools.cache
 def alone(shape: str, routing: str = "off", aux_loss: float = 0.0) -> dict:
-    """Three updates on one rank."""
+    """Make three updates on one rank."""
     policy = {"routing_replay": routing, "aux_loss": aux_loss}
     return run_ranks(1, train_steps, shape, 100_000, 1, SEVERAL | {"policy": policy})[0]
 
 
 @pytest.mark.parametrize(("world", "parallel"), LAYOUTS, ids=str)
 def test_layout_invariance_with_the_auxiliary_loss(world, parallel):
-    """Loss, every gradient, the routers' included, and the load: nothing of a mini-batch is counted per cut."""
+    """Loss, every gradient, including the routers', and the load: nothing is counted per micro-batch."""
     one = alone("qwen3_moe", aux_loss=0.1)
     assert one["history"][0]["loss/aux"] > 0.1 and one["history"][0]["moe/load_max"] > 1.2
     for result in run_ranks(world, train_steps, "qwen3_moe", 150, 1, SEVERAL | BALANCED | {"parallel": parallel}):
@@ -57,7 +57,7 @@ def test_families_layout_invariance(shape, parallel):
 
 @pytest.mark.parametrize(("world", "parallel"), [(4, EP2), (4, SP | EP2)], ids=str)
 def test_distributed_optimizer_layout_invariance(world, parallel):
-    """Clipped: by the norm over experts and all the rest."""
+    """Clipped by the norm over experts and everything else."""
     sections = SEVERAL | {"optimizer": {"clip_grad": 0.01}}
     (one,) = run_ranks(1, train_steps, "qwen3_moe", 100_000, 1, sections)
     sections = SEVERAL | {"parallel": parallel, "optimizer": DISTRIBUTED | {"clip_grad": 0.01}}
@@ -67,14 +67,14 @@ def test_distributed_optimizer_layout_invariance(world, parallel):
 
 @pytest.mark.parametrize(("recompute", "routing"), [("selective", "off"), ("full", "off"), ("full", "rollout")])
 def test_recompute_changes_nothing_and_counts_nothing_twice(recompute, routing):
-    """In two stages a micro-batch's backward pass comes after the forward pass of the next."""
+    """In two stages a micro-batch's backward pass follows the forward pass of the next."""
     sections = SEVERAL | {"policy": {"routing_replay": routing}, "parallel": PP2, "model": {"recompute": recompute}}
     for result in run_ranks(2, train_steps, "qwen3_moe", 150, 1, sections):
         assert_same(result, alone("qwen3_moe", routing))
 
 
 def first_ratios(routing: str, parallel: dict) -> tuple[float, dict]:
-    """Largest |logp - old| that the training pass of the first update sees, and the step's metrics."""
+    """Return the largest |logp - old| in the training pass of the first update, and the step's metrics."""
     from megatron_dypo.objectives import TokenStreams
 
     largest, plain = [0.0], TokenStreams.terms
@@ -98,16 +98,16 @@ def test_first_ratio_is_exactly_one(routing):
 
 
 def test_replay_takes_the_routing_of_before_the_update():
-    """Own routing moves with the weights from the second update on: that is what replay keeps out of the ratio."""
+    """Own routing moves with the weights from the second update on: replay keeps that out of the ratio."""
     own, old, engine = (alone("qwen3_moe", routing)["history"][0] for routing in ("off", "old", "rollout"))
     assert "moe/rerouted_frac" not in own
     assert 0 < old["moe/rerouted_frac"] < 0.5
-    assert engine["moe/rerouted_frac"] > 0.5  # made up, so most of it is not what the routers would have taken
+    assert engine["moe/rerouted_frac"] > 0.5  # made up, so the routers would have chosen otherwise for most of it
     assert old["policy/clip_frac"] != own["policy/clip_frac"]
 
 
 def spoilt_rollout(spoil: str) -> str:
-    """What is said of a rollout with another routing than this model's."""
+    """Return the error about a rollout with another model's routing."""
     from megatron_dypo.errors import TrainingError
     from megatron_dypo.models.shape import model_shape
     from megatron_dypo.models.sharding import random_weights
@@ -148,7 +148,7 @@ def test_the_auxiliary_loss_evens_the_load():
 
 
 def test_the_auxiliary_loss_is_the_switch_transformers():
-    """Against its formula and autograd on made-up logits."""
+    """Compared with its formula and autograd on made-up logits."""
     import torch
 
     from megatron_dypo.policy.moe import Routing, balance_weights
@@ -167,7 +167,7 @@ def test_the_auxiliary_loss_is_the_switch_transformers():
 
 
 def test_grouped_experts_have_the_names_of_sequential_ones():
-    """Transformer Engine numbers a rank's experts behind the weight's name; it is not installed here."""
+    """Transformer Engine appends a rank's expert number to the weight's name; it is not installed here."""
     from megatron_dypo.policy.model import whole_model_names
 
     layer = SimpleNamespace(layer_number=7, mlp=SimpleNamespace(local_expert_indices=[4, 5]))

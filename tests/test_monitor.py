@@ -56,7 +56,7 @@ ESCAPE = "\x1b"
 
 
 def fill(run_dir: Path, steps: int, every: int = 10, drop: tuple[str, ...] = (), value: float | None = 0.5) -> Path:
-    """A run folder with ``steps`` steps of noise round ``value`` (None: all null), evaluated each ``every`` steps."""
+    """Write a run folder with ``steps`` noisy steps around ``value`` (None: null), evaluated each ``every`` steps."""
     draw = random.Random(0)
     run_dir.mkdir(parents=True, exist_ok=True)
     rows = [{"step": 0, "eval/valid/greedy_accuracy": 0.125}]
@@ -80,7 +80,7 @@ def config(run_dir: Path, **logging: object) -> Config:
 
 
 class Outline(HTMLParser):
-    """Tags, attributes and text of a page; insists that every element is closed where it should be."""
+    """Tags, attributes and text of a page; checks that every element is closed properly."""
 
     VOID = ("meta", "br", "wbr")
 
@@ -173,7 +173,7 @@ def test_no_writer_is_on_by_default(tmp_path):
 
 @pytest.fixture
 def own_wandb_service() -> Iterator[None]:
-    """wandb's service process ends with the test: launches of later tests would find and share it."""
+    """End wandb's service process with the test: later tests' launches would find and share it."""
     yield
     wandb.teardown()
     assert "WANDB_SERVICE" not in os.environ
@@ -182,7 +182,7 @@ def own_wandb_service() -> Iterator[None]:
 @pytest.mark.usefixtures("own_wandb_service")
 def test_wandb_offline_and_its_resume_share_one_run(tmp_path, monkeypatch):
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens: the network would be an error or a wait
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # no listener: network use would be an error or a wait
     for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
     run_dir = tmp_path / "run"
@@ -228,7 +228,7 @@ def test_tensorboard_events_read_back(tmp_path):
 def test_a_logger_that_fails_is_let_go_and_the_others_go_on(tmp_path):
     writers = Writers(config(tmp_path, tensorboard=True), tmp_path)
     failing, *_ = writers._writers
-    failing._events.close()  # what becomes of it when its thread has died
+    failing._events.close()  # as when its thread has died
     failing._events = None
     survivor = Writers(config(tmp_path / "other", tensorboard=True), tmp_path / "other")
     writers._writers += survivor._writers
@@ -236,7 +236,7 @@ def test_a_logger_that_fails_is_let_go_and_the_others_go_on(tmp_path):
     assert line.startswith("TensorBoard failed and is dropped at step 7, training continues: AttributeError")
     assert writers.write(8, {"reward/mean": 0.5}) == [] and writers.close() == []
     (events,) = (tmp_path / "other" / "tensorboard").iterdir()
-    assert events.read_bytes().count(b"\x0breward/mean") == 2  # by its length, unlike the one in the layout
+    assert events.read_bytes().count(b"\x0breward/mean") == 2  # with its length, unlike the one in the layout
 
 
 # ---------------------------------------------------------------------------------------------------- progress
@@ -270,7 +270,7 @@ def test_progress_on_a_terminal_shows_the_fields():
     with Progress(10, console=Console(file=out, force_terminal=True, width=120, color_system="truecolor")) as progress:
         progress.log("a line above")
         progress.update(4, METRICS)
-        progress.update(5, {"dypo/easy_frac": math.nan, "reward/mean": None})  # nothing to show is no error
+        progress.update(5, {"dypo/easy_frac": math.nan, "reward/mean": None})  # nothing to show is not an error
         progress.update(6, METRICS)
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
     assert ESCAPE in out.getvalue() and "━" in plain
@@ -335,7 +335,7 @@ def test_report_stacks_the_decades_of_the_mismatch(tmp_path):
 @pytest.mark.parametrize(("stale", "titles"), [(0, []), (1, ["Staleness"])])
 def test_report_leaves_out_a_staleness_that_is_always_0(tmp_path, stale, titles):
     rows = [{"step": step, "rollout/staleness_max": stale, "rollout/staleness_mean": stale / 2} for step in (1, 2)]
-    rows[0] |= {"reward/mean": 0.0}  # 0 throughout, and shown
+    rows[0] |= {"reward/mean": 0.0}  # 0 throughout, but shown
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert Outline(write_report(tmp_path).read_text()).data["h3"] == ["Reward", *titles]
 

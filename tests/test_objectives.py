@@ -1,8 +1,8 @@
 """The objective against an independent float64 reference (reference_objective.py), and its parts' invariants.
 
-Ours is what update.py does: coefficients of the whole batch, then token-local losses over micro-batches, here cut at
-random. Inputs are representable in float32, so both precisions see the same numbers. Legend: N tokens of a micro-batch;
-n of a sequence, whose leaves and gradients [2, n] are of the log-probs and of the entropies.
+Ours is what update.py does: coefficients of the whole batch, then token-local losses over micro-batches, divided at
+random here. Inputs are representable in float32, so both precisions see the same numbers. Legend: N tokens of a
+micro-batch; n of a sequence, whose leaves and gradients [2, n] are of the log-probs and of the entropies.
 """
 
 from __future__ import annotations
@@ -50,14 +50,16 @@ Key = tuple[int, Kind, int]  # group, kind, sample
 
 @dataclass
 class Batch:
-    """Graded groups, and every sequence's log-probs [n] (now, old, reference, rollout) and entropies [n], drawn for
-    training or not."""
+    """Graded groups with every sequence's log-probs [n] (now, old, reference, rollout) and entropies [n].
+
+    They are drawn whether the sequence is trained or not.
+    """
 
     groups: list[Group]
     logp: dict[Key, dict[str, Tensor]]
 
     def waiting(self, objective: Objective) -> Batch:
-        """What a queue has of them: those that failed, with their traces, and neither responses nor grades."""
+        """Return a queue's part of them: those that failed, with their traces, and neither responses nor grades."""
         names = {name for name, _ in failed(self.groups, objective)}
         kept = [g for g, group in enumerate(self.groups) if group.prompt.id in names]
         groups = [dataclasses.replace(self.groups[g], responses=[], regime=None) for g in kept]
@@ -78,8 +80,10 @@ def make_batch(
     longest: int = LONGEST,
     drift: float = 0.3,
 ) -> Batch:
-    """One group per row of rewards, with ``traces[g]`` teacher traces (one each by default), and where the recipe has
-    them three experts; drift 0: a first step."""
+    """Return one group per row of rewards, with ``traces[g]`` teacher traces (by default one each).
+
+    If the recipe trains on experts there are three; drift 0: a first step.
+    """
     generator, of_entropies, of_advantages = (torch.Generator().manual_seed(seed + each) for each in range(3))
 
     def values() -> dict[str, Tensor]:
@@ -115,7 +119,7 @@ def make_batch(
 
 @dataclass
 class Ours:
-    """What the package computes: loss, gradient [2, n] of every trained sequence, and the metrics' sums."""
+    """The package's results: loss, gradient [2, n] of every trained sequence, and the metrics' sums."""
 
     loss: float = 0.0
     gradient: dict[Key, Tensor] = field(default_factory=dict)
@@ -131,7 +135,7 @@ def coefficients(
     for sequence in sequences:
         logp = {name: batch.logp[key(sequence)][name].sum().item() for name in PER_TOKEN}
         if not needs_reference(objective):
-            logp["reference"] = 0.0  # as update.py leaves it: nobody may read it
+            logp["reference"] = 0.0  # as update.py leaves it: it must not be read
         sums.append(SequenceSums(**logp) if sequence.kind == Kind.ROLLOUT else None)
     means = [batch.logp[key(sequence)]["entropy"].mean().item() for sequence in sequences]
     return sequences, sequence_terms(
@@ -154,7 +158,7 @@ def key(sequence: Sequence) -> Key:
 def streams(
     batch: Batch, chosen: list[Sequence], terms: list, objective: Objective, correction: Correction, dtype: torch.dtype
 ) -> tuple[Tensor, TokenStreams]:
-    """(logp [N], streams) of one micro-batch, as update.py makes them: teacher traces have no other policy."""
+    """Return (logp [N], streams) of one micro-batch, as update.py makes them: teacher traces have no other policy."""
     is_rollout = bool(chosen) and chosen[0].kind == Kind.ROLLOUT
 
     def known(name: str) -> Tensor:
@@ -175,7 +179,7 @@ def streams(
 
 
 def cut(places: list[int], seed: int) -> list[list[int]]:
-    """Micro-batches of the places in random order, one of them empty."""
+    """Return micro-batches of the places in random order, one of them empty."""
     order = random.Random(seed)
     places = order.sample(places, len(places))
     edges = sorted(order.randint(0, len(places)) for _ in range(3))
@@ -218,7 +222,7 @@ def ours(
 def reference(
     batch: Batch, objective: Objective, correction: Correction = Correction()
 ) -> tuple[page.Terms, dict[Key, Tensor]]:
-    """The page's terms, and the log-probs they can be differentiated in."""
+    """Return the page's terms, and the log-probs in which they are differentiable."""
     leaves = {place: torch.stack([x["now"], x["entropy"]]).requires_grad_() for place, x in batch.logp.items()}
     questions, experts = [], []
     for g, group in enumerate(batch.groups):
@@ -249,7 +253,7 @@ def reference(
 
 
 def gradient(loss: Tensor, leaves: dict[Key, Tensor]) -> dict[Key, Tensor]:
-    """The gradient of every sequence, zero where it takes no part."""
+    """Return the gradient of every sequence, zero if it does not contribute."""
     if not loss.requires_grad:
         return {place: torch.zeros_like(leaf) for place, leaf in leaves.items()}
     parts = torch.autograd.grad(loss, list(leaves.values()), retain_graph=True, allow_unused=True)
@@ -260,14 +264,14 @@ def gradient(loss: Tensor, leaves: dict[Key, Tensor]) -> dict[Key, Tensor]:
 
 
 def flat(values: dict[Key, Tensor], places: dict[Key, Tensor]) -> Tensor:
-    """One vector over all tokens of the batch, those of dropped sequences included."""
+    """Return one vector over all tokens of the batch, including those of dropped sequences."""
     assert values.keys() <= places.keys()
     found = [values.get(place, torch.zeros_like(like)) for place, like in sorted(places.items())]
     return torch.cat([each.flatten() for each in found]).detach()
 
 
 def assert_agrees(batch: Batch, objective: Objective, correction: Correction = Correction(), seed: int = 0) -> None:
-    """Value and gradient equal the reference's, with float64 streams and with the float32 ones of a run."""
+    """Check value and gradient against the reference, with float64 streams and with a run's float32 ones."""
     terms, leaves = reference(batch, objective, correction)
     summands = terms.summands()
     expected = flat(gradient(summands.sum(), leaves), leaves)
@@ -431,7 +435,7 @@ def test_the_gradient_equals_the_reference_whatever_the_configuration_and_batch(
 @pytest.mark.parametrize("method", [name for name, chosen in RECIPES.items() if chosen.samples])
 @pytest.mark.parametrize("masks", [False, True])
 def test_dynamic_sampling_keeps_the_groups_in_which_something_has_a_coefficient(method: str, masks: bool) -> None:
-    """Also where responses are masked, some or all of a group."""
+    """Also with some or all responses of a group masked."""
     config = Config.model_construct(objective=Objective(method=method, mask_truncated=masks))
     sampling, kept = DynamicSampling(config, [], None, lambda group: [0]), []
     for row, cut_off in itertools.product(
@@ -539,7 +543,7 @@ def test_on_the_first_step_every_ratio_is_exactly_one(ratio_base: str) -> None:
 
 @pytest.mark.parametrize("gap", [-300.0, 300.0])
 def test_distant_policies_stay_finite_in_float32(gap: float) -> None:
-    """Also where no term weighs the KL: zero times an overflow would be NaN."""
+    """Also if no term weights the KL: zero times an overflow would be NaN."""
     for kl_coef in (0.0, 0.1):
         objective = Objective(kl_coef=kl_coef)
         batch = make_batch([[1, 0]], objective)
@@ -597,7 +601,7 @@ def test_totals_are_the_terms_and_the_share_of_the_gradient_of_each(name: str, m
         weight = share.get(term, 0.0)
         summands = getattr(terms, term)
         if term == "gal" and weight == 0:
-            assert losses[term] == 0  # not computed where it has no weight
+            assert losses[term] == 0  # not computed without weight
             continue
         assert losses[term] == pytest.approx(summed(summands).item(), rel=1e-10, abs=1e-15)
         slopes = flat(gradient(weight * summed(summands), leaves), leaves)
@@ -625,7 +629,7 @@ def test_clipped_counts_the_tokens_whose_slope_the_clip_takes() -> None:
             tokens += len(ratio_n)
     totals = ours(batch, objective).totals
     assert 0 < expected == totals["clipped"] and totals["rollout_tokens"] == tokens
-    assert ours(batch, Objective(alpha=0.0, **ASYMMETRIC)).totals["clipped"] == 0  # where the ratio has no weight
+    assert ours(batch, Objective(alpha=0.0, **ASYMMETRIC)).totals["clipped"] == 0  # for a ratio without weight
 
 
 def test_pair_metrics_are_means_over_all_pairs_of_the_batch() -> None:

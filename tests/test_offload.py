@@ -1,4 +1,4 @@
-"""``trainer.offload``: the policy leaves nothing on the device while the engine works, and comes back bit for bit."""
+"""``trainer.offload``: the policy leaves nothing on the device while the engine works, and returns bit for bit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STEPS = 3
 
 
 def live_bytes() -> int:
-    """Bytes of all storages that any tensor of this process has; one that several tensors share counts once."""
+    """Return the bytes of all storages of this process's tensors; a shared one counts once."""
     import torch
 
     gc.collect()
@@ -25,7 +25,7 @@ def live_bytes() -> int:
 
 
 def build(shape: str, sections: dict):
-    """(config, policy) on this rank, the same weights each time."""
+    """Return (config, policy) on this rank, with the same weights each time."""
     from megatron_dypo.models.shape import model_shape
     from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.policy.policy import Policy
@@ -38,7 +38,7 @@ def build(shape: str, sections: dict):
 
 
 def updates(shape: str, sections: dict, offloaded: bool, chunk: int = 1000) -> dict:
-    """A few updates, with a turn of the engine before each and after the last; the policy's bits and its memory.
+    """Make a few updates, with the engine's turn before each and after the last; return the policy's bits and memory.
 
     ``chunk``: bytes of a chunk of host memory; by default no storage fits into one.
     """
@@ -48,7 +48,7 @@ def updates(shape: str, sections: dict, offloaded: bool, chunk: int = 1000) -> d
     from megatron_dypo.training.step import StepContext, update_policy
 
     host_memory.CHUNK = chunk
-    gc.freeze()  # what was there before the policy is not looked at again and again
+    gc.freeze()  # excludes what existed before the policy from further scans
     config, policy = build(shape, sections)
     found: dict = {"metrics": [], "on_device": [], "away": [], "host": []}
 
@@ -57,7 +57,7 @@ def updates(shape: str, sections: dict, offloaded: bool, chunk: int = 1000) -> d
             return
         host = lambda: policy.offload.host_bytes  # noqa: E731
         reference = getattr(policy.reference, "host_bytes", 0)
-        head = workspace.held()  # given up, not moved
+        head = workspace.held()  # released, not moved
         found["on_device"].append(live_bytes() - host() - reference - head)
         with policy.offload.on_host():
             found["away"].append(live_bytes() - host() - reference)
@@ -69,7 +69,7 @@ def updates(shape: str, sections: dict, offloaded: bool, chunk: int = 1000) -> d
         outcome = update_policy(policy, make_groups(seed=step), config, trace_ids, StepContext(1, 1e-2))
         assert outcome.skipped is None and not outcome.empty
         found["metrics"].append(outcome.metrics)
-        del outcome  # with the step's micro-batches
+        del outcome  # including the step's micro-batches
     turn()
     digest = lambda tensor: hashlib.sha256(tensor.detach().float().numpy().tobytes()).hexdigest()  # noqa: E731
     found["weights"] = {name: digest(tensor) for name, tensor in policy.named_tensors()}
@@ -103,7 +103,7 @@ def test_the_policy_comes_back_bit_for_bit_and_leaves_nothing_behind(world, shap
     for ours, theirs in zip(moved, kept, strict=True):
         for what in ("metrics", "weights", "adam"):
             assert ours[what] == theirs[what], what
-        optimizer = 8 if ours["width"] == 4 else 12  # bytes a parameter
+        optimizer = 8 if ours["width"] == 4 else 12  # bytes per parameter
         optimizer /= ours["sharded_over"]
         assert ours["on_device"][-1] >= (ours["width"] + 4 + 0.9 * optimizer) * ours["parameters"], (
             "what is to be moved"
@@ -137,12 +137,12 @@ def refused_while_away() -> list[str]:
 
 
 def test_use_of_a_policy_that_is_away_is_refused():
-    """Rather than end the process by reading memory that is not there."""
+    """Instead of ending the process by reading memory that does not exist."""
     assert len(run_ranks(1, refused_while_away)[0]) == 7
 
 
 def test_a_run_with_turns_is_the_run_without(tmp_path):
-    """Evaluation, saving and resuming included: metrics and the last checkpoint are equal bit for bit.
+    """Including evaluation, saving and resuming: metrics and the last checkpoint are bit-equal.
 
     With vLLM: test_end_to_end.py.
     """
@@ -151,7 +151,7 @@ def test_a_run_with_turns_is_the_run_without(tmp_path):
     straight = copy_task(tmp_path / "straight", **trainer)
     turns = copy_task(tmp_path / "turns", **trainer, trainer__offload=True)
     run_ranks(2, train_here, str(straight), [], seconds=240)
-    for steps in (3, 6):  # the second goes on from the first's checkpoint
+    for steps in (3, 6):  # the second resumes the first's checkpoint
         run_ranks(2, train_here, str(turns), [f"trainer.steps={steps}"], seconds=240)
     runs = {name: metrics(tmp_path / name / "run") for name in ("straight", "turns")}
     assert all(line["time/offload"] > 0 for line in runs["turns"][1:])
@@ -163,9 +163,9 @@ def test_a_run_with_turns_is_the_run_without(tmp_path):
 
 
 def turns_of_the_engine(name: str, folder: str) -> list[list]:
-    """Samples of one prompt: awake, after a sleep with weights, after a sleep without them and a sync, after none.
+    """Return samples of one prompt: awake, after a sleep with weights, after one without them and a sync, after none.
 
-    Each sync is verified, and the policy away after the first.
+    Each sync is verified, and the policy offloaded after the first.
     """
     from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The planner: counted bytes on real ranks, published step times, layouts that fit, and reasons that are true."""
+"""The planner: counted bytes on real ranks, published step times, layouts that fit, and true reasons."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WORK = StepWorkload(
     mid=0.5, hard=0.25,
 )  # fmt: skip
 PLACED = {"virtual": 1, "context": 1, "recompute": "none", "placement": "beside"}
-LAYOUTS = [  # (cut, ranks, distributed optimizer, tied embedding)
+LAYOUTS = [  # (layout, ranks, distributed optimizer, tied embedding)
     ({}, 1, False, True),
     ({"tensor": 2, "sequence_parallel": True}, 2, False, False),
     ({"pipeline": 2}, 4, True, True),
@@ -47,7 +47,7 @@ MIXTURE = dataclasses.replace(
     SHAPE, family="qwen2_moe", num_layers=4, ffn_hidden_size=96, num_experts=8, router_topk=2,
     shared_expert_ffn_hidden_size=64,
 )  # fmt: skip
-EXPERT_LAYOUTS = [  # (cut, ranks): in each of them experts and the rest are shared by different numbers of ranks
+EXPERT_LAYOUTS = [  # (layout, ranks): in each of them experts and the rest are sharded over different numbers of ranks
     ({"expert": 2}, 4),
     ({"expert": 2, "pipeline": 2}, 4),
     ({"expert": 2, "expert_tensor": 2, "tensor": 2, "sequence_parallel": True}, 4),
@@ -55,7 +55,7 @@ EXPERT_LAYOUTS = [  # (cut, ranks): in each of them experts and the rest are sha
 
 
 def counted(shape: ModelShape, parallel: dict, distributed: bool) -> tuple[int, int, int, int]:
-    """Bytes of this rank's weights, gradients and optimizer state, and its parameters. To be run on a forked rank."""
+    """Return bytes of this rank's weights, gradients and optimizer state, and its parameters; for a forked rank."""
     from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.policy.optimizer import adam_parts
     from megatron_dypo.policy.policy import Policy
@@ -69,7 +69,7 @@ def counted(shape: ModelShape, parallel: dict, distributed: bool) -> tuple[int, 
         b.grad_data.nbytes for chunk in policy.chunks for b in chunk.buffers + chunk.expert_parallel_buffers
     )
     policy.zero_gradients()
-    policy.step(1e-3)  # Adam makes its moments at the first update
+    policy.step(1e-3)  # Adam creates its moments at the first update
     parts = adam_parts(policy.optimizer, policy.parameters).values()
     state = sum(part.flat(name).nbytes for part in parts for name in part.names)
     return weights, gradients, state, sum(p.numel() for p in policy.parameters.values())
@@ -77,7 +77,7 @@ def counted(shape: ModelShape, parallel: dict, distributed: bool) -> tuple[int, 
 
 @pytest.mark.parametrize(("parallel", "ranks", "distributed", "tied"), LAYOUTS, ids=[str(each[0]) for each in LAYOUTS])
 def test_weights_gradients_and_optimizer_are_what_ranks_hold(parallel, ranks, distributed, tied):
-    """The busiest of real ranks; in bf16, as the planner has it. Weights exactly, the padded rest within 5%."""
+    """The busiest of real ranks, in bf16 as in the planner. Weights exactly, the padded rest within 5%."""
     shape = dataclasses.replace(SHAPE, tied_embeddings=tied)
     compare(shape, parallel, ranks, distributed)
 
@@ -97,7 +97,7 @@ NO_REFERENCE = {"method": "grpo", "kl_coef": 0.0}
 
 
 def held_on_the_host(model: str, sections: dict) -> list[dict]:
-    """Of this rank, in each combination: bytes allocated, and the planner's of reference, trainer.offload, a save."""
+    """Return this rank's bytes in each combination: allocated, and planned for reference, trainer.offload, a save."""
     from megatron_dypo.checkpoint.state import exchange_holders, snapshot
     from megatron_dypo.models.shape import model_shape
     from megatron_dypo.models.sharding import random_weights
@@ -140,7 +140,7 @@ def held_on_the_host(model: str, sections: dict) -> list[dict]:
 
 @pytest.mark.parametrize(("model", "sections", "ranks"), HOST_CASES, ids=str)
 def test_host_memory_of_reference_offload_and_saving_is_what_is_allocated(model, sections, ranks):
-    """Exactly for the reference; within what mcore pads and step counts take for offload. A save is of all ranks."""
+    """Exactly for the reference; within mcore's padding and step counts for offload. A save covers all ranks."""
     everyone = run_ranks(ranks, held_on_the_host, model, sections)
     for at_once in zip(*everyone, strict=True):
         for found in at_once:
@@ -155,7 +155,7 @@ def test_host_memory_of_reference_offload_and_saving_is_what_is_allocated(model,
 
 
 def placed(memory_gib: float | None, engine_gib: float = 0.0, offload: bool = False, **model) -> tuple[str, str]:
-    """Where a small policy's reference comes to lie on a GPU of this size."""
+    """Return where a small policy's reference is placed on a GPU of this size."""
     config = make_config(model={"dtype": "bf16"} | model)
     config.trainer.offload = offload
     memory = None if memory_gib is None else round(memory_gib * GIB)
@@ -202,7 +202,7 @@ def test_a_plan_puts_the_reference_where_steps_are_fastest_and_counts_it_there()
 
 
 def compare(shape: ModelShape, parallel: dict, ranks: int, distributed: bool) -> None:
-    """Counted on ranks and planned."""
+    """Compare counted with planned bytes."""
     found = [max(column) for column in zip(*run_ranks(ranks, counted, shape, parallel, distributed), strict=True)]
     cut = {name: parallel.get(name, 1) for name in ("tensor", "pipeline", "context", "expert", "expert_tensor")}
     cut["virtual"] = parallel.get("virtual_pipeline", 1)
@@ -218,7 +218,7 @@ def compare(shape: ModelShape, parallel: dict, ranks: int, distributed: bool) ->
 
 
 def test_activations_are_the_documented_bytes():
-    """docs/memory.md's count for one token and layer, and what sequence parallelism and pipelines make of it."""
+    """docs/memory.md's count for one token and layer, and the effect of sequence parallelism and pipelines."""
     shape = RELEASED["Qwen/Qwen2.5-7B"]
     candidate = Candidate(tensor=1, pipeline=1, data=8, **PLACED)
     of = {
@@ -235,7 +235,7 @@ def test_activations_are_the_documented_bytes():
 
 
 def bytes_saved(policy, forward: Callable[[], object]) -> int:
-    """What ``forward`` keeps for its backward pass, storage by storage; weights are left out."""
+    """Return the bytes that ``forward`` keeps for its backward pass, per storage, without weights."""
     import torch
 
     storages = {parameter.untyped_storage().data_ptr(): None for parameter in policy.parameters.values()}
@@ -250,7 +250,7 @@ def bytes_saved(policy, forward: Callable[[], object]) -> int:
 
 
 def saved_by_a_layer(shape: ModelShape, tokens: int) -> float:
-    """Numbers a token, as bf16's bytes, that a layer keeps with an attention that keeps what torch's flash one does.
+    """Return bytes per token, as in bf16, that a layer keeps with an attention that keeps what torch's flash one does.
 
     In fp32: CPUs' norms in bf16 keep fp32 copies.
     """
@@ -298,7 +298,7 @@ def test_a_dense_layer_keeps_the_documented_bytes(family):
 
 
 def saved_by_a_mixture(shape: ModelShape, tokens: int) -> float:
-    """Bytes a token that a mixture of experts keeps in bf16 for its backward pass. To be run on a forked rank."""
+    """Return the bytes per token that a mixture keeps in bf16 for its backward pass; for a forked rank."""
     import torch
 
     from megatron_dypo.models.sharding import random_weights
@@ -331,7 +331,7 @@ def test_a_mixture_keeps_the_documented_bytes():
     ]
     assert counted[1] - counted[0] == UNEVEN * each * (2 * hidden + 6 * ffn + 3 * 2 * hidden)
     again = activation_bytes(shape, dataclasses.replace(candidate, recompute="selective"), tokens) / tokens
-    assert again == counted[1]  # of one layer, which is there once either way
+    assert again == counted[1]  # of one layer, which exists once either way
 
 
 @pytest.mark.parametrize(
@@ -341,12 +341,12 @@ def test_a_mixture_s_parameters_are_as_its_makers_count_them(model, total, activ
     shape = RELEASED[model]
     assert shape.parameters / 1e9 == pytest.approx(total, rel=0.002)
     assert shape.active_parameters / 1e9 == pytest.approx(active, rel=0.02)
-    # the vocabulary in both padded
+    # both padded the vocabulary
     assert rank_parameters(shape, 1, 1) == pytest.approx(shape.parameters, rel=1e-3)
 
 
 def test_experts_within_a_node_and_few_sequences_are_faster():
-    """The way to experts is as slow as its slowest link; a few sequences read a few experts."""
+    """Dispatch to experts is as slow as its slowest link; a few sequences read a few experts."""
     shape, cluster = RELEASED["Qwen/Qwen3-30B-A3B"], Cluster(16, 80 * GIB, gpu("h100"))
 
     def seconds(expert: int, sequences: int):
@@ -362,8 +362,8 @@ def test_experts_within_a_node_and_few_sequences_are_faster():
 
 
 # NVIDIA NeMo-RL's performance summary (0.4; mixtures 0.6): GRPO on DGX H100, bf16, 64 prompts x 32 responses of at most
-# 4,096 tokens, 4 updates a rollout (235B: 16 x 32 of 8,192, 1 update), colocated or one step off policy: model, GPUs,
-# mean tokens of a sequence, seconds of a step, cut.
+# 4,096 tokens, 4 updates per rollout (235B: 16 x 32 of 8,192, 1 update), colocated or one step off-policy: model, GPUs,
+# mean tokens of a sequence, seconds of a step, layout.
 PUBLISHED = {
     "Llama 8B": ("meta-llama/Llama-3.1-8B", 16, 1060, 97.7, {"pipeline": 2, "data": 8}),
     "Llama 8B, one step off": (
@@ -513,19 +513,19 @@ def test_the_overrides_of_a_plan_make_that_layout_whatever_the_file_has(example,
 
 
 def launches(lines: list[str]) -> list[list[str]]:
-    """Words of those lines that start something, the ``&`` of one in the background left out."""
+    """Return the words of the lines that start something, without a trailing ``&``."""
     words = [shlex.split(line) for line in lines]
     return [[word for word in each if word != "&"] for each in words if any("launch/" in word for word in each)]
 
 
 def overrides_of(lines: list[str]) -> list[str]:
-    """What follows the configuration; all lines have the same."""
+    """Return what follows the configuration; it is the same in all lines."""
     found = {tuple(each[[word.startswith("launch/") for word in each].index(True) + 2 :]) for each in launches(lines)}
     (overrides,) = found
     return list(overrides)
 
 
-PLANNED = [  # (configuration, what `plan` is given besides, the best one's placement)
+PLANNED = [  # (configuration, further arguments of `plan`, the best one's placement)
     ("qwen2.5_math_7b_dypo", "--gpus 16 --gpu-memory 80", "servers"),
     ("qwen2.5_math_7b_dypo", "--gpus 16 --gpu-memory 80 --gpu a800", "turns"),
     ("qwen2.5_math_7b_dypo", "--gpus 4 --gpu-memory 80 optimizer.lr=1e-6", "turns"),
@@ -571,7 +571,7 @@ def best_lines(printed: str) -> list[str]:
     [("Qwen/Qwen2.5-7B", 8, 141), ("Qwen/Qwen3-8B-Base", 24, 80), ("Qwen/Qwen3-30B-A3B", 16, 141)],
 )
 def test_the_best_layout_s_own_keys_leave_it_the_best(model, gpus, memory, overlap, reference):
-    """``plan`` reads model.reference_on and rollout.async_rollout, and nothing else of what it prints."""
+    """``plan`` reads model.reference_on and rollout.async_rollout, and nothing else of its own output."""
     shape, cluster = RELEASED[model], Cluster(gpus, memory * GIB, gpu("h100"))
     for response in (300, 1000, 3000):
         work = dataclasses.replace(WORK, response_tokens=response, longest=9000, overlap=overlap, reference=reference)
@@ -581,7 +581,7 @@ def test_the_best_layout_s_own_keys_leave_it_the_best(model, gpus, memory, overl
         assert plan(shape, cluster, work)[0][0] == best
 
 
-CLOSE = [  # (model, GPUs, GiB, kind, what the work has): where layouts within 3% change with the keys given back
+CLOSE = [  # (model, GPUs, GiB, kind, workload): layouts within 3% change with the keys given back
     ("Qwen/Qwen3-4B-Base", 6, 80, "a100", {"prompts": 256, "response_tokens": 6000, "budget": 8192}),
     (
         "Qwen/Qwen3-4B-Base",

@@ -1,4 +1,4 @@
-"""Ports that another program holds are named within seconds; launch/servers.sh keeps each server up on its own."""
+"""Occupied ports are reported within seconds; launch/servers.sh keeps each server up on its own."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.test_launch import LAUNCH, environment
 
 @contextmanager
 def listening(answer: bytes = b"") -> Iterator[int]:
-    """A program on a port of this machine that says ``answer`` to whatever comes, or nothing."""
+    """Run a program on a port of this machine that answers ``answer`` to anything, or nothing."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
@@ -36,7 +36,7 @@ def listening(answer: bytes = b"") -> Iterator[int]:
 
         threading.Thread(target=serve, daemon=True).start()
         yield server.getsockname()[1]
-        server.shutdown(socket.SHUT_RDWR)  # a thread that waits in accept would hold the port after the close
+        server.shutdown(socket.SHUT_RDWR)  # a thread waiting in accept would hold the port after the close
 
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.0 400 Bad Request\r\n\r\n"])
@@ -81,7 +81,7 @@ server.serve_forever()
 
 @contextmanager
 def servers(folder: Path, odd: int) -> Iterator[tuple[subprocess.Popen, Path]]:
-    """launch/servers.sh with two stand-ins; the one at the odd port ends with code ``odd``, where that is not 0."""
+    """Run launch/servers.sh with two imitations; the one at the odd port ends with code ``odd``, unless that is 0."""
     (folder / "server.py").write_text(f"ODD = {odd}\n{SERVER}")
     (folder / "python").write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} {folder}/server.py "$@"\n')
     (folder / "python").chmod(0o755)
@@ -107,7 +107,7 @@ def until(condition, seconds: float = 30.0) -> None:
 def test_a_server_that_dies_early_is_started_again_and_its_neighbour_goes_on(tmp_path):
     with servers(tmp_path, odd=0) as (script, log):
         until(lambda: all((tmp_path / f"pid_{n}").exists() for n in (0, 1)))
-        time.sleep(2.5)  # the script looks once a second whether they serve
+        time.sleep(2.5)  # the script checks once per second whether they respond
         first, neighbour = (int((tmp_path / f"pid_{n}").read_text()) for n in (0, 1))
         os.kill(first, signal.SIGKILL)
         until(lambda: (tmp_path / "pid_0").read_text() != str(first))

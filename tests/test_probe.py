@@ -1,4 +1,4 @@
-"""A run starts from a folder only as transformers reads it: the log-prob probe, and weights that are NaN."""
+"""A run starts from a folder only as transformers reads it: the log-prob probe, and NaN weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TRANSFORMERS = ["rollout.engine=transformers", "trainer.steps=1", "trainer.save_
 
 
 def byte_tokenizer(folder: Path) -> None:
-    """A token a byte, and an end token."""
+    """Write a tokenizer with a token per byte, and an end token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -49,7 +49,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 @contextlib.contextmanager
 def heard():
-    """The project's log lines, from info on."""
+    """Collect the project's log lines, from info on."""
     stream, logger = io.StringIO(), logging.getLogger("megatron_dypo")
     handler, level = logging.StreamHandler(stream), logger.level
     logger.addHandler(handler)
@@ -60,7 +60,7 @@ def heard():
 
 
 def probed(folder: str, parallel: dict, changes: list[tuple[str, float]]) -> list[str]:
-    """What the probe says of a policy at a layout: as it is, and with one part of it scaled, by ``changes``."""
+    """Return the probe's results for a policy at a layout: unchanged, and with one part scaled, by ``changes``."""
     from megatron_dypo.config.schema import Model
     from megatron_dypo.convert.hf_weights import folder_weights
     from megatron_dypo.data.tokenizer import load_tokenizer
@@ -112,7 +112,7 @@ def test_the_probe_agrees_at_every_layout_and_refuses_a_part_that_is_off(folders
 
 
 def start(folder: Path, hf: Path, **overrides: object) -> Path:
-    """A configuration that trains from the folder; ``overrides`` as for ``copy_task``."""
+    """Return a configuration that trains from the folder; ``overrides`` as for ``copy_task``."""
     path = copy_task(folder, data__max_prompt_tokens=32, data__max_tokens_per_microbatch=512, **overrides)
     config = yaml.safe_load(path.read_text())
     config["model"] = {"hf": str(hf)} | {name: value for name, value in config["model"].items() if name == "probe"}
@@ -121,13 +121,13 @@ def start(folder: Path, hf: Path, **overrides: object) -> Path:
 
 
 def trained(config: str, overrides: list[str], fault: str) -> tuple[int, str]:
-    """(exit code, all that is printed) of ``train`` with something planted."""
+    """Return (exit code, output) of ``train`` with a planted fault."""
     from megatron_dypo import trainer
     from megatron_dypo.cli import main
     from megatron_dypo.models import shape
     from megatron_dypo.policy import hf_probe
 
-    if fault == "rope base":  # as if our reading of the field were wrong
+    if fault == "rope base":  # as if we misread the field
         read = shape.read_shape
         shape.read_shape = lambda path: read(path) | {"rope_base": 700.0}
     elif fault == "no memory":
@@ -171,7 +171,7 @@ def test_a_resumed_run_is_not_probed(folders, tmp_path):
 
 
 def damaged(hf: Path, folder: Path, name: str = DAMAGED, value: float = float("nan")) -> Path:
-    """A copy of the Hugging Face folder with one element of a tensor replaced."""
+    """Return a copy of the Hugging Face folder with one element of a tensor replaced."""
     folder.mkdir()
     for file in hf.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())

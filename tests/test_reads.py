@@ -1,4 +1,4 @@
-"""Keys that are not read: the table says so truly, the loader refuses or names them, and runs go on without them."""
+"""Unread keys: the table is correct, the loader refuses or names them, and runs work without them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ from tests.test_config import SMALLEST, complaint
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*/config.yaml"))
-ANOTHER = {  # a value that is not the default, which the others of these do not make idle
+ANOTHER = {  # a value that is not the default, and does not make the others of these idle
     "alpha": 0.25, "beta_gal": 2.0, "gamma": 3.0, "clip_low": 0.05, "clip_high": 0.01, "kl_coef": 0.3,
     "hard_max_solved": 1, "easy_min_solved": 3, "teachers_per_prompt": 2,
     "aggregation": "token_mean", "aggregation_constant": 5,
@@ -66,7 +66,7 @@ ANOTHER = {  # a value that is not the default, which the others of these do not
 
 
 def file(folder: Path, **sections: dict[str, Any]) -> Path:
-    """A file of the four required keys and ``sections``."""
+    """Write a file of the four required keys and ``sections``."""
     tree = {name: SMALLEST.get(name, {}) | sections.get(name, {}) for name in SMALLEST | sections}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(tree, sort_keys=False))
@@ -110,13 +110,13 @@ def deciding(dotted: str) -> set[str]:
 
 @pytest.mark.parametrize("dotted", READ_WITH)
 def test_what_decides_of_a_deciding_key_decides_of_the_key_too(dotted):
-    """Or an idle key at its default would make another one idle."""
+    """Otherwise an idle key at its default would make another one idle."""
     for decider in deciding(dotted):
         assert deciding(decider) <= deciding(dotted) | {dotted}
 
 
 def outcome(objective: Objective) -> list[float]:
-    """Loss, metric sums and every token's gradient of made-up groups, by the code that trains."""
+    """Return loss, metric sums and every token's gradient of made-up groups, by the training code."""
     rewards = [
         [1, 1, 1, 1],
         [0, 0, 0, 0],
@@ -128,7 +128,7 @@ def outcome(objective: Objective) -> list[float]:
     ]
     two = objective.model_copy(update={"teachers_per_prompt": 2})
     batch = ours.make_batch(rewards, two, seed=3, traces=[2] * len(rewards))
-    for group in batch.groups:  # as training/minibatch.py has it
+    for group in batch.groups:  # as in training/minibatch.py
         if group.expert:
             continue
         draw_teachers(group, [0, 1], 0, 1, objective.teachers_per_prompt)
@@ -214,10 +214,10 @@ def test_a_key_that_is_not_read_is_refused_with_the_one_that_decides(tmp_path, o
         dotted, _, text = override.partition("=")
         section, _, leaf = dotted.partition(".")
         tree.setdefault(section, {})[leaf] = yaml.safe_load(text) if "e-" not in text and text != "on" else text
-    if "e-" not in "".join(overrides):  # in a file it is as on the command line
+    if "e-" not in "".join(overrides):  # a file has the same value as the command line
         assert complaint(file(tmp_path, **tree)).startswith(line)
     asked = overrides[-1:] if len(overrides) > 1 and "=sent" in overrides[-1] else []
-    if asked:  # the key on the command line, what decides in the file
+    if asked:  # the key on the command line, its condition in the file
         del tree["rollout"]["verify_sync"]
         assert complaint(file(tmp_path, **tree), *asked).startswith(line)
 
@@ -324,7 +324,7 @@ def test_a_run_folder_s_configuration_of_before_such_keys_were_refused_is_read(t
 
 
 def overrides_in(text: str) -> list[list[str]]:
-    """Of each command or code span that has some: its ``section.key=value`` words."""
+    """Return the ``section.key=value`` words of each command or code span that has some."""
     sections = "|".join(Config.model_fields)
     word = rf"(?:{sections})\.[a-z_.]+=[^\s`'\"\\,;)]+"
     spans = re.findall(r"`([^`]+)`", text) + re.sub(r"\\\n", " ", text).splitlines()

@@ -1,4 +1,4 @@
-"""Every recipe at every kind of parallelism: the loss of each term, the gradient and the weights of one rank.
+"""Every recipe at every kind of parallelism: each term's loss, the gradient and the weights equal one rank's.
 
 DYPO's own recipe is at more layouts in test_layouts.py. Here ``make test`` has one recipe for each function of a token,
 one of them with an entropy bonus; ``make faults`` has all.
@@ -22,7 +22,7 @@ LAYOUTS = {  # (model, parallel, optimizer), two ranks each
     "distributed": ("deep", {}, DISTRIBUTED),
     "experts": ("qwen3_moe", EP2, {}),
 }
-OBJECTIVES = {  # in three updates, all with KL and clipped tokens where the recipe has a ratio
+OBJECTIVES = {  # in three updates, all with KL and clipped tokens if the recipe has a ratio
     "chord": {"entropy_coef": 0.03, "aggregation": "token_mean", "demo_aggregation": "token_mean", "shape": "phi"},
     "dypo": {"entropy_coef": 0.03},
     "grpo": {"entropy_coef": 0.03, "aggregation": "token_mean"},
@@ -58,7 +58,7 @@ def alone(method: str, shape: str) -> dict:
 
 @pytest.mark.parametrize(("method", "layout"), MATRIX)
 def test_every_recipe_has_the_losses_gradient_and_weights_of_one_rank(method, layout):
-    """With a distributed optimizer a rank has its share of the gradient's sums alone: norm and weights tell."""
+    """With a distributed optimizer a rank has only its share of the gradient's sums: norm and weights tell."""
     shape, parallel, optimizer = LAYOUTS[layout]
     one = alone(method, shape)
     (metrics,) = one["history"]

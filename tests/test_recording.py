@@ -1,4 +1,4 @@
-"""Recorded rollouts: what is written is read back bit for bit, whole or not at all, in the format others rely on."""
+"""Recorded rollouts: read back bit for bit, written atomically, in the format that others rely on."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def replayed_from(folder: Path, step: int, vocab_size: int = 2**31, longest: int
 
 
 def same(ours: Group, theirs: Group) -> bool:
-    """Equal to the last bit: ids, log-probs and everything else."""
+    """Return whether ids, log-probs and everything else are equal to the last bit."""
     for mine, other in zip(ours.responses, theirs.responses, strict=True):
         assert (
             (mine.ids.dtype, mine.logprobs.dtype) == (other.ids.dtype, other.logprobs.dtype) == (np.int32, np.float32)
@@ -138,7 +138,7 @@ def test_a_recording_that_fails_leaves_what_was_there(tmp_path):
 
 
 def edited(folder: Path, **changes: object) -> Path:
-    """A recording whose second line differs in these keys (``...``: left out)."""
+    """Return a recording whose second line differs in these keys (``...``: left out)."""
     record(folder, 1, [one_group(), one_group()])
     path = folder / "step_000001.jsonl"
     first, second = path.read_text().splitlines()
@@ -151,7 +151,7 @@ RESPONSE = {"ids": [5, 1], "logprobs": [-0.1, -0.2], "reward": 1.0, "finish_reas
 
 
 def npy(header: str, content: bytes = b"") -> str:
-    """Base64 of an ``.npy`` file, as ``experts`` are written."""
+    """Return the base64 of an ``.npy`` file, as ``experts`` are written."""
     return b64encode(b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header.encode() + content).decode()
 
 

@@ -1,4 +1,4 @@
-"""The frozen reference: the same log-probs wherever it is, no copy of the policy, no memory after the first swap."""
+"""The frozen reference: the same log-probs wherever it is, no copy of the policy, no allocation after one swap."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tests.batches import make_config, make_groups, trace_ids
 from tests.ranks import run_ranks
 
 STEPS = 4
-CHUNK, STAGE = 5000, 1 << 10  # bytes: most weights lie in several pieces, and over chunks' borders
+CHUNK, STAGE = 5000, 1 << 10  # bytes: most weights are in several pieces, and cross chunks' borders
 
 
 def copied():
-    """The definition: every weight is copied, before the pass and after it."""
+    """The definition: copy every weight before the pass and after it."""
     import torch
 
     from megatron_dypo.policy.reference import OnDevice
@@ -32,7 +32,7 @@ def copied():
 
 
 def allocated(action: Callable[[], object]) -> int:
-    """Bytes of all storages that ``action`` makes."""
+    """Return the bytes of all storages that ``action`` creates."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
@@ -53,7 +53,7 @@ def allocated(action: Callable[[], object]) -> int:
 
 
 def runs(shape: str, sections: dict) -> dict:
-    """By place of the reference: metrics, weights' and reference's bits after updates, and what swaps allocate."""
+    """Return per place of the reference: metrics, bits of weights and reference after updates, swaps' allocations."""
     from megatron_dypo.models.shape import model_shape
     from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.policy import host_memory, reference

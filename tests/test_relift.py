@@ -1,7 +1,7 @@
-"""ReLIFT's queue: who waits and who is due, an update on it beside autograd, skipped updates, resumes and replays.
+"""ReLIFT's queue: which groups wait and are due, its update against autograd, skipped updates, resumes and replays.
 
-The runs are whole ones. What they should have queued is worked out from their recorded rollouts by ``played``, which
-uses nothing of the package.
+The runs are whole ones. Their expected queue is computed from the recorded rollouts by ``played``, which uses nothing
+of the package.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ ROUNDS = {  # (with prompts of the queue, norms of earlier updates on it), judge
 
 
 def updates() -> dict[str, dict]:
-    """On a forked rank: a step of two updates, and one on the queue, from the same weights in each of the ROUNDS."""
+    """Run on a forked rank: a step of two updates, and one on the queue, from the same weights, per round of ROUNDS."""
     from megatron_dypo.models.shape import model_shape
     from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.policy.policy import Policy
@@ -201,7 +201,7 @@ STEPS, SIZE = 6, 7
 REWARD = """def compute(data_source, solution_str, ground_truth, extra_info=None):
     digit = int(ground_truth)
     return float(digit < 2 or (digit < 5 and len(solution_str) % 2 == 0))
-"""  # Easy, Mid for the most part, and Hard
+"""  # Easy, mostly Mid, and Hard
 TASK = {
     "objective__method": "relift",
     "objective__queue_size": SIZE,
@@ -220,7 +220,7 @@ TASK = {
 
 
 def train_watched(config: str, overrides: list[str]) -> list[list[list]]:
-    """Train on a forked rank; returns what was due in each step, as recordings name it."""
+    """Train on a forked rank; return what was due in each step, as recordings name it."""
     from megatron_dypo import trainer
 
     seen, update = [], trainer.update_policy
@@ -235,7 +235,7 @@ def train_watched(config: str, overrides: list[str]) -> list[list[list]]:
 
 
 def failures(folder: Path) -> list[list[list]]:
-    """[prompt, teachers] of each recorded step's groups without a right response."""
+    """Return [prompt, teachers] of each recorded step's groups without a right response."""
     steps = []
     for step in range(1, STEPS + 1):
         lines = map(json.loads, (folder / f"rollouts/step_{step:06d}.jsonl").read_text().splitlines())
@@ -245,7 +245,7 @@ def failures(folder: Path) -> list[list[list]]:
 
 
 def played(steps: list[list[list]], waiting: list[list] | None = None) -> list[tuple[list, list]]:
-    """(due, left) of each step of a queue of SIZE, the oldest first."""
+    """Return (due, left) of each step of a queue of SIZE, oldest first."""
     waiting, found = waiting or [], []
     for wrong in steps:
         waiting = waiting + wrong
@@ -260,7 +260,7 @@ def state(run: Path, step: int) -> dict:
 
 
 def task(folder: Path, straight: Path, **changes: object) -> Path:
-    """A configuration in ``folder``, of the prompts and the reward function of ``straight``."""
+    """Write a configuration to ``folder`` with the prompts and the reward function of ``straight``."""
     paths = {"data__train": "train.jsonl", "data__valid": "valid.jsonl", "reward__function": "reward.py:compute"}
     shared = {key: str(straight / name) for key, name in paths.items()}
     return copy_task(folder, rollout__record=str(folder / "rollouts"), **(TASK | shared | changes))
@@ -268,7 +268,7 @@ def task(folder: Path, straight: Path, **changes: object) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory) -> Path:
-    """The folder of an uninterrupted run on two ranks, one step off policy; what was due is in due.json."""
+    """Return the folder of an uninterrupted run on two ranks, one step off-policy; its due entries are in due.json."""
     folder = tmp_path_factory.mktemp("straight")
     (folder / "reward.py").write_text(REWARD)
     config = task(folder, folder)
@@ -294,7 +294,7 @@ def test_what_failed_is_trained_on_once_oldest_first_and_counts_as_an_update(str
 
 
 def cut_after(straight: Path, folder: Path, step: int) -> Path:
-    """A copy of the run as a kill in a later step would leave it; returns its configuration."""
+    """Copy the run as a kill in a later step would leave it; return its configuration."""
     shutil.copytree(straight / "run", folder / "run", ignore=shutil.ignore_patterns("engine"))
     for later in range(step + 1, STEPS + 1):
         shutil.rmtree(step_folder(folder / "run", later))
@@ -330,7 +330,7 @@ def test_a_replay_on_one_rank_goes_on_with_the_queue_of_a_checkpoint_of_two(stra
 
 @pytest.mark.parametrize("skipped", ["the step's own update", "the update on the queue"])
 def test_a_skipped_update_loses_nothing_of_the_queue(straight, tmp_path, skipped):
-    """The step's own: what failed is queued, and nothing trained on. That on the queue: its prompts wait on."""
+    """The step's own: failures are queued, and nothing is trained. That on the queue: its prompts keep waiting."""
     own = skipped == "the step's own update"
     first = next(line for line in metrics(straight / "run") if "flush/loss" in line)
     bound = first["flush/grad_norm"] / 2 if not own else 1e-9
@@ -348,7 +348,7 @@ def test_a_skipped_update_loses_nothing_of_the_queue(straight, tmp_path, skipped
 
 
 def test_a_prompt_that_waits_and_is_not_in_the_data_any_more_is_named_in_one_line(straight, tmp_path):
-    """The user has accepted the change, and so gets past the check of the file."""
+    """The user has accepted the change, and so passes the file's check."""
     step, (_, left) = next((n, each) for n, each in enumerate(played(failures(straight)), start=1) if each[1])
     in_flight = (step_folder(straight / "run", step) / "in_flight.jsonl").read_text()
     (name, *_), *_ = (each for each in left if f'"{each[0]}"' not in in_flight)
@@ -365,7 +365,7 @@ def test_a_prompt_that_waits_and_is_not_in_the_data_any_more_is_named_in_one_lin
 
 
 def test_prompts_that_give_their_place_to_others_are_queued_all_the_same(straight, tmp_path):
-    """Dynamic sampling: a prompt that failed trains nothing in its step. Statistics cover those replaced as well."""
+    """Dynamic sampling: a failed prompt trains nothing in its step. Statistics include replaced groups."""
     more = {"rollout__dynamic_sampling": True, "rollout__refill_rounds": 1, "trainer__steps": 2}
     config = task(tmp_path, straight, **more, rollout__async_rollout=0, rollout__correction="none")
     (due,) = run_ranks(1, train_watched, str(config), [])

@@ -43,7 +43,7 @@ def write_config(run_dir: Path, text: str) -> Path:
 
 
 def record(folder: Path, step: int, groups: list[tuple[str, str, list[float]]], answer: str = "7") -> None:
-    """A recorded step of (id, prompt, rewards) in the built-in tokenizer's ids."""
+    """Record a step of (id, prompt, rewards) in the built-in tokenizer's ids."""
 
     def ids(text: str) -> np.ndarray:
         return np.asarray(arithmetic_tokens().encode(text).ids, np.int32)
@@ -110,7 +110,7 @@ def test_gradient_shares_are_each_runs_own(tmp_path):
 
 
 def test_a_new_term_schedule_and_queue_have_panels_without_an_edit_and_absent_terms_have_none(tmp_path):
-    """Only runs that have a term are in its chart; the recipe stands beside a run's name that does not say it."""
+    """Only runs with a term are in its chart; the recipe follows a run's name that does not contain it."""
     steps = range(1, 4)
     rows = {
         "srft": [
@@ -169,7 +169,7 @@ def test_final_figures_and_differing_keys_stand_side_by_side(tmp_path):
 
 
 def test_of_more_than_four_lines_the_means_alone_are_drawn_and_make_the_axis(tmp_path):
-    """Light lines of every step would hide one another; the pointer still reads every step."""
+    """Light lines of every step would hide each other; the pointer still reads every step."""
     values = np.ones(100)
     values[50] = 1000.0
     for count in (4, 5):
@@ -182,7 +182,7 @@ def test_of_more_than_four_lines_the_means_alone_are_drawn_and_make_the_axis(tmp
 
 @pytest.mark.slow
 def test_eighteen_runs_can_be_told_apart_and_stay_small(tmp_path):
-    assert len({run_color(place).split()[0] for place in range(12)}) == 12  # one colour a run, and then dashes
+    assert len({run_color(place).split()[0] for place in range(12)}) == 12  # one colour per run, and then dashes
     assert len({run_color(place) for place in range(36)}) == 36
     runs = [fill(tmp_path / f"run{place}", 1000) for place in range(18)]
     path = write_report(*runs, out=tmp_path / "r.html")
@@ -221,7 +221,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
 
 
 def test_report_is_written_without_torch(tmp_path):
-    """Also where it decodes samples: a laptop that the run folder was copied to need not have it."""
+    """Even if it decodes samples: a laptop with a copy of the run folder need not have it."""
     run = write_config(fill(tmp_path / "run", 5), f"rollout: {{record: {tmp_path / 'r'}}}\nmodel: {{preset: tiny}}\n")
     record(tmp_path / "r", 1, [("p", "first 1=", [1.0])])
     check = "import sys; from megatron_dypo.cli import main; sys.exit(main(sys.argv[1:]) or 'torch' in sys.modules)"
@@ -235,7 +235,7 @@ def test_report_is_written_without_torch(tmp_path):
 def test_evaluation_table_has_training_and_results_files(tmp_path):
     rows = [
         {"step": step, "eval/aime24/avg@4": accuracy, "eval/aime24/pass@4": 0.5, "eval/aime24/response_tokens": 90.0}
-        | {"eval/gsm8k/pass@1": accuracy / 2}  # one response a problem
+        | {"eval/gsm8k/pass@1": accuracy / 2}  # one response per problem
         for step, accuracy in ((0, 0.125), (5, 0.25), (10, 0.375))
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -255,7 +255,7 @@ def test_evaluation_table_has_training_and_results_files(tmp_path):
     ):
         assert text in cells, text
     assert "training, step 5" not in cells and {"base", "step_10", "812", "12.5%", "90"} <= set(cells)
-    # Suites of one name stand together, and intervals are where they should be on the bar.
+    # Suites of one name are adjacent, and intervals are at their place on the bar.
     suites = [cell for cell in page.data["th"] if cell in ("aime24", "gsm8k", "math500")]
     assert suites == ["aime24"] * 2 + ["gsm8k"] * 2 + ["math500"] * 2
     assert 'style="left:25.0%;width:50.0%"' in (tmp_path / "report.html").read_text()
@@ -292,7 +292,7 @@ def test_samples_show_one_group_of_each_regime(tmp_path):
     run = write_config(fill(tmp_path / "run", 9), "rollout: {record: ../rec}\nmodel: {preset: tiny}\n")
     record(tmp_path / "rec", 1, [(f"h{i}", f"last {i}=", [0.0, 0.0]) for i in range(5)])
     groups = [(f"{name} {i}", f"first {i}=", rewards) for name, rewards in KINDS.items() for i in range(3)]
-    for step in (4, 7, 12):  # 12 is after what the metrics know: of a run that was resumed from an older checkpoint
+    for step in (4, 7, 12):  # 12 is later than the metrics: the run was resumed from an older checkpoint
         record(tmp_path / "rec", step, groups, answer=" \\boxed{7}")
     page = Outline(write_report(run).read_text())
     assert page.data["h4"] == ["Step 1", "Step 4", "Step 7"]

@@ -1,4 +1,4 @@
-"""Rewards: what counts as the answer, what counts as right, and that no answer can hold up or harm the trainer."""
+"""Rewards: what counts as the answer, what counts as right, and that no answer can block or harm the trainer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HANGS_IN_PYTHON = "(" * 3_000  # the LaTeX parser backtracks
 
 
 def hard(number: int, wrong: int = 0) -> tuple[str, str]:
-    """(ground truth, answer) that only math-verify can judge; the answer is off by ``wrong``."""
+    """Return (ground truth, answer) that only math-verify can judge; the answer is off by ``wrong``."""
     return f"\\sqrt{{{2 * number**2}}}", f"{number + wrong}\\sqrt{{2}}"
 
 
@@ -52,13 +52,13 @@ def reward() -> Iterator[RewardFunction]:
 
 
 def scores_of(reward: RewardFunction, *cases: tuple[str, str]) -> list[Score]:
-    """Scores of (ground truth, boxed answer) cases."""
+    """Return the scores of (ground truth, boxed answer) cases."""
     prompts = [Prompt(f"prompt-{index}", truth, ()) for index, (truth, _) in enumerate(cases)]
     return reward(prompts, [f"So \\boxed{{{answer}}}." for _, answer in cases])
 
 
 def score(reward: RewardFunction, *cases: tuple[str, str]) -> list[float]:
-    """Their values, where none has a fault."""
+    """Return their values, checking that none has a fault."""
     scores = scores_of(reward, *cases)
     assert [score.fault for score in scores] == [None] * len(cases)
     return [score.value for score in scores]
@@ -66,13 +66,13 @@ def score(reward: RewardFunction, *cases: tuple[str, str]) -> list[float]:
 
 @pytest.fixture
 def new_children() -> Callable[[], list[int]]:
-    """Gives the process ids of children (zombies included) that were not there when the test began."""
+    """Return a function that lists child processes (zombies included) started since the test began."""
     before = set(psutil.Process().children())
     return lambda: [child.pid for child in psutil.Process().children() if child not in before]
 
 
 def workers_of(function: RewardFunction) -> list[int]:
-    """Process ids of one function's workers."""
+    """Return the process ids of one function's workers."""
     return [worker.process.pid for worker in function._pool._workers]
 
 
@@ -273,7 +273,7 @@ def test_a_hanging_answer_costs_its_deadline_only_and_is_counted(
         pids = workers_of(function)
         assert set(pids) == set(new_children())
         assert scores_of(function, ("5", HANGS_IN_C), hard(8)) == [Score(0, fault), Score(1)]
-        assert workers_of(function) == pids  # what was killed are their children
+        assert workers_of(function) == pids  # the killed processes are their children
     assert not new_children()
     first, _ = [record.getMessage() for record in caplog.records]
     assert first.startswith(f"3 responses score 0: {fault}; prompts prompt-1, prompt-3, prompt-4; ")
@@ -327,7 +327,7 @@ def test_a_grading_process_that_dies_or_sleeps_is_replaced(new_children: Callabl
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """A shell starts what it runs in the background without this handler."""
+    """A shell starts background processes without this handler."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -400,7 +400,7 @@ def test_workers_end_with_a_killed_trainer() -> None:
     assert trainer.stdout.readline() == "Score(value=1.0, fault=None)\n"
     _, child = family = psutil.Process(trainer.pid).children(recursive=True)
     spent = sum(child.cpu_times()[:2])
-    while sum(child.cpu_times()[:2]) < spent + 0.2:  # until it is at work on the answer that hangs
+    while sum(child.cpu_times()[:2]) < spent + 0.2:  # until it works on the answer that hangs
         time.sleep(0.02)
     trainer.kill()
     trainer.communicate()

@@ -1,4 +1,4 @@
-"""Rewards other than mathematics: tasks' own scores, users' functions and what they may do wrong; penalties; rules."""
+"""Rewards other than mathematics: tasks' own scores, users' functions and their possible faults; penalties; rules."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def own(file: Path) -> Iterator[RewardFunction]:
 
 
 def family(function: RewardFunction) -> list[psutil.Process]:
-    """All processes below this function's workers."""
+    """Return all processes below this function's workers."""
     worker_pool = [psutil.Process(worker.process.pid) for worker in function._pool._workers]
     return [process for worker in worker_pool for process in worker.children(recursive=True)]
 
@@ -262,8 +262,8 @@ def test_an_answer_that_a_task_cannot_read_is_wrong_and_no_fault(tasks):
 
 
 def test_an_answer_is_never_run_as_a_program(tmp_path, monkeypatch):
-    """Tasks that evaluate answers: nothing but mathematics gets to them, and no answer changes how later ones score."""
-    monkeypatch.chdir(tmp_path)  # before the worker starts, which works in the folder that it starts in
+    """Tasks that evaluate answers get only mathematics, and no answer changes how later ones score."""
+    monkeypatch.chdir(tmp_path)  # before the worker starts, which works in its starting folder
     (prompt,) = generate("reasoning_gym:countdown?size=1&seed=3")
     patch = "import reasoning_gym.games.countdown as c; c.CountdownDataset.score_answer = lambda *a, **k: 1.0"
     attacks = [
@@ -415,7 +415,7 @@ def test_training_takes_penalties_off_and_evaluation_does_not():
 
 @pytest.mark.parametrize("value", [None, 0.0, -0.5])
 def test_an_unfinished_response_has_the_reward_that_is_given_whatever_its_text_and_is_not_graded(value):
-    """Not even by a function that would fail on it; and no penalty is taken off."""
+    """Even by a function that would fail on it; and no penalty is subtracted."""
     texts = {"right": "stop", "cut right": "length", "cut": "abort", "wrong" + " " * 91: "stop"}
     config = Config.model_validate(
         {

@@ -29,14 +29,14 @@ def test_engine_logprobs_agree_after_a_sync_of_different_weights(engine, model, 
 
 
 def proved(model: str, folder: str) -> tuple[list[dict], dict]:
-    """Agreement while all stored weights are verified, and what planted faults are answered with."""
+    """Return the agreement while all stored weights are verified, and the answers to planted faults."""
     parts = build("vllm", model, folder, verify_sync="stored", verify_syncs=1)
     return agree(*parts), planted(model, *parts)
 
 
 @pytest.mark.parametrize("model", ["qwen2-tied", "qwen3_moe"])
 def test_what_is_stored_is_what_was_sent_at_every_layout_and_a_fault_is_named_with_its_rank(model, tmp_path):
-    """Perturbed by the least there is, transposed, another expert's, missing and doubled."""
+    """Perturbed by the smallest step, transposed, another expert's, missing and doubled."""
     ranks = run_ranks(2, proved, model, str(tmp_path), seconds=300)
     check([found for found, _ in ranks], 1e-5)
     for rank, (_, said) in enumerate(ranks):
@@ -54,7 +54,7 @@ def test_what_is_stored_is_what_was_sent_at_every_layout_and_a_fault_is_named_wi
 
 
 def faulty_syncs(folder: str) -> dict:
-    """vLLM with a tied head, synced right (after a sync that broke off), and then with one fault after the other."""
+    """Sync vLLM with a tied head correctly (after a broken-off sync), and then with one fault after another."""
     from megatron_dypo.weight_sync import transfer
     from megatron_dypo.weight_sync.source import Weights
 
@@ -82,7 +82,7 @@ def faulty_syncs(folder: str) -> dict:
 
     first, second = (policy_at({}, seed, config, shape, layout) for seed in (1, 2))
     engine.sync(Weights(second))
-    usual, transfer.BUCKET_BYTES = transfer.BUCKET_BYTES, 1  # cut anywhere
+    usual, transfer.BUCKET_BYTES = transfer.BUCKET_BYTES, 1  # splits anywhere
     with pytest.raises(ConnectionError):
         engine.sync(Torn(second))
     transfer.BUCKET_BYTES = usual
@@ -113,12 +113,12 @@ def test_a_dropped_tensor_a_missing_head_and_a_stale_prefix_cache_are_noticed(tm
     assert found["stale cache"] > 0.1, "log-probs show it"
     packed = "model.layers.0.self_attn.qkv_proj keeps its weights in the order of a kernel"
     assert found["in place"][0].startswith(packed), "so that sparse_nccl is refused by name"
-    if versions.release(installed().version) >= (0, 28):  # before, vLLM ties a head anew by itself
+    if versions.release(installed().version) >= (0, 28):  # before, vLLM ties a head again by itself
         assert found["no head"] > 0.1, "log-probs show it without verify_sync, too"
 
 
 class Given(dict):
-    """Weights by name, as a sync takes them."""
+    """Weights by name, in the form that a sync takes."""
 
     version = 1
 

@@ -1,5 +1,8 @@
-"""Requests to rollout servers: balanced, retried, done once, refused with the server's name. HTTP is real; the servers
-imitate vLLM's answers, because a real one cannot be made to have these faults (tests/test_servers.py has real ones)."""
+"""Requests to rollout servers: balanced, retried, done once, refused with the server's name.
+
+HTTP is real; the servers imitate vLLM's answers, because a real one cannot be made to have these faults
+(tests/test_servers.py has real ones).
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ def token(monkeypatch):
 
 
 def run(servers: list[Imitation], limits: Limits = LIMITS, lost: dict[str, str] | None = None) -> list[list[int]]:
-    """The requests' token ids, as sampled by the servers."""
+    """Return the requests' token ids, as sampled by the servers."""
     dispatch = Router([Server(server.url) for server in servers], lost or {}, "default", limits)
     responses = asyncio.run(dispatch.run(REQUESTS, SAMPLING))
     assert all(len(response.ids) == len(response.logprobs) for response in responses)
@@ -79,12 +82,12 @@ def answering(value: object, path: str = "inference/v1/generate"):
 
 
 def changed(**changes: object):
-    """A response with other fields than it should have."""
+    """Return a response with other fields than it should have."""
     return answering(lambda server, body: {"choices": [server.choice(body) | changes]})
 
 
 def with_first_logprob(value: float):
-    """JSON of Python's kind: NaN is possible."""
+    """Return JSON as Python writes it: NaN is possible."""
 
     def respond(server: Imitation, body: dict) -> web.Response:
         choice = server.choice(body)
@@ -123,13 +126,13 @@ BAD = {
 
 
 def said_by_us(caplog) -> list[str]:
-    """Not the imitation's web server, which complains of connections that its client broke off."""
+    """Return our log lines, without the imitation's web server, which complains of broken connections."""
     return [record.getMessage() for record in caplog.records if record.name.startswith("megatron_dypo")]
 
 
 @pytest.mark.parametrize("behave, said", BAD.values(), ids=BAD)
 def test_a_bad_server_is_named_and_another_does_its_work(behave, said, expected, caplog):
-    async def slowly(server, path, body):  # so that a look at the other falls into the call
+    async def slowly(server, path, body):  # so that a health check of the other falls into the call
         await asyncio.sleep(0.05)
 
     with Imitation(behave=slowly) as good, Imitation(behave=behave) as bad, caplog.at_level(logging.WARNING):
@@ -174,7 +177,7 @@ def test_a_server_that_ends_in_the_middle_and_one_that_returns(expected, caplog)
             await asyncio.sleep(0.25)
             await asyncio.to_thread(second.stop)
             await asyncio.sleep(0.5)
-            await asyncio.to_thread(second.start)  # with the weights' name it had: as after a short loss of the network
+            await asyncio.to_thread(second.start)  # with its former weights' name: as after a short network failure
             return await sampling
 
         assert [response.ids.tolist() for response in asyncio.run(disturbed())] == expected

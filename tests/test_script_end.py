@@ -1,4 +1,4 @@
-"""A command that did its work ends with 0, whatever a library's memory does when the interpreter ends."""
+"""A successful command ends with 0, whatever a library's memory does when the interpreter ends."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ sys.argv = ["megatron_dypo", "doctor"]
         ("lines", "script()", 141, ""),
         ("lines", "run_tool('tool', lines)", 141, ""),
         ("last_line", "script()", 0, ""),
-        ("table", "script()", 0, "went on\n"),  # what a training run prints with
+        ("table", "script()", 0, "went on\n"),  # how a training run prints
     ],
 )
 def test_output_that_is_not_read_any_more_is_no_error(command, start, code, said):

@@ -1,4 +1,4 @@
-"""What comes from outside is never run, and what is secret never gets out."""
+"""Outside input is never executed, and secrets never leak."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CANARY = "canary0123456789abcdef"
 
 
 class Evil:
-    """Unpickled, it makes a file."""
+    """Creates a file when unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -43,7 +43,7 @@ class Evil:
 
 @pytest.fixture
 def trap(tmp_path: Path):
-    """A path at which Evil makes a folder; none may be there in the end."""
+    """Return a path at which Evil creates a folder; none may be there in the end."""
     path = tmp_path / "trap"
     pickle.dumps(Evil(path))
     yield path
@@ -57,7 +57,7 @@ PLACE = TensorPiece("weight", (4, 2), (0, 0), (4, 2), torch.float32)
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A checkpoint of one tensor, as a run writes it."""
+    """Return a checkpoint of one tensor, as a run writes it."""
     folder = tmp_path / "step_1"
     folder.mkdir()
     part = write_pieces(folder / "__0_0.distcp", [(PLACE, torch.arange(8.0).reshape(4, 2))])
@@ -66,7 +66,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def read(folder: Path) -> torch.Tensor:
-    """The tensor, as torch reads it."""
+    """Return the tensor, as torch reads it."""
     import torch.distributed.checkpoint as dcp
 
     state = {"weight": torch.zeros(4, 2)}
@@ -123,7 +123,7 @@ def test_an_index_does_not_lead_out_of_its_folder(checkpoint, place):
     content = path.read_bytes()
     old, new = b"__0_0.distcp", place.encode()
     assert content.count(b"\x8c" + bytes([len(old)]) + old) == 1
-    # Without the frame's length, which the change makes wrong.
+    # Without the frame's length, which the change would make wrong.
     framed = content.replace(b"\x8c" + bytes([len(old)]) + old, b"\x8c" + bytes([len(new)]) + new)
     path.write_bytes(framed[:2] + framed[11:])
     with pytest.raises(UserError, match="is not an index of a checkpoint's tensors"):
@@ -150,7 +150,7 @@ def test_objects_beside_the_tensors_would_be_run_by_torch_and_are_refused(checkp
 
 
 def test_tensors_are_read_without_running_anything(checkpoint, trap):
-    """The index is sound, and in the tensor's place the data file holds a pickle that makes a folder."""
+    """The index is intact, but in place of the tensor the data file has a pickle that creates a folder."""
     payload = io.BytesIO()
     torch.save({"weight": Evil(trap)}, payload)
     content = payload.getvalue()
@@ -160,11 +160,11 @@ def test_tensors_are_read_without_running_anything(checkpoint, trap):
     assert find_fault(checkpoint) is None
     read_index(checkpoint / ".metadata")
     with pytest.raises(BaseException, match="Weights only load failed"):
-        read(checkpoint)  # torch's CheckpointException is no Exception
+        read(checkpoint)  # torch's CheckpointException is not an Exception
 
 
 def load_common(folder: str) -> str:
-    """How mcore's reading of ``common.pt`` ends."""
+    """Return how mcore's reading of ``common.pt`` ends."""
     from megatron.core import dist_checkpointing
 
     try:
@@ -252,7 +252,7 @@ SECRETS += ["MEGATRON_DYPO_SERVER_TOKEN", "HTTPS_PROXY"]
 
 
 def train_among_secrets(config: str, log: str) -> int:
-    """``train`` with secrets in the environment; the exit code. All that is printed goes to ``log``."""
+    """Run ``train`` with secrets in the environment; return the exit code. All output goes to ``log``."""
     for name in SECRETS:
         os.environ[name] = f"https://user:{CANARY}@host" if name == "HTTPS_PROXY" else CANARY
     printed = os.open(log, os.O_WRONLY | os.O_CREAT)
@@ -265,7 +265,7 @@ def train_among_secrets(config: str, log: str) -> int:
 
 @pytest.mark.parametrize("fails", [False, True], ids=["done", "failed"])
 def test_secrets_of_the_environment_stay_there(tmp_path, fails):
-    """Neither the run folder nor what is printed repeats them, whether the run ends well or in an error's trace."""
+    """Neither the run folder nor the output repeats them, whether the run succeeds or ends with a traceback."""
     taken = tmp_path / "taken"
     taken.touch()
     options = {"rollout__record": str(taken / "rollouts")} if fails else {"logging__wandb": "offline"}

@@ -1,4 +1,4 @@
-"""Real vLLM servers, as launch/servers.sh starts them: agreement, syncs, the token, and what kills do to a run.
+"""Real vLLM servers, as launch/servers.sh starts them: agreement, syncs, the token, and the effect of kills on a run.
 
 Two servers for the whole file: each takes half a minute to start.
 """
@@ -29,7 +29,7 @@ from tests.launch import copy_task, metrics
 from tests.ranks import run_ranks
 from tests.rollout_server import SECRET
 
-MODEL = "qwen3_moe"  # whose layers come in parts where a bucket is small
+MODEL = "qwen3_moe"  # its layers come in parts if a bucket is small
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def servers(tmp_path_factory) -> Iterator[Servers]:
 
 
 def served_config(urls: list[str], folder: Path) -> dict:
-    """As ``tests.agreement`` builds it, in a file."""
+    """Return ``tests.agreement``'s configuration in a file."""
     return {
         "model": {"preset": "tiny", "shape": MODELS[MODEL]},
         "data": {"train": "none"},
@@ -54,8 +54,10 @@ def served_config(urls: list[str], folder: Path) -> dict:
 
 
 def proved(folder: str, urls: list[str]) -> tuple[list[dict], str]:
-    """Agreement while all that the servers store is verified; then what a sync says of a server that loads another norm
-    behind it. On a forked rank, which has the environment of the server that it was forked from."""
+    """Return the agreement with verification, and the sync's message about a server that loads another norm secretly.
+
+    Runs on a forked rank, which has the environment of the server that it was forked from.
+    """
     import torch
 
     from megatron_dypo.runtime.distributed import all_gather_objects
@@ -77,7 +79,7 @@ def proved(folder: str, urls: list[str]) -> tuple[list[dict], str]:
 
     def call_workers(method: str, plain=engine._pool.call_workers, **arguments) -> dict[str, list]:
         if method == "weight_report":
-            plain("prepare_update", verify="off")  # the first report stays the one that is asked for
+            plain("prepare_update", verify="off")  # the first report stays the requested one
             other = SharedMemory(
                 engine._pool, OneNorm({"model.norm.weight": torch.full((shape.hidden_size,), 2.0)}), True
             )
@@ -87,7 +89,7 @@ def proved(folder: str, urls: list[str]) -> tuple[list[dict], str]:
     engine._pool.call_workers = call_workers
     said = planted.said(engine, Weights(policy_at({}, 1, config, shape, layout)))
     if said:
-        all_gather_objects(None)  # the collective that a sync ends with, which the other rank waits in
+        all_gather_objects(None)  # the collective that ends a sync, in which the other rank waits
     return found, said
 
 
@@ -99,7 +101,7 @@ def test_logprobs_agree_and_stored_weights_are_those_sent_over_http_and_shared_m
 
 
 def listeners(pids: list[int]) -> set[str]:
-    """Addresses, as the kernel writes them, that any of the processes listens on."""
+    """Return addresses, as the kernel writes them, on which any of the processes listens."""
     sockets = {link.readlink().name for pid in pids for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()}
     rows = [row.split() for name in ("tcp", "tcp6") for row in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
     return {row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets}
@@ -124,12 +126,12 @@ def test_servers_listen_on_loopback_and_answer_nothing_without_the_token(servers
 
 
 def sample_while_one_is_killed(folder: str, servers: Servers) -> dict:
-    """Kill the second server in the middle of a call, let it come back, and sync again."""
+    """Kill the second server in the middle of a call, let it return, and sync again."""
     from megatron_dypo.weight_sync import transfer
     from megatron_dypo.weight_sync.source import sync_weights
 
     os.environ[VARIABLE] = SECRET
-    transfer.BUCKET_BYTES = 1  # a bucket a tensor: both are filled again and again
+    transfer.BUCKET_BYTES = 1  # one tensor per bucket: both buckets are refilled many times
     said: list[str] = []
     log = logging.getLogger("megatron_dypo.rollout.router")
     log.addFilter(lambda record: bool(said.append(record.getMessage())) or True)
@@ -189,7 +191,7 @@ def test_without_any_server_a_run_ends_with_one_line_and_goes_on_from_its_checkp
         rollout__engine="server",
         rollout__servers=servers.urls,
         rollout__server_timeout=3.0,
-        rollout__async_rollout=1,  # the checkpoint holds a batch that the servers sampled
+        rollout__async_rollout=1,  # the checkpoint holds a batch sampled by the servers
         rollout__correction="truncate",
         trainer__steps=100_000,
         trainer__eval_every=0,

@@ -1,4 +1,4 @@
-"""``show``: what is printed is what training encodes, and what people should notice is said."""
+"""``show`` prints exactly what training encodes, and points out what people should notice."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_what_is_shown_is_what_training_encodes(tmp_path, capsys):
 
 
 CASES = [
-    # row, template, other settings, what is said
+    # row, template, other settings, expected output
     (chat("a"), None, {}, "the tokenizer has no chat template: training refuses it"),
     (chat("a"), None, {"data": {"plain_chat": True}}, "no chat template: joined with newlines"),
     (chat("a"), "{{ strftime_now('%d') }}" + CHATML, {}, "the chat template has a date in it: 20"),

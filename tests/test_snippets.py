@@ -1,8 +1,8 @@
-"""Every fenced snippet of the pages runs as it stands there, or is in ``NOT_HERE`` with the reason why it cannot.
+"""Every fenced snippet of the pages runs as written, or is in ``NOT_HERE`` with the reason why it cannot.
 
 A page's snippets run in order, in a folder that looks like a checkout after the README's commands: ``config.yaml`` is
-the README's own with a tiny model and one step. Our commands run on a forked rank, launchers with ``--dry-run`` (what
-they would start must load), and everything else in a shell, each command in one of its own.
+the README's own with a tiny model and one step. Our commands run on a forked rank, launchers with ``--dry-run`` (the
+commands that they print must load), and everything else in a shell, one per command.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tests.test_teacher_traces import Imitation
 
 GPUS = "needs GPUs or a cluster"
 NETWORK = "needs a network"
-NOT_HERE = {  # (page, first words of the command or block): why, and what else runs it; with no words, the whole page
+NOT_HERE = {  # (page, first words of the command or block): why, and what else runs it; without words, the whole page
     ("README.md", "make quickstart"): "takes minutes: make quickstart",
     ("README.md", "make test"): "takes minutes: .ci/run",
     ("README.md", "python -m megatron_dypo doctor"): (
@@ -92,7 +92,7 @@ class Snippet(NamedTuple):
 
 
 def snippets_of(page: str, text: str) -> list[Snippet]:
-    """Blocks, and of a shell's blocks each command: continued lines joined, a text written by ``<<`` not cut."""
+    """Return blocks, and each command of a shell's blocks: continued lines joined, ``<<`` texts kept whole."""
     found = []
     blocks = re.findall(r"^```(.*)\n((?s:.*?))^```$", text, re.MULTILINE)
     assert text.count("```") == 2 * len(blocks), f"{page}: a block that does not stand at the left margin"
@@ -109,7 +109,7 @@ SNIPPETS = [each for page in PAGES for each in snippets_of(str(page.relative_to(
 
 
 def small(tree: dict) -> dict:
-    """The README's configuration for two CPU cores: a step of few and short responses, without vLLM's start."""
+    """Reduce the README's configuration to two CPU cores: few and short responses per step, without vLLM's startup."""
     tree["data"] |= {"prompts_per_step": 4, "max_prompt_tokens": 256}
     tree["rollout"] = {"engine": "transformers", "samples_per_prompt": 2, "max_response_tokens": 8}
     tree["trainer"] |= {"steps": 1}
@@ -118,7 +118,7 @@ def small(tree: dict) -> dict:
 
 
 def save_model(folder: str) -> None:
-    """A random Llama with the built-in tokenizer, as a Hugging Face folder. On a forked rank."""
+    """Save a random Llama with the built-in tokenizer as a Hugging Face folder; for a forked rank."""
     from megatron_dypo.data.tokenizer import arithmetic_backend
     from megatron_dypo.models.shape import PRESETS
 
@@ -127,7 +127,7 @@ def save_model(folder: str) -> None:
 
 
 def make_checkout(folder: Path) -> None:
-    """What the pages' commands take for granted: scripts, a model, data, suites and a configuration."""
+    """Make what the pages' commands assume: scripts, a model, data, suites and a configuration."""
     for name in ("examples", "launch", "tools"):
         (folder / name).symlink_to(ROOT / name)
     run_ranks(1, save_model, str(folder / "models/mine"))
@@ -148,7 +148,7 @@ def run(snippet: Snippet, folder: Path) -> None:
 
 
 def run_command(command: str, folder: Path) -> str:
-    """All that it prints. Fails with it unless the command exits with 0."""
+    """Return all output of a command; fail with it unless the command exits with 0."""
     if command.startswith(OURS):
         [(code, printed)] = run_ranks(1, ours, shlex.split(command, comments=True)[3:], str(folder))
     else:
@@ -169,7 +169,7 @@ def run_command(command: str, folder: Path) -> str:
 
 
 def check_started(printed: str, folder: Path) -> None:
-    """Every ``-m megatron_dypo ...`` of a launcher's dry run parses, and its configuration loads."""
+    """Check that every ``-m megatron_dypo ...`` of a launcher's dry run parses, and its configuration loads."""
     started = [line.partition("-m megatron_dypo ")[2] for line in printed.splitlines() if "-m megatron_dypo " in line]
     assert started, printed
     for arguments in started:
@@ -188,13 +188,13 @@ def run_file(name: str, folder: str) -> None:
 
 
 def run_yaml(text: str, folder: Path) -> None:
-    """Sections of a configuration, or a whole one."""
+    """Load sections of a configuration, or a whole one."""
     (folder / "snippet.yaml").write_text(yaml.safe_dump(SMALLEST | yaml.safe_load(text)))
     load_config(folder / "snippet.yaml")
 
 
 def ours(arguments: list[str], folder: str) -> tuple[int, str]:
-    """(exit code, all that is printed) of our command line. On a forked rank."""
+    """Return (exit code, output) of our command line; for a forked rank."""
     from megatron_dypo.cli import main
 
     os.chdir(folder)
@@ -212,7 +212,7 @@ def ours(arguments: list[str], folder: str) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """A checkout in which the README's commands have run, and two more runs lie beside the first."""
+    """Return a checkout in which the README's commands have run, with two more runs next to the first."""
     folder = tmp_path_factory.mktemp("checkout")
     make_checkout(folder)
     run_page("README.md", folder)
@@ -222,7 +222,7 @@ def checkout(tmp_path_factory) -> Path:
 
 
 def run_page(page: str, folder: Path) -> None:
-    """Its snippets in order. The server of the pages, at port 8000, is an imitation that answers 1."""
+    """Run its snippets in order. The pages' server, at port 8000, is an imitation that answers 1."""
 
     async def one(*_: object) -> web.Response:
         choice = {"message": {"role": "assistant", "content": "\\boxed{1}"}, "finish_reason": "stop"}
@@ -261,7 +261,7 @@ def test_the_example_of_a_real_model_runs_with_a_tiny_one(tmp_path):
             for i in numbers
         ]
         (tmp_path / f"GSM8K/{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "data/gsm8k.jsonl").unlink()  # of the other pages
+    (tmp_path / "data/gsm8k.jsonl").unlink()  # made by the other pages
     run_page("examples/smollm2_gsm8k/README.md", tmp_path)
     assert metrics(tmp_path / "runs/smollm2_gsm8k")[-1]["step"] == 10
 

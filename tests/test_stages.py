@@ -1,4 +1,4 @@
-"""Stages of one run: each trains as a run of its own from the weights before it, and all of them resume as one."""
+"""Stages of one run: each trains like a separate run from the previous weights, and all of them resume as one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BASE = {"model": {"preset": "tiny"}, "data": {"train": "rows.jsonl"}, "trainer":
 
 
 def staged(folder: Path, *stages: object, **sections: dict) -> Path:
-    """A file of ``BASE``, with ``sections`` beside it, and stages."""
+    """Write a file of ``BASE``, with ``sections`` and stages."""
     tree = {name: BASE.get(name, {}) | sections.get(name, {}) for name in BASE | sections}
     path = folder / "staged.yaml"
     path.write_text(json.dumps(tree | {"stages": list(stages)}))
@@ -74,7 +74,7 @@ def test_a_stage_s_schedule_begins_with_it(tmp_path):
 
 
 def test_a_stage_is_configured_as_a_run_of_its_own_would_be(tmp_path):
-    """But for what is the run's; keys that another stage alone reads have their defaults in it."""
+    """Except for the run's own keys; keys read only by other stages have their defaults."""
     common = {"objective": {"alpha": 0.3}, "rollout": {"temperature": 0.7}, "reward": {"format": "boxed"}}
     common["reward"]["format_penalty"] = 0.1
     sft, dypo = SFT | {"data": {"train": "a.jsonl"}}, {"trainer": {"steps": 4}}
@@ -183,7 +183,7 @@ def test_an_override_of_a_stage_that_is_not_there_is_refused(tmp_path, override)
 
 
 def test_a_value_that_no_stage_takes_is_refused(tmp_path):
-    """Where all have their own, or those that have none do not read it; not where an override has made it so."""
+    """If all stages set their own, or those that do not do not read it; not if an override has caused it."""
     dead = "optimizer.lr: never read: every stage that reads it sets its own"
     assert complaint(staged(tmp_path, SFT, RL | {"optimizer": {"lr": 1.0}}, optimizer={"lr": 2.0})) == dead
     load_config(staged(tmp_path, SFT, RL, optimizer={"lr": 2.0}), ["stages.1.optimizer.lr=1"])
@@ -196,14 +196,14 @@ def test_a_value_that_no_stage_takes_is_refused(tmp_path):
 
 @pytest.fixture
 def task(tmp_path, monkeypatch) -> Path:
-    """A configuration with stages that ``check_inputs`` finds nothing wrong with."""
+    """Return a configuration with stages that passes ``check_inputs``."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     return staged_task(tmp_path, SFT, RL, rollout__engine="transformers", model__dtype="fp32")
 
 
 def staged_task(folder: Path, *stages: dict, **keys: object) -> Path:
-    """``copy_task`` with stages; the files of those with ``data.train: NAME`` are other halves of its prompts."""
+    """Run ``copy_task`` with stages; files of those with ``data.train: NAME`` are other halves of its prompts."""
     path = copy_task(folder, **keys)
     tree = yaml.safe_load(path.read_text())
     del tree["trainer"]["steps"], tree["optimizer"]
@@ -224,7 +224,7 @@ def refused(config: Path, *overrides: str) -> str:
 
 
 def other_rows(config: Path, **row: object) -> str:
-    """A file of eight prompts, the last of which differs."""
+    """Write a file of eight prompts, the last of which differs."""
     rows = [{"prompt": f"{n}=", "ground_truth": str(n), "teachers": []} for n in range(8)]
     rows[-1] |= row
     path = config.parent / "other.jsonl"
@@ -246,7 +246,7 @@ def test_every_stage_s_prompts_are_read_and_checked_before_anything_is_built(tas
 
 
 def at_step(config: Path, monkeypatch, step: int, *overrides: str) -> None:
-    """A run folder with a checkpoint of ``step``, as ``run_folder`` sees it."""
+    """Pretend that the run folder has a checkpoint of ``step``, as ``run_folder`` sees it."""
     loaded = load_config(config, list(overrides))
     run_dir = Path(loaded.trainer.run_dir)
     run_dir.mkdir(exist_ok=True)
@@ -382,7 +382,7 @@ def test_what_a_run_counts_of_a_stage_begins_anew_with_the_next():
 
 
 def test_health_begins_anew_with_a_stage():
-    """A loss and a norm of another recipe are not spikes; what the run counts goes on."""
+    """A loss and a norm of another recipe are not spikes; the run's counts continue."""
     level = {"loss/total": 1.0, "train/grad_norm": 1.0, "train/empty_steps": 1}
     jump = {"loss/total": 90.0, "train/grad_norm": 90.0, "train/empty_steps": 1}
     for stage, warnings in ((0, 2), (1, 0)):
@@ -397,7 +397,7 @@ def test_health_begins_anew_with_a_stage():
 
 # --- updates, as the training loop drives them
 
-STEPS = 3  # of each stage
+STEPS = 3  # per stage
 STAGES = (
     {"objective": {"method": "sft", "kl_coef": 0.0}, "optimizer": {"weight_decay": 0.1, "betas": [0.5, 0.6]}},
     {"optimizer": {"betas": [0.9, 0.99], "eps": 1e-6, "clip_grad": 0.05, "lr": 1e-3}},
@@ -406,7 +406,7 @@ STAGES = (
 
 
 class Loop:
-    """The updates of three stages on made-up batches, a checkpoint after each, as ``trainer.py`` makes them."""
+    """The updates of three stages on made-up batches, a checkpoint after each, as in ``trainer.py``."""
 
     def __init__(self, folder: str, layout: dict, own: tuple[dict, ...] = STAGES, weights: dict | None = None):
         from megatron_dypo.checkpoint.manager import Counters, Saver
@@ -429,7 +429,7 @@ class Loop:
         self.saver = Saver(config, self.policy)
 
     def run(self, until: int, batches: int = 0, skipped: int | None = None) -> None:
-        """Go on to step ``until``; step s trains on batch s + ``batches``, or does nothing where it is ``skipped``."""
+        """Continue to step ``until``; step s trains on batch s + ``batches``, or does nothing if ``skipped``."""
         for step in range(self.counters.step + 1, until + 1):
             stage = stage_at(self.stages, step)
             if stage.own(step) == 1:
@@ -462,7 +462,7 @@ class Loop:
 
 
 def alike(one: Loop, other: Loop) -> bool:
-    """Whether weights, counts and the metrics of every batch that both have trained on are the same bits."""
+    """Return whether weights, counts and the metrics of every batch that both trained on are bit-equal."""
     ours, theirs = one.weights(), other.weights()
     return (
         all((ours[name] == theirs[name]).all() for name in ours)
@@ -472,7 +472,7 @@ def alike(one: Loop, other: Loop) -> bool:
 
 
 def in_stages(folder: str, layout: dict, skipped: int | None) -> tuple[list[bool], list[bool]]:
-    """An unbroken run beside a run of each stage alone, from the weights before it; and beside its resumes."""
+    """Compare an unbroken run with a separate run of each stage from the previous weights, and with its resumes."""
     whole, alone, resumed, last = Loop(f"{folder}/all", layout), [], [], STEPS * len(STAGES)
     for index, own in enumerate(STAGES):
         before = whole.weights()
@@ -499,7 +499,7 @@ def in_stages(folder: str, layout: dict, skipped: int | None) -> tuple[list[bool
     ids=str,
 )
 def test_a_stage_trains_as_a_run_that_starts_from_its_weights_and_resumes_at_either_side(tmp_path, ranks, layout):
-    """Fresh moments, step count, schedule and reference, settings of its own; resumed at, before and after its begin.
+    """Fresh moments, step count, schedule and reference, its own settings; resumed at, before and after its start.
 
     Bit for bit.
     """
@@ -549,14 +549,14 @@ def whole_task(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory) -> Path:
-    """The folder of an unbroken run of three stages on two ranks."""
+    """Return the folder of an unbroken run of three stages on two ranks."""
     folder = tmp_path_factory.mktemp("straight")
     run_ranks(2, train_here, str(whole_task(folder)), [])
     return folder
 
 
 def test_a_run_goes_through_its_stages(straight):
-    """Numbers go on; schedule and order begin with a stage, and nothing is sampled for one before it has begun."""
+    """Step numbers continue; schedule and order start with a stage, and nothing is sampled for it before."""
     lines = metrics(straight / "run")
     assert [line["step"] for line in lines] == list(range(1, LAST + 1))
     assert [line["stage"] for line in lines] == [0, 0, 1, 1, 1, 2, 2]

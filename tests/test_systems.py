@@ -1,4 +1,4 @@
-"""examples/systems: the published settings of each system, and the same recipes over the quickstart's task."""
+"""examples/systems: the published settings of each system, and the same recipes on the quickstart's task."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ FURTHER = {
 STAGED = {"sft_then_rl": ("sft", "rl")}  # systems whose stages are other systems
 SINGLE = sorted(PUBLISHED)
 SYSTEMS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-# Keys whose values on the quickstart's task are its own: sizes, lengths in steps, what goes with the gradient's scale.
+# Keys whose values on the quickstart's task differ: sizes, lengths in steps, what depends on the gradient's scale.
 SIZES = {"objective.aggregation_constant", "objective.entropy_coef", "objective.mix", "objective.queue_size"}
 SCALED = {"relift": {"objective.gamma"}}  # there it is part of the gradient's clip
 
@@ -74,7 +74,7 @@ def test_every_system_has_its_published_values_and_a_recipe_over_the_quickstart(
 
 @pytest.mark.parametrize("system", SINGLE)
 def test_a_system_s_file_has_the_published_values_and_holds_no_key_that_it_does_not_read(system):
-    config = load_config(FOLDER / f"{system}.yaml")  # which refuses keys that are not read
+    config = load_config(FOLDER / f"{system}.yaml")  # refuses keys that are not read
     expected = dict(zip(COLUMNS, PUBLISHED[system], strict=True)) | FURTHER[system]
     expected = {name: value for name, value in expected.items() if value is not None}
     assert {name: lookup(config, name) for name in expected} == expected
@@ -85,7 +85,7 @@ def test_a_system_s_file_has_the_published_values_and_holds_no_key_that_it_does_
 
 @pytest.mark.parametrize(("system", "stages"), STAGED.items())
 def test_a_staged_system_s_stages_are_those_systems(system, stages):
-    """On 7B all their keys of objective and optimizer, and steps; on the quickstart's task the objective's."""
+    """On 7B all keys of objective and optimizer, and steps; on the quickstart's task the objective's."""
     found = stages_of(load_config(FOLDER / f"{system}.yaml"))
     toy = stages_of(load_config(BASE[0], [str(BASE[1]), str(TOY / f"{system}.yaml")]))
     assert [len(found), len(toy)] == [len(stages)] * 2
@@ -113,7 +113,7 @@ def test_a_system_s_file_fits_16_gpus(system, capsys):
 
 @pytest.mark.parametrize("system", SINGLE)
 def test_the_recipe_on_the_quickstart_s_task_is_the_published_one(system):
-    """All keys of ``objective`` are the same but for sizes."""
+    """All keys of ``objective`` are equal except for sizes."""
     config = load_config(BASE[0], [str(BASE[1]), str(TOY / f"{system}.yaml")])
     published = load_config(FOLDER / f"{system}.yaml")
     ours, theirs = config.objective.model_dump(), published.objective.model_dump()
@@ -136,7 +136,7 @@ def test_the_page_shows_the_stored_figures_of_every_system():
 
 @pytest.fixture
 def started(tmp_path: Path) -> tuple[dict[str, str], Path]:
-    """An environment whose ``torchrun`` and ``python`` write down their arguments."""
+    """Return an environment whose ``torchrun`` and ``python`` record their arguments."""
     log = tmp_path / "log"
     for name in ("torchrun", "python"):
         (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {log}\n')

@@ -1,4 +1,4 @@
-"""Teachers behind OpenAI-compatible endpoints: what is asked, retried, refused, recorded, and never asked twice."""
+"""Teachers behind OpenAI-compatible endpoints: what is sent, retried, refused, recorded, and never sent twice."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ Behaviour = Callable[["Imitation", dict, int], Awaitable[Any]]
 
 
 class Imitation(LoopbackServer):
-    """A chat endpoint in a thread of its own, that answers the sum in the prompt. ``asked``: every request's body.
+    """A chat endpoint in its own thread that answers the sum in the prompt. ``asked``: every request's body.
 
-    ``behave(self, body, n)``, for the n-th request with that model and prompt: a dict changes the usual
-    answer's message or finish_reason, a response replaces it, None leaves it.
+    ``behave(self, body, n)``, for the n-th request with that model and prompt: a dict changes the usual answer's
+    message or finish_reason, a response replaces it, None leaves it.
     """
 
     route = ("POST", "/v1/chat/completions")
@@ -100,7 +100,7 @@ def short_waits(monkeypatch) -> None:
 
 
 class Task:
-    """Prompts ``What is i+1?`` and teachers in files, and one run after another of the generator on them."""
+    """Prompts ``What is i+1?`` and teachers in files, and repeated runs of the generator on them."""
 
     def __init__(self, folder: Path, prompts: int, *teachers: dict):
         self.prompts, self.teachers, self.out = folder / "p.jsonl", folder / "teachers.yaml", folder / "traces.jsonl"
@@ -300,7 +300,7 @@ async def ask(url: str, model: str = "m", key: str | None = KEY, **settings: Any
 
 
 def failing(fault: Any, times: int = 2) -> Behaviour:
-    """``fault()`` the first so many times."""
+    """Fail with ``fault()`` the first ``times`` times."""
 
     async def behave(self: Imitation, body: dict, count: int) -> Any:
         return await fault() if count <= times else None
@@ -548,7 +548,7 @@ def test_killed_it_asks_nothing_twice_that_was_answered(tmp_path):
                 time.sleep(0.002)
             process.send_signal(signal.SIGKILL)
             assert process.wait() == -signal.SIGKILL
-        time.sleep(0.2)  # for the server to be done with what nobody waits for
+        time.sleep(0.2)  # lets the server finish the request that is no longer awaited
         whole = task.out.read_bytes().rpartition(b"\n")[0].splitlines()
         answered = {(record["asked_model"], record["id"]) for record in map(json.loads, whole)}
         before = len(server.asked)
@@ -670,7 +670,7 @@ def test_rows_of_the_docs_are_rows(text):
 
 
 def test_commands_of_the_docs_run(tmp_path):
-    """All of them, in order, in one folder; the teachers' address is an imitation's, and the key any."""
+    """All of them, in order, in one folder; the teachers' address is an imitation's, with any key."""
     (tmp_path / "tools").symlink_to(ROOT / "tools")
     python = Path(sys.executable).parent
     environ = environment() | {"PATH": f"{python}:{os.environ['PATH']}"}

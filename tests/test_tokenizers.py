@@ -1,4 +1,4 @@
-"""Tokenizer folders of every kind: the ids and texts are those of the library that each file is of."""
+"""Tokenizer folders of every kind: ids and texts are those of the library that defines each file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CHAT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'
 
 
 def strings() -> list[str]:
-    """Some hundred texts made of awkward parts, and the parts themselves."""
+    """Return some hundred texts made of awkward parts, and the parts themselves."""
     choice = random.Random(0)
     return [*PIECES, *("".join(choice.choices(PIECES, k=choice.randint(2, 12))) for _ in range(300))]
 
@@ -38,7 +38,7 @@ def load(folder: Path, vocab_size: int = 200_000) -> Tokenizer:
 
 
 def check(tokenizer: Tokenizer, encode, decode, bos: list[int]) -> None:
-    """A trace is ``encode``'s ids and the end token, a prompt begins with ``bos``, and both decode to the text."""
+    """Check that a trace is ``encode``'s ids and the end token, a prompt begins with ``bos``, and texts round-trip."""
     for text in strings():
         ids = encode(text)
         assert tokenizer.encode_trace(text).tolist() == [*ids, tokenizer.eos_id], repr(text)
@@ -59,7 +59,7 @@ def chat_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def tokenizer_json(tmp_path_factory) -> Path:
-    """Byte-level BPE that splits digits off and begins texts with a token, as SmolLM2 and Llama 3 each do."""
+    """Byte-level BPE that splits digits and begins texts with a token, as SmolLM2 and Llama 3 do."""
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
@@ -99,7 +99,7 @@ def test_tokenizer_json_is_read_as_it_is_whatever_class_is_named(tokenizer_json,
 
 
 def sentencepiece_file(version: str) -> Path:
-    """A real model of 32k pieces, which ships with mistral-common."""
+    """Return a real model of 32k pieces, which ships with mistral-common."""
     data = Path(
         pytest.importorskip("mistral_common", reason="mistral-common, which has the model, is not here").__file__
     )
@@ -132,7 +132,7 @@ def test_sentencepiece_ids_and_texts_are_the_librarys(version, settings, tmp_pat
     tokenizer = load(tmp_path, library.vocab_size())
     assert (tokenizer.eos_id, tokenizer.size) == (library.eos_id(), library.vocab_size())
     check(tokenizer, library.encode, library.decode, [library.bos_id()])
-    # the library never makes a special token of text; a chat needs them, with a text of its own between two
+    # the library never makes a special token from text; a chat needs them, with a text of its own between two
     end = library.eos_id()
     assert text_ids(tokenizer, "one</s>two")[1:] == [*library.encode("one"), end, *library.encode("two")]
     assert tokenizer._backend.decode([*library.encode("one\n"), end, *library.encode(" two")]) == "one\n</s> two"

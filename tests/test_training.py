@@ -1,4 +1,4 @@
-"""One update at its edges: nothing to train on, ranks without data, non-finite values, reference, checkpoints."""
+"""Edge cases of one update: nothing to train on, ranks without data, non-finite values, reference, checkpoints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.ranks import run_ranks
 
 
 def build(world_parallel: dict, **sections):
-    """(config, policy) on this rank."""
+    """Return (config, policy) on this rank."""
     from megatron_dypo.models.shape import model_shape
     from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.policy.policy import Policy
@@ -35,7 +35,7 @@ def weights_of(policy) -> dict:
 
 
 def one_step(parallel: dict, kind: str) -> dict:
-    """A step on a batch reduced to ``kind``; what it did on this rank."""
+    """Return the result of a step on a batch reduced to ``kind``, on this rank."""
     from megatron_dypo.training.minibatch import build_minibatches
     from megatron_dypo.training.passes import logprob_passes
     from megatron_dypo.training.step import StepContext, run_updates
@@ -94,7 +94,7 @@ def non_finite_gradient() -> dict:
     before = weights_of(policy)
     minibatches = build_minibatches(policy.layout, groups, config, trace_ids)
     logprob_passes(policy, minibatches, config)
-    if policy.layout.rank == 1:  # one rank's engine log-probs go bad: the truncated correction weighs by them
+    if policy.layout.rank == 1:  # one rank's engine log-probs become bad: the truncated correction weights by them
         minibatches[0].logp["rollout"][0][0] = float("nan")
     outcome = run_updates(policy, minibatches, config, StepContext(1, 1e-3))
     changed = any((tensor != before[name]).any().item() for name, tensor in policy.named_tensors())
@@ -108,7 +108,7 @@ def test_non_finite_gradient_on_one_rank_is_applied_on_none():
 
 
 def skipped_for_weights() -> str:
-    """The reason of a step that one rank's weights spoil."""
+    """Return the reason for skipping a step that one rank's weights spoil."""
     from megatron_dypo.training.step import StepContext, update_policy
 
     config, policy = build({"tensor": 2})
@@ -124,7 +124,7 @@ def test_a_step_skipped_for_weights_that_are_not_finite_names_them():
 
 
 def reference_swap() -> bool:
-    """The reference goes in, gives its own log-probs, and the policy comes back bit for bit."""
+    """Return whether the reference gives its own log-probs, and the policy returns bit for bit."""
     from megatron_dypo.training.minibatch import build_minibatches
     from megatron_dypo.training.passes import logprob_passes
     from megatron_dypo.training.step import StepContext, run_updates
@@ -153,13 +153,13 @@ CAP, FLOOR = 1.2, 0.9
 
 
 def gaps(sample: int, tokens: int) -> np.ndarray:
-    """log(old / engine) of each token: all decades from 1e-5 on, both signs, and a mean that CAP may cut or not."""
+    """Return log(old / engine) per token: all decades from 1e-5 on, both signs, and a mean that CAP may cut or not."""
     cycle = np.array([0.0, 3e-5, 3e-5, 3e-4, 3e-3, -3e-2, 0.3, 2.0, -2.0, 1.5, 0.5, 0.5])
     return (-1) ** sample * np.resize(cycle, tokens)
 
 
 def trained_logprobs() -> dict[tuple[int, int], np.ndarray]:
-    """The policy's log-probs of each trained response, by group and sample."""
+    """Return the policy's log-probs of each trained response, by group and sample."""
     from megatron_dypo.training.minibatch import build_minibatches
     from megatron_dypo.training.passes import logprob_passes
 
@@ -174,7 +174,7 @@ def trained_logprobs() -> dict[tuple[int, int], np.ndarray]:
 
 
 def agreement(parallel: dict, old: dict[tuple[int, int], np.ndarray]) -> dict[str, dict[str, float]]:
-    """The metrics of a step in three updates whose engine differs by ``gaps``, under each rollout correction."""
+    """Return the metrics of a step in three updates whose engine differs by ``gaps``, under each correction."""
     from megatron_dypo.training.minibatch import build_minibatches
     from megatron_dypo.training.passes import logprob_passes
 
@@ -261,7 +261,7 @@ def test_learning_rate_is_a_pure_function_of_the_step():
 
 
 def decayed_by(steps: int) -> dict[str, float]:
-    """Ratio of each weight to its start after updates with zero gradients and weight decay alone."""
+    """Return the ratio of each weight to its start after updates with only weight decay."""
     config, policy = build({})
     config.optimizer.weight_decay = 0.5
     before = weights_of(policy)

@@ -1,5 +1,7 @@
-"""The trainer's side of a weight transfer: what goes into shared memory comes out, in buckets; and what vLLM's own
-backends are told, without the transport itself (it needs GPUs). Real engines: test_rollout.py, test_servers.py."""
+"""The trainer's side of a weight transfer: shared memory is lossless, in buckets; and vLLM's own backends' arguments.
+
+The transport itself is not tested (it needs GPUs). Real engines: test_rollout.py, test_servers.py.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ class Source:
 
 
 class Receiver:
-    """The other end, in this process: vLLM's worker side of ours, in front of a model that keeps what it is given."""
+    """The other end, in this process: our side of vLLM's worker, with a model that keeps what it receives."""
 
     def __init__(self):
         from vllm.config import WeightTransferConfig
@@ -87,7 +89,7 @@ class Receiver:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bucket", [1, 150, 400, 10**6])
 def test_what_goes_into_shared_memory_comes_out_bit_for_bit(bucket, dtype, monkeypatch):
-    """A layer that fits in a bucket is not cut; of a larger one, the receiver copies what it is given."""
+    """A layer that fits in a bucket is not split; of a larger one, the receiver copies what it receives."""
     monkeypatch.setattr(transfer, "BUCKET_BYTES", bucket)
     receiver, source = Receiver(), Source(dtype)
     sender = SharedMemory(receiver, source, is_sender=True)
@@ -168,7 +170,7 @@ def test_every_tensor_has_its_turn_once_in_as_many_syncs_and_those_of_a_module_t
 
 
 def test_a_checksum_leaves_the_storage_as_it_is():
-    """``trainer.offload`` empties it afterwards, and numpy would have marked it as one that may not be resized."""
+    """``trainer.offload`` empties it afterwards, and numpy would have marked it as not resizable."""
     tensor = torch.randn(4, 4)
     checksum(tensor)
     tensor.untyped_storage().resize_(0)
@@ -213,7 +215,7 @@ def test_nccl_is_told_of_all_workers_of_all_servers(monkeypatch):
 
 
 def test_cuda_ipc_has_a_buffer_that_the_largest_tensor_fits_in(monkeypatch):
-    """vLLM's is of 1 GiB, and refuses an embedding of 151,936 x 4,096, say."""
+    """vLLM's buffer is 1 GiB, and rejects, for example, an embedding of 151,936 x 4,096."""
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
     from megatron_dypo.rollout.server_engine import _open_transfer

@@ -1,6 +1,6 @@
-"""The Triton kernels of the head without a GPU: interpreted for their results, compiled for what they would use.
+"""The Triton kernels of the head without a GPU: interpreted for results, compiled for resource use.
 
-Results are tested by `triton_interpreted.py`, in a process of its own; on a CUDA device by `test_gpu.py`.
+Results are tested by `triton_interpreted.py`, in a separate process; on a CUDA device by `test_gpu.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from megatron_dypo.kernels import linear_logprob, linear_loss, workspace
 
-REGISTERS, SHARED = 64 << 10, 227 << 10  # 32-bit registers and bytes of a multiprocessor of an H100
+REGISTERS, SHARED = 64 << 10, 227 << 10  # 32-bit registers and bytes of an H100's multiprocessor
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -34,9 +34,10 @@ def test_results_in_the_interpreter():
 
 
 def compile_for_h100(kernel, types: dict[str, str], constants: dict, options: dict, tmp_path: Path) -> dict:
-    """{ptx, sass, registers of a thread, shared bytes of a program, stack bytes of a thread}; fails if ptxas does.
+    """Return {ptx, sass, registers per thread, shared bytes per program, stack bytes per thread}; fail if ptxas does.
 
-    ``types`` has a type for each argument that is no constant; one ending in ``%`` is divisible by 16, as are pointers.
+    ``types`` has a type for each argument that is not a constant; one ending in ``%`` is divisible by 16, as are
+    pointers.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -71,9 +72,9 @@ def compile_for_h100(kernel, types: dict[str, str], constants: dict, options: di
     ids=["old_pass", "training_pass", "training_pass_i64", "far_rows"],
 )
 def test_the_fused_product_leaves_room_for_a_second_program(online, keep, exp_tile, tmp_path):
-    """bf16 on tensor cores, fed by the copy engine; two programs a multiprocessor, and nothing spilled in the loop.
+    """bf16 on tensor cores, fed by the copy engine; two programs per multiprocessor, and no spills in the loop.
 
-    What ptxas spills is on the stack: with Triton 3.6's nothing, with 3.9's two loop invariants of the pass that keeps
+    ptxas spills to the stack: with Triton 3.6 nothing, with 3.9 two loop invariants of the pass that keeps
     exponentials, read once in 128 columns (and one address, before the loops, in all).
     """
     from megatron_dypo.kernels import triton_fused as fused
@@ -88,7 +89,7 @@ def test_the_fused_product_leaves_room_for_a_second_program(online, keep, exp_ti
     used = compile_for_h100(fused.fused_statistics_kernel, types, constants, fused.OPTIONS, tmp_path)
     assert "wgmma.mma_async" in used["ptx"] and "cp.async.bulk.tensor" in used["ptx"]
     assert 2 * used["registers"] * 32 * fused.OPTIONS["num_warps"] <= REGISTERS
-    assert 2 * (used["shared"] + 1024) <= SHARED  # and what the system takes of each
+    assert 2 * (used["shared"] + 1024) <= SHARED  # including the system's share of each
     assert used["stack"] <= (16 if keep else 8)
     loop = used["sass"][used["sass"].index("HGMMA") : used["sass"].rindex("HGMMA")]
     assert not re.search(r"\b(LDL|STL)\b", loop)
@@ -96,7 +97,7 @@ def test_the_fused_product_leaves_room_for_a_second_program(online, keep, exp_ti
 
 
 def other_kernels() -> dict[str, tuple]:
-    """name -> (kernel, constants, options, types of dz, whether it reads 16 bytes at a time)."""
+    """Return name -> (kernel, constants, options, types of dz, whether it reads 16 bytes at a time)."""
     from megatron_dypo.kernels import triton_fused as fused
     from megatron_dypo.kernels import triton_rows as rows
 
@@ -139,7 +140,7 @@ def test_the_other_kernels_compile_without_spills(name, tmp_path):
 
 
 def test_every_triton_kernel_is_compiled_here():
-    """Those of the package, by their decorator, but for the grouped loss, which `test_grouped_loss.py` compiles."""
+    """The package's, by their decorator, except for the grouped loss, which `test_grouped_loss.py` compiles."""
     folder = Path(workspace.__file__).parents[1]
     found = {
         name
@@ -168,7 +169,7 @@ SIZES = {  # tokens of a micro-batch, hidden size, padded vocabulary, tensor-par
 
 @pytest.mark.parametrize("name", SIZES)
 def test_numbers_that_kernels_hold_in_32_bits_stay_below_2_to_the_31(name):
-    """Rows times pitch, and tiles of exponentials, are formed in 64 bits; these are not."""
+    """Rows times pitch, and tiles of exponentials, are computed in 64 bits; these are not."""
     tokens, hidden, vocab, ranks = SIZES[name]
     width, tiles = vocab // 8, 8 // ranks
     kept = workspace.kept_chunk(tokens, width, tiles, 2)

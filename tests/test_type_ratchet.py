@@ -1,4 +1,4 @@
-"""The ratchet of type errors (`make types`): no folder's number rises, and one that falls is written down."""
+"""The ratchet of type errors (`make types`): no folder's number rises, and a lower one is recorded."""
 
 import json
 import subprocess
@@ -20,13 +20,13 @@ def ratchet(folder: Path, *options: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
-    """mypy's, of the standard library."""
+    """mypy's cache of the standard library."""
     return tmp_path_factory.mktemp("mypy_cache")
 
 
 @pytest.fixture
 def package(tmp_path, cache):
-    """A repository of one package: ``a/`` is allowed 3 errors and has 2; ``b/`` and the top's ``c.py`` are clean."""
+    """A repository with one package: ``a/`` is allowed 3 errors and has 2; ``b/`` and the top's ``c.py`` are clean."""
     pytest.importorskip("mypy", reason="an environment from before mypy was pinned: make venv")
     (tmp_path / "pyproject.toml").write_text(f'[tool.mypy]\nfiles = ["package"]\ncache_dir = "{cache}"\n')
     for name, text in {"a/m": WRONG, "b/m": SOUND, "c": SOUND}.items():

@@ -1,7 +1,7 @@
-"""A training step's gradient, weight by weight, against the objective as its page states it and torch's autograd.
+"""A training step's gradient, weight by weight, against the objective as its page states it, by torch's autograd.
 
-Nothing of the step is used for it but the weights: transformers' model in float64 has the log-probs of all policies and
-the entropies, reference_objective.py the loss. Legend: n tokens of a response or trace.
+It uses nothing of the step but the weights: transformers' model in float64 has the log-probs of all policies and the
+entropies, reference_objective.py the loss. Legend: n tokens of a response or trace.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OBJECTIVES = {
     "srft": {"entropy_coef": 0.03, "aggregation": "constant", "demo_aggregation": "token_mean", "shape": "luffy"},
     "switch": {"entropy_coef": 0.03, "aggregation": "constant", "normalize": "active", "gate": "advantage"},
 }
-TEMPERATURE = 0.8  # of rollouts, as tests/batches.py has it
+TEMPERATURE = 0.8  # of rollouts, as in tests/batches.py
 
 
 class Model:
@@ -43,7 +43,7 @@ class Model:
         self.model.load_state_dict({name: torch.from_numpy(x).double() for name, x in weights.items()})
 
     def __call__(self, group: Group, ids, temperature: float) -> tuple[Tensor, Tensor]:
-        """(log-probs, entropies) [n] of ``ids`` after the group's prompt."""
+        """Return (log-probs, entropies) [n] of ``ids`` after the group's prompt."""
         prompt, tail_n = torch.from_numpy(group.prompt_ids).long(), torch.from_numpy(ids).long()
         logits = self.model(torch.cat([prompt, tail_n])[None]).logits[0, len(prompt) - 1 : -1] / temperature
         logp_nV = logits.log_softmax(-1)

@@ -1,5 +1,7 @@
-"""vLLM's engines behind ``rollout.sync_backend``: what its receiving end has is what was sent, bit for bit, over HTTP
-and a queue in place of NCCL (tests/vllm_wire.py); what changed alone crosses by ``sparse_nccl``."""
+"""vLLM's engines behind ``rollout.sync_backend``: the receiver gets what was sent, bit for bit.
+
+HTTP is real and a queue replaces NCCL (tests/vllm_wire.py); ``sparse_nccl`` sends only what changed.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ BF16 = torch.bfloat16
 
 
 class Policy(Source):
-    """Weights that a few elements of change from version to version, or none of a tensor."""
+    """Weights of which a few elements change from version to version, or none of a tensor."""
 
     def __init__(self):
         super().__init__(BF16)
@@ -42,7 +44,7 @@ class Policy(Source):
 
 @pytest.fixture
 def engine_of(monkeypatch):
-    """``engine_of(backend, **rollout)``: our engine before two servers, with their models and the wire to them."""
+    """``engine_of(backend, **rollout)``: our engine with two servers, their models and the wire to them."""
     set_token(monkeypatch)
     monkeypatch.setattr(server_engine, "all_gather_objects", lambda value: [value])
     monkeypatch.setattr(sparse, "BUCKET_BYTES", 150)
@@ -98,7 +100,7 @@ def test_what_changed_crosses_alone_and_arrives_bit_for_bit(engine_of, caplog):
 
 
 def test_a_tensor_that_is_compared_is_sent_whole_and_a_false_one_is_named(engine_of):
-    """Also one that went wrong in an earlier sync, when it was not compared."""
+    """Including one that went wrong in an earlier sync, in which it was not compared."""
     policy = Policy()
     engine, models, _ = engine_of("sparse_nccl", verify_sync="stored", verify_syncs=5)
     for _ in range(6):

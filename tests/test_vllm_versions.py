@@ -41,7 +41,7 @@ def vllm(version: str, **changed: object) -> Vllm:
 
 
 class Source:
-    """Weights of a version, as a sync takes them."""
+    """Weights of a version, in the form that a sync takes."""
 
     version = 7
 
@@ -54,7 +54,7 @@ class Source:
 
 @pytest.fixture
 def engine_of(monkeypatch, tmp_path):
-    """``engine_of(version)``: our engine in front of that release, on a machine with GPUs as far as arguments go."""
+    """``engine_of(version)``: our engine with that release, on a machine with GPUs as far as arguments go."""
 
     def make(version: str, **rollout: object):
         module = install(monkeypatch, version)
@@ -82,7 +82,7 @@ def test_an_engine_starts_takes_weights_and_samples_with_every_release(version, 
 
 @pytest.mark.parametrize("version", RECORDS)
 def test_sleep_takes_all_memory_away_and_what_needs_it_wakes_it(version, engine_of):
-    """Also after a sync that nothing was sampled with: before 0.31, vLLM takes an engine half awake to be asleep."""
+    """Also after a sync without sampling: before 0.31 vLLM considers a half-awake engine asleep."""
     engine, llm = engine_of(version)
     ask = [Request(np.arange(3, dtype=np.int32), 5)], Sampling(1.0, 1.0, 4, 1)
     for keep in (False, True, False):
@@ -184,7 +184,7 @@ def test_what_a_release_cannot_do_in_process_is_refused_in_one_line(found, chang
     ],
 )
 def test_what_vllm_does_with_expandable_segments_is_not_refused(version, environment):
-    """None of the supported releases refuses them: its pool switches them off round itself, where it sees them."""
+    """No supported release refuses them: its pool disables them for itself, if it sees them."""
     check_in_process(make_config(trainer={"offload": True}), vllm(version), "cuda", environment)
 
 
@@ -270,7 +270,7 @@ def executable(path: Path, script: str) -> Path:
 
 @pytest.mark.parametrize("torch_found, vllm_taken", [("2.11.0", "0.26.0"), ("2.12.1", "0.32.0")])
 def test_make_venv_on_cuda_takes_the_row_of_its_pythons_torch_and_keeps_that_torch(tmp_path, torch_found, vllm_taken):
-    """Its own script; a GPU, a torch and an environment as far as it looks at them."""
+    """Its own script, with a GPU, a torch and an environment as far as it checks them."""
     log, place = tmp_path / "log", tmp_path / f"torch-{torch_found}.dist-info"
     place.mkdir()
     (place / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {torch_found}\n")

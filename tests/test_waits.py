@@ -1,4 +1,4 @@
-"""No layer makes the host wait for the device: what a pass costs in waits does not grow with its layers."""
+"""No layer makes the host wait for the device: a pass's number of waits does not grow with its layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LAYERS = 2, 4
 
 
 def waits_of_passes(shape: str, sections: dict) -> dict[str, list[dict[str, int]]]:
-    """pass -> for each number of layers: how often the host waits, by the line that does."""
+    """Return pass -> for each number of layers: how often the host waits, by line."""
     from megatron_dypo.models.shape import model_shape
     from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.policy.policy import Policy
@@ -55,8 +55,10 @@ def waits_of_passes(shape: str, sections: dict) -> dict[str, list[dict[str, int]
     ids=["dense", "mixture", "pipeline", "context", "tensor"],
 )
 def test_the_host_waits_as_often_for_many_layers_as_for_few(world, shape, sections):
-    """But a mixture's layers, in Megatron-Core, for the sizes of their all-to-all: in a pass over a micro-batch two
-    selections by mask (not in 0.19), and copies of two counts."""
+    """Except in a mixture's layers, for the sizes of Megatron-Core's all-to-all.
+
+    In a pass over a micro-batch these are two selections by mask (not in 0.19), and copies of two counts.
+    """
     for rank, found in enumerate(run_ranks(world, waits_of_passes, shape, sections)):
         batches = found.pop("micro-batches")[0]["rollouts"]
         for name, (few, many) in found.items():

@@ -67,7 +67,7 @@ def test_a_run_is_the_same_bit_for_bit_with_and_without_it(world, shape, section
 
 
 def compilations(shape: str) -> list[int]:
-    """Graphs that torch has compiled after the warm-up, and after two steps; traced, but not made into machine code."""
+    """Return torch's compiled graphs after the warm-up, and after two steps; traced, but not made into machine code."""
     from megatron.core.fusions import fused_bias_swiglu as fused
     from torch._dynamo.utils import counters
 
@@ -98,7 +98,7 @@ def test_nothing_is_compiled_in_a_step():
 
 
 def in_bf16(shape: str) -> dict:
-    """A step in bf16, and how far its log-probs are from fp32's."""
+    """Make a step in bf16, and return how far its log-probs are from fp32's."""
     from megatron_dypo.training.minibatch import build_minibatches
 
     found = {}
@@ -116,7 +116,7 @@ def in_bf16(shape: str) -> dict:
 
 
 def again(policy, dtype: str):
-    """The same policy in another type; the process groups stay."""
+    """Return the same policy in another type; the process groups stay."""
     from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.policy.policy import Policy
 

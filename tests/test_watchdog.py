@@ -1,4 +1,4 @@
-"""What hangs, dies or lags is found, named and ended: real ranks, real signals, and torchrun where it matters."""
+"""Hangs, deaths and lags are found, named and ended: real ranks, real signals, and torchrun where it matters."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def freeze() -> None:
 
 
 def hold_the_gil() -> None:
-    """As a deadlock in C code does: no thread of this process runs any Python."""
+    """Block like a deadlock in C code: no thread of this process runs any Python."""
     time.sleep(TOLD)
     ctypes.PyDLL(None).sleep(1000)
 
@@ -76,7 +76,7 @@ def hold_the_gil_for_a_while() -> None:
 
 
 def hurry() -> None:
-    """Leave a rank that cannot end by itself less time than a user does."""
+    """Give a rank that cannot end by itself less time than in production."""
     from megatron_dypo.runtime import watchdog
 
     watchdog.LAST_WORDS = 3.0
@@ -90,14 +90,14 @@ START = Point("call megatron_dypo.trainer:train")
 
 
 def log(job: Job, rank: int) -> list[str]:
-    """What a rank printed about failures: from its first line that begins with a rank's name."""
+    """Return what a rank printed about failures: from its first line that begins with a rank's name."""
     lines = (job.folder / f"rank_{rank}.log").read_text().splitlines()
     first = next((i for i, line in enumerate(lines) if line.startswith("[rank ")), len(lines))
     return lines[first:]
 
 
 def has_ended(process: psutil.Process) -> bool:
-    """It is gone, or only waits to be reaped."""
+    """Return whether it is gone, or only waits to be reaped."""
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -105,7 +105,7 @@ def has_ended(process: psutil.Process) -> bool:
 
 
 def since_last_step(folder: Path) -> float:
-    """Seconds."""
+    """Return the seconds since the last step."""
     return time.time() - (folder / "run/metrics.jsonl").stat().st_mtime
 
 
@@ -152,7 +152,7 @@ def test_a_phase_past_its_deadline_ends_the_job_with_the_stacks_of_all_ranks(tmp
 
 
 def in_phases(log: str, timeout: float, *seconds: float) -> None:
-    """One rank that spends ``seconds`` in phases, one after the other, within a phase."""
+    """One rank spends ``seconds`` in consecutive phases, inside another phase."""
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
     from megatron_dypo.runtime import distributed
     from megatron_dypo.runtime.failure import begin_step, phase
@@ -198,7 +198,7 @@ def test_time_spent_suspended_does_not_count(tmp_path):
 
 
 def keep_the_store_and_freeze(log: str, port: int) -> None:
-    """Two ranks; the rendezvous store lives in rank 0, which freezes, while rank 1 computes."""
+    """Two ranks; the rendezvous store is in rank 0, which freezes while rank 1 computes."""
     os.environ.update(TORCHELASTIC_USE_AGENT_STORE="False", MASTER_PORT=str(port))
     os.dup2(os.open(f"{log}_{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT), 2)
     from megatron_dypo.runtime import distributed
@@ -226,7 +226,7 @@ def test_a_frozen_store_is_no_reason_to_wait(tmp_path):
 
 
 def test_without_a_launcher_that_ends_them_ranks_follow_a_failed_one(tmp_path):
-    """Rank 1 fails and its clean-up hangs, while rank 0 hangs elsewhere; nobody sends a signal."""
+    """Rank 1 fails and its clean-up hangs, while rank 0 hangs elsewhere; there is no signal."""
     acts = [
         (START, hurry, (0, 1)),
         act_in("rollout", plant, 1),
@@ -244,7 +244,7 @@ def test_without_a_launcher_that_ends_them_ranks_follow_a_failed_one(tmp_path):
 
 
 def test_a_folder_for_recordings_that_cannot_be_ends_the_job_before_training(tmp_path):
-    """Only rank 0 would write there; rank 1, which waits for it, names rank 0's error instead of its own."""
+    """Only rank 0 would write there; rank 1, waiting for it, reports rank 0's error instead of its own."""
     (tmp_path / "taken").write_text("a file where a folder is wanted")
     config = task(tmp_path, rollout__record=str(tmp_path / "taken"))
     with Job(tmp_path / "job", config, acts=[(START, hurry, (0, 1))]) as job:
@@ -344,13 +344,13 @@ def test_a_folder_that_stays_in_use_is_refused_after_a_while(tmp_path, monkeypat
 
 
 class Launched:
-    """torchrun on 2 ranks, with what the ranks and the agent print in ``stderr``."""
+    """torchrun on 2 ranks, with the output of ranks and agent in ``stderr``."""
 
     def __init__(self, folder: Path, *command: str, backend: str = "loopback", endpoint: str = "localhost"):
         path = [str(REPOSITORY), str(folder / "installed")]
         build = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", path[1]]
         (folder / "installed").mkdir()
-        subprocess.run(build, cwd=REPOSITORY, check=True, capture_output=True)  # torchrun asks for its entry points
+        subprocess.run(build, cwd=REPOSITORY, check=True, capture_output=True)  # torchrun reads its entry points
         self.stderr = folder / "stderr"
         self.seen: list[psutil.Process] = []
         with self.stderr.open("w") as stderr:
@@ -364,12 +364,12 @@ class Launched:
             )
 
     def processes(self) -> list[psutil.Process]:
-        """The agent's descendants; remembered, in case they outlive it."""
+        """Return the agent's descendants; remembered, in case they outlive it."""
         self.seen = psutil.Process(self.agent.pid).children(recursive=True)
         return self.seen
 
     def ranks(self) -> list[psutil.Process]:
-        """The two ranks, in order."""
+        """Return the two ranks, in order."""
         children = psutil.Process(self.agent.pid).children()
         return sorted(children, key=lambda child: int(child.environ()["RANK"]))
 
@@ -383,12 +383,12 @@ class Launched:
                 process.kill()
 
 
-LOOP = " in train\n"  # where every rank's main thread is
+LOOP = " in train\n"  # the phase of every rank's main thread
 
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory) -> Iterator[tuple[Path, Launched]]:
-    """A run that goes on and on, with all its helper processes: (folder, launch)."""
+    """Return an endless run with all its helper processes: (folder, launch)."""
     folder = tmp_path_factory.mktemp("running")
     config = task(folder, trainer__steps=100_000, logging__wandb="offline")
     launched = Launched(folder, "-m", "megatron_dypo", "train", str(config))

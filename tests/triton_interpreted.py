@@ -1,7 +1,7 @@
 """The Triton kernels of the head in Triton's interpreter, on the CPU in fp32: `test_triton_head.py` runs this file.
 
-TRITON_INTERPRET=1 must be set before triton is imported, so this needs a process of its own. Blocks are small, so that
-a small problem has several of each kind. Legend: T tokens, H hidden size, V rows of the weight.
+TRITON_INTERPRET=1 must be set before triton is imported, hence a separate process. Blocks are small, so that a small
+problem has several of each kind. Legend: T tokens, H hidden size, V rows of the weight.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def small_blocks(request, monkeypatch) -> str:
 
 
 def run_loss(head: tuple, weights_T: Tensor, **options) -> tuple[Tensor, ...]:
-    """(logp, entropy, lse, dhidden, dweight) of ``weighted_square``."""
+    """Return (logp, entropy, lse, dhidden, dweight) of ``weighted_square``."""
     hidden_TH, weight_VH, targets_T, temperature_T = head
     inputs = hidden_TH.clone().requires_grad_(), weight_VH.clone().requires_grad_()
     loss, logprobs = linear_loss(
@@ -122,7 +122,7 @@ def test_the_entropy_s_gradient_equals_the_definition(tokens, rows, vocab_size, 
 
 @pytest.mark.parametrize("width", [40, 27])
 def test_a_width_that_blocks_do_not_divide(width):
-    """The second is none that the fused product takes."""
+    """The fused product cannot take the second one."""
     torch.manual_seed(0)
     head = torch.randn(9, width), torch.randn(64, width), torch.randint(0, 64, (9,)), torch.ones(9)
     assert_same_head(head, "triton")
@@ -146,7 +146,7 @@ def test_flat_and_confident_distributions(scale, small_blocks):
 
 @pytest.mark.parametrize("shift", [0.0, 100.0])
 def test_a_nearly_sure_token_keeps_the_digits_of_1_minus_p(shift):
-    """At the second, all rows of the fused kernel are far."""
+    """In the second case all rows of the fused kernel are far."""
     assert_sure_tokens("triton", shift, 2e-5 if shift == 0 else 1e-3, rows=24)
 
 
@@ -213,7 +213,7 @@ def test_every_way_gives_the_same_bits(small_blocks):
 
 @pytest.mark.parametrize("ranks", [2, 8])
 def test_a_tile_has_the_same_bits_on_any_rank(ranks, small_blocks):
-    """The statistics of each rank's shard are those of one rank's same tiles, padding of whole tiles included."""
+    """The statistics of each rank's shard equal those of one rank's same tiles, including padding of whole tiles."""
     hidden_TH, weight_VH, targets_T, temperature_T = make_head(7, 160)
     targets_T = targets_T % 115
     forms, _ = triton_head.HEADS[torch.float32]
@@ -229,7 +229,7 @@ def test_a_tile_has_the_same_bits_on_any_rank(ranks, small_blocks):
 
 
 def test_inputs_may_have_any_strides():
-    """Targets of every other place, hidden states by columns, a slope that is one number, expanded."""
+    """Every other target, hidden states by columns, and a slope expanded from one number."""
     hidden_TH, weight_VH, targets_T, _ = make_head(6, 24)
     every_other_T = targets_T.repeat_interleave(3).add(torch.arange(18) % 3)[::3]
     by_columns_TH = hidden_TH.t().contiguous().t()
@@ -253,7 +253,7 @@ def test_inputs_may_have_any_strides():
 
 
 class Allocated(TorchDispatchMode):
-    """The most bytes that the storages of operations' results took at once."""
+    """The peak bytes of the storages of operations' results."""
 
     def __init__(self):
         super().__init__()
@@ -272,7 +272,7 @@ class Allocated(TorchDispatchMode):
 
 
 def test_head_bytes_is_what_a_training_pass_allocates(monkeypatch, small_blocks):
-    """In two chunks, of which the first is a whole one; some tokens have no slope."""
+    """In two chunks, of which the first is full; some tokens have no slope."""
     tokens, rows, width = 34, 128, 128
     torch.manual_seed(0)
     hidden_TH, targets_T = torch.randn(tokens, width, requires_grad=True), torch.randint(0, rows, (tokens,))

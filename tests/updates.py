@@ -1,4 +1,4 @@
-"""Real updates, and what the last one trained on and by: for proofs that look at a training step's numbers.
+"""Real updates, and the inputs and numbers of the last one: for tests of a training step's numbers.
 
 Weights differ from the old policy's, and those from the reference's, so that no ratio and no KL is trivial.
 """
@@ -12,8 +12,9 @@ from tests.batches import for_recipe, make_config, make_groups, trace_ids
 
 
 def second_update(sections: dict, first: list[Group], second: list[Group], trace=trace_ids, at: int = 2) -> dict:
-    """On a forked rank: a step on made-up groups, then step ``at`` with an update on ``first`` and one on ``second``,
-    of as many prompts. ``trace(group, i)``: ids of teacher i's trace.
+    """Make a step on made-up groups on a forked rank, then step ``at`` with an update on ``first`` and on ``second``.
+
+    Both have equal numbers of prompts. ``trace(group, i)``: ids of teacher i's trace.
 
     Returns ``weights`` by policy (reference, old, now), and of the last update ``metrics``, ``gradients`` by Hugging
     Face names, and ``sequences``: group, kind, sample, and each token's streams and slopes [n] by name.
@@ -69,7 +70,7 @@ def second_update(sections: dict, first: list[Group], second: list[Group], trace
     for batch, stream in packed:
         parts = [torch.cat(pieces) for pieces in zip(*seen[id(stream)], strict=True)]
         found = dict(zip(("logp", "entropy", "dlogp", "dentropy"), parts, strict=False))
-        if stream.old_N is not None:  # a pack of rollouts: what the passes before the update found
+        if stream.old_N is not None:  # a pack of rollouts: the results of the passes before the update
             b = next(b for b, each in enumerate(minibatch.rollouts) if each is batch)
             found |= {name: minibatch.logp[name][b] for name in ("old", "reference") if name in minibatch.logp}
         pieces = {name: x_N.double().split(batch.counts) for name, x_N in found.items()}

@@ -1,8 +1,8 @@
-"""vLLM's own weight transfers without CUDA: both ends are vLLM's, and a queue stands in for NCCL between them.
+"""vLLM's own weight transfers without CUDA: both ends are vLLM's, and a queue replaces NCCL between them.
 
-``servers_of(backend, monkeypatch)`` gives rollout servers that answer as vLLM's do (``Imitation``), each of which has a
-worker: vLLM's receiving engine of that backend, our worker extension, and a plain model. What crosses is what
-``broadcast`` was called with, so that a stream that the two ends cut differently does not fit.
+``servers_of(backend, monkeypatch)`` makes rollout servers that answer as vLLM's do (``Imitation``), each with a worker:
+vLLM's receiving engine of that backend, our worker extension, and a plain model. The queue carries the arguments of
+``broadcast``, so a stream that the two ends split differently does not fit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tests.rollout_server import Imitation
 
-SECONDS = 10.0  # a broadcast that no other end takes part in
+SECONDS = 10.0  # for a broadcast without another end
 
 
 class Wire:
@@ -95,11 +95,11 @@ def worker_of(backend: str, model: nn.Module, wire: Wire):
             self.engine.model_update_group = wire.receiver()
 
         def update(self, info: dict) -> None:
-            with wire.turn:  # vLLM replaces Tensor.copy_ meanwhile, of a process that a worker has for itself
+            with wire.turn:  # vLLM meanwhile replaces Tensor.copy_ of a process that a worker has for itself
                 self.engine.receive_weights(self.engine.parse_update_info(info))
 
         def finish_weight_update(self) -> None:
-            """vLLM's worker has its engine finish; these have nothing to."""
+            """Do nothing: these engines have nothing to finish."""
 
     return Worker()
 
@@ -108,7 +108,7 @@ def worker_of(backend: str, model: nn.Module, wire: Wire):
 def servers_of(
     backend: str, count: int, sizes: dict, dtype: torch.dtype, monkeypatch
 ) -> Iterator[tuple[list[Imitation], list[PlainModel], Wire]]:
-    """Servers, their models and the wire to them, with nothing of CUDA left in vLLM's two ends."""
+    """Return servers, their models and the wire to them, with nothing of CUDA left in vLLM's two ends."""
     from vllm.distributed.weight_transfer import nccl_engine, packed_tensor, sparse_nccl_engine
 
     wire, models = Wire(), [PlainModel(sizes, dtype) for _ in range(count)]

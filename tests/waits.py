@@ -1,9 +1,9 @@
-"""Where the host would wait for the device, counted on the CPU.
+"""Count on the CPU where the host would wait for the device.
 
-Parameters, and what is moved to or made on the policy's device, count as the device's; so does what is computed of
-them. A wait is a value of theirs that the host reads: ``item``, ``tolist``, ``bool``, a move to the CPU, or an
-operation whose result has as many elements as values say (``nonzero``, indexing by a mask, ...). Values that were never
-on the device cost nothing.
+Parameters, and what is moved to or created on the policy's device, count as the device's, and so does everything
+computed from them. A wait is a value of theirs that the host reads: ``item``, ``tolist``, ``bool``, a move to the CPU,
+or an operation whose result's size depends on values (``nonzero``, indexing by a mask, ...). Values that were never on
+the device cost nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _READS = ("tolist", "numpy", "cpu")
 
 
 class Waits(TorchDispatchMode):
-    """Count them by the line of Python that they come from, in ``where``."""
+    """Counts waits by the line of Python that causes them, in ``where``."""
 
     def __init__(self, parameters):
         super().__init__()
@@ -99,7 +99,7 @@ class Waits(TorchDispatchMode):
         return to
 
     def _made(self, real):
-        """``torch.tensor`` with a device, which dispatches nothing that knows it."""
+        """Wrap ``torch.tensor`` with a device, whose dispatch does not include the device."""
 
         def tensor(*args, **kwargs):
             made = real(*args, **kwargs)
@@ -110,7 +110,7 @@ class Waits(TorchDispatchMode):
         return tensor
 
     def _to_host(self, tensor, as_numpy=False, record_stream=False):
-        """mcore's, on CUDA: a copy, and one wait for it."""
+        """Imitate mcore on CUDA: a copy, and one wait for it."""
         if not isinstance(tensor, torch.Tensor):
             return tensor
         self._wait("to the CPU")
@@ -133,7 +133,7 @@ class Waits(TorchDispatchMode):
 
 @contextmanager
 def device_is_marked():
-    """Within: the policy's device is ``DEVICE``, for our code and for what mcore calls the current CUDA device."""
+    """Within the block the policy's device is ``DEVICE``, for our code and for mcore's current CUDA device."""
     import megatron_dypo.policy.moe as routing
     import megatron_dypo.policy.policy as policy
     import megatron_dypo.training.step as step

@@ -1,4 +1,4 @@
-"""What the fault tests share: uninterrupted runs, and a record of what they count, shown at the end."""
+"""Shared by the fault tests: uninterrupted runs, and a record of their counts, shown at the end."""
 
 import pytest
 
@@ -10,7 +10,7 @@ _lines: list[str] = []
 
 @pytest.fixture
 def fault_record(record_property):
-    """Call it with a line for the report."""
+    """Return a function that adds a line to the report."""
 
     def record(line: str) -> None:
         _lines.append(line)
@@ -21,7 +21,7 @@ def fault_record(record_property):
 
 @pytest.fixture(scope="session")
 def references(tmp_path_factory):
-    """Where ``task.reference`` keeps the uninterrupted runs."""
+    """Return the folder in which ``task.reference`` keeps the uninterrupted runs."""
     return tmp_path_factory.mktemp("references")
 
 

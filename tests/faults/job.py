@@ -1,4 +1,4 @@
-"""One launch of a run on forked ranks: the command line as torchrun calls it, watched as torchrun's agent watches."""
+"""One launch of a run on forked ranks: the command line as torchrun calls it, supervised as torchrun's agent does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Self
 from tests.faults.points import Point, at
 from tests.ranks import Launch
 
-AGENT_INTERVAL = 0.1  # seconds until torchrun's agent sees that a rank has ended
+AGENT_INTERVAL = 0.1  # seconds until torchrun's agent notices that a rank has ended
 AGENT_PATIENCE = 30.0  # seconds from its SIGTERM to its SIGKILL
 Act = tuple[Point, Callable[[], None], tuple[int, ...]]
 
@@ -20,7 +20,7 @@ Act = tuple[Point, Callable[[], None], tuple[int, ...]]
 class Job:
     """The ranks of one launch, as a context manager that leaves none behind.
 
-    ``acts``: what is to happen on which ranks when they get to a point. What they print goes to ``folder/rank_N.log``.
+    ``acts``: actions on given ranks when they reach a point. Their output goes to ``folder/rank_N.log``.
     """
 
     def __init__(self, folder: Path, config: Path, *overrides: str, world: int = 2, acts: Sequence[Act] = ()):
@@ -37,7 +37,7 @@ class Job:
         self.kill()
 
     def kill(self, *ranks: int) -> None:
-        """SIGKILL to these ranks (to all of them without any), and wait for their end."""
+        """Send SIGKILL to these ranks (default: all), and wait for their end."""
         for rank in ranks or range(len(self.ranks)):
             self.ranks[rank].kill()
         for rank in ranks or range(len(self.ranks)):
@@ -48,9 +48,9 @@ class Job:
         return [rank.pid for rank in self.ranks]
 
     def wait(self, seconds: float = 240, power_cut: bool = False) -> list[int]:
-        """The exit codes (negative: signals), when all ranks have ended.
+        """Return the exit codes (negative: signals) once all ranks have ended.
 
-        As torchrun does it, the ranks left by one that failed get SIGTERM after a moment. ``power_cut``: SIGKILL, at
+        Like torchrun, send SIGTERM after a moment to the ranks left by one that failed; with ``power_cut``, SIGKILL at
         once.
         """
         deadline = time.monotonic() + seconds
@@ -68,7 +68,7 @@ class Job:
         return [rank.exitcode for rank in self.ranks]
 
     def wait_for(self, path: Path, seconds: float = 240) -> bool:
-        """Whether this file appeared; false where all ranks ended before."""
+        """Return whether this file appeared; False if all ranks ended before."""
         deadline = time.monotonic() + seconds
         while not path.exists():
             if not self._running():
@@ -78,7 +78,7 @@ class Job:
         return True
 
     def output(self) -> str:
-        """What the ranks have printed so far."""
+        """Return what the ranks have printed so far."""
         return "".join(path.read_text() for path in sorted(self.folder.glob("rank_*.log")))
 
     def _running(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""Kill a run, start it again, and again, until it is done: what to kill it at, and the ledger of what happened."""
+"""Kill a run, restart it, and repeat until it is done: where to kill it, and a ledger of the results."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from tests.faults.points import Point, die, mark
 from tests.faults.task import SAVE_EVERY
 from tests.launch import metrics
 
-LAST_STEPS = 6  # of a run: no kills are dealt to them
+LAST_STEPS = 6  # of a run, without kills
 NEXT_STEP = Point("call megatron_dypo.rollout.manager:RolloutManager.batch")
 
 
 @dataclass(frozen=True)
 class Kill:
-    """SIGKILL to ``ranks`` at ``point`` or, with ``delay``, so many steps' time after ``point.from_step``
-    began.
+    """SIGKILL to ``ranks`` at ``point`` or, with ``delay``, N steps' time after ``point.from_step`` began.
 
-    Where ``power_cut``, the other ranks die with them; else they get torchrun's SIGTERM after a moment.
+    With ``power_cut`` the other ranks die too; otherwise they get torchrun's SIGTERM after a moment.
     """
 
     point: Point
@@ -40,12 +39,12 @@ class Kill:
 
 @dataclass
 class Ledger:
-    """What came of the kills of one run."""
+    """The results of one run's kills."""
 
     named: list[Kill] = field(default_factory=list)
     instants: list[Kill] = field(default_factory=list)
     launches: int = 0
-    resumes: int = 0  # launches that were seen to go on from the newest checkpoint (or from the start, without one)
+    resumes: int = 0  # launches that resumed from the newest checkpoint (or from the start, without one)
     pids: list[int] = field(default_factory=list)
 
     @property
@@ -59,10 +58,10 @@ class Ledger:
 
 
 def spread(start: list[Kill], during: list[Kill], instants: int, steps: int, seed: int) -> list[Kill]:
-    """These kills and so many random instants in random order, dealt evenly over the run's steps.
+    """Return these kills and N random instants in random order, dealt evenly over the run's steps.
 
-    ``start`` come while a launch starts; a kill of ``during`` that names its own first step keeps it. None is dealt to
-    the last steps, where a run might end before its kill. Who dies is drawn where a kill leaves it open.
+    ``start`` kills happen during a launch's startup; a kill of ``during`` that names its own first step keeps it. None
+    is dealt to the last steps, where a run might end before its kill. The victim is drawn if a kill leaves it open.
     """
     draw = random.Random(seed)
     shuffled = [*start, *(kill for kill in during if not kill.point.from_step)]
@@ -82,7 +81,7 @@ def _draw_ranks(kill: Kill, draw: random.Random) -> Kill:
 
 
 def kill_until_done(folder: Path, config: Path, kills: list[Kill], reference: Path) -> Ledger:
-    """One launch a kill and, at last, one that runs to its end. Checks after each that the run is on its track."""
+    """Launch once per kill and, at last, until the end; check after each launch that the run is on track."""
     ledger, run_dir = Ledger(), folder / "run"
     durations = [line["time/step"] for line in metrics(reference / "run")[1:]]
     step_time = sum(durations) / len(durations)
@@ -106,7 +105,7 @@ def kill_until_done(folder: Path, config: Path, kills: list[Kill], reference: Pa
 
 
 def other_failures(output: str) -> list[str]:
-    """The headlines of failures that are no kill's."""
+    """Return the headlines of failures not caused by a kill."""
     headlines = [line for line in output.splitlines() if "] failed in " in line]
     return [line for line in headlines if "ended by SIGKILL" not in line and "ended without a message" not in line]
 
@@ -125,7 +124,7 @@ def _launch(folder: Path, config: Path, kill: Kill | None, step_time: float, led
 
 
 def _wait(kill: Kill, run_dir: Path, step_time: float) -> None:
-    """The kill's delay, but no longer than to the next save, or many kills would soon have moved the run to its end."""
+    """Wait for the kill's delay, at most until the next save, or many kills would soon move the run to its end."""
     next_step = max(kill.point.from_step, (saved_steps(run_dir) or [0])[-1] + 1)
     next_save = math.ceil(next_step / SAVE_EVERY) * SAVE_EVERY
     deadline = time.monotonic() + kill.delay * step_time

@@ -1,4 +1,4 @@
-"""Hypothesis strategies that take something valid and spoil it: as a tree, as bytes, as a file."""
+"""Hypothesis strategies that corrupt something valid: as a tree, as bytes, as a file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-# Text beside the usual: controls, line ends that only Unicode knows, half a surrogate pair, other scripts, markup.
+# Unusual text: control characters, line ends that only Unicode knows, half a surrogate pair, other scripts, markup.
 ODD_TEXT = [
     "", " ", "\0", "\n", "\r\n", "\u2028", "\x1b[31m", "\ufeff", "\ud800", "é" * 300, "日本語", "🙂", "x" * 20_000,
     "../..", "~", "%s", "{}", "null", "nan", "1e999", "-1", "[1", "!!int ''", "&a [*a]", "=", "<script>", "a:b@c",
@@ -41,14 +41,14 @@ odd_values = st.one_of(
 
 
 def places(tree: Any, at: tuple = ()) -> list[tuple]:
-    """The path of every node below the root."""
+    """Return the path of every node below the root."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     return [found for key, value in items for found in [(*at, key), *places(value, (*at, key))]]
 
 
 @st.composite
 def spoilt_trees(draw: st.DrawFn, tree: Any, at: tuple = ()) -> Any:
-    """A copy with one to three nodes (below the path ``at``) dropped, renamed, replaced, doubled or moved."""
+    """Draw a copy with one to three nodes (below the path ``at``) dropped, renamed, replaced, doubled or moved."""
     tree = copy.deepcopy(tree)
     if draw(st.integers(0, 19)) == 0:
         return draw(odd_values)
@@ -92,7 +92,7 @@ _INSERTED = [
 
 @st.composite
 def spoilt_bytes(draw: st.DrawFn, content: bytes, inserted: tuple[bytes, ...] = ()) -> bytes:
-    """A copy with one to three bytes, slices or encodings gone wrong; ``inserted``: more that may be put in."""
+    """Draw a copy with one to three corrupt bytes, slices or encodings; ``inserted``: more that may be inserted."""
     content = bytearray(content)
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.integers(0, len(content)))
@@ -118,7 +118,7 @@ def spoilt_bytes(draw: st.DrawFn, content: bytes, inserted: tuple[bytes, ...] = 
 
 
 def flipped_bytes(content: bytes) -> st.SearchStrategy[bytes]:
-    """A copy of the same length with one byte changed."""
+    """Return copies of the same length with one byte changed."""
     return st.builds(
         lambda at, bits: content[:at] + bytes([content[at] ^ bits]) + content[at + 1 :],
         st.integers(0, len(content) - 1),
@@ -127,7 +127,7 @@ def flipped_bytes(content: bytes) -> st.SearchStrategy[bytes]:
 
 
 def spoil_file(path: Path, how: str) -> None:
-    """Put something else in a file's place; ``how`` is one of ``FILE_FAULTS``."""
+    """Replace a file by something else; ``how`` is one of ``FILE_FAULTS``."""
     path.unlink()
     if how == "folder":
         path.mkdir()
@@ -136,7 +136,7 @@ def spoil_file(path: Path, how: str) -> None:
     elif how == "dangling":
         path.symlink_to("nowhere")
     elif how == "unreadable":
-        path.symlink_to("/proc/self/mem")  # opens for everyone, root too, and then cannot be read
+        path.symlink_to("/proc/self/mem")  # anyone, including root, can open it, but not read it
     elif how == "forbidden":
         path.touch(mode=0)
     elif how == "empty":

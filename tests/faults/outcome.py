@@ -1,4 +1,4 @@
-"""What a run came to, and whether that is bit for bit what an uninterrupted run came to."""
+"""The outcome of a run, compared bit for bit with that of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from tests.ranks import run_ranks
 
 
 def saved_steps(run_dir: Path) -> list[int]:
-    """Steps of the folders that are named as checkpoints, in order."""
+    """Return the steps of the folders named as checkpoints, in order."""
     return sorted(int(folder.name.removeprefix("step_")) for folder in run_dir.glob("checkpoints/step_*"))
 
 
 def written_steps(run_dir: Path) -> int:
-    """How many training steps are in the metrics."""
+    """Return how many training steps are in the metrics."""
     path = run_dir / "metrics.jsonl"
-    return max(0, path.read_text().count("\n") - 1) if path.exists() else 0  # less the line of step 0
+    return max(0, path.read_text().count("\n") - 1) if path.exists() else 0  # without the line of step 0
 
 
 def first_step(output: str) -> int | None:
-    """The training step that a launch began with, as it said; None where it did not get that far."""
+    """Return the training step that a launch announced as its first, or None."""
     if found := re.search(r" resumes after step (\d+)$", output, re.MULTILINE):
         return int(found[1]) + 1
     found = re.search(r"^step (\d+)/", output, re.MULTILINE)
@@ -33,7 +33,7 @@ def first_step(output: str) -> int | None:
 
 
 def assert_on_track(run_dir: Path, reference: Path) -> None:
-    """The steps written so far are the reference's, each once (a torn last line aside)."""
+    """Check that the steps written so far are the reference's, each once (except for a torn last line)."""
     path = run_dir / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
@@ -41,8 +41,11 @@ def assert_on_track(run_dir: Path, reference: Path) -> None:
 
 
 def assert_same_outcome(folder: Path, reference: Path, steps: int, keeps_reference: bool = True) -> None:
-    """Both folders hold a ``run/`` and ``rollouts/``: the same metrics, rollouts, files, weights, moments, and weights
-    of a reference policy, if it ``keeps_reference``."""
+    """Check that both folders have the same results in ``run/`` and ``rollouts/``.
+
+    That is the same metrics, rollouts, files, weights, moments, and weights of a reference policy, if it
+    ``keeps_reference``.
+    """
     lines = metrics(folder / "run")
     assert [line["step"] for line in lines] == list(range(steps + 1)), "steps are missing or doubled"
     assert without_times(lines) == without_times(metrics(reference / "run"))
@@ -60,7 +63,7 @@ def assert_same_outcome(folder: Path, reference: Path, steps: int, keeps_referen
 
 
 def reward_workers_of(ranks: list[int]) -> list[int]:
-    """Process ids of the reward workers that still run for these (ended) ranks."""
+    """Return the process ids of the reward workers that still run for these (ended) ranks."""
     parents = {str(rank) for rank in ranks}
     processes = psutil.process_iter(["cmdline", "status"])
     alive = [process for process in processes if process.info["status"] != psutil.STATUS_ZOMBIE]
@@ -75,10 +78,10 @@ def _digests(checkpoint: str) -> dict[str, str]:
     return run_ranks(1, checkpoint_digests, checkpoint)[0]
 
 
-_reference_digests = cache(_digests)  # one reference, many runs to compare with it
+_reference_digests = cache(_digests)  # one reference for many comparisons
 
 
 def _files(folder: Path) -> set[str]:
-    """All files below ``folder``, without what an engine keeps for itself."""
+    """Return all files below ``folder``, except those of an engine."""
     names = {str(path.relative_to(folder)) for path in folder.rglob("*")}
     return {name for name in names if not name.startswith("engine")}

@@ -1,4 +1,4 @@
-"""Where a run can be stopped: named points, set in a forked rank before the run starts, with no hook in the product."""
+"""Named points at which a run can be stopped, set in a forked rank before it starts, without hooks in the product."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FILE_CALLS = {"open": (builtins, io), "replace": (os,), "fsync": (os,), "unlink"
 
 @dataclass(frozen=True)
 class Point:
-    """The ``nth`` time that a rank gets to a place, counted from its start or, with ``from_step``, from that step on.
+    """The ``nth`` time that a rank reaches a place, counted from its start or, with ``from_step``, from that step on.
 
     ``what`` is one of
       ``phase NAME``        the product's own phases (``runtime.failure.phase``),
@@ -46,16 +46,16 @@ def die() -> None:
 
 
 def mark(path: Path) -> None:
-    os.mknod(path)  # not among the calls that are watched
+    os.mknod(path)  # not among the watched calls
 
 
 def at(point: Point, act: Callable[[], None]) -> None:
-    """Call ``act`` once, when this process gets to ``point``."""
+    """Call ``act`` once, when this process reaches ``point``."""
     passed, step, busy = 0, 0, threading.RLock()
 
     def arrive(edge: str) -> None:
         nonlocal passed
-        with busy:  # a writer's thread passes here too
+        with busy:  # a writer's thread also comes here
             if edge != point.edge or step < point.from_step:
                 return
             passed += 1
@@ -99,7 +99,7 @@ def _watch_phase(wanted: str, arrive: Callable[[str], None]) -> None:
 
 
 def _wrap(place: str, before: Callable | None = None, after: Callable | None = None) -> None:
-    """Replace ``MODULE:NAME`` (or ``MODULE:CLASS.NAME``) by itself between two calls with the same arguments."""
+    """Wrap ``MODULE:NAME`` (or ``MODULE:CLASS.NAME``) with calls before and after it, with the same arguments."""
     module, _, path = place.partition(":")
     *outer, name = path.split(".")
     owner = functools.reduce(getattr, outer, importlib.import_module(module))
@@ -135,7 +135,7 @@ def _watch_files(call: str, glob: str, arrive: Callable[[str], None]) -> None:
 
 
 def _path(path: Any, folder: int | None) -> str:
-    """The full path of a path, a descriptor, or (as ``shutil.rmtree`` removes) a name in an open folder."""
+    """Return the full path of a path, a descriptor, or (as in ``shutil.rmtree``) a name in an open folder."""
     if isinstance(path, int):
         return os.readlink(f"/proc/self/fd/{path}") if path > 2 else ""
     if folder is not None:

@@ -1,4 +1,4 @@
-"""``train`` in this process up to where it would start to build, as the fuzzer calls it: refused, or ready."""
+"""Run ``train`` in this process up to the point where it would start to build: refused, or ready."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from hypothesis import strategies as st
 from megatron_dypo import preflight
 from megatron_dypo.cli import main
 
-FACTOR = int(os.environ.get("MEGATRON_DYPO_FUZZ", "1"))  # so many times the examples of a CI run, and random ones
+FACTOR = int(os.environ.get("MEGATRON_DYPO_FUZZ", "1"))  # multiplies the examples of a CI run, with random ones
 PATIENCE = 20.0  # seconds for one input that takes about 0.02
 LONGEST_LINE = 4000  # characters
 T = TypeVar("T")
 
 
 class Hangs(BaseException):
-    """Not an Exception: nothing in the product may take it for an error of its own."""
+    """Not an Exception, so that the product cannot handle it as an error of its own."""
 
 
 class Ready(BaseException):
-    """What ``prepare`` returned; training would begin here."""
+    """The result of ``prepare``; training would begin here."""
 
     def __init__(self, config: Any, inputs: preflight.Inputs):
         self.config, self.inputs = config, inputs
@@ -34,7 +34,7 @@ class Ready(BaseException):
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Raises Hangs when the block takes longer than any input may."""
+    """Raise Hangs if the block takes longer than any input may."""
 
     def give_up(*_: object) -> None:
         raise Hangs(f"not done within {PATIENCE:g} s")
@@ -49,13 +49,13 @@ def bounded() -> Iterator[None]:
 
 
 class Submit:
-    """Runs commands; ``refused`` lines so far are counted by what was fuzzed."""
+    """Runs commands; counts ``refused`` lines by what was fuzzed."""
 
     def __init__(self, capfd: pytest.CaptureFixture[str]):
         self._capfd = capfd
 
     def __call__(self, *arguments: str) -> str | Ready | None:
-        """The line with which a command refuses its input, what training went on with, or None where all went well.
+        """Return the line that refuses the input, what training would start with, or None if all went well.
 
         Fails on anything else.
         """
@@ -79,7 +79,7 @@ class Submit:
 
 @pytest.fixture
 def submit(capfd, monkeypatch, tmp_path) -> Submit:
-    """The command line, stopped where training would begin; nothing asks the network; relative paths are harmless."""
+    """Return the command line, stopped where training would begin; no network, and harmless relative paths."""
     import huggingface_hub.constants
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401 - slow once, and none of an input's time
 
@@ -95,7 +95,7 @@ def submit(capfd, monkeypatch, tmp_path) -> Submit:
 
 
 def hunt(inputs: st.SearchStrategy[T], refuses: Callable[[T], bool], examples: int, malformed: int) -> int:
-    """Try ``examples`` inputs, the same in every CI run; at least so many must be ``malformed``: refused."""
+    """Try ``examples`` inputs, the same in every CI run; at least ``malformed`` of them must be refused."""
     count = 0
 
     @settings(

@@ -1,4 +1,4 @@
-"""The runs that the fault tests disturb: 20 steps on two ranks, with all that has to be resumed in play."""
+"""The runs that the fault tests disturb: 20 steps on two ranks, using everything that a resume has to restore."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NO_REFERENCE = {"objective__kl_coef": 0.0, "objective__reference": "initial"}
 REWARD = """def compute(data_source, solution_str, ground_truth, extra_info=None):
     return float(len(solution_str) % 2 == 0)
 """  # mixed groups from the first step on
-RECIPES = {  # dypo's is that of the layouts
+RECIPES = {  # dypo's own is the recipe of the layouts
     "chord": {  # the schedule bends in mid-run
         "data__experts": "{folder}/train.jsonl",
         "data__experts_per_step": 4,
@@ -48,7 +48,7 @@ RECIPES = {  # dypo's is that of the layouts
         "objective__teachers_per_prompt": 1,
     },
     "grpo": {"objective__teachers_per_prompt": 1, "objective__entropy_coef": 0.01},
-    "luffy": {  # the batch in flight holds draws and rewards of traces
+    "luffy": {  # the prefetched batch holds draws and rewards of traces
         "rollout__async_rollout": 1,
         "rollout__correction": "truncate",
         "rollout__dynamic_sampling": True,
@@ -64,7 +64,7 @@ VARIANTS = LAYOUTS | {name: {"objective__method": name} | keys for name, keys in
 
 
 def make_task(folder: Path, variant: str = "data") -> Path:
-    """The configuration of such a run in ``folder``, which is to hold its ``run/`` and ``rollouts/``."""
+    """Write such a run's configuration to ``folder``, which will hold its ``run/`` and ``rollouts/``."""
     keys = {"rollout__record": "{folder}/rollouts"} | TASK | VARIANTS[variant]
     values = {name: key.format(folder=folder) if isinstance(key, str) else key for name, key in keys.items()}
     config = copy_task(folder, **values)
@@ -73,7 +73,7 @@ def make_task(folder: Path, variant: str = "data") -> Path:
 
 
 def reference(root: Path, variant: str = "data") -> Path:
-    """The folder below ``root`` of the uninterrupted run; it runs once."""
+    """Return the folder of the uninterrupted run below ``root``; it runs once."""
     return _run_once(root / variant, variant)
 
 

@@ -14,7 +14,7 @@ from tests.launch import metrics
 
 
 def lose_patience() -> None:
-    """A launch leaves the ranks of a launcher that was killed some time to let go of the folder."""
+    """Shorten the time that a launch gives a killed launcher's ranks to release the folder."""
     from megatron_dypo import run_folder
 
     run_folder.PATIENCE = 0.5

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: the one before is loaded, the warning names the file, and the run ends as if it were whole."""
+"""Damaged checkpoints: the previous one is loaded, the warning names the file, and the run ends as if undamaged."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MORE = [(damage, name) for damage in (truncate, flip, empty, Path.unlink) for na
 
 @pytest.fixture(scope="session")
 def stopped(references, tmp_path_factory):
-    """A run killed in its last step, with the checkpoints of steps 15 and 18."""
+    """Return a run killed in its last step, with the checkpoints of steps 15 and 18."""
     folder = tmp_path_factory.mktemp("stopped")
     stop = (Point("phase rollout", from_step=STEPS), die, (0, 1))
     with Job(folder / "launch", make_task(folder), acts=[stop]) as job:
@@ -50,7 +50,7 @@ def stopped(references, tmp_path_factory):
 
 
 def launch_copy(stopped: Path, folder: Path, damage: Callable[[Path], None]) -> Job:
-    """Go on with a copy of the stopped run in ``folder``, after ``damage`` to that folder's ``run/checkpoints``."""
+    """Resume a copy of the stopped run in ``folder``, after ``damage`` to that folder's ``run/checkpoints``."""
     for part in ("run", "rollouts"):
         shutil.copytree(stopped / part, folder / part, dirs_exist_ok=True)
     damage(folder / "run" / "checkpoints")
@@ -63,7 +63,7 @@ def check_fall_back(references: Path, stopped: Path, folder: Path, damage: Calla
         assert job.wait() == [0, 0], job.output()
     damaged = str(folder / "run" / "checkpoints" / "step_18")
     warnings = [line for line in job.output().splitlines() if line.startswith("WARNING") and damaged in line]
-    # A flipped bit of the manifest may well leave a manifest that another file does not fit.
+    # A flipped bit of the manifest may leave a valid manifest that some other file does not match.
     assert any(name in line for line in warnings) or (name == "manifest.json" and warnings), job.output()
     assert first_step(job.output()) == 16
     assert_same_outcome(folder, reference(references), STEPS)
@@ -90,7 +90,7 @@ def test_damage_to_an_older_checkpoint_does_no_harm(stopped, tmp_path, damage):
 
 @pytest.mark.parametrize("damage", [flip, pytest.param(truncate, marks=pytest.mark.faults)])
 def test_nothing_is_lost_where_all_checkpoints_are_damaged(stopped, tmp_path, damage):
-    """Going on from the start would overwrite what may still be of use: that is for the user to decide."""
+    """Starting over would overwrite what may still be of use: the user decides."""
 
     def damage_all(checkpoints: Path) -> None:
         for step in (15, 18):
@@ -105,6 +105,6 @@ def test_nothing_is_lost_where_all_checkpoints_are_damaged(stopped, tmp_path, da
 
 
 def contents(run_dir: Path) -> dict[str, bytes]:
-    """What is in the run's metrics and checkpoints."""
+    """Return the contents of the run's metrics and checkpoints."""
     files = [run_dir / "metrics.jsonl", *(path for path in run_dir.glob("checkpoints/**/*") if path.is_file())]
     return {str(path.relative_to(run_dir)): path.read_bytes() for path in files}

@@ -1,4 +1,4 @@
-"""A frozen rank: the job ends by itself, names the rank, and goes on when it is started again."""
+"""A frozen rank: the job ends by itself, names the rank, and resumes when restarted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A full disk: a save that fails warns, older checkpoints stay, training goes on, and a later save succeeds."""
+"""A full disk: a failed save warns, older checkpoints stay, training continues, and a later save succeeds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAIN = (0,)
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """``run/checkpoints`` on a file system of its own."""
+    """Mount a file system of its own at ``run/checkpoints``."""
     mounted = full_disk.small_disk(tmp_path / "run" / "checkpoints", 1024 * MEGABYTES)
     with ExitStack() as stack:
         try:
@@ -36,7 +36,7 @@ def make_room(folder: Path) -> None:
 
 
 def test_a_full_disk_costs_no_checkpoint_and_does_not_stop_the_run(references, small_disk, tmp_path):
-    """Full while step 6 is written, and still when the run is started again, until step 11."""
+    """The disk is full while step 6 is written, and still after the restart, until step 11."""
     config, straight = make_task(tmp_path), reference(references)
     fills = (Point("open .partial-step_*.distcp", "after", from_step=6), partial(full_disk.fill_disk, small_disk), MAIN)
     stops = (Point("phase rollout", from_step=9), die, MAIN)
@@ -56,7 +56,7 @@ def test_a_full_disk_costs_no_checkpoint_and_does_not_stop_the_run(references, s
 
 @pytest.mark.faults
 def test_a_disk_that_stays_full_is_an_error_at_the_end(references, small_disk, tmp_path):
-    """All steps are trained, the older checkpoint stays, and the run goes on from it where there is room."""
+    """All steps are trained, the older checkpoint stays, and the run resumes from it once there is room."""
     config, straight = make_task(tmp_path), reference(references)
     fills = (
         Point("open .partial-step_*.distcp", "after", from_step=18),

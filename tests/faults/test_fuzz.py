@@ -1,6 +1,6 @@
-"""Malformed configurations, data and models from a fuzzer: each ends in one clear line, or is usable after all.
+"""Malformed configurations, data and models from a fuzzer: each ends in one clear line, or is usable.
 
-Every hunt has a number of inputs that must be malformed; over this file they add up to more than 500.
+Every hunt has a minimum number of malformed inputs; over this file they add up to more than 500.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ YAML = (
 
 
 def assert_usable(ready: Ready) -> None:
-    """What training computes from the configuration and its inputs before and beside the model goes through."""
+    """Check that what training computes from the inputs, before and apart from the model, succeeds."""
     config, inputs = ready.config, ready.inputs
     Path("resolved.yaml").write_text(dump(config))
     assert load_config("resolved.yaml") == config
@@ -62,7 +62,7 @@ def assert_usable(ready: Ready) -> None:
 
 
 def refused(outcome: str | Ready, *names: str) -> bool:
-    """Whether an input was refused (with a line that holds one of ``names``); else it must be usable."""
+    """Return whether an input was refused (with a line that holds one of ``names``); otherwise it must be usable."""
     if isinstance(outcome, Ready):
         assert_usable(outcome)
         return False
@@ -76,7 +76,7 @@ def task(tmp_path: Path) -> Path:
 
 
 def quickstart(tmp_path: Path) -> dict:
-    """The quickstart's configuration, with fewer problems."""
+    """Return the quickstart's configuration, with fewer problems."""
     text = (REPOSITORY / "examples/quickstart/config.yaml").read_text()
     tree = yaml.safe_load(text.replace("size=8000", "size=40").replace("size=256", "size=4"))
     tree["trainer"]["run_dir"] = str(tmp_path / "run")
@@ -129,7 +129,7 @@ def test_malformed_overrides(submit: Submit, task, fault_record):
     )
 
     def refuses(overrides: list[str]) -> bool:
-        # a leading dash is an option to the command line's parser, which has its own line for it
+        # the command line's parser reads a leading dash as an option, with a message of its own
         overrides = [text for text in overrides if not text.startswith("-")]
         return refused(submit("train", str(task), *overrides), str(task), "override", *SECTIONS)
 
@@ -147,7 +147,7 @@ def test_a_configuration_that_cannot_be_read(submit: Submit, task, how):
 
 
 def luffy(rows: list[dict]) -> list[dict]:
-    """Our rows in the layout of LUFFY and verl."""
+    """Convert our rows to the layout of LUFFY and verl."""
     return [
         {
             "data_source": "copy",
@@ -166,7 +166,7 @@ def rows(task: Path) -> list[dict]:
 
 
 def judge_data(submit: Submit, task: Path, path: Path) -> Callable[..., bool]:
-    """Whether training refuses the data file (as it is, or with other content), with and without skipping bad rows."""
+    """Return a check whether training refuses the data file (or other content), with and without skipping bad rows."""
 
     def judge(content: bytes | None = None) -> bool:
         if content is not None:
@@ -252,7 +252,7 @@ def test_malformed_tasks(submit: Submit, task, fault_record):
 
 @pytest.fixture
 def hf(tmp_path: Path) -> Path:
-    """A small Hugging Face folder in two shards, for the cases to spoil."""
+    """Return a small Hugging Face folder in two shards, for the cases to corrupt."""
     import torch
 
     folder = tmp_path / "hf"

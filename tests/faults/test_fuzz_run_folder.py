@@ -1,4 +1,4 @@
-"""Malformed run folders, checkpoints, recorded rollouts and reports from a fuzzer: one clear line each, nothing run."""
+"""Malformed run folders, checkpoints, recorded rollouts and reports from a fuzzer: one clear line each, no code run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ STEP = 2
 
 
 def make_checkpoint(run_dir: Path) -> Path:
-    """A complete checkpoint of made-up files around a real index."""
+    """Write a complete checkpoint of made-up files with a real index."""
     folder = step_folder(run_dir, STEP)
     folder.mkdir(parents=True)
     size = torch.Size([4, 2])
@@ -67,7 +67,7 @@ def metric_lines() -> list[dict]:
 
 @pytest.fixture
 def task(tmp_path: Path) -> Path:
-    """A task whose run folder has everything that a resume goes on from."""
+    """Return a task whose run folder has everything that a resume needs."""
     shape = {"hidden_size": 64, "num_attention_heads": 2, "num_query_groups": 2}
     path = copy_task(tmp_path / "task", rollout__engine="transformers", model__dtype="fp32", model__shape=shape)
     run_dir = path.parent / "run"
@@ -84,12 +84,12 @@ def as_json(tree: object) -> bytes:
 
 
 def spoilt(intact: bytes) -> st.SearchStrategy[bytes]:
-    """A JSON file's content spoilt as bytes or as a tree."""
+    """Corrupt a JSON file's content as bytes or as a tree."""
     return st.one_of(spoilt_bytes(intact), spoilt_trees(json.loads(intact)).map(as_json))
 
 
 def spoilt_lines(lines: list[dict]) -> st.SearchStrategy[bytes]:
-    """A JSON Lines file's content, likewise."""
+    """Corrupt a JSON Lines file's content in the same way."""
     trees = spoilt_trees(lines).map(lambda rows: b"".join(as_json(row) + b"\n" for row in listed(rows)))
     return st.one_of(spoilt_bytes(b"".join(as_json(line) + b"\n" for line in lines)), trees)
 
@@ -102,7 +102,7 @@ def listed(value: object) -> list:
 
 
 def resume(submit: Submit, task: Path, name: str) -> bool:
-    """Whether the folder is refused, by name; else the run can go on from its checkpoint and metrics."""
+    """Return whether the folder is refused by name; otherwise the run can resume from its checkpoint and metrics."""
     run_dir = task.parent / "run"
     outcome = submit("train", str(task))
     if isinstance(outcome, str):
@@ -119,7 +119,7 @@ def resume(submit: Submit, task: Path, name: str) -> bool:
     return False
 
 
-# The files that a resume reads, and what may become of each without harm: as if there never had been one.
+# The files that a resume reads, and the harmless changes to each: as if it had never existed.
 RUN_FILES = {
     "fingerprint.json": ("absent", "dangling"),
     "metrics.jsonl": ("absent", "dangling", "loop", "empty", "forbidden"),
@@ -311,7 +311,7 @@ def test_malformed_reports(submit: Submit, task, fault_record, capfd, name):
 
 
 def refused_report(submit: Submit, run_dir: Path) -> bool:
-    """Whether ``report`` is refused, by the folder's name; else the page is there."""
+    """Return whether ``report`` is refused with the folder's name; otherwise the page exists."""
     (run_dir / "report.html").unlink(missing_ok=True)
     outcome = submit("report", str(run_dir))
     assert (run_dir / "report.html").is_file() if outcome is None else str(run_dir) in outcome

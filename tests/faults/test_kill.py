@@ -64,7 +64,7 @@ SAVE = [
     Kill(Point("open .partial-step_*/state.json", "after"), MAIN),
     Kill(Point("open .partial-step_*/manifest.json", "after"), MAIN),
     Kill(Point("replace .partial-step_*"), MAIN),
-    # Here the new checkpoint has its name already, so that each of these kills takes the run one save further.
+    # The new checkpoint is already named here, so each of these kills moves the run one save further.
     Kill(Point("replace .partial-step_*", "after", from_step=3), MAIN),
     Kill(Point("replace checkpoints/step_*", from_step=9), MAIN),
     Kill(Point("replace checkpoints/step_*", "after", from_step=12), MAIN),
@@ -97,7 +97,7 @@ def kill_and_compare(references: Path, folder: Path, layout: str, kills: list[Ki
 
 
 def test_killed_here_and_there(references, tmp_path, fault_record):
-    """The bounded form: one kill of each kind, and two at random instants, on what has most to lose."""
+    """The short form: one kill of each kind, and two at random instants, on the run with the most state."""
     kill_and_compare(references, tmp_path, "experts", spread([], FEW, 2, STEPS, seed=1), fault_record)
 
 
@@ -115,9 +115,9 @@ def test_killed_everywhere(references, tmp_path, fault_record, layout):
 @pytest.mark.faults
 @pytest.mark.parametrize("method", sorted(RECIPES.keys() - {"dypo"}))
 def test_every_recipe_is_resumed_bit_for_bit(references, tmp_path, fault_record, method):
-    """A power cut of each kind, and some at random instants; where nothing is sampled, none while an engine samples.
+    """A power cut of each kind, and some at random instants; none during sampling if nothing is sampled.
 
-    How ranks notice one another's end is not a recipe's.
+    How ranks notice each other's end does not depend on the recipe.
     """
     seed = random.randrange(2**32)
     fault_record(f"{method}: seed {seed}")

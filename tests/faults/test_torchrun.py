@@ -26,7 +26,7 @@ VLLM = "rollout.engine=vllm"
 
 @contextmanager
 def started(config: Path, *overrides: str) -> Iterator[psutil.Process]:
-    """torchrun's agent, started on two ranks; all that is left of it is killed at the end."""
+    """Start torchrun's agent on two ranks; kill what is left of it at the end."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     agent = subprocess.Popen(
         [*launcher, "-m", "megatron_dypo", "train", str(config), *overrides],
@@ -52,7 +52,7 @@ def group_of(process: psutil.Process) -> int | None:
 
 
 def wait_until(condition, seconds: float, what: str) -> float:
-    """Seconds until it was so."""
+    """Return the seconds until the condition holds."""
     began = time.monotonic()
     while not condition():
         assert time.monotonic() - began < seconds, f"not within {seconds:g} s: {what}"
@@ -98,7 +98,7 @@ def test_where_only_the_agent_is_killed_all_end_with_it(references, tmp_path, fa
 
 @pytest.mark.faults
 def test_killed_with_vllm(tmp_path, fault_record):
-    """Everything at once, one rank, and the agent alone, at random instants; then to the end."""
+    """Kill everything at once, one rank, and the agent alone, at random instants; then run to the end."""
     seed = random.randrange(2**32)
     draw = random.Random(seed)
     straight, folder = tmp_path / "straight", tmp_path / "killed"
