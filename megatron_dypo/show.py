@@ -98,7 +98,9 @@ def _prompt_warnings(prompt: Prompt, tokenizer: Tokenizer, plain_chat: bool) -> 
         found.append(f"the prompt is a chat, and the tokenizer has no chat template: {what}")
     if prompt.messages and template:
         if template.reads_clock:
-            found.append(f"the chat template has a date in it: {tokenizer.day}, that of the run's start, throughout")
+            found.append(
+                f"the chat template contains a date: {tokenizer.day}, that of the run's start, throughout the run"
+            )
         if template.closing.strip() and template.end_of_answer(tokenizer.end_ids) is None:
             end = tokenizer.show(np.array([tokenizer.eos_id]))
             found.append(
@@ -127,7 +129,7 @@ def _trace(prompt: Prompt, teacher: Teacher, tokenizer: Tokenizer, config: Confi
         found.append(fault)
     for opens, _ in THOUGHTS:
         if opening.rstrip().endswith(opens) and teacher.trace.lstrip().startswith(opens):
-            found.append(f"begins with {opens}, which the prompt ends with already: it is given once")
+            found.append(f"begins with {opens}, which already ends the prompt: it is kept once")
     text = teacher.trace
     ids: list[int] = []
     if end := tokenizer.end_inside(teacher.trace):

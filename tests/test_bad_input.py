@@ -222,7 +222,7 @@ def test_the_configurations_that_the_cases_spoil_are_usable(config, hf):
             "{config}: rollout.sync_backend: sparse_nccl: sends whole what rollout.verify_sync compares: with "
             "rollout.verify_syncs: 3 ",
         ),
-        (SPARSE, "rollout.sync_backend: sparse_nccl: works with CUDA alone, and here is none"),
+        (SPARSE, "rollout.sync_backend: sparse_nccl: needs CUDA, and there is none"),
         ([*SERVED, "rollout.sync_backend=nccl_m2n"], "{config}: rollout.sync_backend: "),
         (["data.max_prompt_tokens=3"], "data: prompt row-0 has 4 tokens; data.max_prompt_tokens is 3"),
         (["trainer.run_dir={folder}/rows.jsonl"], "trainer.run_dir: {folder}/rows.jsonl "),
@@ -597,9 +597,7 @@ def twice() -> str:
 
 
 def test_a_second_run_in_one_process_is_refused_in_one_line():
-    assert run_ranks(1, twice) == [
-        "this process has trained or evaluated already: start the next run in a process of its own"
-    ]
+    assert run_ranks(1, twice) == ["this process has trained or evaluated already: start the next run in a new process"]
 
 
 def test_a_run_folder_without_a_complete_checkpoint_is_not_trained_over(config, capsys):

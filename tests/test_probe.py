@@ -153,7 +153,7 @@ def test_a_wrong_reading_of_config_json_ends_the_run_before_its_first_step(folde
     ("fault", "override", "code", "line"),
     [
         ("no memory", "auto", 0, "GiB are more than a quarter of "),
-        ("slow", "auto", 0, "transformers was not done within 0.01 s"),
+        ("slow", "auto", 0, "transformers did not finish within 0.01 s"),
         ("never asked", "off", 0, ""),
     ],
 )

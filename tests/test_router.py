@@ -157,7 +157,7 @@ def test_a_request_that_nobody_can_serve_is_an_error_and_takes_no_server_down(ex
         )
 
     with Imitation(behave=answering(fail(7))) as first, Imitation(behave=answering(fail(7))) as second:
-        with pytest.raises(TrainingError, match=r"no server samples request 7, tried 3 times.*poison"):
+        with pytest.raises(TrainingError, match=r"no server sampled request 7 in 3 tries.*poison"):
             run([first, second])
         assert "lost" not in caplog.text
         first.behave = None

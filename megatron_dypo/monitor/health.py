@@ -157,37 +157,36 @@ RULES = (
         "gradient norm",
         "train/grad_norm",
         norm_spike,
-        "a lower optimizer.lr or optimizer.clip_grad, or trainer.spike_factor, which leaves such updates out",
+        "lower optimizer.lr or optimizer.clip_grad, or set trainer.spike_factor, which skips such updates",
     ),
-    HealthRule(
-        "SFT loss", "loss/sft", loss_spike, "look at the teacher traces of these prompts, and lower optimizer.lr"
-    ),
-    HealthRule("total loss", "loss/total", loss_spike, "lower optimizer.lr, and see which of the loss/ terms jumped"),
+    HealthRule("SFT loss", "loss/sft", loss_spike, "check the teacher traces of these prompts, and lower optimizer.lr"),
+    HealthRule("total loss", "loss/total", loss_spike, "lower optimizer.lr, and check which of the loss/ terms jumped"),
     HealthRule(
         "entropy",
         "rollout/entropy",
         entropy_collapse,
-        "the policy no longer explores: an earlier checkpoint with a lower optimizer.lr, objective.clip_high above "
-        "clip_low, or a higher rollout.temperature",
+        "the policy no longer explores: resume an earlier checkpoint with a lower optimizer.lr, objective.clip_high "
+        "above clip_low, or a higher rollout.temperature",
     ),
     HealthRule(
         "entropy rise",
         "rollout/entropy",
         entropy_explosion,
-        "updates undo what the policy knew: an earlier checkpoint with a lower optimizer.lr or objective.entropy_coef",
+        "updates undo what the policy knew: resume an earlier checkpoint with a lower optimizer.lr or "
+        "objective.entropy_coef",
     ),
     HealthRule(
         "reward",
         REWARD,
         reward_collapse,
-        "an earlier checkpoint with a lower optimizer.lr, and read some responses (rollout.record)",
+        "resume an earlier checkpoint with a lower optimizer.lr, and read some responses (rollout.record)",
         patience=REWARD_STEPS,
     ),
     HealthRule(
         "response length",
         "rollout/response_tokens",
         length_collapse,
-        "read some responses (rollout.record): a reward that short answers get too is a common cause",
+        "read some responses (rollout.record): a reward that short answers also get is a common cause",
     ),
     HealthRule(
         "saturated pairs",
@@ -199,27 +198,27 @@ RULES = (
         "truncation",
         "rollout/truncated_frac",
         truncation,
-        "raise rollout.max_response_tokens, or see whether the policy has unlearnt to end its responses",
+        "raise rollout.max_response_tokens, or check whether the policy has unlearned to end its responses",
         patience=TRUNCATED_STEPS,
     ),
     HealthRule(
         "mismatch",
         "rollout/mismatch_mean",
         mismatch,
-        "the engine does not sample from the trained policy: the same dtype on both sides, rollout.correction, "
-        "or a lower optimizer.lr where they are updates apart",
+        "the engine does not sample from the trained policy: use the same dtype on both sides, rollout.correction, "
+        "or a lower optimizer.lr if they are updates apart",
     ),
     HealthRule(
         "largest mismatch",
         "rollout/mismatch_max",
         mismatch_outlier,
-        "a weight that did not arrive as it was sent looks like this: rollout.verify_sync, and start the servers again",
+        "a weight that arrived corrupted looks like this: set rollout.verify_sync, and restart the servers",
     ),
     HealthRule(
         "empty steps",
         "train/empty_steps",
         empty_steps,
-        "every prompt is solved, or none and no teacher's trace is short enough: other data, or more samples",
+        "every prompt is solved, or none is and no teacher's trace is short enough: use other data or more samples",
         patience=EMPTY_STEPS,
     ),
 )

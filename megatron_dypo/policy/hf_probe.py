@@ -30,7 +30,7 @@ from megatron_dypo.runtime.measure import free_host_memory
 log = logging.getLogger(__name__)
 SECONDS = 60.0  # that `auto` waits for transformers
 TOKENS = 256
-MOST = {torch.float32: ("at most", 1e-3), torch.bfloat16: ("in the mean", 0.05)}  # nats between the log-probs
+MOST = {torch.float32: ("at most", 1e-3), torch.bfloat16: ("on average", 0.05)}  # nats between the log-probs
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,15 @@ def probe(policy: Policy, folder: Path, tokenizer: Tokenizer, timeout: float) ->
     gap = gaps(policy_logprobs(policy, reference.ids), reference.logp)
     mean, most, at = float(gap.mean()), float(gap.max()), int(gap.argmax())
     where = f"token {at + 1} of {len(reference.ids)}, id {reference.ids[at + 1]}"
-    found = f"{mean:.2g} nats in the mean and {most:.2g} at most ({where})"
+    found = f"{mean:.2g} nats on average and {most:.2g} at most ({where})"
     kind, bound = MOST[dtype]
     if not (most if kind == "at most" else mean) <= bound:
         raise UserError(
             f"model.hf: {model.hf}: the policy's log-probs are {found} from transformers', more than {bound:g} {kind}: "
-            "transformers reads another model in the folder; look for what is special in its config.json (rope, norms, "
-            "biases) and at what `convert verify` says of an import; model.probe=off goes on all the same"
+            "transformers reads another model in the folder; check its config.json (rope, norms, biases) and run "
+            "`convert verify` on an import; model.probe=off trains all the same"
         )
-    log.info("log-probs of a text are transformers', but for %s", found)
+    log.info("log-probs of a text match transformers' up to %s", found)
 
 
 def _reference(model: Model, folder: Path, tokenizer: Tokenizer, limit: float, positions: int) -> HfLogprobs:
@@ -96,7 +96,7 @@ def _reference(model: Model, folder: Path, tokenizer: Tokenizer, limit: float, p
                 command + base, env=_environment(), cwd=scratch, capture_output=True, text=True, timeout=limit
             )
         except subprocess.TimeoutExpired:
-            return HfLogprobs(missing=f"transformers was not done within {limit:g} s")
+            return HfLogprobs(missing=f"transformers did not finish within {limit:g} s")
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             return HfLogprobs(missing=f"transformers failed: {lines[-1]}")

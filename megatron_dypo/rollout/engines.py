@@ -46,7 +46,7 @@ def check_vllm(config: Config, shape: ModelShape, role: Role = "engine") -> Vllm
     if kind == "cuda":
         return found
     if role != "engine" and (backend := sync_backend(config, kind)) != "shared_memory":
-        raise UserError(f"rollout.sync_backend: {backend}: works with CUDA alone, and here is none: take shared_memory")
+        raise UserError(f"rollout.sync_backend: {backend}: needs CUDA, and there is none: use shared_memory")
     if shape.head_dim not in VLLM_CPU_HEAD_SIZES:
         sizes = ", ".join(map(str, VLLM_CPU_HEAD_SIZES))
         raise UserError(f"model.shape.head_dim: vLLM on CPU serves head sizes {sizes}, not {shape.head_dim}")

@@ -183,12 +183,12 @@ class Router:
             self._results[index] = outcome
             slot.bad_answers = 0
             return
-        log.warning("rollout request %d is tried again: %s", index, outcome)
+        log.warning("retrying rollout request %d: %s", index, outcome)
         self._waiting.appendleft(index)
         self._tried[index].append(slot)
         slot.bad_answers += 1
         if len(self._tried[index]) >= TRIES:
-            raise TrainingError(f"no server samples request {index}, tried {TRIES} times; the last: {outcome}")
+            raise TrainingError(f"no server sampled request {index} in {TRIES} tries; the last: {outcome}")
         if slot.bad_answers >= TRIES:
             self._lose(slot, f"{outcome} ({TRIES} bad answers in a row)")
 

@@ -84,7 +84,7 @@ def check_sender(backend: str, found: Vllm | None) -> None:
         raise UserError(f"{key}: vLLM's own transfer needs {_serve('vllm', versions.SERVERS)} here")
     _check_release(key, found, versions.SERVERS, "both ends of a weight transfer")
     if backend == "sparse_nccl" and versions.release(found.version) >= versions.OTHER_SOURCES:
-        raise UserError(f"{key}: vLLM's sending end is known here up to 0.32, and {found} is installed: take nccl")
+        raise UserError(f"{key}: vLLM's sender is supported up to 0.32, and {found} is installed: use nccl")
 
 
 def head_dtype(config: Config, found: Vllm, kind: str) -> str:
@@ -136,6 +136,6 @@ def _check_head(config: Config, found: Vllm, kind: str) -> None:
     half = training_dtype(config.model.dtype, kind).itemsize == 2
     if half and config.rollout.head_dtype == "float32" and versions.release(found.version) < versions.FP32_HEAD:
         raise UserError(
-            f"rollout.head_dtype: float32: {found} is installed here, and a model that generates has such a head in "
+            f"rollout.head_dtype: float32: {found} is installed here, and generating models have such a head in "
             f"{_serve(found.package, versions.FP32_HEAD)}"
         )

@@ -168,7 +168,7 @@ def join(timeout: float = ALONE.timeout, backend: str = "gloo", reaches_out: boo
     """
     if dist.is_initialized():
         if dist.get_backend() != backend:
-            raise RuntimeError(f"the ranks have joined with {dist.get_backend()}, and {backend} is asked for")
+            raise RuntimeError(f"the ranks have joined with {dist.get_backend()}, but {backend} is needed")
         return
     require_launcher()
     if backend == "nccl":
@@ -192,7 +192,7 @@ def init(parallel: Parallel = ALONE, reaches_out: bool = False) -> Layout:
     from megatron.core import tensor_parallel
 
     if mpu.model_parallel_is_initialized():
-        raise UserError("this process has trained or evaluated already: start the next run in a process of its own")
+        raise UserError("this process has trained or evaluated already: start the next run in a new process")
     backend = training_backend()
     join(parallel.timeout, backend, reaches_out)
     mpu.initialize_model_parallel(
