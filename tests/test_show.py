@@ -62,7 +62,7 @@ CASES = [
     # row, template, other settings, expected output
     (chat("a"), None, {}, "the tokenizer has no chat template: training refuses it"),
     (chat("a"), None, {"data": {"plain_chat": True}}, "no chat template: joined with newlines"),
-    (chat("a"), "{{ strftime_now('%d') }}" + CHATML, {}, "the chat template has a date in it: 20"),
+    (chat("a"), "{{ strftime_now('%d') }}" + CHATML, {}, "the chat template contains a date: 20"),
     (chat("a\x08b"), CHATML, {}, "prompt: holds control characters: U+0008"),
     (chat("\frac12"), CHATML, {}, r"prompt: holds a control character where '\\frac12' was meant"),
     (chat("a", "2\x07"), CHATML, {}, "trace of t0: holds control characters: U+0007"),
