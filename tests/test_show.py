@@ -66,7 +66,7 @@ CASES = [
     (chat("a\x08b"), CHATML, {}, "prompt: holds control characters: U+0008"),
     (chat("\frac12"), CHATML, {}, r"prompt: holds a control character where '\\frac12' was meant"),
     (chat("a", "2\x07"), CHATML, {}, "trace of t0: holds control characters: U+0007"),
-    (chat("a", "<think>b</think>2"), THINKS, {}, "begins with <think>, which the prompt ends with already"),
+    (chat("a", "<think>b</think>2"), THINKS, {}, "begins with <think>, which already ends the prompt"),
     (chat("a", "2"), THINKS, {}, "does not end the thought that the prompt begins"),
     (chat("a", "<think>b</think><think>b</think>2"), CHATML, {}, "has its thought twice"),
     (chat("a", "<think>b</think>"), CHATML, {}, "has no answer after its thought"),
