@@ -1,1 +1,1 @@
-"""Weight synchronisation from the policy to the rollout engine, after every update."""
+"""Synchronise weights from the policy to the rollout engine, after every update."""

@@ -1,4 +1,4 @@
-"""Proof that an engine received what the trainer sent: checksums of each tensor on both sides, and of stored ones."""
+"""Prove that an engine received what the trainer sent: checksums of each tensor on both sides, and of stored ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The source of a weight sync: every weight of the policy under its Hugging Face name, for any number of passes."""
+"""Provide every weight of the policy under its Hugging Face name, for any number of passes of a weight sync."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Only what changed since the last sync, over vLLM's ``sparse_nccl``: of each tensor the flat places and new values.
+"""Send only the values that changed since the last sync, over vLLM's ``sparse_nccl``, as flat indices and new values.
 
-Changed is a value whose bits are others. An update of lr 1e-6 leaves most bf16 values what they were, since it is far
-less than their spacing; a changed one takes 6 bytes with its place instead of 2. Rank 0 keeps in host memory what it
-sent last, a whole model. Legend: N elements of a tensor, C of them changed.
+A value changed if its bits differ. An update with lr 1e-6 leaves most bf16 values unchanged, because it is far smaller
+than their spacing; a changed value takes 6 bytes with its index instead of 2. Rank 0 keeps in host memory what it sent
+last, a whole model. Legend: N elements of a tensor, C of them changed.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ from megatron_dypo.weight_sync.checksum import ChecksummedWeights
 from megatron_dypo.weight_sync.transfer import BUCKET_BYTES, Client, WeightSource, buckets
 
 log = logging.getLogger(__name__)
-PAYS = 1 / 3  # of the values: where more have changed, sending all of them, two bytes each, takes fewer bytes
+PAYS = 1 / 3  # of the values: if more have changed, sending all of them, two bytes each, takes fewer bytes
 _BITS = {2: torch.int16, 4: torch.int32}
 
 
 class LastSent:
-    """What was sent last of each tensor, in host memory."""
+    """The values last sent of each tensor, in host memory."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
 
     def changes(self, name: str, tensor: Tensor, whole: bool = False) -> tuple[Tensor, Tensor]:
-        """Flat places (int32 [C]) and values [C] that differ from what was sent last, which is now ``tensor``; all of
-        them where nothing was, or ``whole`` is to be sent."""
+        """Return flat indices (int32 [C]) and values [C] that differ from those last sent, and remember ``tensor``.
+
+        All values differ if none were sent, or if ``whole``.
+        """
         flat_N = tensor.detach().reshape(-1)
         if name not in self._kept:
             whole = True
@@ -47,23 +49,24 @@ class LastSent:
 
 
 class SparseNccl:
-    """A ``Transfer`` round vLLM's sending end of ``sparse_nccl``, a bucket at a time. The first sync sends everything.
+    """A ``Transfer`` around vLLM's ``sparse_nccl`` sender, a bucket at a time. The first sync sends everything.
 
-    vLLM writes the values into its layers in place: there a tensor that ``rollout.verify_sync`` compares is sent whole.
-    ``engine``: vLLM's, on the rank that sends. Raises UserError for a tensor with more places than an int32 has.
+    vLLM writes the values into its layers in place; there, a tensor that ``rollout.verify_sync`` compares is sent
+    whole. ``engine``: vLLM's, on the sending rank. Raises UserError for a tensor with more elements than int32 can
+    index.
     """
 
     def __init__(self, engine: Any, client: Client, source: WeightSource, is_sender: bool):
         self.source = source
         self._engine, self._client, self._is_sender = engine, client, is_sender
         self._last, self._everything = LastSent(), True
-        self._values = self._changed = 0  # of this sync's tensors that were compared with the last one's
+        self._values = self._changed = 0  # of this sync's tensors that were compared with the last sync's
         for meta in source.metadata():
             if torch.Size(meta.shape).numel() >= 2**31:
                 raise UserError(f"rollout.sync_backend: sparse_nccl: {meta.name} has 2**31 elements or more: take nccl")
 
     def send_weights(self) -> None:
-        """The phases start, update, finish. Collective; raises what the client raises."""
+        """Run the phases start, update, finish. Collective; raises what the client raises."""
         if not self._is_sender:
             for _ in self.source:
                 pass

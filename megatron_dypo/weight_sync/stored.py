@@ -1,8 +1,8 @@
-"""What a vLLM worker's layers hold, under Hugging Face names, read from where the forward pass takes it.
+"""Read back the weights in a vLLM worker's layers, under Hugging Face names, from where the forward pass takes them.
 
-A weight is its layer's parameter. But on a CPU a matrix is packed for its kernel (oneDNN): the layer's own product with
-unit vectors gives it back, exactly; and experts are packed in place, in an order that packing numbers shows. Nothing
-here knows how weights are loaded. Legend: K inputs and N outputs of a layer, on this worker.
+A weight is normally its layer's parameter. On a CPU, however, a matrix is packed for its kernel (oneDNN): multiplying
+unit vectors by the layer recovers it exactly; and experts are packed in place, in an order found by packing indices.
+This file does not depend on how weights are loaded. Legend: K inputs and N outputs of a layer, on this worker.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from megatron_dypo.weight_sync.checksum import checksum
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 ROWS = 256  # unit vectors at a time
-AS_LOADED = ("TRITON", "BATCHED_TRITON")  # backends of vLLM's that leave experts in the order they are loaded in
+AS_LOADED = ("TRITON", "BATCHED_TRITON")  # vLLM backends that keep experts in the order they are loaded in
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a worker: ``cut`` takes from a full tensor what the worker keeps of it, ``read`` is what it has.
+    """One tensor of a worker: ``cut`` takes the worker's part of a full tensor, ``read`` returns what it holds.
 
-    ``by_product``: ``read`` asks a kernel, which has one zero for both signs and for numbers below the normal ones.
+    ``by_product``: ``read`` goes through a kernel, which does not distinguish the signs of zero and flushes subnormals.
     """
 
     cut: Callable[[Tensor], Tensor]
@@ -36,7 +36,7 @@ class Stored:
     by_product: bool = False
 
     def checksum(self, tensor: Tensor) -> str:
-        """Of what is cut or read, as far as ``read`` can tell it."""
+        """Return the checksum of what is cut or read, as precisely as ``read`` can tell."""
         if self.by_product:
             tensor = tensor.masked_fill(tensor.abs() < torch.finfo(tensor.dtype).tiny, 0)
         return checksum(tensor)
@@ -59,7 +59,7 @@ def stored_tensors(model: torch.nn.Module) -> dict[str, Stored]:
 
 
 def packed_layers(model: torch.nn.Module) -> Iterator[str]:
-    """Yield the names of the layers whose weights a kernel takes in another order than they are loaded in."""
+    """Yield the names of the layers whose kernel stores weights in another order than they are loaded in."""
     for prefix, module in model.named_modules():
         if hasattr(module, "cpu_linear") or (hasattr(module, "w13_weight") and _backend(module) not in AS_LOADED):
             yield prefix
@@ -82,7 +82,7 @@ def _linear(prefix: str, layer: LinearBase) -> Iterator[tuple[str, Stored]]:
 
 
 def _outputs(layer: LinearBase) -> list[tuple[int, int]]:
-    """Of each matrix that is fused in a layer: (rows of this worker, the number of its share)."""
+    """Return (rows on this worker, index of its share) of each matrix fused in a layer."""
     if isinstance(layer, QKVParallelLinear):
         keys = layer.num_kv_heads * layer.head_size, layer.tp_rank // layer.num_kv_head_replicas
         return [(layer.num_heads * layer.head_size, layer.tp_rank), keys, keys]
@@ -105,8 +105,9 @@ def _rows(layer: Any, rows: slice) -> Tensor:
 
 @functools.lru_cache(maxsize=1)
 def matrix(layer: Any) -> Tensor:
-    """The weight [N, K] that a layer's product takes, kept for the other tensors that are fused in it: to be cleared
-    before anything is loaded."""
+    """Return the weight [N, K] of a layer's product. It is cached for the other tensors fused in it: clear the cache
+    before loading.
+    """
     product = getattr(layer, "cpu_linear", None)
     if product is None:
         return layer.weight
@@ -117,7 +118,7 @@ def matrix(layer: Any) -> Tensor:
 
 
 def _vocabulary(layer: Any) -> Stored:
-    """Rows of this worker, padding left out. A head is a product; an embedding's rows are looked up."""
+    """Return this worker's rows without padding. A head is read by a product; an embedding's rows are looked up."""
     shard = layer.shard_indices
     rows = slice(0, shard.num_org_elements)
     keep = slice(shard.org_vocab_start_index, shard.org_vocab_end_index)
@@ -127,7 +128,7 @@ def _vocabulary(layer: Any) -> Stored:
 
 
 def _experts(prefix: str, layer: Any) -> Iterator[tuple[str, Stored]]:
-    """Of all experts: nothing of those on other workers. None where the order of the kernel's backend is not known."""
+    """Yield all experts; those on other workers are empty. Yield nothing if the kernel's order is not known."""
     order = _order(layer)
     if order is None:
         return
@@ -154,7 +155,7 @@ def _share(full: Tensor, dim: int, size: int, rank: int) -> Tensor:
 def _expert(
     layer: Any, fused: str, local: int, half: int | None, width: int, order: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """One expert's matrix, without what a kernel pads the width to."""
+    """Return one expert's matrix without the kernel's padding."""
     packed = getattr(layer, fused)[local]
     plain = packed.flatten()[order(packed)].view(packed.shape)
     if half is None:
@@ -164,12 +165,12 @@ def _expert(
 
 
 def _backend(layer: Any) -> str:
-    """vLLM's name of the kernels of a layer of experts; empty where it says none."""
+    """Return vLLM's name of the kernel backend of an expert layer; empty if it has none."""
     return getattr(getattr(layer.quant_method, "unquantized_backend", None), "name", "")
 
 
 def _order(layer: Any) -> Callable[[Tensor], Tensor] | None:
-    """What tells, for an expert's packed matrix, where each element of the plain one is; None where it is not known."""
+    """Return a function from an expert's packed matrix to the index of each plain element; None if it is not known."""
     backend = _backend(layer)
     if backend in AS_LOADED:
         return lambda packed: torch.arange(packed.numel(), device=packed.device)
@@ -181,7 +182,7 @@ def _order(layer: Any) -> Callable[[Tensor], Tensor] | None:
 
 @functools.lru_cache(maxsize=8)
 def _packed_order(shape: tuple[int, int], dtype: torch.dtype, isa: str) -> Tensor:
-    """Where vLLM's packing puts each element: numbers are packed, a byte of theirs at a time, which any dtype holds."""
+    """Return where vLLM's packing puts each element, by packing indices, one byte at a time: any dtype holds a byte."""
     from vllm._custom_ops import cpu_prepack_moe_weight
 
     number = torch.arange(shape[0] * shape[1])

@@ -1,4 +1,4 @@
-"""The trainer's side of a weight transfer: vLLM's four phases (init, start, update, finish) over each of its backends.
+"""Drive the trainer's side of a weight transfer: vLLM's four phases (init, start, update, finish) over each backend.
 
 ``nccl`` and ``ipc`` are vLLM's own. ``send_in_process`` and ``shared_memory``, which need no CUDA, end in
 ``worker.LocalEngine``. The stream is split into buckets of whole layers, and a larger layer (one of many experts) into

@@ -1,8 +1,8 @@
-"""What runs inside vLLM's worker: the receiving end of a weight transfer without CUDA, and proof of what arrived.
+"""Receive weights inside vLLM's worker without CUDA, and prove what arrived.
 
-``WorkerExtension`` is given to vLLM by name (``worker_extension_cls``); importing this file registers the backend
-``BACKEND`` with vLLM's weight transfer. A tensor comes by itself, from this process, or as a place in the shared memory
-of the trainer's process. Imports nothing of the training side.
+``WorkerExtension`` is passed to vLLM by name (``worker_extension_cls``); importing this file registers the backend
+``BACKEND`` with vLLM's weight transfer. A tensor arrives as itself, from this process, or as an offset in the shared
+memory of the trainer's process. Imports nothing of the training side.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BACKEND = "megatron_dypo"
 
 @dataclass
 class _Nothing(WeightTransferInitInfo):
-    """Nothing has to be agreed on beforehand."""
+    """Empty: the two sides agree on nothing beforehand."""
 
 
 @dataclass
@@ -50,19 +50,21 @@ class BucketInfo(WeightTransferUpdateInfo):
 
 
 class LocalEngine(WeightTransferEngine[_Nothing, BucketInfo]):
-    """vLLM loads and repacks a layer when its last tensor has come (its layerwise reload), and until then holds on to
-    the others: what comes in parts has to be copied out of a memory that will be filled again."""
+    """Receive weights. vLLM loads and repacks a layer when its last tensor arrives (layerwise reload) and holds the
+    others until then, so tensors of a partial layer are copied out of memory that will be refilled.
+    """
 
     init_info_cls = _Nothing
     update_info_cls = BucketInfo
-    _kernels: tuple[tuple, ...] = ()  # (what runs a layer's experts, its kernel), during an update on a CPU
+    _kernels: tuple[tuple, ...] = ()  # (the object that runs a layer's experts, its kernel), during an update on a CPU
 
     def init_transfer_engine(self, init_info: _Nothing) -> None:
         self.shutdown()
 
     def start_weight_update(self) -> None:
-        """On a CPU, vLLM (0.32) packs experts' weights for its kernel only when it makes one, at the first load: taken
-        away, it is made anew."""
+        """Start an update. On a CPU, vLLM (0.32) packs experts' weights only when it creates their kernel, at the first
+        load; removing the kernel makes vLLM create it again.
+        """
         methods = {id(method): method for method in map(_expert_method, self.model.modules()) if method}
         if self.device.type == "cpu":
             self._kernels = tuple((method, method.moe_kernel) for method in methods.values())
@@ -72,23 +74,23 @@ class LocalEngine(WeightTransferEngine[_Nothing, BucketInfo]):
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
-        for method, kernel in self._kernels:  # of a layer that got no weights
+        for method, kernel in self._kernels:  # for a layer that got no weights
             method.moe_kernel = method.moe_kernel or kernel
         self._kernels = ()
 
     def update_weights(self, update_info: dict) -> None:
         self.receive_weights(self.parse_update_info(update_info))
-        if self.device.type != "cpu":  # the base class would ask an accelerator that a CPU machine has not
+        if self.device.type != "cpu":  # the base class would ask for an accelerator, which a CPU machine lacks
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: BucketInfo, load_weights: Callable | None = None) -> None:
-        """Load a bucket. vLLM 0.24 says where to, and starts, synchronizes and finishes an update by itself."""
+        """Load a bucket. vLLM 0.24 passes the loader, and starts, synchronizes and finishes an update itself."""
         load, tensors, memory = load_weights or self.model.load_weights, update_info.tensors, update_info.memory
         load(tensors if memory is None else self._in_memory(tensors, memory, update_info.part))
 
     @staticmethod
     def trainer_send_weights(iterator: Iterator, trainer_args: object) -> None:
-        """Raise: before 0.28 vLLM wants the sending end here as well; ours is in ``transfer.py``."""
+        """Raise: vLLM before 0.28 expects the sender here as well; ours is in ``transfer.py``."""
         raise NotImplementedError
 
     def shutdown(self) -> None:
@@ -97,7 +99,7 @@ class LocalEngine(WeightTransferEngine[_Nothing, BucketInfo]):
     def _in_memory(
         self, places: Iterable[tuple], memory: tuple[int, int, int], copied: bool
     ) -> Iterator[tuple[str, Tensor]]:
-        """The tensors as they lie in the trainer's memory, or ``copied``."""
+        """Return the tensors as views of the trainer's memory, or ``copied``."""
         key = tuple(memory)
         if key not in self._maps:
             self._maps[key] = _map(*key)
@@ -108,25 +110,26 @@ class LocalEngine(WeightTransferEngine[_Nothing, BucketInfo]):
 
 
 def _expert_method(module: torch.nn.Module) -> object | None:
-    """What runs a module's experts; None where it has none."""
+    """Return the object that runs a module's experts, or None."""
     method = getattr(module, "quant_method", None)
     return method if getattr(method, "moe_kernel", None) is not None else None
 
 
 def _map(process: int, descriptor: int, size: int) -> mmap.mmap:
-    """Raises OSError where the trainer is on another machine, in another container, or another user's."""
+    """Map the trainer's memory. Raises OSError if the trainer is on another machine, in another container, or another
+    user's.
+    """
     with open(f"/proc/{int(process)}/fd/{int(descriptor)}", "r+b") as file:
         return mmap.mmap(file.fileno(), size)
 
 
 class WorkerExtension:
-    """Methods that the trainer calls on vLLM's workers round an update."""
+    """Methods that the trainer calls on vLLM's workers around an update."""
 
     def prepare_update(self, verify: Verify, number: int = 0, of: int = 1) -> None:
-        """End an update that was never finished, and get ready to report on the next (``weight_report``): on the
-        tensors of turn ``number`` of ``of``.
+        """End an unfinished update, and prepare to report on turn ``number`` of ``of`` of the next (``weight_report``).
 
-        vLLM takes an update that failed to be over, but some of its layers still wait for the rest of their tensors.
+        vLLM considers a failed update finished, but some of its layers still wait for the rest of their tensors.
         """
         self._weight_update_active = True
         self.finish_weight_update()
@@ -138,12 +141,13 @@ class WorkerExtension:
             model.load_weights = lambda weights: load(self._proof.watched(weights))
 
     def weight_report(self) -> dict[str, dict]:
-        """``Proof.report`` of the last update."""
+        """Return ``Proof.report`` of the last update."""
         return self._proof.report()
 
     def in_place_fault(self) -> str | None:
-        """Name a layer that keeps its weights otherwise than they are loaded, so that none can be written in place
-        (``sparse_nccl``); None where there is no such layer."""
+        """Return the name of a layer whose weights are not stored as loaded, so that they cannot be written in place
+        (``sparse_nccl``); None if there is none.
+        """
         from megatron_dypo.weight_sync.stored import packed_layers
 
         packed = next(packed_layers(self.model_runner.get_model()), None)
@@ -151,26 +155,26 @@ class WorkerExtension:
 
 
 class Proof:
-    """What a model was given in an update, and whether its layers have it now."""
+    """Record what a model was given in an update, and check what its layers then hold."""
 
     def __init__(self, model: torch.nn.Module, verify: Verify, turn: Turn):
         self._model, self._turn, self._reads_back = model, turn, verify == "stored"
         self._stored: dict[str, Stored] = {}
-        self._let_go: Callable[[], None] = lambda: None  # of what was read back
-        if self._reads_back:  # vLLM's layers are imported, and found before it takes them apart, for nothing else
+        self._let_go: Callable[[], None] = lambda: None  # frees what was read back
+        if self._reads_back:  # vLLM's layers are imported, and found before it dismantles them, only for reading back
             from megatron_dypo.weight_sync.stored import matrix, stored_tensors
 
             self._stored, self._let_go = stored_tensors(model), matrix.cache_clear
         self._times: Counter[str] = Counter()
         self._given: dict[str, str] = {}
-        self._own: dict[str, tuple[str, torch.dtype]] = {}  # of this worker's part
+        self._own: dict[str, tuple[str, torch.dtype]] = {}  # this worker's part
 
     def watched(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The weights, of which checksums are taken on their way into the model."""
+        """Yield the weights, taking checksums on their way into the model."""
         for name, tensor in weights:
             self._times[name] += 1
             if self._times[name] > 1:
-                continue  # vLLM counts elements to know when a layer has all, and would take it for another tensor
+                continue  # vLLM counts elements to know when a layer is complete, and would count this one again
             if self._turn.has(name):
                 self._given[name] = checksum(tensor)
                 if name in self._stored:
@@ -179,8 +183,9 @@ class Proof:
             yield name, tensor
 
     def report(self) -> dict[str, dict]:
-        """By name: how many ``times`` a tensor came, the checksum of what was ``given`` of those that have their turn,
-        and what is wrong with what is ``stored``; with `verify_sync: stored` all of them are read back now."""
+        """Return by name how many ``times`` a tensor came, the checksum of what was ``given`` of those in turn, and
+        what is wrong with what is ``stored``; `verify_sync: stored` reads all of them back now.
+        """
         wrong = {}
         self._let_go()
         for name in self._given if self._reads_back else ():
@@ -195,5 +200,5 @@ class Proof:
         return {"times": dict(self._times), "given": self._given, "stored": wrong}
 
 
-if BACKEND not in WeightTransferEngineFactory._registry:  # its only way to ask
+if BACKEND not in WeightTransferEngineFactory._registry:  # the only way to ask
     WeightTransferEngineFactory.register_engine(BACKEND, LocalEngine)
