@@ -176,7 +176,9 @@ def _add_convert(commands) -> None:
         "--hf", **hf | {"help": "folder to copy configuration and tokenizer from; default: the weights' origin"}
     )
     way.add_argument("--dtype", **dtype)
-    way.add_argument("--side", action="store_true", help="export the run's second model (PRIME's process reward model)")
+    way.add_argument(
+        "--side", action="store_true", help="export the run's second model (a critic, PRIME's reward model)"
+    )
     way.add_argument("--shard-size", type=float, default=5.0, metavar="GB", help="largest file, in GB (default: 5)")
     way.set_defaults(run=_export)
 

@@ -28,7 +28,7 @@ from megatron_dypo.monitor.monitor import Monitor
 from megatron_dypo.monitor.trace_file import Tracing
 from megatron_dypo.objectives.queue import DeferredQueue, failed
 from megatron_dypo.objectives.recipes import recipe
-from megatron_dypo.planner.placement import place_reference
+from megatron_dypo.planner.placement import place_reference, require_room
 from megatron_dypo.policy.hf_probe import probe
 from megatron_dypo.policy.policy import Policy
 from megatron_dypo.preflight import Inputs, agree_on_day, check_agreement, check_inputs
@@ -45,7 +45,7 @@ from megatron_dypo.runtime.watchdog import Watchdog
 from megatron_dypo.training.metrics import batch_metrics
 from megatron_dypo.training.minibatch import grade_groups
 from megatron_dypo.training.passes import warm_up
-from megatron_dypo.training.side_model import build_side
+from megatron_dypo.training.sides import build_side
 from megatron_dypo.training.step import StepContext, update_policy
 from megatron_dypo.weight_sync.source import sync_weights
 
@@ -71,9 +71,8 @@ def train(
         return _train(config, inputs, layout, watchdog, tracing, start_engine)
 
 
-def _place_reference(config: Config, inputs: Inputs, layout: Layout) -> str:
+def _place_reference(config: Config, inputs: Inputs, layout: Layout, memory: int | None) -> str:
     """Resolve ``model.reference_on``, equal on every rank; return a log line about it, "" without a reference."""
-    memory = min(filter(None, distributed.all_gather_objects(device_bytes())), default=None)
     engine = 0.0  # bytes of the device that it occupies permanently
     if memory and not config.trainer.offload:
         held = {"vllm": config.rollout.engine_memory * memory, "transformers": 4.0 * inputs.shape.parameters}
@@ -95,6 +94,8 @@ def _train(
     check_agreement(config, inputs)
     agree_on_day(config, inputs)
     log.info("%s; %s parameters; starting %s", layout, f"{inputs.shape.parameters:,}", engine_name(config))
+    memory = min(filter(None, distributed.all_gather_objects(device_bytes())), default=None)  # of the smallest GPU
+    require_room(config, inputs.shape, layout, memory)
     with phase("rollout engine start"), determinism.trainer_kept():
         folder = run_dir / "engine" / f"rank_{layout.rank}"
         engine = start_engine(config, inputs.shape, tokenizer, folder, layout)
@@ -102,7 +103,7 @@ def _train(
         if engine and trainer.offload:
             engine.sleep(keep_weights=False)
     with phase("policy start"):
-        placed = _place_reference(config, inputs, layout)
+        placed = _place_reference(config, inputs, layout, memory)
         hf = config.model.hf
         read = folder_weights(hf_folder(hf)) if hf else random_weights(inputs.shape, trainer.seed)
         policy = Policy(config, inputs.shape, layout, read)

@@ -155,7 +155,7 @@ def grpo(rollout: Rollout, advantage: float, c, correction: str, cap: float) -> 
     trust_n = trust(rollout.old_n - rollout.engine_n, correction, cap)
     gap_n = rollout.reference_n - rollout.logp_n
     kl_n = trust_n * (gap_n.exp() - gap_n - 1)
-    if c.ratio_level == "token" or c.method == "prime":
+    if c.ratio_level == "token" or c.method in ("ppo", "prime"):
         return trust_n * surrogate(rollout.logp_n - base_n, advantage, rollout.logp_n, c), kl_n
     unit = 1 / n if c.scale == "token" else 1.0
     weight = trust(unit * (rollout.old_n - rollout.engine_n).sum(), correction, cap)
@@ -207,16 +207,16 @@ def dypo(
             idle += not question.traces and c.mask_truncated and not any(x.finished for x in question.rollouts)
         elif (
             kind == "mid"
-            or c.method in ("chord", "grpo", "luffy", "relift")
+            or c.method in ("chord", "grpo", "luffy", "ppo", "relift")
             or (c.method == "switch" and kind == "easy")
         ):
             members = question.traces if c.method == "luffy" else []
             groups.append((question.rollouts, members))
-            tied = len({*rewards, *(trace.reward for trace in members)}) == 1
+            tied = c.method != "ppo" and len({*rewards, *(trace.reward for trace in members)}) == 1
             shown = [rollout for rollout in question.rollouts if rollout.finished or not c.mask_truncated]
             held = (c.kl_coef and shown) or (c.entropy_coef and (shown or members))
             idle += not held and (tied or not (shown or members))
-        elif kind == "hard" and c.method not in ("grpo", "prime") and question.traces:
+        elif kind == "hard" and c.method not in ("grpo", "ppo", "prime") and question.traces:
             taught.append(question.traces)
     Q = len(questions) if c.normalize == "all" else len(groups) - idle + len(taught) * (not srft)
 
@@ -256,10 +256,10 @@ def dypo(
     for group, traces in groups:
         rewards = [rollout.reward for rollout in group]
         baseline = [*rewards, *(trace.reward for trace in traces)]
-        if len(set(baseline)) == 1 and not c.kl_coef and c.method != "prime" and not srft:
+        if len(set(baseline)) == 1 and not c.kl_coef and c.method not in ("ppo", "prime") and not srft:
             continue  # all advantages are 0, and there is no pair
         A_k = advantages(baseline, c.advantage_std)
-        if c.method == "prime":
+        if c.method in ("ppo", "prime"):
             A_k = [rollout.advantage_n for rollout in group]
         k = len(A_k)
         for trace, advantage in zip(traces, A_k[len(group) :], strict=True):

@@ -214,7 +214,7 @@ def test_a_missing_required_key_is_named(tmp_path, dotted):
     [
         "trainer.steps=many", "trainer.steps=1.5", "trainer.steps=true", "trainer.steps=", "trainer.steps=[1]",
         "optimizer.lr=fast", "optimizer.lr=true", "optimizer.betas=0.9", "optimizer.betas=[0.9]", "data.train=3",
-        "logging.wandb=maybe", "objective.method=ppo", "objective.reference=every:0", "data.skip_bad_rows=1",
+        "logging.wandb=maybe", "objective.method=trpo", "objective.reference=every:0", "data.skip_bad_rows=1",
         "trainer.steps=0", "trainer.steps=-1", "optimizer.lr=0", "optimizer.lr=.inf", "optimizer.lr=.nan",
         "objective.alpha=1.1", "objective.alpha=-0.1", "rollout.temperature=0", "rollout.top_p=1.01",
         "rollout.correction_cap=1", "objective.teachers_per_prompt=0", "trainer.keep_checkpoints=0", "model=tiny",

@@ -198,7 +198,7 @@ def test_what_a_run_changed_is_what_transformers_reads_in_the_exported_config_js
         (tmp_path / name).mkdir()
     (tmp_path / "hf" / "config.json").write_text(json.dumps(fields))
     changed = replace(folder_shape(tmp_path / "hf"), rope_base=900.0, max_position=128)
-    copy_metadata(tmp_path / "hf", tmp_path / "back", torch.float32, extended=changed)
+    copy_metadata(tmp_path / "hf", tmp_path / "back", torch.float32, changed=changed)
     theirs = AutoConfig.from_pretrained(tmp_path / "back")
     assert theirs.rope_parameters["rope_theta"] == 900.0 and theirs.dtype == torch.float32
     assert folder_shape(tmp_path / "back") == changed

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from megatron_dypo.checkpoint.io import read_index
 from megatron_dypo.config.schema import Model, Shape
-from megatron_dypo.convert.import_export import _write_metadata, checkpoint_shape
+from megatron_dypo.convert.import_export import _write_metadata, stored_shape
 from megatron_dypo.convert.megatron_folder import MegatronFolder
 from megatron_dypo.models.families import FAMILIES, hf_shapes
 from megatron_dypo.models.hf_config import write_config
@@ -361,7 +361,7 @@ def test_a_checkpoint_that_names_its_shape_as_before_is_read(tmp_path):
     fields["normalized_routing"] = fields.pop("norm_topk_prob")
     fields["shared_ffn_hidden_size"] = fields.pop("shared_expert_ffn_hidden_size")
     (tmp_path / "state.json").write_text(json.dumps({"step": 1, "model": fields}))
-    assert checkpoint_shape(tmp_path) == shape
+    assert stored_shape(tmp_path) == shape
 
 
 def damaged(checkpoint: Path, folder: Path, name: str, change) -> Path:
@@ -592,7 +592,7 @@ def test_verify_joins_with_the_backend_that_the_model_is_to_speak(monkeypatch, t
         raise Joined(backend)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(verify, "source_folder", lambda hf: (None, None))
+    monkeypatch.setattr(verify, "source_folder", lambda hf, critics: (None, None))
     monkeypatch.setattr(verify, "check_layout", lambda *arguments: None)
     monkeypatch.setattr(verify, "join", join)
     with pytest.raises(Joined, match=backend):

@@ -31,7 +31,7 @@ def train_steps(shape: str, budget: int, steps: int, sections: dict, prompts: in
     from megatron_dypo.runtime import distributed
     from megatron_dypo.training.minibatch import build_minibatches, plan_minibatch
     from megatron_dypo.training.passes import logprob_passes
-    from megatron_dypo.training.side_model import build_side
+    from megatron_dypo.training.sides import build_side
     from megatron_dypo.training.step import StepContext, run_updates
 
     config = make_config(shape, budget, **sections)

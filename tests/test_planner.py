@@ -17,10 +17,11 @@ from megatron_dypo.config.schema import Parallel
 from megatron_dypo.errors import UserError
 from megatron_dypo.models.limits import check_layout
 from megatron_dypo.models.shape import PRESETS, ModelShape
+from megatron_dypo.objectives.recipes import RECIPES
 from megatron_dypo.planner.cluster import RELEASED, Candidate, Cluster, StepWorkload, gpu, planned_shape
 from megatron_dypo.planner.launch import commands, nodes_of
 from megatron_dypo.planner.memory import GIB, UNEVEN, activation_bytes, host_need, policy_need, rank_parameters
-from megatron_dypo.planner.placement import place_reference
+from megatron_dypo.planner.placement import place_reference, require_room
 from megatron_dypo.planner.search import plan
 from megatron_dypo.planner.steptime import step_seconds
 from megatron_dypo.runtime.distributed import Layout
@@ -54,25 +55,33 @@ EXPERT_LAYOUTS = [  # (layout, ranks): in each of them experts and the rest are 
 ]
 
 
-def counted(shape: ModelShape, parallel: dict, distributed: bool) -> tuple[int, int, int, int]:
-    """Return bytes of this rank's weights, gradients and optimizer state, and its parameters; for a forked rank."""
+def counted(shape: ModelShape, parallel: dict, distributed: bool, method: str = "dypo") -> tuple[int, int, int, int]:
+    """Return bytes of this rank's weights, gradients and optimizer state, and its parameters, of all models trained.
+
+    For a forked rank.
+    """
     from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.policy.optimizer import adam_parts
     from megatron_dypo.policy.policy import Policy
     from megatron_dypo.runtime import distributed as runtime
+    from megatron_dypo.training.sides import build_side
     from tests.batches import make_config
 
-    config = make_config(parallel=parallel, optimizer={"distributed": distributed}, model={"dtype": "bf16"})
-    policy = Policy(config, shape, runtime.init(config.parallel), random_weights(shape, 0))
-    weights = sum(p.nbytes for p in policy.parameters.values())
-    gradients = sum(
-        b.grad_data.nbytes for chunk in policy.chunks for b in chunk.buffers + chunk.expert_parallel_buffers
-    )
-    policy.zero_gradients()
-    policy.step(1e-3)  # Adam creates its moments at the first update
-    parts = adam_parts(policy.optimizer, policy.parameters).values()
-    state = sum(part.flat(name).nbytes for part in parts for name in part.names)
-    return weights, gradients, state, sum(p.numel() for p in policy.parameters.values())
+    sections = {"optimizer": {"distributed": distributed}, "model": {"dtype": "bf16"}, "objective": {"method": method}}
+    config = make_config(parallel=parallel, **sections)
+    layout, read = runtime.init(config.parallel), random_weights(shape, 0)
+    policy, side = Policy(config, shape, layout, read), build_side(config, shape, layout, read)
+    totals = [0, 0, 0, 0]
+    for model in (policy, side.policy) if side else (policy,):
+        model.zero_gradients()
+        model.step(1e-3)  # Adam makes its moments at the first update
+        parts = adam_parts(model.optimizer, model.parameters).values()
+        buffers = [b for chunk in model.chunks for b in chunk.buffers + chunk.expert_parallel_buffers]
+        totals[0] += sum(p.nbytes for p in model.parameters.values())
+        totals[1] += sum(buffer.grad_data.nbytes for buffer in buffers)
+        totals[2] += sum(part.flat(name).nbytes for part in parts for name in part.names)
+        totals[3] += sum(p.numel() for p in model.parameters.values())
+    return tuple(totals)
 
 
 @pytest.mark.parametrize(("parallel", "ranks", "distributed", "tied"), LAYOUTS, ids=[str(each[0]) for each in LAYOUTS])
@@ -85,6 +94,31 @@ def test_weights_gradients_and_optimizer_are_what_ranks_hold(parallel, ranks, di
 @pytest.mark.parametrize(("parallel", "ranks"), EXPERT_LAYOUTS, ids=[str(each[0]) for each in EXPERT_LAYOUTS])
 def test_experts_are_what_ranks_hold(parallel, ranks):
     compare(MIXTURE, parallel, ranks, distributed=True)
+
+
+@pytest.mark.parametrize(
+    ("method", "parallel"), [("ppo", {"pipeline": 2}), ("ppo", {"tensor": 2, "sequence_parallel": True}), ("prime", {})]
+)
+def test_a_second_model_is_counted_and_a_critic_s_head_is_one_row(method, parallel):
+    compare(SHAPE, parallel, 2, distributed=True, method=method)
+
+
+def test_two_models_that_a_gpu_cannot_hold_are_refused_with_the_plan_s_figure():
+    shape = dataclasses.replace(SHAPE, num_layers=64, hidden_size=2048, ffn_hidden_size=8192)
+    configs = {
+        method: make_config(model={"dtype": "bf16"}, objective={"method": method, "teachers_per_prompt": 1})
+        for method in ("ppo", "prime", "grpo")
+    }
+    work = dataclasses.replace(WORK, side="critic")
+    static = policy_need(shape, Candidate(tensor=1, pipeline=1, data=1, **PLACED), work).static
+    for memory in (None, static + 1):
+        require_room(configs["ppo"], shape, Layout(), memory)
+    require_room(configs["grpo"], shape, Layout(), 1)
+    figure = f"of both are {static / GIB:.0f} GiB a rank at this layout, and a GPU has {(static - 1) / GIB:.0f}"
+    with pytest.raises(UserError, match=f"^objective.method: ppo trains a second model: .*{figure}: cut them"):
+        require_room(configs["ppo"], shape, Layout(), static - 1)
+    with pytest.raises(UserError, match=r"^objective.method: prime trains a second model"):
+        require_room(configs["prime"], shape, Layout(), static + 1)  # whose head is whole
 
 
 HOST_CASES = [  # (model, sections, ranks)
@@ -201,18 +235,22 @@ def test_a_plan_puts_the_reference_where_steps_are_fastest_and_counts_it_there()
     assert all(made.host.reference == made.host.snapshot == 0 for made in none)
 
 
-def compare(shape: ModelShape, parallel: dict, ranks: int, distributed: bool) -> None:
-    """Compare counted with planned bytes."""
-    found = [max(column) for column in zip(*run_ranks(ranks, counted, shape, parallel, distributed), strict=True)]
+def compare(shape: ModelShape, parallel: dict, ranks: int, distributed: bool, method: str = "dypo") -> None:
+    """Counted on ranks and planned."""
+    everyone = run_ranks(ranks, counted, shape, parallel, distributed, method)
+    found = [max(column) for column in zip(*everyone, strict=True)]
     cut = {name: parallel.get(name, 1) for name in ("tensor", "pipeline", "context", "expert", "expert_tensor")}
     cut["virtual"] = parallel.get("virtual_pipeline", 1)
     replica = cut["tensor"] * cut["pipeline"] * cut["context"]
     candidate = Candidate(**PLACED | cut, data=ranks // replica if distributed else 1)
     if not distributed:
         candidate = dataclasses.replace(candidate, context=1)
-    need = policy_need(shape, candidate, WORK)
-    assert found[3] == rank_parameters(shape, cut["tensor"], cut["pipeline"], cut["expert"], cut["expert_tensor"])
-    assert found[0] == need.weights
+    side = RECIPES[method].side
+    need = policy_need(shape, candidate, dataclasses.replace(WORK, side=side))
+    if side is None:
+        assert found[3] == rank_parameters(shape, cut["tensor"], cut["pipeline"], cut["expert"], cut["expert_tensor"])
+    # a policy's last stage has its head, and a critic's first one the embedding: no rank has the most of both
+    assert found[0] == (need.weights if side != "critic" else pytest.approx(need.weights, rel=1e-3))
     assert found[1] == pytest.approx(need.gradients, rel=0.05)
     assert found[2] == pytest.approx(need.optimizer, rel=0.05)
 

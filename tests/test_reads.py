@@ -16,6 +16,7 @@ from megatron_dypo import run_folder
 from megatron_dypo.config import load_config, render
 from megatron_dypo.config.load import dump, fingerprint, still_read
 from megatron_dypo.config.reads import (
+    CRITIC,
     DEFAULTS,
     EXPERTS,
     GROUPED,
@@ -31,6 +32,7 @@ from megatron_dypo.config.reads import (
     ROUTED,
     SAMPLING,
     SHAPED,
+    SIDED,
     TEACHERS,
     TILTED,
     lookup,
@@ -92,13 +94,17 @@ def test_every_row_is_of_keys_that_there_are_and_the_methods_are_the_recipes():
     assert set(ROUTED) == {name for name in RECIPES if regimes[name] != {ALL}}
     rules = {name: {term.rule for term in recipe.terms} for name, recipe in RECIPES.items()}
     assert set(RELATIVE) == {name for name in RECIPES if "advantage" in rules[name]}
-    assert set(PROCESS) == {name for name, recipe in RECIPES.items() if recipe.side == "prm"}
+    sides = {name: recipe.side for name, recipe in RECIPES.items() if recipe.side}
+    assert set(PROCESS) == {name for name, side in sides.items() if side == "prm"}
+    assert set(CRITIC) == {name for name, side in sides.items() if side == "critic"}
+    assert set(SIDED) == set(sides)
     assert set(MIDDLE) == {
         name
         for name, recipe in RECIPES.items()
         if any((Regime.MID in term.when) != (Regime.EASY in term.when) for term in recipe.terms)
     }
-    assert set(GROUPED) == {name for name, recipe in RECIPES.items() if recipe.samples and not recipe.scores_traces}
+    alone = {name for name, recipe in RECIPES.items() if recipe.scores_traces or recipe.side == "critic"}
+    assert set(GROUPED) == {name for name, recipe in RECIPES.items() if recipe.samples} - alone
     assert set(QUEUEING) == {name for name, recipe in RECIPES.items() if recipe.defers}
     assert set(TEACHERS) == {name for name, kinds in sources.items() if Kind.TEACHER in kinds}
     assert set(EXPERTS) == {name for name, kinds in sources.items() if Kind.EXPERT in kinds}
@@ -192,8 +198,8 @@ def test_the_reference_is_read_where_the_objective_needs_one():
         (
             ["objective.alpha=1", "objective.reference=previous"],
             "objective.reference: previous is not read with objective.method: dypo, objective.alpha: 1.0, "
-            "objective.kl_coef: 0.0, objective.ratio_base: old, "
-            "only with GAL's term, a process reward model, objective.kl_coef above 0 or objective.ratio_base: ",
+            "objective.kl_coef: 0.0, objective.kl_in_reward: 0.0, objective.ratio_base: old, "
+            "only with GAL's term, a process reward model, objective.kl_coef or objective.kl_in_reward above 0, or ",
         ),
         (["rollout.server_timeout=9"], "rollout.server_timeout: 9.0 is not read with rollout.engine: auto, only with"),
         (["rollout.engine=transformers", "rollout.verify_sync=sent"], "rollout.verify_sync: sent is not read with"),

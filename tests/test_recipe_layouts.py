@@ -26,6 +26,8 @@ OBJECTIVES = {  # in three updates, all with KL and clipped tokens if the recipe
     "chord": {"entropy_coef": 0.03, "aggregation": "token_mean", "demo_aggregation": "token_mean", "shape": "phi"},
     "dypo": {"entropy_coef": 0.03},
     "grpo": {"entropy_coef": 0.03, "aggregation": "token_mean"},
+    "ppo": {"entropy_coef": 0.03, "aggregation": "token_mean", "kl_in_reward": 0.1, "gae_lambda": 0.9}
+    | {"value_clip": 0.05},
     "prime": {"entropy_coef": 0.03, "aggregation": "token_mean"},
     "luffy": {"entropy_coef": 0.03, "aggregation": "token_mean", "advantage_std": "none"},
     "relift": {"entropy_coef": 0.03, "demo_aggregation": "token_mean"},
@@ -38,7 +40,8 @@ OBJECTIVES = {  # in three updates, all with KL and clipped tokens if the recipe
         "demo_aggregation": "token_mean",
     },
 }
-BRIEFLY = {"luffy": tuple(LAYOUTS), "chord": ("pipeline", "distributed")}
+SIDES = {"ppo": {"lr": 1e-3, "updates": 4}}  # not the policy's 3: its responses are cut and shared out otherwise
+BRIEFLY = {"luffy": tuple(LAYOUTS), "chord": ("pipeline", "distributed"), "ppo": ("context",)}
 MATRIX = [
     pytest.param(method, layout, marks=[] if layout in BRIEFLY.get(method, ()) else pytest.mark.faults)
     for method in RECIPES
@@ -48,7 +51,8 @@ MATRIX = [
 
 def train(world: int, method: str, shape: str, budget: int, **sections: dict) -> list[dict]:
     objective = {"method": method, "updates_per_rollout": 3} | OBJECTIVES[method]
-    return run_ranks(world, train_steps, shape, budget, 1, {"objective": objective} | sections)
+    own = {"objective": objective, "side": SIDES.get(method, {})}
+    return run_ranks(world, train_steps, shape, budget, 1, own | sections)
 
 
 @functools.cache

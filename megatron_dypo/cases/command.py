@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_dypo.cases.evaluate import curve, evaluate, learn, schedules, simulate, stages_by_step
+from megatron_dypo.cases.evaluate import evaluate, learn
 from megatron_dypo.cases.process import kept
+from megatron_dypo.cases.schedules import curve, schedules, simulate, stages_by_step
 from megatron_dypo.cases.translate import configuration
 from megatron_dypo.config.load import load_keys
 from megatron_dypo.errors import UserError
@@ -25,8 +26,11 @@ def result(case: dict[str, Any], source: str) -> dict[str, Any]:
             return stages_by_step(config) | {"config": keys}
         if "solved" in settings:
             return kept(settings["solved"], config) | {"config": keys}
+        if "rewards_seen" in settings:
+            case = case | {"sequences": _rewarded(_objects(case.get("sequences")), settings["rewards_seen"])}
         if "sequences" in case:
-            return evaluate(_objects(case["sequences"]), config, _step(settings.get("step", 1))) | {"config": keys}
+            numbers = evaluate(_objects(case["sequences"]), config, _step(settings.get("step", 1)))
+            return _of_critic(case, numbers) | {"config": keys}
         if "p" in settings:
             return curve(settings["p"], config.objective) | {"config": keys}
         steps = settings.get("steps", settings.get("step"))
@@ -38,6 +42,26 @@ def result(case: dict[str, Any], source: str) -> dict[str, Any]:
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     raise UserError(f"{source}: sequences: missing; give one object per sequence of the update")
+
+
+def _of_critic(case: dict[str, Any], numbers: dict[str, Any]) -> dict[str, Any]:
+    """The critic's loss and derivatives alone, where the case's ``id`` ends with ``-value`` or it expects no others.
+
+    Else ``loss`` is the policy's, and the critic's is ``value_loss``.
+    """
+    expected = case.get("expected")
+    asked = isinstance(expected, dict) and "dloss_dvalue" in expected and "dloss_dlogp" not in expected
+    if "value_loss" not in numbers or not (asked or str(case.get("id")).endswith("-value")):
+        return numbers
+    of_policy = ("loss", "dloss_dlogp", "value_loss")
+    return {"loss": numbers["value_loss"]} | {name: each for name, each in numbers.items() if name not in of_policy}
+
+
+def _rewarded(sequences: list[dict[str, Any]], rewards: Any) -> list[dict[str, Any]]:
+    """The sequences with these rewards in place of their own."""
+    if not isinstance(rewards, list) or len(rewards) != len(sequences):
+        raise UserError("settings.rewards_seen: expected a number for each sequence")
+    return [sequence | {"reward": reward} for sequence, reward in zip(sequences, rewards, strict=True)]
 
 
 def _step(value: Any) -> int:
@@ -72,7 +96,7 @@ def show(path: Path, as_table: bool) -> None:
     print("\n".join(table(case, numbers)) if as_table else json.dumps(numbers, indent=1))
 
 
-SLOPES = {"dloss_dlogp": "logp", "dloss_dprm_logp": "prm_logp"}  # and the log-probs they are of
+SLOPES = {"dloss_dlogp": "logp", "dloss_dprm_logp": "prm_logp", "dloss_dvalue": "value"}  # and what they are of
 
 
 def table(case: dict[str, Any], numbers: dict[str, Any]) -> list[str]:
@@ -91,8 +115,9 @@ def table(case: dict[str, Any], numbers: dict[str, Any]) -> list[str]:
     if "loss" not in numbers:
         rows = zip(case["settings"]["p"], numbers["f"], numbers["df_dlogp"], strict=True)
         return [*lines, f"{'p':>12}{'f':>14}{'df/dlogp':>14}", *(f"{p:12g}{f:14.6g}{df:14.6g}" for p, f, df in rows)]
-    lines += [f"loss {numbers['loss']:.10g}", f"{'sequence':<14}{'token':>6}{'logp':>12}{'dL/dlogp':>16}{'dL/dH':>14}"]
     of, slopes = next((of, numbers[name]) for name, of in SLOPES.items() if name in numbers)
+    lines.append(f"loss {numbers['loss']:.10g}")
+    lines.append(f"{'sequence':<14}{'token':>6}{of:>12}{f'dL/d{of}':>16}{'dL/dH':>14}")
     for i, sequence in enumerate(case["sequences"]):
         for t, (logp, slope) in enumerate(zip(sequence[of], slopes[i], strict=True)):
             bonus = f"{numbers['dloss_dentropy'][i][t]:14.6g}" if "dloss_dentropy" in numbers else f"{'-':>14}"

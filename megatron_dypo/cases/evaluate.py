@@ -14,23 +14,30 @@ import torch
 from torch import Tensor
 
 from megatron_dypo.cases.process import process_advantages, process_update
+from megatron_dypo.cases.values import value_advantages, value_update
 from megatron_dypo.config.schema import Config, Objective
-from megatron_dypo.config.stages import stage_at, stages_of
 from megatron_dypo.errors import UserError
-from megatron_dypo.kernels import LossRule, empty_sums, grouped_loss
 from megatron_dypo.kernels.grouped_loss import COEFFICIENTS
 from megatron_dypo.objectives import SequenceSums, TokenStreams, sequence_terms
 from megatron_dypo.objectives.coefficients import member_advantages, needs_entropies, needs_reference
 from megatron_dypo.objectives.correction import Correction
-from megatron_dypo.objectives.queue import DeferredQueue, failed
-from megatron_dypo.objectives.recipes import ALL, has_ratio, recipe, scheduled, shape, total, update_terms
+from megatron_dypo.objectives.queue import failed
+from megatron_dypo.objectives.recipes import ALL, has_ratio, recipe, scheduled, total, update_terms
 from megatron_dypo.records import Group, Kind, Prompt, Response, Sequence, Teacher
 from megatron_dypo.rollout.sampling import give_unfinished_reward
 from megatron_dypo.training.minibatch import grade_groups, training_sequences
 
 SOURCES = {"rollout": Kind.ROLLOUT, "demo": Kind.TEACHER, "expert": Kind.EXPERT}
 _IMITATION = torch.tensor([name in ("nll", "tilt") for name in COEFFICIENTS])
-STREAMS = {"logp": "logp", "old": "old_logp", "reference": "ref_logp", "entropy": "entropy", "process": "prm_logp"}
+STREAMS = {
+    "logp": "logp",
+    "old": "old_logp",
+    "reference": "ref_logp",
+    "entropy": "entropy",
+    "process": "prm_logp",
+    "value": "value",
+    "old_value": "old_value",
+}
 
 
 class Case:
@@ -181,6 +188,9 @@ def evaluate(sequences: list[dict[str, Any]], config: Config, step: int) -> dict
     if recipe(objective).has("tilted"):
         result["nll_weight_of_token"] = listed(slopes["nll_weight_of_token"])
     more = scheduled(objective, step) | _rewards(case) | _advantages(case) | _routes(case) | _queued(case)
+    if "returns" in of_tokens:
+        weights = dict(zip(places, (each.grpo for each in terms.sequences), strict=True))
+        more |= _value_update(case, of_tokens["returns"], weights)
     return result | more | {name: [each_n.tolist() for each_n in found] for name, found in of_tokens.items()}
 
 
@@ -190,23 +200,46 @@ def learn(sequences: list[dict[str, Any]], config: Config) -> dict[str, Any]:
     return process_update(*_ratios(case), config.objective)
 
 
+def _streams(case: Case, reader: str, *names: str) -> list[list[Tensor]]:
+    """These streams of all of a case's sequences, each a list of [n]. Raises UserError where a sequence lacks one."""
+    for place, logs in enumerate(case.logs):
+        for name in names:
+            if name not in logs:
+                raise UserError(f"sequences[{place}].{STREAMS[name]}: needed by {reader}")
+    return [[logs[name] for logs in case.logs] for name in names]
+
+
+def _rewards_of(case: Case) -> list[float]:
+    return [case.reward(place) for place in range(len(case.logs))]
+
+
 def _ratios(case: Case) -> tuple[list[Tensor], list[float]]:
     """The process reward model's log-ratios [n] to the reference, and the rewards, of a case's sequences."""
-    for place, logs in enumerate(case.logs):
-        for name in ("process", "reference"):
-            if name not in logs:
-                raise UserError(f"sequences[{place}].{STREAMS[name]}: needed by a process reward model")
-    rewards = [case.reward(place) for place in range(len(case.logs))]
-    return [logs["process"] - logs["reference"] for logs in case.logs], rewards
+    process, reference = _streams(case, "a process reward model", "process", "reference")
+    return [phi_n - ref_n for phi_n, ref_n in zip(process, reference, strict=True)], _rewards_of(case)
 
 
 def _of_tokens(case: Case) -> dict[str, list[Tensor]]:
     """What a second model makes of each token; empty where the recipe has none."""
-    if recipe(case.objective).side is None:
-        return {}
-    ratios, rewards = _ratios(case)
-    prompts = [sequence.get("prompt") for sequence in case.sequences]
-    return process_advantages(ratios, rewards, prompts, case.objective)
+    side, objective = recipe(case.objective).side, case.objective
+    if side == "critic":
+        (values,) = _streams(case, "a critic", "old_value")
+        log_ratios = [torch.zeros_like(values_n) for values_n in values]
+        if objective.kl_in_reward:
+            old, reference = _streams(case, "objective.kl_in_reward", "old", "reference")
+            log_ratios = [old_n - ref_n for old_n, ref_n in zip(old, reference, strict=True)]
+        return value_advantages(values, log_ratios, _rewards_of(case), objective)
+    if side == "prm":
+        prompts = [sequence.get("prompt") for sequence in case.sequences]
+        return process_advantages(*_ratios(case), prompts, objective)
+    return {}
+
+
+def _value_update(case: Case, returns: list[Tensor], weights: dict[int, float]) -> dict[str, Any]:
+    """The critic's update; ``weights`` of a token of each sequence that trains, by place."""
+    values, old = _streams(case, "a critic", "value", "old_value")
+    of_tokens = [weights.get(place, 0.0) for place in range(len(values))]
+    return value_update(values, old, returns, of_tokens, case.objective)
 
 
 def _reads_entropies(objective: Objective) -> str | None:
@@ -267,45 +300,3 @@ def _queued(case: Case) -> dict[str, Any]:
     ]
     queued = [prompt for prompt, group in asked if group.responses and failed([group], case.objective)]
     return {"queued_prompts": queued}
-
-
-def simulate(unsolved_of_step: Any, objective: Objective) -> dict[str, Any]:
-    """What a queue of ``queue_size`` gives to its updates and what it keeps, after each step, in both orders."""
-    if not isinstance(unsolved_of_step, list) or not all(isinstance(prompts, list) for prompts in unsolved_of_step):
-        raise UserError("settings.unsolved_of_step: expected a list of lists, the prompts that failed in each step")
-    found: dict[str, Any] = {}
-    for order in ("newest", "oldest"):
-        queue: DeferredQueue[Any] = DeferredQueue(objective.queue_size, order)
-        steps: list[dict[str, Any]] = []
-        for prompts in unsolved_of_step:
-            queue.add(prompts)
-            flushed = queue.due
-            queue.remove_due()
-            steps.append({"flushed": flushed or None, "left": queue.waiting})
-        found[f"{order}_first"] = steps
-    return found
-
-
-def curve(probabilities: list[float], objective: Objective) -> dict[str, Any]:
-    """The token function ``shaped`` and its derivative in logp at these probabilities, from the grouped loss."""
-    logp_N = torch.tensor(probabilities, dtype=torch.float64).log()
-    table_CS = torch.zeros(len(COEFFICIENTS), 1, dtype=torch.float64)
-    table_CS[COEFFICIENTS.index("shaped")] = -1.0
-    rule = LossRule(shape=shape(objective), shape_gamma=objective.shape_gamma)
-    f_N, df_N = grouped_loss(logp_N, torch.tensor([0, len(logp_N)]), table_CS, empty_sums(1), rule)
-    return {"f": f_N.tolist(), "df_dlogp": df_N.tolist()}
-
-
-def schedules(steps: int | list[int], objective: Objective) -> dict[str, Any]:
-    """The shares that change with the step, at these steps or at one."""
-    found = [scheduled(objective, step) for step in ([steps] if isinstance(steps, int) else steps)]
-    if not all(found):
-        raise UserError(f"settings.steps: objective.method: {objective.method} has no share that changes with the step")
-    return found[0] if isinstance(steps, int) else {name: [share[name] for share in found] for name in found[0]}
-
-
-def stages_by_step(config: Config) -> dict[str, list[Any]]:
-    """Each step's stage, from 0, and learning rate, over all steps of a run."""
-    stages = stages_of(config)
-    at = [(stage_at(stages, step), step) for step in range(1, sum(stage.config.trainer.steps for stage in stages) + 1)]
-    return {"stage_of_step": [stage.index for stage, _ in at], "lr_of_step": [stage.lr(step) for stage, step in at]}

@@ -28,11 +28,12 @@ SYSTEMS: dict[str, Keys] = {
         "objective.demo_aggregation": "token_mean",
     },
     "PRIME-Zero": {"objective.method": "prime"},
+    "OpenReasoner-Zero": {"objective.method": "ppo"},
+    "SimpleRL-Zero": {"objective.method": "ppo"},
     "SFT->RL": {},
     "SRFT": {"objective.method": "srft"},
     "Oat-Zero": {"objective.method": "grpo", "rollout.reward_unfinished": 0.0},
 }
-LATER = ("OpenReasoner-Zero", "SimpleRL-Zero")
 
 
 def _clip(value: float | None) -> Keys:
@@ -132,6 +133,17 @@ SETTINGS: dict[str, Callable[[Any], Keys]] = {
     "steps": lambda value: {},
     **{name: _as(f"objective.mix.{name}") for name in ("warmup", "decay", "peak", "valley")},
 }
+PPO = {
+    "gamma": _as("objective.gae_gamma"),
+    "lambda": _as("objective.gae_lambda"),
+    "kl_in_reward": _as("objective.kl_in_reward"),
+    "value_clip": _as("objective.value_clip"),
+    "aggregation": lambda value: {
+        "objective.aggregation": _one_of(value, {"token_mean": "token_mean", "sequence_mean": "scale"})
+    },
+    "advantage_whitening": lambda value: _one_of(value, {"mean": {}}),
+    "rewards_seen": lambda value: {},
+}
 OWN_SETTINGS: dict[str, dict[str, Callable[[Any], Keys]]] = {  # what a system means otherwise by a setting's name
     "SFT": {"aggregation": _demo_aggregation},
     "CHORD": {"aggregation": _each_aggregation, "shape": _chord_shape},
@@ -145,6 +157,7 @@ OWN_SETTINGS: dict[str, dict[str, Callable[[Any], Keys]]] = {  # what a system m
         **dict.fromkeys(("solved", "low", "high"), lambda value: {}),
     },
     "SRFT": {"clip": _no_clip},
+    **dict.fromkeys(("OpenReasoner-Zero", "SimpleRL-Zero"), PPO),
 }
 
 
@@ -162,8 +175,6 @@ TOGETHER: dict[tuple[str, ...], Callable[..., Keys]] = {("low", "high", "k"): _a
 def configuration(case: dict[str, Any]) -> Keys:
     """The configuration keys of a case. Raises UserError naming the system or setting that is not understood."""
     system, settings = case.get("system"), case.get("settings")
-    if system in LATER:
-        raise UserError(f"system {system!r} is not yet supported; supported: {', '.join(SYSTEMS)}")
     if not isinstance(system, str) or system not in SYSTEMS:
         raise UserError(f"system {system!r} is unknown; supported: {', '.join(SYSTEMS)}")
     if not isinstance(settings, dict):

@@ -241,7 +241,8 @@ class Saver:
 
         state = asdict(counters) | {"score": score, "model": asdict(self._policy.shape)}
         if SIDE in self._models:
-            state["side_version"] = self._models[SIDE][0].version
+            side, _ = self._models[SIDE]
+            state |= {"side_version": side.version, "side_model": asdict(side.shape)}
         if self._trainer.save_blocking:
             parts = (host_pieces(*model, name) for name, model in self._models.items())
             written = _at_once(write, chain.from_iterable(parts))

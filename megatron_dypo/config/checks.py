@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from megatron_dypo.config.reads import GROUPED, QUEUEING
 from megatron_dypo.config.schema import Config, Objective, Reward
 from megatron_dypo.config.sections_rollout import REWARD_FUNCTIONS
+from megatron_dypo.config.sections_training import Adam
 
 SPARSE_LR = 3e-5  # up to it `sparse_nccl` pays: docs/rollout.md has what was measured
 SPARSE_SYNCS = 4  # a value sent with its place takes 6 bytes, not 2: with fewer, those compared alone take all of that
@@ -40,7 +41,7 @@ def _address_fault(addresses: list[str]) -> str | None:
 
 
 def _rules(config: Config):
-    model, rollout, objective, optimizer = config.model, config.rollout, config.objective, config.optimizer
+    model, rollout, objective = config.model, config.rollout, config.objective
     yield (model.hf is None) == (model.preset is None), "model.hf, model.preset: give exactly one of the two"
     yield (
         rollout.engine == "replay" and rollout.replay is None,
@@ -82,18 +83,13 @@ def _rules(config: Config):
         f"rollout.samples_per_prompt: objective.method: {objective.method} compares the responses of one prompt and "
         "needs at least 2",
     )
-    decays = optimizer.schedule != "constant"
     yield (
-        decays and optimizer.schedule_steps is None,
-        f"optimizer.schedule_steps: needed by optimizer.schedule: {optimizer.schedule}",
+        config.side.updates > config.data.prompts_per_step,
+        f"side.updates: {config.side.updates} mini-batches cannot be cut from "
+        f"data.prompts_per_step: {config.data.prompts_per_step}",
     )
-    yield (
-        decays and optimizer.schedule_steps is not None and optimizer.schedule_steps <= optimizer.warmup_steps,
-        f"optimizer.schedule_steps: {optimizer.schedule_steps} must exceed "
-        f"optimizer.warmup_steps: {optimizer.warmup_steps}",
-    )
-    yield optimizer.min_lr > optimizer.lr, f"optimizer.min_lr: {optimizer.min_lr} exceeds optimizer.lr: {optimizer.lr}"
-    yield not all(0 <= beta < 1 for beta in optimizer.betas), f"optimizer.betas: {optimizer.betas} must lie in [0, 1)"
+    yield from _adam_rules("optimizer", config.optimizer)
+    yield from _adam_rules("side", config.side)
     yield (
         0 < config.trainer.spike_factor <= 1,
         f"trainer.spike_factor: {config.trainer.spike_factor} would skip ordinary updates; give more than 1, or 0",
@@ -147,6 +143,20 @@ def _sparse_rules(config: Config):
         f"{name}: sends whole what rollout.verify_sync compares: with rollout.verify_syncs: {rollout.verify_syncs} "
         f"that takes more bytes than nccl does; give {SPARSE_SYNCS} or more",
     )
+
+
+def _adam_rules(section: str, adam: Adam):
+    decays = adam.schedule != "constant"
+    yield (
+        decays and adam.schedule_steps is None,
+        f"{section}.schedule_steps: needed by {section}.schedule: {adam.schedule}",
+    )
+    yield (
+        decays and adam.schedule_steps is not None and adam.schedule_steps <= adam.warmup_steps,
+        f"{section}.schedule_steps: {adam.schedule_steps} must exceed {section}.warmup_steps: {adam.warmup_steps}",
+    )
+    yield adam.min_lr > adam.lr, f"{section}.min_lr: {adam.min_lr} exceeds {section}.lr: {adam.lr}"
+    yield not all(0 <= beta < 1 for beta in adam.betas), f"{section}.betas: {adam.betas} must lie in [0, 1)"
 
 
 def _loss_rules(objective: Objective):

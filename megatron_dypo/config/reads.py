@@ -15,8 +15,8 @@ from megatron_dypo.config.schema import Config, Mix, Side, walk
 from megatron_dypo.config.sections_rollout import REWARD_FUNCTIONS
 
 # methods by what their recipes have (objectives/recipes.py)
-SAMPLING = ("chord", "dypo", "grpo", "luffy", "prime", "relift", "srft", "switch")  # train on sampled responses
-RATIO = ("chord", "dypo", "grpo", "luffy", "prime", "relift", "switch")  # compare with the policy that sampled
+SAMPLING = ("chord", "dypo", "grpo", "luffy", "ppo", "prime", "relift", "srft", "switch")  # train on sampled responses
+RATIO = ("chord", "dypo", "grpo", "luffy", "ppo", "prime", "relift", "switch")  # compare with the policy that sampled
 PAIRS = ("dypo",)  # have GAL's term
 TEACHERS = ("dypo", "luffy", "relift", "sft", "srft", "switch")  # train on teachers' traces
 IMITATING = ("dypo", "relift", "sft", "srft", "switch")  # have SFT's term
@@ -28,6 +28,8 @@ GROUPED = ("chord", "dypo", "grpo", "prime", "relift", "switch")  # compare only
 QUEUEING = ("relift",)  # queue prompts for an update of their own
 RELATIVE = ("chord", "dypo", "grpo", "luffy", "relift", "srft", "switch")  # have advantages of rewards within a group
 PROCESS = ("prime",)  # learn a process reward model
+CRITIC = ("ppo",)  # learn a critic
+SIDED = ("ppo", "prime")  # learn a second model of either kind
 MIDDLE = ("dypo", "prime")  # train Mid groups differently from Easy ones
 ROUTED = ("dypo", "prime", "relift", "switch")  # train different terms in different regimes
 
@@ -42,6 +44,7 @@ KINDS = {  # recipes by what they have in common, in the docs' words
     "recipes with traces": tuple(sorted({*TEACHERS, *EXPERTS})),
     "recipes that imitate traces": tuple(sorted({*IMITATING, *EXPERTS})),
     "recipes with shaped traces": SHAPED,
+    "recipes with a second model": SIDED,
 }
 
 
@@ -93,7 +96,8 @@ def uses_reference(config: Config) -> bool:
     objective = config.objective
     gal = objective.method in PAIRS and objective.alpha < 1
     ratio = objective.method in RATIO and (objective.kl_coef > 0 or objective.ratio_base == "reference")
-    return gal or ratio or objective.method in PROCESS
+    critic = objective.method in CRITIC and objective.kl_in_reward > 0
+    return gal or ratio or critic or objective.method in PROCESS
 
 
 def uses_sums(config: Config) -> bool:
@@ -128,13 +132,16 @@ _BOUNDED = Condition(
 _RELATIVE = _recipe("recipes with group advantages")
 _ROUTED = _recipe("recipes with regimes")
 _PROCESS = _one_of("objective.method", *PROCESS)
+_CRITIC = _one_of("objective.method", *CRITIC)
+_SIDED = _recipe("recipes with a second model")
 _GAL = (
     _one_of("objective.method", *PAIRS),
     Condition("`objective.alpha` below 1", ("objective.alpha",), lambda config: config.objective.alpha < 1),
 )
 _REFERENCE = Condition(
-    "GAL's term, a process reward model, `objective.kl_coef` above 0 or `objective.ratio_base: reference`",
-    ("objective.method", "objective.alpha", "objective.kl_coef", "objective.ratio_base"),
+    "GAL's term, a process reward model, `objective.kl_coef` or `objective.kl_in_reward` above 0, or "
+    "`objective.ratio_base: reference`",
+    ("objective.method", "objective.alpha", "objective.kl_coef", "objective.kl_in_reward", "objective.ratio_base"),
     uses_reference,
 )
 _SUMS = Condition(
@@ -215,7 +222,10 @@ READ_WITH: dict[str, tuple[Condition, ...]] = {
     "objective.mask_truncated": (_SAMPLES,),
     "objective.process_beta": (_PROCESS,),
     "objective.process_baseline": (_PROCESS,),
-    **{f"side.{name}": (_PROCESS,) for name in Side.model_fields},
+    **{f"objective.{name}": (_CRITIC,) for name in ("gae_gamma", "gae_lambda", "kl_in_reward", "value_clip")},
+    **{f"side.{name}": (_SIDED,) for name in Side.model_fields},
+    "side.updates": (_CRITIC,),
+    **{f"side.{name}": (_SIDED, _not("side.schedule", "constant")) for name in ("min_lr", "schedule_steps")},
     "objective.tilt_demo": (_TILTED,),
     "objective.tilt_right": (_TILTED,),
     "objective.weight_right": (_TILTED,),

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from megatron_dypo.config.reads import PROCESS, lookup
+from megatron_dypo.config.reads import SIDED, lookup
 from megatron_dypo.config.schema import Config, walk
 from megatron_dypo.config.sections_training import Adam
 
@@ -175,7 +175,7 @@ def faults(tree: Tree) -> Iterator[str]:
             yield f"stages.{index}.{name}: cannot change between stages; give it once, outside of them"
         objective = merged(tree, stage).get("objective")
         method = objective.get("method") if isinstance(objective, dict) else None
-        if method in PROCESS:
+        if method in SIDED:
             yield f"stages.{index}.objective.method: {method} has a second model, and cannot be a stage"
         if not has(stage, STEPS):
             yield f"stages.{index}.{STEPS}: required key is missing"

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_dypo.models.hf_config import dtype_name
-from megatron_dypo.models.shape import ModelShape
+from megatron_dypo.models.shape import CRITIC_FIELDS, ModelShape
 
 log = logging.getLogger(__name__)
 
@@ -46,29 +46,28 @@ def copy_metadata(
     target: Path,
     dtype: torch.dtype | None,
     tokenizer: Path | None = None,
-    extended: ModelShape | None = None,
+    changed: ModelShape | None = None,
 ) -> None:
     """Copy the metadata from one folder to another; log a warning if there is no tokenizer.
 
-    ``dtype``: set it in config.json. ``tokenizer``: the folder of the tokenizer, if not the source. ``extended``: the
-    shape, if a run has changed the number of positions or RoPE.
+    ``dtype``: set it in config.json. ``tokenizer``: the folder of the tokenizer, if not the source. ``changed``: the
+    shape, if a run has changed the number of positions or RoPE, or the model has a value head instead.
     """
     before = json.loads((source / "config.json").read_text())
     config = copy.deepcopy(before)
     if dtype is not None and dtype_name(dtype) != (config.get("dtype") or config.get("torch_dtype")):
         config.pop("torch_dtype", None)
         config["dtype"] = dtype_name(dtype)
-    if extended:
-        config["max_position_embeddings"] = extended.max_position
-        nested = (
-            config.get("rope_scaling") or config.get("rope_parameters") or {}
-        )  # if both are present, the first counts
-        (nested if "rope_theta" in nested else config)["rope_theta"] = extended.rope_base
-        if (
-            extended.rope_scaling and extended.rope_scaling.rope_type == "llama3"
-        ):  # if absent, it is the old max_position
+    if changed:
+        config["max_position_embeddings"] = changed.max_position
+        nested = config.get("rope_scaling") or config.get("rope_parameters") or {}  # of both, the first counts
+        (nested if "rope_theta" in nested else config)["rope_theta"] = changed.rope_base
+        if changed.rope_scaling and changed.rope_scaling.rope_type == "llama3":  # if absent, it is the old max_position
             name = "original_max_position_embeddings"
-            nested.setdefault(name, extended.rope_scaling.original_max_position_embeddings)
+            nested.setdefault(name, changed.rope_scaling.original_max_position_embeddings)
+        if changed.value_head:
+            config = {name: value for name, value in config.items() if name not in ("id2label", "label2id")}
+            config |= CRITIC_FIELDS | {"architectures": [changed.architecture], "tie_word_embeddings": False}
     if config != before:
         (target / "config.json").write_text(json.dumps(config, indent=2))
     else:

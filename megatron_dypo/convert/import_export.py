@@ -46,10 +46,10 @@ _SHAPE = "model.shape."  # prefix of the keys that are fields of the model in ``
 METADATA = "hf"  # folder in a checkpoint: config.json, tokenizer etc. that it was imported with
 
 
-def source_folder(hf: str, key: str = "--hf") -> tuple[Path, ModelShape]:
+def source_folder(hf: str, key: str = "--hf", critics: bool = False) -> tuple[Path, ModelShape]:
     """Return (Hugging Face folder or local copy of the hub name, its shape). Raises UserError as ``model_shape``."""
     folder = Path(hf_folder(hf, key))
-    return folder, model_shape(Model(hf=str(folder)))
+    return folder, model_shape(Model(hf=str(folder)), critics)
 
 
 def import_folder(hf: str, out: Path, parallel: Parallel, dtype: str | None, allow_bin: bool) -> str:
@@ -58,7 +58,7 @@ def import_folder(hf: str, out: Path, parallel: Parallel, dtype: str | None, all
     ``parallel``: a layout that the model must be divisible by. Raises UserError naming file and tensor, leaving no
     ``out``.
     """
-    source, shape = source_folder(hf)
+    source, shape = source_folder(hf, critics=True)
     check_layout(parallel, shape, 0, "convert import")
     join()
     check_folder(source, shape, allow_bin)
@@ -82,16 +82,17 @@ def export_folder(
 ) -> str:
     """Write a checkpoint's weights as a Hugging Face folder that transformers and vLLM load; return what it did.
 
-    ``side``: export the run's second model, which has the policy's shape. ``hf``: the folder whose configuration and
-    tokenizer to copy; default: the one the weights came from. Raises UserError naming file and tensor, leaving no
+    ``side``: export the run's second model, a critic as token classification. ``hf``: the folder to copy configuration
+    and tokenizer from; default: the one the weights came from. Raises UserError naming file and tensor, leaving no
     ``out``.
     """
     join()
     folder = checkpoint_folder(checkpoint)
     check_checkpoint(folder)
     origin = hf or metadata_folder(folder)
-    metadata = source_folder(origin)[0] if origin else None
-    shape = model_of(folder, origin)
+    metadata = source_folder(origin, critics=True)[0] if origin else None
+    shape = model_of(folder, origin, critics=True)
+    shape = shape.critic if side and stored_shape(folder, "side_model").value_head else shape
     weights = MegatronFolder(folder, shape, SIDE if side else "")
     shapes = hf_shapes(shape)
     dtypes = {name: DTYPES[dtype] if dtype else weights.dtype(name) for name in shapes}
@@ -145,7 +146,7 @@ def _write_metadata(
     dtype = dtypes.pop() if len(dtypes) == 1 and (asked or not metadata or run) else None
     if metadata:
         own = run.model.tokenizer if run else None
-        changed = shape if source_folder(str(metadata))[1] != shape else None
+        changed = shape if source_folder(str(metadata), critics=True)[1] != shape else None
         copy_metadata(metadata, target, dtype, Path(hf_folder(own, "--hf")) if own else None, changed)
         if own:  # ends of the run's responses
             run.model.hf = str(metadata)
@@ -159,25 +160,30 @@ def _write_metadata(
         write_config(shape, target, None, dtype)
 
 
-def model_of(folder: Path, origin: str | None) -> ModelShape:
+def model_of(folder: Path, origin: str | None, critics: bool = False) -> ModelShape:
     """Return the shape of a checkpoint's model: from the folder its weights came from, or from the checkpoint itself.
 
     A run may have changed ``POSITIONS`` of its initial model.
     """
     if not origin:
-        return checkpoint_shape(folder)
-    shape = source_folder(origin)[1]
+        return stored_shape(folder)
+    shape = source_folder(origin, critics=critics)[1]
     with contextlib.suppress(UserError):  # Megatron-LM's checkpoints record none
-        trained = checkpoint_shape(folder)
+        trained = stored_shape(folder)
         shape = dataclasses.replace(shape, **{name: getattr(trained, name) for name in POSITIONS})
     return shape
 
 
-def checkpoint_shape(folder: Path) -> ModelShape:
-    """Return the model's shape from the checkpoint's ``state.json``. Raises UserError if it has none."""
+def stored_shape(folder: Path, model: str = "model") -> ModelShape:
+    """Return the model's shape, or the ``side_model``'s, from the checkpoint's ``state.json``.
+
+    Raises UserError if it has none.
+    """
     path = folder / "state.json"
     try:
-        stored = {f"{_SHAPE}{name}": value for name, value in json.loads(path.read_text())["model"].items()}
+        state = json.loads(path.read_text())
+        described = state.get(model) or state["model"]
+        stored = {f"{_SHAPE}{name}": value for name, value in described.items()}
         fields = {name.removeprefix(_SHAPE): value for name, value in rename(stored).items()}
         scaling = fields.pop("rope_scaling")
         return ModelShape(**fields, rope_scaling=scaling and RopeScaling(**scaling))

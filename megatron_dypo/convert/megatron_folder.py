@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 
 from megatron_dypo.checkpoint.catalog import complete_steps, step_folder
 from megatron_dypo.checkpoint.io import TensorPiece, read_index
+from megatron_dypo.config.reads import SIDED
 from megatron_dypo.errors import UserError
 from megatron_dypo.models.families import rules, stored_norms
 from megatron_dypo.models.rules import WeightRule
@@ -64,7 +65,7 @@ class MegatronFolder:
             if name.startswith(model)
         }
         if not self._entries:
-            raise UserError(f"{folder}: holds no second model (objective.method: prime trains one)")
+            raise UserError(f"{folder}: holds no second model (objective.method: {' or '.join(SIDED)} trains one)")
         self._stored = {
             (at.fqn.removeprefix(model), tuple(at.offset)): at
             for at in index.storage_data

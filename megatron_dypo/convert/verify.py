@@ -78,7 +78,7 @@ def verify(hf: str, checkpoint: Path, parallel: Parallel, tensors_only: bool) ->
     ``tensors_only`` skips the log-probs, which need the whole model in transformers, in fp32, on rank 0. Raises
     UserError if either cannot be read.
     """
-    source, shape = source_folder(hf)
+    source, shape = source_folder(hf, critics=tensors_only)
     if not tensors_only:
         check_layout(parallel, shape, world_size(), "convert verify")
     join(parallel.timeout, "gloo" if tensors_only else training_backend())

@@ -8,7 +8,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_dypo.models.rules import EMBEDDING, HEAD, Family, WeightRule, copied, embedding, gate_up, qkv, rows
+from megatron_dypo.models.rules import (
+    EMBEDDING,
+    HEAD,
+    SCORE,
+    Family,
+    WeightRule,
+    copied,
+    embedding,
+    gate_up,
+    qkv,
+    rows,
+    score,
+)
 
 if TYPE_CHECKING:
     from megatron_dypo.models.shape import ModelShape
@@ -156,6 +168,7 @@ EMBEDDING_RULE = embedding("embedding.word_embeddings.weight", EMBEDDING)
 NORM_RULE = copied("decoder.final_layernorm.weight", "model.norm.weight", "H")
 HEAD_RULE = embedding("output_layer.weight", HEAD)
 TIED_HEAD_RULE = embedding("output_layer.weight", EMBEDDING)  # for a last stage that is not the first
+VALUE_HEAD_RULE = score("output_layer.weight", SCORE)
 
 
 # Checkpoints name a norm as Transformer Engine does, which keeps it in the linear layer behind it; so do mcore's own
@@ -173,13 +186,14 @@ def stored_norms(shape: ModelShape) -> dict[str, str]:
 
 def rules(shape: ModelShape) -> list[WeightRule]:
     """Return every weight of the model; a tied head is the embedding and not listed."""
+    head = VALUE_HEAD_RULE if shape.value_head else HEAD_RULE
     layer: list[WeightRule] = []
     for rule in FAMILIES[shape.family].layer:
         layer += [rule.of_expert(e) for e in range(shape.num_experts)] if rule.of_every_expert else [rule]
     decoder = [
         rule.within(f"decoder.layers.{i}.", f"model.layers.{i}.") for i in range(shape.num_layers) for rule in layer
     ]
-    return [EMBEDDING_RULE, *decoder, NORM_RULE, *([] if shape.tied_embeddings else [HEAD_RULE])]
+    return [EMBEDDING_RULE, *decoder, NORM_RULE, *([] if shape.tied_embeddings else [head])]
 
 
 def last_names(shape: ModelShape) -> list[str]:

@@ -129,6 +129,10 @@ def read_shape(path: Path) -> dict[str, Any]:
                     f"model.hf: {path}: rope scaling's low_freq_factor must be less than its high_freq_factor"
                 )
         fields["rope_scaling"] = {"rope_type": rope["rope_type"], **scaling}
+    fields["value_head"] = any(str(name).endswith("ForTokenClassification") for name in config.architectures or ())
+    if fields["value_head"]:
+        known("num_labels", config.num_labels, (1,))
+        fields["tied_embeddings"] = False  # its head is never the embedding
     return {"family": config.model_type, **fields}
 
 

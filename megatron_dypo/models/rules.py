@@ -24,10 +24,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megatron_dypo.errors import UserError
+
 if TYPE_CHECKING:
     from megatron_dypo.models.shape import ModelShape
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+SCORE = "score"  # of transformers' token classification: a value head
 
 
 def letters(shape: ModelShape) -> dict[str, int]:
@@ -75,6 +78,17 @@ def _stack(parts: Sequence[Tensor], shape: ModelShape) -> Tensor:
 
 def _unstack(folded: Tensor, shape: ModelShape) -> list[Tensor]:
     return list(folded)
+
+
+def _unbiased(parts: Sequence[Tensor], shape: ModelShape) -> Tensor:
+    weight, bias = parts
+    if not bias.is_meta and bias.any():
+        raise UserError(f"{SCORE}.bias: {bias.item():g}, but a value head has no bias here: it must be 0")
+    return weight
+
+
+def _with_bias(folded: Tensor, shape: ModelShape) -> list[Tensor]:
+    return [folded, folded.new_zeros(1)]
 
 
 @dataclass(frozen=True)
@@ -138,6 +152,11 @@ def embedding(mcore: str, hf: str) -> WeightRule:
     return WeightRule(mcore, ((hf, "V H"),), 0, _pad_vocab, _unpad_vocab)
 
 
+def score(mcore: str, hf: str) -> WeightRule:
+    """A value head. Every tensor-parallel rank has all of its H numbers. Its bias, which transformers has, is 0."""
+    return WeightRule(mcore, ((f"{hf}.weight", "1 H"), (f"{hf}.bias", "1")), None, _unbiased, _with_bias)
+
+
 def qkv(mcore: str, query: str, key: str, value: str, inputs: str = "H") -> WeightRule:
     """Return the rule of a fused QKV weight; ``inputs``: the letter of the second axis, or nothing for a bias."""
     parts = ((query, f"Q {inputs}"), (key, f"K {inputs}"), (value, f"K {inputs}"))
@@ -165,6 +184,11 @@ class Family:
     qk_norm: bool = False
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def critic(self) -> str:
+        """Transformers' class of the body with a value head."""
+        return self.architecture.replace("ForCausalLM", "ForTokenClassification")
 
     @property
     def has_experts(self) -> bool:

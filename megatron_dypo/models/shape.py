@@ -14,6 +14,7 @@ from megatron_dypo.models.families import FAMILIES
 from megatron_dypo.models.hf_config import FIELDS, read_shape
 
 POSITIONS = ("max_position", "rope_base")  # no weight's shape depends on these, so a run may extend its context
+CRITIC_FIELDS = {"num_labels": 1, "classifier_dropout": 0.0}  # of token classification in transformers
 VOCAB_MULTIPLE = 1024  # so padded vocabularies, and initial weights, do not depend on tensor parallelism
 
 
@@ -38,6 +39,7 @@ class ModelShape:
     With ``num_experts``, every MLP is a mixture of N experts of width ``ffn_hidden_size``, and a token is routed to
     ``router_topk`` of them. They are weighted by the router's probabilities, normalised to sum to 1 if
     ``norm_topk_prob``; ``shared_expert_ffn_hidden_size`` is the width of the shared experts.
+    ``value_head``: the model outputs one number per token, from a head of H weights, instead of log-probs.
     """
 
     family: str
@@ -58,6 +60,18 @@ class ModelShape:
     router_topk: int = 0
     norm_topk_prob: bool = True
     shared_expert_ffn_hidden_size: int = 0
+    value_head: bool = False
+
+    @property
+    def critic(self) -> ModelShape:
+        """The same body with a value head."""
+        return dataclasses.replace(self, value_head=True, tied_embeddings=False)
+
+    @property
+    def architecture(self) -> str:
+        """Transformers' class of the model."""
+        family = FAMILIES[self.family]
+        return family.critic if self.value_head else family.architecture
 
     @property
     def padded_vocab(self) -> int:
@@ -79,14 +93,14 @@ class ModelShape:
         mlp = 3 * self.hidden_size * (experts * self.ffn_hidden_size + self.shared_expert_ffn_hidden_size)
         router = self.hidden_size * (self.num_experts + (self.shared_expert_ffn_hidden_size > 0))
         layer = attention + mlp + router + 2 * self.hidden_size
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        return self.num_layers * layer + embeddings + self.hidden_size
+        head = 0 if self.tied_embeddings else 1 if self.value_head else self.vocab_size
+        return self.num_layers * layer + (self.vocab_size + head + 1) * self.hidden_size
 
     def to_hf_config(self) -> dict[str, Any]:
         """Return the ``config.json`` of this shape, as transformers and vLLM read it."""
         family = FAMILIES[self.family]
         return {
-            "architectures": [family.architecture],
+            "architectures": [self.architecture],
             "model_type": family.model_type,
             "num_hidden_layers": self.num_layers,
             "hidden_size": self.hidden_size,
@@ -104,6 +118,7 @@ class ModelShape:
             "hidden_act": "silu",
             "attention_dropout": 0.0,
             "torch_dtype": "float32",
+            **(CRITIC_FIELDS if self.value_head else {}),
             **{name: values[0] for name, values in family.only.items()},
             **{name: getattr(self, field) for field, name in family.keys.items()},
         }
@@ -134,10 +149,11 @@ PRESETS["tiny-moe"] = dataclasses.replace(
 )
 
 
-def model_shape(config: Model) -> ModelShape:
+def model_shape(config: Model, critics: bool = False) -> ModelShape:
     """Return the shape named by ``model.preset`` or ``model.hf``, with the overrides of ``model.shape``.
 
-    Raises UserError for an unknown preset, an unreadable ``config.json``, or an unsupported architecture.
+    Raises UserError for an unknown preset, an unreadable ``config.json``, an unsupported architecture, or, unless
+    ``critics``, a model with a value head.
     """
     if config.preset is not None:
         if config.preset not in PRESETS:
@@ -145,6 +161,10 @@ def model_shape(config: Model) -> ModelShape:
         shape = dataclasses.replace(PRESETS[config.preset], **_overrides(config))
     else:
         shape = of_weights(folder_shape(hf_folder(config.hf)), config)
+        if shape.value_head and not critics:
+            raise UserError(
+                f"model.hf: {config.hf}: a critic, whose value head gives no log-probs: only `convert` reads it"
+            )
     family = FAMILIES[shape.family]
     heads, experts = shape.num_attention_heads, shape.num_experts
     for broken, name, message in (

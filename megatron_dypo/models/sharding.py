@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_dypo.errors import UserError
 from megatron_dypo.models.families import TIED_HEAD_RULE, hf_shapes, rules
+from megatron_dypo.models.rules import SCORE
 from megatron_dypo.models.shape import ModelShape
 from megatron_dypo.runtime.determinism import generator
 from megatron_dypo.runtime.distributed import Layout, all_gather_objects
@@ -30,13 +31,15 @@ def random_weights(shape: ModelShape, seed: int) -> Callable[[str], Tensor]:
 
     They are drawn on the host, because different GPUs draw different numbers. A thread draws about 1e8 per second, so a
     large tensor is drawn in blocks, each from its own hash, by as many threads as this rank has cores.
+    The standard deviation of a value head is 1 / (H + 1), as in OpenRLHF and Open-Reasoner-Zero.
     """
     shapes = hf_shapes(shape)
     cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
     def draw(name: str, block_N: Tensor, number: int) -> None:
         parts = (name, number) if number else (name,)
-        block_N.normal_(generator=generator(seed, "weights", *parts)).mul_(shape.init_std)
+        std = 1 / (shape.hidden_size + 1) if name.startswith(f"{SCORE}.") else shape.init_std
+        block_N.normal_(generator=generator(seed, "weights", *parts)).mul_(std)
 
     def read(name: str) -> Tensor:
         if name.endswith("norm.weight"):

@@ -127,7 +127,9 @@ OPTIMISATION = (
         family="flush/",
         points=True,
     ),
-    Panel("Second model", "Its loss, accuracy and gradient norm.", "loss, share, global norm", family="side/"),
+    Panel(
+        "Second model", "Its loss, gradient norm, and accuracy or values.", "loss, share, global norm", family="side/"
+    ),
     Panel("Stage", "The run's current stage, counted from 0.", "stage", family="stage", exact=True),
     Panel(
         "Gradient norm",

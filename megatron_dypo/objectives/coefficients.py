@@ -85,9 +85,10 @@ class BatchTerms:
 
 def needs_reference(objective: Objective) -> bool:
     """Whether any term reads reference log-probs."""
-    chosen = recipe(objective)
+    side = recipe(objective).side
     beside = has_ratio(objective) and (objective.kl_coef > 0 or objective.ratio_base == "reference")
-    return chosen.side == "prm" or _open(objective, "gal") or beside
+    aside = side == "prm" or (side == "critic" and objective.kl_in_reward > 0)
+    return aside or _open(objective, "gal") or beside
 
 
 def keeps_reference(objective: Objective) -> bool:

@@ -168,6 +168,7 @@ RECIPES = {
     "switch": Recipe(
         (Term(TEACHER, "one", "nll", HARD, share="gamma"), Term(ROLLOUT, "advantage", "surrogate", SOLVED))
     ),
+    "ppo": Recipe((Term(ROLLOUT, "stream", "surrogate"),), side="critic"),
     "prime": Recipe((Term(ROLLOUT, "stream", "surrogate", MID),), side="prm"),
     "sft": Recipe((Term(TEACHER, "one", "nll", share="gamma"),)),
 }

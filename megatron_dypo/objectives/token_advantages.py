@@ -28,6 +28,13 @@ def rewards_to_go(rewards_n: Tensor, discount: float = 1.0) -> Tensor:
     return torch.tensor(found[::-1], dtype=rewards_n.dtype)
 
 
+def token_rewards(outcome: float, log_ratios_n: Tensor, penalty: float) -> Tensor:
+    """Each token's reward [n]: -``penalty`` times its log-ratio to the reference, the last one's also the outcome."""
+    rewards_n = -penalty * log_ratios_n
+    rewards_n[-1] += outcome
+    return rewards_n
+
+
 def gae(rewards_n: Tensor, values_n: Tensor, discount: float, decay: float) -> Tensor:
     """Generalised advantage estimates [n] (arXiv 1506.02438, equation 16): a response ends in a state of value 0.
 
@@ -59,10 +66,14 @@ class Sums:
         ``sample``: the variance is the sample's, plus 1e-8 (verl, PRIME); else the population's, at least 1e-8
         (OpenRLHF, Open-Reasoner-Zero). The sample variance of one token is 0.
         """
+        variance = self.spread / max(self.count - 1, 1) + 1e-8 if sample else max(self.spread / self.count, 1e-8)
+        return (values_n - self.total / self.count) / math.sqrt(variance)
+
+    @property
+    def spread(self) -> float:
+        """The sum of squared distances from the mean."""
         mean = self.total / self.count
-        spread = max(self.squares - self.count * mean * mean, 0.0)
-        variance = spread / max(self.count - 1, 1) + 1e-8 if sample else max(spread / self.count, 1e-8)
-        return (values_n - mean) / math.sqrt(variance)
+        return max(self.squares - self.count * mean * mean, 0.0)
 
 
 SCALE_FLOOR = 1e-6  # added to ``largest_to_go``

@@ -106,8 +106,8 @@ class StepWorkload:
     ``mid`` and ``hard`` are shares of the prompts; the rest is Easy and trains nothing. ``budget``: a micro-batch's
     tokens. ``passes``: of log-probs over the rollouts, 2 with a reference. ``overlap``: servers sample meanwhile.
     ``balanced``: with policy.aux_loss. ``reference``: as model.reference_on where a copy of the weights is kept, else
-    ``none``. ``side``: a second model is trained at the same layout. ``saves``: checkpoints are written meanwhile.
-    ``experts``: traces of data.experts.
+    ``none``. ``side``: the second model that is trained at the same layout (``critic``, ``prm``), by ``side_updates``
+    updates. ``saves``: checkpoints are written meanwhile. ``experts``: traces of data.experts.
     """
 
     prompts: int
@@ -124,14 +124,10 @@ class StepWorkload:
     overlap: bool = False
     balanced: bool = False
     reference: str = "none"
-    side: bool = False
+    side: str | None = None
+    side_updates: int = 1
     saves: bool = False
     experts: int = 0
-
-    @property
-    def models(self) -> int:
-        """Models that are trained."""
-        return 1 + self.side
 
     @property
     def rollout_trained(self) -> float:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_dypo.kernels.workspace import head_bytes
-from megatron_dypo.models.families import EMBEDDING_RULE, FAMILIES, HEAD_RULE, NORM_RULE
+from megatron_dypo.models.families import EMBEDDING_RULE, FAMILIES, HEAD_RULE, NORM_RULE, VALUE_HEAD_RULE
 from megatron_dypo.models.rules import WeightRule
 from megatron_dypo.models.shape import ModelShape
 from megatron_dypo.planner.cluster import Candidate, Cluster, StepWorkload
@@ -74,7 +74,8 @@ def dense_parameters(shape: ModelShape, tensor: int, pipeline: int) -> int:
     one = _count([rule for rule in FAMILIES[shape.family].layer if not rule.of_every_expert], shape, tensor)
     layers = shape.num_layers // pipeline * one
     embedding, norm = (_count([rule], shape, tensor) for rule in (EMBEDDING_RULE, NORM_RULE))
-    head = _count([HEAD_RULE], shape, tensor)  # of a last stage that is not the first, also where it is tied
+    rule = VALUE_HEAD_RULE if shape.value_head else HEAD_RULE
+    head = _count([rule], shape, tensor)  # of a last stage that is not the first, also where it is tied
     if pipeline == 1:
         return layers + embedding + norm + (0 if shape.tied_embeddings else head)
     return layers + max(embedding, head + norm)
@@ -142,16 +143,23 @@ def policy_need(shape: ModelShape, candidate: Candidate, work: StepWorkload, dty
     Assumes sequence parallelism with tensor parallelism.
     """
     dense, experts = held(shape, candidate)
+    trained = [(dense, experts), *(held(each, candidate) for each in second_models(shape, work))]
+    all_dense, all_experts = (sum(each) for each in zip(*trained, strict=True))
     weight, optimizer = WIDTHS[dtype]
     tokens = max(work.budget, work.longest) / candidate.context
     return Need(
-        weights=work.models * weight * (dense + experts),
-        gradients=work.models * GRADIENT * (dense + experts),
-        optimizer=work.models * optimizer * (dense / candidate.shards + experts / candidate.expert_shards),
+        weights=weight * (all_dense + all_experts),
+        gradients=GRADIENT * (all_dense + all_experts),
+        optimizer=optimizer * (all_dense / candidate.shards + all_experts / candidate.expert_shards),
         activations=weight / WEIGHT * activation_bytes(shape, candidate, tokens),
         head=_head_bytes(shape, candidate, tokens, dtype),
         reference=weight * (dense + experts) if candidate.reference == "device" else 0.0,
     )
+
+
+def second_models(shape: ModelShape, work: StepWorkload) -> list[ModelShape]:
+    """The shape of what is trained beside the policy: of its own, or with a head of one row."""
+    return [shape.critic if work.side == "critic" else shape] if work.side else []
 
 
 def held(shape: ModelShape, candidate: Candidate) -> tuple[int, int]:
@@ -222,15 +230,20 @@ def host_need(shape: ModelShape, candidate: Candidate, work: StepWorkload, dtype
     """Of the busiest rank. With P parameters, w bytes a weight, s bytes a parameter of optimizer state, d shards:
 
     reference on the host w P; trainer.offload (w + s / d) P a model, and w P for a reference on the device; a snapshot
-    (w + s a model, and w for a reference) P over the ranks that hold the same weights, each of which writes a part.
+    (w + s) P a model, and w P for a reference, over the ranks that hold the same weights, each of which writes a part.
     """
     weight, optimizer = WIDTHS[dtype]
     dense, experts = held(shape, candidate)
     need = policy_need(shape, candidate, work, dtype)
-    written = work.models * (weight + optimizer) + (weight if candidate.reference != "none" else 0)
+    models = [held(each, candidate) for each in (shape, *second_models(shape, work))]
+    referred = weight if candidate.reference != "none" else 0
+    written = [
+        (weight + optimizer) * sum(of) + referred * own
+        for of, own in zip(zip(*models, strict=True), (dense, experts), strict=True)
+    ]
     moved = need.weights + need.optimizer + need.reference
     return HostNeed(
         reference=rounded(weight * (dense + experts)) if candidate.reference == "host" else 0.0,
         offload=rounded(moved) if candidate.placement == "turns" else 0.0,
-        snapshot=written * (dense / candidate.copies + experts / candidate.expert_copies) if work.saves else 0.0,
+        snapshot=written[0] / candidate.copies + written[1] / candidate.expert_copies if work.saves else 0.0,
     )

@@ -1,4 +1,5 @@
-"""Decide where a run keeps its frozen reference (model.reference_on: auto), once, from the planned peak."""
+"""Decide where a run keeps its frozen reference (model.reference_on: auto), once, from the planned peak; and whether
+two models have room at all."""
 
 from __future__ import annotations
 
@@ -7,8 +8,10 @@ from typing import TYPE_CHECKING, Literal
 
 from megatron_dypo.config.schema import Config
 from megatron_dypo.config.stages import stages_of
+from megatron_dypo.errors import UserError
 from megatron_dypo.models.shape import ModelShape
 from megatron_dypo.objectives.coefficients import keeps_reference
+from megatron_dypo.objectives.recipes import recipe
 from megatron_dypo.planner.cluster import Candidate
 from megatron_dypo.planner.memory import GIB, policy_need
 from megatron_dypo.planner.show_plan import work_of
@@ -41,6 +44,20 @@ def place_reference(
     if peak + need.reference + engine <= memory:
         return "device", f"{size}: on the device, because it fits ({sum_})"
     return "host", f"{size}: in pinned host memory, because it does not fit on the device ({sum_})"
+
+
+def require_room(config: Config, shape: ModelShape, layout: Layout, memory: int | None) -> None:
+    """Raise UserError where what two models hold in training exceeds a GPU's ``memory`` (bytes; None without CUDA)."""
+    if memory is None or recipe(config.objective).side is None:
+        return
+    need = policy_need(shape, candidate_of(config, layout), work_of(config, None, None, 0.5, 0.25), config.model.dtype)
+    if need.static > memory:
+        method, held, has = config.objective.method, f"{need.static / GIB:.0f} GiB", f"{memory / GIB:.0f}"
+        raise UserError(
+            f"objective.method: {method} trains a second model: weights, gradients and optimizer state of both are "
+            f"{held} a rank at this layout, and a GPU has {has}: cut them by parallel.tensor, parallel.pipeline or "
+            "optimizer.distributed (`plan` lists layouts that fit)"
+        )
 
 
 def candidate_of(config: Config, layout: Layout) -> Candidate:

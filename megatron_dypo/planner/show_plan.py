@@ -51,6 +51,7 @@ def work_of(
     ):
         if not 0 < value <= most:
             raise UserError(f"plan: {name}: {value:g} is not between 0 and {most:g}")
+    side = recipe(config.objective).side
     return StepWorkload(
         prompts=config.data.prompts_per_step,
         samples=config.rollout.samples_per_prompt,
@@ -66,7 +67,8 @@ def work_of(
         overlap=config.rollout.async_rollout > 0,
         balanced=config.policy.aux_loss > 0,
         reference=config.model.reference_on if keeps_reference(config.objective) else "none",
-        side=recipe(config.objective).side is not None,
+        side=side,
+        side_updates=config.side.updates if side == "critic" else config.objective.updates_per_rollout,
         saves=config.trainer.save_every > 0 and not config.trainer.save_blocking,
         experts=config.data.experts_per_step * recipe(config.objective).imitates_experts,
     )

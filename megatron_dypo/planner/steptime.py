@@ -57,8 +57,9 @@ def step_seconds(shape: ModelShape, candidate: Candidate, cluster: Cluster, work
     if work.balanced:  # counts the load of all tokens, before the first gradient
         update += _pass_seconds(shape, candidate, cluster, work, work.trained, 1, FORWARD)
     if work.side:  # its log-probs, and its own updates
-        learned = _pass_seconds(shape, candidate, cluster, work, work.rollout_trained, factor, TRAIN, work.updates)
-        update += forward + learned + work.updates * _reduce_seconds(shape, candidate, cluster)
+        rounds = work.side_updates
+        learned = _pass_seconds(shape, candidate, cluster, work, work.rollout_trained, factor, TRAIN, rounds)
+        update += forward + learned + rounds * _reduce_seconds(shape, candidate, cluster)
     if work.updates > 1:  # the trajectory coefficients are refreshed before each
         update += forward
     moved = 2 * (need.weights + need.optimizer + need.reference) if candidate.placement == "turns" else 0.0

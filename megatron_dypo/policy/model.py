@@ -13,6 +13,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.utils import skip_init
 
 from megatron_dypo.config.schema import Config, Optimizer
 from megatron_dypo.models.families import FAMILIES, STORED_NORMS
@@ -112,9 +113,10 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
 def build_model(config: Config, shape: ModelShape, layout: Layout) -> list[DistributedDataParallel]:
     """Build this rank's model chunks, one per virtual pipeline stage, in mcore's DDP.
 
-    The head returns hidden states: kernels/ turns them into log-probs.
+    The head returns hidden states: kernels/ turns them into log-probs, policy/critic.py into values.
     """
     transformer, chosen = transformer_config(config, shape), choose(config.model, shape.head_dim)
+    dtype = training_dtype(config.model.dtype)
     if not chosen.apex_gradients:
         weight_gradients.install()
     if chosen.attention == "flash":
@@ -145,6 +147,9 @@ def build_model(config: Config, shape: ModelShape, layout: Layout) -> list[Distr
         _mark_sharded(gpt)
         if chosen.transformer_engine:  # mcore fixes Llama 3's original length at 8192
             gpt.rotary_pos_emb.inv_freq = frequencies(shape).to(device())
+        if is_last and shape.value_head:  # as verl has it; mcore's own is let go of
+            linear = {"in_features": shape.hidden_size, "out_features": 1, "bias": False, "dtype": dtype}
+            gpt.output_layer = skip_init(torch.nn.Linear, **linear, device=device())
         if is_last:
             gpt.output_layer.forward = lambda hidden, weight=None, runtime_gather_output=None: (hidden, None)
         # with several chunks only the first one's sums can overlap with the rest of the backward pass

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
@@ -138,20 +139,21 @@ class Policy:
             self._balance(batches)
         by_batch = {id(batch): stream for batch, stream in zip(batches, streams, strict=True)}
 
-        def loss(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, LogProbs]:
-            inputs, options, stream = self._head_inputs(hidden, batch), self._head_options(batch), by_batch[id(batch)]
-            if stream.own is None:
-                value, logprobs = linear_loss(*inputs, stream.terms, entropy=True, **options)
-            else:
-                attached = linear_logprob(*inputs, entropy=True, **options)
-                value = stream.loss(attached.logp, attached.entropy).to(attached.logp.dtype)
-                logp_N, entropy_N, lse_N = attached
-                logprobs = LogProbs(
-                    logp_N.detach(), entropy_N.detach() if entropy_N is not None else None, lse_N.detach()
-                )
+        def finish(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, Any]:
+            value, logprobs = self._loss(hidden, batch, by_batch[id(batch)])
             return value, torch.zeros((), dtype=torch.int), logprobs
 
-        self._run(batches, loss, forward_only=False, routings=self._routed)
+        self._run(batches, finish, forward_only=False, routings=self._routed)
+
+    def _loss(self, hidden: Tensor, batch: MicroBatch, stream: Any) -> tuple[Tensor, Any]:
+        """A micro-batch's loss, differentiable in ``hidden`` and the head's weight, and what it was formed from."""
+        inputs, options = self._head_inputs(hidden, batch), self._head_options(batch)
+        if stream.own is None:
+            return linear_loss(*inputs, stream.terms, entropy=True, **options)
+        attached = linear_logprob(*inputs, entropy=True, **options)
+        value = stream.loss(attached.logp, attached.entropy).to(attached.logp.dtype)
+        logp_N, entropy_N, lse_N = attached
+        return value, LogProbs(logp_N.detach(), entropy_N.detach() if entropy_N is not None else None, lse_N.detach())
 
     def routing_metrics(self) -> dict[str, float]:
         """Return ``moe/...`` of the last training pass, once; equal on all ranks, empty if dense. Collective."""

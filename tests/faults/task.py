@@ -54,6 +54,8 @@ RECIPES = {  # dypo's own is the recipe of the layouts
         "rollout__dynamic_sampling": True,
         "objective__teachers_per_prompt": 1,
     },
+    "ppo": {"objective__teachers_per_prompt": 1, "objective__kl_in_reward": 0.05, "side__updates": 3}
+    | {"reward__function": "{folder}/reward.py:compute"},
     "prime": {"objective__teachers_per_prompt": 1, "reward__function": "{folder}/reward.py:compute"},
     "relift": {"objective__queue_size": 11, "rollout__async_rollout": 1, "rollout__correction": "truncate"},
     "sft": NO_REFERENCE | {"rollout__samples_per_prompt": 8},
