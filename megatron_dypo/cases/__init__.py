@@ -1,1 +1,1 @@
-"""One update's loss without a model: a case of log-probs and rewards, run through the training code."""
+"""Compute one update's loss without a model: a case of log-probs and rewards goes through the training code."""

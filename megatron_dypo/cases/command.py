@@ -1,4 +1,4 @@
-"""``python -m megatron_dypo objective CASE.json``: one case's numbers as JSON, or as a table for a person."""
+"""Run ``objective CASE.json``: print one case's numbers as JSON, or as a readable table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_dypo.errors import UserError
 
 
 def result(case: dict[str, Any], source: str) -> dict[str, Any]:
-    """The numbers of a case, and under ``config`` the keys it was turned into. Raises UserError for what is not one."""
+    """Return the numbers of a case and, under ``config``, the keys it became. Raises UserError for an invalid case."""
     try:
         keys = configuration(case)
         config = load_keys([f"{name}={json.dumps(value)}" for name, value in keys.items()], "config")
@@ -45,9 +45,9 @@ def result(case: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _of_critic(case: dict[str, Any], numbers: dict[str, Any]) -> dict[str, Any]:
-    """The critic's loss and derivatives alone, where the case's ``id`` ends with ``-value`` or it expects no others.
+    """Keep only the critic's loss and derivatives if the case's ``id`` ends with ``-value`` or it expects no others.
 
-    Else ``loss`` is the policy's, and the critic's is ``value_loss``.
+    Otherwise ``loss`` is the policy's, and the critic's is ``value_loss``.
     """
     expected = case.get("expected")
     asked = isinstance(expected, dict) and "dloss_dvalue" in expected and "dloss_dlogp" not in expected
@@ -58,7 +58,7 @@ def _of_critic(case: dict[str, Any], numbers: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rewarded(sequences: list[dict[str, Any]], rewards: Any) -> list[dict[str, Any]]:
-    """The sequences with these rewards in place of their own."""
+    """Return the sequences with these rewards instead of their own."""
     if not isinstance(rewards, list) or len(rewards) != len(sequences):
         raise UserError("settings.rewards_seen: expected a number for each sequence")
     return [sequence | {"reward": reward} for sequence, reward in zip(sequences, rewards, strict=True)]
@@ -77,7 +77,7 @@ def _objects(sequences: Any) -> list[dict[str, Any]]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A case's JSON object. Raises UserError naming the file."""
+    """Read a case's JSON object. Raises UserError naming the file."""
     try:
         case = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -96,11 +96,11 @@ def show(path: Path, as_table: bool) -> None:
     print("\n".join(table(case, numbers)) if as_table else json.dumps(numbers, indent=1))
 
 
-SLOPES = {"dloss_dlogp": "logp", "dloss_dprm_logp": "prm_logp", "dloss_dvalue": "value"}  # and what they are of
+SLOPES = {"dloss_dlogp": "logp", "dloss_dprm_logp": "prm_logp", "dloss_dvalue": "value"}  # derivative -> stream
 
 
 def table(case: dict[str, Any], numbers: dict[str, Any]) -> list[str]:
-    """One line a token: its log-prob and its slopes; of a queue, one a step."""
+    """Return one line per token, with its log-prob and derivatives; for a queue, one line per step."""
     lines = [f"{key}: {value}" for key, value in numbers["config"].items()]
     if "oldest_first" in numbers:
         orders = ("oldest_first", "newest_first")

@@ -1,4 +1,4 @@
-"""A case's numbers, from the code that trains: grading, ``sequence_terms`` and the grouped loss, in float64.
+"""Compute a case's numbers with the training code: grading, ``sequence_terms`` and the grouped loss, in float64.
 
 Legend: n tokens of one sequence, N of all sequences of one kind.
 """
@@ -41,12 +41,12 @@ STREAMS = {
 
 
 class Case:
-    """The sequences of one update and the groups that they make up; ``logs[i]`` are sequence i's streams [n]."""
+    """The sequences of one update and the groups they form; ``logs[i]`` are sequence i's streams [n]."""
 
     def __init__(self, sequences: list[dict[str, Any]], config: Config) -> None:
         self.sequences, self.objective = sequences, config.objective
         self.logs = [_logs(place, sequence) for place, sequence in enumerate(sequences)]
-        self.members: dict[Any, dict[Kind, list[int]]] = {}  # places by prompt and kind; an expert is one by itself
+        self.members: dict[Any, dict[Kind, list[int]]] = {}  # indices by prompt and kind; each expert is by itself
         for place, sequence in enumerate(sequences):
             source = sequence.get("source")
             if source not in SOURCES:
@@ -55,11 +55,11 @@ class Case:
             self.members.setdefault(name, {kind: [] for kind in Kind})[SOURCES[source]].append(place)
         self.groups = [self._group(str(prompt), kinds) for prompt, kinds in self.members.items()]
         sampled = [group for group in self.groups if group.responses]
-        # Traces alone, where the recipe lets them wait, are an update on the queue, whose groups have no grade.
+        # Traces alone, in a recipe that queues prompts, are an update on the queue, whose groups have no grade.
         self.deferred = recipe(self.objective).defers and not sampled
         for response in (response for group in sampled for response in group.responses):
             give_unfinished_reward(response, config)
-        for group in sampled:  # each by itself: of one more responses may be listed than of another
+        for group in sampled:  # one by one: a group may list more responses than another
             grade_groups([group], config.objective, 0, 1, lambda group: [])
 
     def _group(self, name: str, kinds: dict[Kind, list[int]]) -> Group:
@@ -82,7 +82,7 @@ class Case:
         return np.zeros(len(self.logs[place]["logp"]), np.int32)
 
     def reward(self, place: int) -> float:
-        """A sequence's reward, 1 where the case gives none."""
+        """Return a sequence's reward; 1 if the case gives none."""
         reward = self.sequences[place].get("reward")
         return 1.0 if reward is None else float(reward)
 
@@ -93,11 +93,11 @@ class Case:
         return "stop" if finished else "length"
 
     def place(self, sequence: Sequence) -> int:
-        """Where the case lists a training sequence."""
+        """Return the index of a training sequence in the case."""
         return list(self.members.values())[sequence.group][sequence.kind][sequence.sample]
 
     def trained(self) -> list[Sequence]:
-        """The sequences that get a coefficient."""
+        """Return the sequences that get a coefficient."""
         prompts = list(self.members.values())
         index = {id(group): g for g, group in enumerate(self.groups)}
 
@@ -107,7 +107,7 @@ class Case:
         return training_sequences(self.groups, self.objective, trace, self.deferred)
 
     def stream(self, name: str, places: list[int]) -> Tensor | None:
-        """One stream of the sequences [N]; None where a sequence lacks it."""
+        """Return one stream of the sequences [N]; None if a sequence lacks it."""
         parts = [self.logs[place][name] for place in places if name in self.logs[place]]
         return torch.cat(parts) if len(parts) == len(places) else None
 
@@ -127,8 +127,9 @@ def _logs(place: int, sequence: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def evaluate(sequences: list[dict[str, Any]], config: Config, step: int) -> dict[str, Any]:
-    """Loss, its derivatives, rewards, advantages and routes of an update of ``step``, under the names of a case's
-    ``expected``."""
+    """Return loss, derivatives, rewards, advantages and routes of an update at ``step``, under the names in a case's
+    ``expected``.
+    """
     case, objective = Case(sequences, config), config.objective
     trained = case.trained()
     places = [case.place(sequence) for sequence in trained]
@@ -195,13 +196,13 @@ def evaluate(sequences: list[dict[str, Any]], config: Config, step: int) -> dict
 
 
 def learn(sequences: list[dict[str, Any]], config: Config) -> dict[str, Any]:
-    """The update of a process reward model on a case's responses."""
+    """Return the update of a process reward model on a case's responses."""
     case = Case(sequences, config)
     return process_update(*_ratios(case), config.objective)
 
 
 def _streams(case: Case, reader: str, *names: str) -> list[list[Tensor]]:
-    """These streams of all of a case's sequences, each a list of [n]. Raises UserError where a sequence lacks one."""
+    """Return these streams of all sequences of a case, each a list of [n]. Raises UserError if one is missing."""
     for place, logs in enumerate(case.logs):
         for name in names:
             if name not in logs:
@@ -214,13 +215,13 @@ def _rewards_of(case: Case) -> list[float]:
 
 
 def _ratios(case: Case) -> tuple[list[Tensor], list[float]]:
-    """The process reward model's log-ratios [n] to the reference, and the rewards, of a case's sequences."""
+    """Return the process reward model's log-ratios [n] to the reference, and the rewards, of a case's sequences."""
     process, reference = _streams(case, "a process reward model", "process", "reference")
     return [phi_n - ref_n for phi_n, ref_n in zip(process, reference, strict=True)], _rewards_of(case)
 
 
 def _of_tokens(case: Case) -> dict[str, list[Tensor]]:
-    """What a second model makes of each token; empty where the recipe has none."""
+    """Return a second model's values per token; empty if the recipe has none."""
     side, objective = recipe(case.objective).side, case.objective
     if side == "critic":
         (values,) = _streams(case, "a critic", "old_value")
@@ -236,14 +237,14 @@ def _of_tokens(case: Case) -> dict[str, list[Tensor]]:
 
 
 def _value_update(case: Case, returns: list[Tensor], weights: dict[int, float]) -> dict[str, Any]:
-    """The critic's update; ``weights`` of a token of each sequence that trains, by place."""
+    """Return the critic's update; ``weights`` are per token of each sequence that trains, by index."""
     values, old = _streams(case, "a critic", "value", "old_value")
     of_tokens = [weights.get(place, 0.0) for place in range(len(values))]
     return value_update(values, old, returns, of_tokens, case.objective)
 
 
 def _reads_entropies(objective: Objective) -> str | None:
-    """The key by which the loss reads entropies; None where it does not."""
+    """Return the key that makes the loss read entropies; None if it does not."""
     if recipe(objective).has("tilted"):
         return f"objective.method: {objective.method}"
     return f"objective.entropy_coef: {objective.entropy_coef:g}" if objective.entropy_coef else None
@@ -262,7 +263,7 @@ def _sums(case: Case, place: int, sequence: Sequence, objective: Objective) -> S
 
 
 def _rewards(case: Case) -> dict[str, Any]:
-    """The rewards that train, where every sequence of the case is a response."""
+    """Return the rewards that train, if every sequence of the case is a response."""
     seen: dict[int, float] = {}
     for group, kinds in zip(case.groups, case.members.values(), strict=True):
         seen |= dict(zip(kinds[Kind.ROLLOUT], group.rewards, strict=True))
@@ -270,7 +271,7 @@ def _rewards(case: Case) -> dict[str, Any]:
 
 
 def _advantages(case: Case) -> dict[str, Any]:
-    """A list where every sequence but the experts' has an advantage, else by the sequences' names."""
+    """Return a list if every sequence but the experts' has an advantage, else a dict by the sequences' names."""
     found: dict[int, float] = {}
     for group, kinds in zip(case.groups, case.members.values(), strict=True):
         if group.responses and recipe(case.objective).side is None:
@@ -284,7 +285,7 @@ def _advantages(case: Case) -> dict[str, Any]:
 
 
 def _routes(case: Case) -> dict[str, Any]:
-    """Which one kind of sequence each prompt trains on, where the recipe chooses between them."""
+    """Return the kind of sequence each prompt trains on, if the recipe chooses between them."""
     if all(term.when == ALL for term in update_terms(case.objective)):
         return {}
     routes = [recipe(case.objective).sources(group) for group in case.groups]
@@ -292,7 +293,9 @@ def _routes(case: Case) -> dict[str, Any]:
 
 
 def _queued(case: Case) -> dict[str, Any]:
-    """The prompts that the step leaves waiting, each taken to have a trace: a case lists it where it is trained on."""
+    """Return the prompts that the step queues. Each is assumed to have a trace, which a case lists only where it
+    trains.
+    """
     if case.deferred or not recipe(case.objective).defers:
         return {}
     asked = [

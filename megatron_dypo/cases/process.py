@@ -1,4 +1,4 @@
-"""PRIME's numbers for a case: its process reward model's update, each token's advantage, and the groups it keeps.
+"""Compute PRIME's numbers for a case: its process reward model's update, token advantages, and the groups it keeps.
 
 Legend: n tokens of one response.
 """

@@ -1,4 +1,4 @@
-"""Numbers of a case without sequences: a token function's curve, shares, stages and a queue over steps."""
+"""Compute a case without sequences: a token function's curve, shares, stages and a queue over steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_dypo.objectives.recipes import scheduled, shape
 
 
 def simulate(unsolved_of_step: Any, objective: Objective) -> dict[str, Any]:
-    """What a queue of ``queue_size`` gives to its updates and what it keeps, after each step, in both orders."""
+    """Simulate a queue of ``queue_size``: what it releases and what it keeps after each step, in both orders."""
     if not isinstance(unsolved_of_step, list) or not all(isinstance(prompts, list) for prompts in unsolved_of_step):
         raise UserError("settings.unsolved_of_step: expected a list of lists, the prompts that failed in each step")
     found: dict[str, Any] = {}
@@ -33,7 +33,7 @@ def simulate(unsolved_of_step: Any, objective: Objective) -> dict[str, Any]:
 
 
 def curve(probabilities: list[float], objective: Objective) -> dict[str, Any]:
-    """The token function ``shaped`` and its derivative in logp at these probabilities, from the grouped loss."""
+    """Return the token function ``shaped`` and its derivative in logp at these probabilities, from the grouped loss."""
     logp_N = torch.tensor(probabilities, dtype=torch.float64).log()
     table_CS = torch.zeros(len(COEFFICIENTS), 1, dtype=torch.float64)
     table_CS[COEFFICIENTS.index("shaped")] = -1.0
@@ -43,7 +43,7 @@ def curve(probabilities: list[float], objective: Objective) -> dict[str, Any]:
 
 
 def schedules(steps: int | list[int], objective: Objective) -> dict[str, Any]:
-    """The shares that change with the step, at these steps or at one."""
+    """Return the shares that change with the step, at these steps or at one."""
     found = [scheduled(objective, step) for step in ([steps] if isinstance(steps, int) else steps)]
     if not all(found):
         raise UserError(f"settings.steps: objective.method: {objective.method} has no share that changes with the step")
@@ -51,7 +51,7 @@ def schedules(steps: int | list[int], objective: Objective) -> dict[str, Any]:
 
 
 def stages_by_step(config: Config) -> dict[str, list[Any]]:
-    """Each step's stage, from 0, and learning rate, over all steps of a run."""
+    """Return each step's stage (from 0) and learning rate, over all steps of a run."""
     stages = stages_of(config)
     at = [(stage_at(stages, step), step) for step in range(1, sum(stage.config.trainer.steps for stage in stages) + 1)]
     return {"stage_of_step": [stage.index for stage, _ in at], "lr_of_step": [stage.lr(step) for stage, step in at]}

@@ -1,6 +1,6 @@
-"""What a case's ``system`` and ``settings`` mean as configuration keys; nothing else knows a system by its name.
+"""Translate a case's ``system`` and ``settings`` into configuration keys; no other module knows a system by name.
 
-Of a setting that is a sentence, the words before the first comma or bracket decide.
+For a setting that is a sentence, the words before the first comma or bracket count.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from megatron_dypo.errors import UserError
 
 Keys = dict[str, Any]
-BARELY_POSITIVE = 1e-30  # a reward threshold: right is every reward above 0
+BARELY_POSITIVE = 1e-30  # a reward threshold: every reward above 0 is right
 SYSTEMS: dict[str, Keys] = {
     "SFT": {"objective.method": "sft"},
     "RL (GRPO)": {"objective.method": "grpo"},
@@ -65,7 +65,7 @@ def _demo_aggregation(value: str) -> Keys:
 
 
 def _one_of(text: str, known: dict[str, Any]) -> Any:
-    """What the sentence says, by its first word."""
+    """Return the meaning of a sentence by its first words."""
     word = re.split(r"[,(]", text)[0].split()[0]
     if word not in known:
         raise ValueError(f"{text!r} begins with none of {', '.join(known)}")
@@ -144,10 +144,10 @@ PPO = {
     "advantage_whitening": lambda value: _one_of(value, {"mean": {}}),
     "rewards_seen": lambda value: {},
 }
-OWN_SETTINGS: dict[str, dict[str, Callable[[Any], Keys]]] = {  # what a system means otherwise by a setting's name
+OWN_SETTINGS: dict[str, dict[str, Callable[[Any], Keys]]] = {  # settings whose meaning depends on the system
     "SFT": {"aggregation": _demo_aggregation},
     "CHORD": {"aggregation": _each_aggregation, "shape": _chord_shape},
-    "ReLIFT": {"aggregation": _each_aggregation},  # of whichever update
+    "ReLIFT": {"aggregation": _each_aggregation},  # of any update
     "SFT->RL": {"stages": _stages},
     "PRIME-Zero": {
         "beta": _as("objective.process_beta"),
@@ -162,7 +162,7 @@ OWN_SETTINGS: dict[str, dict[str, Callable[[Any], Keys]]] = {  # what a system m
 
 
 def _accuracies(low: float, high: float, k: int) -> Keys:
-    """Bounds of a group's share of right responses, both included, as numbers of its k."""
+    """Convert inclusive bounds of a group's share of right responses into numbers of its k."""
     return {
         "objective.hard_max_solved": math.ceil(low * k - 1e-9) - 1,
         "objective.easy_min_solved": math.floor(high * k + 1e-9) + 1,
@@ -173,7 +173,7 @@ TOGETHER: dict[tuple[str, ...], Callable[..., Keys]] = {("low", "high", "k"): _a
 
 
 def configuration(case: dict[str, Any]) -> Keys:
-    """The configuration keys of a case. Raises UserError naming the system or setting that is not understood."""
+    """Return the configuration keys of a case. Raises UserError naming an unknown system or setting."""
     system, settings = case.get("system"), case.get("settings")
     if not isinstance(system, str) or system not in SYSTEMS:
         raise UserError(f"system {system!r} is unknown; supported: {', '.join(SYSTEMS)}")

@@ -1,4 +1,4 @@
-"""PPO's numbers of a case: each token's advantage and return by GAE, and the critic's loss.
+"""Compute PPO's numbers of a case: each token's advantage and return by GAE, and the critic's loss.
 
 Legend: n tokens of one response.
 """
@@ -15,9 +15,9 @@ from megatron_dypo.objectives.value_loss import value_loss
 def value_advantages(
     old_values: list[Tensor], log_ratios: list[Tensor], rewards: list[float], objective: Objective
 ) -> dict[str, list[Tensor]]:
-    """Advantages before and after whitening, and returns, each a list of [n] by response.
+    """Return advantages before and after whitening, and returns, each a list of [n] by response.
 
-    ``log_ratios``: the old policy's to the reference.
+    ``log_ratios``: log(old policy / reference).
     """
     raw = []
     for values_n, log_ratio_n, reward in zip(old_values, log_ratios, rewards, strict=True):
@@ -34,7 +34,7 @@ def value_advantages(
 def value_update(
     values: list[Tensor], old_values: list[Tensor], returns: list[Tensor], weights: list[float], objective: Objective
 ) -> dict[str, float | list[list[float]]]:
-    """The critic's loss and its derivatives; ``weights``: of each response's tokens."""
+    """Return the critic's loss and its derivatives; ``weights`` are per token of each response."""
     loss, slopes = 0.0, []
     for values_n, old_n, returns_n, weight in zip(values, old_values, returns, weights, strict=True):
         weight_n = values_n.new_full(values_n.shape, weight)

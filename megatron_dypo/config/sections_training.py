@@ -21,7 +21,7 @@ class Objective(Section):
 
     method: Literal["chord", "dypo", "grpo", "luffy", "ppo", "prime", "relift", "sft", "srft", "switch"] = key(
         "dypo",
-        "Recipe: which regime trains which term. `grpo` and `sft` are the comparisons' single-term recipes; `switch` trains a prompt on its responses or, where it is Hard, on a trace (SuperRL, HPT); in `luffy` the trace is one more member of the prompt's group; `srft` imitates it besides, and its responses by whether they are right; in `relift` prompts that failed wait for an update on their traces; `chord` adds the rows of `data.experts` with the share of `mix`.",
+        "Recipe: which regime trains which term. `dypo`: the paper's; `grpo`, `sft`: a single term; `ppo`: PPO with a critic; `prime`: a learned process reward; `switch`: a prompt trains on its responses or, if Hard, on a trace (SuperRL, HPT); `luffy`: the trace joins the prompt's group; `srft`: the trace is imitated too, and responses by whether they are right; `relift`: failed prompts wait for an update on their traces; `chord`: adds the rows of `data.experts` with the share of `mix`.",
     )
     gate: Literal["reward", "advantage"] = key(
         "reward",
@@ -119,19 +119,21 @@ class Objective(Section):
         "code",
         "PRIME: baseline of a token's process reward: the mean of the other responses' means (`paper`), or that of PRIME's published code (`code`).",
     )
-    gae_gamma: float = key(1.0, "PPO: discount of a later token's reward.", ge=0, le=1)
+    gae_gamma: float = key(1.0, "PPO: discount per token of later rewards.", ge=0, le=1)
     gae_lambda: float = key(
         1.0,
-        "PPO: how far an advantage looks past the critic's values (GAE): at 0 to the next token's, at 1 to the end of the response.",
+        "PPO: lambda of GAE: 0 bootstraps advantages from the next token's value, 1 uses the rewards to the response's end.",
         ge=0,
         le=1,
     )
     kl_in_reward: float = key(
-        0.0, "PPO: each token's reward is lessened by this times log(old policy / reference) of it.", ge=0
+        0.0,
+        "PPO: coefficient of the per-token KL penalty, log(old policy / reference), subtracted from the rewards.",
+        ge=0,
     )
     value_clip: float | None = key(
         0.2,
-        "PPO: how far a value may move from the old one before the critic's loss stops rewarding it; null: no bound.",
+        "PPO: clip distance of a value from its old value in the critic's loss; null: no clipping.",
         gt=0,
     )
     tilt_demo: float = key(
@@ -179,7 +181,7 @@ class Optimizer(Adam):
 class Side(Adam):
     """The optimizer of a recipe's second model (`ppo`'s critic, `prime`), which has the policy's layout."""
 
-    updates: int = key(1, "PPO: updates of the critic in a step, each on its own mini-batch of whole prompts.", ge=1)
+    updates: int = key(1, "PPO: critic updates per step, each on a mini-batch of whole prompts.", ge=1)
 
 
 class Trainer(Section):

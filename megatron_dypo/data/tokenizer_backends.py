@@ -1,10 +1,11 @@
-"""Read a folder's tokenizer with the library that its file is of, so that text gets the ids the model was trained with.
+"""Read a folder's tokenizer with the library its file was made for, so that text gets the ids the model was trained
+with.
 
-transformers' AutoTokenizer goes by the class that ``tokenizer_config.json`` names and builds that class's own splitting
-around the file's vocabulary: other ids wherever the two differ (docs/data.md has the counts).
-``tokenizer.model`` is therefore run by the sentencepiece library itself. The model's control pieces are special tokens,
-and the text between them is decoded by sentencepiece. A tiktoken file (lines of ``base64(token) rank``) is refused: it
-holds neither the pattern that splits text nor the special tokens.
+transformers' AutoTokenizer uses the class that ``tokenizer_config.json`` names and puts that class's own splitting
+around the file's vocabulary: other ids wherever the two differ (docs/data.md has the counts). ``tokenizer.model`` is
+therefore run by sentencepiece itself. The model's control pieces are special tokens, and sentencepiece decodes the text
+between them. A tiktoken file (lines of ``base64(token) rank``) is refused: it holds neither the pattern that splits
+text nor the special tokens.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ ROLES = ("unk", "bos", "eos", "pad")
 
 
 class SentencePieceTokenizer(SentencePieceBackend):
-    """transformers' interface to the model: ``from_pretrained(folder)`` reads the chat template and the settings.
+    """A sentencepiece model behind transformers' interface: ``from_pretrained(folder)`` reads template and settings.
 
-    What the settings leave open is the model's own: which pieces begin and end a text, and a begin token before every
-    prompt that is not a chat. Raises ValueError for ``legacy: false``, which no library but transformers tokenizes.
+    What the settings leave open comes from the model: which pieces begin and end a text, and a begin token before every
+    prompt that is not a chat. Raises ValueError for ``legacy: false``, which only transformers can tokenize.
     """
 
     def __init__(self, **options: Any):
@@ -45,7 +46,7 @@ class SentencePieceTokenizer(SentencePieceBackend):
         super().__init__(**options, special_tokens_pattern=pattern.get((bool(begins), bool(ends)), "none"))
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Text of the pieces; added tokens stand for themselves, and each run between them is a text of its own."""
+        """Return the text of the pieces; added tokens stay as text, and each run between them is decoded by itself."""
         runs = itertools.groupby(tokens, key=self.added_tokens_encoder.__contains__)
         return "".join("".join(run) if added else self.sp_model.decode_pieces(list(run)) for added, run in runs)
 
@@ -54,11 +55,11 @@ _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 
 
 def load_backend(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer, its special tokens and chat template included; its own code is never run.
+    """Load the folder's tokenizer with its special tokens and chat template; its own code is never run.
 
     Read from ``tokenizer.json`` if there is one, else from a SentencePiece model, else from vocab.json and merges.txt.
-    Raises ValueError for a tiktoken file or for an id beyond the vocabulary, and whatever the libraries raise on files
-    that are not theirs.
+    Raises ValueError for a tiktoken file or an id beyond the vocabulary, and whatever the libraries raise for foreign
+    files.
     """
     settings = _settings(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").is_file():
@@ -73,7 +74,7 @@ def load_backend(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
     if model.is_file():
         _refuse_code(settings)
         return SentencePieceTokenizer.from_pretrained(folder)
-    # Not None, its default: transformers would then ask on the terminal whether to run the folder's code.
+    # Not None, the default: transformers would then ask on the terminal whether to run the folder's code.
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
@@ -90,9 +91,9 @@ def _refuse_code(settings: dict[str, Any]) -> None:
 
 
 def _check_ids(path: Path, vocab_size: int) -> None:
-    """Raise ValueError where a ``tokenizer.json`` has an id beyond the vocabulary.
+    """Raise ValueError if a ``tokenizer.json`` has an id beyond the vocabulary.
 
-    Before it is loaded: tokenizers goes through every number below the highest id, and a wild one takes it forever.
+    Checked before loading: tokenizers visits every number up to the highest id, so an absurd one takes forever.
     """
     tree = json.loads(path.read_bytes())
     vocab = tree["model"]["vocab"]

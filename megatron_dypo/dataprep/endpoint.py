@@ -1,16 +1,16 @@
-"""An OpenAI-compatible endpoint, asked for chat completions by openai's client, which retries, waits and pools.
+"""Ask an OpenAI-compatible endpoint for chat completions, with openai's client, which retries, waits and pools.
 
-    async with Endpoint("https://api.deepseek.com/v1", "deepseek-reasoner", key=os.environ["KEY"]) as endpoint:
+async with Endpoint("https://api.deepseek.com/v1", "deepseek-reasoner", key=os.environ["KEY"]) as endpoint:
         answers = await asyncio.gather(*(
             endpoint.ask([{"role": "user", "content": problem}], temperature=0.6, top_p=0.95, max_tokens=8192)
             for problem in problems
         ))
         answers[0].trace, answers[0].finish_reason, answers[0].completion_tokens
 
-``url`` is what goes before ``/chat/completions``. Any number of ``ask`` may be under way: ``concurrency`` of them are
-at the server, the rest wait. Every call ends: with a ``Completion``, with ``EndpointFault`` (this request got none,
-after all retries), or with ``Refused`` (no request will: key, address or model are wrong). The key is in the request's
-header and nowhere else: openai's client never holds it, and what a server says is shown without it.
+``url`` is what precedes ``/chat/completions``. Any number of ``ask`` may be pending: ``concurrency`` of them are at the
+server, the rest wait. Every call ends: with a ``Completion``, with ``EndpointFault`` (this request got no answer after
+all retries), or with ``Refused`` (no request will: key, address or model are wrong). The key is only in the request's
+header: openai's client never holds it, and server messages are shown without it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from megatron_dypo.data.traces import thinking, without_ends
 
 _SHOWN = 200  # characters of what a server answered
 _LONGEST = 64 << 20  # bytes of an answer
-_LONGEST_WAIT = 120  # seconds: where Retry-After asks for more, openai's client gives up at once
+_LONGEST_WAIT = 120  # seconds; openai's client gives up at once if Retry-After asks for more
 _RETRIES = "x-stainless-retry-count"  # the header in which openai's client counts a request's retries
-# Its further headers describe this machine, and the environment's account at OpenAI: they are not sent.
+# Its further headers, which describe this machine and the account at OpenAI, are not sent.
 _SENT = ("host", "connection", "user-agent", "accept", "accept-encoding", "content-type", "content-length", _RETRIES)
 
 
@@ -40,14 +40,15 @@ class EndpointFault(Exception):
 
 
 class Refused(EndpointFault):
-    """Raised where no further request will get an answer either: key, address or model are wrong."""
+    """Raised if no further request will be answered either: key, address or model are wrong."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer: ``reasoning`` is what the server keeps apart from ``text``, or ""; ``model`` is named by the server.
+    """One answer: ``reasoning`` is what the server returns apart from ``text``, or ""; ``model`` as the server names
+    it.
 
-    Token counts are None where the server does not report them.
+    Token counts are None if the server does not report them.
     """
 
     text: str
@@ -64,9 +65,9 @@ class Completion:
 
     @classmethod
     def parse(cls, body: bytes | bytearray, asked: str = "") -> Completion:
-        """The first choice of a response's body. Raises ValueError where the body is not a completion.
+        """Return the first choice of a response's body. Raises ValueError if the body is not a completion.
 
-        ``asked``: the model's name where the server does not report one.
+        ``asked``: the model's name if the server does not report one.
         """
         try:
             tree = json.loads(body)
@@ -147,7 +148,7 @@ class Endpoint:
         return Completion.parse(answer.content, self.model)
 
     def _fault(self, error: openai.APIError) -> EndpointFault:
-        """Translate what openai's client gave up for."""
+        """Translate the error that openai's client gave up on."""
         tries = int(error.request.headers[_RETRIES]) + 1
         times = f", {tries} times" if tries > 1 else ""
         if isinstance(error, openai.APITimeoutError):
@@ -172,10 +173,10 @@ class Endpoint:
 
 
 class _Http(httpx2.AsyncClient):
-    """Transport for openai's client: uses no proxy, follows no redirect, trusts the system's certificates.
+    """The transport for openai's client: uses no proxy, follows no redirect, trusts the system's certificates.
 
-    The deadline and the longest length hold for a whole answer. A success that is not a completion counts as a lost
-    connection, so that it is retried.
+    Deadline and largest length hold for a whole answer. A success that is not a completion counts as a lost connection,
+    so that it is retried.
     """
 
     def __init__(self, key: str | None, seconds: float):
