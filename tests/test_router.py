@@ -182,7 +182,7 @@ def test_a_server_that_ends_in_the_middle_and_one_that_returns(expected, caplog)
 
         assert [response.ids.tolist() for response in asyncio.run(disturbed())] == expected
     lines = [record.getMessage() for record in caplog.records]
-    assert any("requests go elsewhere" in line and second.url in line for line in lines), lines
+    assert any("requests reassigned" in line and second.url in line for line in lines), lines
     assert any(line == f"{second.url}: is back" for line in lines), lines
 
 

@@ -171,7 +171,7 @@ def sample_while_one_is_killed(folder: str, servers: Servers) -> dict:
 @pytest.mark.faults
 def test_a_server_killed_in_the_middle_loses_no_response_and_is_synced_when_it_is_back(servers, tmp_path):
     found = run_ranks(1, sample_while_one_is_killed, str(tmp_path), servers, seconds=300)[0]
-    given_back = re.search(r"rollout server lost, ([1-9]\d*) requests go elsewhere: (\S+):", "\n".join(found["said"]))
+    given_back = re.search(r"rollout server lost, ([1-9]\d*) requests reassigned: (\S+):", "\n".join(found["said"]))
     assert given_back and given_back[2] == servers.urls[1], "it was killed in the middle of a call"
     assert found["same"], "every request was answered once, with the sample that its seed gives"
     assert found["largest"] <= 1e-5, "nothing came from a server with other weights"

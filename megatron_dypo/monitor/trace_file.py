@@ -136,7 +136,7 @@ class TraceFile:
             self._write(content if self._end else b"[" + content[1:])
         except OSError as error:
             if not self._failing:
-                log.warning("trace not written, training goes on: %s", error)
+                log.warning("trace not written, training continues: %s", error)
             self._failing = True
         else:
             self._failing = False

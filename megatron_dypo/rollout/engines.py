@@ -1,4 +1,4 @@
-"""The engines by name: which one a configuration asks for, whether it can work here, and its construction."""
+"""The engines by name: choose one from the configuration, check that it works here, and build it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
 def engine_name(config: Config) -> str:
-    """``rollout.engine`` with ``auto`` resolved: vLLM where installed, transformers elsewhere."""
+    """Return ``rollout.engine`` with ``auto`` resolved: vLLM if installed, else transformers."""
     wanted, installed = config.rollout.engine, importlib.util.find_spec("vllm") is not None
     if wanted == "vllm" and not installed:
         raise UserError(
@@ -32,7 +32,7 @@ def engine_name(config: Config) -> str:
 
 
 def check_vllm(config: Config, shape: ModelShape, role: Role = "engine") -> Vllm | None:
-    """Return the installed vLLM. Raises UserError for what it cannot do in its role, known before it is loaded.
+    """Return the installed vLLM. Raises UserError for what it cannot do in its role, before it is loaded.
 
     ``role``: an ``engine`` in this process, a ``server``, or a trainer that is a ``sender`` of weights to servers.
     """
@@ -60,7 +60,7 @@ def check_vllm(config: Config, shape: ModelShape, role: Role = "engine") -> Vllm
 def build_engine(
     config: Config, shape: ModelShape, tokenizer: Tokenizer, folder: Path, layout: Layout
 ) -> Engine | None:
-    """This rank's engine, with dummy weights until ``sync``; None when rollouts are replayed. Collective."""
+    """Build this rank's engine, with dummy weights until ``sync``; None if rollouts are replayed. Collective."""
     name = engine_name(config)
     if name == "vllm":
         from megatron_dypo.rollout.vllm_engine import VllmEngine

@@ -1,9 +1,9 @@
-"""Requests out to servers, each to the one with the fewest outstanding tokens, and again elsewhere where one fails.
+"""Route requests to servers: each to the one with the fewest outstanding tokens, and elsewhere if one fails.
 
-A server is *lost* when it does not answer, when it serves other weights than it was given (it was restarted), and after
+A server is *lost* if it does not answer, if it serves other weights than it was given (it was restarted), and after
 several bad answers in a row; its requests go to the others. It may return within the call, with the right weights. A
-single bad answer costs that request a try, and the next try is another server's: a request that nobody can serve is an
-error that names it, and takes no server down. A request counts as done once, by the first response that is handled.
+single bad answer costs that request a try, and the next try goes to another server: a request that no server can handle
+is an error that names it, and excludes no server. A request is done once, by the first response that is handled.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from megatron_dypo.rollout.server import BadAnswer, Server, ServerFault, session
 from megatron_dypo.runtime import trace
 
 log = logging.getLogger(__name__)
-STRIKES = 3  # losses in one call after which a server does not return in it
-TRIES = 3  # bad answers to one request, or in a row from one server, before that is the end of it
+STRIKES = 3  # losses in a call after which a server stays out of it
+TRIES = 3  # bad answers to one request, or in a row from one server, at most
 
 
 @dataclass(frozen=True)
 class Limits:
-    """``window``: requests on one server at a time; deadlines in seconds (``rollout.*_timeout``)."""
+    """``window``: concurrent requests per server; deadlines in seconds (``rollout.*_timeout``)."""
 
     window: int
     server_timeout: float
@@ -36,10 +36,10 @@ class Limits:
 
 @dataclass
 class _Slot:
-    """A server and what it is sampling: task by request."""
+    """A server and its sampling tasks by request."""
 
     server: Server
-    lost: str | None = None  # why
+    lost: str | None = None  # the reason
     strikes: int = 0
     bad_answers: int = 0  # in a row
     tokens: int = 0  # outstanding
@@ -58,7 +58,7 @@ class _Slot:
 
 @dataclass(frozen=True)
 class _Event:
-    """A response or a fault of request ``index``; without an index, a sign of life (None) or of its absence."""
+    """A response or a fault of request ``index``; without an index, a health check's result (None: healthy)."""
 
     slot: _Slot
     index: int | None
@@ -66,20 +66,20 @@ class _Event:
 
 
 class Router:
-    """One call of ``run`` per set of requests; ``lost``: servers that must not be used, by URL, with the reason."""
+    """Runs one set of requests per ``run``; ``lost``: servers that must not be used, by URL, with the reason."""
 
     def __init__(self, servers: list[Server], lost: dict[str, str], label: str, limits: Limits):
         self._slots = [_Slot(server, lost.get(server.url), STRIKES * (server.url in lost)) for server in servers]
         self._label, self._limits = label, limits
 
     async def run(self, requests: list[Request], sampling: Sampling) -> list[Response]:
-        """Responses in the order of the requests.
+        """Return the responses in the order of the requests.
 
-        Raises TrainingError when no server is left, or when a request got nothing but bad answers.
+        Raises TrainingError if no server is left, or if a request got nothing but bad answers.
         """
         self._requests, self._sampling = requests, sampling
         self._waiting = deque(range(len(requests)))
-        self._tried: dict[int, list[_Slot]] = defaultdict(list)  # who gave a bad answer to a request
+        self._tried: dict[int, list[_Slot]] = defaultdict(list)  # servers that gave a bad answer, by request
         self._results: dict[int, Response] = {}
         self._events: asyncio.Queue[_Event] = asyncio.Queue()
         self._alive = time.monotonic()  # when a server was last usable
@@ -97,7 +97,7 @@ class Router:
         return [self._results[index] for index in range(len(requests))]
 
     def _hand_out(self) -> None:
-        """Give waiting requests to the servers that have room; one that was tried, to another if there is one."""
+        """Give waiting requests to the servers that have room; retried ones to another server if there is one."""
         usable = [slot for slot in self._slots if slot.lost is None]
         aside = []
         while self._waiting and any(self._has_room(slot) for slot in usable):
@@ -124,7 +124,7 @@ class Router:
         await self._tell(slot, index, slot.server.sample(self._http, *arguments))
 
     async def _watch(self, slot: _Slot) -> None:
-        """Ask the server for a sign of life, again and again."""
+        """Check the server's health, again and again."""
 
         async def look() -> None:
             label = await slot.server.label(self._http, self._limits.server_timeout)
@@ -137,7 +137,7 @@ class Router:
             await self._tell(slot, None, look())
 
     async def _tell(self, slot: _Slot, index: int | None, work) -> None:
-        """Put what became of ``work`` among the events, whatever it was: nobody looks at the task itself."""
+        """Put the outcome of ``work`` among the events, also an exception, because the task itself is never awaited."""
         try:
             outcome = await work
         except ServerFault as fault:
@@ -147,7 +147,7 @@ class Router:
         await self._events.put(_Event(slot, index, outcome))
 
     async def _step(self) -> None:
-        """Wait for the next event, and take note of it."""
+        """Wait for the next event, and handle it."""
         if any(slot.lost is None for slot in self._slots):
             self._alive = time.monotonic()
         elif all(slot.strikes >= STRIKES for slot in self._slots) or self._silent():
@@ -159,7 +159,7 @@ class Router:
             return
         if event.index is None:
             self._take_sign(event.slot, event.outcome)
-        elif event.index in event.slot.running:  # else the lane was lost meanwhile, and the request given away
+        elif event.index in event.slot.running:  # otherwise the server was lost meanwhile, and its requests reassigned
             self._take_answer(event.slot, event.index, event.outcome)
 
     def _silent(self) -> bool:
@@ -196,7 +196,7 @@ class Router:
         if slot.lost is None:
             slot.strikes += 1
             given_back = sorted(slot.running)
-            log.warning("rollout server lost, %d requests go elsewhere: %s", len(given_back), reason)
+            log.warning("rollout server lost, %d requests reassigned: %s", len(given_back), reason)
             for task in slot.running.values():
                 task.cancel()
             slot.running.clear()

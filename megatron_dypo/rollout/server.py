@@ -1,4 +1,4 @@
-"""One vLLM server, over HTTP: what it serves, one response from it, the calls that replace its weights."""
+"""One vLLM server over HTTP: its model, one response from it, and the calls that replace its weights."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from megatron_dypo.rollout.routed_experts import from_text
 from megatron_dypo.rollout.vllm_args import sampling_arguments
 from megatron_dypo.runtime.distributed import is_loopback
 
-_SHOWN = 200  # characters of what a server answered
+_SHOWN = 200  # characters of a server's answer in a message
 VARIABLE = "MEGATRON_DYPO_SERVER_TOKEN"
 SHORTEST_TOKEN = 16  # characters
 
 
 def server_token() -> str:
-    """The token that servers and trainer share. Raises UserError where the environment has none worth the name."""
+    """Return the token that servers and trainer share. Raises UserError if it is missing or too short."""
     token = os.environ.get(VARIABLE, "")
     if len(token) < SHORTEST_TOKEN:
         raise UserError(
@@ -34,26 +34,26 @@ def server_token() -> str:
 
 
 class ServerFault(Exception):
-    """What is wrong with a server, in one line that names it."""
+    """A server's fault, in one line that names it."""
 
 
 class WrongServer(ServerFault):
-    """Waiting does not help: it serves something else, or takes another token."""
+    """Waiting does not help: the server serves something else, or requires another token."""
 
 
 class BadAnswer(ServerFault):
-    """It answered, or took too long, and not as it should: that may be the request's fault as well as the server's."""
+    """A wrong or late answer, which may be the request's fault as well as the server's."""
 
 
 def session() -> aiohttp.ClientSession:
-    """Connections that carry the token; for the event loop that runs now."""
+    """Return a session whose connections carry the token, for the running event loop."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0), headers={"Authorization": f"Bearer {server_token()}"}
     )
 
 
 class Server:
-    """``url``: ``http://host:port``. Every call raises ServerFault, and has a deadline in seconds."""
+    """A server at ``url``, ``http://host:port``. Every call raises ServerFault, and has a deadline in seconds."""
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
@@ -74,7 +74,7 @@ class Server:
     async def call(
         self, http: aiohttp.ClientSession, method: str, path: str, body: dict | None = None, *, seconds: float
     ) -> dict:
-        """The JSON object that it answers."""
+        """Return the JSON object of the server's answer."""
         timeout = aiohttp.ClientTimeout(total=seconds)
         try:
             async with http.request(
@@ -98,7 +98,7 @@ class Server:
         return value
 
     async def serves(self, http: aiohttp.ClientSession, seconds: float) -> str:
-        """The name of its model."""
+        """Return the name of its model."""
         answer = await self.call(http, "GET", "v1/models", seconds=seconds)
         try:
             return str(answer["data"][0]["id"])
@@ -106,14 +106,14 @@ class Server:
             raise ServerFault(f"{self.url}: /v1/models: names no model") from None
 
     async def label(self, http: aiohttp.ClientSession, seconds: float) -> str:
-        """The name of its weights; the engine itself answers, so this is a sign of its life, too."""
+        """Return the name of its weights; the engine itself answers, so this checks its health, too."""
         answer = await self.call(http, "GET", "weight_info", seconds=seconds)
         return str(answer.get("weight_version"))
 
     async def sample(
         self, http: aiohttp.ClientSession, request: Request, sampling: Sampling, label: str, seconds: float
     ) -> Response:
-        """One response, all of it from the weights named ``label``; ``weight_version`` is left to the caller."""
+        """Return one response, entirely from the weights named ``label``; the caller sets ``weight_version``."""
         body = {
             "token_ids": request.prompt_ids.tolist(),
             "sampling_params": sampling_arguments(request.seed, sampling),
@@ -126,7 +126,7 @@ class Server:
 
 
 def _response(answer: dict, request: Request, sampling: Sampling, label: str) -> Response:
-    """Raises one of several errors where it is not what was asked for."""
+    """Parse the answer; raise one of several errors if it does not match the request."""
     (choice,) = answer["choices"]
     versions = {span["version"] for span in choice["weight_versions"]}
     if versions != {label}:
@@ -140,7 +140,7 @@ def _response(answer: dict, request: Request, sampling: Sampling, label: str) ->
     logprobs = [float(step["logprob"]) for step in steps]
     if not all(math.isfinite(value) and value <= 1e-3 for value in logprobs):
         raise ValueError("invalid log-prob")
-    # What vLLM's server says for NaN and -inf. The step that trains on it is skipped, as where vLLM is in process.
+    # vLLM's server writes these for NaN and -inf. The step that trains on it is skipped, as with vLLM in process.
     logprobs = [math.nan if value <= -9999.0 else value for value in logprobs]
     ends = [place for place, token in enumerate(ids) if token in sampling.end_ids]
     stopped = ends == [len(ids) - 1]

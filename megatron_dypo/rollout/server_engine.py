@@ -25,11 +25,11 @@ from megatron_dypo.weight_sync.transfer import SharedMemory, Transfer, WeightSou
 if TYPE_CHECKING:
     from megatron_dypo.weight_sync.source import VersionedWeights
 
-IN_ONE_GROUP = ("nccl", "sparse_nccl")  # whose workers wait for each other
+IN_ONE_GROUP = ("nccl", "sparse_nccl")  # workers of all servers wait for each other
 
 
 class ServerEngine:
-    """See ``Engine``. Raises UserError where a server is not up in time, or serves another model or tokenizer.
+    """See ``Engine``. Raises UserError if a server is not up in time, or serves another model or tokenizer.
 
     A response's log-probs and ids travel as JSON, which keeps every bit of them.
     """
@@ -44,15 +44,15 @@ class ServerEngine:
         self._backend = sync_backend(config, kind)
         self._verify, self._verify_syncs = rollout.verify_sync, rollout.verify_syncs
         self._syncs = 0
-        self._sizes: dict[str, int] = {}  # workers of each server, also of one that is left out now
+        self._sizes: dict[str, int] = {}  # workers per server, including servers excluded now
         self._transfer: Transfer | None = None
         self._label, self._version, self._lost = "", 0, dict[str, str]()
         if layout.is_main:
             self._pool.wait_for_all()
-        self._run = all_gather_objects(secrets.token_hex(4))[0]  # tells this run's weights from any other's
+        self._run = all_gather_objects(secrets.token_hex(4))[0]  # distinguishes this run's weights from any other's
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Response]:
-        """Raises TrainingError when no server is left that has the weights."""
+        """Sample on the servers. Raises TrainingError if no server with the weights is left."""
         dispatch = Router(self._servers, self._lost, self._label, self._limits)
         responses = asyncio.run(dispatch.run(requests, sampling))
         for response in responses:
@@ -60,7 +60,7 @@ class ServerEngine:
         return responses
 
     def sync(self, weights: VersionedWeights) -> None:
-        """To all servers that answer; those that do not are left out until the next sync. Collective."""
+        """Send to all servers that answer; the others are excluded until the next sync. Collective."""
         label, same = f"{self._run}:{weights.version}", True
         turn, verified = Turn(self._syncs, self._verify_syncs), self._verify != "off" and self._layout.is_main
         source: WeightSource = ChecksummedWeights(weights, turn) if verified else weights
@@ -93,16 +93,18 @@ class ServerEngine:
 
     @property
     def devices(self) -> int:
-        """The servers' workers; on rank 0, once synced."""
+        """Return the number of the servers' workers; on rank 0, once synced."""
         return sum(self._sizes.values())
 
     def sleep(self, keep_weights: bool) -> None:
-        """Servers have devices of their own."""
+        """Do nothing: servers have devices of their own."""
 
 
 def _open_transfer(backend: str, pool: ServerPool, source: WeightSource, layout: Layout) -> Transfer:
-    """The trainer's side of a weight transfer, ready to send; all ranks call it. Raises UserError naming a worker's
-    layer that ``sparse_nccl`` cannot change."""
+    """Return the trainer's side of a weight transfer, ready to send; collective.
+
+    Raises UserError naming a worker's layer that ``sparse_nccl`` cannot change.
+    """
     if backend == "shared_memory":
         return SharedMemory(pool, source, layout.is_main)
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory as Factory
@@ -110,9 +112,9 @@ def _open_transfer(backend: str, pool: ServerPool, source: WeightSource, layout:
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
     from vllm.distributed.weight_transfer.packed_tensor import DEFAULT_PACKED_BUFFER_SIZE_BYTES as BUFFER
 
-    client: Any = pool  # its protocol has updates as lists, too, which none of these sends
+    client: Any = pool  # its protocol also has lists of updates, which none of these sends
     if backend == "ipc":
-        room = max(BUFFER, *(meta.nbytes for meta in source.metadata()))  # vLLM refuses a tensor that does not fit
+        room = max(BUFFER, *(meta.nbytes for meta in source.metadata()))  # vLLM rejects a tensor that does not fit
         info = IPCTrainerInitInfo(rank=layout.rank, packed=True, packed_buffer_size_bytes=room)
         return Factory.trainer_init(info, client=client, source=weight_source(source))
     address, port = _endpoint(pool.members) if layout.is_main else ("", 0)
@@ -130,16 +132,16 @@ def _open_transfer(backend: str, pool: ServerPool, source: WeightSource, layout:
 
 
 def _check_in_place(pool: ServerPool) -> None:
-    """Raise UserError naming the first server with a layer that does not keep its weights as they are loaded."""
+    """Raise UserError naming the first server with a layer that does not keep its weights in loading order."""
     for url, faults in pool.call_workers("in_place_fault").items():
         for fault in filter(None, faults):
             raise UserError(f"rollout.sync_backend: sparse_nccl: {url}: {fault}; take nccl")
 
 
 def _endpoint(servers: list[Server]) -> tuple[str, int]:
-    """This machine's address as the servers see it, and a port that is free now."""
+    """Return this machine's address as the servers see it, and a port that is free now."""
     farthest = max(servers, key=lambda server: not server.is_local)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing: the kernel picks the way
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing: the kernel picks the route
         probe.connect((farthest.host, urlsplit(farthest.url).port))
         address = probe.getsockname()[0]
     with socket.socket(socket.AF_INET) as free:

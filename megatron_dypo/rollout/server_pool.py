@@ -1,7 +1,7 @@
-"""All rollout servers as one receiving end of a weight transfer, driven by rank 0: admit, update, let them go on.
+"""All rollout servers as one receiver of weight transfers, driven by rank 0: admit, update, resume.
 
-A server that fails on the way is left out until the next sync, where whatever answers and serves this run's model is
-admitted again: nothing samples that was not synced.
+A server that fails on the way is excluded until the next sync, which readmits every server that answers and serves this
+run's model: no server samples without having been synced.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from megatron_dypo.rollout.server import Server, ServerFault, WrongServer, sessi
 from megatron_dypo.runtime import trace
 
 log = logging.getLogger(__name__)
-_PATIENCE = 1.0  # seconds between two looks at servers that are starting
+_PATIENCE = 1.0  # seconds between checks of servers that are starting
 
 
 class ServerPool:
-    """``wanted``: the model's name (``identity``); ``timeout``: of a server that does not answer, ``deadline``: of the
-    servers' start, and of a whole sync, half of which one call may take (all in seconds).
+    """The servers of a run; all times are in seconds.
+
+    ``wanted``: the model's name (``served_model_name``); ``timeout``: of a server that does not answer; ``deadline``:
+    of the servers' startup, and of a whole sync, half of which one call may take.
 
     As vLLM's client of a weight transfer its methods are plain calls, each to all members at once.
     """
@@ -33,12 +35,12 @@ class ServerPool:
     def __init__(self, servers: list[Server], wanted: str, timeout: float, deadline: float):
         self.servers, self._wanted, self._timeout, self._deadline = servers, wanted, timeout, deadline
         self.members: list[Server] = []
-        self.lost: dict[str, str] = {}  # why a server is no member, by URL
-        self.label = ""  # what the next update's weights will be named
-        self.all_or_none = False  # whether a member that fails now fails the run: the others wait for it
+        self.lost: dict[str, str] = {}  # why a server is not a member, by URL
+        self.label = ""  # name of the next update's weights
+        self.all_or_none = False  # whether a failing member fails the run, because the others wait for it
 
     def wait_for_all(self) -> None:
-        """Until every server serves the model. Raises UserError naming the first that does not, or not in time."""
+        """Wait until every server serves the model; raise UserError naming the first that does not, or not in time."""
         until = time.monotonic() + self._deadline
         while faults := {url: fault for url, fault in self._look().items() if fault}:
             if wrong := next((fault for fault in faults.values() if isinstance(fault, WrongServer)), None):
@@ -51,10 +53,10 @@ class ServerPool:
             time.sleep(_PATIENCE)
 
     def refresh(self, known_label: str) -> bool:
-        """Take in all servers that answer and serve the model; stop what they sample.
+        """Admit all servers that answer and serve the model, and stop their sampling.
 
-        Returns whether these are the same servers as before, none of them restarted since it took the weights
-        ``known_label``. Raises TrainingError when there is none.
+        Returns whether these are the same servers as before, none of them restarted since it received the weights
+        ``known_label``. Raises TrainingError if there is none.
         """
         before, faults = self.members, self._look()
         self.lost = {url: str(fault) for url, fault in faults.items() if fault}
@@ -69,7 +71,7 @@ class ServerPool:
         return before == self.members and all(label == known_label for label in labels)
 
     def resume(self) -> None:
-        """Forget what was cached under the old weights, and sample again."""
+        """Clear what was cached under the old weights, and sample again."""
         answers = self._post("reset_prefix_cache")
         for server, answer in zip(self.members, answers, strict=True):
             if answer.get("success") is not True:
@@ -77,13 +79,13 @@ class ServerPool:
         self._post("resume")
 
     def call_workers(self, method: str, **arguments: object) -> dict[str, list]:
-        """A method of ``worker.WorkerExtension`` on all workers: by URL, one result a worker."""
+        """Call a method of ``worker.WorkerExtension`` on all workers; return by URL one result per worker."""
         body = {"method": method, "kwargs": arguments}
         answers = self._post("collective_rpc", body)
         return {server.url: answer["results"] for server, answer in zip(self.members, answers, strict=True)}
 
     def world_sizes(self) -> list[int]:
-        """Workers of each member."""
+        """Return the number of workers of each member."""
         sizes = self._all(lambda server, http: server.call(http, "GET", "get_world_size", seconds=self._timeout))
         return [int(size["world_size"]) for size in sizes]
 
@@ -91,7 +93,7 @@ class ServerPool:
 
     def init_weight_transfer_engine(self, init_info: dict) -> None:
         infos = {server.url: dict(init_info) for server in self.members}
-        if "rank_offset" in init_info:  # NCCL: the workers of all servers are in one group, one server after the other
+        if "rank_offset" in init_info:  # NCCL: the workers of all servers are in one group, in order of the servers
             offset = init_info["rank_offset"]
             for server, size in zip(self.members, self.world_sizes(), strict=True):
                 infos[server.url]["rank_offset"] = offset
@@ -124,16 +126,16 @@ class ServerPool:
         return self._all(call)
 
     async def _silence(self, server: Server, http: aiohttp.ClientSession) -> dict:
-        """Raise ServerFault once the server does not answer a health check in time, as when it samples.
+        """Raise ServerFault once the server misses a health check's deadline, as during sampling.
 
-        Its engine may be busy for long; vLLM's HTTP side, a process of its own, answers all the while.
+        Its engine may be busy for long; vLLM's HTTP side, a separate process, keeps answering.
         """
         while True:
             await asyncio.sleep(min(2.0, self._timeout / 4))
             await server.serves(http, self._timeout)
 
     def _all(self, call: Callable[[Server, aiohttp.ClientSession], Awaitable]) -> list:
-        """Answers of all members that gave one; the others are members no more. Raises TrainingError without any."""
+        """Return the answers of all members, and exclude those without one. Raises TrainingError if none is left."""
         outcomes = _side_by_side(self.members, call)
         for server, outcome in zip(list(self.members), outcomes, strict=True):
             if isinstance(outcome, ServerFault):
@@ -147,7 +149,7 @@ class ServerPool:
         return [outcome for outcome in outcomes if not isinstance(outcome, ServerFault)]
 
     def _look(self) -> dict[str, ServerFault | None]:
-        """What is wrong with each server, by URL."""
+        """Return the fault of each server, or None, by URL."""
 
         async def look(server: Server, http: aiohttp.ClientSession) -> None:
             serves = await server.serves(http, self._timeout)
@@ -159,7 +161,7 @@ class ServerPool:
 
 
 def _side_by_side(servers: list[Server], call: Callable[[Server, aiohttp.ClientSession], Awaitable]) -> list:
-    """Answers or faults, in order; for a thread without an event loop."""
+    """Return answers or faults, in order; for a thread without an event loop."""
 
     async def one(server: Server, http: aiohttp.ClientSession) -> object:
         try:

