@@ -1,7 +1,7 @@
-"""From a graded batch to each training sequence's coefficients: everything that is global is decided here.
+"""Compute each training sequence's coefficients from a graded batch: everything global is decided here.
 
 L = (1/Q) sum_q [Hard: gamma SFT | Mid: alpha (1/k) sum_i GRPO_i + (1 - alpha) GAL | Easy: 0] (Eq. 24). Every normaliser
-is a count over the global batch, and GAL's pair weights are known from the coefficient pass; what is left is local to a
+is a count over the global batch, and GAL's pair weights are known from the coefficient pass; the rest is local to a
 token (token_loss.py). Each rank computes this for the whole batch: O(prompts x k) numbers, in float64.
 """
 
@@ -45,10 +45,10 @@ class SequenceSums:
 
 @dataclass
 class SequenceTerms:
-    """Coefficients of one sequence, a row of the ``source``'s; each token's loss is formed from them alone.
+    """Coefficients of one sequence, a row of the ``source``'s; each token's loss depends on nothing else global.
 
     ``grpo`` weighs a token's -surrogate + KL; ``dlogp_grpo`` (sequence-level ratio) and ``slope`` are constant
-    dL/dlogp_t; ``nll`` weighs -logp_t (times exp(``tilt`` H_t), where any sequence is tilted), ``shaped`` -f(p_t) and
+    dL/dlogp_t; ``nll`` weighs -logp_t (times exp(``tilt`` H_t), if any sequence is tilted), ``shaped`` -f(p_t) and
     ``entropy`` -H_t.
     """
 
@@ -69,9 +69,8 @@ class SequenceTerms:
 
 @dataclass
 class BatchTerms:
-    """Coefficients in the order of the sequences, the terms' shares that they carry, and what the coefficient pass
-    already knows: the loss terms that are not local to a token (unweighted), and the pairs' statistics (None without a
-    pair)."""
+    """Coefficients in the order of the sequences, with the terms' shares included; the unweighted loss terms that are
+    not local to a token; and the pairs' statistics (None without a pair)."""
 
     sequences: list[SequenceTerms]
     share: dict[str, float]
@@ -84,7 +83,7 @@ class BatchTerms:
 
 
 def needs_reference(objective: Objective) -> bool:
-    """Whether any term reads reference log-probs."""
+    """Return whether any term reads reference log-probs."""
     side = recipe(objective).side
     beside = has_ratio(objective) and (objective.kl_coef > 0 or objective.ratio_base == "reference")
     aside = side == "prm" or (side == "critic" and objective.kl_in_reward > 0)
@@ -92,23 +91,25 @@ def needs_reference(objective: Objective) -> bool:
 
 
 def keeps_reference(objective: Objective) -> bool:
-    """Whether that takes a copy of the weights; the previous rollout's log-probs are at hand."""
+    """Return whether the reference needs a copy of the weights; ``previous`` needs only the last rollout's
+    log-probs.
+    """
     return needs_reference(objective) and objective.reference != "previous"
 
 
 def needs_entropies(objective: Objective) -> bool:
-    """Whether any coefficient reads a sequence's mean entropy."""
+    """Return whether any coefficient reads a sequence's mean entropy."""
     return recipe(objective).has("tilted") and objective.tilt_level == "sequence"
 
 
 def needs_sums(objective: Objective) -> bool:
-    """Whether any coefficient reads what the current policy makes of a whole sequence."""
+    """Return whether any coefficient reads the current policy's sums over a whole sequence."""
     by_ratio = has_ratio(objective) and objective.ratio_level == "sequence"
     return by_ratio or _open(objective, "gal") or needs_entropies(objective)
 
 
 def _open(objective: Objective, rule: str) -> bool:
-    first = 1  # no share that a reference hangs on changes with the step
+    first = 1  # no share that a reference depends on changes with the step
     return any(term.rule == rule and shares(objective, first)[term.name] > 0 for term in recipe(objective).terms)
 
 
@@ -117,7 +118,7 @@ def _per_token(objective: Objective, override: bool | None) -> bool:
 
 
 def member_advantages(group: Group, objective: Objective) -> list[float]:
-    """Advantages of a group's responses and then of its scored traces, relative to all of them."""
+    """Return advantages of a group's responses and then of its scored traces, relative to all of them."""
     rewards = torch.tensor([group.baseline], dtype=torch.float64)
     return group_advantages(rewards, objective.advantage_std)[0].tolist()
 
@@ -134,11 +135,11 @@ def sequence_terms(
     deferred: bool = False,
     entropies: list[float] | None = None,
 ) -> BatchTerms:
-    """Coefficients of ``sequences``, all those of the mini-batch ``groups``; ``sums[i]`` belongs to rollout sequence i.
+    """Return coefficients of ``sequences``, all of the mini-batch ``groups``; ``sums[i]`` is of rollout sequence i.
 
-    ``deferred``: the mini-batch is one of deferred groups. ``entropies``: the mean over each sequence's tokens, in
-    nats, where ``needs_entropies``. Coefficients carry each term's share at ``step`` and every
-    normaliser; the returned losses carry the normalisers only.
+    ``deferred``: the mini-batch is of deferred groups. ``entropies``: means over each sequence's tokens, in nats, if
+    ``needs_entropies``. Coefficients include each term's share at ``step`` and every normaliser; the returned losses
+    include the normalisers only.
     """
     members: dict[int, dict[Kind, list[int]]] = {}
     for place, sequence in enumerate(sequences):
@@ -171,7 +172,7 @@ def sequence_terms(
         for term in update_terms(objective, deferred):
             if term.source in places and term.trains(groups[g]):
                 RULES[term.rule](batch, term, share[term.name], places[term.source])
-    if objective.entropy_coef:  # with it nothing that a term could train is left out
+    if objective.entropy_coef:  # the bonus trains whatever a term could train
         packed_tokens = sum(count.tokens for count in counts.values())
         for terms in batch.result.sequences:
             terms.entropy = objective.entropy_coef / packed_tokens
@@ -181,14 +182,14 @@ def sequence_terms(
 
 @dataclass(frozen=True)
 class Count:
-    """How many groups have sequences of a kind in the mini-batch, and the loss tokens of all these sequences."""
+    """The number of groups with sequences of a kind in the mini-batch, and the loss tokens of all these sequences."""
 
     groups: int
     tokens: int
 
     @classmethod
     def of(cls, kind: Kind, members: Iterable[dict[Kind, list[int]]], sequences: list[Sequence]) -> Count:
-        """Those of one kind; ``members`` lists each group's sequences by kind."""
+        """Count one kind; ``members`` lists each group's sequences by kind."""
         groups = sum(kind in places for places in members)
         return cls(groups, sum(sequence.loss_tokens for sequence in sequences if sequence.kind == kind))
 
@@ -197,15 +198,15 @@ class Count:
 class _CoefficientPass:
     """One mini-batch on its way to coefficients: the rules add each group's numbers to its sequences' columns.
 
-    ``prompts`` is Q, experts' rows not among them; ``sampled_*`` count the members of groups that train on responses,
-    also of those that are not packed because they would train nothing, but not the tokens of masked ones; ``counts``
-    are what is packed of each kind; all are counts over the global batch.
+    ``prompts`` is Q, without experts' rows; ``sampled_*`` count the members of groups that train on responses,
+    including those not packed because they would train nothing, but not the tokens of masked ones; ``counts`` count
+    what is packed of each kind. All are counts over the global batch.
     """
 
     groups: list[Group]
     sequences: list[Sequence]
     share: dict[str, float]
-    sums: dict[int, SequenceSums]  # of rollouts, by place
+    sums: dict[int, SequenceSums]  # of rollouts, by index
     objective: Objective
     correction: Correction
     constant: int
@@ -221,20 +222,20 @@ class _CoefficientPass:
         self._squares, self._saturated, self._pairs = 0.0, 0, 0
 
     def finish(self) -> None:
-        """The pairs' statistics, once all groups have been seen."""
+        """Compute the pairs' statistics, once all groups have been seen."""
         if self._pairs:
             self.result.eta = sum(self._eta) / self._pairs
             self.result.spread = math.sqrt(self._squares / self._pairs)
             self.result.saturated = self._saturated / self._pairs
 
     def group(self, places: list[int]) -> Group:
-        """The group that sequences are of."""
+        """Return the group that the sequences belong to."""
         return self.groups[self.sequences[places[0]].group]
 
     def one(self, term: Term, share: float, places: list[int]) -> None:
-        """A mean over the traces drawn and over each one's tokens (or their sum), or one over all traces' tokens.
+        """Add a mean over the traces drawn and each one's tokens (or their sum), or over all traces' tokens.
 
-        Teachers' traces count as their prompts' part of all prompts, experts' as a batch of their own.
+        Teachers' traces are averaged over all prompts, experts' as a batch of their own.
         """
         by_mean = _per_token(self.objective, self.objective.sft_length_normalize)
         count = self.counts[term.source]
@@ -248,7 +249,7 @@ class _CoefficientPass:
             self._weigh(term, place, weight, self.objective.tilt_demo)
 
     def sign(self, term: Term, share: float, places: list[int]) -> None:
-        """A right response's -logp counts ``weight_right`` times, a wrong one's -1 times; no baseline and no ratio."""
+        """Weigh a right response's -logp by ``weight_right``, a wrong one's by -1, without baseline or ratio."""
         objective, group = self.objective, self.group(places)
         for place in places:
             sequence = self.sequences[place]
@@ -258,7 +259,7 @@ class _CoefficientPass:
             self._weigh(term, place, weight * sign, tilt)
 
     def _weigh(self, term: Term, place: int, weight: float, tilt: float) -> None:
-        """Weigh a sequence in the term's column; a tilted term by exp(tilt H), too, H of each token, or their mean."""
+        """Weigh a sequence in the term's column; a tilted term also by exp(tilt H), with H per token or its mean."""
         terms = self.result.sequences[place]
         if term.tilts and self.objective.tilt_level == "sequence":
             weight *= math.exp(min(tilt * self.entropies[place], LARGEST))
@@ -267,9 +268,9 @@ class _CoefficientPass:
         terms.add(term.column, weight)
 
     def advantage(self, term: Term, share: float, places: list[int]) -> None:
-        """Advantages within the group, traces among its members if they are scored, and masked responses too.
+        """Add advantages within the group; its members include scored traces, and masked responses.
 
-        A sequence-level ratio is the coefficient pass's.
+        A sequence-level ratio is computed in the coefficient pass.
         """
         objective, group = self.objective, self.group(places)
         advantages = member_advantages(group, objective)
@@ -297,22 +298,22 @@ class _CoefficientPass:
                 self.result.grpo_sequence_loss -= once * surrogate / share
 
     def _token_weight(self, share: float, k: int, n: int) -> float:
-        """What weighs a token of a sequence of ``n`` tokens, one of ``k`` members, before its advantage."""
+        """Return a token's weight before its advantage, in a sequence of ``n`` tokens, one of ``k`` members."""
         aggregation = self.objective.aggregation
-        if aggregation == "token_mean":  # equals `scale: token` where all lengths are equal
+        if aggregation == "token_mean":  # equals `scale: token` if all lengths are equal
             return share * self.sampled_prompts / self.prompts / self.sampled_tokens
         if aggregation == "constant":
             return share / (self.prompts * k * self.constant)
         return share / (self.prompts * k * (n if self.objective.scale == "token" else 1))
 
     def stream(self, term: Term, share: float, places: list[int]) -> None:
-        """Each token's advantage is a stream beside the coefficients; what weighs it is a response's."""
+        """Add the weight of each response; its tokens' advantages are a separate stream."""
         k = len(self.group(places).responses)
         for place in places:
             self.result.sequences[place].grpo = self._token_weight(share, k, self.sequences[place].loss_tokens)
 
     def gal(self, term: Term, share: float, places: list[int]) -> None:
-        """The coefficients (Eq. 16) of the pairs of packed responses; a term without a share is not computed."""
+        """Add the pair coefficients (Eq. 16) of packed responses; a term without a share is not computed."""
         if share <= 0:
             return
         objective = self.objective

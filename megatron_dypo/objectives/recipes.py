@@ -1,9 +1,9 @@
-"""Each recipe as a tuple of terms: the table behind ``objective.method``.
+"""Define each recipe as a tuple of terms: the table behind ``objective.method``.
 
 A term says whose tokens it trains (``source``), in which regimes (``when``), what weighs a sequence (``rule``, decided
 in coefficients.py for the whole batch), which function of a token's log-prob it is (``token``, a column of
 kernels/grouped_loss.py), and its share of the loss (``share``, a name in ``SHARES``). Terms add up; one prompt may feed
-several. No recipe's name is tested elsewhere.
+several. No other module tests for a recipe's name.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NAMES = {
     (TEACHER, "shaped"): "shaped",
     (EXPERT, "shaped"): "expert",
 }
-# What a term's share of the loss is at a step, the first of which is 1.
+# A term's share of the loss at a step (from 1).
 SHARES: dict[str, Callable[[Objective, int], float]] = {
     "one": lambda objective, step: 1.0,
     "alpha": lambda objective, step: objective.alpha,
@@ -64,32 +64,33 @@ class Term:
 
     @property
     def name(self) -> str:
-        """The term's name in metrics."""
+        """Return the term's name in metrics."""
         return NAMES[self.source, self.token]
 
     @property
     def has_ratio(self) -> bool:
-        """Whether the term compares with the old policy, and so has a KL term beside it."""
+        """Return whether the term compares with the old policy, and so has a KL term, too."""
         return self.name == "grpo"
 
     @property
     def column(self) -> str:
-        """The column of the kernel's table that weighs it: a tilted function shares -logp's."""
+        """Return the kernel's column that weighs it; a tilted function uses that of -logp."""
         return "nll" if self.tilts else self.token
 
     @property
     def tilts(self) -> bool:
-        """Whether the entropy weighs its tokens."""
+        """Return whether the entropy weighs its tokens."""
         return self.token in ("tilted",)
 
     @property
     def compares(self) -> bool:
-        """Whether its weights are differences of a group's rewards: all 0 where these are equal."""
+        """Return whether its weights are differences of a group's rewards: all 0 if those are equal."""
         return self.rule in ("advantage", "gal")
 
     def trains(self, group: Group) -> bool:
-        """Whether the term trains a group: one of experts alone, or graded in one of its regimes, or without responses
-        and so without a grade."""
+        """Return whether the term trains a group: it is of experts alone, graded in one of its regimes, or has no
+        responses and so no grade.
+        """
         if group.expert or self.source == EXPERT:
             return group.expert and self.source == EXPERT
         return group.regime is None or group.regime in self.when
@@ -97,9 +98,10 @@ class Term:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The terms, and whose rewards an advantage is relative to: the group's ``rollouts``, or ``rollouts+demo``, its
-    rollouts and the traces drawn for it, which are then scored as they are. ``shape`` is that of its shaped term,
-    unless ``objective.shape`` says otherwise. ``side`` names the second model that makes each token's advantage."""
+    """The terms, and whose rewards an advantage is relative to: the group's ``rollouts``, or ``rollouts+demo``, which
+    adds the traces drawn for it and scores them. ``shape`` is that of its shaped term, unless ``objective.shape`` is
+    set. ``side`` names the second model that provides each token's advantage.
+    """
 
     terms: tuple[Term, ...]
     baseline: str = "rollouts"
@@ -108,30 +110,30 @@ class Recipe:
 
     @property
     def samples(self) -> bool:
-        """Whether any term trains on responses; without one nothing is sampled."""
+        """Return whether any term trains on responses; otherwise nothing is sampled."""
         return any(term.source == ROLLOUT for term in self.terms)
 
     @property
     def imitates_experts(self) -> bool:
-        """Whether any term trains on the expert data set."""
+        """Return whether any term trains on the expert data set."""
         return any(term.source == EXPERT for term in self.terms)
 
     @property
     def scores_traces(self) -> bool:
-        """Whether drawn traces get a reward."""
+        """Return whether drawn traces get a reward."""
         return self.baseline == "rollouts+demo"
 
     @property
     def defers(self) -> bool:
-        """Whether any term's groups wait for an update of their own."""
+        """Return whether any term's groups wait for an update of their own."""
         return any(term.deferred for term in self.terms)
 
     def has(self, token: str) -> bool:
-        """Whether any term is this function of a token."""
+        """Return whether any term is this function of a token."""
         return any(term.token == token for term in self.terms)
 
     def sources(self, group: Group) -> list[Kind]:
-        """Kinds of sequences that a group trains on, now or later."""
+        """Return the kinds of sequences that a group trains on, now or later."""
         return sorted({term.source for term in self.terms if term.trains(group)})
 
 
@@ -175,47 +177,47 @@ RECIPES = {
 
 
 def recipe(objective: Objective) -> Recipe:
-    """The recipe that ``objective.method`` names."""
+    """Return the recipe that ``objective.method`` names."""
     return RECIPES[objective.method]
 
 
 def update_terms(objective: Objective, deferred: bool = False) -> list[Term]:
-    """The terms of an update: of the step's own, or of one of ``deferred`` groups."""
+    """Return the terms of an update: the step's own, or those of ``deferred`` groups."""
     return [term for term in recipe(objective).terms if term.deferred == deferred]
 
 
 def most_updates(objective: Objective) -> int:
-    """Optimizer updates of one step, at most."""
+    """Return the largest number of optimizer updates in one step."""
     return objective.updates_per_rollout + recipe(objective).defers
 
 
 def has_ratio(objective: Objective) -> bool:
-    """Whether any term compares with the policy that sampled."""
+    """Return whether any term compares with the policy that sampled."""
     return any(term.has_ratio for term in recipe(objective).terms)
 
 
 def shape(objective: Objective) -> str:
-    """The function of a token's probability that a shaped term is; ``none`` where the recipe has no such term."""
+    """Return the function of a token's probability of the shaped term; ``none`` if the recipe has no such term."""
     chosen = recipe(objective)
     return (objective.shape or chosen.shape) if chosen.has("shaped") else "none"
 
 
 def trained_responses(objective: Objective, group: Group) -> list[int]:
-    """Places of the responses whose tokens carry loss: with ``mask_truncated`` those that ended by themselves."""
+    """Return indices of the responses whose tokens carry loss: with ``mask_truncated``, those with an end token."""
     return [i for i, each in enumerate(group.responses) if each.finished or not objective.mask_truncated]
 
 
 def _open_terms(objective: Objective, group: Group, deferred: bool) -> list[Term]:
-    """The terms of an update that train a group, as far as it has responses that carry loss."""
+    """Return the terms of an update that train a group, if it has responses that carry loss."""
     masked = bool(group.responses) and not trained_responses(objective, group)
     terms = [term for term in update_terms(objective, deferred) if term.trains(group)]
     return [term for term in terms if not (masked and term.source == ROLLOUT)]
 
 
 def learning_sources(objective: Objective, group: Group, deferred: bool = False) -> list[Kind]:
-    """Kinds of sequences of a group that its rewards or traces train.
+    """Return the kinds of sequences of a group that its rewards or traces train.
 
-    Where all rewards are equal, every advantage is 0, and every pair's coefficient.
+    If all rewards are equal, every advantage and every pair's coefficient is 0.
     """
     rewards = group.baseline
     tied = all(reward == rewards[0] for reward in rewards)
@@ -224,7 +226,7 @@ def learning_sources(objective: Objective, group: Group, deferred: bool = False)
 
 
 def trained_sources(objective: Objective, group: Group, deferred: bool = False) -> list[Kind]:
-    """Kinds of sequences of a group that get any gradient: as ``learning_sources``, or of entropy or KL."""
+    """Return the kinds of sequences of a group with any gradient: ``learning_sources``, and those of entropy or KL."""
     terms = _open_terms(objective, group, deferred)
     beside = objective.kl_coef or objective.loss_function  # a user's loss may be any function of an advantage of 0
     held = {term.source for term in terms if objective.entropy_coef or (term.has_ratio and beside)}
@@ -232,24 +234,24 @@ def trained_sources(objective: Objective, group: Group, deferred: bool = False) 
 
 
 def packed_sources(objective: Objective, group: Group, deferred: bool = False) -> list[Kind]:
-    """Kinds of sequences of a group that are packed: those that train, and traces whose tokens a token mean counts."""
+    """Return the kinds of sequences of a group to pack: those that train, and traces that a token mean counts."""
     counted = {TEACHER} if recipe(objective).scores_traces and objective.aggregation == "token_mean" else set()
     return sorted({*trained_sources(objective, group, deferred), *counted})
 
 
 def shares(objective: Objective, step: int) -> dict[str, float]:
-    """Each term's share of the loss at a step, by the term's name."""
+    """Return each term's share of the loss at a step, by the term's name."""
     return {term.name: SHARES[term.share](objective, step) for term in recipe(objective).terms}
 
 
 def scheduled(objective: Objective, step: int) -> dict[str, float]:
-    """The recipe's shares that change with the step, by their names in ``SHARES``."""
+    """Return the recipe's shares that change with the step, by their names in ``SHARES``."""
     named = {term.share for term in recipe(objective).terms}
     return {name: SHARES[name](objective, step) for name in SCHEDULED if name in named}
 
 
 def total(losses: Mapping[str, float], share: Mapping[str, float]) -> float:
-    """The loss, from each term's own loss and share by the term's name."""
+    """Return the loss, from each term's own loss and share by the term's name."""
     loss = 0.0
     for name, part in share.items():
         loss += part * losses[name]

@@ -1,8 +1,7 @@
-"""Advantages of single tokens, from a second model's values or rewards: GAE (PPO), leave-one-out (PRIME).
+"""Compute advantages of single tokens from a second model's values or rewards: GAE (PPO), leave-one-out (PRIME).
 
-Each function takes whole responses. What is shared among them (a group's means, the largest reward-to-go, a batch's
-mean and variance) comes as numbers that ranks have summed, so that no cut of the batch changes an advantage. All is in
-float64.
+Each function takes whole responses. What they share (a group's means, the largest reward-to-go, a batch's mean and
+variance) is passed as numbers summed over ranks, so that no split of the batch changes an advantage. All is in float64.
 
 Legend: n tokens of one response.
 """
@@ -18,7 +17,7 @@ from torch import Tensor
 
 
 def rewards_to_go(rewards_n: Tensor, discount: float = 1.0) -> Tensor:
-    """sum_{s >= t} discount^(s - t) r_s of each token t [n]."""
+    """Return sum_{s >= t} discount^(s - t) r_s for each token t [n]."""
     if discount == 1:
         return rewards_n.flip(0).cumsum(0).flip(0)
     later, found = 0.0, []
@@ -29,14 +28,16 @@ def rewards_to_go(rewards_n: Tensor, discount: float = 1.0) -> Tensor:
 
 
 def token_rewards(outcome: float, log_ratios_n: Tensor, penalty: float) -> Tensor:
-    """Each token's reward [n]: -``penalty`` times its log-ratio to the reference, the last one's also the outcome."""
+    """Return each token's reward [n]: -``penalty`` times its log-ratio to the reference, plus the outcome at the
+    last.
+    """
     rewards_n = -penalty * log_ratios_n
     rewards_n[-1] += outcome
     return rewards_n
 
 
 def gae(rewards_n: Tensor, values_n: Tensor, discount: float, decay: float) -> Tensor:
-    """Generalised advantage estimates [n] (arXiv 1506.02438, equation 16): a response ends in a state of value 0.
+    """Return generalised advantage estimates [n] (arXiv 1506.02438, equation 16); a response ends at value 0.
 
     ``discount`` is gamma, ``decay`` lambda. The returns that a critic learns are these advantages plus the values.
     """
@@ -46,7 +47,7 @@ def gae(rewards_n: Tensor, values_n: Tensor, discount: float, decay: float) -> T
 
 @dataclass(frozen=True)
 class Sums:
-    """Count, sum and sum of squares of a batch's tokens; those of parts add up."""
+    """Count, sum and sum of squares of a batch's tokens; those of parts can be added."""
 
     count: int = 0
     total: float = 0.0
@@ -54,14 +55,14 @@ class Sums:
 
     @classmethod
     def of(cls, values_n: Tensor) -> Sums:
-        """Those of one response."""
+        """Return the sums of one response."""
         return cls(len(values_n), values_n.sum().item(), values_n.square().sum().item())
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(self.count + other.count, self.total + other.total, self.squares + other.squares)
 
     def whiten(self, values_n: Tensor, sample: bool = False) -> Tensor:
-        """The values with the batch's mean taken off, over its standard deviation.
+        """Return the values minus the batch's mean, over its standard deviation.
 
         ``sample``: the variance is the sample's, plus 1e-8 (verl, PRIME); else the population's, at least 1e-8
         (OpenRLHF, Open-Reasoner-Zero). The sample variance of one token is 0.
@@ -71,7 +72,7 @@ class Sums:
 
     @property
     def spread(self) -> float:
-        """The sum of squared distances from the mean."""
+        """Return the sum of squared distances from the mean."""
         mean = self.total / self.count
         return max(self.squares - self.count * mean * mean, 0.0)
 
@@ -80,19 +81,19 @@ SCALE_FLOOR = 1e-6  # added to ``largest_to_go``
 
 
 def largest_to_go(responses: Iterable[Tensor]) -> float:
-    """The largest |reward-to-go| of any token: what PRIME divides its process rewards by. 0 without a token."""
+    """Return the largest |reward-to-go| of any token, by which PRIME divides its process rewards; 0 without a token."""
     return max((rewards_to_go(rewards_n).abs().max().item() for rewards_n in responses), default=0.0)
 
 
 def outcome_loss(logit: float, outcome: float) -> tuple[float, float]:
-    """(-log likelihood of an outcome of 0 or 1 whose logit this is, its derivative in the logit), without overflow."""
+    """Return (-log likelihood of an outcome 0 or 1 with this logit, its derivative in it), without overflow."""
     small = math.exp(-abs(logit))
     likely = 1 / (1 + small) if logit > 0 else small / (1 + small)
     return max(logit, 0.0) - logit * outcome + math.log1p(small), likely - outcome
 
 
 def outcome_updates(log_ratios: Iterable[float], outcomes: Sequence[float], beta: float) -> list[tuple[float, float]]:
-    """(loss, dL/dlogp of each of its tokens) of every response, from its summed log-ratio; L is the losses' mean."""
+    """Return (loss, dL/dlogp of each token) per response, from its summed log-ratio; L is the mean loss."""
     found = [outcome_loss(beta * ratio, outcome) for ratio, outcome in zip(log_ratios, outcomes, strict=True)]
     return [(loss, beta / len(found) * slope) for loss, slope in found]
 
@@ -100,9 +101,9 @@ def outcome_updates(log_ratios: Iterable[float], outcomes: Sequence[float], beta
 def group_advantages(
     outcomes: list[float], means: Mapping[int, float], process: Mapping[int, Tensor], *, as_code: bool
 ) -> dict[int, Tensor]:
-    """``leave_one_out`` [n] of each response of a group in ``process``, by its place in ``outcomes``.
+    """Return ``leave_one_out`` [n] of each response of a group in ``process``, by its index in ``outcomes``.
 
-    ``means`` are the process rewards' over tokens, of all responses that have some.
+    ``means``: the mean process reward over tokens of each response that has any.
     """
     return {
         own: leave_one_out(
@@ -119,11 +120,11 @@ def group_advantages(
 def leave_one_out(
     outcome: float, process_n: Tensor, outcomes: list[float], means: list[float], *, as_code: bool
 ) -> Tensor:
-    """PRIME's advantages [n] of a response, before whitening (arXiv 2502.01456, equation 5).
+    """Return PRIME's advantages [n] of a response, before whitening (arXiv 2502.01456, equation 5).
 
     The outcome less the mean of the others' ``outcomes``, plus the reward-to-go of the process rewards less a baseline
-    of the others' ``means`` over tokens. The paper's baseline is the mean of these; with ``as_code`` it is what PRIME's
-    published code computes, which differs by (q_t - own mean) / (k - 1). Relative to no other a baseline is 0.
+    of the others' ``means`` over tokens. The paper's baseline is the mean of these; with ``as_code`` it is that of
+    PRIME's published code, which differs by (q_t - own mean) / (k - 1). Without other responses a baseline is 0.
     """
     relative_n = process_n - _mean(means)
     if as_code and means:

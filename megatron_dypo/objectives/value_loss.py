@@ -1,7 +1,7 @@
-"""A critic's loss: half the squared distance of a token's value from its return, not less for a value that moved far.
+"""Compute a critic's loss: half the squared distance of a token's value from its return, with PPO's value clipping.
 
-L_t = w_t/2 max((V - R)^2, (V_c - R)^2), with V_c the value moved by at most ``clip`` from the old one (PPO, as OpenRLHF
-and Open-Reasoner-Zero have it). Beyond the clip, on the side of the return, it is constant.
+L_t = w_t/2 max((V - R)^2, (V_c - R)^2), with V_c the value moved by at most ``clip`` from the old one (PPO, as in
+OpenRLHF and Open-Reasoner-Zero). Beyond the clip, on the side of the return, it is constant.
 
 Legend: N loss tokens of a micro-batch.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 def value_loss(
     values_N: Tensor, old_N: Tensor, returns_N: Tensor, weight_N: Tensor, clip: float | None
 ) -> tuple[Tensor, Tensor]:
-    """(summands [N], dL/dV [N]), without a graph; ``clip`` None: no bound."""
+    """Return (summands [N], dL/dV [N]), without a graph; ``clip`` None: no clipping."""
     values_N = values_N.detach()
     error_N = values_N - returns_N
     if clip is None:
@@ -29,8 +29,9 @@ def value_loss(
 
 @dataclass
 class ValueStreams:
-    """What the loss of one micro-batch reads of each token [N]: its old value, its return, its weight. ``total`` and
-    ``clipped`` are the loss and the number of tokens beyond the clip, once ``loss`` has seen the values."""
+    """Per-token inputs [N] of one micro-batch's loss: old value, return, weight. ``loss`` sets ``total`` and
+    ``clipped``, the loss and the number of tokens beyond the clip.
+    """
 
     old_N: Tensor
     returns_N: Tensor
@@ -40,7 +41,7 @@ class ValueStreams:
     clipped: int = field(default=0, init=False)
 
     def loss(self, values_N: Tensor) -> Tensor:
-        """The sum of all tokens' summands, differentiable in ``values_N``."""
+        """Return the sum of all tokens' summands, differentiable in ``values_N``."""
         summands_N, slope_N = value_loss(values_N, self.old_N, self.returns_N, self.weight_N, self.clip)
         loss = summands_N.double().sum()
         self.total = loss.item()

@@ -1,4 +1,4 @@
-"""PRIME's second model: an implicit process reward model, which gives each token its advantage.
+"""Implement PRIME's second model: an implicit process reward model, which gives each token its advantage.
 
 Legend: N loss tokens of a micro-batch on this rank, n tokens of one response.
 """
@@ -27,8 +27,8 @@ from megatron_dypo.training.side_model import Place, SideModel, SideResult, resp
 class ProcessRewards(SideModel):
     """PRIME's implicit process reward model phi (arXiv 2502.01456).
 
-    A token's process reward is q_t = log phi - log reference. phi learns, by one update a mini-batch, that beta sum q_t
-    is the logit of a right response; the rewards are those of the weights before that update.
+    A token's process reward is q_t = log phi - log reference. phi learns, by one update per mini-batch, that beta sum
+    q_t is the logit of a right response; the rewards come from the weights before that update.
     """
 
     def advance(self, minibatches: list[MiniBatch], step: int) -> SideResult:
@@ -62,7 +62,7 @@ class ProcessRewards(SideModel):
         return SideResult(metrics | self.whiten(minibatches, raw, sample=True))
 
     def _streams(self, minibatch: MiniBatch, slopes: dict[int, float], step: int) -> list[TokenStreams]:
-        """A loss whose dL/dlogp is the same for all tokens of a response, by its place."""
+        """Return a loss whose dL/dlogp is the same for all tokens of a response, by its index."""
         return [
             TokenStreams.of(
                 [SequenceTerms(slope=slopes[place]) for place in batch.places],
@@ -76,7 +76,7 @@ class ProcessRewards(SideModel):
         ]
 
     def _ratios(self, m: int, minibatch: MiniBatch) -> dict[Place, Tensor]:
-        """q [n] of this rank's responses, whole; empty except on the last pipeline stage."""
+        """Return q [n] of this rank's whole responses; empty except on the last pipeline stage."""
         phi = self.policy.logprobs(minibatch.rollouts)
         found = {}
         for batch, phi_N, reference_N in zip(minibatch.rollouts, phi, minibatch.logp["reference"], strict=False):
@@ -86,7 +86,7 @@ class ProcessRewards(SideModel):
         return found
 
     def _advantages(self, minibatches: list[MiniBatch], process: dict[Place, Tensor]) -> dict[Place, Tensor]:
-        """Before whitening, of this rank's responses. Rewards are scaled by the step's largest reward-to-go."""
+        """Return this rank's advantages before whitening. Rewards are scaled by the step's largest reward-to-go."""
         scale = max(all_gather_objects(largest_to_go(process.values()))) + SCALE_FLOOR
         process = {place: q_n / scale for place, q_n in process.items()}
         means = self.shared({place: q_n.mean().item() for place, q_n in process.items()})

@@ -1,7 +1,7 @@
-"""A second model that learns beside the policy, and what it makes of a step's responses: each token's advantage.
+"""Train a second model alongside the policy; on a step's responses it gives each token its advantage.
 
-It is a ``Policy`` of its own at the same layout, started from the same weights, with its own optimizer and its own part
-of the checkpoint. ``sides.py`` says which one a recipe asks for.
+It is a separate ``Policy`` at the same layout, started from the same weights, with its own optimizer and its own part
+of the checkpoint. ``sides.py`` says which one a recipe uses.
 
 Legend: N loss tokens of a micro-batch on this rank, n tokens of one response.
 """
@@ -27,12 +27,13 @@ from megatron_dypo.runtime.distributed import Layout, all_gather_objects
 from megatron_dypo.training.minibatch import MiniBatch
 from megatron_dypo.training.responses import own_tokens
 
-Place = tuple[int, int]  # (mini-batch, place among its sequences)
+Place = tuple[int, int]  # (mini-batch, index among its sequences)
 
 
 def side_config(config: Config) -> Config:
-    """The second model's own configuration: its optimizer, no reference, a loss of slopes alone, and routers that
-    choose for themselves, whatever the policy's take again."""
+    """Return the second model's configuration: its optimizer, no reference, a loss of slopes alone, and routers that
+    choose for themselves, even if the policy's replay.
+    """
     sharding = {name: getattr(config.optimizer, name) for name in ("distributed", "overlap_grad_reduce")}
     adam = {name: getattr(config.side, name) for name in Optimizer.model_fields if name not in sharding}
     own = {"optimizer": Optimizer(**adam | sharding), "objective": Objective(method="sft")}
@@ -41,7 +42,7 @@ def side_config(config: Config) -> Config:
 
 @dataclass
 class SideResult:
-    """What the second model's part of a step gave: metrics, and why the step must be left out, if it must."""
+    """The result of the second model's part of a step: metrics, and why the step must be skipped, if it must."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     fault: str | None = None
@@ -60,12 +61,12 @@ class SideModel(ABC):
 
     @abstractmethod
     def advance(self, minibatches: list[MiniBatch], step: int) -> SideResult:
-        """Collective. Reads the mini-batches' log-probs, of old policy and reference."""
+        """Train on a step's responses. Reads the mini-batches' log-probs, of old policy and reference. Collective."""
 
     def learn(self, batches: list[MicroBatch], streams: list[Any], step: int) -> float:
-        """One update by the loss that each micro-batch's ``streams`` make; returns the gradient's norm.
+        """Run one update with the loss given by each micro-batch's ``streams``; return the gradient norm.
 
-        A norm that is not finite leaves the update out.
+        The update is skipped if the norm is not finite.
         """
         self.policy.accumulate(batches, streams)
         norm = max(all_gather_objects(self.policy.grad_norm()), key=lambda norm: (not math.isfinite(norm), norm))
@@ -75,16 +76,16 @@ class SideModel(ABC):
 
     @property
     def speaks(self) -> bool:
-        """Whether this rank is the one of its context- and tensor-parallel ranks that says what all of them know."""
+        """Return whether this rank reports what all of its context- and tensor-parallel ranks know."""
         return self.layout.owns_logprobs and self.layout.cp_rank == 0
 
     def shared(self, mine: dict[Place, Any]) -> dict[Place, Any]:
-        """What is known of single responses, of all ranks; every rank that holds a response's tokens may bring it."""
+        """Exchange what is known of single responses; every rank that holds a response's tokens may contribute."""
         everyone = all_gather_objects(mine if self.speaks else {})
         return {place: value for part in everyone for place, value in part.items()}
 
     def whiten(self, minibatches: list[MiniBatch], raw: dict[Place, Tensor], sample: bool) -> dict[str, float]:
-        """Set each mini-batch's stream of advantages, whitened over all tokens of the step; returns their metrics."""
+        """Set each mini-batch's stream of advantages, whitened over all tokens of the step; return their metrics."""
         mine = sum(map(Sums.of, raw.values()), Sums()) if self.speaks else Sums()
         sums = sum(all_gather_objects(mine), Sums())
         for m, minibatch in enumerate(minibatches):
@@ -97,7 +98,7 @@ class SideModel(ABC):
 
 
 def response_rewards(m: int, minibatch: MiniBatch) -> list[tuple[Place, float]]:
-    """Each packed response and its reward, in the order of the sequences."""
+    """Return each packed response and its reward, in the order of the sequences."""
     return [
         ((m, place), minibatch.groups[sequence.group].responses[sequence.sample].reward)
         for place, sequence in enumerate(minibatch.sequences)

@@ -1,4 +1,4 @@
-"""Which second model a recipe trains beside the policy."""
+"""Build the second model that a recipe trains alongside the policy."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ SIDES: dict[str, type[SideModel]] = {"critic": TokenValues, "prm": ProcessReward
 def build_side(
     config: Config, shape: ModelShape, layout: Layout, read_weights: Callable[[str], Tensor]
 ) -> SideModel | None:
-    """The second model that the recipe asks for, None where it asks for none. ``read_weights`` gives the policy's."""
+    """Return the recipe's second model, or None. ``read_weights`` gives the policy's weights."""
     side = recipe(config.objective).side
     return SIDES[side](config, shape, layout, read_weights) if side else None

@@ -1,4 +1,4 @@
-"""PPO's second model: a critic, whose values make each token's advantage (GAE) and which learns the returns.
+"""Implement PPO's second model: a critic, which gives each token's advantage (GAE) and learns the returns.
 
 A step's order: values of all responses, advantages and returns from these, then ``side.updates`` updates of the critic,
 each on its own mini-batch of whole prompts, which need not be the policy's.
@@ -47,7 +47,7 @@ class TokenValues(SideModel):
 
         super().__init__(config, shape.critic, layout, read)
         cut = config.objective.model_copy(update={"updates_per_rollout": config.side.updates})
-        self._cut = self.own.model_copy(update={"objective": cut})  # into the critic's own mini-batches
+        self._cut = self.own.model_copy(update={"objective": cut})  # for splitting into the critic's own mini-batches
 
     def advance(self, minibatches: list[MiniBatch], step: int) -> SideResult:
         raw: dict[Place, Tensor] = {}
@@ -68,7 +68,7 @@ class TokenValues(SideModel):
     def _judged(
         self, m: int, minibatch: MiniBatch, rewards: dict[Place, float]
     ) -> Iterator[tuple[Place, Tensor, Tensor]]:
-        """Each of this rank's responses, its values [n] and its tokens' rewards [n]; none but on the last stage."""
+        """Return this rank's responses, their values [n] and token rewards [n]; empty except on the last stage."""
         penalty = self.config.objective.kl_in_reward
         for b, (batch, values_N) in enumerate(
             zip(minibatch.rollouts, self.policy.values(minibatch.rollouts), strict=False)
@@ -82,7 +82,7 @@ class TokenValues(SideModel):
                 yield (m, place), values_n, token_rewards(rewards[m, place], log_ratio_n, penalty)
 
     def _learn(self, groups: list, known: Known, step: int, metrics: dict[str, float]) -> SideResult:
-        """The critic's updates on the step's groups; ``metrics`` and theirs."""
+        """Run the critic's updates on the step's groups; return ``metrics`` with theirs."""
         losses, norms, clipped, tokens, first = [], [], 0, 0, 0
         for minibatch in build_minibatches(self.layout, groups, self._cut, _no_trace):
             if minibatch.sequences:
@@ -103,9 +103,9 @@ class TokenValues(SideModel):
         return SideResult(metrics | {"side/clip_frac": clipped / tokens})
 
     def _streams(self, minibatch: MiniBatch, known: Known, first: int, step: int) -> list[ValueStreams]:
-        """What the loss of each micro-batch reads; a token weighs what it weighs in the policy's loss of these groups.
+        """Return the inputs of each micro-batch's loss; a token has the weight that it has in the policy's loss.
 
-        ``first``: the place of the mini-batch's first group among the step's.
+        ``first``: index of the mini-batch's first group among the step's.
         """
         nothing, longest = [None] * len(minibatch.sequences), self.config.rollout.max_response_tokens
         terms = sequence_terms(
@@ -124,7 +124,7 @@ class TokenValues(SideModel):
 
 
 def _by_sample(minibatches: list[MiniBatch], shared: dict[Place, Tensor]) -> Known:
-    """The same by group of the step and sample, whatever mini-batch these are in."""
+    """Return the same by group of the step and sample, independent of the mini-batches."""
     found, first = {}, 0
     for m, minibatch in enumerate(minibatches):
         for place, sequence in enumerate(minibatch.sequences):
@@ -135,7 +135,7 @@ def _by_sample(minibatches: list[MiniBatch], shared: dict[Place, Tensor]) -> Kno
 
 
 def _judgement(known: Known) -> dict[str, float]:
-    """The mean value, and how much of the returns' variance over tokens the values explain: 1 all, 0 as a constant."""
+    """Return the mean value, and the share of the returns' variance over tokens that the values explain."""
     values, returns, errors = (
         sum(map(Sums.of, parts), Sums())
         for parts in zip(
