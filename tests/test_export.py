@@ -92,6 +92,50 @@ def test_a_sync_of_a_235b_shaped_model_makes_a_fiftieth_of_the_calls_of_one_tens
         assert calls == {"broadcast": 8 * 2 + 2, "all_gather_into_tensor": 8}
 
 
+def synced_often(shape: Shape, parallel: dict, syncs: int) -> tuple[dict, dict, dict]:
+    """SHA-256 by name after so many syncs, each of other weights: of what a receiver on rank 0 has from shared memory, of
+    what this rank has gathered, and of the drawn weights, changed in the same way in one piece."""
+    import torch
+
+    from megatron_dypo.weight_sync import transfer
+    from megatron_dypo.weight_sync.checksum import checksum
+    from megatron_dypo.weight_sync.source import Weights, sent_shapes
+    from tests.test_transfer import Receiver
+
+    @torch.no_grad()
+    def changed(weight: torch.Tensor) -> torch.Tensor:  # element by element, so that a shard changes as the whole does
+        return weight.mul_(0.97).add_(0.01)
+
+    policy, read = build(shape, parallel)
+    transfer.BUCKET_BYTES = 10_000  # layers come in parts
+    main = torch.distributed.get_rank() == 0
+    receiver = Receiver() if main else None
+    sender = transfer.SharedMemory(receiver, Weights(policy), is_sender=main)
+    for _ in range(syncs):
+        for parameter in policy.parameters.values():
+            changed(parameter)
+        sender.send_weights()
+    sender.shutdown()
+    received = {name: checksum(tensor) for name, tensor in receiver.got.items()} if main else {}
+    gathered = {name: checksum(tensor) for name, tensor in policy.named_tensors()}
+    expected = {}
+    for name in sent_shapes(policy.shape):
+        weight = read(name).clone()
+        for _ in range(syncs):
+            changed(weight)
+        expected[name] = checksum(weight)
+    return received, gathered, expected
+
+
+@pytest.mark.faults
+def test_after_twenty_syncs_at_ep_4_tp_2_pp_2_every_tensor_is_bit_for_bit_what_it_is_in_one_piece():
+    parallel = {"expert": 4, "tensor": 2, "pipeline": 2, "sequence_parallel": True}
+    found = run_ranks(16, synced_often, SMALL, parallel, 20, seconds=600)
+    received, _, expected = found[0]
+    assert received == expected and len(expected) > 16 * 3 * SMALL.num_layers
+    assert all(gathered == whole == expected for _, gathered, whole in found)
+
+
 def live_bytes() -> int:
     """Return the bytes of all tensors' storages in this process."""
     import gc

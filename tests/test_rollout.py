@@ -86,6 +86,8 @@ def faulty_syncs(folder: str) -> dict:
     with pytest.raises(ConnectionError):
         engine.sync(Torn(second))
     transfer.BUCKET_BYTES = usual
+    with pytest.raises(ValueError, match=r"named 'layers.0.self_attn.z_proj' in Qwen2Model"):
+        engine.sync(Given({"model.layers.0.self_attn.z_proj.weight": torch.ones(8, 8)}))
     engine.sync(Weights(first))
     found["right"] = compare(first, asked, engine.generate(asked, sampling()))["largest"]
     found["in place"] = engine._llm.collective_rpc("in_place_fault")
@@ -121,6 +123,11 @@ class Given(dict):
     """Weights by name, in the form that a sync takes."""
 
     version = 1
+
+    def metadata(self) -> list:
+        from megatron_dypo.weight_sync.source import Meta
+
+        return [Meta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.items()]
 
     def __iter__(self):
         return iter(self.items())

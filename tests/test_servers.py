@@ -18,9 +18,11 @@ from pathlib import Path
 
 import pytest
 import requests
+import torch
 import yaml
 
 from benchmarks.servers import Servers, free_ports, running
+from megatron_dypo.errors import TrainingError
 from megatron_dypo.rollout.server import VARIABLE
 from tests import planted
 from tests.agreement import MODELS, agree, build, check, compare, policy_at, sampling
@@ -58,8 +60,6 @@ def proved(folder: str, urls: list[str]) -> tuple[list[dict], str]:
 
     Runs on a forked rank, which has the environment of the server that it was forked from.
     """
-    import torch
-
     from megatron_dypo.runtime.distributed import all_gather_objects
     from megatron_dypo.weight_sync.source import Meta, Weights
     from megatron_dypo.weight_sync.transfer import SharedMemory
@@ -125,6 +125,24 @@ def test_servers_listen_on_loopback_and_answer_nothing_without_the_token(servers
     assert SECRET not in said
 
 
+class Unknown:
+    """A weight that vLLM's model does not have, behind all others'."""
+
+    def __init__(self, policy):
+        from megatron_dypo.weight_sync.source import Meta, Weights
+
+        self._all, self.version = Weights(policy), 7
+        self._extra = "model.layers.0.self_attn.z_proj.weight", torch.ones(8, 8)
+        self._meta = Meta(self._extra[0], torch.float32, (8, 8))
+
+    def metadata(self) -> list:
+        return [*self._all.metadata(), self._meta]
+
+    def __iter__(self):
+        yield from self._all
+        yield self._extra
+
+
 def sample_while_one_is_killed(folder: str, servers: Servers) -> dict:
     """Kill the second server in the middle of a call, let it return, and sync again."""
     from megatron_dypo.weight_sync import transfer
@@ -158,7 +176,11 @@ def sample_while_one_is_killed(folder: str, servers: Servers) -> dict:
         requests.get(f"{url}/weight_info", headers={"Authorization": f"Bearer {SECRET}"}, timeout=30).json()
         for url in servers.urls
     ]
+    engine._pool._deadline = 20.0
+    with pytest.raises(TrainingError) as unknown:
+        engine.sync(Unknown(first))
     return {
+        "unknown": str(unknown.value),
         "same": disturbed["ids"] == alone["ids"] == back["ids"],
         "largest": max(result["largest"] for result in (alone, disturbed, without, unsynced, back)),
         "left out": left_out,
@@ -177,6 +199,8 @@ def test_a_server_killed_in_the_middle_loses_no_response_and_is_synced_when_it_i
     assert found["largest"] <= 1e-5, "nothing came from a server with other weights"
     assert found["left out"] == servers.urls[1:] and found["lost in the end"] == {}
     assert found["labels"][0] == found["labels"][1]
+    assert all(url in found["unknown"] for url in servers.urls), "every server refuses it"
+    assert "no rollout server is left" in found["unknown"] and "layers.0.self_attn.z_proj" in found["unknown"]
     assert "server 1 ended with code 137 and is restarted" in servers.log.read_text()
 
 

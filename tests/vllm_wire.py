@@ -1,8 +1,9 @@
-"""vLLM's own weight transfers without CUDA: both ends are vLLM's, and a queue replaces NCCL between them.
+"""Weight transfers without CUDA or a real server: vLLM's own, with vLLM's code at both ends and a queue in place of
+NCCL between them; and ours by shared memory.
 
-``servers_of(backend, monkeypatch)`` makes rollout servers that answer as vLLM's do (``Imitation``), each with a worker:
-vLLM's receiving engine of that backend, our worker extension, and a plain model. The queue carries the arguments of
-``broadcast``, so a stream that the two ends split differently does not fit.
+``servers_of`` makes rollout servers that answer as vLLM's do (``Imitation``), each with a worker: the receiving engine of
+that backend, our worker extension, and a plain model. The queue carries the arguments of ``broadcast``, so a stream that
+the two ends split differently does not fit.
 """
 
 from __future__ import annotations
@@ -77,18 +78,20 @@ def worker_of(backend: str, model: nn.Module, wire: Wire):
     from vllm.config import WeightTransferConfig
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    from megatron_dypo.weight_sync.worker import WorkerExtension
+    from megatron_dypo.weight_sync.worker import BACKEND, WorkerExtension
 
     settings = SimpleNamespace(parallel_config=None, model_config=None)
 
     class Worker(WorkerExtension):
         def __init__(self) -> None:
             self.model_runner = SimpleNamespace(get_model=lambda: model)
-            config = WeightTransferConfig(backend=backend)
+            config = WeightTransferConfig(backend={"shared_memory": BACKEND}.get(backend, backend))
             self.engine = WeightTransferEngineFactory.create_engine(config, settings, wire.device, model)
 
         def init(self, info: dict) -> None:
             info = self.engine.parse_init_info(info)
+            if backend == "shared_memory":
+                return self.engine.init_transfer_engine(info)
             self.engine.packed = info.packed
             self.engine.packed_buffer_size_bytes = info.packed_buffer_size_bytes
             self.engine.packed_num_buffers = info.packed_num_buffers

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from megatron_dypo.errors import TrainingError
+
 if TYPE_CHECKING:
     from megatron_dypo.weight_sync.source import Meta
 
@@ -136,7 +138,13 @@ class _Memory:
 
     def __init__(self, size: int):
         self._size, self._descriptor = size, os.memfd_create("weights")
-        os.posix_fallocate(self._descriptor, 0, size)  # an OSError now rather than a SIGBUS later
+        try:
+            os.posix_fallocate(self._descriptor, 0, size)  # an OSError now rather than a SIGBUS later
+        except OSError as error:
+            os.close(self._descriptor)
+            raise TrainingError(
+                f"rollout.sync_backend: shared_memory: there is no room for 2 x {size:,} bytes: {error.strerror}"
+            ) from None
         self._map = mmap.mmap(self._descriptor, size)
         self._places: list[tuple] = []
         self._used = 0

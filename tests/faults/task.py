@@ -62,7 +62,10 @@ RECIPES = {  # dypo's own is the recipe of the layouts
     "srft": NO_REFERENCE | {"objective__tilt_level": "sequence"},
     "switch": {"objective__updates_per_rollout": 2},
 }
-VARIANTS = LAYOUTS | {name: {"objective__method": name} | keys for name, keys in RECIPES.items()}
+BLOCKING = LAYOUTS["distributed"] | {"trainer__save_blocking": True}
+VARIANTS = (
+    LAYOUTS | {"blocking": BLOCKING} | {name: {"objective__method": name} | keys for name, keys in RECIPES.items()}
+)
 
 
 def make_task(folder: Path, variant: str = "data") -> Path:

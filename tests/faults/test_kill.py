@@ -88,8 +88,25 @@ FEW = [
 ]
 
 
-def kill_and_compare(references: Path, folder: Path, layout: str, kills: list[Kill], record) -> None:
-    straight = reference(references, layout)
+STATE = "megatron_dypo.checkpoint.state"
+BLOCKING = [  # a save that the step itself writes, piece by piece, while the other rank may wait in an exchange
+    Kill(Point(f"call {STATE}:_on_host", nth=1)),
+    Kill(Point(f"call {STATE}:_on_host", "after", nth=15)),
+    Kill(Point(f"call {STATE}:_gather_adam", "after", nth=5)),
+    Kill(Point("call torch:save", "after", nth=20)),
+    Kill(Point("fsync .partial-step_*.distcp", "after")),
+    Kill(Point("open .partial-step_*/manifest.json", "after"), MAIN),
+    Kill(Point("replace .partial-step_*"), MAIN),
+    Kill(Point("replace .partial-step_*", "after", from_step=6), MAIN),
+    LAST[-1],
+]
+
+
+def kill_and_compare(
+    references: Path, folder: Path, layout: str, kills: list[Kill], record, undisturbed: str | None = None
+) -> None:
+    """``undisturbed``: the layout of the run to compare with, where it is another."""
+    straight = reference(references, undisturbed or layout)
     ledger = kill_until_done(folder, make_task(folder, layout), kills, straight)
     record(f"{layout}: {ledger}")
     assert_same_outcome(folder, straight, STEPS, keeps_reference=layout not in ("sft", "srft"))
@@ -110,6 +127,12 @@ def test_killed_everywhere(references, tmp_path, fault_record, layout):
     kills = spread(START, STEP + SAVE + LAST, 25, STEPS, seed) if layout == "data" else spread([], FEW, 5, STEPS, seed)
     assert layout != "data" or len(kills) >= 50
     kill_and_compare(references, tmp_path, layout, kills, fault_record)
+
+
+@pytest.mark.faults
+def test_killed_while_it_saves_without_a_snapshot_it_ends_as_with_one(references, tmp_path, fault_record):
+    """``trainer.save_blocking`` changes neither a checkpoint nor what is resumed from it."""
+    kill_and_compare(references, tmp_path, "blocking", spread([], BLOCKING, 2, STEPS, 1), fault_record, "distributed")
 
 
 @pytest.mark.faults
