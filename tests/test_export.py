@@ -93,8 +93,8 @@ def test_a_sync_of_a_235b_shaped_model_makes_a_fiftieth_of_the_calls_of_one_tens
 
 
 def synced_often(shape: Shape, parallel: dict, syncs: int) -> tuple[dict, dict, dict]:
-    """SHA-256 by name after so many syncs, each of other weights: of what a receiver on rank 0 has from shared memory, of
-    what this rank has gathered, and of the drawn weights, changed in the same way in one piece."""
+    """SHA-256 by name after so many syncs, each of other weights: of what a receiver on rank 0 has from shared memory,
+    of what this rank has gathered, and of the drawn weights, changed in the same way in one piece."""
     import torch
 
     from megatron_dypo.weight_sync import transfer

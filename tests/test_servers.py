@@ -176,7 +176,8 @@ def sample_while_one_is_killed(folder: str, servers: Servers) -> dict:
         requests.get(f"{url}/weight_info", headers={"Authorization": f"Bearer {SECRET}"}, timeout=30).json()
         for url in servers.urls
     ]
-    engine._pool._deadline = 20.0
+    engine._transfer.shutdown()
+    engine._transfer = None  # opened for the tensors that there were
     with pytest.raises(TrainingError) as unknown:
         engine.sync(Unknown(first))
     return {

@@ -1,9 +1,9 @@
 """Weight transfers without CUDA or a real server: vLLM's own, with vLLM's code at both ends and a queue in place of
 NCCL between them; and ours by shared memory.
 
-``servers_of`` makes rollout servers that answer as vLLM's do (``Imitation``), each with a worker: the receiving engine of
-that backend, our worker extension, and a plain model. The queue carries the arguments of ``broadcast``, so a stream that
-the two ends split differently does not fit.
+``servers_of`` makes rollout servers that answer as vLLM's do (``Imitation``), each with a worker: the receiving engine
+of that backend, our worker extension, and a plain model. The queue carries the arguments of ``broadcast``, so a stream
+that the two ends split differently does not fit.
 """
 
 from __future__ import annotations

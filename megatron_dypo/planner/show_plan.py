@@ -13,6 +13,8 @@ from megatron_dypo.planner.cluster import Cluster, StepWorkload, planned_shape
 from megatron_dypo.planner.launch import commands
 from megatron_dypo.planner.memory import GIB
 from megatron_dypo.planner.search import Plan, Rejected, plan
+from megatron_dypo.planner.steptime import sync_ways
+from megatron_dypo.planner.sync import Sync
 
 BEST, WORST = 12, 12  # lines of layouts that fit, and of those that do not
 
@@ -101,6 +103,8 @@ def show_plan(
             f"{best.host.reference / GIB:.1f} GiB pinned for the reference, {best.host.offload / GIB:.1f} for offload"
         )
         print(f"host memory per rank: {pinned}, {best.host.snapshot / GIB:.1f} while a checkpoint is written")
+        print("its weight sync, by each way (rollout.sync_backend); a layer is gathered while another is sent:")
+        print_table(*_sync_rows(sync_ways(shape, best.candidate, cluster)), {"way", "needs"})
     else:
         print("nothing fits")
     _print_rejected(rejected, everything)
@@ -138,6 +142,14 @@ def _rows(plans: list[Plan]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         numbers = [f"{size / GIB:.1f}" for size in sizes] + [f"{time:.1f}" for time in times]
         rows.append((str(c), c.recompute, where, c.reference, *numbers, f"{made.tokens_per_second:.0f}"))
     return header, rows
+
+
+def _sync_rows(ways: dict[str, Sync]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    rows = []
+    for way, sync in ways.items():
+        terms = (f"{seconds:.2f}" for seconds in (sync.gather, sync.send, sync.load, sync.total))
+        rows.append((way, *terms, sync.needs))
+    return ("way", "gather s", "send", "load", "sync", "needs"), rows
 
 
 def _print_rejected(rejected: list[Rejected], everything: bool) -> None:

@@ -20,6 +20,7 @@ from megatron_dypo.planner.memory import (
     dense_parameters,
     expert_parameters,
 )
+from megatron_dypo.planner.sync import Sync, syncs
 
 TRAIN, FORWARD, PREFILL = 0.40, 0.45, 0.50  # fraction of peak FLOPs: Megatron-Core pre-trains at 0.41-0.48 on H100
 STREAM = 0.65  # fraction of the peak memory bandwidth in decoding
@@ -69,7 +70,7 @@ def step_seconds(shape: ModelShape, candidate: Candidate, cluster: Cluster, work
         rollout=_rollout_seconds(shape, candidate, cluster, work, need.engine),
         logprob=work.passes * forward,
         update=update,
-        sync=_sync_seconds(shape, candidate, cluster),
+        sync=sync_ways(shape, candidate, cluster)["nccl" if candidate.on_servers else "in process"].total,
         offload=moved / (LINK * cluster.gpu.host),
         overlap=work.overlap and candidate.placement == "servers",
     )
@@ -164,16 +165,6 @@ def _rollout_seconds(
     return bulk + tail + prefill / (PREFILL * gpu.flops)
 
 
-def _sync_seconds(shape: ModelShape, candidate: Candidate, cluster: Cluster) -> float:
-    """Return the time to gather every tensor over its ranks and write it into vLLM; servers add the network."""
-    total = WEIGHT * shape.parameters
-    experts = WEIGHT * expert_parameters(shape, 1, 1, 1)
-    gathered = 0.0
-    for size, ranks in (
-        (total - experts, candidate.tensor * candidate.pipeline),
-        (experts, candidate.expert * candidate.expert_tensor * candidate.pipeline),
-    ):
-        link = cluster.gpu.node if ranks <= cluster.per_node else cluster.gpu.network
-        gathered += size * (ranks - 1) / ranks / (LINK * link)
-    sent = total / (LINK * cluster.gpu.network) if candidate.placement == "servers" else 0.0
-    return gathered + sent + 2 * total / (STREAM * cluster.gpu.memory)
+def sync_ways(shape: ModelShape, candidate: Candidate, cluster: Cluster) -> dict[str, Sync]:
+    """Return the terms of a weight sync by each way (``sync.syncs``)."""
+    return syncs(shape, candidate, cluster, LINK, STREAM)
