@@ -1,8 +1,8 @@
-"""A model of values: the policy's body with a head of H weights, which makes one number of a token's hidden state.
+"""A value model: the policy's body with a head of H weights, one number per hidden state.
 
-Every tensor-parallel rank holds the whole head and computes all values, from hidden states that it has gathered:
-cutting H numbers would cost an exchange and save nothing. So the gradients of the head and of the hidden states are
-complete and the same on each of these ranks.
+Every tensor-parallel rank holds the whole head and computes all values from gathered hidden states: splitting H numbers
+would add an exchange and save nothing. Gradients of head and hidden states are therefore complete and equal on these
+ranks.
 
 Legend: H hidden size, N loss tokens of a micro-batch.
 """
@@ -20,11 +20,11 @@ from megatron_dypo.policy.policy import Policy
 class Critic(Policy):
     """A Megatron-Core GPT with a value head (``ModelShape.critic``) and its optimizer.
 
-    The value of a token is that of the state before it: of the hidden state that predicts it.
+    A token's value is that of the hidden state that predicts it.
     """
 
     def values(self, batches: list[MicroBatch]) -> list[Tensor]:
-        """Values [N], fp32, of each micro-batch's loss tokens; an empty list except on the last pipeline stage."""
+        """Return fp32 values [N] of each micro-batch's loss tokens; empty except on the last pipeline stage."""
         if not batches:
             return []
         with torch.no_grad():
