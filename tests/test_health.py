@@ -118,6 +118,13 @@ def test_what_healthy_runs_do_is_not_warned_about(name):
     assert warnings_of(stream(key, values, **others)) == []
 
 
+def test_warnings_that_the_page_on_wrong_runs_quotes_are_those_of_the_rules():
+    page = Path(__file__).resolve().parents[1] / "docs/when-training-goes-wrong.md"
+    quoted = re.findall(r"^warning: (step .*)$", page.read_text(), re.MULTILINE)
+    advice = tuple(f": {rule.advice}" for rule in RULES)
+    assert len(quoted) > 3 and [line for line in quoted if not line.endswith(advice)] == []
+
+
 def test_entropy_that_falls_as_the_reward_rises_is_learning():
     """A task with one right answer of five tokens, from random weights: 1.6 to 0.2 nats in fifteen steps."""
     entropies, rewards = [*[1.6] * 21, *np.linspace(1.5, 0.2, 15)], [*[0.1] * 21, *np.linspace(0.1, 0.84, 15)]

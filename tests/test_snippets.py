@@ -57,6 +57,10 @@ NOT_HERE = {  # (page, first words of the command or block): why, and what else 
         "minutes: tests/test_systems.py::test_run_sh_makes_the_start_once_and_lays_the_recipe_over_the_quickstart"
     ),
     ("docs/systems.md", "python -m megatron_dypo report"): "of the run above: tests/test_report.py",
+    ("docs/when-training-goes-wrong.md", ""): (
+        "minutes: tests/test_systems.py::test_run_sh_makes_the_start_once_and_lays_the_recipe_over_the_quickstart; its "
+        "warnings: tests/test_health.py::test_warnings_that_the_page_on_wrong_runs_quotes_are_those_of_the_rules"
+    ),
     ("docs/launch.md", "python3 -m pip list"): f"{NETWORK}: tests/test_gpu_bundle.py",
     ("docs/launch.md", "python tools/gpu_bundle.py"): f"{NETWORK}: tests/test_gpu_bundle.py",
     ("docs/launch.md", "tar xf bundle.tar.xz"): f"{NETWORK}: tests/test_gpu_bundle.py",

@@ -140,7 +140,7 @@ OPTIMISATION = (
     ),
     Panel(
         "Policy entropy",
-        "A fast drop to 0 means that exploration has collapsed. Trained: over the tokens that GRPO trains on.",
+        "A fall to 0: no exploration is left. A rise to several nats: random answers. Trained: over GRPO's tokens.",
         "nats per token",
         (Curve("policy/entropy", "trained", "c3"), Curve("rollout/entropy", "sampled", "c1")),
     ),
@@ -245,7 +245,7 @@ ROLLOUT = (
     ),
     Panel(
         "Truncated responses",
-        "Cut off at the longest allowed response, and left out of the loss (objective.mask_truncated).",
+        "Cut off at the longest allowed response. Masked: left out of the loss (objective.mask_truncated).",
         "share of responses",
         (Curve("rollout/truncated_frac", "truncated", "c2"), Curve("rollout/masked_frac", "masked", "c1")),
         percent=True,
