@@ -152,6 +152,7 @@ def empty_steps(now: float, past: Past, metrics: Mapping[str, float]) -> str | N
     return "step after step has nothing to train on" if now > (past.values[-1] if past.values else 0) else None
 
 
+GO_BACK = "start from an earlier checkpoint (convert export) with a lower optimizer.lr"  # a resume keeps the old one
 RULES = (
     HealthRule(
         "gradient norm",
@@ -165,21 +166,20 @@ RULES = (
         "entropy",
         "rollout/entropy",
         entropy_collapse,
-        "the policy no longer explores: resume an earlier checkpoint with a lower optimizer.lr, objective.clip_high "
-        "above clip_low, or a higher rollout.temperature",
+        f"the policy no longer explores: {GO_BACK}, objective.clip_high above clip_low, or a higher "
+        "rollout.temperature",
     ),
     HealthRule(
         "entropy rise",
         "rollout/entropy",
         entropy_explosion,
-        "updates undo what the policy knew: resume an earlier checkpoint with a lower optimizer.lr or "
-        "objective.entropy_coef",
+        f"updates undo what the policy knew: {GO_BACK} or objective.entropy_coef",
     ),
     HealthRule(
         "reward",
         REWARD,
         reward_collapse,
-        "resume an earlier checkpoint with a lower optimizer.lr, and read some responses (rollout.record)",
+        f"{GO_BACK}, and read some responses (rollout.record)",
         patience=REWARD_STEPS,
     ),
     HealthRule(
