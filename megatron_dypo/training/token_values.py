@@ -68,7 +68,7 @@ class TokenValues(SideModel):
     def _judged(
         self, m: int, minibatch: MiniBatch, rewards: dict[Place, float]
     ) -> Iterator[tuple[Place, Tensor, Tensor]]:
-        """Return this rank's responses, their values [n] and token rewards [n]; empty except on the last stage."""
+        """Yield this rank's responses, their values [n] and token rewards [n]; none except on the last stage."""
         penalty = self.config.objective.kl_in_reward
         for b, (batch, values_N) in enumerate(
             zip(minibatch.rollouts, self.policy.values(minibatch.rollouts), strict=False)

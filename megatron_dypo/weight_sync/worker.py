@@ -99,7 +99,7 @@ class LocalEngine(WeightTransferEngine[_Nothing, BucketInfo]):
     def _in_memory(
         self, places: Iterable[tuple], memory: tuple[int, int, int], copied: bool
     ) -> Iterator[tuple[str, Tensor]]:
-        """Return the tensors as views of the trainer's memory, or ``copied``."""
+        """Yield the tensors as views of the trainer's memory, or ``copied``."""
         key = tuple(memory)
         if key not in self._maps:
             self._maps[key] = _map(*key)
