@@ -61,7 +61,7 @@ def run_files(folder: Path, *files: str, **options: Any) -> tuple[list[dict], di
 def check_sums(counts: dict[str, int]) -> None:
     """Check that nothing is counted twice or lost without a count."""
     of = counts.get
-    problems = of("rows written", 0) + of("problems left without a trace", 0)
+    problems = of("rows written", 0) + of("problems without a trace, left out", 0)
     assert of("rows: new problem", 0) == problems
     written = sum(count for name, count in counts.items() if name.startswith("traces written: "))
     assert of("traces: kept", 0) == written + of("kept traces beyond the number per teacher", 0)
@@ -294,7 +294,7 @@ def test_swallowed_backslashes_are_refused_by_row_or_put_back_and_counted(tmp_pa
     with pytest.raises(UserError, match=r"in\.jsonl:2: .* holds a control character where .*--repair-escapes"):
         run_files(tmp_path, source)
     found, counts = run_files(tmp_path, source, repair_escapes=True)
-    assert counts["swallowed backslashes restored, rows"] == 1
+    assert counts["swallowed backslashes put back, rows"] == 1
     assert "What is $\\frac12$" in str(found[-1]["prompt"]).replace("\\\\", "\\")
     assert found[-1]["ground_truth"] == "\\frac12" and "\\boxed{\\frac12}" in found[-1]["teachers"][0]["trace"]
     counts = prepare(Options((str(tmp_path / "in.jsonl"),), skip_bad_rows=True), tmp_path / "skipped.jsonl")
@@ -336,7 +336,7 @@ def test_every_filter_has_its_count(tmp_path):
         "traces: kept": 1,
         "traces: too long": 1,
         "traces: wrong answer": 1,
-        "problems left without a trace": 2,
+        "problems without a trace, left out": 2,
         "rows written": 1,
         "traces written: t": 1,
     }

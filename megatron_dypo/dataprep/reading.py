@@ -106,7 +106,7 @@ class Reading:
             return row
         if not self._options.repair_escapes:
             raise BadRow(f"{field} (--repair-escapes puts the backslash back)")
-        self._store.count("swallowed backslashes restored, rows")
+        self._store.count("swallowed backslashes put back, rows")
         return with_escapes(row)
 
     def _screen(self, place: str, item: Item, batch: _Batch) -> str:

@@ -29,7 +29,7 @@ def output_rows(store: Store, options: Options, counts: Counter[str]) -> Iterato
                 continue
             teachers.append({"name": teacher, "trace": text})
         if not teachers and not options.keep_without_trace:
-            counts["problems left without a trace"] += 1
+            counts["problems without a trace, left out"] += 1
             continue
         counts["rows written"] += 1
         for written in teachers:
