@@ -150,7 +150,7 @@ def test_torch_has_the_registry_that_is_used():
 
 
 def test_what_is_installed_is_found_without_importing_it(tmp_path, monkeypatch):
-    """Its files raise on import."""
+    """The package's files raise on import."""
     for path in ("transformer_engine/__init__.py", "flash_attn/__init__.py", "flash_attn/cute/interface.py"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text("raise RuntimeError('imported')")

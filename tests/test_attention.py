@@ -69,7 +69,7 @@ def test_every_rank_computes_its_tokens_as_if_it_held_all(lengths, context):
 
 @given(lengths_of_segments, contexts)
 def test_what_flash_attention_is_told_means_the_same(lengths, context):
-    """Its contract, by hand: block b's queries see keys up to the end, the last query all of them."""
+    """Check the contract by hand: block b's queries see keys up to the end, the last query all of them."""
     cu_seqlens = offsets(lengths, context)
     held = held_tokens(cu_seqlens, context)
     query, key, value = (x.detach() for x in made_up(cu_seqlens[-1]))

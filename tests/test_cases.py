@@ -49,7 +49,7 @@ SCORED = {
 
 
 def test_the_trace_is_a_member_of_its_group_and_its_tokens_are_shaped() -> None:
-    """By hand: A = -1/2 and 1/2, a token has weight 1/8 of it, the trace's derivative is gamma p / (p + gamma)^2."""
+    """By hand, A = -1/2 and 1/2, a token has weight 1/8 of it, the trace's derivative is gamma p / (p + gamma)^2."""
     numbers = result(SCORED, "case.json")
     p = [math.exp(-1.0), math.exp(-2.0)]
     expected = [[1 / 16], [-0.2 * x / (x + 0.2) ** 2 / 16 for x in p]]
@@ -70,7 +70,7 @@ CHORD = {
 
 
 def test_experts_are_a_batch_of_their_own_with_the_share_of_the_step() -> None:
-    """By hand, at step 1: mu = 1/4; A is 1 and -1 (std 1/2), and each expert has half of their share, by length."""
+    """By hand, mu = 1/4 at step 1; A is 1 and -1 (std 1/2), and each expert has half of their share, by length."""
     numbers = result(CHORD | {"settings": CHORD["settings"] | {"step": 1}}, "case.json")
     A = 0.5 / (0.5 + 1e-6)
     expected = [[-0.75 / 2 * A], [0.75 / 2 * A], [-1 / 8], [-1 / 16, -1 / 16]]

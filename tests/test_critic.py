@@ -1,4 +1,4 @@
-"""PPO's critic: its loss and its values, a resume with both models' moments, and its Hugging Face folder and back."""
+"""PPO's critic: its loss and values, resuming with both models' moments, and the Hugging Face folder and back."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_value_s_slope_is_the_derivative_of_its_loss(clip):
 
 
 def test_the_clip_holds_a_value_on_its_way_to_the_return_and_not_on_its_way_back():
-    """Old value 0, return 1, clip 0.2: beyond 0.2 nothing is gained; below -0.2 the loss still pulls back."""
+    """With old value 0, return 1 and clip 0.2, moving past 0.2 gains nothing; below -0.2 the loss still pulls back."""
     values_N, zero_N = torch.tensor([0.1, 0.5, -0.5]), torch.zeros(3)
     summands_N, slope_N = value_loss(values_N, zero_N, zero_N + 1, zero_N + 1, 0.2)
     torch.testing.assert_close(slope_N, torch.tensor([-0.9, 0.0, -1.5]))
@@ -59,7 +59,7 @@ def test_the_clip_holds_a_value_on_its_way_to_the_return_and_not_on_its_way_back
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory) -> Path:
-    """The folder of an uninterrupted run on one rank."""
+    """Return the folder of an uninterrupted run on one rank."""
     folder = tmp_path_factory.mktemp("ppo")
     run_ranks(1, train_here, str(ppo_task(folder)), [])
     return folder
@@ -75,7 +75,7 @@ def test_the_critic_learns_the_returns_and_gives_each_token_its_advantage(straig
 
 
 def test_a_resume_is_bit_equal_in_policy_and_critic(straight, tmp_path):
-    """From the checkpoint of half the steps on; the critic's moments are among what is compared, its head's too."""
+    """Resume at half the steps; compare everything, including the critic's moments, also those of its head."""
     shutil.copytree(straight / "run", tmp_path / "run")
     shutil.rmtree(tmp_path / f"run/checkpoints/step_{STEPS}")
     run_ranks(1, train_here, str(straight / "config.yaml"), [f"trainer.run_dir={tmp_path / 'run'}"])
@@ -94,7 +94,7 @@ def test_a_resume_is_bit_equal_in_policy_and_critic(straight, tmp_path):
 
 
 def values_of(checkpoint: str, config: str, ids: list[int]) -> list[float]:
-    """The critic's values of a text's tokens but the last, by mcore's own loading."""
+    """Return the critic's values of all tokens of a text but the last, loaded by mcore itself."""
     from megatron_dypo.checkpoint.catalog import SIDE
     from megatron_dypo.checkpoint.state import restore
     from megatron_dypo.models.shape import model_shape

@@ -497,7 +497,7 @@ def test_data_sets_of_the_hub_need_the_library(tmp_path, monkeypatch):
 
 
 def test_a_hub_data_set_streams_from_any_row_on(tmp_path):
-    """From a folder with a hub data set's layout, which the library reads the same way."""
+    """Stream from a folder with a hub data set's layout, which the library reads the same way."""
     pytest.importorskip("datasets")
     (tmp_path / "set").mkdir()
     write(tmp_path / "set/train-00000.parquet", *(problem(f"{i}?", id=str(i)) for i in range(10)))

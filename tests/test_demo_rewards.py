@@ -154,7 +154,7 @@ def test_a_replay_is_the_run_that_was_recorded_metrics_and_weights(recorded, tmp
 
 
 def test_another_recipe_replays_them_without_the_rewards_of_traces(recorded, tmp_path):
-    """As if they had never been recorded: GRPO's groups have no trace as a member."""
+    """Resume as if they had never been recorded: GRPO's groups have no trace as a member."""
     shutil.copytree(recorded / "rollouts", tmp_path / "rollouts")
     for path in (tmp_path / "rollouts").iterdir():
         lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -180,7 +180,7 @@ def own_reward(folder: Path, failing: str, **more: object) -> Path:
 
 
 def test_a_trace_that_cannot_be_scored_is_named_before_anything_is_built(tmp_path, capsys):
-    """By prompt, teacher, function and reason; allowed if no recipe needs its reward, or it is never drawn."""
+    """The error names prompt, teacher, function and reason; there is none if the reward is not needed or drawn."""
     path = own_reward(tmp_path, "8}")
     line = refusal(capsys, path)
     function = f"{tmp_path / 'own.py'}:compute"

@@ -40,7 +40,7 @@ def test_the_site_builds_and_every_link_leads_somewhere(site):
 
 
 def test_a_broken_link_is_seen(tmp_path):
-    """The site's own check, with a missing page."""
+    """Run the site's own check with a missing page."""
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs/index.md").write_text("[gone](gone.md)")
     (tmp_path / "mkdocs.yml").write_text("site_name: x\nstrict: true\n")

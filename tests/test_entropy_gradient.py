@@ -68,7 +68,7 @@ def short_chunks(monkeypatch) -> None:
 @pytest.mark.parametrize("tokens", [0, 1, 45])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_gradient_is_autograd_s_in_float64(short_chunks, backend, tokens) -> None:
-    """At one temperature and at one per token, over padded vocabularies, with a gradient of logp and without."""
+    """Cover one temperature and one per token, padded vocabularies, and a gradient of logp or none."""
     hidden_TH, weight_VH, targets_T, temperature_T = make_head(tokens, ROWS, scale=3.0, dtype=torch.float64)
     for temperature, vocab_size, with_logp in product((1.0, 0.7, temperature_T), (None, VOCABULARY), (True, False)):
         head, weights_2T = (hidden_TH, weight_VH, targets_T % VOCABULARY, temperature), weights(tokens, with_logp)

@@ -244,7 +244,7 @@ def test_the_test_split_is_taken_where_there_is_a_training_split_too(tmp_path):
 
 
 def test_swallowed_backslashes_of_an_evaluation_file_are_put_back_and_counted(tmp_path, caplog):
-    r"""As in a published AIME25: ``\frac`` is a form feed and ``rac``."""
+    r"""A published AIME25 has this: ``\frac`` is a form feed and ``rac``."""
     written(
         tmp_path / "aime25.jsonl",
         [{"problem": "What is $\frac{m}{n}$?", "answer": "\frac12"}, {"problem": "x", "answer": "1"}],

@@ -78,7 +78,7 @@ def test_a_layer_of_any_number_of_experts_takes_three_collectives_and_the_rest_o
 
 
 def test_expert_tensor_parallel_shards_next_to_tensor_parallel_ones():
-    """At TP 2 x ETP 2 tensor-parallel shards are sent separately from the rest."""
+    """Tensor-parallel shards at TP 2 x ETP 2 are sent separately from the rest."""
     parallel = {"tensor": 2, "expert_tensor": 2, "sequence_parallel": True, "pipeline": 2}
     for calls in run_ranks(4, counted, SMALL, parallel):
         assert calls == {"broadcast": 4 * 3 + 3, "all_gather_into_tensor": 4 * 2 + 2}
@@ -93,8 +93,11 @@ def test_a_sync_of_a_235b_shaped_model_makes_a_fiftieth_of_the_calls_of_one_tens
 
 
 def synced_often(shape: Shape, parallel: dict, syncs: int) -> tuple[dict, dict, dict]:
-    """SHA-256 by name after so many syncs, each of other weights: of what a receiver on rank 0 has from shared memory,
-    of what this rank has gathered, and of the drawn weights, changed in the same way in one piece."""
+    """Return SHA-256 digests by name after ``syncs`` syncs, each of different weights.
+
+    Three sets: received on rank 0 from shared memory, gathered on this rank, and the drawn weights after the same
+    changes, unsharded.
+    """
     import torch
 
     from megatron_dypo.weight_sync import transfer

@@ -79,7 +79,7 @@ def test_head_equals_the_definition_in_float64(shape, dtype, backend):
 
 @pytest.mark.parametrize("shape", HEAD_SHAPES[1:], ids=str)
 def test_rows_whose_logits_leave_fp32_s_exponentials_are_as_good_as_their_neighbours(shape):
-    """In bf16, by the fused kernel: at a temperature of 0.02 logits reach hundreds, in the same blocks as others."""
+    """The fused kernel in bf16: at a temperature of 0.02 logits reach hundreds, in the same blocks as others."""
     hidden_TH, weight_VH, targets_T, temperature_T, dlogp_T = make_head(*shape, torch.bfloat16)
     far_T = torch.arange(len(targets_T), device="cuda") % 5 == 0
     temperature_T[far_T] = 0.02
@@ -103,7 +103,7 @@ def test_a_nearly_sure_token_keeps_the_digits_of_1_minus_p(backend, shift):
 @pytest.mark.parametrize("shape", HEAD_SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_head_repeats_bit_for_bit(shape, dtype):
-    """Between runs, and between the old pass, which keeps nothing, and the training pass."""
+    """Compare runs, and the old pass, which keeps nothing, with the training pass."""
     head = make_head(*shape, dtype)
     once, again = head_results(head, "auto"), head_results(head, "triton")
     for name, value in once.items():
@@ -202,7 +202,7 @@ def test_training_step_on_cuda_is_finite_and_repeatable():
 
 
 def test_in_deterministic_mode_two_runs_are_equal_bit_for_bit():
-    """In separate processes: cuBLAS and NCCL read their variables at startup."""
+    """Run in separate processes, since cuBLAS and NCCL read their variables at startup."""
     first, second = (run_ranks(1, updates, {}, True) for _ in range(2))
     assert first == second
 

@@ -41,7 +41,7 @@ def test_every_stage_is_in_a_part_and_every_target_is_of_a_stage():
 
 @pytest.mark.parametrize("name", [name for name in STAGES if name.startswith("update_")])
 def test_updates_at_real_shapes_fit_an_h200(name):
-    """By ``plan``'s prediction, including the reserve; an H200 has 139 GiB."""
+    """Compare ``plan``'s prediction, including the reserve, with an H200's 139 GiB."""
     from benchmarks.gpu_report.update import planned_need
     from benchmarks.gpu_report.workload import real_batch, update_config
     from megatron_dypo.models.shape import model_shape
@@ -365,7 +365,7 @@ def test_tiny_stages_and_the_quickstart_share_one_engine(tmp_path):
     ],
 )
 def test_stages_of_two_gpus_run_on_two_cpu_ranks(name, options, figures, tmp_path):
-    """Over gloo, and shared memory in place of NCCL."""
+    """Run over gloo, with shared memory in place of NCCL."""
     record = Record(tmp_path / "found.json", options, True, time.time(), {})
     STAGES[name].function(record)
     record.finish()

@@ -282,7 +282,7 @@ def test_the_kubernetes_job_runs_what_multi_node_does_on_as_many_nodes_and_gpus_
 
 
 def test_slurm_passes_its_signal_on_and_puts_the_job_back_only_if_it_has_not_ended(tmp_path):
-    """With an imitation of Slurm: ``srun`` runs its command here, ``scontrol requeue`` leaves a file."""
+    """Imitate Slurm: ``srun`` runs its command here, ``scontrol requeue`` leaves a file."""
     stubs = {
         "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
         "scontrol": f'[ "$1" = show ] && echo host0 || echo "$@" >{tmp_path}/requeued',

@@ -224,7 +224,7 @@ def largest_tensor_of_the_head() -> dict[str, int]:
 
 
 def test_no_tensor_of_tokens_times_vocabulary_elements_exists_in_a_training_step():
-    """In chunks of 64 tokens; the head's forward pass forms all gradients, so nothing else sees logits."""
+    """The head works in chunks of 64 tokens, and its forward pass forms all gradients, so nothing else sees logits."""
     (seen,) = run_ranks(1, largest_tensor_of_the_head)
     assert seen["logits"] > 500_000
     assert seen["largest"] < seen["logits"] / 4

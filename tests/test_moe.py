@@ -67,7 +67,7 @@ def test_distributed_optimizer_layout_invariance(world, parallel):
 
 @pytest.mark.parametrize(("recompute", "routing"), [("selective", "off"), ("full", "off"), ("full", "rollout")])
 def test_recompute_changes_nothing_and_counts_nothing_twice(recompute, routing):
-    """In two stages a micro-batch's backward pass follows the forward pass of the next."""
+    """With two stages a micro-batch's backward pass follows the forward pass of the next."""
     sections = SEVERAL | {"policy": {"routing_replay": routing}, "parallel": PP2, "model": {"recompute": recompute}}
     for result in run_ranks(2, train_steps, "qwen3_moe", 150, 1, sections):
         assert_same(result, alone("qwen3_moe", routing))

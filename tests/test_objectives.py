@@ -454,7 +454,7 @@ def test_dynamic_sampling_keeps_the_groups_in_which_something_has_a_coefficient(
 
 
 def test_a_masked_response_counts_in_the_baseline_and_in_k_and_in_no_token_mean() -> None:
-    """By hand: of rewards 1, 0, 0 the last is cut off; A = 2/3 and -1/3, a token weighs 1/k/n, or 1 of all tokens."""
+    """By hand, the last of rewards 1, 0, 0 is cut off; A = 2/3 and -1/3, a token weighs 1/k/n, or 1 of all tokens."""
     for aggregation in ("scale", "token_mean"):
         objective = Objective(method="grpo", advantage_std="none", aggregation=aggregation, mask_truncated=True)
         batch = make_batch([[1, 0, 0]], objective, drift=0.0)

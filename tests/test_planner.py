@@ -86,7 +86,7 @@ def counted(shape: ModelShape, parallel: dict, distributed: bool, method: str = 
 
 @pytest.mark.parametrize(("parallel", "ranks", "distributed", "tied"), LAYOUTS, ids=[str(each[0]) for each in LAYOUTS])
 def test_weights_gradients_and_optimizer_are_what_ranks_hold(parallel, ranks, distributed, tied):
-    """The busiest of real ranks, in bf16 as in the planner. Weights exactly, the padded rest within 5%."""
+    """Compare with the busiest of real ranks, in bf16 as in the planner: weights exactly, the padded rest within 5%."""
     shape = dataclasses.replace(SHAPE, tied_embeddings=tied)
     compare(shape, parallel, ranks, distributed)
 
@@ -236,7 +236,7 @@ def test_a_plan_puts_the_reference_where_steps_are_fastest_and_counts_it_there()
 
 
 def compare(shape: ModelShape, parallel: dict, ranks: int, distributed: bool, method: str = "dypo") -> None:
-    """Counted on ranks and planned."""
+    """Assert that the plan equals what ranks count."""
     everyone = run_ranks(ranks, counted, shape, parallel, distributed, method)
     found = [max(column) for column in zip(*everyone, strict=True)]
     cut = {name: parallel.get(name, 1) for name in ("tensor", "pipeline", "context", "expert", "expert_tensor")}
@@ -323,7 +323,7 @@ def saved_by_a_layer(shape: ModelShape, tokens: int) -> float:
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_a_dense_layer_keeps_the_documented_bytes(family):
-    """Without what only the CPU keeps, where norms and SwiGLU are not fused, and RoPE's tables, all layers' own."""
+    """Leave out what only the CPU keeps: inputs of unfused norms and SwiGLU, and RoPE's tables."""
     hidden, ffn, heads, groups, width, tokens = 256, 512, 8, 2, 64, 128
     shape = dataclasses.replace(
         RELEASED["Qwen/Qwen2.5-7B"], family=family, num_layers=1, hidden_size=hidden, ffn_hidden_size=ffn,
@@ -354,7 +354,7 @@ def saved_by_a_mixture(shape: ModelShape, tokens: int) -> float:
 
 
 def test_a_mixture_keeps_the_documented_bytes():
-    """Without what only the CPU keeps, where SwiGLU is not fused (6FK), and the router's fp32 weights (4hE, once)."""
+    """Leave out what only the CPU keeps, where SwiGLU is not fused (6FK), and the router's fp32 weights (4hE, once)."""
     hidden, ffn, experts, each, tokens = 256, 128, 16, 4, 64
     shape = dataclasses.replace(
         MIXTURE, family="qwen3_moe", shared_expert_ffn_hidden_size=0, num_layers=1, hidden_size=hidden,
@@ -459,7 +459,7 @@ SYNCS = {
 
 @pytest.mark.parametrize("name", SYNCS)
 def test_published_weight_syncs_are_met_within_30_percent_or_lie_between_the_slowest_term_and_the_sum(name):
-    """docs/scaling.md has the reason for the second."""
+    """For the second, docs/scaling.md gives the reason."""
     model, gpus, cut, seconds, met = SYNCS[name]
     candidate = Candidate(**PLACED | {"tensor": 1, "pipeline": 1, "placement": "servers"} | cut)
     sync = sync_ways(RELEASED[model], candidate, Cluster(gpus, 80 * GIB, gpu("h100")))["nccl"]

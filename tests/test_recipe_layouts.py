@@ -62,7 +62,7 @@ def alone(method: str, shape: str) -> dict:
 
 @pytest.mark.parametrize(("method", "layout"), MATRIX)
 def test_every_recipe_has_the_losses_gradient_and_weights_of_one_rank(method, layout):
-    """With a distributed optimizer a rank has only its share of the gradient's sums: norm and weights tell."""
+    """A rank has only its share of a distributed optimizer's gradient sums: compare norm and weights instead."""
     shape, parallel, optimizer = LAYOUTS[layout]
     one = alone(method, shape)
     (metrics,) = one["history"]

@@ -330,7 +330,7 @@ def test_a_replay_on_one_rank_goes_on_with_the_queue_of_a_checkpoint_of_two(stra
 
 @pytest.mark.parametrize("skipped", ["the step's own update", "the update on the queue"])
 def test_a_skipped_update_loses_nothing_of_the_queue(straight, tmp_path, skipped):
-    """The step's own: failures are queued, and nothing is trained. That on the queue: its prompts keep waiting."""
+    """If the step's update is skipped, failures are queued and nothing trains; if the queue's, prompts stay."""
     own = skipped == "the step's own update"
     first = next(line for line in metrics(straight / "run") if "flush/loss" in line)
     bound = first["flush/grad_norm"] / 2 if not own else 1e-9

@@ -60,7 +60,7 @@ def test_the_second_model_learns_and_gives_each_token_its_advantage(straight):
 
 
 def test_a_resume_is_bit_equal_in_both_models_at_any_layout(straight, tmp_path):
-    """From the checkpoint of half the steps, again on one rank; the moments of both are compared as well."""
+    """Resume at half the steps, again on one rank; compare the moments of both as well."""
     shutil.copytree(straight / "run", tmp_path / "run")
     shutil.rmtree(tmp_path / f"run/checkpoints/step_{STEPS}")
     run_ranks(1, train_here, str(straight / "config.yaml"), [f"trainer.run_dir={tmp_path / 'run'}"])

@@ -256,7 +256,7 @@ def test_snippets_of_a_page_run(page, checkout, tmp_path):
 
 @pytest.mark.faults
 def test_the_example_of_a_real_model_runs_with_a_tiny_one(tmp_path):
-    """The page's own commands: real torchrun, two ranks with real vLLM, a data set of the same layout."""
+    """Run the page's own commands: real torchrun, two ranks with real vLLM, a data set of the same layout."""
     make_checkout(tmp_path)
     (tmp_path / "GSM8K").mkdir()
     for name, numbers in (("train", range(10, 30)), ("test", range(40, 43))):

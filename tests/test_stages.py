@@ -509,7 +509,7 @@ def test_a_stage_trains_as_a_run_that_starts_from_its_weights_and_resumes_at_eit
 
 
 def test_master_weights_go_on_into_a_stage_whose_first_step_was_skipped(tmp_path):
-    """In bf16, where a run that starts from the weights has others; its checkpoint holds them without an update."""
+    """Use bf16: a run started from the weights has other master weights; its checkpoint holds them unchanged."""
     layout = {"optimizer": DISTRIBUTED, "model": {"dtype": "bf16"}}
     for _, resumed in run_ranks(2, in_stages, str(tmp_path), layout, 4):
         assert resumed == [True] * 5

@@ -1,7 +1,7 @@
-"""What goes wrong in a weight sync to servers: named, in time, and the others have the weights and go on.
+"""Faults of a weight sync to servers: each is reported in time, and the other servers get the weights and carry on.
 
-HTTP, both ends of the transfer and our engine are real; the servers imitate vLLM's answers (tests/vllm_wire.py), as a
-real one cannot be made to have these faults at a given moment. Real ones: tests/test_servers.py, test_rollout.py.
+HTTP, both ends of the transfer and our engine are real; the servers imitate vLLM's answers (tests/vllm_wire.py), since
+a real one cannot produce these faults at a given moment. Real servers: tests/test_servers.py, test_rollout.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LATE = 1.0  # seconds that one call may take: half of rollout.sync_timeout
 
 
 class Policy(Source):
-    """Other weights at each version."""
+    """A source whose weights differ at each version."""
 
     version = 0
 
@@ -39,7 +39,7 @@ class Policy(Source):
 
 
 class Fleet:
-    """Three servers, and our engine before them. ``at``: what the second one does instead, at a call's path."""
+    """Three servers behind our engine. ``at`` replaces the second one's answers, by path."""
 
     def __init__(self, backend: str, monkeypatch):
         monkeypatch.setattr(server_engine, "all_gather_objects", lambda value: [value])
@@ -60,19 +60,19 @@ class Fleet:
         self.policy = Policy()
 
     def sync(self) -> float:
-        """Seconds taken."""
+        """Sync once and return the seconds it took."""
         self.policy.version += 1
         began = time.monotonic()
         self.engine.sync(self.policy)
         return time.monotonic() - began
 
     def synced(self) -> list[bool]:
-        """Of each server, whether its model has the weights that were sent last."""
+        """Return for each server whether its model has the weights sent last."""
         now = self.policy.tensors(self.policy.version)
         return [all(torch.equal(p, now[name]) for name, p in model.named_parameters()) for model in self.models]
 
     def sampled_from(self) -> list[int]:
-        """How many of 30 requests each server has served since the last call."""
+        """Sample 30 requests and return how many each server has served."""
         before = [server.count("inference/v1/generate") for server in self.servers]
         asked = [Request(np.arange(2, 6, dtype=np.int32), seed) for seed in range(30)]
         responses = self.engine.generate(asked, Sampling(1.0, 1.0, 8, EOS))

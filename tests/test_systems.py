@@ -85,7 +85,7 @@ def test_a_system_s_file_has_the_published_values_and_holds_no_key_that_it_does_
 
 @pytest.mark.parametrize(("system", "stages"), STAGED.items())
 def test_a_staged_system_s_stages_are_those_systems(system, stages):
-    """On 7B all keys of objective and optimizer, and steps; on the quickstart's task the objective's."""
+    """Compare all keys of objective and optimizer, and steps, on 7B; the objective's on the quickstart's task."""
     found = stages_of(load_config(FOLDER / f"{system}.yaml"))
     toy = stages_of(load_config(BASE[0], [str(BASE[1]), str(TOY / f"{system}.yaml")]))
     assert [len(found), len(toy)] == [len(stages)] * 2

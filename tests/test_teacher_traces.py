@@ -95,7 +95,7 @@ def key(monkeypatch) -> None:
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch) -> None:
-    """Between the tries of openai's client, in this process."""
+    """Shorten the waits between the tries of openai's client, in this process."""
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
 
 
@@ -670,7 +670,7 @@ def test_rows_of_the_docs_are_rows(text):
 
 
 def test_commands_of_the_docs_run(tmp_path):
-    """All of them, in order, in one folder; the teachers' address is an imitation's, with any key."""
+    """Run all of them, in order, in one folder; the teachers' address is an imitation's, with any key."""
     (tmp_path / "tools").symlink_to(ROOT / "tools")
     python = Path(sys.executable).parent
     environ = environment() | {"PATH": f"{python}:{os.environ['PATH']}"}

@@ -140,7 +140,7 @@ def test_the_other_kernels_compile_without_spills(name, tmp_path):
 
 
 def test_every_triton_kernel_is_compiled_here():
-    """The package's, by their decorator, except for the grouped loss, which `test_grouped_loss.py` compiles."""
+    """Find the package's kernels by decorator, except for the grouped loss, which `test_grouped_loss.py` compiles."""
     folder = Path(workspace.__file__).parents[1]
     found = {
         name

@@ -270,7 +270,7 @@ def executable(path: Path, script: str) -> Path:
 
 @pytest.mark.parametrize("torch_found, vllm_taken", [("2.11.0", "0.26.0"), ("2.12.1", "0.32.0")])
 def test_make_venv_on_cuda_takes_the_row_of_its_pythons_torch_and_keeps_that_torch(tmp_path, torch_found, vllm_taken):
-    """Its own script, with a GPU, a torch and an environment as far as it checks them."""
+    """Run the script itself with imitations of what it checks: GPU, torch and environment."""
     log, place = tmp_path / "log", tmp_path / f"torch-{torch_found}.dist-info"
     place.mkdir()
     (place / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {torch_found}\n")

@@ -151,7 +151,7 @@ def test_a_nearly_sure_token_keeps_the_digits_of_1_minus_p(shift):
 
 
 def test_rows_far_from_0_beside_others(small_blocks):
-    """In the same block of tokens, in one tile or in all; some without a slope, so that others take their places."""
+    """Put them in one block of tokens, in one tile or in all; some have no slope, so that others take their places."""
     tokens, rows = 40, 64
     hidden_TH, weight_VH, targets_T, temperature_T = make_head(tokens, rows, scale=3.0)
     place_T = torch.arange(tokens)
@@ -179,7 +179,7 @@ def test_rows_far_from_0_beside_others(small_blocks):
     ids=str,
 )
 def test_half_precision_as_cuda_multiplies_it(monkeypatch, small_blocks, dtype, temperature, active):
-    """Of the row kernels; the interpreter's own products of halves are wrong, so not of the fused one."""
+    """Test row kernels only: the interpreter's products of halves are wrong, so the fused one has no reference."""
     if small_blocks == "fused":
         pytest.skip("tl.dot of halves is wrong in the interpreter")
     monkeypatch.setattr(autograd, "multiplies_halves", lambda hidden: hidden.dtype in autograd.HALVES)

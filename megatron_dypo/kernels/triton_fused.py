@@ -206,7 +206,7 @@ class FusedHead(RowHead):
 
     @property
     def _whole(self) -> bool:
-        """Whether exp of all tiles is contiguous, in the weight's order, so that one product covers them all."""
+        """Return whether exp of all tiles is contiguous, in the weight's order, so that one product covers them all."""
         return self.pitch == self.shard.tile_width
 
     @functools.cached_property

@@ -158,7 +158,7 @@ def policy_need(shape: ModelShape, candidate: Candidate, work: StepWorkload, dty
 
 
 def second_models(shape: ModelShape, work: StepWorkload) -> list[ModelShape]:
-    """The shape of what is trained beside the policy: of its own, or with a head of one row."""
+    """Return the shapes of models trained alongside the policy: its own, or with a value head of one row."""
     return [shape.critic if work.side == "critic" else shape] if work.side else []
 
 
@@ -179,7 +179,7 @@ def engine_weights(shape: ModelShape, tensor: int) -> float:
 
 
 def engine_room(shape: ModelShape, candidate: Candidate, cluster: Cluster, need: Need) -> float:
-    """Return the bytes that vLLM can use on a GPU beside the policy, in turns with it, or alone."""
+    """Return the bytes that vLLM can use on a GPU: alongside the policy, in turns with it, or alone."""
     most = ENGINE_MOST * cluster.memory
     if candidate.placement == "beside":
         return min(most, cluster.memory - need.policy)
@@ -227,10 +227,10 @@ class HostNeed:
 
 
 def host_need(shape: ModelShape, candidate: Candidate, work: StepWorkload, dtype: str = "bf16") -> HostNeed:
-    """Of the busiest rank. With P parameters, w bytes a weight, s bytes a parameter of optimizer state, d shards:
+    """Return the busiest rank's host memory. P: parameters; w: bytes per weight; s: optimizer bytes; d: shards.
 
-    reference on the host w P; trainer.offload (w + s / d) P a model, and w P for a reference on the device; a snapshot
-    (w + s) P a model, and w P for a reference, over the ranks that hold the same weights, each of which writes a part.
+    A reference on the host: w P. trainer.offload: (w + s / d) P per model, plus w P for a reference on the device. A
+    snapshot: (w + s) P per model, plus w P for a reference, split over the ranks that hold the same weights.
     """
     weight, optimizer = WIDTHS[dtype]
     dense, experts = held(shape, candidate)

@@ -147,7 +147,7 @@ def build_model(config: Config, shape: ModelShape, layout: Layout) -> list[Distr
         _mark_sharded(gpt)
         if chosen.transformer_engine:  # mcore fixes Llama 3's original length at 8192
             gpt.rotary_pos_emb.inv_freq = frequencies(shape).to(device())
-        if is_last and shape.value_head:  # as verl has it; mcore's own is let go of
+        if is_last and shape.value_head:  # as in verl; mcore's own is dropped
             linear = {"in_features": shape.hidden_size, "out_features": 1, "bias": False, "dtype": dtype}
             gpt.output_layer = skip_init(torch.nn.Linear, **linear, device=device())
         if is_last:

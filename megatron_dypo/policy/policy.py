@@ -146,7 +146,7 @@ class Policy:
         self._run(batches, finish, forward_only=False, routings=self._routed)
 
     def _loss(self, hidden: Tensor, batch: MicroBatch, stream: Any) -> tuple[Tensor, Any]:
-        """A micro-batch's loss, differentiable in ``hidden`` and the head's weight, and what it was formed from."""
+        """Return a micro-batch's loss, differentiable in its inputs, and the detached per-token values behind it."""
         inputs, options = self._head_inputs(hidden, batch), self._head_options(batch)
         if stream.own is None:
             return linear_loss(*inputs, stream.terms, entropy=True, **options)

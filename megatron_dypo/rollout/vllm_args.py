@@ -1,4 +1,4 @@
-"""How this project runs vLLM, in process and as a server: one set of arguments, and the served model's name."""
+"""vLLM's arguments, the same in process and on a server, and the served model's name."""
 
 from __future__ import annotations
 

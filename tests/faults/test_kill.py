@@ -114,14 +114,14 @@ def kill_and_compare(
 
 
 def test_killed_here_and_there(references, tmp_path, fault_record):
-    """The short form: one kill of each kind, and two at random instants, on the run with the most state."""
+    """Short form: make one kill of each kind, and two at random instants, on the run with the most state."""
     kill_and_compare(references, tmp_path, "experts", spread([], FEW, 2, STEPS, seed=1), fault_record)
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("layout", ["data", "tensor", "pipeline", "distributed", "experts"])
 def test_killed_everywhere(references, tmp_path, fault_record, layout):
-    """Every named point, and as many instants, for plain data parallelism; a selection for the other layouts."""
+    """Kill at every named point and as many random instants under plain data parallelism; at a selection elsewhere."""
     seed = random.randrange(2**32)
     fault_record(f"{layout}: seed {seed}")
     kills = spread(START, STEP + SAVE + LAST, 25, STEPS, seed) if layout == "data" else spread([], FEW, 5, STEPS, seed)
@@ -138,10 +138,7 @@ def test_killed_while_it_saves_without_a_snapshot_it_ends_as_with_one(references
 @pytest.mark.faults
 @pytest.mark.parametrize("method", sorted(RECIPES.keys() - {"dypo"}))
 def test_every_recipe_is_resumed_bit_for_bit(references, tmp_path, fault_record, method):
-    """A power cut of each kind, and some at random instants; none during sampling if nothing is sampled.
-
-    How ranks notice each other's end does not depend on the recipe.
-    """
+    """Cut the power once of each kind and at random instants; skip sampling if nothing is sampled."""
     seed = random.randrange(2**32)
     fault_record(f"{method}: seed {seed}")
     kills = spread([], FEW if RECIPES[method].samples else FEW[1:], 3, STEPS, seed)
