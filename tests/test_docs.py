@@ -114,11 +114,17 @@ def test_rows_that_the_page_on_scaling_up_quotes_are_the_planner_s(monkeypatch, 
     monkeypatch.chdir(ROOT)
     for command in commands(page):
         assert command.startswith("plan ") and main(shlex.split(command)) == 0
-    printed = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    blocks = re.findall(r"^```text\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-    quoted = [" ".join(line.split()) for block in blocks for line in block.splitlines()]
-    assert len(quoted) > 10
-    assert [row for row in quoted if not any(line.startswith(row) for line in printed)] == []
+    printed = [re.split(r" {2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    columns = next(line for line in printed if line[0] == "layout")
+    planned = [dict(zip(columns, line, strict=True)).items() for line in printed if len(line) == len(columns)]
+    quoted = []
+    for table in re.findall(r"^\| layout .*\n\|[-|]+\n((?:\|.*\n)+)", page.read_text(), re.MULTILINE):
+        quoted += [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
+    header = [cell.strip() for cell in re.search(r"^\| (layout .*) \|$", page.read_text(), re.MULTILINE)[1].split("|")]
+    assert len(quoted) > 8
+    assert [
+        row for row in quoted if not any(dict(zip(header, row, strict=True)).items() <= one for one in planned)
+    ] == []
 
 
 def test_there_are_commands_keys_and_files_to_check():

@@ -120,7 +120,7 @@ def test_what_healthy_runs_do_is_not_warned_about(name):
 
 def test_warnings_that_the_page_on_wrong_runs_quotes_are_those_of_the_rules():
     page = Path(__file__).resolve().parents[1] / "docs/when-training-goes-wrong.md"
-    quoted = re.findall(r"^warning: (step .*)$", page.read_text(), re.MULTILINE)
+    quoted = re.findall(r"^> (step .*)$", page.read_text(), re.MULTILINE)
     advice = tuple(f": {rule.advice}" for rule in RULES)
     assert len(quoted) > 3 and [line for line in quoted if not line.endswith(advice)] == []
 
