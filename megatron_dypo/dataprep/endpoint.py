@@ -60,7 +60,7 @@ class Completion:
 
     @property
     def trace(self) -> str:
-        """Reasoning (within think tags) and answer, without the end markers that a server may leave in."""
+        """Return reasoning (within think tags) and answer, without end markers that a server may leave in."""
         return without_ends(thinking(self.reasoning, self.text) if self.reasoning.strip() else self.text)
 
     @classmethod

@@ -153,7 +153,7 @@ def embedding(mcore: str, hf: str) -> WeightRule:
 
 
 def score(mcore: str, hf: str) -> WeightRule:
-    """A value head. Every tensor-parallel rank has all of its H numbers. Its bias, which transformers has, is 0."""
+    """Return the rule of a value head: all H numbers on every tensor-parallel rank; transformers' bias must be 0."""
     return WeightRule(mcore, ((f"{hf}.weight", "1 H"), (f"{hf}.bias", "1")), None, _unbiased, _with_bias)
 
 
@@ -187,7 +187,7 @@ class Family:
 
     @property
     def critic(self) -> str:
-        """Transformers' class of the body with a value head."""
+        """Return transformers' class of the body with a value head."""
         return self.architecture.replace("ForCausalLM", "ForTokenClassification")
 
     @property

@@ -64,12 +64,12 @@ class ModelShape:
 
     @property
     def critic(self) -> ModelShape:
-        """The same body with a value head."""
+        """Return the same body with a value head."""
         return dataclasses.replace(self, value_head=True, tied_embeddings=False)
 
     @property
     def architecture(self) -> str:
-        """Transformers' class of the model."""
+        """Return transformers' class of the model."""
         family = FAMILIES[self.family]
         return family.critic if self.value_head else family.architecture
 
