@@ -265,14 +265,14 @@ def test_refill_replaces_easy_prompts_within_its_rounds_alike_at_any_layout(tmp_
     config = str(copy_task(tmp_path, rollout__engine="transformers"))
     refill = ["rollout.dynamic_sampling=true", "rollout.refill_rounds=4"]
     (alone,) = run_ranks(1, batches, config, refill, 4)
-    assert alone[:3] == alone[3:], "beside training as at once"
+    assert alone[:3] == alone[3:], "in the background as at once"
     assert run_ranks(2, batches, config, refill, 4) == [alone, alone]
     (as_it_comes,) = run_ranks(1, batches, config, [], 4)
     assert all(replaced == "" for _, replaced in as_it_comes)
     for (groups, replaced), (before, _) in zip(alone, as_it_comes, strict=True):
         groups, replaced, before = digits(groups), digits(replaced), digits(before)
         assert all(digit >= 4 for _, digit in groups) and all(digit < 4 for _, digit in replaced)
-        assert len(groups) == 8 and len({*groups, *replaced}) == 8 + len(replaced), "nobody comes twice"
+        assert len(groups) == 8 and len({*groups, *replaced}) == 8 + len(replaced), "no group occurs twice"
         assert [group for group in before if group[1] >= 4] == [group for group in groups if group in before]
         assert {group for group in before if group[1] < 4} <= {*replaced}
     assert any(replaced for _, replaced in alone) and digits(alone[0][1]) != digits(alone[1][1])

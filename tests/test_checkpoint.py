@@ -205,7 +205,7 @@ def save_with_scores(folder: str, scores: list) -> list[int]:
 
 
 def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
-    """The two newest of six, and the first of those with the best held-out accuracy."""
+    """Of six checkpoints, the two newest and the first with the best held-out accuracy stay."""
     assert run_ranks(2, save_with_scores, str(tmp_path), [0.1, 0.7, 0.7, None, 0.2, None])[0] == [2, 5, 6]
     assert [path.name for path in (tmp_path / "checkpoints").glob(".*")] == []
 
@@ -372,7 +372,7 @@ def test_a_piece_of_a_snapshot_is_written_without_a_copy_and_let_go_of(tmp_path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < size, "bytes: a quarter of a piece"
-    assert alive == [6, 6, 5, 4, 3, 2], "the one before is let go of when the next has come"
+    assert alive == [6, 6, 5, 4, 3, 2], "each is freed when the next arrives"
     content = (tmp_path / "file").read_bytes()
     assert content[: len(buffer.getbuffer())] == buffer.getvalue(), "as torch writes it by itself"
     assert written.sha256 == hashlib.sha256(content).hexdigest() and written.size == len(content)

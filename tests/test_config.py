@@ -554,7 +554,7 @@ def test_async_rollout_is_the_whole_number_0_or_1(smallest, text):
 
 
 def test_what_a_configuration_prints_is_what_it_reads(tmp_path, smallest):
-    """Including ``off``, which YAML 1.1 reads as false."""
+    """The values include ``off``, which YAML 1.1 reads as false."""
     config = load_config(smallest, ["rollout.verify_sync=off", "policy.routing_replay=off"])
     assert load_config(write(tmp_path, dump(config))) == config
 

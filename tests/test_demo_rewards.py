@@ -83,7 +83,7 @@ def groups_in(lines: str) -> list[tuple[int, list[float], list[float]]]:
 def test_draws_and_rewards_of_traces_are_the_same_on_any_ranks_and_beside_training(tmp_path):
     config = str(luffy_task(tmp_path))
     (alone,) = run_ranks(1, sampled, config, [])
-    assert alone[:3] == alone[3:], "beside training as at once"
+    assert alone[:3] == alone[3:], "in the background as at once"
     assert run_ranks(2, sampled, config, []) == [alone, alone]
     seen = [group for groups, _ in alone for group in groups_in(groups)]
     assert {len(rewards) for digit, _, rewards in seen if digit >= 2} == {2}

@@ -551,7 +551,7 @@ def test_weights_are_called_as_their_folder_is(tmp_path, monkeypatch):
 
 
 def test_a_pure_guess_is_told_from_knowledge_by_the_interval(alone, tmp_path):
-    """Shuffled labels and a model that always says A: the accuracy is a quarter, and the interval shows it."""
+    """With shuffled labels and a model that always says A, accuracy is a quarter, and the interval shows it."""
     generator = random.Random(0)
     path = tmp_path / "gpqa_diamond.jsonl"
     lines = []

@@ -389,7 +389,7 @@ def test_fork_server_s_preload_asks_for_a_device_without_starting_cuda():
 
 
 def test_gpu_tests_are_collected_without_the_packages_that_only_other_tests_need(tmp_path):
-    """Also without .venv: ``make test-gpu`` then uses PYTHON."""
+    """This also holds without .venv, where ``make test-gpu`` uses PYTHON."""
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nfor name in ('hypothesis', 'xdist', 'aiohttp', 'yaml_of_tests', 'reasoning_gym', 'math_verify'):\n"
         "    sys.modules[name] = None\n"

@@ -445,7 +445,7 @@ def test_a_spiking_update_is_left_out_on_all_ranks():
 
 
 def test_an_update_above_an_absolute_norm_is_left_out_without_any_history_and_named():
-    """Judged before clipping, like the other bound, and equally on ranks that round differently."""
+    """The norm is judged before clipping, like the other bound, and equally on ranks that round differently."""
     (result, _), (other, _) = run_ranks(2, spiking_update, 0.0, 2.0, True, 2.0 * (1 + 5e-7), 0)
     assert result == other and not result["changed"] and result["norms"] == []
     norm = result["metrics"]["train/grad_norm"]

@@ -157,7 +157,7 @@ def test_a_byte_order_mark_in_a_template_is_refused(tmp_path):
 
 
 def test_the_ends_of_another_folders_model_count_where_the_tokenizer_has_them(tmp_path, caplog):
-    """A base model with an instruction-tuned one's tokenizer folder; and with a tokenizer of other ids."""
+    """Cover a base model with an instruction-tuned one's tokenizer folder, and a tokenizer with other ids."""
     model, ours = tmp_path / "model", tmp_path / "tokenizer"
     folder_of(model, "<|endoftext|>", None, {"eos_token_id": [ID["<|endoftext|>"], 40, 319, 400]})
     tokenizer = load(folder_of(ours, "<|im_end|>"), model)

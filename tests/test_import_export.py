@@ -514,7 +514,7 @@ def vllm_logprobs(folders: list[str]) -> list[list[float]]:
 
 
 def test_vllm_loads_what_is_exported(tmp_path):
-    """Its own reading of config.json and weights, including RoPE scaling, against transformers' of the original."""
+    """Compare vLLM's reading of config.json and weights, RoPE scaling too, with transformers' of the original."""
     from transformers import AutoModelForCausalLM
 
     expected = []

@@ -85,7 +85,7 @@ def test_values_and_gradients_equal_the_definition_for_any_number_of_tokens(back
 @pytest.mark.parametrize("rows", [1, 5, 96, 1000])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_vocabulary_size_works(backend: str, rows: int) -> None:
-    """Including one that does not divide into the tiles."""
+    """The sizes include one that does not divide into the tiles."""
     assert_same_head(make_head(20, rows), backend)
 
 
@@ -128,7 +128,7 @@ def test_temperature_is_per_token_or_one_number(backend: str) -> None:
 @pytest.mark.parametrize("vocab_size", [1, 13, 77, 95, 96])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padded_rows_take_no_part_and_get_exactly_no_gradient(backend: str, vocab_size: int) -> None:
-    """Including whole tiles of padding, whatever the padded rows contain."""
+    """Whole tiles of padding are included, and the padded rows may contain anything."""
     hidden_TH, weight_VH, targets_T, temperature_T = make_head(33)
     targets_T = targets_T % vocab_size
     weight_VH[vocab_size:] = 1e30
@@ -197,7 +197,7 @@ def entropy_alone(logp_t: Tensor, entropy_t: Tensor, t: slice) -> tuple[Tensor, 
 
 @pytest.mark.parametrize("shift", [0.0, 100.0, -100.0])
 def test_a_nearly_sure_token_keeps_the_digits_of_1_minus_p(shift: float) -> None:
-    """Down to 1e-9, where 1 - exp(logp) has no digits left in fp32; also with all logits far from 0."""
+    """1 - p goes down to 1e-9, where 1 - exp(logp) has no digits left in fp32; also with all logits far from 0."""
     assert_sure_tokens("chunked", shift, 1e-5 if shift == 0 else 1e-4)  # fp32 rounds a logit of 100 by 4e-6
 
 

@@ -49,7 +49,7 @@ def named(loss: str) -> dict[str, Any]:
     ids=lambda settings: settings.get("method", "dypo"),
 )
 def test_value_and_gradient_are_the_fused_kernel_s_where_the_loss_is_the_same(settings, loss):
-    """Including all other terms, normalisers, shares and the correction, over any division into micro-batches."""
+    """Compare with all other terms, normalisers, shares and the correction, over any division into micro-batches."""
     settings = {"clip_low": 0.15, "clip_high": 0.28, **settings}
     for correction in (Correction("none"), Correction("icepop", 1.4, 0.5)):
         if loss == "gspo" and correction.kind != "none":
@@ -96,7 +96,7 @@ LAYOUTS = [(2, SP), (2, PP2), (2, CP2), (2, {})]
     ids=str,
 )
 def test_at_every_layout_the_gradient_is_the_fused_kernel_s_on_one_rank(loss, world, parallel):
-    """Including dypo's other terms and clipped tokens; at CP 2 both ranks hold tokens of a response."""
+    """Compare with dypo's other terms and clipped tokens; at CP 2 both ranks hold tokens of a response."""
     expected = fused(loss)
     assert min(expected["metrics"][name] for name in ("policy/clip_frac", "loss/kl", "loss/sft", "loss/gal")) > 1e-3
     for result in run_ranks(world, gradients, parallel, named(loss)):
@@ -187,7 +187,7 @@ def spoilt_step(path: str) -> str | None:
 
 
 def test_a_loss_that_becomes_nan_skips_the_step_and_names_file_and_response(tmp_path):
-    """Planted in responses of more than 30 tokens, which the trial before the run does not have."""
+    """The NaN is in responses of more than 30 tokens, which the trial before the run does not have."""
     path = tmp_path / "own.py"
     path.write_text(
         "def f(batch):\n"

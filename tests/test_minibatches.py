@@ -95,7 +95,7 @@ def test_ranks_have_the_same_to_do():
 
 
 def test_micro_batches_cost_the_same_where_they_need_not_be_full():
-    """Rounded up to 80 where 60 suffice: the costliest has at most 5% more than the mean, or a single sequence."""
+    """With 60 rounded up to 80 the costliest has at most 5% more than the mean, or is a single sequence."""
     for seed in range(5):
         lengths = lognormal_lengths(512, seed)
         (share,) = plan_micro_batches(lengths, 1, BUDGET, multiple=80)

@@ -1,4 +1,4 @@
-"""Mixtures of experts: the same loss and gradient at any layout, whoever chose the experts; and load metrics."""
+"""Mixtures of experts: the same loss and gradient at any layout and under any routing, and load metrics."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_families_layout_invariance(shape, parallel):
 
 @pytest.mark.parametrize(("world", "parallel"), [(4, EP2), (4, SP | EP2)], ids=str)
 def test_distributed_optimizer_layout_invariance(world, parallel):
-    """Clipped by the norm over experts and everything else."""
+    """Gradients are clipped by the norm over experts and everything else."""
     sections = SEVERAL | {"optimizer": {"clip_grad": 0.01}}
     (one,) = run_ranks(1, train_steps, "qwen3_moe", 100_000, 1, sections)
     sections = SEVERAL | {"parallel": parallel, "optimizer": DISTRIBUTED | {"clip_grad": 0.01}}
@@ -148,7 +148,7 @@ def test_the_auxiliary_loss_evens_the_load():
 
 
 def test_the_auxiliary_loss_is_the_switch_transformers():
-    """Compared with its formula and autograd on made-up logits."""
+    """Compare with its formula and autograd on made-up logits."""
     import torch
 
     from megatron_dypo.policy.moe import Routing, balance_weights

@@ -435,7 +435,7 @@ def test_the_gradient_equals_the_reference_whatever_the_configuration_and_batch(
 @pytest.mark.parametrize("method", [name for name, chosen in RECIPES.items() if chosen.samples])
 @pytest.mark.parametrize("masks", [False, True])
 def test_dynamic_sampling_keeps_the_groups_in_which_something_has_a_coefficient(method: str, masks: bool) -> None:
-    """Also with some or all responses of a group masked."""
+    """The cases include groups with some or all responses masked."""
     config = Config.model_construct(objective=Objective(method=method, mask_truncated=masks))
     sampling, kept = DynamicSampling(config, [], None, lambda group: [0]), []
     for row, cut_off in itertools.product(
@@ -543,7 +543,7 @@ def test_on_the_first_step_every_ratio_is_exactly_one(ratio_base: str) -> None:
 
 @pytest.mark.parametrize("gap", [-300.0, 300.0])
 def test_distant_policies_stay_finite_in_float32(gap: float) -> None:
-    """Also if no term weights the KL: zero times an overflow would be NaN."""
+    """This also holds if no term weights the KL: zero times an overflow would be NaN."""
     for kl_coef in (0.0, 0.1):
         objective = Objective(kl_coef=kl_coef)
         batch = make_batch([[1, 0]], objective)

@@ -142,10 +142,7 @@ def test_use_of_a_policy_that_is_away_is_refused():
 
 
 def test_a_run_with_turns_is_the_run_without(tmp_path):
-    """Including evaluation, saving and resuming: metrics and the last checkpoint are bit-equal.
-
-    With vLLM: test_end_to_end.py.
-    """
+    """Metrics and the last checkpoint are bit-equal, with evaluation, saving and resuming."""
     trainer = {"trainer__steps": 6, "trainer__eval_every": 3, "trainer__save_every": 3}
     trainer["rollout__engine"] = "transformers"
     straight = copy_task(tmp_path / "straight", **trainer)

@@ -221,7 +221,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
 
 
 def test_report_is_written_without_torch(tmp_path):
-    """Even if it decodes samples: a laptop with a copy of the run folder need not have it."""
+    """This includes decoding samples: a laptop with a copy of the run folder need not have torch."""
     run = write_config(fill(tmp_path / "run", 5), f"rollout: {{record: {tmp_path / 'r'}}}\nmodel: {{preset: tiny}}\n")
     record(tmp_path / "r", 1, [("p", "first 1=", [1.0])])
     check = "import sys; from megatron_dypo.cli import main; sys.exit(main(sys.argv[1:]) or 'torch' in sys.modules)"

@@ -415,7 +415,7 @@ def test_training_takes_penalties_off_and_evaluation_does_not():
 
 @pytest.mark.parametrize("value", [None, 0.0, -0.5])
 def test_an_unfinished_response_has_the_reward_that_is_given_whatever_its_text_and_is_not_graded(value):
-    """Even by a function that would fail on it; and no penalty is subtracted."""
+    """A function that would fail on it is not called, and no penalty is subtracted."""
     texts = {"right": "stop", "cut right": "length", "cut": "abort", "wrong" + " " * 91: "stop"}
     config = Config.model_validate(
         {

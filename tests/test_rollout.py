@@ -36,7 +36,7 @@ def proved(model: str, folder: str) -> tuple[list[dict], dict]:
 
 @pytest.mark.parametrize("model", ["qwen2-tied", "qwen3_moe"])
 def test_what_is_stored_is_what_was_sent_at_every_layout_and_a_fault_is_named_with_its_rank(model, tmp_path):
-    """Perturbed by the smallest step, transposed, another expert's, missing and doubled."""
+    """The faults are tensors perturbed by the smallest step, transposed, another expert's, missing or doubled."""
     ranks = run_ranks(2, proved, model, str(tmp_path), seconds=300)
     check([found for found, _ in ranks], 1e-5)
     for rank, (_, said) in enumerate(ranks):

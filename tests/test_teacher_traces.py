@@ -397,7 +397,7 @@ def test_an_answer_that_trickles_has_the_deadline_of_a_whole_one():
 
 @pytest.mark.parametrize("key", [KEY, None])
 def test_the_environment_adds_nothing_to_a_request(monkeypatch, key):
-    """Neither an account at OpenAI, which is not the teacher's business, nor a proxy, nor what the machine is."""
+    """A request uses no OpenAI account or proxy, and says nothing about the machine."""
     for name in ("API_KEY", "ADMIN_KEY", "ORG_ID", "PROJECT_ID", "BASE_URL"):
         monkeypatch.setenv(f"OPENAI_{name}", "http://127.0.0.1:9/mine")
     monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "Authorization: Bearer mine\nX-Mine: mine")

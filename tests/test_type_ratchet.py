@@ -20,7 +20,7 @@ def ratchet(folder: Path, *options: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
-    """mypy's cache of the standard library."""
+    """Return mypy's cache of the standard library."""
     return tmp_path_factory.mktemp("mypy_cache")
 
 

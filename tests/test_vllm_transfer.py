@@ -100,7 +100,7 @@ def test_what_changed_crosses_alone_and_arrives_bit_for_bit(engine_of, caplog):
 
 
 def test_a_tensor_that_is_compared_is_sent_whole_and_a_false_one_is_named(engine_of):
-    """Including one that went wrong in an earlier sync, in which it was not compared."""
+    """This includes a tensor that went wrong in an earlier sync, in which it was not compared."""
     policy = Policy()
     engine, models, _ = engine_of("sparse_nccl", verify_sync="stored", verify_syncs=5)
     for _ in range(6):

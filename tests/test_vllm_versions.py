@@ -82,7 +82,7 @@ def test_an_engine_starts_takes_weights_and_samples_with_every_release(version, 
 
 @pytest.mark.parametrize("version", RECORDS)
 def test_sleep_takes_all_memory_away_and_what_needs_it_wakes_it(version, engine_of):
-    """Also after a sync without sampling: before 0.31 vLLM considers a half-awake engine asleep."""
+    """This also holds after a sync without sampling: before 0.31 vLLM considers a half-awake engine asleep."""
     engine, llm = engine_of(version)
     ask = [Request(np.arange(3, dtype=np.int32), 5)], Sampling(1.0, 1.0, 4, 1)
     for keep in (False, True, False):
