@@ -122,7 +122,7 @@ def test_the_others_have_the_weights_and_go_on_and_it_is_taken_in_again(fleet_of
     fleet.at = {path: fault}
     assert fleet.sync() < 3 * LATE
     assert fleet.synced()[::2] == [True, True] and list(fleet.engine._lost) == [fleet.servers[1].url]
-    assert re.search(f"rollout server left out: {fleet.servers[1].url}: .*{said.format(path=path)}", caplog.text)
+    assert re.search(f"rollout server excluded: {fleet.servers[1].url}: .*{said.format(path=path)}", caplog.text)
     first, second, third = fleet.sampled_from()
     assert second == 0 and first and third, "nothing is sampled with weights that may be half old"
     fleet.at = {}
@@ -142,7 +142,7 @@ def test_a_server_that_says_it_has_other_weights_than_it_was_given_samples_nothi
     fleet.at = {"finish_weight_update": keeps_its_version}
     fleet.sync()
     fleet.sampled_from()
-    assert re.search(rf"{fleet.servers[1].url}: .*comes from the weights \['\w+:1'\], not '\w+:2'", caplog.text)
+    assert re.search(rf"{fleet.servers[1].url}: .*sampled from weights \['\w+:1'\], not '\w+:2'", caplog.text)
     fleet.at = {}
     fleet.sync()
     assert fleet.synced() == [True, True, True] and all(fleet.sampled_from())
@@ -152,7 +152,7 @@ def test_a_server_that_says_it_has_other_weights_than_it_was_given_samples_nothi
 def test_where_all_workers_are_in_one_collective_the_run_ends_and_names_the_server(fleet_of, backend):
     fleet = fleet_of(backend)
     fleet.at = {"update_weights": no_memory}
-    with pytest.raises(TrainingError, match=f"{fleet.servers[1].url}.*the other servers wait for it: start them all"):
+    with pytest.raises(TrainingError, match=f"{fleet.servers[1].url}.*servers wait for it: restart all of them"):
         fleet.sync()
 
 
