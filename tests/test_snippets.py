@@ -49,6 +49,9 @@ NOT_HERE = {  # (page, first words of the command or block): why, and what else 
     ("docs/add-an-algorithm.md", ""): (
         "parts of files: tests/test_docs.py::test_every_listing_of_add_an_algorithm_is_in_the_file_that_it_is_of"
     ),
+    ("docs/first-task.md", ""): (
+        "in an empty folder: tests/test_snippets.py::test_the_first_task_goes_from_nothing_to_a_measured_model"
+    ),
     ("docs/gpu-report.md", "make gpu-report"): f"{GPUS}: tests/test_gpu_report.py",
     ("docs/scale-up.md", "python -m megatron_dypo plan"): (
         "tests/test_docs.py::test_rows_that_the_page_on_scaling_up_quotes_are_the_planner_s"
@@ -268,6 +271,28 @@ def test_the_example_of_a_real_model_runs_with_a_tiny_one(tmp_path):
     (tmp_path / "data/gsm8k.jsonl").unlink()  # made by the other pages
     run_page("examples/smollm2_gsm8k/README.md", tmp_path)
     assert metrics(tmp_path / "runs/smollm2_gsm8k")[-1]["step"] == 10
+
+
+@pytest.mark.parametrize("cut", [True, pytest.param(False, marks=pytest.mark.faults)], ids=["two steps", "whole"])
+def test_the_first_task_goes_from_nothing_to_a_measured_model(cut, tmp_path):
+    """Run the page's files and commands; the whole run, with real vLLM, learns the task."""
+    page = [each for each in SNIPPETS if each.page == "docs/first-task.md"]
+    make_data, reward = [each.text for each in page if each.language == "python"]
+    (config,) = [yaml.safe_load(each.text) for each in page if each.language == "yaml"]
+    if cut:
+        config["rollout"]["engine"] = "transformers"
+        config["trainer"] |= {"steps": 2, "eval_every": 2, "save_every": 2}
+    for name, text in (("make_data.py", make_data), ("reward.py", reward), ("config.yaml", yaml.safe_dump(config))):
+        (tmp_path / name).write_text(text)
+    commands = [each.text for each in page if each.text.startswith("python ")]
+    assert len(commands) == 5
+    for command in commands:
+        run_command(command, tmp_path)
+    (results,) = (tmp_path / "runs/sort/evaluation").glob("*/results.json")
+    found = json.loads(results.read_text())["held_out"]
+    assert (found["problems"], found["samples"], found["faults"]) == (50, 4, 0)
+    assert cut or found["figures"]["avg@4"]["value"] > 0.8
+    assert (tmp_path / "runs/sort/report.html").exists()
 
 
 def test_the_family_of_the_page_is_the_real_one(tmp_path):
