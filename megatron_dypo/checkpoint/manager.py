@@ -1,7 +1,7 @@
 """Asynchronous checkpoints: snapshot to host memory, write in a thread, commit once every rank is done; and loading.
 
-Loading takes the newest checkpoint whose files are undamaged. ``Counters`` is what a run counts between its steps,
-saved as ``state.json``. With ``trainer.save_blocking`` the step itself writes.
+Loading takes the newest checkpoint whose files are undamaged. ``Counters``, a run's counts between steps, are saved as
+``state.json``. With ``trainer.save_blocking`` the step itself writes.
 """
 
 from __future__ import annotations

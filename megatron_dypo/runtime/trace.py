@@ -51,14 +51,14 @@ _recorder: Recorder | None = None  # this process's
 
 
 def start() -> Recorder:
-    """Record from now on, on this process."""
+    """Start recording in this process."""
     global _recorder
     _recorder = Recorder()
     return _recorder
 
 
 def stop() -> None:
-    """Record no more."""
+    """Stop recording."""
     global _recorder
     _recorder = None
 

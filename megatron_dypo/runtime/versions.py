@@ -167,7 +167,7 @@ def requirements(lines: str, row: Row) -> str:
 
 def markdown() -> str:
     """Return the table for docs/rollout.md."""
-    lines = ["| vLLM | torch | transformers | servers | fp32 head | run with it so far |", "|---|---|---|---|---|---|"]
+    lines = ["| vLLM | torch | transformers | servers | fp32 head | tested so far |", "|---|---|---|---|---|---|"]
     for row in ROWS:
         servers, head = (
             "yes" if release(row.first) >= since else f"from {text(since)}" if release(row.last) >= since else "no"

@@ -158,7 +158,7 @@ def _reason_to_skip(
 ) -> str | None:
     """Return why this update must not be applied, and on which prompts; None if it may. The same on every rank."""
     if not (math.isfinite(norm) and math.isfinite(loss)):
-        with phase("search for what is not finite"):
+        with phase("search for non-finite values"):
             return f"gradient norm {norm:g}, loss {loss:g}: {bad_gradient(policy, minibatch, streams)}"
     bound, way_out = trainer.max_grad_norm_to_apply, "if this is its new level, resume with"
     if bound and norm > bound:
