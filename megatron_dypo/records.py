@@ -64,7 +64,7 @@ class Response:
     ``logprobs[t]`` is the engine's log-prob of ``ids[t]`` under the sampling distribution (nats), and
     ``weight_version`` the optimizer updates of the sampling weights. ``fault`` says why it could not be scored (its
     reward is then 0), else None. ``experts`` [tokens, layers, experts per token] is the engine's routing of the tokens
-    of prompt and response, except the last, which it never read.
+    of prompt and response, except the last, which it never read; one byte each if they fit.
     """
 
     ids: np.ndarray
@@ -86,7 +86,8 @@ class Group:
     """A prompt and its k responses; ``teacher_indices`` is this step's draw, if a term trains on traces.
 
     ``teacher_rewards`` are those of the drawn traces, if the recipe scores them. An ``expert`` group is a row of the
-    expert data set: no responses, and one trace to imitate.
+    expert data set: no responses, and one trace to imitate. ``holder`` is the rank that sampled the responses and
+    keeps their ``experts``.
     """
 
     prompt: Prompt
@@ -96,6 +97,7 @@ class Group:
     teacher_indices: tuple[int, ...] | None = None
     teacher_rewards: tuple[float, ...] = ()
     expert: bool = False
+    holder: int = 0
 
     @property
     def weight_version(self) -> int:

@@ -230,8 +230,8 @@ def _train(
                 raise TrainingError(f"{in_a_row}; the last: {result.skipped}")
             asked = stop.agreed() if step < trainer.steps else None
             with phase("checkpoint save"):
-                prefetched = rollouts.prefetched.sampled if rollouts.prefetched else ()
-                saver.after_step(counters, evaluation.get("eval/valid/greedy_accuracy"), prefetched, bool(asked))
+                accuracy = evaluation.get("eval/valid/greedy_accuracy")
+                saver.after_step(counters, accuracy, rollouts.in_flight, bool(asked))
             tracing.write()
             if asked:
                 break

@@ -28,6 +28,7 @@ def train_steps(shape: str, budget: int, steps: int, sections: dict, prompts: in
     from megatron_dypo.models.sharding import random_weights
     from megatron_dypo.objectives.queue import failed
     from megatron_dypo.policy.policy import Policy
+    from megatron_dypo.rollout.sampling import keep_own_routing
     from megatron_dypo.runtime import distributed
     from megatron_dypo.training.minibatch import build_minibatches, plan_minibatch
     from megatron_dypo.training.passes import logprob_passes
@@ -45,6 +46,7 @@ def train_steps(shape: str, budget: int, steps: int, sections: dict, prompts: in
         groups = for_recipe(make_groups(prompts, seed=step), config.objective)
         if config.policy.routing_replay == "rollout":
             route(groups, model.num_layers, model.router_topk, model.num_experts)
+            keep_own_routing(groups, layout)
         minibatches = build_minibatches(policy.layout, groups, config, trace_ids)
         if waiting := failed(groups, config.objective):  # all of them are due
             due = [

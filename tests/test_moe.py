@@ -114,6 +114,7 @@ def spoilt_rollout(spoil: str) -> str:
     from megatron_dypo.policy.policy import Policy
     from megatron_dypo.runtime import distributed
     from megatron_dypo.training.minibatch import build_minibatches
+    from megatron_dypo.training.routing import give_routing
 
     config = make_config("qwen3_moe", 100_000, policy={"routing_replay": "rollout"})
     layout, shape = distributed.init(), model_shape(config.model)
@@ -126,16 +127,103 @@ def spoilt_rollout(spoil: str) -> str:
         "none": None,
     }[spoil]
     with pytest.raises(TrainingError) as refused:
-        policy.logprobs(build_minibatches(layout, groups, config, trace_ids)[0].rollouts)
+        give_routing(policy, build_minibatches(layout, groups, config, trace_ids))
     return str(refused.value)
 
 
 @pytest.mark.parametrize(
     ("spoil", "said"),
-    [("twice", "one expert twice"), ("layers", "experts) [(3, 2), (4, 2)]"), ("none", "has no routing")],
+    [("twice", "one expert twice"), ("layers", "experts) (3, 2)"), ("none", "has no routing")],
 )
 def test_a_rollout_of_another_routing_is_refused(spoil, said):
     assert said in run_ranks(1, spoilt_rollout, spoil)[0]
+
+
+def routing_of_a_step(parallel: dict, prompts: int) -> dict:
+    """Bytes of routing: of all responses, of this rank's own, of its micro-batches before and after their first pass;
+    and whether each token has what was drawn for it."""
+    import torch
+
+    from megatron_dypo.models.shape import model_shape
+    from megatron_dypo.models.sharding import random_weights
+    from megatron_dypo.policy.policy import Policy
+    from megatron_dypo.rollout.sampling import keep_own_routing
+    from megatron_dypo.runtime import distributed
+    from megatron_dypo.training.minibatch import build_minibatches
+    from megatron_dypo.training.routing import give_routing
+
+    config = make_config("qwen3_moe", 150, policy={"routing_replay": "rollout"}, parallel=parallel)
+    layout, shape = distributed.init(config.parallel), model_shape(config.model)
+    policy = Policy(config, shape, layout, random_weights(shape, seed=1))
+    whole, groups = (
+        route(make_groups(prompts), shape.num_layers, shape.router_topk, shape.num_experts) for _ in range(2)
+    )
+    keep_own_routing(groups, layout)
+    minibatches = build_minibatches(layout, groups, config, trace_ids)
+    give_routing(policy, minibatches)
+    (work,) = minibatches
+    as_drawn, given = True, 0
+    for batch in work.rollouts:
+        if batch.given_TLK is None:
+            continue
+        given += batch.given_TLK.nbytes
+        for token in torch.nonzero(batch.is_given_T).squeeze(1).tolist():
+            sequence = work.sequences[batch.places[batch.owner_T[token]]]
+            drawn_LK = whole[sequence.group].responses[sequence.sample].experts[batch.positions_T[token]]
+            as_drawn &= bool((batch.given_TLK[token].numpy() == drawn_LK[[n - 1 for n in policy.layers]]).all())
+    policy.logprobs(work.batches)
+    assert all(batch.given_TLK is None for batch in work.batches)
+    kept = sum(each.nbytes for batch in work.rollouts for each in batch.routing.chosen.values())
+    each = [response.experts for group in groups for response in group.responses]
+    drawn = [response.experts for group in whole for response in group.responses]
+    return {
+        "all": sum(experts.nbytes for experts in drawn),
+        "own": sum(experts.nbytes for experts in each if experts is not None),
+        "trained": sum(drawn[4 * s.group + s.sample].nbytes for s in work.sequences if s.kind == 0),
+        "given": given,
+        "kept": kept,
+        "as drawn": as_drawn,
+        "layout": layout,
+    }
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel"), [(1, {}), (4, {"expert": 4}), (4, PP2 | EP2), (4, SP | EP4), (4, CP2 | EP4)], ids=str
+)
+def test_a_rank_keeps_the_routing_of_its_own_responses_and_gets_that_of_its_micro_batches(world, parallel):
+    """A byte per choice; divided by the data-parallel ranks and by what else cuts tokens and layers."""
+    results = run_ranks(world, routing_of_a_step, parallel, 48)
+    for found in results:
+        layout = found["layout"]
+        assert found["as drawn"]
+        assert found["own"] < 1.3 * found["all"] / world
+        share = found["trained"] / layout.dp / layout.cp / layout.pp
+        assert found["given"] < 1.3 * share  # last tokens and padding
+        assert found["kept"] < 1.3 * share / layout.tp
+    assert sum(found["own"] for found in results) == results[0]["all"]
+
+
+def test_teachers_tokens_of_the_same_micro_batch_are_routed_live():
+    """The engine's choice is for responses alone; the router's own stands for the other tokens."""
+    import torch
+
+    from megatron_dypo.policy.micro_batch import MicroBatch
+    from megatron_dypo.policy.moe import Routing
+    from megatron_dypo.records import Kind, Sequence
+    from megatron_dypo.training.routing import packed
+
+    sequences = [Sequence(np.arange(5), 2, Kind.ROLLOUT, 0, 0), Sequence(np.arange(4), 2, Kind.TEACHER, 0, 0)]
+    batch = MicroBatch.pack(sequences, [0, 1], 1.0)
+    given_TLK, is_given_T = packed(batch, {0: np.array([[[7, 6]]] * 4, np.uint8)})
+    routing = Routing(batch.owner_T >= 0, {3: given_TLK[:, 0]}, is_given_T)
+    routing.begin_training()
+    probs_TE = torch.rand(9, 8, generator=torch.Generator().manual_seed(0))
+    probs_TE[:, 6:] = 0.0
+    chosen_TK = routing.choose(3, probs_TE, 2)
+    assert (chosen_TK[:4] == torch.tensor([7, 6])).all()
+    assert torch.equal(chosen_TK[4:], probs_TE[4:].topk(2).indices)
+    assert routing.differing.tolist() == [8, 18]
+    assert torch.equal(routing.choose(3, 1 - probs_TE, 2), chosen_TK), "and stands from then on"
 
 
 def test_the_auxiliary_loss_evens_the_load():

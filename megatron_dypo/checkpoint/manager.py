@@ -196,12 +196,16 @@ class Saver:
         dist.barrier()
 
     def after_step(
-        self, counters: Counters, score: float | None, prefetched: Sequence[Group] = (), last: bool = False
+        self,
+        counters: Counters,
+        score: float | None,
+        prefetched: Callable[[], Sequence[Group]] = list,
+        last: bool = False,
     ) -> None:
         """Commit what has been written; save if ``trainer.save_every`` is due, or after the ``last`` step.
 
         ``score`` is this step's held-out accuracy, if it was evaluated: the best checkpoint is kept. ``prefetched``
-        holds the groups already sampled for the next step. ``last``: the run stops after this step.
+        returns the groups already sampled for the next step, and is collective. ``last``: the run stops after this.
         """
         with self.clock():
             self._complete(wait=False)
@@ -210,7 +214,7 @@ class Saver:
             if due or last:
                 self._complete(wait=True)
                 self._score = score
-                self._save(counters, score, prefetched)
+                self._save(counters, score, prefetched())
 
     def finish(self, counters: Counters) -> None:
         """Wait for the save in progress. Raises TrainingError if the last one could not be written in two attempts."""

@@ -46,8 +46,8 @@ class MicroBatch:
 
     ``owner_T`` maps each token to an index into ``places``, -1 for padding. ``cu_seqlens`` [S + 1] are the offsets over
     all context-parallel ranks' tokens, including a filler segment at the end; streams are in the order of ``places``;
-    ``tail_N`` is a target's position in its sequence's tail. ``experts_TLK`` is the rollout engine's choice of experts,
-    -1 if it made none; ``routing`` is where the policy records the choice to replay.
+    ``tail_N`` is a target's position in its sequence's tail. ``given_TLK`` is the rollout engine's choice of K experts
+    in this rank's L layers, valid where ``is_given_T``; ``routing`` is where the policy records the choice to replay.
     """
 
     ids_T: Tensor
@@ -60,7 +60,8 @@ class MicroBatch:
     temperature_N: Tensor
     places: list[int]
     counts: list[int]
-    experts_TLK: Tensor | None = None
+    given_TLK: Tensor | None = None
+    is_given_T: Tensor | None = None
     routing: Routing | None = None
 
     @classmethod

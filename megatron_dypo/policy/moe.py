@@ -31,12 +31,14 @@ from megatron_dypo.runtime.distributed import device
 class Routing:
     """The experts of one micro-batch's tokens, by layer (from 1) as mcore numbers them.
 
-    ``real_T`` is False for padding. ``given``: layer -> [T, K], rows of -1 if nothing is known.
+    ``real_T`` is False for padding. ``given``: layer -> [T, K], valid where ``is_given_T``. A choice is kept in one
+    byte, in two with more than 256 experts.
     """
 
-    def __init__(self, real_T: Tensor, given: dict[int, Tensor] | None = None):
-        self.real_T = real_T
-        self.chosen: dict[int, Tensor] = given or {}
+    def __init__(self, real_T: Tensor, given: dict[int, Tensor] | None = None, is_given_T: Tensor | None = None):
+        self.real_T, self._is_given_T = real_T, is_given_T
+        self._given: dict[int, Tensor] = given or {}  # until the layer has chosen for the other tokens, too
+        self.chosen: dict[int, Tensor] = {}
         self.score_sums: dict[int, Tensor] = {}  # [E], sums of the router's probabilities in a training pass
         self.weights: Tensor | None = None  # [L, E], cost of a unit of probability: the auxiliary loss is linear
         self.replayed: set[int] = set()  # layers whose choice is older than the training pass
@@ -45,17 +47,17 @@ class Routing:
 
     def begin_training(self) -> None:
         """Make the recorded choices the ones that the training pass replays."""
-        self.replayed = set(self.chosen)
+        self.replayed = {*self.chosen, *self._given}
 
     def choose(self, layer: int, probs_TE: Tensor, k: int) -> Tensor:
         """Return the experts [T, K]: the recorded ones, else the ``k`` most probable, which are recorded."""
         own_TK = probs_TE.topk(k).indices
-        given_TK = self.chosen.get(layer)
-        if given_TK is None:
-            self.chosen[layer] = own_TK.to(torch.int16)
-            return own_TK
-        chosen_TK = torch.where(given_TK[:, :1] < 0, own_TK, given_TK.long())
-        self.chosen[layer] = chosen_TK.to(torch.int16)
+        if layer not in self.chosen:
+            first_TK, given_TK = own_TK, self._given.pop(layer, None)
+            if given_TK is not None and self._is_given_T is not None:
+                first_TK = torch.where(self._is_given_T[:, None], given_TK.long(), own_TK)
+            self.chosen[layer] = first_TK.to(torch.uint8 if probs_TE.shape[1] <= 256 else torch.int16)
+        chosen_TK = self.chosen[layer].long()
         if layer in self.replayed and torch.is_grad_enabled():
             same_TK = (chosen_TK[:, :, None] == own_TK[:, None, :]).any(-1)
             self.differing += torch.stack([(~same_TK & self.real_T[:, None]).sum(), k * self.real_T.sum()])

@@ -19,7 +19,6 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_dypo.config.schema import Config
-from megatron_dypo.errors import TrainingError
 from megatron_dypo.kernels import LogProbs, linear_logprob, linear_loss
 from megatron_dypo.models.export import hf_tensors
 from megatron_dypo.models.shape import ModelShape
@@ -248,29 +247,21 @@ class Policy:
             return [Routing(self._own_slice(batch.owner_T) >= 0) for batch in batches]
         for batch in batches:
             if batch.routing is None:
-                batch.routing = Routing(self._own_slice(batch.owner_T) >= 0, self._given(batch))
+                batch.routing = Routing(self._own_slice(batch.owner_T) >= 0, *self._given(batch))
         return [batch.routing for batch in batches if batch.routing is not None]
 
-    def _given(self, batch: MicroBatch) -> dict[int, Tensor]:
-        """Return the rollout engine's choice in this rank's layers; -1 for tokens that it did not route.
+    @property
+    def layers(self) -> list[int]:
+        """Return this rank's layers, numbered from 1 in the whole model."""
+        return [layer.layer_number for chunk in self.chunks for layer in chunk.module.decoder.layers]
 
-        Raises TrainingError if the experts are not this model's.
-        """
-        if batch.experts_TLK is None:
-            return {}
-        shape = self.shape
-        known, largest = tuple(batch.experts_TLK.shape[1:]), int(batch.experts_TLK.max())
-        if known != (shape.num_layers, shape.router_topk) or largest >= shape.num_experts:
-            raise TrainingError(
-                f"policy.routing_replay: rollout: a rollout has (layers, a token's experts) {known}, up to expert "
-                f"{largest}; the model has {shape.num_layers}, {shape.router_topk} of {shape.num_experts}"
-            )
-        layers = [layer.layer_number for chunk in self.chunks for layer in chunk.module.decoder.layers]
-        given_TLK = self._own_slice(batch.experts_TLK)
-        sorted_TLK = given_TLK.sort(-1).values
-        if ((sorted_TLK.diff(dim=-1) == 0) & (sorted_TLK[..., 1:] >= 0)).any():
-            raise TrainingError("policy.routing_replay: rollout: a rollout routes a token to one expert twice")
-        return {layer: given_TLK[:, layer - 1].contiguous() for layer in layers}
+    def _given(self, batch: MicroBatch) -> tuple[dict[int, Tensor], Tensor | None]:
+        """Take from the batch the rollout engine's choice in this rank's layers, and for which tokens it made one."""
+        if batch.given_TLK is None or batch.is_given_T is None:
+            return {}, None
+        given_TLK, is_given_T = self._own_slice(batch.given_TLK), self._own_slice(batch.is_given_T)
+        batch.given_TLK = batch.is_given_T = None
+        return {layer: given_TLK[:, i].contiguous() for i, layer in enumerate(self.layers)}, is_given_T
 
     def _own_slice(self, values_T: Tensor) -> Tensor:
         """Return this tensor-parallel rank's slice of the tokens, which sequence parallelism routes separately."""

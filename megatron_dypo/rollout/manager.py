@@ -36,11 +36,13 @@ from megatron_dypo.rollout.sampling import (
     RewardProtocol,
     draw_teachers,
     encode_prompts,
+    keep_own_routing,
     sample,
     score,
     score_traces,
     share,
     trace_room,
+    with_routing,
 )
 from megatron_dypo.runtime.distributed import Layout, claim_device
 from megatron_dypo.runtime.failure import begin_step, phase
@@ -154,6 +156,7 @@ class RolloutManager:
             self._check_replayed_draws(step, groups)
             self._check_replayed_routing(step, groups)
             self._check_replayed_rewards(step, groups)
+            keep_own_routing(groups, self.layout)
             return Batch(groups)
         groups = self._prompts(step)
         if not self._samples:
@@ -196,6 +199,7 @@ class RolloutManager:
         limits = {"vocab_size": self.shape.vocab_size, "longest": self.shape.max_position}
         groups = recording.read(file, self._by_id, self._samples, **limits)
         places = self.config.data.prompts_per_step
+        keep_own_routing(groups, self.layout)
         self.prefetched = Batch(groups[:places], groups[places:])
 
     def deferred(self, waiting: Sequence[Waiting]) -> list[Group]:
@@ -271,6 +275,7 @@ class RolloutManager:
             replacements = (self._dynamic.replacement(step, place, number) for number in more)
             seen = [group, *(each for each in replacements if each is not None)]
             for one, its in zip(seen, sampled[place], strict=True):
+                one.holder = place % self.layout.world
                 one.responses, one.teacher_indices, one.teacher_rewards = its
             batch.groups.append(seen[-1])
             batch.replaced += seen[:-1]
@@ -312,13 +317,20 @@ class RolloutManager:
                 )
 
     def record(self, step: int, groups: list[Group]) -> None:
-        """Write the graded step to ``rollout.record``, if set, on rank 0. A full disk is a warning."""
-        if self.config.rollout.record and self.layout.is_main:
-            with phase("recording"):
-                try:
-                    recording.record(self.config.rollout.record, step, groups)
-                except OSError as error:
-                    log.warning("step %d is not recorded and cannot be replayed, training continues: %s", step, error)
+        """Write the graded step to ``rollout.record``, if set, on rank 0; collective. A full disk is a warning."""
+        if not self.config.rollout.record:
+            return
+        with phase("recording"):
+            whole = with_routing(groups, self.layout)
+            try:
+                if self.layout.is_main:
+                    recording.record(self.config.rollout.record, step, whole)
+            except OSError as error:
+                log.warning("step %d is not recorded and cannot be replayed, training continues: %s", step, error)
+
+    def in_flight(self) -> list[Group]:
+        """Return the next step's batch as a checkpoint holds it, complete on rank 0. Collective."""
+        return with_routing(self.prefetched.sampled, self.layout) if self.prefetched else []
 
     def usable_teachers(self, group: Group) -> list[int]:
         """Return the indices of the teachers whose trace is short enough."""

@@ -1,7 +1,6 @@
-"""An engine's routing of tokens, as text (a recorded rollout, a server's response) and along packed tokens.
+"""An engine's routing of tokens, in memory and as text (a recorded rollout, a server's response).
 
-Legend: n tokens of prompt and response except the last, which the engine never read; T a micro-batch's tokens on this
-rank, L layers, K experts of a token.
+Legend: n tokens of prompt and response except the last, which the engine never read; L layers, K experts of a token.
 """
 
 from __future__ import annotations
@@ -12,13 +11,13 @@ import math
 from tokenize import TokenError
 
 import numpy as np
-import torch
 from numpy.lib import format as npy
-from torch import Tensor
 
-from megatron_dypo.errors import TrainingError
-from megatron_dypo.policy.micro_batch import MicroBatch
-from megatron_dypo.records import Group, Sequence
+
+def compact(experts_nLK: np.ndarray) -> np.ndarray:
+    """Return a copy with one byte per choice if all experts fit, else two."""
+    experts_nLK = np.asarray(experts_nLK)
+    return experts_nLK.astype(np.uint8 if experts_nLK.max(initial=0) < 256 else np.uint16)
 
 
 def as_text(experts_nLK: np.ndarray) -> str:
@@ -50,24 +49,3 @@ def from_text(text: str, tokens: int) -> np.ndarray:
     if experts.min() < 0 or experts.max() > np.iinfo(np.int16).max:
         raise ValueError(f"experts {experts.min()} to {experts.max()}")
     return experts
-
-
-def packed_experts(batch: MicroBatch, sequences: list[Sequence], groups: list[Group]) -> Tensor | None:
-    """Return int16 [T, L, K], -1 if the engine routed nothing: each sequence's last token, and padding.
-
-    None without sequences. Raises TrainingError if a response lacks its routing, or has another model's.
-    """
-    if not batch.places:
-        return None
-    responses = [groups[sequences[place].group].responses[sequences[place].sample] for place in batch.places]
-    known = [response.experts for response in responses if response.experts is not None]
-    if len(known) < len(responses):
-        raise TrainingError("policy.routing_replay: rollout, but the rollout has no routing")
-    sizes = sorted({experts.shape[1:] for experts in known})
-    if len(sizes) > 1:
-        raise TrainingError(f"policy.routing_replay: rollout: rollouts have (layers, a token's experts) {sizes}")
-    packed = torch.full((len(batch.owner_T), *sizes[0]), -1, dtype=torch.int16)
-    for i, experts in enumerate(known):
-        mine = torch.nonzero((batch.owner_T == i) & (batch.positions_T < len(experts))).squeeze(1)
-        packed[mine] = torch.from_numpy(experts.astype(np.int16))[batch.positions_T[mine]]
-    return packed

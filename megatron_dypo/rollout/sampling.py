@@ -6,7 +6,8 @@ tried in a place are a list, the last of which stays there: one, except with dyn
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from megatron_dypo.config.schema import Config
@@ -16,8 +17,9 @@ from megatron_dypo.records import Group, Prompt, Response, Teacher
 from megatron_dypo.reward import Score
 from megatron_dypo.reward.scorers import penalty
 from megatron_dypo.rollout.engine import Engine, Request, Sampling
+from megatron_dypo.rollout.routed_experts import compact
 from megatron_dypo.runtime.determinism import choose, stable_hash
-from megatron_dypo.runtime.distributed import Layout, all_gather_objects
+from megatron_dypo.runtime.distributed import Layout, all_gather_objects, gather_objects
 
 RewardProtocol = Callable[[list[Prompt], list[str]], list[Score]]
 
@@ -51,6 +53,9 @@ def sample(groups: list[Group], engine: Engine, config: Config, end_ids: tuple[i
         for i in range(k)
     ]
     responses = engine.generate(requests, sampling(config, end_ids))
+    for response in responses:
+        if response.experts is not None:
+            response.experts = compact(response.experts)
     for i, group in enumerate(groups):
         group.responses = responses[i * k : (i + 1) * k]
 
@@ -128,16 +133,42 @@ class Sampled(NamedTuple):
     teacher_rewards: tuple[float, ...]
 
 
+def _without_routing(sampled: Sampled) -> Sampled:
+    return sampled._replace(responses=[dataclasses.replace(each, experts=None) for each in sampled.responses])
+
+
+def keep_own_routing(groups: list[Group], layout: Layout) -> None:
+    """Drop the routing of the groups that other ranks would have sampled, where every rank has read all groups."""
+    for place, group in enumerate(groups):
+        group.holder = place % layout.world
+        if group.holder != layout.rank:
+            for response in group.responses:
+                response.experts = None
+
+
+def with_routing(groups: Sequence[Group], layout: Layout) -> list[Group]:
+    """Return the groups, on rank 0 with the routing that other ranks hold. Collective."""
+    mine = [(g, group) for g, group in enumerate(groups) if group.holder == layout.rank]
+    held = {g: [response.experts for response in group.responses] for g, group in mine}
+    whole = list(groups)
+    for g, experts in (each for part in gather_objects(held) for each in part.items()):
+        pairs = zip(groups[g].responses, experts, strict=True)
+        responses = [dataclasses.replace(response, experts=its) for response, its in pairs]
+        whole[g] = dataclasses.replace(groups[g], responses=responses)
+    return whole
+
+
 def share(tried: list[list[Group]], layout: Layout, seconds: float) -> tuple[list[list[Sampled]], list[float]]:
-    """Exchange what each rank sampled for its places; return the whole batch, [place, try], and all ranks' seconds.
+    """Exchange what each rank sampled for its places, except its routing; return the whole batch, [place, try], and
+    all ranks' seconds.
 
     ``seconds``: the time of this rank's share, without waiting for others.
     """
     mine = [
         [Sampled(group.responses, group.teacher_indices, group.teacher_rewards) for group in groups] for groups in tried
     ]
-    gathered = all_gather_objects((seconds, mine))
+    gathered = all_gather_objects((seconds, [[_without_routing(each) for each in its] for its in mine]))
     sampled: list = [None] * sum(len(theirs) for _, theirs in gathered)
     for rank, (_, theirs) in enumerate(gathered):
-        sampled[rank :: layout.world] = theirs
+        sampled[rank :: layout.world] = mine if rank == layout.rank else theirs
     return sampled, [spent for spent, _ in gathered]

@@ -19,10 +19,9 @@ from megatron_dypo.objectives.dypo import grade
 from megatron_dypo.objectives.recipes import packed_sources, recipe, trained_responses
 from megatron_dypo.policy.micro_batch import MicroBatch
 from megatron_dypo.records import Group, Kind, Sequence
-from megatron_dypo.rollout.routed_experts import packed_experts
 from megatron_dypo.rollout.sampling import draw_teachers
 from megatron_dypo.runtime.distributed import Layout
-from megatron_dypo.training.packing import plan_micro_batches
+from megatron_dypo.training.packing import MicroBatchPlan, plan_micro_batches
 
 if TYPE_CHECKING:
     from megatron_dypo.config.schema import Objective
@@ -79,13 +78,15 @@ def training_sequences(
 class MiniBatch:
     """One mini-batch: all its sequences, and this rank's micro-batches (rollouts first, traces separate).
 
-    ``deferred``: an update of groups that have waited, by deferred terms alone.
+    ``plan``: the rollouts' places in ``sequences``, by data-parallel rank and micro-batch. ``deferred``: an update of
+    groups that have waited, by deferred terms alone.
     """
 
     groups: list[Group]
     sequences: list[Sequence]
     rollouts: list[MicroBatch]
     traces: list[MicroBatch]
+    plan: MicroBatchPlan
     deferred: bool = False
     logp: dict[str, list[Tensor]] = field(default_factory=dict)  # per rollout micro-batch [N], last stage only
     entropy: list[Tensor] = field(default_factory=list)  # of all micro-batches [N], last stage only; if read
@@ -100,7 +101,7 @@ class MiniBatch:
     def forget_routing(self) -> None:
         """Release the routing after training: the engine may need the device."""
         for batch in self.batches:
-            batch.routing = batch.experts_TLK = None
+            batch.routing = batch.given_TLK = batch.is_given_T = None
 
 
 def build_minibatches(
@@ -127,21 +128,19 @@ def plan_minibatch(
 ) -> MiniBatch:
     """Plan one mini-batch of these groups: its sequences, and this rank's micro-batches of them."""
     sequences = training_sequences(groups, config.objective, encode_trace, deferred)
-    packed = []
+    packed, plans = [], []
     for of_rollouts in (True, False):
         places = [place for place, sequence in enumerate(sequences) if (sequence.kind == Kind.ROLLOUT) == of_rollouts]
         lengths = [sequences[place].length for place in places]
         shares = plan_micro_batches(
             lengths, layout.dp, config.data.max_tokens_per_microbatch, layout.micro_batch_multiple
         )
+        plans.append([[[places[i] for i in members] for members in share] for share in shares])
         packed.append(
             [
-                MicroBatch.pack(sequences, [places[i] for i in members], config.rollout.temperature, **layout.packing)
-                for members in shares[layout.dp_rank]
+                MicroBatch.pack(sequences, members, config.rollout.temperature, **layout.packing)
+                for members in plans[-1][layout.dp_rank]
             ]
         )
     rollouts, traces = packed
-    if config.policy.routing_replay == "rollout":
-        for batch in rollouts:
-            batch.experts_TLK = packed_experts(batch, sequences, groups)
-    return MiniBatch(groups, sequences, rollouts, traces, deferred)
+    return MiniBatch(groups, sequences, rollouts, traces, plans[0], deferred)

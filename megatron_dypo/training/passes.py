@@ -24,6 +24,7 @@ from megatron_dypo.runtime.distributed import all_gather_objects, device
 from megatron_dypo.training.diagnostics import bad_batch
 from megatron_dypo.training.metrics import mismatch_metrics
 from megatron_dypo.training.minibatch import MiniBatch
+from megatron_dypo.training.routing import give_routing
 
 PER_TOKEN = ("now", "old", "reference", "rollout")
 
@@ -33,6 +34,8 @@ def logprob_passes(policy: Policy, minibatches: list[MiniBatch], config: Config)
 
     Returns (``mismatch_metrics``, the prompts with a non-finite reward or log-prob, or None).
     """
+    if config.policy.routing_replay == "rollout":
+        give_routing(policy, minibatches)
     for minibatch in minibatches:
         minibatch.logp["old"] = current_logprobs(policy, minibatch, config.objective)
         minibatch.logp["rollout"] = [_rollout_stream(minibatch, batch) for batch in minibatch.rollouts]
