@@ -141,6 +141,12 @@ def _add_plan(commands) -> None:
     plan.add_argument("--prompt-tokens", type=float, metavar="N", help="mean prompt length; default: maximum / 2")
     plan.add_argument("--mid", type=float, default=0.5, metavar="SHARE", help="share of Mid prompts (default: 0.5)")
     plan.add_argument("--hard", type=float, default=0.25, metavar="SHARE", help="share of Hard prompts (default: 0.25)")
+    plan.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="RUN_DIR",
+        help="fit the time constants to a run of this model, state the error",
+    )
     plan.add_argument("--all", action="store_true", help="show every layout, virtual pipelines and server counts too")
     plan.set_defaults(run=_plan)
 
@@ -300,6 +306,10 @@ def _plan(options: argparse.Namespace) -> int:
         if not 0 < getattr(options, name) < 1e6:
             raise UserError(f"plan: --{name.replace('_', '-')}: {getattr(options, name):g} is out of range")
     cluster = Cluster(options.gpus, options.gpu_memory * 2**30, gpu(options.gpu), options.gpus_per_node)
+    if options.calibrate:
+        from megatron_dypo.planner.calibrate import calibrated
+
+        cluster = calibrated(cluster, config, options.calibrate, options.gpu, options.prompt_tokens)
     work = work_of(config, options.response_tokens, options.prompt_tokens, options.mid, options.hard)
     return show_plan(config, cluster, work, options.config, options.overrides, options.all)
 

@@ -23,7 +23,8 @@ from megatron_dypo.planner.launch import commands, nodes_of
 from megatron_dypo.planner.memory import GIB, UNEVEN, activation_bytes, host_need, policy_need, rank_parameters
 from megatron_dypo.planner.placement import place_reference, require_room
 from megatron_dypo.planner.search import plan
-from megatron_dypo.planner.steptime import step_seconds, sync_ways
+from megatron_dypo.planner.steptime import step_seconds
+from megatron_dypo.planner.sync import syncs
 from megatron_dypo.runtime.distributed import Layout
 from tests.batches import make_config
 from tests.ranks import run_ranks
@@ -462,7 +463,7 @@ def test_published_weight_syncs_are_met_within_30_percent_or_lie_between_the_slo
     """For the second, docs/scaling.md gives the reason."""
     model, gpus, cut, seconds, met = SYNCS[name]
     candidate = Candidate(**PLACED | {"tensor": 1, "pipeline": 1, "placement": "servers"} | cut)
-    sync = sync_ways(RELEASED[model], candidate, Cluster(gpus, 80 * GIB, gpu("h100")))["nccl"]
+    sync = syncs(RELEASED[model], candidate, Cluster(gpus, 80 * GIB, gpu("h100")))["nccl"]
     ratio = sync.total / seconds
     assert (0.7 < ratio < 1.3) == met, f"{name}: {ratio:.2f}, {sync}"
     assert met or ratio < 1 < (sync.gather + sync.send + sync.load) / seconds
@@ -473,7 +474,7 @@ def test_a_gather_over_nodes_uses_the_network_of_all_its_gpus():
     placed = PLACED | {"tensor": 4, "pipeline": 1, "placement": "servers", "server_gpus": 64, "data": 16}
 
     def gather(cluster: Cluster = cluster, **cut: int) -> float:
-        return sync_ways(shape, Candidate(**placed | cut), cluster)["nccl"].gather
+        return syncs(shape, Candidate(**placed | cut), cluster)["nccl"].gather
 
     assert gather(expert=8) < gather(expert=32) < 1.5 * gather(expert=8)
     slower = dataclasses.replace(cluster, gpu=dataclasses.replace(cluster.gpu, network=5e9))
@@ -485,14 +486,14 @@ def test_a_gather_over_nodes_uses_the_network_of_all_its_gpus():
 def test_every_way_of_a_sync_is_planned_and_its_slowest_term_counts():
     shape, cluster = RELEASED["Qwen/Qwen3-30B-A3B"], Cluster(16, 80 * GIB, gpu("h100"))
     placed = PLACED | {"tensor": 1, "pipeline": 1, "placement": "servers", "server_gpus": 8, "data": 8, "expert": 8}
-    ways = sync_ways(shape, Candidate(**placed, engine_tensor=8), cluster)
+    ways = syncs(shape, Candidate(**placed, engine_tensor=8), cluster)
     assert list(ways) == ["in process", "nccl", "sparse_nccl", "ipc", "shared_memory"]
     for sync in ways.values():
         slowest = max(sync.gather, sync.send, sync.load)
         assert slowest <= sync.total <= sync.gather + sync.send + sync.load
         assert sync.streams == (sync.total == slowest) or sync.way == "in process"
     here = dataclasses.replace(cluster, gpus=8)
-    assert sync_ways(shape, Candidate(**placed), here)["nccl"].send < ways["nccl"].send / 5, "within a node"
+    assert syncs(shape, Candidate(**placed), here)["nccl"].send < ways["nccl"].send / 5, "within a node"
     work = dataclasses.replace(WORK, overlap=True)
     need = dataclasses.replace(policy_need(shape, Candidate(**placed), work), engine=70 * GIB)
     assert step_seconds(shape, Candidate(**placed), cluster, work, need).sync == ways["nccl"].total

@@ -1,6 +1,6 @@
 """Inputs of a plan: GPUs by data sheet, shapes of released models, a step's workload, one candidate layout.
 
-``steptime.py`` has the efficiency that training and sampling reach of the data sheet's figures. Shapes of released
+``rates.py`` has the efficiency that training and sampling reach of the data sheet's figures. Shapes of released
 models, by hub name, allow planning a run without having the model.
 """
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from megatron_dypo.config.schema import Model
 from megatron_dypo.errors import UserError
 from megatron_dypo.models.shape import ModelShape, model_shape, of_weights
+from megatron_dypo.planner.rates import MEASURED, Rates
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,13 @@ def planned_shape(config: Model) -> ModelShape:
 
 @dataclass(frozen=True)
 class Cluster:
-    """The GPUs; ``memory`` in bytes of one GPU."""
+    """The GPUs; ``memory`` in bytes of one GPU. ``rates``: what is reached of the data sheet."""
 
     gpus: int
     memory: float
     gpu: Gpu
     per_node: int = 8
+    rates: Rates = MEASURED
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from megatron_dypo.planner.cluster import Cluster, StepWorkload, planned_shape
 from megatron_dypo.planner.launch import commands
 from megatron_dypo.planner.memory import GIB
 from megatron_dypo.planner.search import Plan, Rejected, plan
-from megatron_dypo.planner.steptime import sync_ways
-from megatron_dypo.planner.sync import Sync
+from megatron_dypo.planner.sync import Sync, syncs
 
 BEST, WORST = 12, 12  # lines of layouts that fit, and of those that do not
 
@@ -104,7 +103,7 @@ def show_plan(
         )
         print(f"host memory per rank: {pinned}, {best.host.snapshot / GIB:.1f} while a checkpoint is written")
         print("its weight sync, by each way (rollout.sync_backend); a layer is gathered while another is sent:")
-        print_table(*_sync_rows(sync_ways(shape, best.candidate, cluster)), {"way", "needs"})
+        print_table(*_sync_rows(syncs(shape, best.candidate, cluster)), {"way", "needs"})
     else:
         print("nothing fits")
     _print_rejected(rejected, everything)

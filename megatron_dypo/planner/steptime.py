@@ -1,6 +1,6 @@
 """Seconds of a step: rollout, log-prob passes, update, weight sync, and transfers between host and device.
 
-A roofline with a few measured efficiencies, listed below in one place. It ranks layouts, and comes within a third of
+A roofline with a few measured efficiencies (``rates.py``). It ranks layouts, and comes within a third of
 published step times (docs/scaling.md); it ignores stragglers, slow file systems, and rewards.
 """
 
@@ -20,15 +20,7 @@ from megatron_dypo.planner.memory import (
     dense_parameters,
     expert_parameters,
 )
-from megatron_dypo.planner.sync import Sync, syncs
-
-TRAIN, FORWARD, PREFILL = 0.40, 0.45, 0.50  # fraction of peak FLOPs: Megatron-Core pre-trains at 0.41-0.48 on H100
-STREAM = 0.65  # fraction of the peak memory bandwidth in decoding
-LINK = 0.70  # fraction of a link's bandwidth in a collective
-DECODE_STEP = 0.004  # seconds of a decoding step besides memory and arithmetic: scheduling, sampling, launch
-NARROW = 1000  # a mixture reaches w / (w + NARROW) of that, w the harmonic sum of hidden size and an expert's width:
-# pre-training with Megatron-Core (FP8) reaches 0.12 of an H100's bf16 peak for Qwen3-30B-A3B, 0.24 for 235B-A22B
-HOP = 20e-6  # seconds of one small all-reduce in a node: two per layer and decoding step with tensor parallelism
+from megatron_dypo.planner.sync import syncs
 
 
 @dataclass(frozen=True)
@@ -51,15 +43,16 @@ class Seconds:
 
 def step_seconds(shape: ModelShape, candidate: Candidate, cluster: Cluster, work: StepWorkload, need: Need) -> Seconds:
     """Return the seconds of one step of ``work``; ``need.engine`` is vLLM's memory on a GPU."""
-    forward = _pass_seconds(shape, candidate, cluster, work, work.rollout_trained, 1, FORWARD)
+    rates = cluster.rates
+    forward = _pass_seconds(shape, candidate, cluster, work, work.rollout_trained, 1, rates.forward)
     factor = {"none": 3.0, "selective": 3.5, "full": 4.0}[candidate.recompute]  # forward, backward, recomputation
-    update = _pass_seconds(shape, candidate, cluster, work, work.trained, factor, TRAIN, work.updates)
+    update = _pass_seconds(shape, candidate, cluster, work, work.trained, factor, rates.train, work.updates)
     update += work.updates * _reduce_seconds(shape, candidate, cluster)
     if work.balanced:  # counts the load of all tokens, before the first gradient
-        update += _pass_seconds(shape, candidate, cluster, work, work.trained, 1, FORWARD)
+        update += _pass_seconds(shape, candidate, cluster, work, work.trained, 1, rates.forward)
     if work.side:  # its log-probs, and its own updates
-        rounds = work.side_updates
-        learned = _pass_seconds(shape, candidate, cluster, work, work.rollout_trained, factor, TRAIN, rounds)
+        rounds, tokens = work.side_updates, work.rollout_trained
+        learned = _pass_seconds(shape, candidate, cluster, work, tokens, factor, rates.train, rounds)
         update += forward + learned + rounds * _reduce_seconds(shape, candidate, cluster)
     if work.updates > 1:  # the trajectory coefficients are refreshed before each
         update += forward
@@ -70,8 +63,8 @@ def step_seconds(shape: ModelShape, candidate: Candidate, cluster: Cluster, work
         rollout=_rollout_seconds(shape, candidate, cluster, work, need.engine),
         logprob=work.passes * forward,
         update=update,
-        sync=sync_ways(shape, candidate, cluster)["nccl" if candidate.on_servers else "in process"].total,
-        offload=moved / (LINK * cluster.gpu.host),
+        sync=syncs(shape, candidate, cluster)["nccl" if candidate.on_servers else "in process"].total,
+        offload=moved / (cluster.rates.link * cluster.gpu.host),
         overlap=work.overlap and candidate.placement == "servers",
     )
 
@@ -92,7 +85,8 @@ def _pass_seconds(
     gpu = cluster.gpu
     dense = 2 * (shape.active_parameters - shape.vocab_size * shape.hidden_size * (not shape.tied_embeddings))
     attention = 2 * shape.num_layers * shape.num_attention_heads * shape.head_dim * work.mean_sequence  # causal: half
-    compute = tokens * factor * (dense + attention) / (candidate.ranks * share * _width_share(shape) * gpu.flops)
+    reached = share * _width_share(shape, cluster.rates.narrow) * gpu.flops
+    compute = tokens * factor * (dense + attention) / (candidate.ranks * reached)
     batches = -(-tokens // (candidate.data * work.budget * updates))  # each update drains the pipeline
     bubble = (candidate.pipeline - 1) / (candidate.virtual * batches)
     # Per layer and forward pass: two gathers and two scatters of hidden states with sequence parallelism, one of each
@@ -103,15 +97,15 @@ def _pass_seconds(
     gathered = 2 * 2 * shape.num_query_groups * shape.head_dim / t * (c - 1)
     gathered /= gpu.node if t * c <= cluster.per_node else gpu.network
     mine = tokens / (candidate.data * c) * shape.num_layers / candidate.pipeline
-    return (compute + mine * factor * (hidden + gathered) / LINK) * (1 + bubble)
+    return (compute + mine * factor * (hidden + gathered) / cluster.rates.link) * (1 + bubble)
 
 
-def _width_share(shape: ModelShape) -> float:
+def _width_share(shape: ModelShape, narrow: float) -> float:
     """Return the fraction of the efficiency that narrow experts reach; 1 for a dense model."""
     if not shape.num_experts:
         return 1.0
     width = 1 / (1 / shape.hidden_size + 1 / shape.ffn_hidden_size)
-    return width / (width + NARROW)
+    return width / (width + narrow)
 
 
 def _routed_seconds(shape: ModelShape, candidate: Candidate, cluster: Cluster) -> float:
@@ -130,8 +124,8 @@ def _reduce_seconds(shape: ModelShape, candidate: Candidate, cluster: Cluster) -
         (dense_parameters(shape, candidate.tensor, candidate.pipeline), candidate.shards),
         (_experts(shape, candidate), candidate.expert_shards),
     ):
-        exchanged = (GRADIENT + WEIGHT) * count * (d - 1) / d / (LINK * link)
-        seconds += exchanged + 2 * (GRADIENT + OPTIMIZER) * count / d / (STREAM * cluster.gpu.memory)
+        exchanged = (GRADIENT + WEIGHT) * count * (d - 1) / d / (cluster.rates.link * link)
+        seconds += exchanged + 2 * (GRADIENT + OPTIMIZER) * count / d / (cluster.rates.stream * cluster.gpu.memory)
     return seconds
 
 
@@ -150,21 +144,16 @@ def _rollout_seconds(
     cache = cache_bytes(shape, tensor)
     fitting = (room - dense - experts - ENGINE_RESERVE) / (cache * (work.prompt_tokens + work.response_tokens))
     concurrent = max(1.0, min(share, fitting))
-    hops = 2 * shape.num_layers * HOP if tensor > 1 else 0.0
+    hops = 2 * shape.num_layers * cluster.rates.hop if tensor > 1 else 0.0
 
     def step(sequences: float) -> float:
         idle = (1 - shape.router_topk / shape.num_experts) ** sequences if shape.num_experts else 0.0
         read = dense + (1 - idle) * experts  # experts that some token of the batch uses
         read += sequences * cache * (work.prompt_tokens + work.response_tokens / 2)
-        arithmetic = 2 * shape.active_parameters / tensor * sequences / (PREFILL * gpu.flops)
-        return max(read / (STREAM * gpu.memory), arithmetic) + DECODE_STEP + hops
+        arithmetic = 2 * shape.active_parameters / tensor * sequences / (cluster.rates.prefill * gpu.flops)
+        return max(read / (cluster.rates.stream * gpu.memory), arithmetic) + cluster.rates.decode_step + hops
 
     bulk = share / concurrent * work.response_tokens * step(concurrent)
     tail = max(0.0, work.longest - work.prompt_tokens - work.response_tokens) * step(max(1.0, concurrent / 16))
     prefill = 2 * shape.active_parameters / tensor * work.prompts / candidate.engines * work.prompt_tokens
-    return bulk + tail + prefill / (PREFILL * gpu.flops)
-
-
-def sync_ways(shape: ModelShape, candidate: Candidate, cluster: Cluster) -> dict[str, Sync]:
-    """Return the terms of a weight sync by each way (``sync.syncs``)."""
-    return syncs(shape, candidate, cluster, LINK, STREAM)
+    return bulk + tail + prefill / (cluster.rates.prefill * gpu.flops)

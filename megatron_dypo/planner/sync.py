@@ -16,7 +16,6 @@ from megatron_dypo.models.shape import ModelShape
 from megatron_dypo.planner.cluster import Candidate, Cluster
 from megatron_dypo.planner.memory import WEIGHT, expert_parameters
 
-LOADED = 75e-6  # seconds that vLLM spends on each tensor besides its bytes, on a CPU (benchmarks/loaded_tensors.py)
 CHANGED = 0.013  # fraction of the bf16 values that an update at lr 1e-6 changes (benchmarks/README.md)
 PLACED = 3  # times the bytes of a value, if its place is sent with it
 
@@ -37,14 +36,12 @@ class Sync:
         return max(self.gather, max(self.send, self.load) if self.streams else self.send + self.load)
 
 
-def syncs(shape: ModelShape, candidate: Candidate, cluster: Cluster, link: float, stream: float) -> dict[str, Sync]:
-    """Return every way by its name, whether the placement allows it or not.
-
-    ``link``, ``stream``: fractions of the bandwidth that a collective reaches, and a pass over memory.
-    """
+def syncs(shape: ModelShape, candidate: Candidate, cluster: Cluster) -> dict[str, Sync]:
+    """Return every way by its name, whether the placement allows it or not."""
     gpu, total = cluster.gpu, WEIGHT * shape.parameters
+    link, stream = cluster.rates.link, cluster.rates.stream
     gather = _gather(shape, candidate, cluster, link)
-    load = (1 + 1 / candidate.engine_tensor) * total / (stream * gpu.memory) + LOADED * _tensors(shape)
+    load = (1 + 1 / candidate.engine_tensor) * total / (stream * gpu.memory) + cluster.rates.load_tensor * _tensors(shape)
     wire = total / (link * (gpu.node if cluster.gpus <= cluster.per_node else gpu.network))
     host, copy = total / (link * gpu.host), 2 * total / (stream * gpu.memory)
     ways = (

@@ -86,8 +86,8 @@ class MiniBatch:
     sequences: list[Sequence]
     rollouts: list[MicroBatch]
     traces: list[MicroBatch]
-    plan: MicroBatchPlan
     deferred: bool = False
+    plan: MicroBatchPlan = field(default_factory=list)
     logp: dict[str, list[Tensor]] = field(default_factory=dict)  # per rollout micro-batch [N], last stage only
     entropy: list[Tensor] = field(default_factory=list)  # of all micro-batches [N], last stage only; if read
     sums: list[SequenceSums | None] = field(default_factory=list)
@@ -143,4 +143,4 @@ def plan_minibatch(
             ]
         )
     rollouts, traces = packed
-    return MiniBatch(groups, sequences, rollouts, traces, plans[0], deferred)
+    return MiniBatch(groups, sequences, rollouts, traces, deferred, plans[0])
