@@ -61,7 +61,7 @@ class Run:
 
     def save(self, step: int, score: float | None = None) -> Counters:
         counters = Counters(step=step, weight_version=self.policy.version, skipped_steps=7)
-        self.saver.after_step(counters, score, make_groups(2))
+        self.saver.after_step(counters, score, lambda: make_groups(2))
         return counters
 
     def load(self) -> Counters:
