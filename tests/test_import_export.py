@@ -189,7 +189,7 @@ def trained(folder: str, hf: str, parallel: dict) -> dict:
     if layout.is_main:
         (Path(folder) / "config.yaml").write_text(dump(config))
     saver, counters = Saver(config, policy), Counters(step=1, weight_version=policy.version)
-    saver.after_step(counters, None, make_groups(2))  # a prefetched batch, irrelevant to a conversion
+    saver.after_step(counters, None, lambda: make_groups(2))  # a prefetched batch, irrelevant to a conversion
     saver.finish(counters)
     return {name: tensor.numpy().copy() for name, tensor in policy.named_tensors()}
 
