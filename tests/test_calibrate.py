@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
@@ -19,27 +19,44 @@ from megatron_dypo.planner.rates import Rates
 from megatron_dypo.planner.recorded_run import read_run
 from megatron_dypo.planner.steptime import step_seconds
 
-MADE = Rates(train=0.31, forward=0.37, stream=0.52, link=0.44, decode_step=0.0061)
-LAYOUT = Candidate(2, 1, 1, 1, 4, "none", "beside", reference="device")
-CLUSTER = Cluster(8, 141 * 2**30, gpu("h200"))
 STEPS = 31
 
 
-def config_of(run_dir: Path, hf: str = "Qwen/Qwen3-4B-Base") -> dict:
-    return {
-        "model": {"hf": hf},
-        "data": {"train": "prompts.jsonl", "prompts_per_step": 64, "max_prompt_tokens": 600},
-        "rollout": {"samples_per_prompt": 8, "max_response_tokens": 4000},
-        "parallel": {"tensor": 2, "sequence_parallel": True},
-        "optimizer": {"distributed": True},
-        "trainer": {"steps": 100, "run_dir": str(run_dir)},
-    }
+@dataclass(frozen=True)
+class Case:
+    """A run's layout, and constants that make its timings. At TP 2 a sync waits for vLLM, at TP 8 for the gathering."""
+
+    hf: str
+    layout: Candidate
+    made: Rates
+
+    def config(self, run_dir: Path) -> dict:
+        return {
+            "model": {"hf": self.hf},
+            "data": {"train": "prompts.jsonl", "prompts_per_step": 64, "max_prompt_tokens": 600},
+            "rollout": {"samples_per_prompt": 8, "max_response_tokens": 4000},
+            "parallel": {"tensor": self.layout.tensor, "sequence_parallel": True},
+            "optimizer": {"distributed": True},
+            "trainer": {"steps": 100, "run_dir": str(run_dir), "offload": self.layout.placement == "turns"},
+        }
 
 
-def made_run(run_dir: Path, slower: float = 1.0) -> Path:
-    """A run folder whose timings are the estimates with ``MADE``; in the last third ``slower`` times as long."""
+FITTED = {"train": 0.31, "forward": 0.37, "stream": 0.52, "decode_step": 0.0061}
+SMALL = Case(
+    "Qwen/Qwen3-4B-Base",
+    Candidate(2, 1, 1, 1, 4, "none", "beside", reference="device"),
+    Rates(**FITTED, load_tensor=3e-4),
+)
+LARGE = Case(
+    "Qwen/Qwen3-32B", Candidate(8, 1, 1, 1, 1, "none", "turns", reference="device"), Rates(**FITTED, link=0.44)
+)
+CLUSTER = Cluster(8, 141 * 2**30, gpu("h200"))
+
+
+def made_run(run_dir: Path, case: Case = SMALL, slower: float = 1.0) -> Path:
+    """Write a run folder whose timings are estimates; in the last third they are ``slower`` times as long."""
     run_dir.mkdir()
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(config_of(run_dir)))
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(case.config(run_dir)))
     (run_dir / "environment.json").write_text(json.dumps({"ranks": 8, "gpu": "NVIDIA H200"}))
     shape, draw, rows = planned_shape(load_config(str(run_dir / "config.yaml"), []).model), random.Random(0), []
     for step in range(1, STEPS + 1):
@@ -49,9 +66,9 @@ def made_run(run_dir: Path, slower: float = 1.0) -> Path:
             prompts=64, samples=8, prompt_tokens=300, response_tokens=response, longest=4600, teacher_tokens=traces,
             budget=16384, mid=mid, hard=hard, passes=2, reference="auto",
         )  # fmt: skip
-        need = policy_need(shape, LAYOUT, work)
-        need = replace(need, engine=engine_room(shape, LAYOUT, CLUSTER, need))
-        seconds = step_seconds(shape, LAYOUT, replace(CLUSTER, rates=MADE), work, need)
+        need = policy_need(shape, case.layout, work)
+        need = replace(need, engine=engine_room(shape, case.layout, CLUSTER, need))
+        seconds = step_seconds(shape, case.layout, replace(CLUSTER, rates=case.made), work, need)
         times = {name: getattr(seconds, name) for name in ("rollout", "logprob", "update", "sync", "step")}
         times = {f"time/{name}": value * (slower if step > 21 else 1) for name, value in times.items()}
         sampled, taught = 64 * 8 * response, 64 * hard * traces
@@ -63,18 +80,18 @@ def made_run(run_dir: Path, slower: float = 1.0) -> Path:
     return run_dir
 
 
-def calibration(run_dir: Path) -> Calibration:
+def calibration(run_dir: Path, case: Case) -> Calibration:
     shape = planned_shape(load_config(str(run_dir / "config.yaml"), []).model)
     run = read_run(run_dir, shape, None)
-    assert (replace(run.candidate, sharded=True), run.gpu) == (LAYOUT, "NVIDIA H200")
+    assert (replace(run.candidate, sharded=True), run.gpu) == (case.layout, "NVIDIA H200")
     return calibrate(run.steps, shape, run.candidate, CLUSTER)
 
 
-def test_the_constants_that_made_the_timings_are_found(tmp_path):
-    found = calibration(made_run(tmp_path / "run"))
-    for name in ("train", "forward", "stream", "link", "decode_step"):
-        assert getattr(found.rates, name) == pytest.approx(getattr(MADE, name), rel=0.02), name
-    assert (found.rates.narrow, found.rates.hop) == (MADE.narrow, MADE.hop)
+@pytest.mark.parametrize("case", [SMALL, LARGE], ids=["TP2", "TP8"])
+def test_the_constants_that_made_the_timings_are_found(case, tmp_path):
+    found = calibration(made_run(tmp_path / "run", case), case)
+    for field in fields(Rates):
+        assert getattr(found.rates, field.name) == pytest.approx(getattr(case.made, field.name), rel=0.02), field.name
     assert (found.fitted, found.held_out) == (20, 10)
     assert [each.name for each in found.errors] == ["rollout", "logprob", "update", "sync", "step"]
     for each in found.errors:
@@ -82,7 +99,7 @@ def test_the_constants_that_made_the_timings_are_found(tmp_path):
 
 
 def test_the_error_is_that_of_steps_that_were_not_fitted(tmp_path):
-    found = calibration(made_run(tmp_path / "run", slower=1.5))
+    found = calibration(made_run(tmp_path / "run", slower=1.5), SMALL)
     for each in found.errors:
         assert each.fit < 0.01, each
         assert each.held_out == pytest.approx(1 / 3, abs=0.01), each
@@ -90,7 +107,7 @@ def test_the_error_is_that_of_steps_that_were_not_fitted(tmp_path):
 
 def planned(run_dir: Path, *arguments: str) -> int:
     config = run_dir.parent / "config.yaml"
-    config.write_text(yaml.safe_dump(config_of(run_dir.parent / "new")))
+    config.write_text(yaml.safe_dump(SMALL.config(run_dir.parent / "new")))
     return main(["plan", str(config), "--gpus", "8", "--gpu-memory", "141", "--gpu", "h200", *arguments])
 
 

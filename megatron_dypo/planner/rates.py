@@ -13,10 +13,10 @@ class Rates:
     ``stream``: fraction of the peak memory bandwidth in decoding; ``link``: fraction of a link's bandwidth in a
     collective; ``decode_step``: seconds of a decoding step besides memory and arithmetic (scheduling, sampling,
     launch); ``hop``: seconds of one small all-reduce in a node, two per layer and decoding step with tensor
-    parallelism; ``load_tensor``: seconds that vLLM spends on each tensor of a weight sync besides its bytes, measured on
-    a CPU (benchmarks/loaded_tensors.py). A mixture reaches w / (w + ``narrow``) of the fractions of FLOPs, w the harmonic sum of hidden size and
-    an expert's width: pre-training with Megatron-Core (FP8) reaches 0.12 of an H100's bf16 peak for Qwen3-30B-A3B, 0.24
-    for 235B-A22B.
+    parallelism; ``load_tensor``: seconds that vLLM spends on each tensor of a weight sync besides its bytes, measured
+    on a CPU (benchmarks/loaded_tensors.py). A mixture reaches w / (w + ``narrow``) of the fractions of FLOPs, w the
+    harmonic sum of hidden size and an expert's width: pre-training with Megatron-Core (FP8) reaches 0.12 of an H100's
+    bf16 peak for Qwen3-30B-A3B, 0.24 for 235B-A22B.
     """
 
     train: float = 0.40

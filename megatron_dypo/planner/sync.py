@@ -41,7 +41,9 @@ def syncs(shape: ModelShape, candidate: Candidate, cluster: Cluster) -> dict[str
     gpu, total = cluster.gpu, WEIGHT * shape.parameters
     link, stream = cluster.rates.link, cluster.rates.stream
     gather = _gather(shape, candidate, cluster, link)
-    load = (1 + 1 / candidate.engine_tensor) * total / (stream * gpu.memory) + cluster.rates.load_tensor * _tensors(shape)
+    load = (1 + 1 / candidate.engine_tensor) * total / (stream * gpu.memory) + cluster.rates.load_tensor * _tensors(
+        shape
+    )
     wire = total / (link * (gpu.node if cluster.gpus <= cluster.per_node else gpu.network))
     host, copy = total / (link * gpu.host), 2 * total / (stream * gpu.memory)
     ways = (
