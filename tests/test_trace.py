@@ -16,13 +16,19 @@ from megatron_dypo.runtime import trace
 from tests.full_disk import fill_disk
 from tests.launch import copy_task, metrics, train_here
 from tests.ranks import run_ranks
-from tests.rollout_server import Imitation, set_token
+from tests.rollout_server import SECRET, VARIABLE, Imitation
 
 STEPS = 4
 
 
 def events(file: Path, kind: str = "X") -> list[dict]:
     return [event for event in json.loads(file.read_text()) if event["ph"] == kind]
+
+
+def train_with_token(config: str, overrides: list[str]) -> None:
+    """Train with the servers' token: ranks have the environment of when the first of them was forked."""
+    os.environ[VARIABLE] = SECRET
+    train_here(config, overrides)
 
 
 def traced_run(folder: Path) -> Path:
@@ -47,15 +53,13 @@ def traced_run(folder: Path) -> Path:
     shape = model_shape(loaded.model)
     name = served_model_name(loaded, shape, load_tokenizer(loaded, shape))
     with Imitation(name) as first, Imitation(name) as second:
-        run_ranks(2, train_here, str(config), [f"rollout.servers=[{first.url},{second.url}]"])
+        run_ranks(2, train_with_token, str(config), [f"rollout.servers=[{first.url},{second.url}]"])
     return folder / "run"
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        set_token(patch)
-        return traced_run(tmp_path_factory.mktemp("traced"))
+    return traced_run(tmp_path_factory.mktemp("traced"))
 
 
 def test_durations_are_those_of_the_metrics_on_every_rank(run):
