@@ -112,6 +112,15 @@ def test_what_goes_into_shared_memory_comes_out_bit_for_bit(bucket, dtype, monke
     sender.shutdown()
 
 
+def test_a_sync_of_other_weights_than_it_was_opened_for_is_refused_and_not_cut_short():
+    receiver, source = Receiver(), Source()
+    sender = SharedMemory(receiver, source, is_sender=True)
+    source.sizes["model.layers.0.extra.weight"] = (2, 2)
+    with pytest.raises(TrainingError, match="other sizes than when the transfer was opened"):
+        sender.send_weights()
+    sender.shutdown()
+
+
 def test_a_receiver_that_fails_ends_the_transfer(monkeypatch):
     monkeypatch.setattr(transfer, "BUCKET_BYTES", 1)
     receiver, failures = Receiver(), [None, RuntimeError("no room")]

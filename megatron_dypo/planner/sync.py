@@ -49,7 +49,13 @@ def syncs(shape: ModelShape, candidate: Candidate, cluster: Cluster) -> dict[str
     ways = (
         ("in process", 0.0, load, True, "vLLM in the trainer's processes"),
         ("nccl", wire, load, True, "servers"),
-        ("sparse_nccl", host + CHANGED * PLACED * wire, load, False, "servers, and a learning rate of about 1e-6"),
+        (
+            "sparse_nccl",
+            host + CHANGED * PLACED * wire,
+            load,
+            False,
+            "servers, lr of about 1e-6, a copy in host memory",
+        ),
         ("ipc", copy, load, False, "servers on the trainer's GPUs"),
         ("shared_memory", host, load + host, True, "servers on the trainer's node"),
     )

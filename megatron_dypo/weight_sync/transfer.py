@@ -115,6 +115,8 @@ class SharedMemory:
             for _ in self.source:
                 pass
             return
+        if buckets(self.source.metadata(), BUCKET_BYTES) != self._cuts:
+            raise TrainingError("weight sync: the weights have other sizes than when the transfer was opened")
         self._client.start_weight_update()
         with ThreadPoolExecutor(1) as loader:
             loading: Future | None = None
