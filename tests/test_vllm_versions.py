@@ -200,7 +200,7 @@ def test_servers_need_answers_that_name_their_weights():
             assert "rollout.sync_backend: ipc" in refused(check_sender, "ipc", vllm(version))
     assert "rollout.sync_backend: nccl" in refused(check_sender, "nccl", None)
     check_sender("sparse_nccl", vllm("0.32.0"))
-    assert "up to 0.32, and vllm 0.33.0 is installed: take nccl" in refused(check_sender, "sparse_nccl", vllm("0.33.0"))
+    assert "up to 0.32, and vllm 0.33.0 is installed: use nccl" in refused(check_sender, "sparse_nccl", vllm("0.33.0"))
     check_sender("shared_memory", None)  # ours, which needs no vLLM here
 
 
