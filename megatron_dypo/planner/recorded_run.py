@@ -111,7 +111,7 @@ def _work(config: Config, row: dict, prompt_tokens: float | None) -> StepWorkloa
     if sampled and 0 < share < 1:  # by what was trained, since recipes differ in which groups they train on
         mid = traces * share / (1 - share) / sampled
     drawn = work.prompts * (hard if response else 1.0) + work.experts
-    trained = {"mid": mid, "hard": hard if response else 1.0, "teacher_tokens": traces / drawn if drawn else 0.0}
+    work = replace(work, mid=mid, hard=hard if response else 1.0, teacher_tokens=traces / drawn if drawn else 0.0)
     if not response:  # nothing is sampled, and no response is the last one
-        return replace(work, samples=0, longest=0, **trained)
-    return replace(work, response_tokens=response, **trained)
+        return replace(work, samples=0, longest=0)
+    return replace(work, response_tokens=response)

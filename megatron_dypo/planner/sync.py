@@ -59,7 +59,7 @@ def syncs(shape: ModelShape, candidate: Candidate, cluster: Cluster) -> dict[str
         ("ipc", copy, load, False, "servers on the trainer's GPUs"),
         ("shared_memory", host, load + host, True, "servers on the trainer's node"),
     )
-    return {way: Sync(way, gather, *terms) for way, *terms in ways}
+    return {way: Sync(way, gather, send, loading, streams, needs) for way, send, loading, streams, needs in ways}
 
 
 @functools.lru_cache(maxsize=32)

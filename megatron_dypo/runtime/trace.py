@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 LIMIT = 20_000  # spans and counts of one rank in one step that are kept
@@ -22,7 +23,7 @@ class Span:
     lane: str
     began: float
     ended: float | None
-    details: dict[str, object]
+    details: Mapping[str, object]
 
 
 class Recorder:
@@ -69,7 +70,7 @@ def recording() -> bool:
 
 
 def add(
-    name: str, category: str, began: float, ended: float | None = None, lane: str | None = None, **details: object
+    name: str, category: str, began: float, ended: float | None = None, lane: str | None = None, **details: int | None
 ) -> None:
     """Record a span until ``ended`` (default: now) in a ``lane`` (default: this thread's).
 
@@ -100,7 +101,7 @@ class ScheduleTimers:
     """
 
     def __init__(self) -> None:
-        self.details: dict[str, object] = {}
+        self.details: dict[str, int] = {}
         self._timers: dict[str, _Timer] = {}
 
     def __call__(self, name: str, log_level: int = 0) -> _Timer:
@@ -108,7 +109,7 @@ class ScheduleTimers:
             self._timers[name] = _Timer(name, self)
         return self._timers[name]
 
-    def take_details(self) -> dict[str, object]:
+    def take_details(self) -> dict[str, int]:
         """Return the details of the forward pass that ends."""
         details, self.details = self.details, {}
         return details
@@ -123,4 +124,4 @@ class _Timer:
 
     def stop(self, barrier: bool = False) -> None:
         details = self._timers.take_details() if self._name == "forward-compute" else {}
-        add(self._name, "schedule", self._began, **details)
+        add(self._name, "schedule", self._began, time.perf_counter(), None, **details)
