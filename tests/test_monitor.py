@@ -314,7 +314,7 @@ def test_report_has_every_family_and_needs_nothing_from_outside(tmp_path):
     assert page.data["h1"] == ["quickstart"]
     assert "12.5% → 75.0%" in page.data["dd"] and "method dypo" in page.data["li"] and "60" in page.data["dd"]
     assert any("2.13.0" in part for part in page.data["pre"])
-    assert "prefers-color-scheme:dark" in text
+    assert "prefers-color-scheme: dark" in text and "default-src 'none'" in text
     for payload in page.data["script"][:-1]:
         assert {"x", "y", "log", "percent", "series"} == set(json.loads(payload))
 

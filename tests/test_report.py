@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +30,12 @@ from megatron_dypo.monitor.panels import TABLE
 from megatron_dypo.monitor.report import write_report
 from megatron_dypo.monitor.run_data import read_runs
 from megatron_dypo.monitor.samples import GROUPS, LONGEST, RESPONSES, SEARCHED
-from megatron_dypo.monitor.style import STYLE
 from megatron_dypo.monitor.tables import differing_keys
 from megatron_dypo.records import Group, Prompt, Response
 from megatron_dypo.rollout import recording
 from tests.test_monitor import Outline, config, fill
 
+ROOT = Path(__file__).resolve().parents[1]
 HOSTILE = "</script></pre><script>alert(1)</script><img src=x onerror=alert(2)>"
 KINDS = {"all right": [1.0, 1.0], "one right": [0.0, 1.0], "all wrong": [0.0, 0.0]}
 
@@ -155,7 +158,7 @@ def test_final_figures_and_differing_keys_stand_side_by_side(tmp_path):
     b = write_config(
         fill(tmp_path / "b", 60, value=0.5), "trainer: {run_dir: b, steps: 60}\noptimizer: {lr: 1e-6}\nx: {y: [1, 2]}\n"
     )
-    assert differing_keys(read_runs([a, b])) == {"trainer.steps": ["30", "60"], "x.y": ["–", "[1, 2]"]}
+    assert differing_keys(read_runs([a, b])) == {"trainer.steps": ["30", "60"], "x.y": [None, "[1, 2]"]}
     page = Outline(write_report(a, b, out=tmp_path / "r.html").read_text())
     cells = page.data["td"]
     assert cells[:2] == ["30", "60"]  # steps
@@ -419,28 +422,95 @@ def test_tensorboard_gets_the_reports_panels(tmp_path):
 # ---------------------------------------------------------------------------------------------------- axes
 
 
-@given(st.lists(st.integers(0, 5000), min_size=1, max_size=12))
+def count_ticks(values: np.ndarray) -> list[str]:
+    series = Series("ranks", "c1", np.arange(len(values)), values)
+    svg, _ = draw(Chart(lines=[series], exact=True, count=True, extent=(0, len(values))), "t")
+    return re.findall(r'class="tick y"[^>]*>([^<]*)<', svg)
+
+
+@given(
+    st.lists(st.integers(0, 5000).map(float), min_size=1, max_size=12)
+    | st.lists(st.floats(0, 5000) | st.floats(5.1, 5.9), min_size=1, max_size=12)
+)
 @settings(deadline=None)
-def test_counts_and_ranks_have_whole_ticks(values):
-    numbers = np.array(values, dtype=float)
-    series = Series("ranks", "c1", np.arange(len(values)), numbers)
-    svg, _ = draw(Chart(lines=[series], exact=True, extent=(0, len(values))), "t")
-    ticks = re.findall(r'class="tick y"[^>]*>([^<]*)<', svg)
-    assert ticks and all("." not in tick or tick.endswith("k") for tick in ticks) and len(set(ticks)) == len(ticks)
+def test_counts_and_ranks_have_whole_ticks_whatever_their_values(values):
+    """Also means of counts, and those that lie between two whole numbers: an axis has two ticks at least."""
+    numbers = np.array(values)
+    ticks = count_ticks(numbers)
+    assert len(ticks) > 1 and all("." not in tick or tick.endswith("k") for tick in ticks)
+    assert len(set(ticks)) == len(ticks)
     lo, hi, marks = linear_axis(numbers, False, whole=True)
     assert lo <= numbers.min() and numbers.max() <= hi and all(mark % 1 == 0 for mark, _ in marks)
 
 
-def test_what_is_not_whole_keeps_its_ticks():
+def test_panels_of_counts_have_whole_ticks(tmp_path):
+    """Whichever metrics of a run count tokens, prompts, updates, steps or ranks."""
+    rows = [{"step": step, **dict.fromkeys(COUNTS, 5.2 + 0.1 * step)} for step in range(4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figures = re.findall(r"<figure>.*?</figure>", write_report(tmp_path).read_text(), re.DOTALL)
+    ticks = {figure: re.findall(r'class="tick y"[^>]*>([^<]*)<', figure) for figure in figures}
+    assert len(ticks) == 8 and all("." not in "".join(marks) and len(marks) > 1 for marks in ticks.values())
+
+
+COUNTS = (
+    *("queue/length", "stage", "train/skipped_steps", "train/warnings", "rollout/staleness_mean"),
+    *("rollout/response_tokens", "rollout/refilled", "perf/straggler_rank"),
+)
+
+
+def test_what_is_not_counted_keeps_its_ticks():
     series = Series("lr", "c1", np.arange(3), np.array([0.1, 0.5, 1.0]))
     svg, _ = draw(Chart(lines=[series], exact=True, extent=(0, 3)), "t")
     assert ">0.2<" in svg
 
 
-def test_axis_text_is_at_least_11_pixels_on_a_phone():
-    """A chart is as wide as the page less the paddings of main (12) and figure (14) and its border (1), both sides."""
-    (wide,) = re.findall(r"svg\{[^}]*font:([\d.]+)px", STYLE)
-    rules = re.findall(r"@media \(max-width:(\d+)px\)\{svg\{font-size:([\d.]+)px\}\}", STYLE)
-    for width in range(320, 481):
-        units = [wide, *(size for most, size in rules if width <= int(most))][-1]
-        assert float(units) * (width - 2 * (12 + 14 + 1)) / WIDTH >= 11, width
+# ---------------------------------------------------------------------------------------------------- style
+
+
+STYLE = (ROOT / "megatron_dypo/monitor/page/report.css").read_text()
+
+
+def chart_widths(page: int) -> set[float]:
+    """Widths of a chart on a page this wide: a column less the figure's padding (14) and border (1), both sides."""
+    main = min(page, 1480) - 2 * (12 if page <= 480 else 20)
+    columns = max(1, (main + 14) // (400 + 14))
+    return {(main - 14 * (columns - 1)) / columns - 2 * (14 + 1)}
+
+
+def test_text_is_at_least_11_pixels_high_at_every_width_of_a_screen():
+    (wide,) = re.findall(r"^svg \{[^}]*font: ([\d.]+)px", STYLE, re.MULTILINE)
+    rules = re.findall(r"@container \(max-width: ([\d.]+)px\) \{\s*svg \{ font-size: ([\d.]+)px \}\s*\}", STYLE)
+    for page in range(320, 2001):
+        for width in chart_widths(page):
+            units = [wide, *(size for most, size in rules if width <= float(most))][-1]
+            assert float(units) * width / WIDTH >= 11, (page, width)
+    sizes = re.findall(r"font(?:-size)?: ([\d.]+)px", STYLE)
+    assert len(sizes) > 20 and min(map(float, sizes)) >= 11
+
+
+# ---------------------------------------------------------------------------------------------------- package files
+
+
+def test_a_wheel_writes_the_same_report(tmp_path):
+    """The templates, the style sheet and the script are in it."""
+    source = tmp_path / "source"  # which the build writes to
+    shutil.copytree(ROOT / "megatron_dypo", source / "megatron_dypo", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"  # as pip does
+    built = subprocess.run([sys.executable, "-c", build, tmp_path], cwd=source, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    run = fill(tmp_path / "run", 3)
+    check = "import sys; from megatron_dypo import cli; print(cli.__file__); cli.main(sys.argv[1:])"
+    shown = subprocess.run(
+        [sys.executable, "-c", check, "report", str(run)],
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert shown.returncode == 0 and shown.stdout.startswith(str(tmp_path / "site")), shown.stderr
+    written = (run / "report.html").read_text()
+    assert written == write_report(run, out=tmp_path / "here.html").read_text()

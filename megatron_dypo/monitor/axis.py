@@ -38,6 +38,8 @@ def linear_axis(values: np.ndarray, percent: bool, whole: bool = False) -> tuple
         size = 5.0 if size > 1 else 1.0
     quarter = size / 4  # snapping to whole steps would waste a fifth of the height on values just below zero
     lo, hi = math.floor(lo / quarter + 1e-6) * quarter, math.ceil(hi / quarter - 1e-6) * quarter
+    if whole and math.floor(hi) - math.ceil(lo) < 1:
+        lo, hi = math.floor(lo), math.floor(lo) + max(1, math.ceil(hi) - math.floor(lo))
     marks = [index * size for index in range(math.ceil(lo / size - 1e-6), math.floor(hi / size + 1e-6) + 1)]
     return lo, hi, [(mark, _tick(mark, size, percent)) for mark in marks]
 

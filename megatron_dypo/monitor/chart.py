@@ -46,7 +46,8 @@ class Chart:
     log: bool = False
     band: bool = False  # one standard deviation of the rolling window to both sides of a line
     points: bool = False  # few, separate measurements: marked, joined over the steps between, not smoothed
-    exact: bool = False  # settings, counts, ranks: drawn as they are, not smoothed; whole numbers have whole ticks
+    exact: bool = False  # settings, counts, ranks: drawn as they are, not smoothed
+    count: bool = False  # of things: ticks on whole numbers alone
     extent: tuple[int, int] = (0, 1)  # first and last step of the axis
     limit: int = MAX_POINTS  # of a line
 
@@ -71,8 +72,7 @@ def draw(chart: Chart, title: str) -> tuple[str, dict[str, Any]]:
     if not len(heights):
         note = f'<text class="none" x="{(LEFT + RIGHT) / 2}" y="{(TOP + BOTTOM) / 2}">no values</text>'
         return _frame(chart, title, _x_ticks(across) + note), {}
-    whole = chart.exact and not chart.percent and bool((heights == heights.round()).all())
-    lo, hi, ticks = log_axis(heights) if chart.log else linear_axis(heights, chart.percent, whole)
+    lo, hi, ticks = log_axis(heights) if chart.log else linear_axis(heights, chart.percent, chart.count)
     up = Scale(lo, hi, BOTTOM, TOP)
 
     areas = [f'<path class="layer {s["color"]}" d="{_area(across, up, s["x"], s["low"], s["high"])}"/>' for s in layers]

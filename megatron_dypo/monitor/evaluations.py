@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +12,35 @@ import numpy as np
 
 from megatron_dypo.errors import UserError
 from megatron_dypo.monitor.run_data import Run
-from megatron_dypo.monitor.tables import cell, share, table
+from megatron_dypo.monitor.tables import ABSENT, Cell, Table, share
 
 HEADER = ["suite", "weights", "accuracy (pass@1)", "pass@n", "problems", "tokens", "truncated"]
 _AVERAGE = re.compile(r"avg@\d+|pass@1|greedy_accuracy")
 _BEST = re.compile(r"pass@(?!1$)\d+")
 
 
-def evaluation_table(runs: list[Run]) -> str:
-    """Markup; empty where no run was evaluated. Raises UserError for a results file that ``evaluate`` did not write."""
+def evaluation_table(runs: list[Run]) -> Table | None:
+    """The table, or None where no run was evaluated.
+
+    Raises UserError for a results file that ``evaluate`` did not write.
+    """
     several = len(runs) > 1
     rows = []
     for run in runs:
         for suite, weights, *figures in (*_during_training(run), *_afterwards(run)):
-            rows.append((suite, [cell(suite), *([cell(run.name)] if several else []), cell(weights), *figures]))
+            rows.append([Cell(suite), *([Cell(run.name)] if several else []), Cell(weights), *figures])
     if not rows:
-        return ""
-    rows.sort(key=lambda row: row[0])  # stable: a suite's rows stand together, the runs in their order
+        return None
+    rows.sort(key=lambda row: row[0].text)  # stable: a suite's rows stand together, the runs in their order
     header = [HEADER[0], *(["run"] if several else []), *HEADER[1:]]
-    told = [place for place in range(len(header)) if any(cells[place] != "–" for _, cells in rows)]
-    return table([escape(header[place]) for place in told], [[cells[place] for place in told] for _, cells in rows])
+    told = [place for place in range(len(header)) if any(row[place] != ABSENT for row in rows)]
+    return Table([Cell(header[place]) for place in told], [[row[place] for place in told] for row in rows])
 
 
-def _during_training(run: Run) -> list[list[str]]:
+Figures = tuple[str, str, *tuple[Cell, ...]]  # suite, weights, and a cell for each further column of HEADER
+
+
+def _during_training(run: Run) -> list[Figures]:
     """The first and the last evaluation of each suite: what stands below ``HEADER``."""
     suites: dict[str, dict[str, np.ndarray]] = {}
     for key, column in run.columns.items():
@@ -43,7 +48,7 @@ def _during_training(run: Run) -> list[list[str]]:
         suite, _, figure = rest.rpartition("/")
         if family == "eval" and suite:
             suites.setdefault(suite, {})[figure] = column
-    rows = []
+    rows: list[Figures] = []
     for suite, figures in suites.items():
         average = next((name for name in figures if _AVERAGE.fullmatch(name)), None)
         if average is None:
@@ -53,24 +58,24 @@ def _during_training(run: Run) -> list[list[str]]:
             values = {name: float(column[index]) for name, column in figures.items() if np.isfinite(column[index])}
             best = next((name for name in values if _BEST.fullmatch(name)), None)
             rows.append(
-                [
+                (
                     suite,
                     f"training, step {run.steps[index]:,}",
                     share(values[average], small=average.replace("_", " ")),
-                    share(values[best], small=best) if best else "–",
-                    "–",
+                    share(values[best], small=best) if best else ABSENT,
+                    ABSENT,
                     _count(values.get("response_tokens")),
                     _percent(values.get("truncated_frac")),
-                ]
+                )
             )
     return rows
 
 
-def _afterwards(run: Run) -> list[list[str]]:
+def _afterwards(run: Run) -> list[Figures]:
     return [row for path in sorted((run.folder / "evaluation").glob("*/results.json")) for row in _results(path)]
 
 
-def _results(path: Path) -> list[list[str]]:
+def _results(path: Path) -> list[Figures]:
     try:
         suites = json.loads(path.read_bytes())
         return [_result(path, suite, result) for suite, result in suites.items()]
@@ -78,32 +83,32 @@ def _results(path: Path) -> list[list[str]]:
         raise UserError(f"{path}: not the results of an evaluation: {type(error).__name__}: {error}") from None
 
 
-def _result(path: Path, suite: str, result: dict[str, Any]) -> list[str]:
+def _result(path: Path, suite: str, result: dict[str, Any]) -> Figures:
     figures = result["figures"]
     average = f"avg@{result['samples']}"
     best = next((name for name in figures if _BEST.fullmatch(name)), None)
     problems, samples = int(result["problems"]), int(result["samples"])
-    return [
+    return (
         suite,
         path.parent.name,
         _figure(figures[average], average),
-        _figure(figures[best], best) if best else "–",
-        cell(f"{problems:,}", f"× {samples}" if samples > 1 else ""),
+        _figure(figures[best], best) if best else ABSENT,
+        Cell(f"{problems:,}", f"× {samples}" if samples > 1 else ""),
         _count(float(result["response_tokens"])),
         _percent(float(result["truncated_frac"])),
-    ]
+    )
 
 
-def _figure(figure: dict[str, float], name: str) -> str:
+def _figure(figure: dict[str, float], name: str) -> Cell:
     low, value, high = (float(figure[key]) for key in ("low", "value", "high"))
     if not 0 <= low <= value <= high <= 1:
         raise ValueError(f"{name}: {low}, {value}, {high} is not a share with its interval")
-    return share(value, low, high, small=name)
+    return share(value, (low, high), small=name)
 
 
-def _count(value: float | None) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{value:,.0f}"
+def _count(value: float | None) -> Cell:
+    return ABSENT if value is None or not math.isfinite(value) else Cell(f"{value:,.0f}")
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{value:.1%}"
+def _percent(value: float | None) -> Cell:
+    return ABSENT if value is None or not math.isfinite(value) else Cell(f"{value:.1%}")

@@ -1,12 +1,12 @@
-"""The report's charts as markup: each panel of one run, or each metric of several runs over one another."""
+"""The report's charts: each panel of one run, or each metric of several runs over one another."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
-from html import escape
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from megatron_dypo.monitor.axis import show
 from megatron_dypo.monitor.chart import MAX_POINTS, Chart, Series, draw
@@ -17,14 +17,34 @@ from megatron_dypo.monitor.sections import sections
 FEWEST_POINTS = 60  # of a line, however many runs share the page
 
 
-def chart_sections(runs: list[Run]) -> list[tuple[str, str]]:
-    """(heading, markup) of the sections that these runs have metrics for."""
+@dataclass(frozen=True)
+class Key:
+    """Of a chart's legend: the colour class, the label and the last ``value``, which the page's script replaces."""
+
+    color: str
+    label: str
+    value: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart with its legend; ``data`` is what the page's script reads the value under the pointer from."""
+
+    title: str
+    note: str
+    keys: list[Key]
+    svg: Markup
+    data: dict[str, Any]
+
+
+def chart_sections(runs: list[Run]) -> list[tuple[str, list[Figure]]]:
+    """(heading, figures) of the sections that these runs have metrics for."""
     values = {key: np.concatenate([run.known(key) for run in runs]) for run in runs for key in run.columns}
     shares = {key for key, known in values.items() if is_share(known)}
     zeros = {key for key, known in values.items() if not known.any()}
     drawn = _one_run if len(runs) == 1 else _overlaid
     return [
-        (heading, f'<div class="grid">{"".join(drawn(panel, runs) for panel in panels)}</div>')
+        (heading, [figure for panel in panels for figure in drawn(panel, runs)])
         for heading, panels in sections(values, shares, zeros)
     ]
 
@@ -35,7 +55,7 @@ def run_color(place: int) -> str:
     return f"{RUN_COLORS[color]} d{(place + turn) % 3}"  # 36 different ones
 
 
-def _one_run(panel: Panel, runs: list[Run]) -> str:
+def _one_run(panel: Panel, runs: list[Run]) -> list[Figure]:
     (run,) = runs
 
     def series(curves: tuple[Curve, ...]) -> list[Series]:
@@ -46,7 +66,7 @@ def _one_run(panel: Panel, runs: list[Run]) -> str:
         ]
 
     layers = series(panel.layers)
-    return _figure(panel, series(panel.lines), _relative(layers) if panel.relative else layers, runs)
+    return [_figure(panel, series(panel.lines), _relative(layers) if panel.relative else layers, runs)]
 
 
 def _shows(run: Run, curve: Curve, panel: Panel) -> bool:
@@ -54,14 +74,14 @@ def _shows(run: Run, curve: Curve, panel: Panel) -> bool:
     return curve.key in run.columns and (not panel.quiet or bool(run.known(curve.key).any()))
 
 
-def _overlaid(panel: Panel, runs: list[Run]) -> str:
+def _overlaid(panel: Panel, runs: list[Run]) -> list[Figure]:
     """A chart for each of the panel's metrics: colours tell runs apart, so they cannot tell metrics apart as well."""
     present = [curve for curve in panel.curves if any(_shows(run, curve, panel) for run in runs)]
     empty = [
         curve for curve in panel.layers if curve in present and not any(run.known(curve.key).any() for run in runs)
     ]
     parts = [curve for curve in present if curve not in empty] or present[:1]
-    markup = []
+    figures = []
     for place, curve in enumerate(parts):
         lines = [
             Series(run.label, run_color(index), run.steps, _column(run, curve, panel))
@@ -70,8 +90,8 @@ def _overlaid(panel: Panel, runs: list[Run]) -> str:
         ]
         title = panel.title if len(present) == 1 else f"{panel.title}: {curve.label}"
         one = replace(panel, title=title, note="" if place else panel.note)
-        markup.append(_figure(one, lines, [], runs))
-    return "".join(markup)
+        figures.append(_figure(one, lines, [], runs))
+    return figures
 
 
 def _column(run: Run, curve: Curve, panel: Panel) -> np.ndarray:
@@ -89,7 +109,7 @@ def _relative(layers: list[Series]) -> list[Series]:
     return [replace(layer, values=layer.values / total) for layer in layers]
 
 
-def _figure(panel: Panel, lines: list[Series], layers: list[Series], runs: list[Run]) -> str:
+def _figure(panel: Panel, lines: list[Series], layers: list[Series], runs: list[Run]) -> Figure:
     chart = Chart(
         lines=lines,
         layers=layers,
@@ -99,21 +119,15 @@ def _figure(panel: Panel, lines: list[Series], layers: list[Series], runs: list[
         band=panel.band,
         points=panel.points,
         exact=panel.exact,
+        count=panel.count,
         extent=(min(int(run.steps[0]) for run in runs), max(int(run.steps[-1]) for run in runs)),
         limit=max(FEWEST_POINTS, MAX_POINTS // len(runs)),
     )
     svg, data = draw(chart, panel.title)
-    keys = "".join(_legend(item, panel) for item in (*chart.layers, *chart.lines))
-    # "<" cannot be escaped as HTML inside a script: spell it so that no text can close the element.
-    payload = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    return (
-        f'<figure><figcaption><h3>{escape(panel.title)}<span class="at"></span></h3><p>{escape(panel.note)}</p>'
-        f'<div class="keys">{keys}</div></figcaption>{svg}<script type="application/json">{payload}</script></figure>'
-    )
+    keys = [_legend(item, panel) for item in (*chart.layers, *chart.lines)]
+    return Figure(panel.title, panel.note, keys, Markup(svg), data)
 
 
-def _legend(series: Series, panel: Panel) -> str:
-    """Swatch, label and last value; the page's script puts the value under the pointer in its place."""
+def _legend(series: Series, panel: Panel) -> Key:
     known = finite(series.values)
-    value = show(float(known[-1]), panel.percent) if len(known) else "–"
-    return f'<span class="key"><i class="{series.color}"></i>{escape(series.label)} <b>{value}</b></span>'
+    return Key(series.color, series.label, show(float(known[-1]), panel.percent) if len(known) else "–")

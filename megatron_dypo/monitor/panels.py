@@ -34,6 +34,7 @@ class Panel:
     band: bool = False
     points: bool = False
     exact: bool = False
+    count: bool = False
     relative: bool = False  # layers as fractions of their sum
     quiet: bool = False  # curves that are 0 throughout are left out, and so is a panel without others
     family: str = ""
@@ -119,6 +120,7 @@ OPTIMISATION = (
         "prompts",
         family="queue/",
         exact=True,
+        count=True,
     ),
     Panel(
         "Updates of the queue",
@@ -130,7 +132,7 @@ OPTIMISATION = (
     Panel(
         "Second model", "Its loss, gradient norm, and accuracy or values.", "loss, share, global norm", family="side/"
     ),
-    Panel("Stage", "The run's current stage, counted from 0.", "stage", family="stage", exact=True),
+    Panel("Stage", "The run's current stage, counted from 0.", "stage", family="stage", exact=True, count=True),
     Panel(
         "Gradient norm",
         "Before clipping. Rolling mean and one standard deviation on either side.",
@@ -187,8 +189,9 @@ OPTIMISATION = (
             Curve("dypo/hard_without_teacher", "Hard, no teacher", "c5"),
         ),
         exact=True,
+        count=True,
     ),
-    Panel("Warnings", "Total so far.", "count", (Curve("train/warnings", "warnings", "c2"),), exact=True),
+    Panel("Warnings", "Total so far.", "count", (Curve("train/warnings", "warnings", "c2"),), exact=True, count=True),
 )
 
 ROLLOUT = (
@@ -225,6 +228,7 @@ ROLLOUT = (
         "updates",
         (Curve("rollout/staleness_max", "max", "c2"), Curve("rollout/staleness_mean", "mean", "c1")),
         exact=True,
+        count=True,
         quiet=True,
     ),
     Panel(
@@ -242,6 +246,7 @@ ROLLOUT = (
         "Mean over all sampled responses, end token included.",
         "tokens",
         (Curve("rollout/response_tokens", "response", "c1"),),
+        count=True,
     ),
     Panel(
         "Truncated responses",
@@ -256,6 +261,7 @@ ROLLOUT = (
         "responses per step",
         (Curve("reward/failed", "not scored", "c2"),),
         exact=True,
+        count=True,
         quiet=True,
     ),
     Panel(
@@ -264,6 +270,7 @@ ROLLOUT = (
         "prompts per step",
         (Curve("rollout/refilled", "refilled", "c3"),),
         exact=True,
+        count=True,
     ),
 )
 
@@ -308,6 +315,7 @@ SPEED = (
         (Curve("perf/straggler_rank", "slowest rank", "c4"),),
         points=True,
         exact=True,
+        count=True,
     ),
     Panel(
         "Missed heartbeats",

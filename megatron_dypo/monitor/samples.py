@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from html import escape
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -69,21 +69,55 @@ LONGEST = 1600  # characters of a text; what is more is cut out of its middle
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
-def sample_rollouts(run: Run, last_only: bool = False) -> str:
-    """Markup of a few groups of the first, a middle and the last recorded step (or of the last only).
+@dataclass(frozen=True)
+class Said:
+    """A response; ``facts`` are its length, how it ended, and why it was not scored."""
 
-    Empty where the run recorded none, and with SFT, which records prompts without responses.
+    right: bool
+    reward: float
+    facts: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and its first responses; ``marks`` say of all of them whether they are right."""
+
+    regime: str
+    id: str
+    prompt: str
+    prompt_tokens: int
+    marks: list[bool]
+    responses: list[Said]
+
+
+@dataclass(frozen=True)
+class Step:
+    number: int
+    groups: list[Sample]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """``note``: a sentence about the tokenizer, or ""."""
+
+    steps: list[Step]
+    note: str
+
+
+def sample_rollouts(run: Run, last_only: bool = False) -> Samples | None:
+    """A few groups of the first, a middle and the last recorded step (or of the last only).
+
+    None where the run recorded none, and with SFT, which records prompts without responses.
     Raises UserError for a file that is not a recorded step.
     """
     files = _files(run)
     if not files:
-        return ""
+        return None
     numbers = sorted(files)
     chosen = numbers[-1:] if last_only else sorted({numbers[0], numbers[len(numbers) // 2], numbers[-1]})
-    text, how = decoder(run)
-    parts = [_step(files[number], number, run, text, opened=number == chosen[-1]) for number in chosen]
-    lead = f"One prompt of each regime where the step has one; a filled mark is a right response. {how}"
-    return f'<p class="lead">{escape(lead)}</p>{"".join(parts)}'
+    text, note = decoder(run)
+    return Samples([_step(files[number], number, run, text) for number in chosen], note)
 
 
 def _files(run: Run) -> dict[int, Path]:
@@ -98,7 +132,7 @@ def _files(run: Run) -> dict[int, Path]:
     return {number: path for number, path in found.items() if number in sampled}
 
 
-def _step(path: Path, step: int, run: Run, text: Callable[[list[int]], str], opened: bool) -> str:
+def _step(path: Path, step: int, run: Run, text: Callable[[list[int]], str]) -> Step:
     threshold, most = run.setting("objective", "reward_threshold"), run.setting("objective", "hard_max_solved")
     threshold = threshold if isinstance(threshold, (int, float)) else 0.5
     most = most if isinstance(most, int) else 0
@@ -116,8 +150,7 @@ def _step(path: Path, step: int, run: Run, text: Callable[[list[int]], str], ope
     )
     picked = [(name, groups[name][place]) for place, _, _, name in ranked[:GROUPS]]
     order = sorted(picked, key=lambda item: REGIMES.index(item[0]))
-    shown = [_group(name, group, threshold, text, opened and not place) for place, (name, group) in enumerate(order)]
-    return f"<h4>Step {step:,}</h4>{''.join(shown)}"
+    return Step(step, [_group(name, group, threshold, text) for name, group in order])
 
 
 def _checked(line: dict[str, Any]) -> dict[str, Any]:
@@ -136,36 +169,18 @@ def _checked(line: dict[str, Any]) -> dict[str, Any]:
     return {"id": str(line["id"]), "prompt_ids": token_ids(line["prompt_ids"]), "responses": responses}
 
 
-def _group(name: str, group: dict[str, Any], threshold: float, text: Callable[[list[int]], str], opened: bool) -> str:
-    responses = group["responses"]
-    right = [response["reward"] >= threshold for response in responses]
-    marks = "".join(f'<i class="{_class(good)}"></i>' for good in right[:64])
-    answers = "".join(
-        _response(response, good, text) for response, good in list(zip(responses, right, strict=True))[:RESPONSES]
-    )
-    more = len(responses) - RESPONSES
-    rest = f'<div class="asked"><p>and {more} more</p></div>' if more > 0 else ""
-    return (
-        f'<details class="group"{" open" if opened else ""}><summary><i class="badge {name}">{name}</i>'
-        f"<b>{escape(_short(group['id'], 80))}</b><span>{sum(right)} of {len(right)} right</span>"
-        f'<span class="marks">{marks}</span></summary>'
-        f'<div class="asked"><p>prompt, {len(group["prompt_ids"]):,} tokens</p>'
-        f"<pre>{escape(_short(text(group['prompt_ids'])))}</pre></div>{answers}{rest}</details>"
-    )
+def _group(name: str, group: dict[str, Any], threshold: float, text: Callable[[list[int]], str]) -> Sample:
+    responses, prompt = group["responses"], group["prompt_ids"]
+    marks = [response["reward"] >= threshold for response in responses]
+    said = [_said(response, right, text) for response, right in zip(responses[:RESPONSES], marks, strict=False)]
+    return Sample(name, _short(group["id"], 80), _short(text(prompt)), len(prompt), marks, said)
 
 
-def _response(response: dict[str, Any], good: bool, text: Callable[[list[int]], str]) -> str:
+def _said(response: dict[str, Any], right: bool, text: Callable[[list[int]], str]) -> Said:
     facts = [f"{len(response['ids']):,} tokens", response["finish_reason"]]
     if response["fault"] is not None:
         facts.append(f"not scored: {response['fault']}")
-    return (
-        f'<div class="said {_class(good)}"><p><b>reward {response["reward"]:g}</b> · {_class(good)} · '
-        f"{escape(_short(' · '.join(facts), 200))}</p><pre>{escape(_short(text(response['ids'])))}</pre></div>"
-    )
-
-
-def _class(good: bool) -> str:
-    return "right" if good else "wrong"
+    return Said(right, response["reward"], _short(" · ".join(facts), 200), _short(text(response["ids"])))
 
 
 def _short(text: str, limit: int = LONGEST) -> str:

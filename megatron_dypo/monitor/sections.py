@@ -64,7 +64,8 @@ def _eval_panels(keys: set[str], shares: set[str]) -> list[Panel]:
 def _eval_panel(title: str, unit: str, keys: list[str], percent: bool = False) -> Panel:
     colors = cycle(PALETTE)
     curves = tuple(Curve(key, _words(key.removeprefix("eval/")), next(colors)) for key in keys)
-    return Panel(title, "On problems that are not trained on.", unit, curves, percent=percent, points=True)
+    count = unit.endswith("tokens")
+    return Panel(title, "On problems that are not trained on.", unit, curves, percent=percent, points=True, count=count)
 
 
 def _words(name: str) -> str:

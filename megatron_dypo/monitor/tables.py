@@ -3,38 +3,46 @@
 from __future__ import annotations
 
 import json
-from html import escape
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup, escape
 
 from megatron_dypo.monitor.axis import show
 from megatron_dypo.monitor.figures import run_color
 from megatron_dypo.monitor.run_data import Run, is_share
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """``header`` and ``rows`` are markup, a row's first cell its heading. It scrolls sideways where it has no room."""
-    head = "".join(f'<th scope="col">{cell}</th>' for cell in header)
-    body = "".join(
-        f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>' for first, *rest in rows
-    )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+@dataclass(frozen=True)
+class Cell:
+    """A value with its small print below. ``share`` and its ``interval``, in [0, 1], are marks on a bar.
+
+    ``color``: classes of the swatch before the text.
+    """
+
+    text: str
+    small: str = ""
+    share: float | None = None
+    interval: tuple[float, float] | None = None
+    color: str = ""
 
 
-def cell(value: str, small: str = "") -> str:
-    """A value (text) with its small print (text) below."""
-    return escape(value) + (f"<small>{escape(small)}</small>" if small else "")
+@dataclass(frozen=True)
+class Table:
+    """A row's first cell is its heading."""
+
+    header: list[Cell]
+    rows: list[list[Cell]]
 
 
-def share(value: float, low: float | None = None, high: float | None = None, small: str = "") -> str:
-    """A share with its interval (all in [0, 1]) in percent and as a mark on a bar from 0 to 100%."""
-    between = low is not None and high is not None
-    text = f"{value:.1%}" + (f" [{low:.1%}, {high:.1%}]" if between else "")
-    bar = f'<i style="left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%"></i>' if between else ""
-    return f'{escape(text)}<span class="range">{bar}<b style="left:{100 * value:.1f}%"></b></span>' + (
-        f"<small>{escape(small)}</small>" if small else ""
-    )
+ABSENT = Cell("–")
+
+
+def share(value: float, interval: tuple[float, float] | None = None, small: str = "") -> Cell:
+    """A share with its interval (all in [0, 1]) in percent, and as a mark on a bar from 0 to 100%."""
+    between = f" [{interval[0]:.1%}, {interval[1]:.1%}]" if interval else ""
+    return Cell(f"{value:.1%}{between}", small, value, interval)
 
 
 FINAL_STEPS = 10  # a final figure is a mean over up to so many steps: a single batch is noise
@@ -131,50 +139,54 @@ def _duration(seconds: float) -> str:
 
 
 OWN = {"trainer.run_dir"}  # every run has its own
-ABSENT = "–"
 
 
-def figures_table(runs: list[Run]) -> str:
+def figures_table(runs: list[Run]) -> Table:
     """A column for each run, a row for each figure that one of them has."""
-    figures = [{label: cell(value, small) for label, value, small in final_figures(run)} for run in runs]
+    figures = [{label: Cell(value, small) for label, value, small in final_figures(run)} for run in runs]
     labels = dict.fromkeys(label for column in figures for label in column)
-    rows = [[escape(label), *(column.get(label, "–") for column in figures)] for label in labels]
-    return table(_header("", runs), rows)
+    rows = [[Cell(label), *(column.get(label, ABSENT) for column in figures)] for label in labels]
+    return Table(_header("", runs), rows)
 
 
-def differing_keys(runs: list[Run]) -> dict[str, list[str]]:
-    """``section.key`` to each run's value, as YAML would have it, where they are not all the same; – where absent."""
+@dataclass(frozen=True)
+class DifferingKeys:
+    """The configuration keys in which runs differ: those that all have, and those that only some have.
+
+    The latter are mostly of other versions of the program, which is seldom the question.
+    """
+
+    everywhere: Table
+    partly: Table
+
+
+def differing_keys(runs: list[Run]) -> dict[str, list[str | None]]:
+    """``section.key`` to each run's value, as YAML would have it (None: absent), where they are not all the same."""
     flat = [_flat(run.config) for run in runs]
     keys = dict.fromkeys(key for values in flat for key in values if key not in OWN)
-    compared = {key: [_written(values[key]) if key in values else ABSENT for values in flat] for key in keys}
+    compared = {key: [_written(values[key]) if key in values else None for values in flat] for key in keys}
     return {key: values for key, values in compared.items() if len(set(values)) > 1}
 
 
-def keys_table(runs: list[Run]) -> str:
-    """Markup of ``differing_keys``; empty where no run has a configuration."""
+def keys_tables(runs: list[Run]) -> DifferingKeys | None:
+    """``differing_keys`` as tables; None where no run has a configuration."""
     if not any(run.config for run in runs):
-        return ""
-    differing = differing_keys(runs)
-    if not differing:
-        return '<p class="lead">All configuration keys are the same, but for trainer.run_dir.</p>'
-    rows = {key: [_breakable(key), *map(cell, values)] for key, values in differing.items()}
-    everywhere = [row for key, row in rows.items() if ABSENT not in differing[key]]
-    partly = [row for key, row in rows.items() if ABSENT in differing[key]]
-    markup = table(_header("key", runs), everywhere) if everywhere else ""
-    if partly:  # versions of the program differ in their keys, and that is seldom the question
-        fold = table(_header("key", runs), partly)
-        markup += f"<details><summary>{len(partly)} keys that only some of the runs have</summary>{fold}</details>"
-    return markup
+        return None
+    rows: dict[bool, list[list[Cell]]] = {True: [], False: []}
+    for key, values in differing_keys(runs).items():
+        cells = [ABSENT if value is None else Cell(value) for value in values]
+        rows[None not in values].append([Cell(_breakable(key)), *cells])
+    header = _header("key", runs)
+    return DifferingKeys(Table(header, rows[True]), Table(header, rows[False]))
 
 
-def _header(first: str, runs: list[Run]) -> list[str]:
-    swatches = [f'<i class="{run_color(place)}"></i>{escape(run.label)}' for place, run in enumerate(runs)]
-    return [escape(first), *swatches]
+def _header(first: str, runs: list[Run]) -> list[Cell]:
+    return [Cell(first), *(Cell(run.label, color=run_color(place)) for place, run in enumerate(runs))]
 
 
-def _breakable(key: str) -> str:
+def _breakable(key: str) -> Markup:
     """The key as markup that a narrow column may break after a dot or an underscore."""
-    return escape(key).replace(".", ".<wbr>").replace("_", "_<wbr>")
+    return escape(key).replace(".", Markup(".<wbr>")).replace("_", Markup("_<wbr>"))
 
 
 def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
