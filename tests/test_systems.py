@@ -43,6 +43,9 @@ PUBLISHED = {
     "srft": ("srft", 128, 7, 2, 1e-6, NEW, 0.01, 1 / 64, None, "sample", "constant", 1.0, 8192),
     "chord": ("chord", 32, 8, 1, 1e-6, NEW, 0.0, 1.0, 0.2, "sample", "token_mean", 1.0, 10240),
     "dypo": ("dypo", 128, 8, 1, 1e-6, OLD, 0.0, 1.0, 0.2, "population", "scale", 1.0, 8192),
+    "orz": ("ppo", 128, 64, 1, 1e-6, OLD, 0.0, 1.0, 0.2, None, "token_mean", 1.0, 8000),
+    "simplerl_v0": ("ppo", 1024, 8, 64, 5e-7, OLD, 0.0, 1.0, 0.2, None, "scale", 0.6, 3000),
+    "prime": ("prime", 256, 4, 4, 5e-7, NEW, 0.01, 1.0, 0.2, None, "token_mean", 1.0, 3072),
 }
 FURTHER = {
     "sft": {"optimizer.schedule": "cosine", "optimizer.warmup_steps": 216, "objective.demo_aggregation": "token_mean"},
@@ -58,13 +61,30 @@ FURTHER = {
     "chord": {"data.experts_per_step": 64, "objective.mix.warmup": 0, "objective.mix.decay": 200}
     | {"objective.mix.peak": 0.9, "objective.mix.valley": 0.05, "objective.demo_aggregation": "token_mean"},
     "dypo": {"objective.alpha": 0.5, "objective.beta_gal": 1.0, "objective.gamma": 1.0},
+    "orz": {"objective.gae_gamma": 1.0, "objective.gae_lambda": 1.0, "objective.kl_in_reward": 0.0}
+    | {"objective.value_clip": 0.2, "rollout.reward_unfinished": 0.0, "side.lr": 5e-6, "side.updates": 12}
+    | {"optimizer.warmup_steps": 50, "data.max_prompt_tokens": 2048},
+    "simplerl_v0": {"objective.gae_gamma": 1.0, "objective.gae_lambda": 0.95, "objective.kl_in_reward": 0.01}
+    | {"objective.value_clip": 0.2, "objective.scale": "token", "side.lr": 9e-6, "side.updates": 64}
+    | {"side.schedule": "cosine", "side.min_lr": 9e-7, "side.warmup_steps": 5},
+    "prime": {"objective.process_beta": 0.05, "objective.process_baseline": "code", "side.lr": 1e-6}
+    | {
+        "objective.hard_max_solved": 0,
+        "objective.easy_min_solved": 4,
+        "side.clip_grad": 10.0,
+        "side.weight_decay": 0.0,
+    },
 }
 STAGED = {"sft_then_rl": ("sft", "rl")}  # systems whose stages are other systems
 SINGLE = sorted(PUBLISHED)
 SYSTEMS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 # Keys whose values on the quickstart's task differ: sizes, lengths in steps, what depends on the gradient's scale.
 SIZES = {"objective.aggregation_constant", "objective.entropy_coef", "objective.mix", "objective.queue_size"}
-SCALED = {"relift": {"objective.gamma"}}  # there it is part of the gradient's clip
+SCALED = {
+    "relift": {"objective.gamma"},  # there it is part of the gradient's clip
+    "simplerl_v0": {"objective.updates_per_rollout"},  # 64 cannot be cut from the quickstart's 16 prompts
+}
+FEWER = {"orz": 8}  # responses a prompt on the quickstart's task, where the published number is too many for it
 
 
 def test_every_system_has_its_published_values_and_a_recipe_over_the_quickstart():
@@ -119,7 +139,7 @@ def test_the_recipe_on_the_quickstart_s_task_is_the_published_one(system):
     ours, theirs = config.objective.model_dump(), published.objective.model_dump()
     differing = {f"objective.{name}" for name in ours if ours[name] != theirs[name]}
     assert differing <= SIZES | SCALED.get(system, set()), differing
-    assert config.rollout.samples_per_prompt == published.rollout.samples_per_prompt
+    assert config.rollout.samples_per_prompt == FEWER.get(system, published.rollout.samples_per_prompt)
     assert config.rollout.reward_unfinished == published.rollout.reward_unfinished
 
 
@@ -163,3 +183,12 @@ def test_run_sh_makes_the_start_once_and_lays_the_recipe_over_the_quickstart(sta
 def test_run_sh_names_the_systems_where_it_gets_another(started, system):
     ran = subprocess.run([FOLDER / "run.sh", *system], env=started[0], capture_output=True, text=True)
     assert ran.returncode == 2 and all(name in ran.stderr for name in SYSTEMS), ran.stderr
+
+
+def test_simplerl_v0_s_rewards_are_1_minus_a_half_and_minus_1():
+    from megatron_dypo.runtime.user_code import load_function
+
+    config = load_config(FOLDER / "simplerl_v0.yaml")
+    score = load_function(config.reward.function, "reward.function")
+    given = [r"so \boxed{\frac{1}{2}}", r"\boxed{0.5}", r"\boxed{2}", "it is 1/2"]
+    assert [score("math", text, "1/2", {}) for text in given] == [1.0, 1.0, -0.5, -1.0]
