@@ -156,7 +156,7 @@ class Rollout(Section):
         resumable=True,
     )
     verify_syncs: int = key(
-        20, "`verify_sync` compares each tensor once in N syncs; 1: all tensors, every time.", ge=1, resumable=True
+        20, "Syncs in which `verify_sync` compares each tensor once; 1: all tensors, every time.", ge=1, resumable=True
     )
     engine_eager: bool = key(
         False,
