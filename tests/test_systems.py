@@ -189,6 +189,6 @@ def test_simplerl_v0_s_rewards_are_1_minus_a_half_and_minus_1():
     from megatron_dypo.runtime.user_code import load_function
 
     config = load_config(FOLDER / "simplerl_v0.yaml")
-    score = load_function(config.reward.function, "reward.function")
+    score = load_function(config.reward.function)
     given = [r"so \boxed{\frac{1}{2}}", r"\boxed{0.5}", r"\boxed{2}", "it is 1/2"]
     assert [score("math", text, "1/2", {}) for text in given] == [1.0, 1.0, -0.5, -1.0]

@@ -92,7 +92,7 @@ def export_folder(
     origin = hf or metadata_folder(folder)
     metadata = source_folder(origin, critics=True)[0] if origin else None
     shape = model_of(folder, origin, critics=True)
-    shape = shape.critic if side and stored_shape(folder, "side_model").value_head else shape
+    shape = side_of(folder, shape) if side else shape
     weights = MegatronFolder(folder, shape, SIDE if side else "")
     shapes = hf_shapes(shape)
     dtypes = {name: DTYPES[dtype] if dtype else weights.dtype(name) for name in shapes}
@@ -171,6 +171,13 @@ def model_of(folder: Path, origin: str | None, critics: bool = False) -> ModelSh
     with contextlib.suppress(UserError):  # Megatron-LM's checkpoints record none
         trained = stored_shape(folder)
         shape = dataclasses.replace(shape, **{name: getattr(trained, name) for name in POSITIONS})
+    return shape
+
+
+def side_of(folder: Path, shape: ModelShape) -> ModelShape:
+    """Return the shape of a checkpoint's second model, given that of its policy."""
+    with contextlib.suppress(UserError):  # Megatron-LM's checkpoints record none, and hold no second model
+        return shape.critic if stored_shape(folder, "side_model").value_head else shape
     return shape
 
 
