@@ -12,8 +12,8 @@ class Mix(Section):
 
     warmup: int = key(0, "Steps of the linear rise of mu from 0 to `peak`.", ge=0)
     decay: int = key(200, "Steps of the half-cosine fall of mu to `valley`; 0: at once.", ge=0)
-    peak: float = key(0.9, "mu where the decay begins.", ge=0, le=1)
-    valley: float = key(0.05, "mu from the end of the decay on.", ge=0, le=1)
+    peak: float = key(0.9, "Value of mu where the decay begins.", ge=0, le=1)
+    valley: float = key(0.05, "Value of mu from the end of the decay on.", ge=0, le=1)
 
 
 class Objective(Section):
