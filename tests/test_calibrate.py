@@ -1,4 +1,4 @@
-"""``plan --calibrate``: constants that made a run's timings are found again, the error is that of steps held out."""
+"""``plan --calibrate`` recovers the constants behind a run's timings, and reports the error of held-out steps."""
 
 from __future__ import annotations
 

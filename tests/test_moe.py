@@ -140,8 +140,10 @@ def test_a_rollout_of_another_routing_is_refused(spoil, said):
 
 
 def routing_of_a_step(parallel: dict, prompts: int) -> dict:
-    """Bytes of routing: of all responses, of this rank's own, of its micro-batches before and after their first pass;
-    and whether each token has what was drawn for it."""
+    """Return bytes of routing, and whether each token has the routing drawn for it.
+
+    The bytes are of all responses, this rank's own, and its micro-batches before and after their first pass.
+    """
     import torch
 
     from megatron_dypo.models.shape import model_shape
@@ -191,7 +193,7 @@ def routing_of_a_step(parallel: dict, prompts: int) -> dict:
     ("world", "parallel"), [(1, {}), (4, {"expert": 4}), (4, PP2 | EP2), (4, SP | EP4), (4, CP2 | EP4)], ids=str
 )
 def test_a_rank_keeps_the_routing_of_its_own_responses_and_gets_that_of_its_micro_batches(world, parallel):
-    """A byte per choice; divided by the data-parallel ranks and by what else cuts tokens and layers."""
+    """Routing takes a byte per choice, divided by the data-parallel ranks and by other splits of tokens and layers."""
     results = run_ranks(world, routing_of_a_step, parallel, 48)
     for found in results:
         layout = found["layout"]
@@ -204,7 +206,7 @@ def test_a_rank_keeps_the_routing_of_its_own_responses_and_gets_that_of_its_micr
 
 
 def test_teachers_tokens_of_the_same_micro_batch_are_routed_live():
-    """The engine's choice is for responses alone; the router's own stands for the other tokens."""
+    """The engine's choice covers responses only; other tokens keep the router's own."""
     import torch
 
     from megatron_dypo.policy.micro_batch import MicroBatch

@@ -1,7 +1,7 @@
-"""Fits the constants of the time estimates to a run: ``plan CONFIG --calibrate RUN_DIR``.
+"""Fit the constants of the time estimates to a run: ``plan CONFIG --calibrate RUN_DIR``.
 
 Each recorded step is estimated from what it sampled and trained. The first two thirds of the steps are fitted, phase by
-phase; the others are held out, so that their error is that of a prediction.
+phase; the rest are held out, so that their error is a prediction error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_dypo.planner.rates import Rates
 from megatron_dypo.planner.recorded_run import TIMES, RecordedStep, read_run
 from megatron_dypo.planner.steptime import Seconds, step_seconds
 
-PHASES = {  # of a step, and the constants fitted to it, given those of the phases before it
+PHASES = {  # phases of a step, and the constants fitted to each, given those of the phases before it
     "rollout": ("decode_step", "stream"),
     "sync": ("load_tensor", "link"),
     "logprob": ("forward",),
@@ -102,7 +102,7 @@ def calibrate(steps: Sequence[RecordedStep], shape: ModelShape, candidate: Candi
 
 
 def _fit(estimate: Estimate, steps: Sequence[RecordedStep], rates: Rates) -> Rates:
-    """Return the constants of least squared relative error, phase by phase.
+    """Return the constants with the least squared relative error, phase by phase.
 
     If a phase's constants cannot all be positive, one of them is fitted alone. One that the phase does not depend on
     keeps its value.
@@ -137,7 +137,7 @@ def _least_squares(
 
 
 def _linear(name: str, value: float) -> float:
-    """Return what a phase's seconds are linear in: a constant in seconds, or a fraction's inverse. Its own inverse."""
+    """Return the term that seconds are linear in: a constant in seconds, or a fraction's inverse. Self-inverse."""
     return value if name in ("decode_step", "load_tensor") else 1 / value
 
 

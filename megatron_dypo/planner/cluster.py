@@ -92,7 +92,7 @@ def planned_shape(config: Model) -> ModelShape:
 
 @dataclass(frozen=True)
 class Cluster:
-    """The GPUs; ``memory`` in bytes of one GPU. ``rates``: what is reached of the data sheet."""
+    """The GPUs; ``memory``: bytes of one GPU; ``rates``: how much of the data sheet is reached."""
 
     gpus: int
     memory: float

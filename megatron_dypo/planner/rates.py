@@ -1,4 +1,4 @@
-"""Measured efficiencies: what training and sampling reach of a GPU's data sheet. ``plan --calibrate`` fits them."""
+"""Measured efficiencies: how much of a GPU's data sheet training and sampling reach. ``plan --calibrate`` fits them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads a run folder for ``plan --calibrate``: its layout, and each step's work and seconds by phase."""
+"""Read a run folder for ``plan --calibrate``: its layout, and each step's work and seconds by phase."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FEWEST = 12  # steps with timings
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """What a step of the run had to do, and its measured seconds by phase."""
+    """The work of one step of the run, and its measured seconds by phase."""
 
     work: StepWorkload
     seconds: dict[str, float]
@@ -72,13 +72,13 @@ def _environment(path: Path) -> tuple[int, str | None]:
 
 
 def _is_timed(row: dict) -> bool:
-    """Return whether a line of the metrics is that of a step, with all its times."""
+    """Return whether a line of the metrics belongs to a step and has all its times."""
     times = [row.get(f"time/{name}") for name in TIMES]
     return row["step"] > 0 and None not in times and row["time/step"] > 0 and bool(row.get("perf/tokens_per_second"))
 
 
 def _candidate(config: Config, ranks: int, row: dict) -> Candidate:
-    """Return the run's layout; how many GPUs its servers had is in the metrics."""
+    """Return the run's layout; the number of its servers' GPUs comes from the metrics."""
     cut, servers = config.parallel, len(config.rollout.servers) if config.rollout.engine == "server" else 0
     each = row.get("perf/tokens_per_second_per_gpu")
     devices = round(row["perf/tokens_per_second"] / each) if each else ranks + servers
@@ -100,15 +100,15 @@ def _candidate(config: Config, ranks: int, row: dict) -> Candidate:
 
 
 def _work(config: Config, row: dict, prompt_tokens: float | None) -> StepWorkload:
-    """Return what a step sampled and trained, by its metrics."""
+    """Return the work of a step, from its metrics."""
     stage = stage_at(stages_of(config), row["step"]).config
     work = work_of(stage, None, prompt_tokens, 0.5, 0.25)
-    response = row.get("rollout/response_tokens")  # None of a recipe that does not sample
+    response = row.get("rollout/response_tokens")  # None if the recipe does not sample
     sampled = work.prompts * work.samples * response if response else 0.0
     traces = max(0.0, row["perf/tokens_per_second"] * row["time/step"] - sampled)
     mid, hard = (row.get(f"dypo/{name}_frac") or 0.0 for name in ("mid", "hard"))
     share = row.get("source_share/rollout") or 0.0
-    if sampled and 0 < share < 1:  # by what was trained, since recipes differ in which groups they train on
+    if sampled and 0 < share < 1:  # from what was trained, since recipes differ in which groups they train on
         mid = traces * share / (1 - share) / sampled
     drawn = work.prompts * (hard if response else 1.0) + work.experts
     work = replace(work, mid=mid, hard=hard if response else 1.0, teacher_tokens=traces / drawn if drawn else 0.0)

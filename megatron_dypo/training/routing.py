@@ -1,8 +1,8 @@
-"""Sends the engine's routing of responses to the ranks that train on them, one micro-batch of all ranks at a time.
+"""Send the engine's routing of responses to the ranks that train on them, one micro-batch of all ranks at a time.
 
 A rank keeps the routing of the responses that it sampled; every rank knows all ranks' micro-batches from the plan.
-Legend: T a micro-batch's tokens on this rank, n tokens of prompt and response except the last, L layers (when sent: the
-receiver's), K experts of a token.
+Legend: T tokens of a micro-batch on this rank, n tokens of prompt and response except the last, L layers (when sent:
+the receiver's), K experts of a token.
 """
 
 from __future__ import annotations
