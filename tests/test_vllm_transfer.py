@@ -83,6 +83,19 @@ def test_packed_nccl_fills_vllms_buffers_and_arrives_bit_for_bit(engine_of, monk
         assert len(wire.sent) < len(policy.now) / 2, "packed: not a broadcast a tensor"
 
 
+def test_cuda_ipc_fills_one_buffer_again_and_again_and_arrives_bit_for_bit(engine_of, monkeypatch):
+    from vllm.distributed.weight_transfer import packed_tensor
+
+    monkeypatch.setattr(packed_tensor, "DEFAULT_PACKED_BUFFER_SIZE_BYTES", 100)
+    policy = Policy()
+    engine, models, wire = engine_of("ipc", verify_sync="stored", verify_syncs=1)
+    for _ in range(3):
+        policy.step(tensors=30, elements=4)
+        engine.sync(policy)
+        assert all(same(model, policy) for model in models)
+    assert wire.sent == []
+
+
 def test_what_changed_crosses_alone_and_arrives_bit_for_bit(engine_of, caplog):
     policy = Policy()
     engine, models, wire = engine_of("sparse_nccl")

@@ -90,7 +90,7 @@ def worker_of(backend: str, model: nn.Module, wire: Wire):
 
         def init(self, info: dict) -> None:
             info = self.engine.parse_init_info(info)
-            if backend == "shared_memory":
+            if backend in ("shared_memory", "ipc"):
                 return self.engine.init_transfer_engine(info)
             self.engine.packed = info.packed
             self.engine.packed_buffer_size_bytes = info.packed_buffer_size_bytes
@@ -124,6 +124,8 @@ def servers_of(
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
     monkeypatch.setattr(torch.accelerator, "device_index", lambda index: nullcontext())
 
+    _share_memory_in_place_of_ipc(monkeypatch)
+
     async def behave(worker, server: Imitation, path: str, body: dict) -> dict | None:
         if path == "collective_rpc":
             return {"results": [getattr(worker, body["method"])(**body["kwargs"])]}
@@ -137,3 +139,26 @@ def servers_of(
         workers = [worker_of(backend, model, wire) for model in models]
         servers = [stack.enter_context(Imitation(behave=functools.partial(behave, worker))) for worker in workers]
         yield servers, models, wire
+
+
+def _share_memory_in_place_of_ipc(monkeypatch) -> None:
+    """A handle of CUDA IPC is the number of a buffer of this process."""
+    from torch.multiprocessing import reductions
+    from vllm.distributed.weight_transfer import packed_tensor
+
+    buffers: list[Tensor] = []
+    plain = torch.empty
+
+    def empty(*size: object, **options: object) -> Tensor:
+        return plain(*size, **options | ({"device": "cpu"} if options.get("device") == "cuda" else {}))
+
+    def handle(buffer: Tensor) -> tuple:
+        buffers.append(buffer)
+        return None, (len(buffers) - 1, b"\x00\xff", *range(2, 7))  # bytes, as a real one has, which JSON does not take
+
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="GPU-0"))
+    monkeypatch.setattr(torch.cuda, "ipc_collect", lambda: None)
+    monkeypatch.setattr(packed_tensor, "reduce_tensor", handle)
+    monkeypatch.setattr(reductions, "rebuild_cuda_tensor", lambda number, *_: buffers[number])
