@@ -1,7 +1,7 @@
 """Line and stacked-area charts as inline SVG.
 
-Drawn by hand rather than by a plotting library because the report must be one tiny file that opens anywhere, with no
-script or font to fetch: an SVG path is all it takes. Colours are CSS classes, so the page decides on light and dark.
+Drawn without a plotting library, because the report must be one small file that opens anywhere, with no script or font
+to fetch; SVG paths suffice. Colours are CSS classes, so the page chooses light or dark.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from megatron_dypo.monitor.axis import Scale, linear_axis, log_axis, round_step
 
 WIDTH, HEIGHT = 440, 236
 LEFT, RIGHT, TOP, BOTTOM = 46, 424, 22, 202  # the plot area
-MOST_RAW = 4  # lines in one chart that show every step behind their mean: more hide one another
-MAX_POINTS = 600  # of a line; 10,000 steps must stay a page that a phone opens
+MOST_RAW = 4  # most lines in a chart that also shows every step behind the means; more would hide each other
+MAX_POINTS = 600  # per line: a page of 10,000 steps must still open on a phone
 
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: ``values[n]`` float64 over ``steps[n]``, NaN where there is none.
+    """One curve: ``values[n]`` float64 over ``steps[n]``, NaN where missing.
 
     ``color`` is a CSS class that sets ``color``; one that dashes the line may follow it.
     """
@@ -37,26 +37,26 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """``layers`` are stacked areas from the bottom up, over the same steps; ``lines`` go on top of them."""
+    """One chart: ``layers`` are areas stacked bottom up over the same steps, ``lines`` are drawn on top."""
 
     lines: list[Series] = field(default_factory=list)
     layers: list[Series] = field(default_factory=list)
     unit: str = ""
     percent: bool = False
     log: bool = False
-    band: bool = False  # one standard deviation of the rolling window to both sides of a line
-    points: bool = False  # few, separate measurements: marked, joined over the steps between, not smoothed
-    exact: bool = False  # settings, counts, ranks: drawn as they are, not smoothed
-    count: bool = False  # of things: ticks on whole numbers alone
+    band: bool = False  # shade one standard deviation of the rolling window on either side of a line
+    points: bool = False  # few separate measurements: marked and joined, not smoothed
+    exact: bool = False  # settings, counts, ranks: not smoothed
+    count: bool = False  # ticks on whole numbers only
     extent: tuple[int, int] = (0, 1)  # first and last step of the axis
     limit: int = MAX_POINTS  # of a line
 
 
 def draw(chart: Chart, title: str) -> tuple[str, dict[str, Any]]:
-    """The SVG, and the JSON-ready data for the value under the pointer.
+    """Return the SVG, and JSON-ready data for the value under the pointer.
 
-    The data is ``{x: [lo, hi], y: [lo, hi], log, percent, series: [{x: [...], y: [...], top: [...]?}]}``, layers
-    first; ``top`` is where a layer's upper edge lies.
+    The data is ``{x: [lo, hi], y: [lo, hi], log, percent, series: [{x: [...], y: [...], top: [...]?}]}``, layers first;
+    ``top`` is a layer's upper edge.
     """
     first, last = chart.extent
     across = Scale(first, last, LEFT, RIGHT) if last > first else Scale(first - 1, first + 1, LEFT, RIGHT)
@@ -102,9 +102,9 @@ def draw(chart: Chart, title: str) -> tuple[str, dict[str, Any]]:
 
 
 def rolling(values: np.ndarray, at: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation ([len(at)] each) of the ``window`` values centred on each index in ``at``.
+    """Return mean and standard deviation ([len(at)] each) of ``window`` values centred on each index in ``at``.
 
-    NaN is left out; a window of nothing else gives NaN.
+    NaN is ignored; a window of only NaN gives NaN.
     """
     half = window // 2
     view = np.lib.stride_tricks.sliding_window_view(
@@ -118,9 +118,9 @@ def rolling(values: np.ndarray, at: np.ndarray, window: int) -> tuple[np.ndarray
 
 
 def thin(values: np.ndarray, limit: int = MAX_POINTS) -> np.ndarray:
-    """At most ``limit`` indices of ``values``, in order: each bucket's lowest and highest, so that no spike is lost.
+    """Return at most ``limit`` indices of ``values``, in order: each bucket's minimum and maximum, to keep spikes.
 
-    A bucket of NaN keeps one, hence the gap; the last index is always kept.
+    A bucket of NaN keeps one index, to leave a gap; the last index is always kept.
     """
     if len(values) <= limit:
         return np.arange(len(values))
@@ -136,7 +136,7 @@ def thin(values: np.ndarray, limit: int = MAX_POINTS) -> np.ndarray:
 
 
 def _prepare(chart: Chart, series: Series) -> dict[str, Any]:
-    """Thinned raw values and rolling statistics of a line, in the axis' unit (log10 on a log axis)."""
+    """Return thinned raw values and rolling statistics of a line, in the axis' unit (log10 on a log axis)."""
     values = np.clip(series.values, -1e30, 1e30)  # keeps squares and differences finite
     steps = series.steps
     if chart.log:
@@ -146,10 +146,10 @@ def _prepare(chart: Chart, series: Series) -> dict[str, Any]:
     kept = thin(values, chart.limit)
     at = np.unique(np.linspace(0, len(values) - 1, chart.limit // 2).round().astype(int)) if len(values) else kept
     known = np.flatnonzero(np.isfinite(values))
-    at = at[(at >= known[0]) & (at <= known[-1])] if len(known) else at  # a mean bridges gaps but invents no ends
+    at = at[(at >= known[0]) & (at <= known[-1])] if len(known) else at  # bridge gaps, but do not extend the ends
     mean, std = rolling(values, at, max(5, len(values) // 25))
     wide = std if chart.band else np.full_like(std, np.nan)
-    lowest = np.nanmin(values, initial=np.inf)  # a band below it would show, say, negative norms
+    lowest = np.nanmin(values, initial=np.inf)  # otherwise the band could show, say, negative norms
     return {
         "color": series.color,
         "x": steps[kept],
@@ -162,13 +162,13 @@ def _prepare(chart: Chart, series: Series) -> dict[str, Any]:
 
 
 def _stack(chart: Chart) -> list[dict[str, Any]]:
-    """Lower and upper edge of each layer; steps where no layer has a value are gaps."""
+    """Return the lower and upper edge of each layer; steps without any value are gaps."""
     if not chart.layers:
         return []
     steps = chart.layers[0].steps
     count = len(steps)
     at = np.unique(np.linspace(0, count - 1, min(count, chart.limit)).round().astype(int))
-    window = round(count / len(at))  # means of what lies between the kept steps; 1 in all but long runs
+    window = round(count / len(at))  # average over the steps between those kept; 1 except in long runs
     values = np.array([rolling(np.clip(layer.values, 0.0, 1e30), at, window)[0] for layer in chart.layers])
     nothing = np.isnan(values).all(0)
     tops = np.cumsum(np.nan_to_num(values), axis=0)
@@ -227,7 +227,7 @@ def _frame(chart: Chart, title: str, body: str) -> str:
 
 
 def _path(x: np.ndarray, y: np.ndarray) -> str:
-    """A line with a gap at each NaN; ``h0`` after a move shows a lone point as a dot (round line caps)."""
+    """Return the path of a line with a gap at each NaN; ``h0`` draws a lone point as a dot (round line caps)."""
     parts, pen_down = [], False
     for across, up in zip(x.tolist(), y.tolist(), strict=True):
         if math.isnan(up):
@@ -243,7 +243,7 @@ def _dots(x: np.ndarray, y: np.ndarray) -> str:
 
 
 def _area(across: Scale, up: Scale, steps: np.ndarray, low: np.ndarray, high: np.ndarray) -> str:
-    """Closed outlines between ``low`` and ``high``, one for each stretch without NaN; a lone step is a step wide."""
+    """Return closed outlines between ``low`` and ``high``, one per stretch without NaN; a lone step is a step wide."""
     known = np.flatnonzero(np.isfinite(low) & np.isfinite(high))
     if not len(known):
         return ""

@@ -1,4 +1,4 @@
-"""The report's table of evaluations: those during training, and those that ``evaluate`` left in the run folder."""
+"""The report's table of evaluations: those made during training, and results of ``evaluate`` in the run folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BEST = re.compile(r"pass@(?!1$)\d+")
 
 
 def evaluation_table(runs: list[Run]) -> Table | None:
-    """The table, or None where no run was evaluated.
+    """Return the table, or None if no run was evaluated.
 
     Raises UserError for a results file that ``evaluate`` did not write.
     """
@@ -31,7 +31,7 @@ def evaluation_table(runs: list[Run]) -> Table | None:
             rows.append([Cell(suite), *([Cell(run.name)] if several else []), Cell(weights), *figures])
     if not rows:
         return None
-    rows.sort(key=lambda row: row[0].text)  # stable: a suite's rows stand together, the runs in their order
+    rows.sort(key=lambda row: row[0].text)  # stable: groups rows by suite and keeps the order of runs
     header = [HEADER[0], *(["run"] if several else []), *HEADER[1:]]
     told = [place for place in range(len(header)) if any(row[place] != ABSENT for row in rows)]
     return Table([Cell(header[place]) for place in told], [[row[place] for place in told] for row in rows])
@@ -41,7 +41,7 @@ Figures = tuple[str, str, *tuple[Cell, ...]]  # suite, weights, and a cell for e
 
 
 def _during_training(run: Run) -> list[Figures]:
-    """The first and the last evaluation of each suite: what stands below ``HEADER``."""
+    """Return the first and last evaluation of each suite, in the columns of ``HEADER``."""
     suites: dict[str, dict[str, np.ndarray]] = {}
     for key, column in run.columns.items():
         family, _, rest = key.partition("/")

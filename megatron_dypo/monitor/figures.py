@@ -1,4 +1,4 @@
-"""The report's charts: each panel of one run, or each metric of several runs over one another."""
+"""The report's charts: each panel of one run, or each metric with several runs overlaid."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from megatron_dypo.monitor.panels import RUN_COLORS, Curve, Panel
 from megatron_dypo.monitor.run_data import Run, finite, is_share
 from megatron_dypo.monitor.sections import sections
 
-FEWEST_POINTS = 60  # of a line, however many runs share the page
+FEWEST_POINTS = 60  # per line, regardless of the number of runs
 
 
 @dataclass(frozen=True)
 class Key:
-    """Of a chart's legend: the colour class, the label and the last ``value``, which the page's script replaces."""
+    """One legend entry: colour class, label and last ``value``, which the page's script replaces."""
 
     color: str
     label: str
@@ -28,7 +28,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart with its legend; ``data`` is what the page's script reads the value under the pointer from."""
+    """A chart with its legend; from ``data`` the page's script reads the value under the pointer."""
 
     title: str
     note: str
@@ -38,7 +38,7 @@ class Figure:
 
 
 def chart_sections(runs: list[Run]) -> list[tuple[str, list[Figure]]]:
-    """(heading, figures) of the sections that these runs have metrics for."""
+    """Return (heading, figures) of the sections that these runs have metrics for."""
     values = {key: np.concatenate([run.known(key) for run in runs]) for run in runs for key in run.columns}
     shares = {key for key, known in values.items() if is_share(known)}
     zeros = {key for key, known in values.items() if not known.any()}
@@ -50,7 +50,7 @@ def chart_sections(runs: list[Run]) -> list[tuple[str, list[Figure]]]:
 
 
 def run_color(place: int) -> str:
-    """The CSS classes of the run at this place: a colour and a dash, so that one line shows through another's gaps."""
+    """Return CSS classes for the run at this index: a colour and a dash, so that overlapping lines stay visible."""
     turn, color = divmod(place, len(RUN_COLORS))
     return f"{RUN_COLORS[color]} d{(place + turn) % 3}"  # 36 different ones
 
@@ -70,12 +70,12 @@ def _one_run(panel: Panel, runs: list[Run]) -> list[Figure]:
 
 
 def _shows(run: Run, curve: Curve, panel: Panel) -> bool:
-    """Whether the run has this curve: one of a quiet panel is none where it is 0 throughout."""
+    """Return whether to show the run's curve: a quiet panel hides those that are 0 throughout."""
     return curve.key in run.columns and (not panel.quiet or bool(run.known(curve.key).any()))
 
 
 def _overlaid(panel: Panel, runs: list[Run]) -> list[Figure]:
-    """A chart for each of the panel's metrics: colours tell runs apart, so they cannot tell metrics apart as well."""
+    """Return a chart per metric of the panel, because colours already distinguish the runs."""
     present = [curve for curve in panel.curves if any(_shows(run, curve, panel) for run in runs)]
     empty = [
         curve for curve in panel.layers if curve in present and not any(run.known(curve.key).any() for run in runs)

@@ -32,7 +32,7 @@ DETAILS: tuple[tuple[str, Callable[[Run], str]], ...] = (
 
 @cache
 def environment() -> Environment:
-    """The templates, which escape every value that is not markup already."""
+    """Return the template environment; templates escape every value that is not already markup."""
     found = Environment(
         loader=PackageLoader("megatron_dypo.monitor", "page"),
         autoescape=True,
@@ -45,22 +45,22 @@ def environment() -> Environment:
 
 
 def render(**content: Any) -> str:
-    """Return the whole HTML document; ``page/report.html`` names what it shows of ``content``."""
+    """Return the whole HTML document; ``page/report.html`` lists the names in ``content``."""
     templates = environment()
     style, script = (
         Markup(templates.loader.get_source(templates, name)[0]) for name in ("report.css", "report.js")
-    )  # as they are: they hold no template syntax
+    )  # inserted verbatim: they hold no template syntax
     text = templates.get_template("report.html").render(style=style, script=script, geometry=GEOMETRY, **content)
-    return text.encode(errors="replace").decode()  # half a surrogate pair, which JSON can spell, is not UTF-8
+    return text.encode(errors="replace").decode()  # JSON may spell half a surrogate pair, which is not valid UTF-8
 
 
 def write_report(*run_dirs: str | Path, out: str | Path | None = None) -> Path:
-    """Write the page about these run folders, from each one's ``metrics.jsonl`` and whatever else it has
-    (configuration, environment, evaluations, recorded rollouts); return its path.
+    """Write the page for these run folders; return its path.
 
-    ``out``: by default ``report.html``, in the run folder for one run and in the current folder for several. Raises
-    UserError if metrics are missing, empty or unreadable, a file is not what its name says, or a run is given twice;
-    OSError where the page cannot be written, and then the old one is still there.
+    Reads each folder's ``metrics.jsonl`` and, if present, configuration, environment, evaluations and recorded
+    rollouts. ``out``: by default ``report.html``, in the run folder for one run and in the current folder for several.
+    Raises UserError if metrics are missing, empty or unreadable, a file is not what its name says, or a run is given
+    twice; OSError if the page cannot be written, in which case the old one stays.
     """
     runs = read_runs([Path(folder) for folder in run_dirs])
     if len(runs) == 1:
@@ -68,7 +68,7 @@ def write_report(*run_dirs: str | Path, out: str | Path | None = None) -> Path:
     else:
         html, default = _of_several(runs), Path("report.html")
     path = default if out is None else Path(out)
-    atomic_write(path, html)  # whoever has the page open reloads the old one or the new one
+    atomic_write(path, html)  # reloading an open page never shows half a file
     return path
 
 

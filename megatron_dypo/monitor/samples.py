@@ -1,6 +1,6 @@
-"""Sample rollouts of the report: what the policy was asked, answered and got for it, from recorded steps.
+"""Sample rollouts of the report: prompts, responses and rewards from recorded steps.
 
-Token ids become text by the run's tokenizer where that needs neither torch nor a network.
+Token ids are decoded with the run's tokenizer if that needs neither torch nor a network.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_dypo.rollout.step_files import read_lines, step_files, token_ids
 
 
 def decoder(run: Run) -> tuple[Callable[[list[int]], str], str]:
-    """Ids to text, special tokens included, and a sentence about it; the ids themselves where there is no other way."""
+    """Return a decoder (special tokens included) and a note about it; without a tokenizer it prints the ids."""
     name = run.setting("model", "tokenizer") or run.setting("model", "hf")
     if name is None and run.setting("model", "preset") is not None:
         from megatron_dypo.data.arithmetic import arithmetic_tokens
@@ -35,7 +35,7 @@ def decoder(run: Run) -> tuple[Callable[[list[int]], str], str]:
 
         try:
             tokens = Tokenizer.from_file(str(path))
-        except Exception:  # tokenizers has no type of its own for a file that it cannot read
+        except Exception:  # tokenizers raises plain Exception for an unreadable file
             pass
         else:
             return lambda ids: tokens.decode(ids, skip_special_tokens=False), ""
@@ -43,7 +43,7 @@ def decoder(run: Run) -> tuple[Callable[[list[int]], str], str]:
 
 
 def _tokenizer_file(name: str) -> Path | None:
-    """``tokenizer.json`` of a folder, or of a hub model that has been downloaded."""
+    """Return ``tokenizer.json`` of a folder, or of a hub model in the local cache; None if there is none."""
     if "\0" in name:
         return None
     path = Path(name) / "tokenizer.json"
@@ -62,16 +62,16 @@ def _tokenizer_file(name: str) -> Path | None:
 
 
 REGIMES = tuple(regime.name.lower() for regime in Regime)
-GROUPS = 3  # of a step: one of each regime where there are, since each is trained on in its own way
-SEARCHED = 64  # groups of a step that are looked through for them; a step may be gigabytes
+GROUPS = 3  # per step: one of each regime if possible, since each is trained differently
+SEARCHED = 64  # groups searched for them per step; a step may be gigabytes
 RESPONSES = 8  # of a group
-LONGEST = 1600  # characters of a text; what is more is cut out of its middle
+LONGEST = 1600  # characters of a text; longer ones lose their middle
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class Said:
-    """A response; ``facts`` are its length, how it ended, and why it was not scored."""
+    """One response; ``facts``: its length, how it ended, and why it was not scored."""
 
     right: bool
     reward: float
@@ -81,7 +81,7 @@ class Said:
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and its first responses; ``marks`` say of all of them whether they are right."""
+    """A prompt and its first responses; ``marks`` say for all responses whether they are correct."""
 
     regime: str
     id: str
@@ -99,17 +99,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Samples:
-    """``note``: a sentence about the tokenizer, or ""."""
+    """The sampled steps; ``note``: a sentence about the tokenizer, or ""."""
 
     steps: list[Step]
     note: str
 
 
 def sample_rollouts(run: Run, last_only: bool = False) -> Samples | None:
-    """A few groups of the first, a middle and the last recorded step (or of the last only).
+    """Return a few groups of the first, a middle and the last recorded step (or only the last).
 
-    None where the run recorded none, and with SFT, which records prompts without responses.
-    Raises UserError for a file that is not a recorded step.
+    None if the run recorded none, or with SFT, which records prompts without responses. Raises UserError for a file
+    that is not a recorded step.
     """
     files = _files(run)
     if not files:
@@ -121,7 +121,7 @@ def sample_rollouts(run: Run, last_only: bool = False) -> Samples | None:
 
 
 def _files(run: Run) -> dict[int, Path]:
-    """The recorded steps in which the run sampled responses, by number."""
+    """Return the recorded steps in which the run sampled responses, by number."""
     name, rewards = run.setting("rollout", "record"), run.columns.get("reward/mean")
     methods = run.settings("objective", "method")
     if not isinstance(name, str) or "\0" in name or (methods and not {*map(str, methods)} & {*SAMPLING}):
@@ -144,7 +144,7 @@ def _step(path: Path, step: int, run: Run, text: Callable[[list[int]], str]) -> 
         groups[Regime.of(solved, len(group["responses"]), most, least).name.lower()].append(group)
         if all(groups.values()):
             break
-    # One of each regime first, then more of those there are.
+    # One of each regime first, then further ones.
     ranked = sorted(
         (place, REGIMES.index(name), group["id"], name) for name in REGIMES for place, group in enumerate(groups[name])
     )
@@ -154,7 +154,7 @@ def _step(path: Path, step: int, run: Run, text: Callable[[list[int]], str]) -> 
 
 
 def _checked(line: dict[str, Any]) -> dict[str, Any]:
-    """A recorded group, as far as the report needs it."""
+    """Return the parts of a recorded group that the report uses. Raises ValueError if it has no response."""
     responses = [
         {
             "ids": token_ids(response["ids"]),
@@ -184,7 +184,7 @@ def _said(response: dict[str, Any], right: bool, text: Callable[[list[int]], str
 
 
 def _short(text: str, limit: int = LONGEST) -> str:
-    """At most ``limit`` characters and a note, without characters that no page may hold."""
+    """Shorten to ``limit`` characters and a note, replacing characters that HTML does not allow."""
     if len(text) > limit:
         head, tail = text[: limit * 2 // 3], text[-limit // 3 :]
         text = f"{head} … [{len(text) - len(head) - len(tail):,} characters left out] … {tail}"

@@ -16,7 +16,7 @@ from megatron_dypo.monitor.run_data import Run, is_share
 
 @dataclass(frozen=True)
 class Cell:
-    """A value with its small print below. ``share`` and its ``interval``, in [0, 1], are marks on a bar.
+    """A value with small print below. ``share`` and its ``interval``, in [0, 1], are drawn on a bar.
 
     ``color``: classes of the swatch before the text.
     """
@@ -30,7 +30,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A row's first cell is its heading."""
+    """A table; a row's first cell is its heading."""
 
     header: list[Cell]
     rows: list[list[Cell]]
@@ -40,12 +40,12 @@ ABSENT = Cell("–")
 
 
 def share(value: float, interval: tuple[float, float] | None = None, small: str = "") -> Cell:
-    """A share with its interval (all in [0, 1]) in percent, and as a mark on a bar from 0 to 100%."""
+    """Return a share with its interval (all in [0, 1]), in percent and as a mark on a bar from 0 to 100%."""
     between = f" [{interval[0]:.1%}, {interval[1]:.1%}]" if interval else ""
     return Cell(f"{value:.1%}{between}", small, value, interval)
 
 
-FINAL_STEPS = 10  # a final figure is a mean over up to so many steps: a single batch is noise
+FINAL_STEPS = 10  # a final figure is a mean over at most this many steps, because one batch is noisy
 COMPARED = (
     ("loss/total", "final loss"),
     ("train/grad_norm", "final gradient norm"),
@@ -56,7 +56,7 @@ COMPARED = (
 
 
 def facts(run: Run) -> list[str]:
-    """What one asks first about a run, as short texts, from whatever of it the configuration holds."""
+    """Return a run's main settings as short texts, as far as its configuration has them."""
     prompts, samples = run.setting("data", "prompts_per_step"), run.setting("rollout", "samples_per_prompt")
 
     def of_stages(section: str, key: str) -> str | None:
@@ -75,7 +75,7 @@ def facts(run: Run) -> list[str]:
 
 
 def tiles(run: Run, evaluations: int | None = 4) -> list[tuple[str, str, str]]:
-    """(label, value, small print) of the headline numbers, with at most so many evaluations (None: all)."""
+    """Return (label, value, small print) of the headline numbers, with at most ``evaluations`` (None: all)."""
     found = [("steps", f"{max(int(run.steps[-1]), 0):,}", "")]
     seconds = run.known("time/step")
     if len(seconds):
@@ -103,7 +103,7 @@ def tiles(run: Run, evaluations: int | None = 4) -> list[tuple[str, str, str]]:
 
 
 def final_figures(run: Run) -> list[tuple[str, str, str]]:
-    """The tiles, and the means over the last steps of more metrics: (label, value, small print)."""
+    """Return the tiles and further metrics' means over the last steps: (label, value, small print)."""
     found = tiles(run, evaluations=None)
     for key, label in COMPARED:
         values = run.known(key)
@@ -138,11 +138,11 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-OWN = {"trainer.run_dir"}  # every run has its own
+OWN = {"trainer.run_dir"}  # always differs
 
 
 def figures_table(runs: list[Run]) -> Table:
-    """A column for each run, a row for each figure that one of them has."""
+    """Return a table with a column per run and a row per figure that any of them has."""
     figures = [{label: Cell(value, small) for label, value, small in final_figures(run)} for run in runs]
     labels = dict.fromkeys(label for column in figures for label in column)
     rows = [[Cell(label), *(column.get(label, ABSENT) for column in figures)] for label in labels]
@@ -151,9 +151,9 @@ def figures_table(runs: list[Run]) -> Table:
 
 @dataclass(frozen=True)
 class DifferingKeys:
-    """The configuration keys in which runs differ: those that all have, and those that only some have.
+    """The configuration keys that differ: ``everywhere``, those that all runs have; ``partly``, the others.
 
-    The latter are mostly of other versions of the program, which is seldom the question.
+    The latter mostly come from different versions of the program, which is rarely of interest.
     """
 
     everywhere: Table
@@ -161,7 +161,7 @@ class DifferingKeys:
 
 
 def differing_keys(runs: list[Run]) -> dict[str, list[str | None]]:
-    """``section.key`` to each run's value, as YAML would have it (None: absent), where they are not all the same."""
+    """Return each run's value, as in YAML (None: absent), by ``section.key``, for keys whose values differ."""
     flat = [_flat(run.config) for run in runs]
     keys = dict.fromkeys(key for values in flat for key in values if key not in OWN)
     compared = {key: [_written(values[key]) if key in values else None for values in flat] for key in keys}
@@ -169,7 +169,7 @@ def differing_keys(runs: list[Run]) -> dict[str, list[str | None]]:
 
 
 def keys_tables(runs: list[Run]) -> DifferingKeys | None:
-    """``differing_keys`` as tables; None where no run has a configuration."""
+    """Return ``differing_keys`` as tables; None if no run has a configuration."""
     if not any(run.config for run in runs):
         return None
     rows: dict[bool, list[list[Cell]]] = {True: [], False: []}
@@ -185,7 +185,7 @@ def _header(first: str, runs: list[Run]) -> list[Cell]:
 
 
 def _breakable(key: str) -> Markup:
-    """The key as markup that a narrow column may break after a dot or an underscore."""
+    """Return the key as markup that may break after a dot or an underscore in a narrow column."""
     return escape(key).replace(".", Markup(".<wbr>")).replace("_", Markup("_<wbr>"))
 
 
