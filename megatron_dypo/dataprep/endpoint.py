@@ -75,9 +75,9 @@ class Completion:
             message, model = choice["message"], tree.get("model") or asked
             text = message.get("content") or ""
             reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
-            counts = [_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens")]
+            prompt, answer = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
             if isinstance(text, str) and isinstance(reasoning, str):
-                return cls(text, reasoning, str(choice.get("finish_reason")), *counts, str(model))
+                return cls(text, reasoning, str(choice.get("finish_reason")), prompt, answer, str(model))
         except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
             pass
         raise ValueError("not a chat completion")

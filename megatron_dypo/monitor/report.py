@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,10 @@ def environment() -> Environment:
 
 def render(**content: Any) -> str:
     """Return the whole HTML document; ``page/report.html`` lists the names in ``content``."""
-    templates = environment()
-    style, script = (
-        Markup(templates.loader.get_source(templates, name)[0]) for name in ("report.css", "report.js")
-    )  # inserted verbatim: they hold no template syntax
-    text = templates.get_template("report.html").render(style=style, script=script, geometry=GEOMETRY, **content)
+    page = resources.files("megatron_dypo.monitor").joinpath("page")
+    style, script = (Markup(page.joinpath(name).read_text(encoding="utf-8")) for name in ("report.css", "report.js"))
+    template = environment().get_template("report.html")
+    text = template.render(style=style, script=script, geometry=GEOMETRY, **content)
     return text.encode(errors="replace").decode()  # JSON may spell half a surrogate pair, which is not valid UTF-8
 
 
