@@ -11,7 +11,7 @@ import mmap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -125,6 +125,8 @@ def _map(process: int, descriptor: int, size: int) -> mmap.mmap:
 
 class WorkerExtension:
     """Methods that the trainer calls on vLLM's workers around an update."""
+
+    model_runner: Any  # the worker's
 
     def prepare_update(self, verify: Verify, number: int = 0, of: int = 1) -> None:
         """End an unfinished update, and prepare to report on turn ``number`` of ``of`` of the next (``weight_report``).
