@@ -28,6 +28,7 @@ ROWS: dict[str, tuple[str, ...] | None] = {
     "Llama, Mistral, Qwen2.5": (),
     "Killed at any moment": ("deterministic",),
     "Resume at another layout": (),
+    "A second model in the step": (),
     "Same log-probs bit for bit": ("tests",),
     "Answers graded": None,
     "Data prepared": None,
