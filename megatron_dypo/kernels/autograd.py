@@ -258,7 +258,7 @@ class Loss(Function):
     @staticmethod
     def backward(ctx, dloss, *_):
         if ctx.gradients is None:
-            raise RuntimeError("linear_loss: backward was called twice; gradients are formed only once")
+            raise RuntimeError("linear_loss: backward was called twice; the gradients are formed once")
         (dhidden, dweight_VH), ctx.gradients = ctx.gradients, None
         if ctx.added:
             if dloss != 1:
