@@ -143,7 +143,7 @@ def test_an_end_that_is_no_special_token_counts_with_a_warning(tmp_path, caplog,
     generation = {"eos_token_id": [ID["<|im_end|>"], end]}
     tokenizer = load(folder_of(tmp_path, "<|im_end|>", CHATML, generation))
     assert tokenizer.end_ids == (ID["<|im_end|>"], end)
-    assert f"its end token {end} ({token}) is no special token" in caplog.text
+    assert f"its end token {end} ({token}) is not a special token" in caplog.text
     assert text_of(tokenizer, tokenizer.encode_trace("So 7.")) == "So 7.<|im_end|>"
     assert tokenizer.end_inside("So 7.") is None
 

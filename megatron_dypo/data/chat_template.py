@@ -109,7 +109,7 @@ def end_ids(backend: Any, folders: list[Path], vocab_size: int) -> tuple[int, ..
                 found.append(index)
                 if index not in backend.added_tokens_decoder and index != backend.eos_token_id:
                     token = backend.convert_ids_to_tokens(index)
-                    why = "no special token of the tokenizer, and ends responses all the same"
+                    why = "not a special token of the tokenizer, but still ends responses"
                     log.warning("%s: its end token %d (%r) is %s", folder, index, token, why)
             else:
                 why = "beyond the model's vocabulary" if index >= vocab_size else "not a special token of the tokenizer"
