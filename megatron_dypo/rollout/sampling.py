@@ -148,6 +148,8 @@ def keep_own_routing(groups: list[Group], layout: Layout) -> None:
 
 def with_routing(groups: Sequence[Group], layout: Layout) -> list[Group]:
     """Return the groups, on rank 0 with the routing that other ranks hold. Collective."""
+    if layout.world == 1:
+        return list(groups)
     mine = [(g, group) for g, group in enumerate(groups) if group.holder == layout.rank]
     held = {g: [response.experts for response in group.responses] for g, group in mine}
     whole = list(groups)
