@@ -80,6 +80,7 @@ def test_packed_nccl_fills_vllms_buffers_and_arrives_bit_for_bit(engine_of, monk
         engine.sync(policy)
         assert all(same(model, policy) for model in models)
         assert sum(wire.sent) == sum(tensor.nbytes for tensor in policy.now.values())
+        assert not any("load_weights" in vars(model) for model in models), "nothing of the proof is left behind"
         assert len(wire.sent) < len(policy.now) / 2, "packed: not a broadcast a tensor"
 
 

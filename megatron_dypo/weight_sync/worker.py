@@ -144,6 +144,9 @@ class WorkerExtension:
 
     def weight_report(self) -> dict[str, dict]:
         """Return ``Proof.report`` of the last update."""
+        vars(self.model_runner.get_model()).pop(
+            "load_weights", None
+        )  # or whatever loads next would be taken for doubled
         return self._proof.report()
 
     def in_place_fault(self) -> str | None:
