@@ -18,7 +18,7 @@ from megatron_dypo.config.schema import Config
 from megatron_dypo.models.rules import SCORE
 from megatron_dypo.models.shape import ModelShape
 from megatron_dypo.models.sharding import random_weights
-from megatron_dypo.objectives.coefficients import sequence_terms
+from megatron_dypo.objectives.coefficients import SequenceSums, sequence_terms
 from megatron_dypo.objectives.correction import Correction
 from megatron_dypo.objectives.token_advantages import Sums, gae, token_rewards
 from megatron_dypo.objectives.value_loss import ValueStreams
@@ -83,7 +83,9 @@ class TokenValues(SideModel):
 
     def _learn(self, groups: list, known: Known, step: int, metrics: dict[str, float]) -> SideResult:
         """Run the critic's updates on the step's groups; return ``metrics`` with theirs."""
-        losses, norms, clipped, tokens, first = [], [], 0, 0, 0
+        losses: list[float] = []
+        norms: list[float] = []
+        clipped = tokens = first = 0
         for minibatch in build_minibatches(self.layout, groups, self._cut, _no_trace):
             if minibatch.sequences:
                 streams = self._streams(minibatch, known, first, step)
@@ -98,8 +100,7 @@ class TokenValues(SideModel):
                 clipped += beyond
                 tokens += sum(sequence.loss_tokens for sequence in minibatch.sequences)
             first += len(minibatch.groups)
-        means = {"side/loss": losses, "side/grad_norm": norms}
-        metrics |= {name: sum(values) / len(values) for name, values in means.items()}
+        metrics |= {"side/loss": sum(losses) / len(losses), "side/grad_norm": sum(norms) / len(norms)}
         return SideResult(metrics | {"side/clip_frac": clipped / tokens})
 
     def _streams(self, minibatch: MiniBatch, known: Known, first: int, step: int) -> list[ValueStreams]:
@@ -107,7 +108,8 @@ class TokenValues(SideModel):
 
         ``first``: index of the mini-batch's first group among the step's.
         """
-        nothing, longest = [None] * len(minibatch.sequences), self.config.rollout.max_response_tokens
+        nothing: list[SequenceSums | None] = [None] * len(minibatch.sequences)
+        longest = self.config.rollout.max_response_tokens
         terms = sequence_terms(
             minibatch.groups, minibatch.sequences, nothing, self.config.objective, Correction(), longest, step=step
         )
@@ -117,8 +119,8 @@ class TokenValues(SideModel):
             both = [known[first + sequence.group, sequence.sample] for sequence in sequences]
             old_N, returns_N = (own_tokens(batch, [both_2n[which] for both_2n in both]) for which in (0, 1))
             weight_N = spread([terms.sequences[place].grpo for place in batch.places], batch.counts)
-            streams = (each_N.to(device()) for each_N in (old_N, returns_N, weight_N))
-            return ValueStreams(*streams, clip=self.config.objective.value_clip)
+            old_N, returns_N, weight_N = (each_N.to(device()) for each_N in (old_N, returns_N, weight_N))
+            return ValueStreams(old_N, returns_N, weight_N, self.config.objective.value_clip)
 
         return [of(batch) for batch in minibatch.rollouts]
 
