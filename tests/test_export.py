@@ -183,6 +183,39 @@ def test_two_layers_are_in_memory_at_most_and_the_second_while_the_first_is_used
         assert 1.2 < layers <= 2.01
 
 
+def gathering_threads(parallel: dict, backend: str) -> set[str]:
+    """Return the names of the threads that make collectives in a pass for ``rollout.sync_backend: backend``."""
+    import threading
+
+    import torch
+    import torch.distributed as dist
+
+    policy, read = build(SMALL, parallel)
+    rollout = policy.config.rollout.model_copy(update={"sync_backend": backend})
+    policy.config = policy.config.model_copy(update={"rollout": rollout})
+    threads: set[str] = set()
+
+    def watched(plain):
+        def call(*arguments, **options):
+            threads.add(threading.current_thread().name)
+            return plain(*arguments, **options)
+
+        return call
+
+    for name in ("broadcast", "all_gather_into_tensor"):
+        setattr(dist, name, watched(getattr(dist, name)))
+    for name, tensor in policy.named_tensors():
+        assert torch.equal(tensor, read(name))
+        dist.barrier()  # as vLLM's ipc sender makes them between tensors
+    return threads
+
+
+def test_no_thread_makes_collectives_beside_those_of_vllm_s_ipc_sender():
+    parallel = {"expert": 2, "pipeline": 2}
+    for backend, thread in (("ipc", "MainThread"), ("nccl", "export_0")):
+        assert run_ranks(4, gathering_threads, parallel, backend) == [{thread}] * 4
+
+
 def gathered_of_uneven_stages(sizes: tuple[int, ...], virtual: int) -> None:
     """Compare gathered with drawn tensors, with a table of uneven layer counts per stage."""
     import torch

@@ -73,16 +73,17 @@ class Unit:
 
 @torch.no_grad()
 def hf_tensors(
-    local: Mapping[str, Tensor], shape: ModelShape, layout: Layout, with_tied_head: bool = False
+    local: Mapping[str, Tensor], shape: ModelShape, layout: Layout, with_tied_head: bool = False, ahead: bool = True
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, full tensor) for the whole model on every rank; all ranks must iterate together.
 
     ``local``: this rank's shards (of weights, gradients, ...) by their parameters' names in the whole model.
     ``with_tied_head`` repeats a tied embedding as ``lm_head.weight``; without it vLLM silently keeps the old head.
+    ``ahead=False`` gathers in the caller's thread, for callers that make collectives between tensors themselves.
     Keeping a tensor keeps its whole layer in memory.
     """
     units, gatherer = plan(shape, layout), Gatherer(local, shape, layout)
-    with ThreadPoolExecutor(1, "export") as pool:
+    with ThreadPoolExecutor(1, "export") if ahead else nullcontext() as pool:
         coming = gatherer.begin(units[0], pool)
         for unit, following in zip_longest(units, units[1:]):
             buffers = coming()
@@ -149,15 +150,19 @@ class Gatherer:
             )
             self._side.wait_stream(self._caller)
 
-    def begin(self, unit: Unit, pool: ThreadPoolExecutor) -> Callable[[], Mapping[str, Tensor]]:
-        """Start to gather; the returned call waits for the unit's buffers, by cut (none if no other rank is needed)."""
+    def begin(self, unit: Unit, pool: ThreadPoolExecutor | None) -> Callable[[], Mapping[str, Tensor]]:
+        """Start to gather; the returned call waits for the unit's buffers, by cut (none if no other rank is needed).
+
+        Without a ``pool`` the returned call gathers.
+        """
         cuts = {piece.cut for piece in unit.pieces} - (set() if self._layout.pp > 1 else {WHOLE})
         if not cuts:
             return dict
-        gathering = pool.submit(self._gather, unit, sorted(cuts))
+        gather = functools.partial(self._gather, unit, sorted(cuts))
+        result = pool.submit(gather).result if pool else gather
 
         def wait() -> dict[str, Tensor]:
-            buffers = gathering.result()
+            buffers = result()
             if self._side is not None and self._caller is not None:
                 self._caller.wait_stream(self._side)
             return buffers

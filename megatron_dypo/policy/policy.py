@@ -184,7 +184,10 @@ class Policy:
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the current weights as (Hugging Face name, full tensor), a tied head twice; collective."""
         self.offload.require_device()
-        return hf_tensors(self.parameters, self.shape, self.layout, with_tied_head=True)
+        ahead = (
+            self.config.rollout.sync_backend != "ipc"
+        )  # vLLM's sender makes collectives of all ranks between tensors
+        return hf_tensors(self.parameters, self.shape, self.layout, with_tied_head=True, ahead=ahead)
 
     def keep_reference(self) -> None:
         """Freeze the current weights as the reference."""
