@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +13,9 @@ from megatron_dypo.config.schema import Parallel
 from megatron_dypo.convert.import_export import export_folder, import_folder
 from megatron_dypo.errors import UserError
 from megatron_dypo.objectives.value_loss import ValueStreams, value_loss
-from tests.launch import checkpoint_digests, metrics, train_here, without_times
+from tests.launch import checkpoint_digests, metrics, train_here
 from tests.ranks import run_ranks
-from tests.test_side_model import HALF, STEPS, prime_task
+from tests.test_side_model import HALF, STEPS, prime_task, resumed_digests
 
 PPO = {
     "objective__method": "ppo",
@@ -75,16 +74,7 @@ def test_the_critic_learns_the_returns_and_gives_each_token_its_advantage(straig
 
 
 def test_a_resume_is_bit_equal_in_policy_and_critic(straight, tmp_path):
-    """Resume at half the steps; compare everything, including the critic's moments, also those of its head."""
-    shutil.copytree(straight / "run", tmp_path / "run")
-    shutil.rmtree(tmp_path / f"run/checkpoints/step_{STEPS}")
-    run_ranks(1, train_here, str(straight / "config.yaml"), [f"trainer.run_dir={tmp_path / 'run'}"])
-    assert without_times(metrics(tmp_path / "run")) == without_times(metrics(straight / "run"))
-    ours, theirs = (
-        run_ranks(1, checkpoint_digests, str(folder / f"run/checkpoints/step_{STEPS}"))[0]
-        for folder in (tmp_path, straight)
-    )
-    assert ours == theirs
+    ours = resumed_digests(straight, tmp_path)
     head = [
         f"side.{kind}output_layer.weight" for kind in ("", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq.")
     ]

@@ -59,17 +59,24 @@ def test_the_second_model_learns_and_gives_each_token_its_advantage(straight):
     assert trained[0]["side/loss"] == pytest.approx(0.6931, abs=0.05)  # log 2: it starts as the reference
 
 
-def test_a_resume_is_bit_equal_in_both_models_at_any_layout(straight, tmp_path):
-    """Resume at half the steps, again on one rank; compare the moments of both as well."""
-    shutil.copytree(straight / "run", tmp_path / "run")
-    shutil.rmtree(tmp_path / f"run/checkpoints/step_{STEPS}")
-    run_ranks(1, train_here, str(straight / "config.yaml"), [f"trainer.run_dir={tmp_path / 'run'}"])
-    assert without_times(metrics(tmp_path / "run")) == without_times(metrics(straight / "run"))
+def resumed_digests(straight: Path, folder: Path) -> dict[str, str]:
+    """Resume a run at half its steps, on one rank, and return the digests of its last checkpoint.
+
+    Metrics and checkpoint must equal the uninterrupted run's.
+    """
+    shutil.copytree(straight / "run", folder / "run")
+    shutil.rmtree(folder / f"run/checkpoints/step_{STEPS}")
+    run_ranks(1, train_here, str(straight / "config.yaml"), [f"trainer.run_dir={folder / 'run'}"])
+    assert without_times(metrics(folder / "run")) == without_times(metrics(straight / "run"))
     ours, theirs = (
-        run_ranks(1, checkpoint_digests, str(folder / f"run/checkpoints/step_{STEPS}"))[0]
-        for folder in (tmp_path, straight)
+        run_ranks(1, checkpoint_digests, str(each / f"run/checkpoints/step_{STEPS}"))[0] for each in (folder, straight)
     )
     assert ours == theirs
+    return ours
+
+
+def test_a_resume_is_bit_equal_in_both_models_and_their_moments(straight, tmp_path):
+    ours = resumed_digests(straight, tmp_path)
     moments = [name for name in ours if name.startswith("side.optimizer.state.exp_avg_sq.")]
     assert moments and len(moments) == len([name for name in ours if name.startswith("optimizer.state.exp_avg_sq.")])
     sides = {name.removeprefix("side."): digest for name, digest in ours.items() if name.startswith("side.decoder")}
