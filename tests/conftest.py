@@ -24,10 +24,10 @@ if find_spec("hypothesis"):
 # Files over about 12 seconds, longest first, then the other slow ones, then the fast ones: with two workers that take
 # one file at a time (make test), neither is left with a long one at the end.
 LONG = (
-    "servers", "layouts", "moe", "end_to_end", "checkpoint", "watchdog", "rollout", "offload", "import_export",
-    "gpu_report", "smollm2", "kill", "triton_head", "reference", "planner", "tokenizers", "dataprep", "reward", "fuzz",
-    "teacher_traces", "damage", "probe", "answers", "adam_state", "full_disk", "router", "reward_functions",
-    "async_rollout", "relift", "snippets", "ports",
+    "servers", "layouts", "moe", "end_to_end", "watchdog", "checkpoint", "rollout", "offload", "gpu_report", "stages",
+    "smollm2", "triton_head", "kill", "import_export", "reference", "planner", "side_model", "critic", "tokenizers",
+    "dataprep", "reward", "fuzz", "teacher_traces", "damage", "probe", "answers", "adam_state", "full_disk", "router",
+    "sync_faults", "trace", "reward_functions", "async_rollout", "relift", "snippets", "ports",
 )  # fmt: skip
 
 
