@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_dypo.config.load import load_config
 from megatron_dypo.config.schema import Config
-from megatron_dypo.config.stages import stage_at, stages_of
+from megatron_dypo.config.stages import Stage, stage_at, stages_of
 from megatron_dypo.errors import UserError
 from megatron_dypo.models.shape import ModelShape
 from megatron_dypo.monitor.metrics_file import read_metrics
@@ -55,8 +55,9 @@ def read_run(run_dir: Path, shape: ModelShape, prompt_tokens: float | None) -> R
     rows = [row for row in read_metrics(run_dir / "metrics.jsonl") if _is_timed(row)][1:]
     if len(rows) < FEWEST:
         raise UserError(f"{where}: {len(rows)} steps with timings after the first; at least {FEWEST} are needed")
-    steps = [RecordedStep(_work(config, row, prompt_tokens), {t: row[f"time/{t}"] for t in TIMES}) for row in rows]
-    return RecordedRun(_candidate(config, ranks, rows[-1]), steps, gpu)
+    stages = stages_of(config)
+    steps = [RecordedStep(_work(stages, row, prompt_tokens), {t: row[f"time/{t}"] for t in TIMES}) for row in rows]
+    return RecordedRun(_candidate(config, stages, ranks, rows[-1]), steps, gpu)
 
 
 def _environment(path: Path) -> tuple[int, str | None]:
@@ -77,7 +78,7 @@ def _is_timed(row: dict) -> bool:
     return row["step"] > 0 and None not in times and row["time/step"] > 0 and bool(row.get("perf/tokens_per_second"))
 
 
-def _candidate(config: Config, ranks: int, row: dict) -> Candidate:
+def _candidate(config: Config, stages: list[Stage], ranks: int, row: dict) -> Candidate:
     """Return the run's layout; the number of its servers' GPUs comes from the metrics."""
     cut, servers = config.parallel, len(config.rollout.servers) if config.rollout.engine == "server" else 0
     each = row.get("perf/tokens_per_second_per_gpu")
@@ -94,15 +95,14 @@ def _candidate(config: Config, ranks: int, row: dict) -> Candidate:
         engine_tensor=max(1, (devices - ranks) // servers) if servers else 1,
         expert=cut.expert,
         expert_tensor=cut.expert_tensor,
-        reference="device" if any(keeps_reference(stage.config.objective) for stage in stages_of(config)) else "none",
+        reference="device" if any(keeps_reference(stage.config.objective) for stage in stages) else "none",
         sharded=config.optimizer.distributed,
     )
 
 
-def _work(config: Config, row: dict, prompt_tokens: float | None) -> StepWorkload:
+def _work(stages: list[Stage], row: dict, prompt_tokens: float | None) -> StepWorkload:
     """Return the work of a step, from its metrics."""
-    stage = stage_at(stages_of(config), row["step"]).config
-    work = work_of(stage, None, prompt_tokens, 0.5, 0.25)
+    work = work_of(stage_at(stages, row["step"]).config, None, prompt_tokens, 0.5, 0.25)
     response = row.get("rollout/response_tokens")  # None if the recipe does not sample
     sampled = work.prompts * work.samples * response if response else 0.0
     traces = max(0.0, row["perf/tokens_per_second"] * row["time/step"] - sampled)
